@@ -1,0 +1,8 @@
+"""dsasr trains LLM-based speech recognisers: Conformer encoder → adaptor → LLM.
+
+Tensors carry their shape as a suffix: B batch, T feature frames, F mel bins, S encoder frames,
+E encoder width, A adaptor frames, D LLM width, L LLM positions, V LLM vocabulary, P phoneme
+vocabulary (or a phoneme sequence's length), U transcript tokens, N flattened valid positions.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,25 @@
+"""What a user sees when something that they gave is wrong: one line, exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in a recipe, a path or a command line. The message is one line and names the fix."""
+
+
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Run a command's ``main`` and return its exit code: 0, what it returns, or 2 on `UserError`.
+
+    Interrupts end with 130, as shells expect, and without a traceback.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
