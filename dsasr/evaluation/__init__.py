@@ -1,0 +1,1 @@
+"""What a recogniser is judged by: decoding, error rates, hallucinations."""

@@ -1,0 +1,240 @@
+"""Text as it is scored: what two transcribers may write differently is made equal first.
+
+English follows Whisper's published normaliser (Radford et al. 2022, arXiv 2212.04356, appendix C):
+the class that ``transformers`` ships does the work. Its table of British spellings is a file that
+comes with each Whisper checkpoint (``normalizer.json``); give it to `english` to have it applied.
+
+Mandarin (the rules are ours, the conventions those of the usual CER scripts): NFKC, so that
+full-width forms become half-width; lower case; Arabic numbers become Chinese numerals as they are
+read; punctuation goes. 两 counts as 二, 幺 as 一 and 〇 as 零, since an Arabic digit does not say
+which was spoken. Traditional characters are not converted.
+
+Code-switched text takes each run by its script: Han runs by the Mandarin rules, Latin runs by the
+English ones (`mixed`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+
+from dsasr.errors import UserError
+
+CHAR_LANGS = frozenset(
+    ["zh", "cmn", "yue", "wuu", "nan", "hak", "ja", "ko", "th", "lo", "my", "km"]
+)
+HAN_LANGS = frozenset(["zh", "cmn", "yue", "wuu", "nan", "hak"])
+MIXED_LANGS = frozenset(
+    ["zh-en", "en-zh", "cmn-en", "en-cmn", "yue-en", "en-yue", "cs", "mixed", "mix", "code-switch"]
+)
+
+_HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_LATIN = r"a-z0-9\u00c0-\u024f"
+_HAN_SPACES = re.compile(rf"(?<=[{_HAN}])\s+(?=[{_HAN}])")
+_UNIT = re.compile(rf"[$€£¥]?[{_LATIN}]+(?:['.][{_LATIN}]+)*%?|\S")
+_MIXED_TOKEN = re.compile(
+    rf"[{_HAN}]+|(?<![A-Za-z])-?\d[\d.,:/%]*(?![A-Za-z])|[^{_HAN}\d]+|.", re.DOTALL
+)
+_DIGITS = "零一二三四五六七八九"
+# A digit that ends a Latin name (mp3, b2b) is no number: hence the first guard of each branch.
+_NUMBER = re.compile(
+    r"(?<![a-z\d.])(?:"
+    r"(?P<percent>-?\d+(?:\.\d+)?)%"
+    r"|(?P<year>\d{4}|\d{2})(?=年|[-~至到]\d{4}年)"
+    r"|(?P<over>\d{1,3})/(?P<under>\d{1,3})(?![/\d])"
+    r"|(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)(?![:\d])"
+    r"|(?P<plain>-?\d+(?:\.\d+)?)"
+    r")"
+)
+
+
+def unit_of(lang: str) -> str:
+    """``"word"``, ``"char"`` or ``"mixed"``: what an error is counted in for a language tag.
+
+    ``zh``, ``zh-CN``, ``zh_Hant``, ``ja``… count characters; ``zh-en``, ``en-zh``, ``cs`` and
+    ``mixed`` count Han characters and Latin words; every other tag counts words.
+    """
+    tag = lang.lower().replace("_", "-")
+    if tag in MIXED_LANGS:
+        return "mixed"
+    return "char" if tag.split("-")[0] in CHAR_LANGS else "word"
+
+
+def normalise(text: str, lang: str) -> str:
+    """The scored form of ``text``: words parted by single spaces (see the module's text)."""
+    tag = lang.lower().replace("_", "-")
+    if tag in MIXED_LANGS:
+        return mixed(text)
+    base = tag.split("-")[0]
+    if base in HAN_LANGS:
+        return mandarin(text)
+    if base == "en":
+        return english(text)
+    return basic(text)
+
+
+def units(text: str, lang: str) -> list[str]:
+    """The units that errors are counted in: words, or characters with Latin words whole.
+
+    A Latin word or a number inside character-scored text is one unit, as in the usual CER scripts.
+    """
+    text = normalise(text, lang)
+    return text.split() if unit_of(lang) == "word" else _UNIT.findall(text)
+
+
+def basic(text: str) -> str:
+    """Lower case, NFKC, no punctuation or symbols, single spaces: for languages without rules.
+
+    Bracketed remarks (``[noise]``, ``<unk>``, ``(laughs)``) go with their brackets, as in Whisper's
+    basic normaliser; an apostrophe within a word stays.
+    """
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    text = re.sub(r"[<\[][^>\]]*[>\]]|\([^)]*\)", " ", text)
+    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+    keep = (c if c == "'" or unicodedata.category(c)[0] not in "PSC" else " " for c in text)
+    return " ".join("".join(keep).split())
+
+
+@functools.lru_cache(maxsize=4)
+def _english_normaliser(spelling: str | None):
+    # Here and not above: importing transformers takes seconds, and Mandarin does not need it.
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    table: Mapping[str, str] = {}
+    if spelling is not None:
+        try:
+            table = json.loads(Path(spelling).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the spelling table {spelling}: {error}") from error
+        if not isinstance(table, dict):
+            raise UserError(f"{spelling} must be a JSON object of spellings, as normalizer.json is")
+    return EnglishTextNormalizer(dict(table))
+
+
+@functools.lru_cache(maxsize=8192)
+def english(text: str, spelling: str | None = None) -> str:
+    """Whisper's English form: lower case, contractions spelled out, numbers as digits, no fillers.
+
+    ``spelling`` is the path of a Whisper checkpoint's ``normalizer.json`` (British → American).
+    """
+    text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    return _english_normaliser(spelling)(text).strip()
+
+
+@functools.lru_cache(maxsize=8192)
+def mandarin(text: str) -> str:
+    """Mandarin as it is scored: no punctuation, no spaces between Han, numbers as they are read.
+
+    A number of four digits before 年 is read digit by digit, and so is one with a leading zero or,
+    unless it ends in 0000, of eight digits and more (a telephone number). Others are cardinals.
+
+    >>> mandarin("２０１２年，涨了3.5％。")
+    '二零一二年涨了百分之三点五'
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = basic(_NUMBER.sub(_read_number, text))
+    text = text.replace("两", "二").replace("幺", "一").replace("〇", "零")
+    text = re.sub(rf"(?<![{_DIGITS}百千万亿点])一十", "十", text)
+    return _HAN_SPACES.sub("", text)
+
+
+def _read_number(match: re.Match[str]) -> str:
+    parts = match.groupdict()
+    if parts["percent"]:
+        return _negative("百分之" + _decimal(parts["percent"].lstrip("-")), parts["percent"])
+    if parts["year"]:
+        return _by_digit(parts["year"])
+    if parts["over"]:
+        return f"{_decimal(parts['under'])}分之{_decimal(parts['over'])}"
+    if parts["hour"]:
+        minute = parts["minute"]
+        spoken = "" if minute == "00" else cardinal(int(minute))
+        gap = "零" if spoken and minute[0] == "0" else ""
+        return f"{cardinal(int(parts['hour']))}点{gap}{spoken}"
+    # In 2010-2012 and A-3 the stroke is a dash, not a minus.
+    before = match.string[match.start() - 1 : match.start()]
+    sign = parts["plain"] if not before.isalnum() else ""
+    return _negative(_decimal(parts["plain"].lstrip("-")), sign)
+
+
+def _negative(spoken: str, number: str) -> str:
+    return "负" + spoken if number.startswith("-") else spoken
+
+
+def _by_digit(digits: str) -> str:
+    return "".join(_DIGITS[int(d)] for d in digits)
+
+
+def _decimal(number: str) -> str:
+    whole, _, fraction = number.partition(".")
+    code = (len(whole) > 1 and whole[0] == "0") or (len(whole) >= 8 and whole[-4:] != "0000")
+    spoken = _by_digit(whole) if code or len(whole) > 16 else cardinal(int(whole))
+    return f"{spoken}点{_by_digit(fraction)}" if fraction else spoken
+
+
+def cardinal(number: int) -> str:
+    """The Mandarin reading of 0 ≤ ``number`` < 10¹⁶: 110 → 一百一十, 10005 → 一万零五.
+
+    Raises ValueError outside that range.
+    """
+    if not 0 <= number < 10**16:
+        raise ValueError(f"{number} is outside 0…10^16")
+    if number < 10:
+        return _DIGITS[number]
+    spoken, gap = "", False
+    for power, name in ((12, "万"), (8, "亿"), (4, "万"), (0, "")):
+        group = number // 10**power % 10**4
+        if group:
+            spoken += ("零" if spoken and (gap or group < 1000) else "") + _group(group) + name
+        elif name == "亿" and spoken:
+            spoken += name  # 10¹² is 一万亿
+        gap = group == 0 and bool(spoken)
+    return spoken[1:] if spoken.startswith("一十") else spoken
+
+
+def _group(number: int) -> str:
+    spoken, gap = "", False
+    for power, name in ((3, "千"), (2, "百"), (1, "十"), (0, "")):
+        digit = number // 10**power % 10
+        if digit:
+            spoken += ("零" if gap and spoken else "") + _DIGITS[digit] + name
+        gap = digit == 0
+    return spoken
+
+
+def mixed(text: str) -> str:
+    """Code-switched Mandarin and English: each run by its script's rules.
+
+    A number is Mandarin if a Han character touches it or no Latin word stands next to it.
+    """
+    tokens = _MIXED_TOKEN.findall(unicodedata.normalize("NFKC", text))
+    runs: list[tuple[bool, str]] = []
+    for at, token in enumerate(tokens):
+        han = _is_han(token[0])
+        if not han and not any(c.isalpha() for c in token):
+            before, after = "".join(tokens[:at][-2:]), "".join(tokens[at + 1 :][:2])
+            if any(c.isdigit() for c in token):
+                touched = _is_han(before[-1:]) or _is_han(after[:1])
+                near = (before.split() or [""])[-1], (after.split() or [""])[0]
+                han = touched or not any(_has_latin(word) for word in near)
+            else:
+                han = runs[-1][0] if runs else True  # spaces and marks part no run
+        if runs and runs[-1][0] == han:
+            runs[-1] = (han, runs[-1][1] + token)
+        else:
+            runs.append((han, token))
+    parts = [mandarin(run) if han else english(run) for han, run in runs]
+    return " ".join(part for part in parts if part)
+
+
+def _is_han(char: str) -> bool:
+    return bool(char) and re.match(f"[{_HAN}]", char) is not None
+
+
+def _has_latin(word: str) -> bool:
+    return any(c.isalpha() and not _is_han(c) for c in word)

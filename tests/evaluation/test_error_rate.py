@@ -1,0 +1,154 @@
+import json
+import math
+import random
+
+import jiwer
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsasr.evaluation.error_rate import Counts, Scores, count, paired_test, score
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "away", "home", "blue"]
+
+
+def _pairs(n, seed=0, noise=0.3):
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        ref = rng.choices(WORDS, k=rng.randint(1, 12))
+        hyp = []
+        for word in ref:
+            draw = rng.random()
+            if draw < noise / 3:
+                continue
+            hyp.append(rng.choice(WORDS) if draw < 2 * noise / 3 else word)
+            if draw > 1 - noise / 3:
+                hyp.append(rng.choice(WORDS))
+        rows.append((" ".join(ref), " ".join(hyp), "en", f"u{i:03d}"))
+    return rows
+
+
+def test_agrees_with_jiwer():
+    pairs = _pairs(200)
+    ours = score(pairs)
+    theirs = jiwer.process_words([p[0] for p in pairs], [p[1] for p in pairs])
+    assert ours.wer == pytest.approx(theirs.wer, abs=1e-12)
+    total = ours.counts
+    assert (total.substitutions, total.deletions, total.insertions) == (
+        theirs.substitutions,
+        theirs.deletions,
+        theirs.insertions,
+    )
+    cer = jiwer.cer([p[0] for p in pairs], [p[1] for p in pairs])
+    assert ours.character_rate == pytest.approx(cer, abs=1e-12)
+
+
+def _distance(a, b):
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(last + (x != y), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=9), st.lists(st.sampled_from("abc"), max_size=9))
+def test_counts_are_a_minimal_edit(ref, hyp):
+    c = count(ref, hyp)
+    assert c.errors == _distance(ref, hyp)
+    assert len(ref) - c.deletions + c.insertions == len(hyp)
+    assert c.reference == len(ref)
+
+
+def test_known_counts():
+    assert count(["a", "b", "c", "d"], ["a", "x", "c", "d", "e"]) == Counts(1, 0, 1, 4)
+    assert count(["a", "b", "c"], []) == Counts(0, 3, 0, 3)
+    assert count([], ["a"]).rate == math.inf
+    assert math.isnan(count([], []).rate)
+
+
+def test_units_by_language():
+    scores = score(
+        [
+            ("It's ten o'clock.", "it is 10 o'clock", "en"),
+            ("二十个人", "20 个 人。", "zh"),
+            ("今天天气", "今天天汽", "zh"),
+            ("我要book两本", "我要 look 2本", "zh-en"),
+        ]
+    )
+    assert scores.wer == 0
+    assert scores.cer == 1 / 8
+    assert scores.mer == 1 / 5
+    by_lang = scores.by_lang
+    assert list(by_lang) == ["en", "zh", "zh-en"]
+    assert by_lang["zh"].counts == Counts(1, 0, 0, 8)
+    assert (by_lang["zh"].utterances, by_lang["zh"].exact, by_lang["zh"].unit) == (2, 1, "char")
+    assert scores.sentence_rate == 0.5
+    assert scores.only("zh").rate == 1 / 8
+    assert math.isnan(scores.only("zh").wer)
+    assert scores.summary()["cer/zh"] == 1 / 8
+    assert "mer" not in scores.only("zh").summary()
+
+
+def test_merge_equals_one_process():
+    pairs = _pairs(30)
+    ranks = [score(pairs[r::3]) for r in range(3)]
+    whole = Scores()
+    for rank in ranks:
+        whole.merge(Scores.from_state(json.loads(json.dumps(rank.state()))))
+    assert whole.counts == score(pairs).counts
+    assert whole.by_lang == score(pairs).by_lang
+    assert sorted(u.key for u in whole.utterances) == [p[3] for p in pairs]
+
+
+def test_empty_scores():
+    scores = score([])
+    assert math.isnan(scores.rate) and scores.by_lang == {}
+    assert math.isnan(scores.interval().low)
+    assert scores.summary() == {"utterances": 0}
+
+
+def test_interval_covers():
+    # Errors are Bernoulli per one-word utterance, so that the true spread is known.
+    rng = np.random.default_rng(3)
+    inside = 0
+    for trial in range(100):
+        wrong = rng.random(80) < 0.3
+        scores = score([("a", "b" if w else "a", "de") for w in wrong])
+        interval = scores.interval(draws=400, seed=trial)
+        assert interval.low <= interval.value <= interval.high
+        inside += interval.low <= 0.3 <= interval.high
+    assert 85 <= inside <= 100
+    assert scores.interval(draws=50, seed=1) == scores.interval(draws=50, seed=1)
+
+
+def test_paired_test_sees_a_difference_and_none():
+    pairs = _pairs(150, seed=1)
+    good = score([(r, r, la, k) for r, _, la, k in pairs])
+    bad = score(pairs)
+    test = paired_test(bad, good)
+    assert test.p_value < 0.01 and test.improved > 0.99 and test.high < 0
+    assert test.difference == pytest.approx(-bad.rate)
+    same = paired_test(bad, score(pairs[::-1]))
+    assert (same.difference, same.p_value, same.improved) == (0, 1, 0)
+
+
+def test_paired_p_value_is_uniform_under_the_null():
+    rng = np.random.default_rng(0)
+    small = 0
+    for trial in range(100):
+        a, b = rng.random((2, 60)) < 0.3
+        one, two = (score([("a", "b" if w else "a", "de") for w in side]) for side in (a, b))
+        small += paired_test(one, two, draws=400, seed=trial).p_value < 0.1
+    assert small <= 20
+
+
+def test_paired_test_refuses_other_references():
+    with pytest.raises(ValueError, match="5 and 4"):
+        paired_test(score(_pairs(5)), score(_pairs(4)))
+    with pytest.raises(ValueError, match="same references"):
+        paired_test(score([("a", "a", "en")]), score([("a b", "a", "en")]))
+    with pytest.raises(ValueError, match="keys"):
+        paired_test(score([("a", "a", "en", "k")]), score([("a", "a", "en", "l")]))
