@@ -1,1 +1,1 @@
-"""What a recogniser is judged by: decoding, error rates, hallucinations."""
+"""From a trained model to transcripts and figures: decoding, error rates, hallucination."""
