@@ -1,0 +1,91 @@
+"""From encoder frames (25 Hz) to embeddings that the language model reads (6.25 Hz)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsasr import kernels
+from dsasr.errors import UserError
+from dsasr.model.encoder import valid_frames
+
+# Root mean square of activation(x) for x ~ N(0, 1).
+_RMS = {"gelu": 0.6521, "silu": 0.5968, "relu": 0.7071}
+
+
+@dataclass(frozen=True)
+class AdaptorConfig:
+    """``stack`` consecutive frames are concatenated; ``hidden`` 0 means the language model's width."""
+
+    stack: int = 4
+    hidden: int = 0
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        if self.stack < 1 or self.hidden < 0:
+            raise UserError("adaptor: stack must be at least 1 and hidden at least 0")
+        if self.activation not in _RMS:
+            raise UserError(
+                f"adaptor activation {self.activation!r}: choose one of {', '.join(_RMS)}"
+            )
+
+
+class Adaptor(nn.Module):
+    """Stacks frames and runs a two-layer MLP, on valid frames only.
+
+    The weights belong to this module itself, not to layers inside it, so that ZeRO-3 gathers them
+    for the one kernel that reads them all.
+
+    ``scale`` is the root mean square that the embeddings start with, for frames of unit variance
+    (the encoder ends in a LayerNorm). Give it that of the language model's token embeddings
+    (**ours**): speech then enters the residual stream as tokens do, neither drowned nor drowning.
+    """
+
+    def __init__(self, cfg: AdaptorConfig, width: int, out_width: int, scale: float = 1.0):
+        super().__init__()
+        self.cfg = cfg
+        self.scale = scale
+        hidden = cfg.hidden or out_width
+        self.weight1 = nn.Parameter(torch.empty(hidden, cfg.stack * width))
+        self.bias1 = nn.Parameter(torch.empty(hidden))
+        self.weight2 = nn.Parameter(torch.empty(out_width, hidden))
+        self.bias2 = nn.Parameter(torch.empty(out_width))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        hidden, stacked = self.weight1.shape
+        std2 = self.scale / (_RMS[self.cfg.activation] * hidden**0.5)
+        nn.init.normal_(self.weight1, std=stacked**-0.5, generator=generator)
+        nn.init.normal_(self.weight2, std=std2, generator=generator)
+        nn.init.zeros_(self.bias1)
+        nn.init.zeros_(self.bias2)
+
+    def output_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Embeddings of so many encoder frames; a last, partial stack counts."""
+        return (lengths_B + self.cfg.stack - 1) // self.cfg.stack
+
+    def forward(
+        self, frames_BSE: Tensor, lengths_B: Tensor, packed: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, A, D], zero where padded, or ``packed`` [N, D]; and their lengths_B.
+
+        Frames beyond ``lengths_B`` count as zeros in a last, partial stack.
+        """
+        embeds_ND, out_lengths_B = kernels.adaptor(
+            frames_BSE,
+            lengths_B,
+            self.weight1,
+            self.bias1,
+            self.weight2,
+            self.bias2,
+            stack=self.cfg.stack,
+            activation=self.cfg.activation,
+        )
+        if packed:
+            return embeds_ND, out_lengths_B
+        valid_BA = valid_frames(out_lengths_B, -(-frames_BSE.shape[1] // self.cfg.stack))
+        padded = embeds_ND.new_zeros(valid_BA.numel(), embeds_ND.shape[1])
+        padded = padded.index_copy(0, valid_BA.flatten().nonzero().squeeze(1), embeds_ND)
+        return padded.view(*valid_BA.shape, -1), out_lengths_B
