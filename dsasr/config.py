@@ -1,0 +1,250 @@
+"""Recipes: YAML → nested dataclasses, ``key=value`` overrides, validation, dump.
+
+The order of authority is: dataclass defaults < recipe file < command line. Each module owns the
+dataclass of its own settings; this one only reads, checks and writes them. Unknown keys fail with
+the nearest valid name, so that a typo never trains silently with a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dsasr.errors import UserError
+
+T = TypeVar("T")
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest of ``valid``, else the list of them."""
+    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (valid: {', '.join(sorted(valid))})"
+
+
+def build(cls: type[T], values: Any, path: str = "") -> T:
+    """An instance of dataclass ``cls`` from plain YAML values.
+
+    Raises `UserError` on an unknown key, a missing one, or a value of the wrong type, each named by
+    its full dotted path.
+    """
+    if dataclasses.is_dataclass(values) and isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path or 'recipe'} must be a mapping, not {_shown(values)}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    arguments = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise UserError(f"unknown recipe key '{where}'{nearest(key, list(fields))}")
+        arguments[key] = _convert(hints[key], value, where)
+    for name, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and name not in arguments:
+            where = f"{path}.{name}" if path else name
+            raise UserError(f"the recipe lacks '{where}'")
+    return cls(**arguments)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if hint is Any:
+        return value
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            choices = ", ".join(map(str, typing.get_args(hint)))
+            raise UserError(f"{where} must be one of {choices}, not {_shown(value)}")
+        return value
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} must be a list, not {_shown(value)}")
+        inner = typing.get_args(hint)
+        kinds = [inner[0]] * len(value) if origin is list or inner[1:] == (...,) else list(inner)
+        if len(kinds) != len(value):
+            raise UserError(f"{where} must have {len(kinds)} entries, not {len(value)}")
+        return origin(
+            _convert(k, v, f"{where}[{i}]")
+            for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a mapping, not {_shown(value)}")
+        kind = typing.get_args(hint)[1]
+        return {str(k): _convert(kind, v, f"{where}.{k}") for k, v in value.items()}
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_union(hint: Any, value: Any, where: str) -> Any:
+    kinds = typing.get_args(hint)
+    if value is None and type(None) in kinds:
+        return None
+    rest = [k for k in kinds if k is not type(None)]
+    error: UserError | None = None
+    for kind in rest:
+        try:
+            return _convert(kind, value, where)
+        except UserError as reason:
+            error = reason
+    assert error is not None
+    raise error
+
+
+def _convert_scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string; it is a number to everybody else.
+        try:
+            return float(value)
+        except ValueError:
+            raise UserError(f"{where} must be a number, not {_shown(value)}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) and hint is not bool:
+        raise UserError(f"{where} must be a {hint.__name__}, not {_shown(value)}")
+    if not isinstance(value, hint):
+        raise UserError(f"{where} must be a {hint.__name__}, not {_shown(value)}")
+    return value
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what YAML and JSON know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """The plain values of a packaged recipe's name or of a YAML file's path, bases merged in.
+
+    A recipe may name another with ``base:``; its own values then override the base's, mapping by
+    mapping. Raises `UserError` when it is not there or not YAML.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        packaged = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise UserError(f"no recipe '{name_or_path}'{nearest(name_or_path, packaged)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of recipe keys")
+    base = values.pop("base", None)
+    return merge(read_recipe(str(base)), values) if base is not None else values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``; mappings merge key by key, all else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """``a.b=value`` assignments applied to a copy of ``values``.
+
+    The right side is YAML, so ``lr=[1e-3, 2e-3]`` works. A list is entered by index or, where its
+    entries have a ``name``, by that name: ``stages.align.steps=100``.
+    """
+    values = json.loads(json.dumps(values, default=str))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{assignment}' is not key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"the value of '{key}' is not valid YAML: {text}") from None
+        _assign(values, key, value)
+    return values
+
+
+def _assign(values: Any, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    target = values
+    for part in parents:
+        if isinstance(target, list):
+            target = target[_position(target, part, key)]
+        else:
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+        if not isinstance(target, (dict, list)):
+            raise UserError(f"'{key}' does not exist: '{part}' holds a plain value")
+    if isinstance(target, list):
+        target[_position(target, last, key)] = value
+    else:
+        target[last] = value
+
+
+def _position(entries: list, part: str, key: str) -> int:
+    if part.isdigit() and int(part) < len(entries):
+        return int(part)
+    names = [e.get("name", "") if isinstance(e, dict) else "" for e in entries]
+    if part not in names:
+        valid = [n for n in names if n] or [str(i) for i in range(len(entries))]
+        raise UserError(f"'{key}' does not exist: no entry '{part}'{nearest(part, valid)}")
+    return names.index(part)
+
+
+def dump(value: Any) -> str:
+    """A dataclass as YAML that `read_recipe` and `build` read back to an equal one."""
+    return yaml.safe_dump(to_plain(value), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(value: Any) -> str:
+    """A short, stable hash of a dataclass or of plain values."""
+    text = json.dumps(to_plain(value), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """One line per leaf that differs between two plain values: ``a.b: 1 → 2``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            where = f"{path}.{key}" if path else str(key)
+            lines += difference(old.get(key), new.get(key), where)
+        return lines
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line
+            for i, (a, b) in enumerate(zip(old, new, strict=True))
+            for line in difference(a, b, f"{path}[{i}]")
+        ]
+    return [] if old == new else [f"{path}: {_shown(old)} → {_shown(new)}"]

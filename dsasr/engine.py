@@ -1,0 +1,373 @@
+"""One DeepSpeed engine a branch: enter a stage, make a step, park, take another encoder.
+
+The only importer of deepspeed. How parameter groups are swapped, and why so:
+
+- *Within* a branch, entering a stage destroys the branch's engine and initialises a new one over
+  the same (already partitioned) module with exactly the stage's parts in the optimizer. A parameter
+  that is frozen by ``requires_grad`` under one optimizer over everything still moves (its Adam
+  moments are stale), and one that is unfrozen later never gets gradients; a new engine has neither
+  fault. fp32 masters are carried over by name, moments on request.
+- *Between* branches two engines live side by side over disjoint modules, so taking turns costs
+  nothing but the parking of fp32 masters and moments (`dsasr.parking`), and neither branch can
+  touch a bit of the other's.
+
+``tools/bench/swap.py`` measures both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dsasr import partition, ranks
+from dsasr.config import nearest
+from dsasr.data.batching import Batch, stand_in
+from dsasr.errors import UserError
+from dsasr.fragments import Fragment, FragmentReader
+from dsasr.parking import ParkConfig, Parking
+from dsasr.stages import StageConfig, learning_rate
+
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    deepspeed: str = "zero3"  # a file of ds_configs/ by name, or a path
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    clip: float = 1.0  # global gradient norm; 0: no clipping
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    park: ParkConfig = field(default_factory=ParkConfig)
+
+    def __post_init__(self) -> None:
+        read_ds_config(self.deepspeed)
+        if not all(0 <= b < 1 for b in self.betas):
+            raise UserError("engine.betas must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step was. ``sums`` are this rank's (sum, count), not yet reduced."""
+
+    branch: str
+    stage: str
+    step: int
+    sums: dict[str, tuple[Tensor, Tensor]]
+    rates: dict[str, float]
+    grad_norm: float | None
+    batches: tuple[Batch, ...]
+
+
+def read_ds_config(name_or_path: str) -> dict[str, Any]:
+    """A DeepSpeed JSON by packaged name or path."""
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        path = DS_CONFIGS / f"{name_or_path}.json"
+    if not path.is_file():
+        names = [p.stem for p in DS_CONFIGS.glob("*.json")]
+        raise UserError(f"no DeepSpeed config '{name_or_path}'{nearest(name_or_path, names)}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def init_distributed() -> None:
+    """Join the job's process group; a lone process becomes a group of one."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(key, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    if ranks.device().type == "cuda":
+        torch.cuda.set_device(ranks.device())
+    backend = "nccl" if ranks.device().type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+
+
+def precision(config: EngineConfig) -> torch.dtype:
+    """The dtype of weights and activations (masters and moments are always fp32)."""
+    if config.precision == "auto":
+        return torch.bfloat16 if ranks.device().type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+class Branch:
+    """A module, and the DeepSpeed engine of the stage that it is in."""
+
+    def __init__(self, name: str, module: nn.Module, config: EngineConfig, folder: Path):
+        self.name = name
+        self.module = module.to(ranks.device())
+        self.config = config
+        self.stage: StageConfig | None = None
+        self._engine = None
+        self._states: partition.States | None = None
+        self._parking = Parking(config.park, name, folder)
+        # fp32 masters of parameters that an earlier stage trained and this one does not.
+        self._dormant: dict[str, Fragment] = {}
+
+    # -- stages ------------------------------------------------------------------------------
+
+    def enter(self, stage: StageConfig) -> None:
+        """Make exactly the stage's parts trainable. No-op unless the stage changed; collective."""
+        if self.stage is not None and stage.name == self.stage.name:
+            self.unpark()
+            return
+        carried, steps = self._leave()
+        self.stage = stage
+        groups = self._groups(stage)
+        self._engine = self._initialise(stage, groups)
+        self._states = partition.States(self.module, self._engine.optimizer)
+        self._restore(carried, steps if stage.keep_moments else None)
+        self.module.objective = stage.objective
+
+    def _groups(self, stage: StageConfig) -> list[dict[str, Any]]:
+        groups = []
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(False)
+        for part in stage.trains:
+            child = getattr(self.module, part, None)
+            if child is None:
+                raise UserError(f"stage '{stage.name}' trains '{part}', which this model lacks")
+            params = list(child.parameters())
+            for parameter in params:
+                parameter.requires_grad_(True)
+            rate = learning_rate(stage, part, 0)
+            groups.append({"params": params, "lr": rate, "name": part})
+        return groups
+
+    def _initialise(self, stage: StageConfig, groups: list[dict[str, Any]]):
+        import deepspeed
+
+        config = read_ds_config(self.config.deepspeed)
+        config |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": stage.accumulate,
+            "gradient_clipping": self.config.clip,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": precision(self.config) is torch.bfloat16},
+            "steps_per_print": 1 << 60,
+        }
+        optimizer = torch.optim.AdamW(
+            groups,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=stage.weight_decay,
+            fused=ranks.device().type == "cuda",
+        )
+        engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        return engine
+
+    def _leave(self) -> tuple[dict[str, Fragment], float]:
+        """Destroy the engine; returns copies of its masters and moments, and Adam's step count."""
+        if self._engine is None:
+            return {}, 0.0
+        self.unpark()
+        carried = {
+            key: dataclasses.replace(f, tensor=f.tensor.clone())
+            for key, f in self._states.views().items()
+        }
+        steps = self._states.steps()
+        self._engine.destroy()
+        self._engine = self._states = None
+        gc.collect()
+        return carried, steps
+
+    def _restore(self, carried: dict[str, Fragment], steps: float | None) -> None:
+        """Put carried fp32 values back where this stage trains them; keep the rest dormant."""
+        masters = {k: f for k, f in carried.items() if k.startswith(f"{partition.MASTER}/")}
+        self._dormant |= masters
+        if steps is not None:
+            self._states.make_moments(steps)
+        for key, view in self._states.views().items():
+            kind = key.partition("/")[0]
+            if kind == partition.MASTER and key in self._dormant:
+                view.tensor.copy_(self._dormant.pop(key).tensor)
+            elif kind != partition.MASTER and steps is not None and key in carried:
+                view.tensor.copy_(carried[key].tensor)
+        if precision(self.config) is torch.float32:
+            # The weights are the masters then: nothing is lost by dropping the copies.
+            self._dormant.clear()
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def step(self, batches: Sequence[Batch], step: int) -> StepReport:
+        """One optimizer step from this rank's ``accumulate`` micro-batches; collective.
+
+        All randomness (dropout, masks, chunks) is seeded from the batch, so that a resumed run
+        repeats an uninterrupted one bit for bit.
+        """
+        assert self.stage is not None and len(batches) == self.stage.accumulate
+        rates = {part: learning_rate(self.stage, part, step) for part in self.stage.trains}
+        for group, rate in zip(self._optimizer_groups(), rates.values(), strict=True):
+            group["lr"] = rate
+        self.module.train()
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for batch in batches:
+            # A batch of which every sample was bad must still make the collective calls.
+            real = batch if len(batch) else stand_in(batch)
+            torch.manual_seed(batch.seed)
+            outputs = self._engine(real.to(ranks.device()))
+            self._engine.backward(outputs.loss if len(batch) else outputs.loss * 0.0)
+            self._engine.step()
+            if len(batch):
+                for name, (total, count) in outputs.sums.items():
+                    old = sums.get(name, (0.0, 0.0))
+                    sums[name] = (old[0] + total, old[1] + count)
+        norm = self._engine.get_global_grad_norm()
+        norm = float(norm) if norm is not None else None
+        return StepReport(
+            self.name, self.stage.name, step, sums, rates, norm, tuple(batches)
+        )
+
+    def _optimizer_groups(self) -> list[dict[str, Any]]:
+        return self._engine.optimizer.optimizer.param_groups
+
+    @contextmanager
+    def evaluating(self):
+        """The module in eval mode, without gradients."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield self.module
+        finally:
+            self.module.train(training)
+
+    # -- parking and swapping ----------------------------------------------------------------
+
+    def park(self) -> int:
+        """Move masters and moments to their parking place; returns the bytes moved."""
+        if self._states is None:
+            return 0
+        tensors = {}
+        for index, flat in enumerate(self._states.flats()):
+            tensors[f"{partition.MASTER}.{index}"] = flat
+            for kind, moment in self._states.moments(flat).items():
+                tensors[f"{kind}.{index}"] = moment
+        return self._parking.park(tensors)
+
+    def unpark(self) -> int:
+        return self._parking.unpark()
+
+    def load_encoder(self, source: FragmentReader | Branch) -> None:
+        """Hot-swap: take the encoder of a published snapshot or of the other branch; collective.
+
+        From a snapshot each rank reads only the slices that it holds; from a branch of the same job
+        it is a local copy. Where the encoder is trainable its masters follow and its moments start
+        again from zero. Raises `FragmentError`, with nothing changed, when the encoder is of
+        another architecture.
+        """
+        prefix = "encoder."
+        if isinstance(source, Branch):
+            partition.copy_weights(source.module, self.module, prefix)
+            masters = source.masters(prefix)
+        else:
+            partition.load_weights(self.module, source, prefix)
+            masters = {}
+        partition.refresh_gathered(self.module, prefix)
+        self._set_masters(prefix, masters, source)
+
+    def masters(self, prefix: str) -> dict[str, Fragment]:
+        """This rank's pieces of the fp32 masters, where the branch trains the parameter."""
+        if self._states is None:
+            return {}
+        self.unpark()
+        start = f"{partition.MASTER}/{prefix}"
+        return {k: f for k, f in self._states.views().items() if k.startswith(start)}
+
+    def _set_masters(self, prefix: str, masters, source) -> None:
+        if self._states is None:
+            return
+        self.unpark()
+        own = dict(partition.parameters(self.module, prefix))
+        for key, view in self._states.views().items():
+            kind, _, name = key.partition("/")
+            if name not in own:
+                continue
+            if kind != partition.MASTER:
+                view.tensor.zero_()
+            elif key in masters:
+                view.tensor.copy_(masters[key].tensor)
+            elif isinstance(source, FragmentReader) and key in source:
+                view.tensor.copy_(source.read(key, view.start, view.stop))
+            else:
+                low = partition.weight(own[name])
+                at = view.start - low.start
+                view.tensor.copy_(low.tensor[at : at + view.tensor.numel()])
+
+    # -- saving and loading ------------------------------------------------------------------
+
+    def fragments(self) -> dict[str, Fragment]:
+        """This rank's weights, masters and moments, keyed below the branch's name."""
+        self.unpark()
+        held = partition.weights(self.module)
+        held |= self._dormant
+        if self._states is not None:
+            held |= self._states.views()
+        return {f"{self.name}/{key}": fragment for key, fragment in held.items()}
+
+    def adam_steps(self) -> float:
+        return self._states.steps() if self._states is not None else 0.0
+
+    def load(self, reader: FragmentReader, stage: StageConfig | None, adam_steps: float) -> None:
+        """Restore what `fragments` gave, written by any number of ranks; collective."""
+        below = Below(reader, f"{self.name}/")
+        if stage is None:
+            partition.load_weights(self.module, below)
+            return
+        self.enter(stage)
+        partition.load_weights(self.module, below)
+        partition.refresh_gathered(self.module)
+        if adam_steps:
+            self._states.make_moments(adam_steps)
+        for key, view in self._states.views().items():
+            view.tensor.copy_(below.read(key, view.start, view.stop))
+        trained = {k for k in self._states.views()}
+        for name, parameter in partition.parameters(self.module):
+            key = f"{partition.MASTER}/{name}"
+            if key in below and key not in trained:
+                low = partition.weight(parameter)
+                piece = below.read(key, low.start, low.stop)
+                self._dormant[key] = dataclasses.replace(low, tensor=piece)
+
+    def close(self) -> None:
+        """Destroy the engine and free what it held; the module stays."""
+        self._leave()
+        self._parking.close()
+        self._dormant.clear()
+        self.stage = None
+
+
+class Below:
+    """A `FragmentReader` seen from below a key prefix."""
+
+    def __init__(self, reader: FragmentReader, prefix: str):
+        self._reader, self._prefix = reader, prefix
+        cut = len(prefix)
+        self.folder = reader.folder
+        self.shapes = {k[cut:]: s for k, s in reader.shapes.items() if k.startswith(prefix)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.shapes
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        return self._reader.read(self._prefix + key, start, stop)
+
+    def whole(self, key: str) -> Tensor:
+        return self._reader.whole(self._prefix + key)

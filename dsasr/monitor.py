@@ -1,0 +1,178 @@
+"""What a run says of itself: metrics.jsonl and events.jsonl always, TensorBoard, a progress line.
+
+Only rank 0 writes. Sums over ranks are made when a line is due, not every step, so that a step
+needs no synchronisation with the host.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsasr import ranks
+from dsasr.engine import StepReport
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    every: int = 10  # steps of a branch between two lines
+    tensorboard: bool = True
+
+
+class Meter:
+    """Sums of one branch's steps since its last line."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, tuple[Any, Any]] = {}
+        self.audio = self.frames = self.padded = self.wait = self.steps = self.bad = 0.0
+        self.started = time.monotonic()
+
+    def add(self, report: StepReport, wait: float) -> None:
+        for name, (total, count) in report.sums.items():
+            old = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (old[0] + total, old[1] + count)
+        for batch in report.batches:
+            self.audio += batch.audio_seconds
+            self.padded += batch.features_BTF.shape[0] * batch.features_BTF.shape[1]
+            self.frames += float(batch.feature_lengths_B.sum())
+            self.bad += len(batch.bad)
+        self.wait += wait
+        self.steps += 1
+
+    def collect(self) -> dict[str, float]:
+        """Means and rates over all ranks since the last call; collective."""
+        names = sorted({n for held in ranks.gather(sorted(self.sums)) for n in held})
+        values = []
+        for name in names:
+            total, count = self.sums.get(name, (0.0, 0.0))
+            values += [float(total), float(count)]
+        values += [self.audio, self.frames, self.padded, self.wait, self.bad]
+        summed = ranks.sum_ranks(
+            torch.tensor(values, dtype=torch.float64, device=ranks.device())
+        ).tolist()
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        audio, frames, padded, wait, bad = summed[2 * len(names) :]
+        line = {
+            name: summed[2 * i] / summed[2 * i + 1] if summed[2 * i + 1] else math.nan
+            for i, name in enumerate(names)
+        }
+        line |= {
+            "audio_hours_per_hour": audio / elapsed,
+            "padding_share": 1 - frames / padded if padded else 0.0,
+            "wait_share": wait / ranks.world() / elapsed,
+            "step_seconds": elapsed / max(self.steps, 1),
+            "bad_samples": bad,
+        }
+        self.reset()
+        return line
+
+
+class Monitor:
+    """Writes a run's metrics and events, and the progress line on a terminal or in a log."""
+
+    def __init__(self, folder: Path, config: MonitorConfig, total_steps: int):
+        self.config = config
+        self.total_steps = total_steps
+        self._meters: dict[str, Meter] = {}
+        self._started = time.monotonic()
+        self._first: int | None = None
+        self._writer = self._metrics = self._events = None
+        if ranks.main_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self._events = open(folder / "events.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def step(self, report: StepReport, steps: int, wait: float, last: bool = False) -> dict | None:
+        """Count a step; write a line when one is due and return it (on every rank); collective."""
+        if self._first is None:
+            self._first = steps - 1
+        meter = self._meters.setdefault(report.branch, Meter())
+        meter.add(report, wait)
+        if not last and (report.step + 1) % self.config.every:
+            return None
+        line = meter.collect()
+        line |= {f"rate_{part}": rate for part, rate in report.rates.items()}
+        if report.grad_norm is not None:
+            line["grad_norm"] = report.grad_norm
+        head = {"steps": steps, "branch": report.branch, "stage": report.stage}
+        self._write(head | {"step": report.step + 1}, line)
+        self._progress(report, steps, line)
+        return line
+
+    def _write(self, head: Mapping[str, Any], line: Mapping[str, float]) -> None:
+        if self._metrics is None:
+            return
+        seconds = round(time.monotonic() - self._started, 3)
+        self._metrics.write(json.dumps({**head, "seconds": seconds, **line}) + "\n")
+        self._metrics.flush()
+        if self._writer is not None:
+            for name, value in line.items():
+                self._writer.add_scalar(f"{head['stage']}/{name}", value, head["steps"])
+
+    def _progress(self, report: StepReport, steps: int, line: Mapping[str, float]) -> None:
+        if self._metrics is None:
+            return
+        done = steps - (self._first or 0)
+        left = (time.monotonic() - self._started) / max(done, 1) * (self.total_steps - steps)
+        losses = " ".join(
+            f"{k} {line[k]:.3f}"
+            for k in ("ctc", "consistency", "nll", "entropy", "accuracy")
+            if k in line
+        )
+        text = (
+            f"[{steps}/{self.total_steps}] {report.stage} {report.step + 1}  {losses}  "
+            f"{line['audio_hours_per_hour']:.0f} h/h  {clock(left)} left"
+        )
+        print(text, flush=True)
+
+    def scalars(self, head: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        """Values outside a step's line: evaluation, CKA, swap costs. Rank 0 writes."""
+        self._write(head, values)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened once: a trigger, a swap, a checkpoint, a stage's end."""
+        if self._events is None:
+            return
+        seconds = round(time.monotonic() - self._started, 3)
+        self._events.write(json.dumps({"event": kind, "seconds": seconds, **fields}) + "\n")
+        self._events.flush()
+        shown = "  ".join(f"{k}={_short(v)}" for k, v in fields.items())
+        print(f"— {kind}: {shown}", flush=True)
+
+    def text(self, name: str, text: str, steps: int) -> None:
+        """A text sample for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_text(name, text, steps)
+
+    def close(self) -> None:
+        for handle in (self._metrics, self._events, self._writer):
+            if handle is not None:
+                handle.close()
+        sys.stdout.flush()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03`` of a duration in seconds."""
+    seconds = max(int(seconds), 0)
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,197 @@
+"""Where a parameter's weights and optimizer states lie on this rank, under any ZeRO stage.
+
+Everything that reads or writes them (parking, hot-swap, snapshots, checkpoints) goes through the
+views given here, one `Fragment` a parameter and kind of state, so that none of it depends on
+DeepSpeed's layout:
+
+- ZeRO-3: each rank holds the same range of a parameter (``ds_tensor``) and of its fp32 master.
+- ZeRO-1 and 2: weights are whole on every rank, masters are cut at arbitrary places.
+- before DeepSpeed has seen the module, weights are whole and there are no masters.
+
+Whole weights are shared out evenly when written, so a folder never holds them twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dsasr import ranks
+from dsasr.fragments import Fragment, FragmentError, FragmentReader
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Named parameters whose name starts with ``prefix``; tied ones once."""
+    for name, parameter in module.named_parameters():
+        if name.startswith(prefix):
+            yield name, parameter
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape, also while ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def weight(parameter: nn.Parameter) -> Fragment:
+    """A view of the weights that this rank answers for."""
+    shape = full_shape(parameter)
+    numel = torch.Size(shape).numel()
+    if hasattr(parameter, "ds_tensor"):
+        held = parameter.ds_tensor.data
+        start = min(ranks.rank() * held.numel(), numel)
+        return Fragment(shape, start, held[: min(held.numel(), numel - start)])
+    share = -(-numel // ranks.world())
+    start = min(ranks.rank() * share, numel)
+    return Fragment(shape, start, parameter.data.reshape(-1)[start : min(start + share, numel)])
+
+
+def weights(module: nn.Module, prefix: str = "") -> dict[str, Fragment]:
+    """Name → weights that this rank answers for; buffers are rank 0's."""
+    held = {name: weight(p) for name, p in parameters(module, prefix)}
+    for name, buffer in persistent_buffers(module, prefix):
+        flat = buffer.reshape(-1)
+        held[name] = Fragment(tuple(buffer.shape), 0, flat if ranks.main_rank() else flat[:0])
+    return held
+
+
+def persistent_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Named buffers that belong to the state dict."""
+    for path, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            whole = f"{path}.{name}" if path else name
+            if name not in child._non_persistent_buffers_set and whole.startswith(prefix):
+                yield whole, buffer
+
+
+def load_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") -> None:
+    """Fill ``module``'s weights and buffers from ``reader``; each rank reads what it holds.
+
+    Checks names and shapes of everything before the first byte is changed: `FragmentError` when the
+    folder is of another architecture, and the module is then as it was. The caller refreshes
+    gathered copies afterwards (`refresh_gathered`).
+    """
+    wanted = {n: full_shape(p) for n, p in parameters(module, prefix)}
+    wanted |= {n: tuple(b.shape) for n, b in persistent_buffers(module, prefix)}
+    for name, shape in wanted.items():
+        if name not in reader:
+            raise FragmentError(f"{reader.folder} holds no '{name}': another architecture")
+        if reader.shapes[name] != shape:
+            raise FragmentError(
+                f"{reader.folder} holds '{name}' of shape {list(reader.shapes[name])}, "
+                f"this model has {list(shape)}: another architecture"
+            )
+    for name, parameter in parameters(module, prefix):
+        if hasattr(parameter, "ds_tensor"):
+            held = weight(parameter)
+            held.tensor.copy_(reader.read(name, held.start, held.stop))
+        else:
+            parameter.data.copy_(reader.whole(name))
+    for name, buffer in persistent_buffers(module, prefix):
+        buffer.copy_(reader.whole(name))
+
+
+def copy_weights(source: nn.Module, target: nn.Module, prefix: str = "") -> None:
+    """Copy weights between two modules of equal partition layout: no communication."""
+    sources = dict(parameters(source, prefix))
+    for name, parameter in parameters(target, prefix):
+        other = sources[name]
+        if hasattr(parameter, "ds_tensor") and hasattr(other, "ds_tensor"):
+            parameter.ds_tensor.data.copy_(other.ds_tensor.data)
+        elif not hasattr(parameter, "ds_tensor") and not hasattr(other, "ds_tensor"):
+            parameter.data.copy_(other.data)
+        else:
+            raise FragmentError(f"'{name}' is partitioned in one branch and whole in the other")
+    buffers = dict(persistent_buffers(source, prefix))
+    for name, buffer in persistent_buffers(target, prefix):
+        buffer.copy_(buffers[name])
+
+
+def refresh_gathered(module: nn.Module, prefix: str = "") -> None:
+    """Bring ZeRO-3's resident copies of small parameters up to date with the partitions; collective."""
+    resident = [
+        p
+        for _, p in parameters(module, prefix)
+        if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"
+    ]
+    if resident:
+        resident[0].partition(resident)
+        resident[0].all_gather(resident)
+
+
+class States:
+    """fp32 masters and Adam moments of one DeepSpeed optimizer, by parameter name, as views.
+
+    ``zero`` is DeepSpeed's ZeRO optimizer; its ``optimizer`` the torch one inside.
+    """
+
+    def __init__(self, module: nn.Module, zero):
+        self._zero = zero
+        self._names = {id(p): n for n, p in module.named_parameters()}
+
+    def flats(self) -> list[Tensor]:
+        """The flat fp32 masters, in DeepSpeed's order."""
+        if hasattr(self._zero, "fp32_partitioned_groups_flat"):
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _places(self) -> Iterator[tuple[str, tuple[int, ...], int, int, int, Tensor]]:
+        """(name, shape, start in the parameter, numel, offset in the flat, flat) of each piece."""
+        flats = self.flats()
+        if hasattr(self._zero, "fp16_groups"):
+            for flat, group in zip(flats, self._zero.fp16_groups, strict=True):
+                at = 0
+                for p in group:
+                    fragment = weight(p)
+                    size = fragment.tensor.numel()
+                    yield self._names[id(p)], fragment.shape, fragment.start, size, at, flat
+                    at += p.ds_tensor.ds_numel
+            return
+        for index, group in enumerate(self._zero.bit16_groups):
+            for p in group:
+                piece = getattr(p, "_hp_mapping", None)
+                if piece is None:
+                    yield self._names[id(p)], full_shape(p), 0, 0, 0, flats[index]
+                else:
+                    low, high = piece.lp_fragment_address, piece.hp_fragment_address
+                    yield (
+                        *(self._names[id(p)], full_shape(p), low.start, low.numel),
+                        *(high.start, flats[index]),
+                    )
+
+    def moments(self, flat: Tensor) -> dict[str, Tensor]:
+        """The Adam moments of a flat master; empty before the first step."""
+        state = self._zero.optimizer.state.get(flat, {})
+        return {k: state[k] for k in MOMENTS if k in state}
+
+    def steps(self) -> float:
+        """Adam's step count (the same for all groups)."""
+        for state in self._zero.optimizer.state.values():
+            if "step" in state:
+                return float(state["step"])
+        return 0.0
+
+    def views(self) -> dict[str, Fragment]:
+        """``master/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` → this rank's piece."""
+        held = {}
+        for name, shape, start, size, at, flat in self._places():
+            kinds = {MASTER: flat.data, **self.moments(flat)}
+            for kind, tensor in kinds.items():
+                held[f"{kind}/{name}"] = Fragment(shape, start, tensor[at : at + size])
+        return held
+
+    def make_moments(self, steps: float) -> None:
+        """Zero moments with ``steps`` on the counter, where Adam has none yet."""
+        for flat in self.flats():
+            state = self._zero.optimizer.state[flat]
+            for kind in MOMENTS:
+                if kind not in state:
+                    state[kind] = torch.zeros_like(flat.data)
+            fused = any(g.get("fused") for g in self._zero.optimizer.param_groups)
+            state["step"] = torch.tensor(
+                float(steps), dtype=torch.float32, device=flat.device if fused else "cpu"
+            )

@@ -1,0 +1,73 @@
+"""What ranks say to each other, in the few forms that the project needs; one rank works too.
+
+Whatever changes what a rank does next goes through `broadcast` or `any_rank`, so that it is decided
+once and every rank makes the same collective calls.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def main_rank() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this rank computes: its own GPU, or the CPU (also under ``DS_ACCELERATOR=cpu``)."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's ``value`` (plain Python data), on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's ``value`` (plain Python data) in rank order, on every rank."""
+    if world() == 1:
+        return [value]
+    values: list = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` holds on at least one rank."""
+    if world() == 1:
+        return flag
+    box = torch.tensor([int(flag)], device=device(), dtype=torch.int32)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
+def sum_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over ranks, in place; returns ``tensor``."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,325 @@
+"""The stage table and its pure lookup: which branch steps next, what trains, on which encoder.
+
+Nothing here touches a tensor. `Schedule.at` maps the progress of both branches, and the swaps
+decided so far, to the next turn; `learning_rate` maps a stage's step to its rate. Both are pure, so
+a whole run can be printed, and tested, before any of it is trained (``python -m dsasr.stages``).
+
+Two branches share a run. The *pretrain* branch trains the live encoder and its CTC head; the *sft*
+branch trains adaptor and LLM (and, late, all) on a snapshot of that encoder. The sft branch starts
+with the first published snapshot, takes later ones by hot-swap where its stage allows it, and gets
+the final encoder when pretraining ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dsasr.config import nearest
+from dsasr.data.plan import BatchConfig
+from dsasr.errors import UserError
+
+Branch = Literal["pretrain", "sft"]
+PARTS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("encoder", "ctc"),
+    "sft": ("encoder", "adaptor", "llm"),
+}
+OBJECTIVES = {"pretrain": ("cr_ctc", "ctc"), "sft": ("ce",)}
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One row of the stage table.
+
+    ``trains`` maps the parts that this stage trains to their maximum learning rates: one optimizer
+    parameter group each. All other parts are frozen.
+    """
+
+    name: str
+    branch: Branch
+    trains: dict[str, float]
+    steps: int
+    objective: str = ""  # pretrain: cr_ctc or ctc; sft: ce
+    warmup: int = 0  # steps of linear warm-up
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final_rate: float = 0.0  # share of the maximum rate at the end of the decay
+    weight_decay: float = 0.0
+    accumulate: int = 1  # micro-batches a rank and step
+    batch: BatchConfig | None = None  # None: the recipe's data.batch
+    mixture: dict[str, float] | None = None  # data set → weight; None: the data sets' own weights
+    swaps: bool = False  # takes newer snapshots while it runs
+    after_final: int = 0  # the last so many steps wait for the final encoder
+    keep_moments: bool = False  # take the Adam moments over from the stage before
+
+    def __post_init__(self) -> None:
+        where = f"stage '{self.name}'"
+        for part in self.trains:
+            if part not in PARTS[self.branch]:
+                raise UserError(
+                    f"{where} trains an unknown part '{part}'"
+                    f"{nearest(part, PARTS[self.branch])} in branch {self.branch}"
+                )
+        if not self.trains:
+            raise UserError(f"{where} trains nothing: give 'trains' at least one part")
+        if any(rate < 0 for rate in self.trains.values()):
+            raise UserError(f"{where} has a negative learning rate")
+        if self.steps < 1:
+            raise UserError(f"{where} needs steps ≥ 1, not {self.steps}")
+        if not 0 <= self.warmup < self.steps:
+            raise UserError(f"{where}: warmup {self.warmup} must be below its {self.steps} steps")
+        if not 0 <= self.after_final <= self.steps:
+            raise UserError(f"{where}: after_final must lie between 0 and {self.steps}")
+        if self.accumulate < 1:
+            raise UserError(f"{where}: accumulate must be at least 1")
+        if not self.objective:
+            object.__setattr__(self, "objective", OBJECTIVES[self.branch][0])
+        if self.objective not in OBJECTIVES[self.branch]:
+            raise UserError(
+                f"{where} has an unknown objective '{self.objective}'"
+                f"{nearest(self.objective, OBJECTIVES[self.branch])}"
+            )
+
+    @property
+    def needs_final_encoder(self) -> bool:
+        """Training the sft branch's encoder cuts it off from pretraining, so that must be over."""
+        return self.branch == "sft" and "encoder" in self.trains
+
+
+@dataclass(frozen=True)
+class PlannedSwap:
+    """A swap at fixed steps: the encoder of pretrain step ``pretrain`` from sft step ``sft`` on.
+
+    ``sft`` counts the sft branch's steps over all its stages; None: as soon as it is there.
+    """
+
+    pretrain: int
+    sft: int | None = None
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """When encoder snapshots are taken. Steps are pretrain steps; shares are of their total."""
+
+    mode: Literal["cka", "fixed", "off"] = "cka"
+    start: float = 0.25  # share of pretraining at which the first reference is taken
+    interval: float = 0.005  # share between two measurements
+    threshold: float = 0.975  # CKA below it publishes a snapshot
+    swaps: tuple[PlannedSwap, ...] = ()  # mode: fixed
+    probe_utterances: int = 32
+    layers: bool = False  # CKA of every layer beside the output's
+    unbiased: bool = False  # debiased estimate, for small probe sets
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= 1 or not 0 < self.interval <= 1:
+            raise UserError("drift.start and drift.interval are shares of pretraining, 0 to 1")
+        if self.mode == "fixed" and not self.swaps:
+            raise UserError("drift.mode=fixed needs drift.swaps, a list of {pretrain: step}")
+        steps = [s.pretrain for s in self.swaps]
+        if steps != sorted(set(steps)) or any(s < 0 for s in steps):
+            raise UserError("drift.swaps must name rising pretrain steps")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An encoder that pretraining has published for the sft branch."""
+
+    id: str
+    pretrain: int  # pretrain step after which it was taken
+    cause: str  # drift, fixed, final, or given (an encoder from outside)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. Small and plain: it is saved with every checkpoint."""
+
+    pretrain: int = 0  # steps done in the pretrain branch
+    stage: int = 0  # position in the sft branch's list of stages
+    step: int = 0  # steps done in that stage
+    sft: int = 0  # steps done in the sft branch over all its stages
+    sft_since: int = 0  # pretrain steps that were done when the sft branch began
+    published: tuple[Snapshot, ...] = ()
+    in_use: str | None = None  # id of the snapshot in the sft branch
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the loop does next."""
+
+    kind: Literal["step", "wait", "end"]
+    stage: StageConfig | None = None
+    step: int = 0  # the stage's step about to be made, from 0
+    load: Snapshot | None = None  # put this encoder into the sft branch first
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stage table with its lookup.
+
+    ``interleave`` (pretrain steps, sft steps) is the ratio in which the branches take turns in a
+    colocated run. ``branch`` restricts the run to one branch, for the concurrent mode.
+    """
+
+    stages: tuple[StageConfig, ...]
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    interleave: tuple[int, int] = (1, 1)
+    branch: Literal["both", "pretrain", "sft"] = "both"
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.stages]
+        if not names:
+            raise UserError("the recipe has no stages")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two stages are called '{name}': names must differ")
+        if len([s for s in self.stages if s.branch == "pretrain"]) > 1:
+            raise UserError("a recipe has at most one stage of branch pretrain")
+        if min(self.interleave) < 1:
+            raise UserError("interleave needs two whole numbers ≥ 1: pretrain steps, sft steps")
+        if self.branch == "pretrain" and self.pretrain is None:
+            raise UserError("branch=pretrain, but the recipe has no stage of branch pretrain")
+        if self.branch == "sft" and not self.sft:
+            raise UserError("branch=sft, but the recipe has no stage of branch sft")
+
+    @property
+    def pretrain(self) -> StageConfig | None:
+        return next((s for s in self.stages if s.branch == "pretrain"), None)
+
+    @property
+    def sft(self) -> tuple[StageConfig, ...]:
+        return tuple(s for s in self.stages if s.branch == "sft")
+
+    def pretrain_steps(self) -> int:
+        return self.pretrain.steps if self.pretrain else 0
+
+    def monitoring(self) -> tuple[int, int]:
+        """(first pretrain step at which CKA's reference is taken, steps between measurements)."""
+        total = self.pretrain_steps()
+        return max(1, round(self.drift.start * total)), max(1, round(self.drift.interval * total))
+
+    def measures_at(self, pretrain: int) -> Literal["reference", "measure"] | None:
+        """What the drift monitor does after pretrain step number ``pretrain`` (1-based)."""
+        if self.drift.mode != "cka" or self.pretrain is None:
+            return None
+        first, interval = self.monitoring()
+        if pretrain == first:
+            return "reference"
+        if pretrain > first and (pretrain - first) % interval == 0:
+            return "measure"
+        return None
+
+    def publishes_at(self, pretrain: int) -> str | None:
+        """The cause for which pretraining publishes after this step whatever the drift, if any."""
+        if self.pretrain is None:
+            return None
+        if pretrain == self.pretrain_steps():
+            return "final"
+        fixed = self.drift.mode == "fixed" and any(
+            s.pretrain == pretrain for s in self.drift.swaps
+        )
+        return "fixed" if fixed else None
+
+    def finished_pretraining(self, progress: Progress) -> bool:
+        """Whether the final encoder is there (published here or, concurrently, by the other job)."""
+        return self.pretrain is None or any(s.cause == "final" for s in progress.published)
+
+    def at(self, progress: Progress) -> Turn:
+        """The next turn. Pure: the same progress always gives the same turn."""
+        sft = self._sft_turn(progress) if self.branch != "pretrain" else Turn("end")
+        pretrain = self._pretrain_turn(progress) if self.branch != "sft" else Turn("end")
+        if sft.kind == "step" and pretrain.kind == "step":
+            p, s = self.interleave
+            due = (progress.pretrain - progress.sft_since) * s < progress.sft * p
+            return pretrain if due else sft
+        if sft.kind == "step" or pretrain.kind == "end":
+            return sft
+        return pretrain
+
+    def _pretrain_turn(self, progress: Progress) -> Turn:
+        if self.pretrain is None or progress.pretrain >= self.pretrain.steps:
+            return Turn("end")
+        return Turn("step", self.pretrain, progress.pretrain)
+
+    def _sft_turn(self, progress: Progress) -> Turn:
+        stages = self.sft
+        at = progress.stage
+        if at >= len(stages):
+            return Turn("end")
+        stage, step = stages[at], progress.step
+        final = self.finished_pretraining(progress)
+        waits_for_final = stage.needs_final_encoder or (
+            stage.after_final and step >= stage.steps - stage.after_final
+        )
+        if waits_for_final and not final:
+            return Turn("wait", stage, step)
+        # An encoder that the sft branch itself has trained is never swapped away.
+        own = any(s.needs_final_encoder for s in stages[:at]) or (
+            stage.needs_final_encoder and step > 0
+        )
+        if own:
+            return Turn("step", stage, step)
+        newest = progress.published[-1] if stage.needs_final_encoder else self._newest(progress)
+        if newest is None or newest is _LATER:
+            return Turn("wait", stage, step)
+        takes = stage.swaps or stage.needs_final_encoder or progress.in_use is None
+        if takes and newest.id != progress.in_use:
+            return Turn("step", stage, step, load=newest)
+        return Turn("step", stage, step)
+
+    def _newest(self, progress: Progress) -> Snapshot | None:
+        """The snapshot that the sft branch should be on, by age or by the plan's sft steps."""
+        usable = progress.published
+        if self.drift.mode == "fixed" and any(s.sft is not None for s in self.drift.swaps):
+            due = [s for s in self.drift.swaps if s.sft is None or s.sft <= progress.sft]
+            if due:
+                wanted = due[-1].pretrain
+                if not any(s.pretrain == wanted for s in usable):
+                    return _LATER
+                usable = tuple(s for s in usable if s.pretrain <= wanted)
+            elif self.drift.swaps:
+                return _LATER if not usable else usable[0]
+        return usable[-1] if usable else None
+
+    def advance(self, progress: Progress, turn: Turn) -> Progress:
+        """Progress after ``turn``, a step, was made."""
+        assert turn.kind == "step" and turn.stage is not None
+        if turn.stage.branch == "pretrain":
+            return replace(progress, pretrain=progress.pretrain + 1)
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            sft=progress.sft + 1,
+            sft_since=progress.sft_since if progress.sft else progress.pretrain,
+            in_use=turn.load.id if turn.load else progress.in_use,
+        )
+        if progress.step >= turn.stage.steps:
+            progress = replace(progress, stage=progress.stage + 1, step=0)
+        return progress
+
+
+# Returned by `Schedule._newest` when the plan asks for an encoder that is not there yet.
+_LATER = Snapshot("", -1, "later")
+
+
+def learning_rate(stage: StageConfig, part: str, step: int) -> float:
+    """The rate of ``part`` at ``step`` (from 0) of the stage: linear warm-up, then the decay."""
+    peak = stage.trains[part]
+    if step < stage.warmup:
+        return peak * (step + 1) / stage.warmup
+    left = stage.steps - stage.warmup
+    share = (step - stage.warmup) / max(left, 1)
+    if stage.decay == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    elif stage.decay == "linear":
+        shape = 1 - min(share, 1.0)
+    else:
+        return peak
+    return peak * (stage.final_rate + (1 - stage.final_rate) * shape)
+
+
+def with_published(progress: Progress, snapshots: Sequence[Snapshot]) -> Progress:
+    """Progress that knows of ``snapshots`` too (those that it knows already are left as they are)."""
+    known = {s.id for s in progress.published}
+    new = tuple(s for s in snapshots if s.id not in known)
+    return replace(progress, published=progress.published + new) if new else progress
