@@ -112,7 +112,10 @@ class Branch:
 
     def __init__(self, name: str, module: nn.Module, config: EngineConfig, folder: Path):
         self.name = name
+        # Weights only: module.to(dtype) would round buffers such as rotary frequencies too.
         self.module = module.to(ranks.device())
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.to(precision(config))
         self.config = config
         self.stage: StageConfig | None = None
         self._engine = None
@@ -170,7 +173,11 @@ class Branch:
             weight_decay=stage.weight_decay,
             fused=ranks.device().type == "cuda",
         )
+        # DeepSpeed casts buffers with the weights; tables of positions and the like must stay fp32.
+        buffers = [(b, b.data) for b in self.module.buffers()]
         engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        for buffer, data in buffers:
+            buffer.data = data
         return engine
 
     def _leave(self) -> tuple[dict[str, Fragment], float]:

@@ -1,0 +1,100 @@
+"""How far the live encoder has moved from its reference: CKA on a fixed set of probe utterances.
+
+The reference is kept as its features, not as a second encoder. Features are kept by utterance, each
+on the rank that computes it, so nothing is gathered: only CKA's sums travel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsasr import ranks
+from dsasr.allocation.cka import LayerCka
+from dsasr.data.batching import Batch, stand_in
+from dsasr.engine import Below, Branch
+from dsasr.fragments import Fragment, FragmentReader
+from dsasr.stages import DriftConfig
+
+PREFIX = "drift/"
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One measurement: CKA of the encoder's output (and layers) to the reference, and its cost."""
+
+    cka: float
+    layers: tuple[float, ...]
+    frames: int
+    seconds: float
+
+
+class DriftMonitor:
+    """Measures a branch's encoder against the reference; every call is collective."""
+
+    def __init__(self, config: DriftConfig, probe: Sequence[Batch]):
+        self.config = config
+        self.probe = list(probe)
+        self._reference: dict[str, list[Tensor]] = {}
+        self.seconds = 0.0
+
+    @property
+    def has_reference(self) -> bool:
+        return ranks.any_rank(bool(self._reference))
+
+    def take_reference(self, branch: Branch) -> None:
+        """Make the branch's present encoder the reference."""
+        started = time.monotonic()
+        self._reference = self._features(branch)
+        self.seconds += time.monotonic() - started
+
+    def measure(self, branch: Branch) -> Drift:
+        """CKA between the branch's present encoder and the reference."""
+        started = time.monotonic()
+        features = self._features(branch)
+        widths = ranks.gather([x.shape[1] for x in next(iter(features.values()), [])])
+        sums = LayerCka(next(w for w in widths if w))
+        for key, layers in features.items():
+            sums.update(layers, self._reference[key])
+        sums.reduce(ranks.sum_ranks)
+        values = sums.values(unbiased=self.config.unbiased)
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        return Drift(values[-1], tuple(values[:-1]), sums.layers[-1].frames, seconds)
+
+    def _features(self, branch: Branch) -> dict[str, list[Tensor]]:
+        """Key → valid frames [S, E] in fp32 on the CPU: the layers' if asked for, then the output's."""
+        found: dict[str, list[Tensor]] = {}
+        with branch.evaluating() as module:
+            for batch in self.probe:
+                # A rank without an utterance of its own must still make the collective calls.
+                moved = (batch if len(batch) else stand_in(batch)).to(ranks.device())
+                out = module.encoder(
+                    moved.features_BTF, moved.feature_lengths_B, layers=self.config.layers
+                )
+                for i, key in enumerate(batch.keys):
+                    length = int(out.lengths_B[i])
+                    kept = [*out.layers, out.frames_BSE] if self.config.layers else [out.frames_BSE]
+                    found[key] = [x[i, :length].float().cpu() for x in kept]
+        return found
+
+    def fragments(self) -> dict[str, Fragment]:
+        """The reference's features, for the checkpoint."""
+        return {
+            f"{PREFIX}{key}/{i}": Fragment(tuple(x.shape), 0, x.reshape(-1))
+            for key, layers in self._reference.items()
+            for i, x in enumerate(layers)
+        }
+
+    def load(self, reader: FragmentReader) -> None:
+        """Restore the reference for this rank's probe utterances, whatever rank had them."""
+        below = Below(reader, PREFIX)
+        for batch in self.probe:
+            for key in batch.keys:
+                count = sum(1 for name in below.shapes if name.rpartition("/")[0] == key)
+                if count:
+                    self._reference[key] = [below.whole(f"{key}/{i}") for i in range(count)]
