@@ -117,30 +117,38 @@ class Scores:
     ``wer``, ``cer`` and ``mer`` are over the languages scored in words, in characters and in mixed
     units (NaN where there are none); ``rate`` is over all, each in its own unit;
     ``character_rate`` counts characters of the normalised text for every language (single spaces
-    included, as in jiwer's CER).
+    included, as in jiwer's CER). ``rules`` names the normalisation (`normalise.normalise`).
     """
 
     utterances: list[Utterance] = field(default_factory=list)
+    rules: str = "standard"
 
     def add(self, reference: str, hypothesis: str, lang: str, key: str = "") -> Utterance:
         """Score one pair and keep it. Returns its counts."""
+        sides = (reference, lang, self.rules), (hypothesis, lang, self.rules)
         row = Utterance(
             lang=lang,
-            units=count(units(reference, lang), units(hypothesis, lang)),
-            characters=count(normalise(reference, lang), normalise(hypothesis, lang)),
+            units=count(*(units(*side) for side in sides)),
+            characters=count(*(normalise(*side) for side in sides)),
             key=key,
         )
         self.utterances.append(row)
         return row
 
     def merge(self, other: Scores) -> Scores:
-        """Add the other's utterances behind ours; returns self."""
+        """Add the other's utterances behind ours; returns self.
+
+        Raises ValueError if the other was scored by other rules.
+        """
+        if other.rules != self.rules:
+            raise ValueError(f"scored by {self.rules} and by {other.rules} rules")
         self.utterances.extend(other.utterances)
         return self
 
     def state(self) -> dict:
         """JSON-able rows: what a rank sends to another (`from_state`, then `merge`)."""
         return {
+            "rules": self.rules,
             "langs": [u.lang for u in self.utterances],
             "keys": [u.key for u in self.utterances],
             "units": [_row(u.units) for u in self.utterances],
@@ -150,7 +158,8 @@ class Scores:
     @classmethod
     def from_state(cls, state: dict) -> Scores:
         rows = zip(state["langs"], state["keys"], state["units"], state["characters"], strict=True)
-        return cls([Utterance(la, Counts(*u), Counts(*c), key) for la, key, u, c in rows])
+        utterances = [Utterance(la, Counts(*u), Counts(*c), key) for la, key, u, c in rows]
+        return cls(utterances, state["rules"])
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -201,7 +210,7 @@ class Scores:
 
     def only(self, lang: str) -> Scores:
         """The utterances of one language tag."""
-        return Scores([u for u in self.utterances if u.lang == lang])
+        return Scores([u for u in self.utterances if u.lang == lang], self.rules)
 
     def interval(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Interval:
         """`rate` with a percentile interval over resampled utterances (NaN when empty)."""
@@ -238,9 +247,11 @@ class Scores:
 _SHORT = {"word": "wer", "char": "cer", "mixed": "mer"}
 
 
-def score(pairs: Iterable[tuple[str, str, str] | tuple[str, str, str, str]]) -> Scores:
+def score(
+    pairs: Iterable[tuple[str, str, str] | tuple[str, str, str, str]], rules: str = "standard"
+) -> Scores:
     """`Scores` of ``(reference, hypothesis, lang)`` triples, or quadruples with a key behind."""
-    scores = Scores()
+    scores = Scores(rules=rules)
     for pair in pairs:
         scores.add(*pair)
     return scores

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from dsasr.errors import UserError
 
+RULES = ("standard", "plain")
 CHAR_LANGS = frozenset(
     ["zh", "cmn", "yue", "wuu", "nan", "hak", "ja", "ko", "th", "lo", "my", "km"]
 )
@@ -64,25 +65,32 @@ def unit_of(lang: str) -> str:
     return "char" if tag.split("-")[0] in CHAR_LANGS else "word"
 
 
-def normalise(text: str, lang: str) -> str:
-    """The scored form of ``text``: words parted by single spaces (see the module's text)."""
+def normalise(text: str, lang: str, rules: str = "standard") -> str:
+    """The scored form of ``text``: words parted by single spaces (see the module's text).
+
+    ``rules="plain"`` applies `basic` whatever the language. Take it for digit strings: Whisper's
+    rules join "eight oh nine" to the one word 809, and a word error rate becomes a string error
+    rate. Raises ValueError for other rules.
+    """
+    if rules not in RULES:
+        raise ValueError(f"rules must be one of {', '.join(RULES)}, not {rules!r}")
     tag = lang.lower().replace("_", "-")
+    base = tag.split("-")[0]
+    if rules == "plain":
+        return _HAN_SPACES.sub("", basic(text))
     if tag in MIXED_LANGS:
         return mixed(text)
-    base = tag.split("-")[0]
     if base in HAN_LANGS:
         return mandarin(text)
-    if base == "en":
-        return english(text)
-    return basic(text)
+    return english(text) if base == "en" else basic(text)
 
 
-def units(text: str, lang: str) -> list[str]:
+def units(text: str, lang: str, rules: str = "standard") -> list[str]:
     """The units that errors are counted in: words, or characters with Latin words whole.
 
     A Latin word or a number inside character-scored text is one unit, as in the usual CER scripts.
     """
-    text = normalise(text, lang)
+    text = normalise(text, lang, rules)
     return text.split() if unit_of(lang) == "word" else _UNIT.findall(text)
 
 

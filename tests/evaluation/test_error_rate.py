@@ -103,6 +103,18 @@ def test_merge_equals_one_process():
     assert sorted(u.key for u in whole.utterances) == [p[3] for p in pairs]
 
 
+def test_digit_strings_need_plain_rules():
+    pair = ("eight oh nine two", "eight oh nine three", "en")
+    assert score([pair]).wer == 1
+    plain = score([pair], rules="plain")
+    assert plain.wer == 0.25
+    assert Scores.from_state(plain.state()).rules == "plain"
+    with pytest.raises(ValueError, match="plain"):
+        plain.merge(score([pair]))
+    with pytest.raises(ValueError, match="rules must be"):
+        score([pair], rules="none")
+
+
 def test_empty_scores():
     scores = score([])
     assert math.isnan(scores.rate) and scores.by_lang == {}
