@@ -40,7 +40,9 @@ class _Library:
         try:
             self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
         except OSError as error:
-            raise UserError(f"espeak-ng does not load ({error}): reinstall espeakng-loader") from None
+            raise UserError(
+                f"espeak-ng does not load ({error}): reinstall espeakng-loader"
+            ) from None
         data = str(espeakng_loader.get_data_path()).encode()
         self.rate = self.lib.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
         if self.rate <= 0:

@@ -76,7 +76,7 @@ class Phonemizer(Protocol):
     def for_sample(self, sample) -> list[str]: ...
 
 
-# --------------------------------------------------------------------------------------- espeak-ng
+# ---- espeak-ng
 
 _TONES = {"55": "1", "35": "2", "214": "3", "21": "3", "51": "4", "11": "5", "22": "5"}
 _STRESS = "ˈˌ"
@@ -162,7 +162,7 @@ def _mandarin_symbol(sound: str, name: str) -> str:
     return _MANDARIN.get(sound, sound)
 
 
-# ----------------------------------------------------------------------------------------- lexicon
+# ---- lexicon
 
 _VARIANT = re.compile(r"\(\d+\)$")
 _ARPABET = re.compile(r"^([A-Z]+)[0-2]$")
@@ -234,7 +234,7 @@ class LexiconPhonemizer:
         return self.phonemes(sample.text, sample.lang)
 
 
-# ------------------------------------------------------------------------------------------ stored
+# ---- stored
 
 
 class StoredPhonemes:
@@ -276,7 +276,7 @@ def build_phonemizer(config: PhonemizerConfig) -> Phonemizer:
     return StoredPhonemes()
 
 
-# -------------------------------------------------------------------------------------- vocabulary
+# ---- vocabulary
 
 
 class PhonemeVocab:

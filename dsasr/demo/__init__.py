@@ -1,0 +1,1 @@
+"""What the demo is made of: sentences from a grammar, spoken by synthetic voices."""
