@@ -1,0 +1,152 @@
+import json
+import math
+
+import pytest
+
+from dsasr.errors import UserError
+from dsasr.evaluation.hallucination import (
+    HallucinationConfig,
+    HallucinationReport,
+    chat,
+    flags,
+    overlap,
+    repeats,
+    wilson,
+)
+
+FIVE = "turn on the kitchen light"
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "lang", "kinds"),
+    [
+        (FIVE, FIVE, "en", set()),
+        (FIVE, "", "en", set()),
+        (FIVE, "burn in a chicken fight", "en", set()),  # wrong, and no longer
+        # 8 units are more than 1.5 × 5; 7 are not.
+        (FIVE, "we met again yesterday near some old harbour", "en", {"invented"}),
+        (FIVE, "we met again yesterday near some harbour", "en", set()),
+        # The same length with overlap: 2·3 / 13 > 0.2.
+        (FIVE, "we met the kitchen light some old harbour", "en", set()),
+        (FIVE, FIVE + " and then we all went home again", "en", {"burst"}),
+        (FIVE, FIVE + " and then we left", "en", set()),
+        (FIVE, "turn on " + "the " * 9 + "kitchen light", "en", {"loop", "burst"}),
+        ("eight eight eight eight two", "eight eight eight eight eight two", "en", set()),
+        ("eight two", "eight two " * 4, "en", {"loop", "burst"}),
+        ("打开厨房的灯", "我们昨天在老港口又见面了吗", "zh", {"invented"}),
+        ("打开厨房的灯", "打开厨房的灯谢谢谢谢谢谢谢谢", "zh", {"loop", "burst"}),
+        ("打开厨房的灯", "抱歉，我无法处理", "zh", {"chat"}),
+        ("打开 the light", "打开 the light", "zh-en", set()),
+        ("go", "no way", "en", set()),  # one unit longer is a slip
+        ("", "hello there", "en", {"invented"}),
+    ],
+)
+def test_kinds(reference, hypothesis, lang, kinds):
+    found = flags(reference, hypothesis, lang)
+    assert set(found.detail) == kinds
+    assert bool(found) == bool(kinds)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "As an AI language model, I do not hear.",
+        "I’m an AI assistant",
+        "I cannot transcribe this audio.",
+        "Sure, here is the transcription:",
+        "Please provide the audio file.",
+        "How can I help you today?",
+        "<|im_start|>assistant",
+        "Transcribe the speech into text",
+        "Thank you for watching!",
+        "作为一个人工智能语言模型",
+        "我是一个AI助手",
+        "请提供音频文件",
+        "以下是语音的转录内容",
+        "有什么可以帮您",
+        "字幕由志愿者提供",
+    ],
+)
+def test_chat_is_seen(text):
+    assert chat(text)
+    assert not chat(text, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "he said that he was sorry and went home",
+        "the audience was silent",
+        "i can't come on monday",
+        "she is an airline pilot",
+        "我没有时间",
+        "他不能来",
+        "我是一个学生",
+    ],
+)
+def test_speech_is_not_chat(text):
+    assert not chat(text)
+
+
+def test_overlap_and_repeats():
+    assert overlap(list("aab"), list("aac")) == pytest.approx(2 * 2 / 6)
+    assert overlap([], []) == 1 and overlap(["a"], []) == 0
+    assert repeats([], 3) == 0 and repeats(["a"], 3) == 1
+    assert repeats(list("xabababy"), 3) == 3
+    assert repeats(list("xabababy"), 1) == 1
+    assert repeats(list("abcabcabcabc"), 3) == 4
+    assert repeats(list("aaaa"), 12) == 4
+
+
+def _report(config=None):
+    report = HallucinationReport(config or HallucinationConfig())
+    report.add(FIVE, FIVE, "en", key="a")
+    report.add(FIVE, "we met again yesterday near some old harbour", "en", condition="snr5")
+    report.add("打开厨房的灯", "打开厨房的灯", "zh", condition="snr5")
+    report.add_nonspeech("hello, 你好", 30, "en", condition="silence")
+    report.add_nonspeech("…", 30, "en", condition="silence")
+    return report
+
+
+def test_report_counts():
+    report = _report()
+    assert report.total(condition="snr5").rate() == 0.5
+    assert report.total(lang="zh").rate() == 0
+    assert report.total(lang="en", condition="snr5").invented == 1
+    silence = report.total(condition="silence")
+    assert silence.characters_per_minute == 7
+    assert (silence.clips, silence.clips_with_text, silence.utterances) == (2, 1, 0)
+    assert math.isnan(silence.rate())
+    summary = report.summary()
+    assert summary["flagged"] == pytest.approx(1 / 3)
+    assert summary["silence/characters_per_minute"] == 7
+    assert "silence/flagged" not in summary and "clean/characters_per_minute" not in summary
+    assert [e.kind for e in report.examples] == ["invented", "nonspeech"]
+    rows = list(report.rows())
+    assert [(r["lang"], r["condition"]) for r in rows] == sorted(report.cells)
+
+
+def test_report_merges_over_ranks():
+    merged = HallucinationReport(HallucinationConfig(examples=3))
+    for _ in range(4):
+        merged.merge(HallucinationReport.from_state(json.loads(json.dumps(_report().state()))))
+    assert merged.total().utterances == 12
+    assert merged.total().characters == 28
+    assert len(merged.examples) == 6
+    assert merged.summary()["flagged"] == _report().summary()["flagged"]
+
+
+def test_numbers_are_the_configs():
+    strict = HallucinationConfig(length_ratio=1.0, overlap=0.5, extra_units=1)
+    assert "invented" in flags("go", "no way", "en", strict)
+    for wrong in ({"length_ratio": 0.5}, {"overlap": 1.0}, {"loop_repeats": 1}):
+        with pytest.raises(UserError):
+            HallucinationConfig(**wrong)
+
+
+def test_wilson():
+    low, high = wilson(0, 100)
+    assert low == 0 and high == pytest.approx(0.037, abs=5e-4)
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert math.isnan(wilson(0, 0)[0])
