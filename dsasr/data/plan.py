@@ -1,0 +1,493 @@
+"""Which samples make up which batch: a pure function of (seed, epoch, dataset), nothing else.
+
+The epoch's shards are permuted and taken in windows. A window's indexes are loaded (the next
+window's by a background thread), every sample's length after its augmentation draw is computed,
+the samples are bucketed by length, cut into batches under the budgets, and the batches shuffled.
+Neither the world size nor the number of workers enters, so a cursor (epoch, window, batch) and a
+count per dataset resume the run anywhere, on any number of ranks.
+
+A *step* is W consecutive global batches, one for each of W ranks. Endless streams never end an
+epoch early: the tail of one epoch and the head of the next share a step. Finite streams
+(``epochs`` > 0) fill their last step with batches that hold no samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsasr.errors import UserError
+
+if TYPE_CHECKING:
+    from dsasr.data.shards import Entry, ShardIndex
+
+STATE_VERSION = 1
+FRAMES_PER_SECOND = 100
+
+Bad = tuple[str, str, str, str]  # cause, shard, key, detail
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What fits into one batch. Budgets count padding; 0 turns one off (not ``frames``).
+
+    ``tokens`` bounds the language model's positions: samples x (``prompt_tokens`` + speech +
+    transcript), speech at one token for ``frames_per_token`` feature frames, the transcript
+    estimated as characters x ``tokens_per_char`` (1 is an upper bound for most alphabets).
+    """
+
+    frames: int = 12_000  # 10 ms feature frames, padding included
+    tokens: int = 0
+    samples: int = 256
+    bucket: float = 0.02  # relative width of a length bucket: about half of it becomes padding
+    min_seconds: float = 0.1
+    max_seconds: float = 40.0
+    prompt_tokens: int = 40
+    frames_per_token: int = 16
+    tokens_per_char: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.samples < 1:
+            raise UserError("batch.frames and batch.samples must be at least 1")
+        if not 0 <= self.bucket <= 1:
+            raise UserError("batch.bucket must lie between 0 and 1 (0.02 is usual)")
+        if self.min_seconds < 0 or self.max_seconds <= self.min_seconds:
+            raise UserError("batch.max_seconds must be larger than batch.min_seconds, which is ≥ 0")
+        if self.frames_per_token < 1 or self.tokens_per_char <= 0 or self.prompt_tokens < 0:
+            raise UserError("batch.frames_per_token and batch.tokens_per_char must be positive")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream of the mixture: a dataset, or one language of it."""
+
+    name: str
+    shards: Sequence[str]  # URLs or paths; their basenames identify them
+    counts: np.ndarray | None = None  # samples of each shard where dataset.json tells
+    lang: str | None = None
+    weight: float = 1.0
+
+    def fingerprint(self) -> str:
+        """Identity of the shard list; independent of where the shards lie."""
+        digest = hashlib.blake2b(digest_size=8)
+        for shard in self.shards:
+            digest.update(shard.rsplit("/", 1)[-1].encode() + b"\n")
+        if self.counts is not None:
+            digest.update(np.asarray(self.counts, np.int64).tobytes())
+        digest.update((self.lang or "").encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One sample of a batch: where it lies, its randomness, and the frames the plan counted."""
+
+    shard: str
+    entry: Entry
+    seed: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One rank's batch, before any audio is read. Without samples: filler, or only ``bad``."""
+
+    number: int
+    epoch: int
+    dataset: str
+    seed: int
+    samples: tuple[PlannedSample, ...]
+    bad: tuple[Bad, ...] = ()
+
+
+@dataclass
+class Window:
+    """A planned window: sample i of the batch order is row ``rows[i]`` of shard ``slots[i]``."""
+
+    shards: list[str]
+    indexes: list[ShardIndex]
+    slots: np.ndarray
+    rows: np.ndarray
+    seeds: np.ndarray
+    frames: np.ndarray
+    ranges: np.ndarray  # [batches, 2]: first and last+1 of each batch
+    bad: list[Bad] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        # A window whose samples were all dropped still reports them, in one batch without samples.
+        return max(len(self.ranges), int(bool(self.bad)))
+
+    def samples(self, batch: int) -> tuple[PlannedSample, ...]:
+        if batch >= len(self.ranges):
+            return ()
+        first, last = self.ranges[batch].tolist()
+        return tuple(
+            PlannedSample(self.shards[slot], self.indexes[slot].entry(row), seed, frames)
+            for slot, row, seed, frames in zip(
+                self.slots[first:last].tolist(),
+                self.rows[first:last].tolist(),
+                self.seeds[first:last].tolist(),
+                self.frames[first:last].tolist(),
+                strict=True,
+            )
+        )
+
+
+def stable_hash(*parts: object) -> int:
+    """63 bits that depend on the parts' JSON only: the same in every process and release."""
+    text = json.dumps(parts, ensure_ascii=True).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """The splitmix64 finaliser (Steele, Lea and Flood 2014) of a uint64 array."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def sample_seeds(seed: int, epoch: int, dataset: str, shard: str, count: int) -> np.ndarray:
+    """One 63-bit seed for each row of a shard: from (seed, epoch, dataset, shard's name, row).
+
+    A sample's randomness depends on no other sample, so a bad neighbour changes nothing for it.
+    """
+    base = stable_hash("sample", seed, epoch, dataset, shard.rsplit("/", 1)[-1])
+    rows = np.arange(count, dtype=np.uint64)
+    return splitmix64(np.uint64(base) ^ splitmix64(rows)) >> np.uint64(1)
+
+
+def uniform(seeds: np.ndarray, salt: int) -> np.ndarray:
+    """One float64 in [0, 1) for each seed; different salts give independent draws."""
+    mixed = splitmix64(seeds ^ splitmix64(np.full(1, salt, np.uint64)))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (seconds, seeds) → augmented seconds
+
+
+def bucket_order(
+    frames: np.ndarray, chars: np.ndarray, width: float, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Order in which neighbours have similar length, and within a length bucket similar text.
+
+    Buckets are geometric, ``width`` wide, their edges shifted at random; texts run up in one
+    bucket and down in the next, so that a batch across an edge stays even. Text lengths are
+    jittered by a quarter so that short epochs do not repeat their batches.
+    """
+    shift = rng.random() if rng is not None else 0.0
+    if width > 0:
+        bins = np.floor(np.log(np.maximum(frames, 1)) / np.log1p(width) + shift).astype(np.int64)
+    else:
+        bins = frames.astype(np.int64)
+    texts = np.log1p(chars.astype(np.float64))
+    if rng is not None:
+        texts = texts + 0.25 * rng.random(len(texts))
+    return np.lexsort((np.where(bins & 1, -texts, texts), bins))
+
+
+def cut(frames: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """Ranges [batches, 2] of consecutive samples, each as long as every budget allows."""
+    tokens = (
+        config.prompt_tokens
+        + -(-frames // config.frames_per_token)
+        + np.ceil(chars * config.tokens_per_char).astype(np.int64)
+        + 1
+    )
+    budget = config.tokens or np.iinfo(np.int64).max
+    ranges: list[tuple[int, int]] = []
+    first = widest = longest = 0
+    for i, (f, t) in enumerate(zip(frames.tolist(), tokens.tolist(), strict=True)):
+        wide, long, count = max(widest, f), max(longest, t), i - first + 1
+        over = count * wide > config.frames or count * long > budget or count > config.samples
+        if over and i > first:
+            ranges.append((first, i))
+            first, wide, long = i, f, t
+        widest, longest = wide, long
+    if len(frames):
+        ranges.append((first, len(frames)))
+    return np.asarray(ranges, np.int64).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What shapes the plan besides the data; part of the state's identity."""
+
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    seed: int = 0
+    shuffle: bool = True
+    epochs: int = 0  # 0: endless
+    window: int = 16  # shards, at least
+    window_samples: int = 8192  # samples, at least, where dataset.json tells the counts
+
+
+def limits(seconds: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """0 where a sample is usable; 1 too short, 2 too long, 3 over a whole batch's budget."""
+    frames = np.ceil(seconds * FRAMES_PER_SECOND)
+    verdict = np.zeros(len(seconds), np.int8)
+    verdict[frames > config.frames] = 3
+    if config.tokens:
+        tokens = config.prompt_tokens + -(-frames // config.frames_per_token) + 1
+        verdict[tokens + np.ceil(chars * config.tokens_per_char) > config.tokens] = 3
+    verdict[seconds > config.max_seconds] = 2
+    verdict[seconds < config.min_seconds] = 1
+    return verdict
+
+
+VERDICTS = {1: "too_short", 2: "too_long", 3: "over_budget"}
+
+
+def plan_window(
+    part: Part,
+    epoch: int,
+    number: int,
+    shards: list[str],
+    indexes: list[ShardIndex],
+    config: PlanConfig,
+    lengths: Lengths | None,
+) -> Window:
+    """Plan one window from its shards' indexes. Pure."""
+    slots, rows, seeds, seconds, chars, bad = [], [], [], [], [], []
+    for slot, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
+        keep = np.arange(len(index))
+        if part.lang is not None:
+            keep = np.flatnonzero(index.lang_mask(part.lang))
+        seed = sample_seeds(config.seed, epoch, part.name, shard, len(index))[keep]
+        planned = index.durations[keep].astype(np.float64)
+        if lengths is not None:
+            planned = lengths(planned, seed)
+        verdict = limits(planned, index.chars[keep], config.batch)
+        for i in np.flatnonzero(verdict).tolist():
+            entry = index.entry(int(keep[i]))
+            cause = VERDICTS[int(verdict[i])]
+            detail = f"{planned[i]:.2f} s, {entry.chars} characters"
+            bad.append((cause, shard, entry.key, detail))
+        good = verdict == 0
+        slots.append(np.full(int(good.sum()), slot, np.int32))
+        rows.append(keep[good].astype(np.int32))
+        seeds.append(seed[good])
+        seconds.append(planned[good])
+        chars.append(index.chars[keep][good])
+    join = np.concatenate
+    slots_n, rows_n, seeds_n = join(slots), join(rows), join(seeds)
+    frames_n = np.ceil(join(seconds) * FRAMES_PER_SECOND).astype(np.int64)
+    chars_n = join(chars).astype(np.int64)
+    rng = None
+    if config.shuffle:
+        rng = np.random.default_rng(stable_hash("window", config.seed, part.name, epoch, number))
+    order = bucket_order(frames_n, chars_n, config.batch.bucket, rng)
+    ranges = cut(frames_n[order], chars_n[order], config.batch)
+    if rng is not None:
+        rng.shuffle(ranges)
+    return Window(
+        shards, indexes, slots_n[order], rows_n[order], seeds_n[order], frames_n[order], ranges, bad
+    )
+
+
+class PartPlan:
+    """One part's windows, one after the other, the next one prepared in the background."""
+
+    def __init__(
+        self,
+        part: Part,
+        config: PlanConfig,
+        load: Callable[[str], ShardIndex],
+        lengths: Lengths | None,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        if not len(part.shards):
+            raise UserError(f"dataset '{part.name}' has no shards")
+        self.part, self.config, self.load, self.lengths, self.pool = (
+            part, config, load, lengths, pool,
+        )  # fmt: skip
+        self.epoch = self.window = self.batch = 0
+        self.delivered = 0
+        self.current: Window | None = None
+        self.upcoming: tuple[tuple[int, int], Future] | None = None
+        self.layouts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.barren = 0  # windows in a row without a batch
+
+    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's shard order and the windows' edges in it."""
+        if epoch not in self.layouts:
+            count = len(self.part.shards)
+            order = np.arange(count, dtype=np.int32)
+            if self.config.shuffle:
+                seed = stable_hash("shards", self.config.seed, self.part.name, epoch)
+                order = np.random.default_rng(seed).permutation(count).astype(np.int32)
+            edges = [0]
+            ends = None
+            if self.part.counts is not None:
+                ends = np.cumsum(np.asarray(self.part.counts)[order])
+            while edges[-1] < count:
+                first = edges[-1]
+                last = first + self.config.window
+                if ends is not None:
+                    goal = (ends[first - 1] if first else 0) + self.config.window_samples
+                    last = max(last, int(np.searchsorted(ends, goal)) + 1)
+                edges.append(min(last, count))
+            self.layouts = {e: v for e, v in self.layouts.items() if e >= epoch - 1}
+            self.layouts[epoch] = (order, np.asarray(edges))
+        return self.layouts[epoch]
+
+    def build(self, epoch: int, number: int) -> Window:
+        order, edges = self.layout(epoch)
+        shards = [self.part.shards[i] for i in order[edges[number] : edges[number + 1]].tolist()]
+        indexes = [self.load(shard) for shard in shards]
+        return plan_window(self.part, epoch, number, shards, indexes, self.config, self.lengths)
+
+    def after(self, epoch: int, number: int) -> tuple[int, int]:
+        if number + 1 < len(self.layout(epoch)[1]) - 1:
+            return epoch, number + 1
+        return epoch + 1, 0
+
+    def settle(self) -> bool:
+        """Stand on the next batch to deliver, loading windows as needed; False at the end."""
+        while True:
+            if self.config.epochs and self.epoch >= self.config.epochs:
+                return False
+            if self.current is None:
+                self.open()
+            if self.batch < len(self.current):
+                self.barren = 0
+                return True
+            self.barren += not len(self.current)
+            if self.barren > len(self.layout(self.epoch)[1]) and not self.config.epochs:
+                where = f" in language '{self.part.lang}'" if self.part.lang else ""
+                raise UserError(f"dataset '{self.part.name}' has no samples{where}")
+            self.epoch, self.window = self.after(self.epoch, self.window)
+            self.batch, self.current = 0, None
+
+    def open(self) -> None:
+        place = (self.epoch, self.window)
+        if self.upcoming is not None and self.upcoming[0] == place:
+            self.current = self.upcoming[1].result()
+        else:
+            self.current = self.build(*place)
+        self.upcoming = None
+        following = self.after(*place)
+        if not self.config.epochs or following[0] < self.config.epochs:
+            self.upcoming = (following, self.pool.submit(self.build, *following))
+
+
+class Planner:
+    """Deals the mixture's global batches to the ranks; keeps the cursor.
+
+    The next batch comes from the part with the smallest (delivered + 1/2) / weight (Webster's
+    apportionment: shares stay within about one batch of the weights). ``step`` returns this rank's
+    `Task` of the next W global batches, or None at the end of a finite stream; every rank's planner
+    returns the same number of tasks. Afterwards ``state()`` is the cursor behind that step,
+    equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        config: PlanConfig,
+        load: Callable[[str], ShardIndex],
+        *,
+        rank: int = 0,
+        world: int = 1,
+        lengths: Lengths | None = None,
+        state: dict | None = None,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise UserError(f"rank {rank} does not exist in a world of {world}")
+        if not parts:
+            raise UserError("the stream has no datasets: name at least one")
+        names = [part.name for part in parts]
+        if len(set(names)) < len(names):
+            raise UserError(f"dataset names must differ: {', '.join(names)}")
+        for part in parts:
+            if not part.weight > 0:
+                raise UserError(f"the weight of dataset '{part.name}' must be positive")
+        self.config, self.rank, self.world = config, rank, world
+        self.number = 0
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="dsasr-plan")
+        self.parts = [PartPlan(part, config, load, lengths, self.pool) for part in parts]
+        plan = [config.seed, config.shuffle, config.window, config.window_samples]
+        probe = np.full(64, 1.0), splitmix64(np.arange(64, dtype=np.uint64))
+        plan.append(lengths(*probe).tolist() if lengths is not None else None)
+        self.identity = {
+            "plan": f"{stable_hash(*plan, vars(config.batch)):x}",
+            "parts": {part.name: part.fingerprint() for part in parts},
+        }
+        if state is not None:
+            self.restore(state)
+
+    def restore(self, state: dict) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise UserError(
+                f"the stream's state has version {state.get('version')}, not {STATE_VERSION}: "
+                "resume with the release that wrote it"
+            )
+        saved = state["identity"]
+        for name in sorted(set(saved["parts"]) | set(self.identity["parts"])):
+            if saved["parts"].get(name) != self.identity["parts"].get(name):
+                raise UserError(
+                    f"dataset '{name}' is not the one that the checkpoint was reading (its shard "
+                    "list changed): restore it, or start the stage without the loader's state"
+                )
+        if saved["plan"] != self.identity["plan"]:
+            raise UserError(
+                "seed, batch budgets, window or augmentation differ from the checkpoint's: restore "
+                "them, or start the stage without the loader's state"
+            )
+        self.number = int(state["number"])
+        cursors = state["cursors"]
+        for plan in self.parts:
+            plan.epoch, plan.window, plan.batch, plan.delivered = cursors[plan.part.name]
+
+    def state(self) -> dict:
+        """The cursor behind the last step; JSON-able, a few hundred bytes."""
+        return {
+            "version": STATE_VERSION,
+            "number": self.number,
+            "identity": self.identity,
+            "cursors": {p.part.name: [p.epoch, p.window, p.batch, p.delivered] for p in self.parts},
+        }
+
+    def advance(self, mine: bool) -> Task | None:
+        """Deliver one global batch; a Task if it is ours. None at the end, too."""
+        alive = [plan for plan in self.parts if plan.settle()]
+        if not alive:
+            return None
+        plan = min(alive, key=lambda p: (p.delivered + 0.5) / p.part.weight)
+        task = None
+        if mine:
+            window = plan.current
+            seed = stable_hash("batch", self.config.seed, self.number)
+            bad = tuple(window.bad) if plan.batch == 0 else ()
+            samples = window.samples(plan.batch)
+            task = Task(self.number, plan.epoch, plan.part.name, seed, samples, bad)
+        plan.batch += 1
+        plan.delivered += 1
+        self.number += 1
+        return task
+
+    def step(self) -> Task | None:
+        """This rank's share of the next W global batches."""
+        first, task = self.number, None
+        for rank in range(self.world):
+            ours = self.advance(rank == self.rank)
+            task = ours or task
+        if self.number == first:
+            return None
+        if task is None:
+            number = first + self.rank
+            task = Task(number, max(self.config.epochs - 1, 0), "", stable_hash("fill", number), ())
+        return task
+
+    def __iter__(self) -> Iterator[Task]:
+        while (task := self.step()) is not None:
+            yield task
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
