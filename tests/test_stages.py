@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsasr.errors import UserError
+from dsasr.stages import (
+    DriftConfig,
+    PlannedSwap,
+    Progress,
+    Schedule,
+    Snapshot,
+    StageConfig,
+    learning_rate,
+    with_published,
+)
+
+PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=20)
+ALIGN = StageConfig("align", "sft", {"adaptor": 1e-3}, steps=4)
+IA_SFT = StageConfig(
+    "ia_sft", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=10, swaps=True, after_final=3
+)
+JOINT = StageConfig("joint", "sft", {"encoder": 1e-5, "adaptor": 1e-5, "llm": 1e-5}, steps=3)
+ALL = (PRETRAIN, ALIGN, IA_SFT, JOINT)
+
+
+def play(schedule: Schedule, triggers=(), progress: Progress | None = None, limit=1000):
+    """Run the schedule without a model: (turns made, swaps as (id, sft step, stage), progress)."""
+    progress = progress or Progress()
+    turns, swaps = [], []
+    for _ in range(limit):
+        turn = schedule.at(progress)
+        if turn.kind != "step":
+            return turns, swaps, progress, turn.kind
+        if turn.load:
+            swaps.append((turn.load.id, progress.sft, turn.stage.name))
+        turns.append((turn.stage.name, turn.step))
+        progress = schedule.advance(progress, turn)
+        if turn.stage.branch == "pretrain":
+            at = progress.pretrain
+            cause = schedule.publishes_at(at) or ("drift" if at in triggers else None)
+            if cause:
+                progress = with_published(progress, [Snapshot(f"s{at}", at, cause)])
+    raise AssertionError("the schedule never ends")
+
+
+def steps_of(turns, name):
+    return [step for stage, step in turns if stage == name]
+
+
+def test_the_papers_course():
+    schedule = Schedule(ALL)
+    turns, swaps, progress, end = play(schedule, triggers=(10, 14))
+    assert end == "end"
+    for stage in ALL:
+        assert steps_of(turns, stage.name) == list(range(stage.steps))
+    # Alignment waits for the first trigger, IA-SFT starts on the same snapshot, later triggers
+    # swap, the final encoder comes when pretraining ends, joint SFT needs no other one.
+    assert turns.index(("align", 0)) == 10
+    assert swaps[0] == ("s10", 0, "align")
+    assert swaps[-1][0] == "s20" and swaps[-1][2] == "ia_sft"
+    assert [s[0] for s in swaps] == ["s10", "s14", "s20"]
+    # The last three IA-SFT steps ran after the final encoder was published.
+    assert turns.index(("ia_sft", 7)) > turns.index(("pretrain", 19))
+    assert turns.index(("joint", 0)) > turns.index(("ia_sft", 9))
+
+
+def test_without_a_trigger_alignment_waits_for_the_end_of_pretraining():
+    turns, swaps, _, _ = play(Schedule(ALL))
+    assert turns[20] == ("align", 0) and [s[0] for s in swaps] == ["s20"]
+
+
+def test_a_trigger_during_alignment_is_taken_when_ia_sft_begins():
+    _, swaps, _, _ = play(Schedule(ALL), triggers=(10, 12))
+    assert swaps[1] == ("s12", 4, "ia_sft")
+
+
+def test_interleave_is_a_ratio():
+    schedule = Schedule((replace(PRETRAIN, steps=100), replace(IA_SFT, steps=40, after_final=0)),
+                        DriftConfig(mode="fixed", swaps=(PlannedSwap(10),)), interleave=(2, 1))
+    turns, *_ = play(schedule)
+    window = [name for name, _ in turns[20:50]]
+    assert window.count("pretrain") == 20 and window.count("ia_sft") == 10
+
+
+def test_conventional_recipe_runs_one_stage_after_the_other():
+    joint = replace(JOINT, steps=3)
+    turns, swaps, _, _ = play(Schedule((PRETRAIN, ALIGN, joint), DriftConfig(mode="off")))
+    names = [name for name, _ in turns]
+    assert names == ["pretrain"] * 20 + ["align"] * 4 + ["joint"] * 3
+    assert swaps == [("s20", 0, "align")]
+
+
+def test_alignment_with_a_finished_encoder_and_no_pretraining():
+    schedule = Schedule((ALIGN, replace(IA_SFT, after_final=10), JOINT))
+    given = with_published(Progress(), [Snapshot("given", 0, "given")])
+    turns, swaps, _, end = play(schedule, progress=given)
+    assert end == "end" and len(turns) == 17 and swaps == [("given", 0, "align")]
+
+
+def test_joint_with_a_frozen_encoder_and_stages_after_joint():
+    frozen = StageConfig("late", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=5, after_final=5)
+    context = replace(JOINT, name="context", steps=2)
+    after = replace(frozen, name="after", swaps=True, after_final=0)
+    turns, swaps, _, _ = play(Schedule((PRETRAIN, ALIGN, frozen, JOINT, context, after)), (5,))
+    assert steps_of(turns, "context") == [0, 1] and steps_of(turns, "after") == list(range(5))
+    # Joint takes the final encoder; nothing replaces the one that it then trains.
+    assert swaps == [("s5", 0, "align"), ("s20", 9, "joint")]
+
+
+def test_planned_sft_steps_replay_a_history():
+    plan = (PlannedSwap(5, 0), PlannedSwap(12, 6), PlannedSwap(20, 11))
+    schedule = Schedule(ALL, DriftConfig(mode="fixed", swaps=plan))
+    turns, swaps, _, end = play(schedule)
+    assert end == "end"
+    assert [(s[0], s[1]) for s in swaps] == [("s5", 0), ("s12", 6), ("s20", 11)]
+
+
+def test_one_branch_alone():
+    turns, _, _, end = play(Schedule(ALL, branch="pretrain"), (10,))
+    assert end == "end" and len(turns) == 20
+    # The sft branch waits for what the other job publishes.
+    sft = Schedule(ALL, branch="sft")
+    turns, _, progress, end = play(sft)
+    assert (turns, end) == ([], "wait")
+    progress = with_published(progress, [Snapshot("a", 7, "drift")])
+    turns, _, progress, end = play(sft, progress=progress)
+    assert end == "wait" and len(turns) == 4 + 7
+    progress = with_published(progress, [Snapshot("b", 20, "final")])
+    turns, swaps, _, end = play(sft, progress=progress)
+    assert end == "end" and swaps[0][0] == "b"
+
+
+@given(
+    st.integers(0, 60),
+    st.lists(st.integers(1, 19), unique=True, max_size=4).map(sorted),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_stopping_and_going_on_anywhere_changes_nothing(cut, triggers, ratio):
+    schedule = Schedule(ALL, interleave=ratio)
+    whole, swaps, end, _ = play(schedule, triggers)
+    progress = Progress()
+    turns = []
+    for _ in range(len(whole)):
+        if len(turns) == cut:  # what a resume does: the same progress, read back
+            progress = Progress(**{f: getattr(progress, f) for f in progress.__dataclass_fields__})
+        turn = schedule.at(progress)
+        turns.append((turn.stage.name, turn.step))
+        progress = schedule.advance(progress, turn)
+        at = progress.pretrain
+        cause = schedule.publishes_at(at) or ("drift" if at in triggers else None)
+        if turn.stage.branch == "pretrain" and cause:
+            progress = with_published(progress, [Snapshot(f"s{at}", at, cause)])
+    assert turns == whole and progress == end
+
+
+def test_monitoring_follows_the_shares():
+    schedule = Schedule((replace(PRETRAIN, steps=2000),), DriftConfig(start=0.25, interval=0.005))
+    marks = {s: schedule.measures_at(s) for s in range(1, 2001) if schedule.measures_at(s)}
+    assert marks.pop(500) == "reference"
+    assert list(marks) == list(range(510, 2001, 10)) and set(marks.values()) == {"measure"}
+
+
+def test_learning_rate_warms_up_and_decays():
+    stage = StageConfig("s", "sft", {"llm": 2.0}, steps=110, warmup=10, final_rate=0.1)
+    rates = [learning_rate(stage, "llm", s) for s in range(110)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and rates[10] == 2.0
+    assert rates[60] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert rates[-1] == pytest.approx(2.0 * (0.1 + 0.45 * (1 + math.cos(math.pi * 0.99))))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    flat = replace(stage, decay="constant")
+    assert learning_rate(flat, "llm", 109) == 2.0
+    straight = replace(stage, decay="linear", final_rate=0.0)
+    assert learning_rate(straight, "llm", 60) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"trains": {"adaptr": 1.0}}, "did you mean 'adaptor'"),
+        ({"trains": {}}, "trains nothing"),
+        ({"steps": 0}, "steps ≥ 1"),
+        ({"warmup": 4}, "below its 4 steps"),
+        ({"objective": "ctc"}, "unknown objective"),
+        ({"after_final": 5}, "after_final"),
+        ({"trains": {"adaptor": -1.0}}, "negative"),
+        ({"accumulate": 0}, "accumulate"),
+    ],
+)
+def test_impossible_stages_are_refused(change, words):
+    with pytest.raises(UserError, match=words):
+        replace(ALIGN, **change)
+
+
+def test_impossible_schedules_are_refused():
+    with pytest.raises(UserError, match="no stages"):
+        Schedule(())
+    with pytest.raises(UserError, match="two stages are called"):
+        Schedule((ALIGN, ALIGN))
+    with pytest.raises(UserError, match="at most one stage"):
+        Schedule((PRETRAIN, replace(PRETRAIN, name="again")))
+    with pytest.raises(UserError, match="branch=sft"):
+        Schedule((PRETRAIN,), branch="sft")
+    with pytest.raises(UserError, match="rising"):
+        DriftConfig(mode="fixed", swaps=(PlannedSwap(5), PlannedSwap(4)))
