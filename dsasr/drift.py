@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dsasr import ranks
 from dsasr.allocation.cka import LayerCka
-from dsasr.data.batching import Batch, stand_in
+from dsasr.data.batching import Batch
 from dsasr.engine import Below, Branch
 from dsasr.fragments import Fragment, FragmentReader
+from dsasr.model.speech_llm import placeholder
 from dsasr.stages import DriftConfig
 
 PREFIX = "drift/"
@@ -72,7 +73,8 @@ class DriftMonitor:
         with branch.evaluating() as module:
             for batch in self.probe:
                 # A rank without an utterance of its own must still make the collective calls.
-                moved = (batch if len(batch) else stand_in(batch)).to(ranks.device())
+                real = batch if len(batch) else placeholder(batch, module.encoder.cfg.mels, 0)
+                moved = real.to(ranks.device())
                 out = module.encoder(
                     moved.features_BTF, moved.feature_lengths_B, layers=self.config.layers
                 )

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from dsasr import partition, ranks
 from dsasr.config import nearest
-from dsasr.data.batching import Batch, stand_in
+from dsasr.data.batching import Batch
 from dsasr.errors import UserError
 from dsasr.fragments import Fragment, FragmentReader
 from dsasr.parking import ParkConfig, Parking
@@ -137,7 +137,6 @@ class Branch:
         self._engine = self._initialise(stage, groups)
         self._states = partition.States(self.module, self._engine.optimizer)
         self._restore(carried, steps if stage.keep_moments else None)
-        self.module.objective = stage.objective
 
     def _groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         groups = []
@@ -216,8 +215,8 @@ class Branch:
     def step(self, batches: Sequence[Batch], step: int) -> StepReport:
         """One optimizer step from this rank's ``accumulate`` micro-batches; collective.
 
-        All randomness (dropout, masks, chunks) is seeded from the batch, so that a resumed run
-        repeats an uninterrupted one bit for bit.
+        The model seeds all its randomness (dropout, masks, chunks) from the batch, so that a
+        resumed run repeats an uninterrupted one bit for bit.
         """
         assert self.stage is not None and len(batches) == self.stage.accumulate
         rates = {part: learning_rate(self.stage, part, step) for part in self.stage.trains}
@@ -226,16 +225,12 @@ class Branch:
         self.module.train()
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in batches:
-            # A batch of which every sample was bad must still make the collective calls.
-            real = batch if len(batch) else stand_in(batch)
-            torch.manual_seed(batch.seed)
-            outputs = self._engine(real.to(ranks.device()))
-            self._engine.backward(outputs.loss if len(batch) else outputs.loss * 0.0)
+            outputs = self._engine(batch.to(ranks.device()))
+            self._engine.backward(outputs.loss)
             self._engine.step()
-            if len(batch):
-                for name, (total, count) in outputs.sums.items():
-                    old = sums.get(name, (0.0, 0.0))
-                    sums[name] = (old[0] + total, old[1] + count)
+            for name, (total, count) in outputs.sums.items():
+                old = sums.get(name, (0.0, 0.0))
+                sums[name] = (old[0] + total, old[1] + count)
         norm = self._engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else None
         return StepReport(

@@ -59,28 +59,3 @@ class Batch:
             if isinstance(value := getattr(self, item.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
-
-
-def stand_in(batch: Batch) -> Batch:
-    """One silent utterance with one label, in the place of a batch that lost all its samples.
-
-    Ranks must make the same collective calls whatever their data, so the engine runs this one and
-    multiplies its loss by zero.
-    """
-    frames, mels = 64, batch.features_BTF.shape[2] if batch.features_BTF.dim() == 3 else 80
-    one = torch.ones(1, dtype=torch.int64)
-    return dataclasses.replace(
-        batch,
-        features_BTF=torch.zeros(1, frames, mels),
-        feature_lengths_B=one * frames,
-        phonemes_BP=torch.ones(1, 1, dtype=torch.int64),
-        phoneme_lengths_B=one,
-        tokens_BU=torch.zeros(1, 1, dtype=torch.int64),
-        token_lengths_B=one,
-        keys=("",),
-        shards=("",),
-        texts=("",),
-        langs=("",),
-        speakers=("",),
-        durations=(0.0,),
-    )
