@@ -17,7 +17,7 @@ _RMS = {"gelu": 0.6521, "silu": 0.5968, "relu": 0.7071}
 
 @dataclass(frozen=True)
 class AdaptorConfig:
-    """``stack`` consecutive frames are concatenated; ``hidden`` 0 means the language model's width."""
+    """``stack`` consecutive frames are concatenated; ``hidden`` 0 is the language model's width."""
 
     stack: int = 4
     hidden: int = 0

@@ -1,0 +1,167 @@
+"""The language model: any Hugging Face causal LM from a local folder, and its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dsasr import kernels
+from dsasr.errors import UserError
+
+_ACCURACY_ROWS = 4096  # rows whose logits exist at once
+_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+_DROPOUTS = (
+    "attention_dropout",
+    "hidden_dropout",
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+)
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """``pack``: positions a row may hold, 0 for one utterance a row.
+
+    With a flash ``attn`` any ``pack`` above 0 puts the whole batch into one row, without padding.
+    """
+
+    path: str = ""
+    weights: bool = True  # False: the folder's config.json alone, weights drawn at random
+    pack: int = 0
+    attn: str = "sdpa"
+    dropout: float = 0.0
+    checkpoint: bool = False  # recompute each layer in the backward pass
+    accuracy: bool = True  # count right tokens in training too: one more product with the head
+
+    def __post_init__(self) -> None:
+        if self.attn not in _ATTENTION:
+            raise UserError(f"llm attn {self.attn!r}: choose one of {', '.join(_ATTENTION)}")
+        if self.pack < 0:
+            raise UserError(f"llm pack {self.pack}: give positions a row, or 0 for no packing")
+
+
+class EntropyHead(nn.Linear):
+    """The LM head. With targets it returns losses and entropies and never holds the logits.
+
+    It takes the place of the model's own head and shares its weight, tied or not. The fused kernel
+    thus runs inside the module that owns the weight, where ZeRO-3 gathers it; names in checkpoints
+    stay as they were.
+    """
+
+    soft_cap: float | None = None
+
+    @classmethod
+    def replace(cls, llm: PreTrainedModel) -> EntropyHead:
+        """Put one into ``llm``. Raises `UserError` for logits that are more than W·h + b."""
+        head, config = llm.get_output_embeddings(), llm.config.get_text_config()
+        if isinstance(head, cls):
+            return head
+        scaled = [name for name in ("logit_scale", "logits_scaling") if _scaled(config, name)]
+        if type(head) is not nn.Linear or scaled:
+            reason = f"scales its logits ({scaled[0]})" if scaled else "has no linear LM head"
+            raise UserError(f"{llm.config.model_type} {reason}: choose another language model")
+        with torch.device("meta"):
+            ours = cls(head.in_features, head.out_features, bias=head.bias is not None)
+        ours.weight, ours.bias = head.weight, head.bias
+        ours.soft_cap = getattr(config, "final_logit_softcapping", None)
+        llm.set_output_embeddings(ours)
+        return ours
+
+    def forward(
+        self, input: Tensor, targets_N: Tensor | None = None, accuracy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        """Logits of any [..., D]; or for [N, D] and targets: (nll_N, entropy_N, right_N or None).
+
+        nll and entropy are float32, in nats.
+        """
+        if targets_N is None:
+            return F.linear(input, self.weight, self.bias)
+        nll_N, entropy_N = kernels.linear_entropy(
+            input, self.weight, targets_N, bias_V=self.bias, soft_cap=self.soft_cap
+        )
+        return nll_N, entropy_N, self._right(input, targets_N) if accuracy else None
+
+    @torch.no_grad()
+    def _right(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        best = [
+            F.linear(rows, self.weight, self.bias).argmax(-1)
+            for rows in hidden_ND.split(_ACCURACY_ROWS)
+        ]
+        return torch.cat(best) == targets_N
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Logits as the loss sees them: float32 at least, soft-capped where the model does so."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if not self.soft_cap else self.soft_cap * (logits / self.soft_cap).tanh()
+
+
+def _scaled(config: object, name: str) -> bool:
+    return getattr(config, name, None) not in (None, 1, 1.0)
+
+
+def load_llm(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attn: str = "sdpa",
+    dropout: float = 0.0,
+    weights: bool = True,
+) -> PreTrainedModel:
+    """A causal LM from a local Hugging Face folder (safetensors only, no remote code).
+
+    ``weights=False`` takes config.json alone and draws the weights; under ``torch.device("meta")``
+    that costs no memory. Raises `UserError` for a folder that holds no such model, and for one
+    whose files lack some of the weights.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no language model in {folder}: there is no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        for name in _DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+        if not weights:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+        llm, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the language model in {folder}: {reason}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report.get(kind, ())):
+            what = kind.replace("_keys", "")
+            raise UserError(
+                f"the language model in {folder} has {len(names)} {what} weights, among them"
+                f" {names[0]}: export it again, whole"
+            )
+    return llm
+
+
+def embedding_rms(llm: PreTrainedModel) -> float:
+    """Root mean square of the token embeddings as the first layer sees them.
+
+    Where the weights are not at hand (meta device, or partitioned by ZeRO-3), the standard
+    deviation that the model's config initialises them with.
+    """
+    embed = llm.get_input_embeddings()
+    weight = embed.weight.detach()
+    if weight.is_meta or weight.numel() == 0:
+        rms = float(getattr(llm.config.get_text_config(), "initializer_range", 0.02))
+    else:
+        rms = float(weight.float().square().mean().sqrt())
+    return rms * float(getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0)))

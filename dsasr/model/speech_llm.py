@@ -1,0 +1,297 @@
+"""Encoder, adaptor and language model in one: [prefix | speech | suffix | transcript | end].
+
+The loss is on the transcript's tokens and the end token. Sequences are laid out by index, straight
+from valid positions: adaptor output is never padded, and logits exist at targets only, inside the
+fused kernel. Rows hold one utterance each, or several (``pack``), whose positions restart and which
+do not see each other; both give the same loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dsasr.data.augment import SpecAugmentConfig, spec_augment
+from dsasr.data.batching import Batch
+from dsasr.errors import UserError
+from dsasr.model.adaptor import Adaptor
+from dsasr.model.encoder import Chunk, ChunkConfig, Encoder, EncoderOutput, draw_chunk
+from dsasr.model.llm import EntropyHead, LlmConfig
+from dsasr.model.outputs import Outputs
+from dsasr.model.randomness import seed_dropout, step_generator
+
+
+def plan_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
+    """Which utterances share a row of at most ``pack`` positions; 0: none do.
+
+    First fit, longest first; an utterance longer than ``pack`` has a row to itself.
+    """
+    if pack == 0:
+        return [[index] for index in range(len(lengths))]
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        fit = next((row for row, free in enumerate(room) if free >= lengths[index]), None)
+        if fit is None:
+            rows.append([index])
+            room.append(pack - lengths[index])
+        else:
+            rows[fit].append(index)
+            room[fit] -= lengths[index]
+    return rows
+
+
+def ragged(starts_B: Tensor, counts_B: Tensor) -> Tensor:
+    """start_0 … start_0 + count_0 - 1, start_1 … as one vector."""
+    ends_B = counts_B.cumsum(0)
+    total = int(ends_B[-1]) if len(ends_B) else 0
+    return torch.repeat_interleave(starts_B - ends_B + counts_B, counts_B) + torch.arange(total)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in R rows of L positions; indices into [R·L], on the CPU.
+
+    ``speech_N``: the speech embeddings, utterance by utterance; ``text_M``: all prefixes, all
+    suffixes, all transcripts (without the end token, which is a target only); ``targets_N``: the
+    positions that predict the transcript and the end token; ``positions_RL`` restart with each
+    utterance; ``starts_B`` and ``lengths_B``: the utterances' places.
+    """
+
+    rows: int
+    length: int
+    speech_N: Tensor
+    text_M: Tensor
+    targets_N: Tensor
+    positions_RL: Tensor
+    starts_B: Tensor
+    lengths_B: Tensor
+
+
+def lay_out(
+    speech_B: Tensor,
+    tokens_B: Tensor,
+    prefix: int,
+    suffix: int,
+    pack: int = 0,
+    left_pad: bool = False,
+) -> Layout:
+    """Place utterances of ``speech_B`` embeddings and ``tokens_B`` target tokens into rows.
+
+    With no tokens at all (decoding), the layout is that of the prompts.
+    """
+    inputs_B = (tokens_B - 1).clamp_min(0)
+    lengths_B = prefix + speech_B + suffix + inputs_B
+    plan = plan_rows(lengths_B.tolist(), pack)
+    sizes = [sum(int(lengths_B[index]) for index in row) for row in plan]
+    length = max(sizes, default=0)
+    starts_B = torch.zeros_like(lengths_B)
+    for number, (row, size) in enumerate(zip(plan, sizes, strict=True)):
+        start = number * length + (length - size if left_pad else 0)
+        for index in row:
+            starts_B[index] = start
+            start += int(lengths_B[index])
+    after_speech_B = starts_B + prefix + speech_B
+    tokens_start_B = after_speech_B + suffix
+    whole = torch.ones_like(starts_B)
+    positions = torch.zeros(len(plan) * length, dtype=torch.int64)
+    positions[ragged(starts_B, lengths_B)] = ragged(torch.zeros_like(lengths_B), lengths_B)
+    return Layout(
+        rows=len(plan),
+        length=length,
+        speech_N=ragged(starts_B + prefix, speech_B),
+        text_M=torch.cat(
+            (
+                ragged(starts_B, whole * prefix),
+                ragged(after_speech_B, whole * suffix),
+                ragged(tokens_start_B, inputs_B),
+            )
+        ),
+        targets_N=ragged(tokens_start_B - 1, tokens_B),
+        positions_RL=positions.view(len(plan), length),
+        starts_B=starts_B,
+        lengths_B=lengths_B,
+    )
+
+
+class SpeechLLM(nn.Module):
+    """A speech recogniser around a Hugging Face causal LM.
+
+    A part without a trainable parameter runs in eval mode (no dropout), and the encoder without a
+    graph, whatever mode the whole is in.
+
+    spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
+    context. Raises `UserError` if the prompt is empty: something must predict the first token.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        adaptor: Adaptor,
+        llm: PreTrainedModel,
+        prefix_ids: Sequence[int],
+        suffix_ids: Sequence[int],
+        pad_id: int,
+        cfg: LlmConfig,
+        spec: SpecAugmentConfig | None = None,
+        chunks: ChunkConfig | None = None,
+    ):
+        super().__init__()
+        if not prefix_ids and not suffix_ids:
+            raise UserError("the prompt has no token: the template needs at least one")
+        self.encoder, self.adaptor, self.llm = encoder, adaptor, llm
+        self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
+        self.cfg, self.spec, self.chunks = cfg, spec, chunks
+        EntropyHead.replace(llm)
+        if cfg.checkpoint:
+            llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def head(self) -> EntropyHead:
+        return self.llm.get_output_embeddings()
+
+    def forward(self, batch: Batch, audio: bool = True) -> Outputs:
+        """The mean NLL of the transcript's tokens and the end token, in nats.
+
+        sums: "nll", "entropy" (of the prediction, nats) and "accuracy" (greedy token right), per
+        target. ``audio=False`` leaves the speech out of the sequence: the language model alone. A
+        batch without utterances runs every part once, for its collectives, and weighs nothing.
+
+        In training, seeds torch's global generators from the batch (see `seed_dropout`).
+        """
+        weight = 1.0 if len(batch) else 0.0
+        batch = batch if len(batch) else placeholder(batch, self.encoder.cfg.mels, self.pad_id)
+        frame_lengths_B = batch.feature_lengths_B.cpu()  # on a GPU, the step's one wait
+        token_lengths_B = batch.token_lengths_B.cpu()
+        self._settle()
+        if self.training:
+            seed_dropout(batch)
+        speech_ND, speech_B = self._speech(batch, frame_lengths_B) if audio else (None, None)
+        layout = lay_out(
+            speech_B if audio else torch.zeros_like(frame_lengths_B),
+            token_lengths_B,
+            len(self.prefix_ids),
+            len(self.suffix_ids),
+            self._pack,
+        )
+        device = batch.tokens_BU.device
+        row_starts_B = torch.arange(len(batch)) * batch.tokens_BU.shape[1]
+        flat = batch.tokens_BU.flatten()
+        inputs = flat[ragged(row_starts_B, token_lengths_B - 1).to(device)]
+        targets_N = flat[ragged(row_starts_B, token_lengths_B).to(device)]
+        embeds_RLD = self._splice(layout, len(batch), speech_ND, inputs)
+        positions = layout.positions_RL.to(device) if self._pack else None
+        hidden_RLD = self.llm.base_model(
+            inputs_embeds=embeds_RLD, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        hidden_ND = hidden_RLD.flatten(0, 1).index_select(0, layout.targets_N.to(device))
+        return self._outputs(hidden_ND, targets_N, weight)
+
+    def encode(self, batch: Batch, chunk: Chunk | None = None) -> EncoderOutput:
+        """The encoder's frames, without a graph where it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(self.encoder)):
+            return self.encoder(batch.features_BTF, batch.feature_lengths_B, chunk)
+
+    @torch.no_grad()
+    def prompts(self, batch: Batch, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings of [prefix | speech | suffix], padded on the left: [B, L, D]; and lengths_B."""
+        self._settle()
+        output = self.encode(batch, chunk)
+        speech_ND, speech_B = self.adaptor(output.frames_BSE, output.lengths_B, packed=True)
+        none_B = torch.zeros(len(batch), dtype=torch.int64)
+        sizes = len(self.prefix_ids), len(self.suffix_ids)
+        layout = lay_out(speech_B.cpu(), none_B, *sizes, left_pad=True)
+        no_ids = batch.tokens_BU.new_empty(0)
+        lengths_B = layout.lengths_B.to(batch.tokens_BU.device)
+        return self._splice(layout, len(batch), speech_ND, no_ids), lengths_B
+
+    @property
+    def _pack(self) -> int:
+        if self.cfg.pack and self.cfg.attn.startswith("flash"):
+            return 1 << 62  # variable-length attention has no use for rows
+        return self.cfg.pack
+
+    def _settle(self) -> None:
+        """Frozen parts in eval mode, the others in the mode of the whole."""
+        for part in (self.encoder, self.adaptor, self.llm):
+            training = self.training and _trainable(part)
+            if part.training == training:
+                continue
+            part.train(training)
+            if part is self.llm and self.training and self.cfg.checkpoint:
+                # Gradients still pass through it. Its layers recompute only in training mode; the
+                # dropouts inside them stay in eval mode.
+                for layer in part.modules():
+                    if isinstance(layer, GradientCheckpointingLayer):
+                        layer.training = True
+
+    def _speech(self, batch: Batch, frame_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        chunk = None
+        if self.training:
+            if self.spec is not None:
+                features_BTF = spec_augment(
+                    batch.features_BTF,
+                    batch.feature_lengths_B,
+                    self.spec,
+                    step_generator(batch, "spec"),
+                )
+                batch = dataclasses.replace(batch, features_BTF=features_BTF)
+            if self.chunks is not None:
+                chunk = draw_chunk(self.chunks, step_generator(batch, "chunk"))
+        output = self.encode(batch, chunk)
+        speech_ND, _ = self.adaptor(output.frames_BSE, output.lengths_B, packed=True)
+        lengths_B = self.adaptor.output_lengths(self.encoder.output_lengths(frame_lengths_B))
+        return speech_ND, lengths_B
+
+    def _splice(
+        self, layout: Layout, utterances: int, speech_ND: Tensor | None, token_ids: Tensor
+    ) -> Tensor:
+        """Token and speech embeddings at their places, zeros elsewhere: [R, L, D]."""
+        device = token_ids.device
+        prompt = self.prefix_ids * utterances + self.suffix_ids * utterances
+        ids = torch.cat((torch.tensor(prompt, dtype=torch.int64).to(device), token_ids))
+        text_MD = self.llm.get_input_embeddings()(ids)
+        parts, places = [text_MD], [layout.text_M]
+        if speech_ND is not None:
+            parts.append(speech_ND.to(text_MD.dtype))
+            places.append(layout.speech_N)
+        embeds = text_MD.new_zeros(layout.rows * layout.length, text_MD.shape[1])
+        embeds = embeds.index_copy(0, torch.cat(places).to(device), torch.cat(parts))
+        return embeds.view(layout.rows, layout.length, -1)
+
+    def _outputs(self, hidden_ND: Tensor, targets_N: Tensor, weight: float) -> Outputs:
+        nll_N, entropy_N, right_N = self.head(
+            hidden_ND, targets_N, accuracy=self.cfg.accuracy or not self.training
+        )
+        count = torch.tensor(targets_N.numel() * weight, device=nll_N.device)
+        named = {"nll": nll_N, "entropy": entropy_N}
+        if right_N is not None:
+            named["accuracy"] = right_N
+        sums = {
+            name: (values.detach().sum(dtype=torch.float64) * weight, count)
+            for name, values in named.items()
+        }
+        return Outputs(loss=nll_N.mean() * weight, sums=sums)
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def placeholder(batch: Batch, mels: int, token: int) -> Batch:
+    """One short utterance of silence, for a rank that has nothing but must keep step."""
+    return dataclasses.replace(
+        batch,
+        features_BTF=batch.features_BTF.new_zeros(1, 16, mels),
+        feature_lengths_B=batch.feature_lengths_B.new_full((1,), 16),
+        phonemes_BP=batch.phonemes_BP.new_ones(1, 1),
+        phoneme_lengths_B=batch.phoneme_lengths_B.new_ones(1),
+        tokens_BU=batch.tokens_BU.new_full((1, 1), token),
+        token_lengths_B=batch.token_lengths_B.new_ones(1),
+    )
