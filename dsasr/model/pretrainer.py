@@ -95,7 +95,7 @@ class Pretrainer(nn.Module):
             "ctc_entropy": (posterior_entropy(log_probs, output.lengths_B), frames),
             "ctc_infeasible": (
                 (~found.feasible_B).sum(),
-                torch.full_like(frames, len(batch) * views),
+                utterances,
             ),
         }
         if views > 1:
@@ -106,10 +106,8 @@ class Pretrainer(nn.Module):
             sums["consistency"] = (apart_B.sum(), frames // 2)
         if not self.training:
             hypotheses = greedy_phonemes(log_probs, output.lengths_B)
-            errors = phoneme_errors(hypotheses, batch.phonemes_BP, batch.phoneme_lengths_B)
-            sums["phoneme_errors"] = tuple(
-                torch.tensor(value, device=loss.device) for value in errors
-            )
+            edits, total = phoneme_errors(hypotheses, batch.phonemes_BP, batch.phoneme_lengths_B)
+            sums["phoneme_errors"] = (loss.new_tensor(edits), loss.new_tensor(total))
         return Outputs(
             loss=loss * weight,
             sums={

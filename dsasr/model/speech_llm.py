@@ -200,7 +200,7 @@ class SpeechLLM(nn.Module):
 
     @torch.no_grad()
     def prompts(self, batch: Batch, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
-        """Embeddings of [prefix | speech | suffix], padded on the left: [B, L, D]; and lengths_B."""
+        """[prefix | speech | suffix] as embeddings [B, L, D], padded on the left; and lengths_B."""
         self._settle()
         output = self.encode(batch, chunk)
         speech_ND, speech_B = self.adaptor(output.frames_BSE, output.lengths_B, packed=True)
@@ -269,7 +269,7 @@ class SpeechLLM(nn.Module):
         nll_N, entropy_N, right_N = self.head(
             hidden_ND, targets_N, accuracy=self.cfg.accuracy or not self.training
         )
-        count = torch.tensor(targets_N.numel() * weight, device=nll_N.device)
+        count = nll_N.new_tensor(targets_N.numel() * weight, dtype=torch.float64)
         named = {"nll": nll_N, "entropy": entropy_N}
         if right_N is not None:
             named["accuracy"] = right_N
