@@ -105,6 +105,10 @@ class Task:
     samples: tuple[PlannedSample, ...]
     bad: tuple[Bad, ...] = ()
 
+    def describe(self) -> str:
+        keys = ", ".join(f"{s.entry.key} ({s.shard})" for s in self.samples)
+        return f"batch {self.number} of '{self.dataset}': {keys}"
+
 
 @dataclass
 class Window:

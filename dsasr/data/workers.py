@@ -1,0 +1,322 @@
+"""Worker processes that turn tasks into payloads, in order, and survive being killed.
+
+A task is a pure description, so a worker that dies (``kill -9``, out of memory) is replaced and its
+tasks are made again: the consumer sees the same payloads. Tasks and results travel through shared
+anonymous memory, one slot for each outstanding task; the pipes carry a few bytes for each, and
+so never block. A result is copied once, by the consumer, out of its slot.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import struct
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import torch
+
+ORPHAN_SECONDS = 5.0  # how often a waiting worker looks whether its consumer still lives
+MAX_DEATHS = 3  # of workers in a row over one task, before the run gives up
+HEADER = struct.Struct("<qqq")  # task: slot, bytes, 0; result: slot, bytes of array, of the rest
+ALIGN = 64
+
+Allocate = Callable[[tuple[int, ...]], np.ndarray]
+"""Gives zeroed float32 memory of a shape; at most one call for each task."""
+
+Work = Callable[[Any, Allocate], tuple[np.ndarray, Any]]
+"""(task, allocate) → (the array that allocate gave, anything picklable)."""
+
+
+class WorkerDied(RuntimeError):
+    """Workers died again and again over the same task."""
+
+
+class WorkerFailed(RuntimeError):
+    """The work raised something that does not pickle; the message holds the traceback."""
+
+
+@dataclass
+class Payload:
+    """A made task."""
+
+    array: torch.Tensor  # float32, owned by the receiver
+    rest: Any
+
+
+def run_here(work: Work, task: Any) -> Payload:
+    """Do a task in this process."""
+    array, rest = work(task, lambda shape: torch.zeros(shape).numpy())
+    return Payload(torch.from_numpy(array), rest)
+
+
+@dataclass
+class _Worker:
+    process: Any = None
+    tasks: Connection | None = None
+    results: Connection | None = None
+    memory: mmap.mmap | None = None
+    outstanding: deque = field(default_factory=deque)  # (slot, task) in order of submission
+    slots: deque = field(default_factory=deque)  # free
+    deaths: int = 0
+
+
+class WorkerPool:
+    """``workers`` forked processes; tasks are dealt in turn, results come in submission order.
+
+    ``slot_bytes`` bounds a result's shared memory; larger ones go through the pipe, slower. Memory
+    is touched only as far as it is used. A task must fit a slot.
+    """
+
+    def __init__(self, work: Work, workers: int, prefetch: int, slot_bytes: int) -> None:
+        self.work, self.depth = work, max(prefetch, 1)
+        self.slot_bytes = -(-max(slot_bytes, 1 << 16) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.context = multiprocessing.get_context("fork")
+        self.counters = mmap.mmap(-1, mmap.PAGESIZE * (1 + workers * 8 // mmap.PAGESIZE))
+        self.done = np.frombuffer(self.counters, np.int64, workers)  # results made, per worker
+        self.taken = self.submitted = 0
+        self.workers = [_Worker() for _ in range(workers)]
+        for number, worker in enumerate(self.workers):
+            worker.memory = mmap.mmap(-1, self.slot_bytes * self.depth)
+            worker.slots.extend(range(self.depth))
+            self._start(number)
+        _open_pools.add(self)
+
+    @property
+    def room(self) -> int:
+        """Tasks that can be submitted now."""
+        return len(self.workers) * self.depth - (self.submitted - self.taken)
+
+    @property
+    def ready(self) -> int:
+        """Results made and not yet taken: the queue's depth."""
+        return max(int(self.done.sum()) - self.taken, 0)
+
+    def submit(self, task: Any) -> None:
+        assert self.room > 0, "the pool is full: take a result first"
+        worker = self.workers[self.submitted % len(self.workers)]
+        self.submitted += 1
+        slot = worker.slots.popleft()
+        worker.outstanding.append((slot, task))
+        self._send(worker, slot, task)
+
+    def take(self) -> Payload:
+        """The oldest submitted task's result; waits for it. Raises what the work raised."""
+        assert self.submitted > self.taken, "nothing was submitted"
+        number = self.taken % len(self.workers)
+        worker = self.workers[number]
+        while True:
+            ready = wait([worker.results, worker.process.sentinel])
+            if worker.results in ready:
+                with contextlib.suppress(EOFError, OSError):
+                    payload = self._receive(worker)
+                    break
+            self._replace(number)
+        slot, _ = worker.outstanding.popleft()
+        worker.slots.append(slot)
+        worker.deaths = 0
+        self.taken += 1
+        if isinstance(payload, BaseException):
+            raise payload
+        return payload
+
+    def close(self) -> None:
+        """Stop the workers. Whatever was not taken is dropped."""
+        _open_pools.discard(self)
+        for worker in self.workers:
+            if worker.tasks is not None:
+                worker.tasks.close()
+                worker.results.close()
+        deadline = time.monotonic() + 0.2
+        for worker in self.workers:
+            if worker.process is not None:
+                worker.process.join(max(deadline - time.monotonic(), 0))
+                if worker.process.is_alive():
+                    worker.process.kill()
+                    worker.process.join()
+        self.workers = []
+
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self.workers]
+
+    def _start(self, number: int) -> None:
+        worker = self.workers[number]
+        theirs, worker.tasks = self.context.Pipe(duplex=False)
+        worker.results, mine = self.context.Pipe(duplex=False)
+        others = [end for w in self.workers for end in (w.tasks, w.results) if end is not None]
+        worker.process = self.context.Process(
+            target=_serve,
+            args=(self.work, theirs, mine, worker.memory, self.slot_bytes, self.done, number),
+            kwargs={"others": others},
+            name=f"dsasr-worker-{number}",
+        )
+        worker.process.start()
+        theirs.close()
+        mine.close()
+
+    def _replace(self, number: int) -> None:
+        worker = self.workers[number]
+        worker.process.join()
+        worker.deaths += 1
+        if worker.deaths >= MAX_DEATHS:
+            raise WorkerDied(
+                f"{worker.deaths} workers in a row died (exit code {worker.process.exitcode}) over "
+                f"{_shown(worker.outstanding[0][1])}; out of memory?"
+            )
+        worker.tasks.close()
+        worker.results.close()
+        worker.tasks = worker.results = None
+        # What the dead worker had finished and nobody took will be made again.
+        self.done[number] = self._taken_from(number)
+        self._start(number)
+        for slot, task in worker.outstanding:
+            self._send(worker, slot, task)
+
+    def _taken_from(self, number: int) -> int:
+        count = len(self.workers)
+        return self.taken // count + (number < self.taken % count)
+
+    def _send(self, worker: _Worker, slot: int, task: Any) -> None:
+        data = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
+        if len(data) > self.slot_bytes:
+            # Through the pipe it could block against a worker that blocks on a large result.
+            raise ValueError(f"a task of {len(data)} bytes does not fit a slot: {_shown(task)}")
+        start = slot * self.slot_bytes
+        worker.memory[start : start + len(data)] = data
+        # A dead worker's pipe is broken; it is replaced when its result is asked for.
+        with contextlib.suppress(BrokenPipeError, OSError):
+            worker.tasks.send_bytes(HEADER.pack(slot, len(data), 0))
+
+    def _receive(self, worker: _Worker) -> Payload | BaseException:
+        slot, array_bytes, rest_bytes = HEADER.unpack(worker.results.recv_bytes())
+        if array_bytes < 0:
+            kind, shape, rest, data = pickle.loads(worker.results.recv_bytes())
+        else:
+            start = slot * self.slot_bytes
+            view = memoryview(worker.memory)[start : start + array_bytes + rest_bytes]
+            kind, shape, rest = pickle.loads(view[array_bytes:])
+            data = view[:array_bytes]
+        if kind == "error":
+            return rest
+        array = torch.empty(shape)
+        if array.numel():
+            source = np.frombuffer(data, np.float32, array.numel()).reshape(shape)
+            array.copy_(torch.from_numpy(source) if source.flags.writeable else _thaw(source))
+        return Payload(array, rest)
+
+
+def _thaw(source: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(source.copy())
+
+
+def _shown(task: Any) -> str:
+    text = str(getattr(task, "describe", lambda: repr(task))())
+    return text if len(text) < 500 else text[:497] + "..."
+
+
+_open_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_pools() -> None:
+    # Registered after multiprocessing's own hook and so run before it, which joins the workers.
+    for pool in list(_open_pools):
+        pool.close()
+
+
+def _incoming(tasks: Connection, parent: int) -> Iterator[bytes]:
+    while True:
+        try:
+            # The pipe's other end may live on in unrelated children of a consumer that was killed.
+            while not tasks.poll(ORPHAN_SECONDS):
+                if os.getppid() != parent:
+                    return
+            yield tasks.recv_bytes()
+        except (EOFError, OSError):
+            return
+
+
+def _serve(
+    work: Work,
+    tasks: Connection,
+    results: Connection,
+    memory: mmap.mmap,
+    slot_bytes: int,
+    done: np.ndarray,
+    number: int,
+    others: Sequence[Connection],
+) -> None:
+    # The consumer decides when to stop; Slurm's signals reach all processes of a step.
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(kind, signal.SIG_IGN)
+    for end in others:
+        end.close()
+    _open_pools.clear()
+    torch.set_num_threads(1)  # the parent's threads did not survive the fork
+    for header in _incoming(tasks, os.getppid()):
+        slot, size, _ = HEADER.unpack(header)
+        start = slot * slot_bytes
+        task = pickle.loads(memory[start : start + size])
+        message = _make(work, task, memory, start, slot_bytes, slot)
+        try:
+            done[number] += 1
+            for part in message:
+                results.send_bytes(part)
+        except (BrokenPipeError, OSError):
+            break
+    os._exit(0)
+
+
+def _make(
+    work: Work, task: Any, memory: mmap.mmap, start: int, slot_bytes: int, slot: int
+) -> list[bytes]:
+    """Do the task; the messages that tell of it. The array lies in the slot if it fits."""
+
+    def allocate(shape: tuple[int, ...]) -> np.ndarray:
+        count = int(np.prod(shape))
+        if 4 * count + ALIGN > slot_bytes:
+            return np.zeros(shape, np.float32)
+        array = np.frombuffer(memory, np.float32, count, start).reshape(shape)
+        array.fill(0)
+        allocated.append(array)
+        return array
+
+    allocated: list[np.ndarray] = []
+    try:
+        array, rest = work(task, allocate)
+        head = ("ok", array.shape, rest)
+    except BaseException as error:
+        array, head = np.zeros(0, np.float32), ("error", (0,), _portable(error))
+    inside = bool(allocated) and array is allocated[-1]
+    tail = pickle.dumps(head, pickle.HIGHEST_PROTOCOL)
+    size = array.nbytes
+    if (inside or not size) and size + len(tail) <= slot_bytes:
+        memory[start + size : start + size + len(tail)] = tail
+        return [HEADER.pack(slot, size, len(tail))]
+    return [HEADER.pack(slot, -1, 0), pickle.dumps((*head, array.tobytes()))]
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error itself if it survives pickling, else one that holds its traceback."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return WorkerFailed(trace)
+    copy.__cause__ = None
+    if hasattr(copy, "add_note"):
+        copy.add_note(f"in a worker:\n{trace}")
+    # Notes are attributes and so travel; Python 3.10 has none and shows the bare error.
+    return copy
