@@ -95,9 +95,27 @@ def init_distributed() -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
     if ranks.device().type == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {os.environ['RANK']} has no GPU: this machine has "
+                f"{torch.cuda.device_count()}, start no more ranks (deepspeed --num_gpus)"
+            )
         torch.cuda.set_device(ranks.device())
     backend = "nccl" if ranks.device().type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+
+
+def leave_distributed() -> None:
+    """Leave the process group, so that its threads end before the process does."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def set_threads() -> None:
+    """Share a CPU's cores out over the ranks on this machine, unless OMP_NUM_THREADS says how."""
+    if ranks.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
 
 def precision(config: EngineConfig) -> torch.dtype:

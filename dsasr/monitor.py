@@ -19,6 +19,7 @@ import torch
 
 from dsasr import ranks
 from dsasr.engine import StepReport
+from dsasr.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Meter:
 class Monitor:
     """Writes a run's metrics and events, and the progress line on a terminal or in a log."""
 
-    def __init__(self, folder: Path, config: MonitorConfig, total_steps: int):
+    def __init__(self, folder: Path, config: MonitorConfig, total_steps: int, from_steps: int = 0):
+        """``from_steps``: go on after so many; lines that a killed run wrote beyond are dropped."""
         self.config = config
         self.total_steps = total_steps
         self._meters: dict[str, Meter] = {}
@@ -90,12 +92,15 @@ class Monitor:
         self._writer = self._metrics = self._events = None
         if ranks.main_rank():
             folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "events.jsonl"):
+                _cut(folder / name, from_steps)
             self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             self._events = open(folder / "events.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(folder / "tensorboard"))
+                purge = from_steps + 1 if from_steps else None
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def step(self, report: StepReport, steps: int, wait: float, last: bool = False) -> dict | None:
         """Count a step; write a line when one is due and return it (on every rank); collective."""
@@ -164,6 +169,20 @@ class Monitor:
             if handle is not None:
                 handle.close()
         sys.stdout.flush()
+
+
+def _cut(path: Path, steps: int) -> None:
+    """Keep the lines of the first ``steps`` steps: the rest will be made again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line).get("steps", 0) <= steps and steps:
+                kept.append(line + "\n")
+        except ValueError:
+            continue  # the torn last line of a killed run
+    atomic_write(path, "".join(kept))
 
 
 def _short(value: Any) -> str:

@@ -323,3 +323,12 @@ def with_published(progress: Progress, snapshots: Sequence[Snapshot]) -> Progres
     known = {s.id for s in progress.published}
     new = tuple(s for s in snapshots if s.id not in known)
     return replace(progress, published=progress.published + new) if new else progress
+
+
+if __name__ == "__main__":
+    import sys
+
+    from dsasr.errors import run_tool
+    from dsasr.timeline import main
+
+    sys.exit(run_tool(main))

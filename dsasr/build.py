@@ -1,0 +1,185 @@
+"""From a recipe to its objects: text, streams, modules. What is missing is said before any training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsasr import ranks
+from dsasr.data.audio import Cmvn
+from dsasr.data.phonemes import PhonemeVocab, build_phonemizer
+from dsasr.data.samples import TextEncoder
+from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
+from dsasr.data.text import Prompt, Tokenizer, check_tokenizer, load_tokenizer
+from dsasr.errors import UserError
+from dsasr.model.adaptor import Adaptor
+from dsasr.model.encoder import Encoder
+from dsasr.model.llm import load_llm
+from dsasr.model.pretrainer import Pretrainer
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.recipe import Recipe
+from dsasr.stages import StageConfig
+
+
+def sub_seed(seed: int, purpose: str) -> int:
+    """A 31-bit seed of its own for ``purpose``."""
+    digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 33
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds the parts of a run. Properties are made once, on first use."""
+
+    recipe: Recipe
+
+    # -- data --------------------------------------------------------------------------------
+
+    @cached_property
+    def cmvn(self) -> Cmvn:
+        path = self._file(self.recipe.data.cmvn, "data.cmvn", "make it with tools/cmvn.py")
+        return Cmvn.load(path)
+
+    @cached_property
+    def phonemes(self) -> PhonemeVocab:
+        hint = "make it with tools/make_phonemes.py"
+        return PhonemeVocab.load(self._file(self.recipe.data.phonemes, "data.phonemes", hint))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.recipe.tokenizer_path)
+
+    @staticmethod
+    def _file(path: str, key: str, hint: str) -> Path:
+        if not Path(path).is_file():
+            raise UserError(f"{key}: there is no {path}; {hint}")
+        return Path(path)
+
+    def text(self, phonemes: bool, tokens: bool) -> TextEncoder:
+        """What turns transcripts into labels, for a branch that needs one kind or both."""
+        data = self.recipe.data
+        return TextEncoder(
+            config=data.text,
+            phonemizer=build_phonemizer(data.phonemizer) if phonemes else None,
+            vocab=self.phonemes if phonemes else None,
+            tokenizer=self.tokenizer if tokens else None,
+        )
+
+    def train_stream(self, stage: StageConfig, state: Mapping[str, Any] | None) -> Stream:
+        """The endless stream of a stage, from ``state`` on."""
+        config, datasets = self.recipe.stream(stage)
+        return self._stream(
+            config,
+            datasets,
+            stage.branch,
+            seed=sub_seed(self.recipe.seed, f"stream {stage.name}"),
+            augment=self.recipe.data.augment,
+            state=state,
+        )
+
+    def held_out(self, branch: str, utterances: int = 0, datasets=None) -> list:
+        """This rank's batches of the validation set (or ``datasets``), the first so many utterances.
+
+        Every rank gets equally many batches; some may hold no utterance.
+        """
+        config = replace(self.recipe.data.stream, workers=0)
+        chosen = datasets or self.recipe.data.valid
+        with self._stream(config, chosen, branch, purpose="eval", seed=0) as stream:
+            batches, seen = [], 0
+            for batch in stream:
+                batches.append(batch)
+                seen += sum(ranks.gather(len(batch))) if utterances else 0
+                if utterances and seen >= utterances:
+                    break
+        return batches
+
+    def _stream(
+        self, config: StreamConfig, datasets: tuple[DatasetConfig, ...], branch: str, **given: Any
+    ) -> Stream:
+        return Stream(
+            config,
+            datasets=datasets,
+            text=self.text(phonemes=branch == "pretrain", tokens=branch == "sft"),
+            fbank=self.recipe.data.fbank,
+            cmvn=self.cmvn,
+            rank=ranks.rank(),
+            world=ranks.world(),
+            device=ranks.device(),
+            **given,
+        )
+
+    # -- models ------------------------------------------------------------------------------
+
+    def pretrainer(self) -> Pretrainer:
+        """The pretrain branch, with weights drawn from the recipe's seed."""
+        model = self.recipe.model
+        stage = self.recipe.schedule().pretrain
+        pretrain = model.pretrain
+        if stage is not None and stage.objective == "ctc":
+            pretrain = replace(pretrain, consistency=0.0)
+        module = Pretrainer(Encoder(model.encoder), len(self.phonemes), pretrain)
+        module.reset_parameters(self._generator("pretrain"))
+        return module
+
+    def speech_llm(self) -> SpeechLLM:
+        """The sft branch: a fresh adaptor on the LLM of the recipe's folder."""
+        model, path = self.recipe.model, self.recipe.model.llm.path
+        llm = load_llm(
+            path, attn=model.llm.attn, dropout=model.llm.dropout, weights=model.llm.weights
+        )
+        embeddings = llm.get_input_embeddings().weight
+        check_tokenizer(self.tokenizer, embeddings.shape[0])
+        encoder = Encoder(model.encoder)
+        encoder.reset_parameters(self._generator("sft encoder"))
+        scale = float(embeddings.detach().float().square().mean().sqrt())
+        adaptor = Adaptor(model.adaptor, model.encoder.width, embeddings.shape[1], scale)
+        adaptor.reset_parameters(self._generator("adaptor"))
+        prefix, suffix = Prompt.build(self.tokenizer)
+        return SpeechLLM(
+            encoder,
+            adaptor,
+            llm,
+            prefix,
+            suffix,
+            self.tokenizer.pad_id,
+            model.llm,
+            spec=model.pretrain.spec if model.sft.spec else None,
+            chunks=model.sft.chunks,
+        )
+
+    def module(self, branch: str) -> nn.Module:
+        return self.pretrainer() if branch == "pretrain" else self.speech_llm()
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(sub_seed(self.recipe.seed, purpose))
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `UserError` for whatever of the recipe's files is missing or does not fit."""
+        schedule = self.recipe.schedule()
+        _ = self.cmvn
+        if schedule.pretrain is not None and self.recipe.branch != "sft":
+            _ = self.phonemes
+        if schedule.sft and self.recipe.branch != "pretrain":
+            _ = self.tokenizer
+            config = Path(self.recipe.model.llm.path) / "config.json"
+            self._file(str(config), "model.llm.path", "give a Hugging Face folder")
+        if self.cmvn.mean_F.shape[0] != self.recipe.model.encoder.mels:
+            raise UserError(
+                f"{self.recipe.data.cmvn} has {self.cmvn.mean_F.shape[0]} mel bins, "
+                f"model.encoder.mels is {self.recipe.model.encoder.mels}"
+            )
+        for datasets in (self.recipe.data.train, self.recipe.data.valid):
+            from dsasr.data.sources import Sources
+
+            sources = Sources(self.recipe.data.stream.source)
+            for dataset in datasets:
+                sources.resolve(dataset.shards)

@@ -1,0 +1,178 @@
+"""The root of a recipe: every module's settings, and what only holds between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from dsasr import config
+from dsasr.checkpoint import CheckpointConfig
+from dsasr.config import nearest
+from dsasr.data.audio import FbankConfig
+from dsasr.data.augment import AugmentConfig
+from dsasr.data.phonemes import PhonemizerConfig
+from dsasr.data.stream import DatasetConfig, StreamConfig
+from dsasr.data.text import TextConfig
+from dsasr.engine import EngineConfig
+from dsasr.errors import UserError
+from dsasr.evaluation.decode import DecodeConfig
+from dsasr.model.adaptor import AdaptorConfig
+from dsasr.model.encoder import ChunkConfig, EncoderConfig
+from dsasr.model.llm import LlmConfig
+from dsasr.model.pretrainer import PretrainConfig
+from dsasr.monitor import MonitorConfig
+from dsasr.stages import DriftConfig, Schedule, StageConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[DatasetConfig, ...]
+    valid: tuple[DatasetConfig, ...]
+    cmvn: str  # from tools/cmvn.py
+    phonemes: str  # the phoneme vocabulary, from tools/make_phonemes.py
+    fbank: FbankConfig = field(default_factory=FbankConfig)
+    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    # cause → how many samples of a run may be dropped for it; "*": each other cause, "total": all
+    bad_limits: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise UserError("data.train names no dataset")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """What the sft branch does to its input in training."""
+
+    spec: bool = True  # SpecAugment, as in pretraining
+    chunks: ChunkConfig | None = None  # None: full context
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    llm: LlmConfig
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    tokenizer: str = ""  # empty: the LLM's folder
+    encoder_from: str = ""  # a snapshot's folder to start from; empty: random weights
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 0  # optimizer steps of the run between two evaluations; 0: only at the end
+    utterances: int = 64  # of the validation set, in each evaluation during training
+    samples: int = 3  # reference/hypothesis pairs shown
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Snapshots. ``late``: what an sft job does when its publisher has been silent too long."""
+
+    path: str = ""  # empty: RUN/snapshots
+    keep: int = 5
+    poll_seconds: float = 5.0
+    silent_seconds: float = 600.0
+    late: Literal["wait", "continue", "stop"] = "wait"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    run: str  # the run folder
+    data: DataConfig
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    seed: int = 1
+    branch: Literal["both", "pretrain", "sft"] = "both"
+    interleave: tuple[int, int] = (1, 1)  # pretrain steps : sft steps while both branches run
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    resume: str = "auto"  # auto: the run folder's newest whole checkpoint; never; or a checkpoint
+    allow_changed: bool = False  # resume although the recipe is not the run's
+    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        names = [d.name for d in self.data.train]
+        for stage in self.stages:
+            for name in stage.mixture or {}:
+                if name not in names:
+                    raise UserError(
+                        f"stage '{stage.name}' mixes an unknown dataset '{name}'{nearest(name, names)}"
+                    )
+        if self.branch == "sft" and not self.store.path:
+            raise UserError("branch=sft needs store.path=FOLDER: the store of the pretrain job")
+        if self.branch != "pretrain" and not self.schedule().pretrain and not self.encoder_given:
+            raise UserError(
+                "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT"
+            )
+
+    @property
+    def encoder_given(self) -> bool:
+        return bool(self.model.encoder_from)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run)
+
+    @property
+    def store_folder(self) -> Path:
+        return Path(self.store.path) if self.store.path else self.folder / "snapshots"
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.model.tokenizer or self.model.llm.path
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.stages, self.drift, self.interleave, self.branch)
+
+    def stream(self, stage: StageConfig) -> tuple[StreamConfig, tuple[DatasetConfig, ...]]:
+        """The stream's settings and the mixture of a stage."""
+        batch = stage.batch or self.data.stream.batch
+        stream = replace(self.data.stream, batch=batch)
+        if stage.mixture is None:
+            return stream, self.data.train
+        chosen = tuple(
+            replace(d, weight=stage.mixture[d.name])
+            for d in self.data.train
+            if stage.mixture.get(d.name)
+        )
+        return stream, chosen
+
+
+# What may differ between a run and its continuation without changing what is learnt.
+HARMLESS = ("run", "resume", "allow_changed", "monitor", "checkpoint", "evaluation", "store")
+
+
+def load(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:
+    """The recipe of that packaged name or path with ``key=value`` overrides applied."""
+    values = config.override(config.read_recipe(name_or_path), assignments)
+    return config.build(Recipe, values)
+
+
+def changes(old: dict, new: Recipe) -> list[str]:
+    """One line for each setting that differs and matters, between a saved recipe and a new one."""
+    keep = [k for k in old if k not in HARMLESS]
+    new_values = config.to_plain(new)
+    return config.difference(
+        {k: old[k] for k in keep},
+        {k: v for k, v in new_values.items() if k not in HARMLESS},
+    )
+
+
+def quiet() -> None:
+    """Silence warnings of libraries that a user can do nothing about."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")

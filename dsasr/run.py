@@ -1,0 +1,450 @@
+"""One run: its two branches and all that goes with them, in the steps that `train.py` puts in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsasr import config, ranks
+from dsasr.build import Builder
+from dsasr.checkpoint import Checkpoints
+from dsasr.data.batching import Batch
+from dsasr.data.stream import BadSampleLog, Stream
+from dsasr.drift import DriftMonitor
+from dsasr.engine import Branch, StepReport
+from dsasr.errors import UserError
+from dsasr.evaluation import validate
+from dsasr.files import atomic_write
+from dsasr.fragments import FragmentError, FragmentReader
+from dsasr.monitor import Monitor
+from dsasr.partition import MASTER
+from dsasr.recipe import Recipe, changes
+from dsasr.snapshots import DriftTrigger, SnapshotStore
+from dsasr.stages import Progress, Snapshot, StageConfig, Turn, with_published
+
+GIVEN = "given"
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its checkpoint is written."""
+
+
+class Run:
+    """What `train.py` drives. Every public method is collective."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.schedule = recipe.schedule()
+        self.build = Builder(recipe)
+        self.build.check()
+        self.checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
+        self.store = SnapshotStore(recipe.store_folder, recipe.store.keep)
+        self.trigger = DriftTrigger(recipe.drift.threshold)
+        self.progress = Progress()
+        self.branches: dict[str, Branch] = {}
+        self._streams: dict[str, tuple[str, Stream]] = {}
+        self._cursors: dict[str, tuple[str, dict]] = {}
+        self._probe: DriftMonitor | None = None
+        self._reference: str | None = None
+        self._wait = 0.0
+        self._polled = -math.inf
+        self._signal: int | None = None
+        self.stage_seconds: dict[str, float] = {}
+        self._turn_started = time.monotonic()
+        reader = self._resume_from()
+        self.monitor = Monitor(
+            recipe.folder, recipe.monitor, self._total_steps(), reader.manifest["steps"] if reader else 0
+        )
+        self.bad = BadSampleLog(
+            recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=ranks.rank()
+        )
+        self._begin(reader)
+
+    # -- start, resume -----------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, over both branches."""
+        return self.progress.pretrain + self.progress.sft
+
+    def _total_steps(self) -> int:
+        wanted = {"both": ("pretrain", "sft")}.get(self.recipe.branch, (self.recipe.branch,))
+        return sum(s.steps for s in self.recipe.stages if s.branch in wanted)
+
+    def _resume_from(self) -> FragmentReader | None:
+        """The checkpoint to go on from, or None for a fresh start; refuses a changed recipe."""
+        if self.recipe.resume == "never":
+            if self.checkpoints.list():
+                raise UserError(
+                    f"{self.recipe.folder} holds a run already: resume=auto goes on with it, "
+                    "run=FOLDER starts another one"
+                )
+            return None
+        passed_over: list[str] = []
+        if self.recipe.resume == "auto":
+            reader, passed_over = self.checkpoints.newest()
+        else:
+            try:
+                reader = FragmentReader(Path(self.recipe.resume))
+            except FragmentError as error:
+                raise UserError(f"resume={self.recipe.resume}: {error}") from None
+        for reason in passed_over:
+            if ranks.main_rank():
+                print(f"checkpoint passed over: {reason}", flush=True)
+        if reader is not None and not self.recipe.allow_changed:
+            changed = changes(reader.manifest["recipe"], self.recipe)
+            if changed:
+                raise UserError(
+                    f"{self.recipe.folder} was trained with another recipe ({'; '.join(changed)}): "
+                    "give run=FOLDER for a new run, or allow_changed=true to go on regardless"
+                )
+        return reader
+
+    def _begin(self, reader: FragmentReader | None) -> None:
+        if ranks.main_rank():
+            atomic_write(self.recipe.folder / "recipe.yaml", config.dump(self.recipe))
+        if self.schedule.pretrain and self.recipe.branch != "sft":
+            self.store.claim(self._identity())
+        if reader is not None:
+            self._restore(reader)
+            self.monitor.event("resumed", steps=self.steps, checkpoint=reader.folder.name)
+        elif self.recipe.encoder_given:
+            given = Snapshot(GIVEN, 0, "given")
+            self.progress = with_published(self.progress, [given])
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGUSR1, self._on_signal)
+
+    def _identity(self) -> str:
+        return str(self.recipe.folder.resolve())
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._signal = number
+
+    def _restore(self, reader: FragmentReader) -> None:
+        held = reader.manifest
+        published = tuple(Snapshot(**s) for s in held["progress"].pop("published"))
+        self.progress = Progress(**held["progress"], published=published)
+        stages = {s.name: s for s in self.recipe.stages}
+        for name, entry in held["branches"].items():
+            self._branch(name).load(reader, stages.get(entry["stage"]), entry["adam_steps"])
+        self._cursors = {k: (v["stage"], v["state"]) for k, v in held["streams"].items()}
+        self.stage_seconds = dict(held["stage_seconds"])
+        self._reference = held["reference"]
+        if self._reference is not None and self.recipe.branch != "sft":
+            self._drift().load(reader)
+
+    # -- turns -------------------------------------------------------------------------------
+
+    def turn(self) -> Turn:
+        """What comes next; in a concurrent run after a look at the store."""
+        if self.recipe.branch == "sft":
+            self._poll()
+        return self.schedule.at(self.progress)
+
+    def enter(self, stage: StageConfig) -> Branch:
+        """The branch of ``stage``, in that stage; the other branch is parked."""
+        self._turn_started = time.monotonic()
+        branch = self._branch(stage.branch)
+        for other in self.branches.values():
+            if other is not branch:
+                other.park()
+        if branch.stage is None or branch.stage.name != stage.name:
+            started = time.monotonic()
+            branch.enter(stage)
+            self.monitor.event(
+                "stage", name=stage.name, branch=branch.name, steps=self.steps,
+                switch_seconds=time.monotonic() - started,
+            )
+        else:
+            branch.unpark()
+        return branch
+
+    def _branch(self, name: str) -> Branch:
+        if name not in self.branches:
+            module = self.build.module(name)
+            self.branches[name] = Branch(name, module, self.recipe.engine, self.recipe.folder)
+        return self.branches[name]
+
+    def batches(self, stage: StageConfig) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        started = time.monotonic()
+        held = self._streams.get(stage.branch)
+        if held is None or held[0] != stage.name:
+            if held is not None:
+                held[1].close()
+            name, state = self._cursors.get(stage.branch, ("", None))
+            stream = self.build.train_stream(stage, state if name == stage.name else None)
+            self._streams[stage.branch] = held = (stage.name, stream)
+        batches = [next(held[1]) for _ in range(stage.accumulate)]
+        self._cursors[stage.branch] = (stage.name, batches[-1].state)
+        self._wait = time.monotonic() - started
+        for batch in batches:
+            self.bad.add(batch.bad, steps=self.steps, stage=stage.name, epoch=batch.epoch)
+        return batches
+
+    def advance(self, turn: Turn) -> None:
+        """Count the step that was made, and the time that its stage has taken."""
+        self.progress = self.schedule.advance(self.progress, turn)
+        name = turn.stage.name
+        spent = self.stage_seconds.get(name, 0.0) + time.monotonic() - self._turn_started
+        self.stage_seconds[name] = spent
+        if turn.step + 1 == turn.stage.steps:
+            self.monitor.event("stage_end", name=name, steps=self.steps, stage_seconds=spent)
+
+    # -- encoders ----------------------------------------------------------------------------
+
+    def swap(self, branch: Branch, snapshot: Snapshot) -> None:
+        """Put ``snapshot`` into the sft branch: from the live branch where that is it, else the store."""
+        started = time.monotonic()
+        live = self.branches.get("pretrain")
+        if snapshot.id == GIVEN:
+            branch.load_encoder(self._given())
+        elif live is not None and snapshot.pretrain == self.progress.pretrain:
+            branch.load_encoder(live)
+        else:
+            branch.load_encoder(self.store.open(snapshot.id))
+        self.store.use(_file_name(self._identity()), snapshot.id)
+        self.monitor.event(
+            "swap", snapshot=snapshot.id, cause=snapshot.cause, stage=branch.stage.name,
+            pretrain=snapshot.pretrain, sft=self.progress.sft, steps=self.steps,
+            swap_seconds=time.monotonic() - started,
+        )
+        if snapshot.cause == "final" and live is not None:
+            # Nothing needs the pretrain branch any more.
+            live.close()
+            del self.branches["pretrain"]
+            name, stream = self._streams.pop("pretrain", ("", None))
+            if stream is not None:
+                stream.close()
+
+    def _given(self) -> FragmentReader:
+        try:
+            return FragmentReader(Path(self.recipe.model.encoder_from))
+        except FragmentError as error:
+            raise UserError(f"model.encoder_from: {error}") from None
+
+    def drift_cause(self) -> tuple[str | None, dict[str, Any]]:
+        """Whether the encoder is to be published after this pretrain step, and what was measured."""
+        at = self.progress.pretrain
+        cause, found = self.schedule.publishes_at(at), {}
+        due = self.schedule.measures_at(at)
+        branch = self.branches["pretrain"]
+        if due == "reference":
+            self._drift().take_reference(branch)
+            self._reference = f"step-{at}"
+            self.monitor.event("reference", pretrain=at, steps=self.steps)
+        elif due == "measure" and self._reference is not None:
+            drift = self._drift().measure(branch)
+            found = {"cka": drift.cka}
+            values = {"cka": drift.cka, "cka_threshold": self.recipe.drift.threshold}
+            values |= {f"cka_layer_{i}": value for i, value in enumerate(drift.layers)}
+            values["drift_seconds"] = drift.seconds
+            self._scalars("drift", values)
+            if math.isnan(drift.cka):
+                self.monitor.event("refused", reason="CKA is not a number", steps=self.steps)
+            elif cause is None and self.trigger.fires(drift.cka):
+                cause = "drift"
+        return cause, found
+
+    def publish(self, cause: str, found: Mapping[str, Any]) -> None:
+        """Publish the live encoder for the sft branch; a drifted one becomes the new reference."""
+        at, branch = self.progress.pretrain, self.branches["pretrain"]
+        snapshot = Snapshot(f"encoder-{at:09d}", at, cause)
+        if any(s.id == snapshot.id for s in self.progress.published):
+            return
+        info = {
+            **found,
+            "reference": self._reference,
+            "parent": self.progress.published[-1].id if self.progress.published else None,
+            "recipe": config.fingerprint(config.to_plain(self.recipe.model.encoder)),
+        }
+        masters = branch.masters("") if self._low_precision(branch) else {}
+        started = time.monotonic()
+        try:
+            done = self.store.publish(branch.module, masters, snapshot, info)
+        except OSError as error:
+            self.monitor.event("refused", reason=str(error), snapshot=snapshot.id)
+            if cause == "final":
+                raise UserError(f"the final encoder could not be published: {error}") from None
+            return
+        if not done:
+            self.monitor.event("refused", reason="a weight is not finite", snapshot=snapshot.id)
+            if cause == "final":
+                raise UserError("the final encoder has weights that are not finite")
+            return
+        self.progress = with_published(self.progress, [snapshot])
+        if self._probe is not None and self.recipe.drift.mode == "cka":
+            self._probe.take_reference(branch)
+            self._reference = snapshot.id
+        if ranks.main_rank():
+            self.store.prune(s.id for s in self.progress.published[-2:])
+        self.monitor.event(
+            "published", snapshot=snapshot.id, cause=cause, pretrain=at, steps=self.steps,
+            publish_seconds=time.monotonic() - started, **found,
+        )
+
+    @staticmethod
+    def _low_precision(branch: Branch) -> bool:
+        return any(
+            key.startswith(f"{MASTER}/") and fragment.tensor.dtype != weight.dtype
+            for key, fragment in branch.masters("").items()
+            for weight in [next(branch.module.parameters())]
+        )
+
+    def _drift(self) -> DriftMonitor:
+        if self._probe is None:
+            probe = self.build.held_out("pretrain", self.recipe.drift.probe_utterances)
+            self._probe = DriftMonitor(self.recipe.drift, probe)
+        return self._probe
+
+    def _poll(self) -> None:
+        """Look for new snapshots of the other job; rank 0 decides what all ranks see."""
+        now = time.monotonic()
+        if not ranks.broadcast(now - self._polled >= self.recipe.store.poll_seconds):
+            return
+        self._polled = now
+        found = self.store.snapshots() if ranks.main_rank() else []
+        self.progress = with_published(self.progress, ranks.broadcast(found))
+
+    def wait(self) -> None:
+        """Nothing can step before the publisher has moved on; what happens then is the recipe's choice."""
+        late = self.recipe.store.late
+        silent = ranks.broadcast(self.store.silent_for())
+        if silent > self.recipe.store.silent_seconds and late != "wait":
+            usable = self.progress.published
+            if late == "stop" or not usable:
+                raise UserError(
+                    f"{self.store.folder}: its publisher has been silent for {silent:.0f} s"
+                )
+            last = usable[-1]
+            self.monitor.event("publisher_lost", silent_seconds=silent, last=last.id)
+            final = Snapshot(last.id, last.pretrain, "final")
+            self.progress = dataclasses.replace(self.progress, published=(*usable[:-1], final))
+            return
+        self._check_signal()
+        time.sleep(self.recipe.store.poll_seconds)
+
+    # -- reports -----------------------------------------------------------------------------
+
+    def write(self, report: StepReport) -> None:
+        """Count the step; at a line also look for bad numbers, bad data and a wish to stop."""
+        stage = next(s for s in self.recipe.stages if s.name == report.stage)
+        last = report.step + 1 == stage.steps
+        line = self.monitor.step(report, self.steps, self._wait, last)
+        if line is None:
+            return
+        losses = [v for k, v in line.items() if k in ("ctc", "nll", "grad_norm")]
+        if not all(map(math.isfinite, losses)):
+            keys = ", ".join(k for b in report.batches for k in b.keys[:3])
+            raise UserError(
+                f"stage {report.stage}, step {report.step + 1}: the loss or its gradient is not "
+                f"finite (last batch: {keys} …); resume from the last checkpoint with a lower rate"
+            )
+        counts: dict[str, int] = {}
+        for held in ranks.gather(dict(self.bad.counts)):
+            for cause, count in held.items():
+                counts[cause] = counts.get(cause, 0) + count
+        self.bad.check(counts)
+        if report.branch == "pretrain" and ranks.main_rank():
+            self.store.beat()
+        self._check_signal()
+
+    def _scalars(self, stage: str, values: Mapping[str, float]) -> None:
+        head = {"steps": self.steps, "branch": "pretrain", "stage": stage}
+        self.monitor.scalars(head, values)
+
+    def _check_signal(self) -> None:
+        if ranks.any_rank(self._signal is not None):
+            self.save()
+            self.monitor.event("stopped", steps=self.steps, signal=self._signal)
+            raise Stopped
+
+    def evaluate_if_due(self, branch: Branch) -> None:
+        every = self.recipe.evaluation.every
+        if every and self.steps % every == 0:
+            self.evaluate(branch, self.recipe.evaluation.utterances)
+
+    def evaluate(self, branch: Branch, utterances: int) -> None:
+        """Error rates of ``branch`` on the validation set, into metrics, TensorBoard and the log."""
+        started = time.monotonic()
+        batches = self.build.held_out(branch.name, utterances)
+        with branch.evaluating() as module:
+            if branch.name == "pretrain":
+                rate = validate.phoneme_error_rate(
+                    module, batches, device=ranks.device(), sum_ranks=ranks.sum_ranks
+                )
+                values, shown = {"phoneme_error_rate": rate}, ""
+            else:
+                found = validate.transcribe(
+                    module, batches, self.build.tokenizer, self.recipe.evaluation.decode,
+                    device=ranks.device(), any_rank=ranks.any_rank, gather=ranks.gather,
+                )
+                summary = found.scores().summary()
+                values = {k: v for k, v in summary.items() if not math.isnan(v)}
+                rows = found.rows[:: max(len(found.rows) // self.recipe.evaluation.samples, 1)]
+                shown = "\n\n".join(
+                    f"ref {r.reference}  \nhyp {r.hypothesis}"
+                    for r in rows[: self.recipe.evaluation.samples]
+                )
+        stage = branch.stage.name
+        head = {"steps": self.steps, "branch": branch.name, "stage": f"valid_{stage}"}
+        self.monitor.scalars(head, values | {"evaluation_seconds": time.monotonic() - started})
+        if shown:
+            self.monitor.text(f"valid_{stage}", shown, self.steps)
+        self.monitor.event("evaluated", stage=stage, steps=self.steps, **values)
+
+    # -- saving ------------------------------------------------------------------------------
+
+    def save_if_due(self) -> None:
+        if self.checkpoints.due(self.steps):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of everything; a full disk costs the checkpoint, not the run."""
+        held = {k: f for b in self.branches.values() for k, f in b.fragments().items()}
+        if self._probe is not None:
+            held |= self._probe.fragments()
+        state = {
+            "progress": config.to_plain(self.progress),
+            "branches": {
+                name: {"stage": b.stage.name if b.stage else None, "adam_steps": b.adam_steps()}
+                for name, b in self.branches.items()
+            },
+            "streams": {k: {"stage": n, "state": s} for k, (n, s) in self._cursors.items()},
+            "reference": self._reference,
+            "stage_seconds": self.stage_seconds,
+            "recipe": config.to_plain(self.recipe),
+        }
+        started = time.monotonic()
+        try:
+            path = self.checkpoints.save(self.steps, held, state)
+        except OSError as error:
+            self.monitor.event("checkpoint_failed", reason=str(error), steps=self.steps)
+            return
+        self.monitor.event(
+            "checkpoint", name=path.name, steps=self.steps, save_seconds=time.monotonic() - started
+        )
+
+    def finish(self) -> None:
+        """The end of the schedule: evaluate on the whole validation set and save."""
+        newest = self.checkpoints.list()
+        if not newest or newest[-1].name != f"step-{self.steps:010d}":
+            for branch in self.branches.values():
+                if branch.stage is not None:
+                    self.evaluate(branch, 0)
+            self.save()
+        self.monitor.event("finished", steps=self.steps)
+
+    def close(self) -> None:
+        for _, stream in self._streams.values():
+            stream.close()
+        self.monitor.close()
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text).strip("-")[-80:]

@@ -1,0 +1,89 @@
+"""Train a recogniser: ``deepspeed dsasr/train.py --recipe demo key=value …``.
+
+One rank works without the launcher: ``python dsasr/train.py --recipe demo``.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Run as a script, this folder stands first on the path, where transformers' optional
+    # ``import kernels`` would find ours.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != here]
+    sys.path.insert(0, os.path.dirname(here))
+
+import argparse
+
+from dsasr.errors import UserError, run_tool
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", required=True, help="a packaged recipe's name, or a YAML file")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_argument("--check", action="store_true", help="check the recipe and its files, stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+    return parser.parse_args(arguments)
+
+
+def train(run) -> None:
+    """The loop. One turn is one optimizer step of one branch."""
+    while (turn := run.turn()).kind != "end":
+        if turn.kind == "wait":
+            run.wait()
+            continue
+        branch = run.enter(turn.stage)  # no-op unless the stage or the branch changed
+        if turn.load is not None:
+            run.swap(branch, turn.load)
+        report = branch.step(run.batches(turn.stage), turn.step)
+        run.advance(turn)
+        if branch.name == "pretrain":
+            cause, found = run.drift_cause()
+            if cause is not None:
+                run.publish(cause, found)
+        run.write(report)
+        run.evaluate_if_due(branch)
+        run.save_if_due()
+    run.finish()
+
+
+def main() -> int:
+    options = parse()
+    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    from dsasr import build, engine, recipe
+    from dsasr.run import Run, Stopped
+
+    recipe.quiet()
+    chosen = recipe.load(options.recipe, options.overrides)
+    engine.set_threads()
+    build.Builder(chosen).check()
+    if options.check:
+        print("the recipe and its files are in order")
+        return 0
+    engine.init_distributed()
+    run = None
+    try:
+        run = Run(chosen)
+        train(run)
+    except Stopped:
+        return 0
+    finally:
+        if run is not None:
+            run.close()
+        engine.leave_distributed()
+    return 0
+
+
+def main_once() -> int:
+    """`main`, with a user's mistake told by one rank instead of by all."""
+    try:
+        return main()
+    except UserError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main_once))
