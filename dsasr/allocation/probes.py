@@ -1,0 +1,248 @@
+"""Linear softmax probes: what a linear reader finds in frozen features.
+
+A probe models ln q(label | frame) = log_softmax(x W + Σ_k C_k[context_k] + b): x [N, d] features,
+each dimension standardised by the training frames; context [N, K] optional discrete symbols, each
+with its own table of weights (a one-hot without the zeros). Loss: mean nll in nats per frame.
+
+The schedule is fixed (ours). The bias alone comes first, in closed form: it is the training labels'
+marginal. Then L2 penalties ½·λ·(‖W‖² + ‖C‖²) are walked from strong to weak, λ in `PENALTIES`, each
+with at most `ITERATIONS` full-batch L-BFGS steps (strong Wolfe search, 10 pairs kept) from the last
+solution. The solution with the lowest nll on validation frames is kept, the marginal included,
+and the walk ends once two penalties in a row make it worse. A probe that finds nothing thus scores
+about as the marginal does, not below it.
+
+Cost: a few hundred passes over the training frames at most, 4·N·d·C operations each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsasr.errors import UserError
+
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+ITERATIONS = 25
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The probe family. It is to be the same for all checkpoints that are compared."""
+
+    penalties: tuple[float, ...] = PENALTIES
+    iterations: int = ITERATIONS
+    patience: int = 2
+    smoothing: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.penalties or list(self.penalties) != sorted(self.penalties, reverse=True):
+            raise UserError("probe: penalties must fall, from strong to weak")
+        if self.iterations < 1 or self.patience < 1 or self.smoothing <= 0:
+            raise UserError("probe: iterations and patience must be ≥ 1, smoothing > 0")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames to train or score on: features [N, d] (d may be 0), labels [N], context [N, K]."""
+
+    x_ND: Tensor
+    label_N: Tensor
+    context_NK: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+
+@dataclass
+class Probe:
+    """A fitted probe. ``penalty`` is the λ that won, None if the bias alone did."""
+
+    bias_C: Tensor
+    weight_DC: Tensor
+    tables_KVC: Tensor | None
+    mean_D: Tensor
+    scale_D: Tensor
+    penalty: float | None
+    iterations: int
+
+    @torch.no_grad()
+    def nll(self, frames: Frames) -> Tensor:
+        """−ln q(label | frame) in nats, float64 [N]."""
+        x = (frames.x_ND.float() - self.mean_D) * self.scale_D
+        parts = []
+        for start in range(0, len(frames), 65536):
+            rows = slice(start, start + 65536)
+            context = None if frames.context_NK is None else frames.context_NK[rows]
+            logits = _logits(x[rows], context, self.weight_DC, self.tables_KVC, self.bias_C)
+            parts.append(F.cross_entropy(logits, frames.label_N[rows], reduction="none").double())
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def fit(
+    train: Frames,
+    valid: Frames,
+    classes: int,
+    *,
+    context_symbols: int = 0,
+    config: ProbeConfig | None = None,
+) -> Probe:
+    """Fit a probe of ``classes`` outcomes on ``train``, its penalty chosen on ``valid``.
+
+    ``context_symbols`` is the number of symbols that a context may hold. Float32 on the features'
+    device. Raises ValueError without frames on either side.
+    """
+    config = config or ProbeConfig()
+    if not len(train) or not len(valid):
+        raise ValueError(f"a probe needs frames: {len(train)} to train, {len(valid)} to validate")
+    mean_D, scale_D = _standardiser(train.x_ND)
+    device = train.x_ND.device
+    counts_C = torch.bincount(train.label_N, minlength=classes).float() + config.smoothing
+    bias_C = (counts_C / counts_C.sum()).log()
+    slots = 0 if train.context_NK is None else train.context_NK.shape[1]
+    tables_KVC = torch.zeros(slots, context_symbols, classes, device=device) if slots else None
+    weight_DC = torch.zeros(train.x_ND.shape[1], classes, device=device)
+    best = Probe(bias_C, weight_DC, tables_KVC, mean_D, scale_D, None, 0)
+    if not slots and not train.x_ND.shape[1]:
+        return best
+    best_nll = float(best.nll(valid).mean())
+    current, worse = best, 0
+    x_ND = (train.x_ND.float() - mean_D) * scale_D
+    for penalty in config.penalties:
+        current = _descend(x_ND, train, current, penalty, config.iterations)
+        nll = float(current.nll(valid).mean())
+        if nll < best_nll:
+            best, best_nll, worse = current, nll, 0
+        else:
+            worse += 1
+            if worse >= config.patience:
+                break
+    return best
+
+
+def _descend(x_ND: Tensor, train: Frames, start: Probe, penalty: float, iterations: int) -> Probe:
+    """L-BFGS at one penalty from a given solution. ``x_ND`` is standardised."""
+    bias_C = start.bias_C.clone().requires_grad_()
+    weight_DC = start.weight_DC.clone().requires_grad_()
+    penalised = [weight_DC]
+    tables_KVC = None
+    if start.tables_KVC is not None:
+        tables_KVC = start.tables_KVC.clone().requires_grad_()
+        penalised.append(tables_KVC)
+    optimizer = torch.optim.LBFGS(
+        [bias_C, *(p for p in penalised if p.numel())],
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        history_size=10,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = _logits(x_ND, train.context_NK, weight_DC, tables_KVC, bias_C)
+        loss = F.cross_entropy(logits, train.label_N)
+        loss = loss + 0.5 * penalty * sum(p.square().sum() for p in penalised)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    steps = optimizer.state[optimizer._params[0]].get("n_iter", 0)
+    return Probe(
+        bias_C.detach(),
+        weight_DC.detach(),
+        None if tables_KVC is None else tables_KVC.detach(),
+        start.mean_D,
+        start.scale_D,
+        penalty,
+        start.iterations + steps,
+    )
+
+
+def _logits(
+    x_ND: Tensor,
+    context_NK: Tensor | None,
+    weight_DC: Tensor,
+    tables_KVC: Tensor | None,
+    bias_C: Tensor,
+) -> Tensor:
+    logits = torch.addmm(bias_C, x_ND, weight_DC)
+    if tables_KVC is not None and context_NK is not None:
+        slots, symbols, classes = tables_KVC.shape
+        offsets_K = torch.arange(slots, device=context_NK.device) * symbols
+        flat = tables_KVC.reshape(slots * symbols, classes)
+        logits = logits + F.embedding_bag(context_NK + offsets_K, flat, mode="sum")
+    return logits
+
+
+def _standardiser(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation per dimension; a constant dimension is switched off."""
+    if not x_ND.shape[1]:
+        return (torch.zeros(0, device=x_ND.device),) * 2
+    x = x_ND.double()
+    mean_D, std_D = x.mean(0), x.std(0, correction=0)
+    alive = std_D > 1e-6 * (mean_D.abs() + 1e-12)
+    scale_D = torch.where(alive, 1 / std_D.clamp(min=1e-30), torch.zeros_like(std_D))
+    return mean_D.float(), scale_D.float()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row indices of utterance-level parts. ``by`` is ``"speaker"``, or ``"utterance"`` where there
+    were too few speakers to keep the parts speaker-disjoint."""
+
+    train_N: Tensor
+    valid_N: Tensor
+    test_N: Tensor
+    by: str
+
+
+def split(
+    utterance_N: Tensor, speakers: Sequence[str], *, shares=(0.65, 0.1, 0.25), seed: int = 0
+) -> Split:
+    """Part frames into train, validation and test, no speaker in two of them.
+
+    ``utterance_N`` numbers the utterance of each frame, ``speakers[u]`` names its speaker. Speakers
+    are drawn by ``seed`` into the part that lacks the most frames of its share; the same
+    utterances give the same split for every checkpoint. With fewer than 3 speakers the utterances
+    are parted instead, and ``by`` says so. Raises ValueError with fewer than 3 utterances.
+    """
+    sizes = torch.bincount(utterance_N.cpu(), minlength=len(speakers)).tolist()
+    present = [u for u, size in enumerate(sizes) if size]
+    if len(present) < 3:
+        raise ValueError(f"a split needs at least 3 utterances with frames, not {len(present)}")
+    by = "speaker" if len({speakers[u] for u in present}) >= 3 else "utterance"
+    groups: dict[object, list[int]] = {}
+    for u in present:
+        groups.setdefault(speakers[u] if by == "speaker" else u, []).append(u)
+    generator = torch.Generator().manual_seed(seed)
+    names = sorted(groups, key=str)
+    names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+    total, filled = sum(sizes), [0, 0, 0]
+    part_U = torch.zeros(len(speakers), dtype=torch.int64)
+    for done, name in enumerate(names):
+        left = len(names) - done
+        empty = [part for part in range(3) if not filled[part]]
+        # Each part gets someone, however few there are.
+        parts = empty if left <= len(empty) else range(3)
+        part = max(parts, key=lambda p: shares[p] - filled[p] / total)
+        filled[part] += sum(sizes[u] for u in groups[name])
+        part_U[groups[name]] = part
+    part_N = part_U.to(utterance_N.device)[utterance_N]
+    train_N, valid_N, test_N = ((part_N == p).nonzero()[:, 0] for p in range(3))
+    return Split(train_N, valid_N, test_N, by)
+
+
+def projection(d: int, width: int, *, seed: int = 0) -> Tensor:
+    """The Gaussian projection [d, width] / √width that every checkpoint of width d shares.
+
+    Made on the CPU from the seed, so that it does not depend on the device (Johnson & Lindenstrauss
+    keep distances; the use for probes is ours).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(d, width, generator=generator) / width**0.5
