@@ -95,6 +95,19 @@ _MANDARIN = {
     "o-": "ɤ",
     "uo-": "uɤ",
     "χ": "x",
+    "ŋ-": "ŋ",
+}
+# The syllables -iong, which espeak-ng 1.52 has no rule for: character → onset, tone.
+_IONG = {
+    character: (onset, tone)
+    for characters, onset, tone in (
+        ("兄凶胸匈汹芎", "ɕ", "1"),
+        ("熊雄", "ɕ", "2"),
+        ("穷琼邛茕穹蛩筇跫銎", "tɕʰ", "2"),
+        ("炯窘迥", "tɕ", "3"),
+        ("冂扃", "tɕ", "1"),
+    )
+    for character in characters
 }
 
 
@@ -139,27 +152,35 @@ class EspeakPhonemizer:
 
     def _mandarin(self, text: str) -> list[str]:
         """IPA for the sounds, the ASCII names for the tones: in IPA, 55 and 51 both print 5."""
+        if len(text) == 1 and text in _IONG:
+            onset, tone = _IONG[text]
+            return [onset, f"iʊ{tone}", "ŋ"]
         ipa = [name for name in espeak.phoneme_names(text, "cmn", ipa=True) if name != " "]
         plain = [name for name in espeak.phoneme_names(text, "cmn", ipa=False) if name != " "]
-        # A few dictionary words (哪儿) fall through to the English rules, shown as (en)…(cmn):
-        # character by character they do not.
+        # What its Mandarin rules cannot read (熊, 哪儿) espeak-ng spells out by the English ones,
+        # shown as (en)…(cmn): then character by character.
         broken = any(name.startswith("(") for name in ipa) or len(ipa) != len(plain)
         if broken and len(text) > 1:
             return [symbol for character in text for symbol in self._cached(character, "zh")]
         if broken:
             raise UnknownWord(text)
-        return [_mandarin_symbol(sound, name) for sound, name in zip(ipa, plain, strict=True)]
+        return [
+            symbol
+            for sound, name in zip(ipa, plain, strict=True)
+            for symbol in _mandarin_symbols(sound, name)
+        ]
 
 
-def _mandarin_symbol(sound: str, name: str) -> str:
-    """One IPA sound with its tone digit, from espeak-ng's two names of it."""
+def _mandarin_symbols(sound: str, name: str) -> list[str]:
+    """One IPA sound with its tone digit, from espeak-ng's two names of it; ong is two sounds."""
     contour = re.search(r"\d+$", name)
     sound = sound.strip(_STRESS)
-    if contour and contour.group() in _TONES:
-        # Of the contour's digits IPA prints the first only, and 3 as the vowel ɜ.
-        base = sound[:-1] if sound[-1] in "0123456789ɜ" else sound
-        return _MANDARIN.get(base, base) + _TONES[contour.group()]
-    return _MANDARIN.get(sound, sound)
+    tone = _TONES.get(contour.group(), "") if contour else ""
+    if tone and sound[-1] in "0123456789ɜ":  # of the contour IPA prints one digit, and 3 as ɜ
+        sound = sound[:-1]
+    if sound.endswith("nɡ"):
+        return [f"ʊ{tone}", "ŋ"]
+    return [_MANDARIN.get(sound, sound) + tone]
 
 
 # ---- lexicon

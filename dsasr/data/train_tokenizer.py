@@ -106,7 +106,5 @@ def _train(lines: list[str], pieces: int) -> bytes:
         )
     except RuntimeError as error:
         why = (str(error).strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(
-            f"sentencepiece cannot train a tokenizer of {pieces}: {reason[0]}"
-        ) from None
+        raise UserError(f"sentencepiece cannot train a tokenizer of {pieces}: {why}") from None
     return model.getvalue()

@@ -1,0 +1,255 @@
+"""The demo's corpus on disk: FLAC files, JSONL manifests, and text for the language model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dsasr.data import espeak
+from dsasr.data.phonemes import EspeakPhonemizer
+from dsasr.demo import grammar, speech
+from dsasr.errors import UserError
+from dsasr.files import atomic_write
+
+VERSION = 1  # goes up when the same arguments make another corpus
+SUMMARY = "corpus.json"
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What a corpus is made from. ``hours``: the train split's audio; equal configs, equal bytes.
+
+    ``english`` is the share of English sentences; ``mixed`` that of code-switched ones; the rest is
+    Mandarin. ``valid``, ``test`` and ``nonspeech`` count utterances, ``text`` the LM's sentences.
+    """
+
+    hours: float = 1.5
+    seed: int = 0
+    english: float = 0.5
+    mixed: float = 0.04
+    valid: int = 100
+    test: int = 400
+    nonspeech: int = 60
+    text: int = 30_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hours <= 10_000:
+            raise UserError(f"--hours {self.hours}: give a number above 0")
+        if not 0 <= self.english <= 1:
+            raise UserError(f"--english-share {self.english}: give a number from 0 to 1")
+        if not 0 <= self.mixed <= 0.5:
+            raise UserError(f"--mixed-share {self.mixed}: give a number from 0 to 0.5")
+        if min(self.valid, self.test, self.nonspeech, self.text) < 1 or self.seed < 0:
+            raise UserError("sizes of a corpus must be 1 or more, its seed 0 or more")
+
+    def shares(self) -> dict[str, float]:
+        """Language → share of sentences. A corpus of one language has no code-switching."""
+        mixed = self.mixed if 0 < self.english < 1 else 0.0
+        return {
+            "en": self.english * (1 - mixed),
+            "zh": (1 - self.english) * (1 - mixed),
+            "zh-en": mixed,
+        }
+
+
+def sentences(config: CorpusConfig, split: str, stream: int = 0) -> Iterator[tuple[str, str]]:
+    """(language, sentence) without end, for one split, the languages in their shares.
+
+    ``stream`` tells apart the draws of one split (0 speech, 1 text).
+    """
+    seed = config.seed * 16 + grammar.SPLITS.index(split) * 4 + stream
+    shares = {lang: share for lang, share in config.shares().items() if share > 0}
+    sources = {lang: grammar.Sampler(lang, seed).sentences(split) for lang in shares}
+    owed = dict.fromkeys(shares, 0.0)
+    while True:
+        for lang, share in shares.items():
+            owed[lang] += share
+        lang = max(owed, key=owed.__getitem__)
+        owed[lang] -= 1
+        yield lang, next(sources[lang])
+
+
+@functools.lru_cache
+def _phonemizer() -> EspeakPhonemizer:
+    return EspeakPhonemizer()
+
+
+def _utterance(job: tuple[int, str, int, str, str]) -> tuple[dict, bytes]:
+    """One utterance's manifest row (without its path) and FLAC bytes; runs in a worker."""
+    seed, split, number, lang, text = job
+    rng = np.random.default_rng([seed, grammar.SPLITS.index(split), number])
+    manner = speech.Manner.draw(rng, speech.VOICES[split])
+    wave = speech.speak(text, manner)
+    row = {
+        "id": f"{split}-{number:06d}",
+        "text": text,
+        "speaker": manner.voice,
+        "lang": lang,
+        "duration": round(len(wave) / speech.RATE, 4),
+        "phonemes": _phonemizer().phonemes(text, lang),
+    }
+    return row, speech.flac(wave)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    # Forked workers share what is imported; a start method without fork imports it anew.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    return ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context(method), initializer=_one_thread
+    )
+
+
+def make_corpus(
+    config: CorpusConfig,
+    out: str | Path,
+    *,
+    processes: int | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Write the corpus to the folder ``out`` and return its summary (also `SUMMARY` there).
+
+    Makes ``{train,valid,test,nonspeech}.jsonl`` (id, audio, text, speaker, lang, duration,
+    phonemes; ``audio`` relative to the manifest), ``audio/SPLIT/*.flac``, ``text/lm.txt`` (train
+    sentences only) and ``text/lm_heldout.txt`` (valid sentences). Bytes depend on ``config`` alone,
+    not on ``processes``. A finished corpus of the same config is left as it is unless ``fresh``.
+    Raises `UserError` if espeak-ng is missing or ``out`` holds something else.
+    """
+    out = Path(out)
+    summary_path = out / SUMMARY
+    wanted = {"version": VERSION, **asdict(config)}
+    if summary_path.is_file() and not fresh:
+        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        if summary.get("config") == wanted:
+            return summary
+    if out.is_dir() and any(out.iterdir()) and not (out / "audio").is_dir():
+        raise UserError(f"{out} holds something else than a corpus: choose another --out")
+    espeak.phoneme_names("ready", "en-us", ipa=True)  # fails here, not in a worker
+    summary_path.unlink(missing_ok=True)
+    shutil.rmtree(out / "audio", ignore_errors=True)
+    _write_text(config, out)
+    summary = {"config": wanted, "splits": {}}
+    import torch  # noqa: F401 - before the fork, so that the workers share it
+
+    with _pool(processes or len(os.sched_getaffinity(0))) as pool:
+        for split in grammar.SPLITS:
+            rows = _write_split(config, split, out, pool, progress)
+            summary["splits"][split] = _summarise(rows)
+    summary["splits"]["nonspeech"] = _summarise(_write_nonspeech(config, out))
+    atomic_write(summary_path, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    return summary
+
+
+def _write_split(
+    config: CorpusConfig, split: str, out: Path, pool: ProcessPoolExecutor, progress: bool
+) -> list[dict]:
+    target = {"valid": config.valid, "test": config.test}.get(split)
+    folder = out / "audio" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    seconds = 0.0
+    source = enumerate(sentences(config, split))
+    jobs = ((config.seed, split, number, lang, text) for number, (lang, text) in source)
+    total = target or round(config.hours * 3600)
+    bar = tqdm(total=total, desc=split, unit="utt" if target else "s", disable=not progress)
+    done = False
+    with bar:
+        while not done:
+            # In blocks: the end of the train split is known only from its durations.
+            block = list(itertools.islice(jobs, min(512, target or 512)))
+            for row, data in pool.map(_utterance, block, chunksize=8):
+                if done:
+                    break
+                path = folder / f"{row['id']}.flac"
+                path.write_bytes(data)
+                row = {"id": row["id"], "audio": str(path.relative_to(out)), **row}
+                rows.append(row)
+                seconds += row["duration"]
+                bar.update(1 if target else min(row["duration"], max(0.0, total - bar.n)))
+                done = len(rows) >= target if target else seconds >= config.hours * 3600
+    _write_manifest(out / f"{split}.jsonl", rows)
+    return rows
+
+
+def _write_nonspeech(config: CorpusConfig, out: Path) -> list[dict]:
+    """Silence, white noise and babble in turn, 2 to 6 s each; babble from training utterances."""
+    import soundfile
+
+    train = sorted((out / "audio" / "train").glob("*.flac"))
+    rng = np.random.default_rng([config.seed, len(grammar.SPLITS)])
+    chosen = rng.choice(len(train), min(64, len(train)), replace=False)
+    talkers = [soundfile.read(train[i], dtype="float32")[0] for i in sorted(chosen.tolist())]
+    folder = out / "audio" / "nonspeech"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(config.nonspeech):
+        kind = speech.NONSPEECH[number % len(speech.NONSPEECH)]
+        wave = speech.nonspeech(kind, rng.uniform(2, 6), talkers, int(rng.integers(2**62)))
+        name = f"nonspeech-{number:04d}"
+        path = folder / f"{name}.flac"
+        path.write_bytes(speech.flac(wave))
+        rows.append(
+            {
+                "id": name,
+                "audio": str(path.relative_to(out)),
+                "text": "",
+                "speaker": kind,
+                "lang": "und",
+                "duration": round(len(wave) / speech.RATE, 4),
+                "phonemes": [],
+            }
+        )
+    _write_manifest(out / "nonspeech.jsonl", rows)
+    return rows
+
+
+def _write_manifest(path: Path, rows: list[dict]) -> None:
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_text(config: CorpusConfig, out: Path) -> None:
+    for name, split, count in (
+        ("lm.txt", "train", config.text),
+        ("lm_heldout.txt", "valid", max(100, config.text // 50)),
+    ):
+        lines = itertools.islice(sentences(config, split, stream=1), count)
+        atomic_write(out / "text" / name, "".join(text + "\n" for _, text in lines))
+
+
+def _summarise(rows: list[dict]) -> dict:
+    """Counts of a split: utterances, hours, speakers, different words and Han characters."""
+    words: Counter = Counter()
+    han: Counter = Counter()
+    for row in rows:
+        for token in row["text"].split():
+            if token.isascii():
+                words[token] += 1
+            else:
+                han.update(token)
+    return {
+        "utterances": len(rows),
+        "hours": round(sum(row["duration"] for row in rows) / 3600, 4),
+        "speakers": len({row["speaker"] for row in rows}),
+        "languages": dict(sorted(Counter(row["lang"] for row in rows).items())),
+        "english_words": len(words),
+        "han_characters": len(han),
+    }
