@@ -1,6 +1,6 @@
 """Train a sentencepiece tokenizer on text files, one sentence a line.
 
-python tools/train_tokenizer.py corpus/text/lm.txt --out corpus/tokenizer --size 1000
+python tools/train_tokenizer.py corpus/text/lm.txt --out corpus/tokenizer --size 1100
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", nargs="+", type=Path, help="text files, one sentence a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
-    parser.add_argument("--size", type=int, default=1000, help="vocabulary size, at most")
+    parser.add_argument("--size", type=int, default=1100, help="vocabulary size, at most")
     parser.add_argument("--fresh", action="store_true", help="train even if the folder has one")
     args = parser.parse_args()
     tokenizer = train_tokenizer(args.texts, args.out, size=args.size, fresh=args.fresh)

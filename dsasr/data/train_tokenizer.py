@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,12 +17,14 @@ from dsasr.errors import UserError
 from dsasr.files import atomic_write
 
 _BYTES = 256
+_LONGEST = 16  # characters of a piece, as sentencepiece allows
+_MOST_SEEDS = 500_000
 _MARKERS = (texts.PAD, texts.IM_START, texts.IM_END)
 _HAN_CHARACTER = re.compile(f"[{HAN}]")
 
 
 def train_tokenizer(
-    files: Sequence[str | Path], out: str | Path, *, size: int = 1000, fresh: bool = False
+    files: Sequence[str | Path], out: str | Path, *, size: int = 1100, fresh: bool = False
 ) -> texts.Tokenizer:
     """Train on ``files`` (UTF-8, one sentence a line) and write the folder ``out``.
 
@@ -80,31 +84,62 @@ def _fingerprint(lines: list[str], size: int) -> str:
 def _train(lines: list[str], pieces: int) -> bytes:
     import sentencepiece
 
-    model = io.BytesIO()
     # The delimiter keeps Han characters apart without a space that would become part of a piece.
-    marked = (_HAN_CHARACTER.sub("\t\\g<0>\t", texts.to_pieces(line)) for line in lines)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=marked,
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=pieces,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=1.0,
-            pretokenization_delimiter="\t",
-            control_symbols=list(_MARKERS),
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        why = (str(error).strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"sentencepiece cannot train a tokenizer of {pieces}: {why}") from None
+    marked = [_HAN_CHARACTER.sub("\t\\g<0>\t", texts.to_pieces(line)) for line in lines]
+    model = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = Path(folder) / "seeds.tsv"
+        seeds.write_text(_seeds(marked), encoding="utf-8")
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(marked),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=pieces,
+                hard_vocab_limit=False,
+                seed_sentencepieces_file=str(seeds),
+                byte_fallback=True,
+                character_coverage=1.0,
+                pretokenization_delimiter="\t",
+                control_symbols=list(_MARKERS),
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                normalization_rule_name="identity",
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            why = (str(error).strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"sentencepiece cannot train {pieces} pieces: {why}") from None
     return model.getvalue()
+
+
+def _seeds(marked: list[str]) -> str:
+    """The pieces that training may keep, with a score each: words, and parts of several words.
+
+    Sentencepiece's own seeds are substrings that stand in two words or more, so that in a text of
+    few words none is a piece of its own.
+    """
+    words: Counter = Counter()
+    for line in marked:
+        words.update("▁" + word for part in line.split("\t") for word in part.split())
+    scores: Counter = Counter()
+    kinds: Counter = Counter()
+    for word, count in words.items():
+        if _HAN_CHARACTER.search(word):
+            continue
+        parts = {
+            word[i:j]
+            for i in range(len(word))
+            for j in range(i + 2, min(len(word), i + _LONGEST) + 1)
+        }
+        for part in parts:
+            scores[part] += count * len(part)
+            kinds[part] += 1
+    kept = [part for part in scores if kinds[part] > 1 or part in words]
+    kept.sort(key=lambda part: (-scores[part], part))
+    return "".join(f"{part}\t{scores[part]}\n" for part in kept[:_MOST_SEEDS])
