@@ -1,8 +1,12 @@
 """Linear softmax probes: what a linear reader finds in frozen features.
 
 A probe models ln q(label | frame) = log_softmax(x W + Σ_k C_k[context_k] + b): x [N, d] features,
-each dimension standardised by the training frames; context [N, K] optional discrete symbols, each
+whitened by the training frames; context [N, K] optional discrete symbols, each
 with its own table of weights (a one-hot without the zeros). Loss: mean nll in nats per frame.
+
+Whitening (centred, each dimension to unit variance, then rotated and scaled to unit covariance;
+directions below 1e-6 of the mean variance are dropped) makes the estimate blind to invertible
+linear maps of the features, and lets the descent converge whatever their correlations.
 
 The schedule is fixed (ours). The bias alone comes first, in closed form: it is the training labels'
 marginal. Then L2 penalties ½·λ·(‖W‖² + ‖C‖²) are walked from strong to weak, λ in `PENALTIES`, each
@@ -62,22 +66,22 @@ class Probe:
     """A fitted probe. ``penalty`` is the λ that won, None if the bias alone did."""
 
     bias_C: Tensor
-    weight_DC: Tensor
+    weight_RC: Tensor
     tables_KVC: Tensor | None
     mean_D: Tensor
-    scale_D: Tensor
+    whiten_DR: Tensor
     penalty: float | None
     iterations: int
 
     @torch.no_grad()
     def nll(self, frames: Frames) -> Tensor:
         """−ln q(label | frame) in nats, float64 [N]."""
-        x = (frames.x_ND.float() - self.mean_D) * self.scale_D
+        x = (frames.x_ND.float() - self.mean_D) @ self.whiten_DR
         parts = []
         for start in range(0, len(frames), 65536):
             rows = slice(start, start + 65536)
             context = None if frames.context_NK is None else frames.context_NK[rows]
-            logits = _logits(x[rows], context, self.weight_DC, self.tables_KVC, self.bias_C)
+            logits = _logits(x[rows], context, self.weight_RC, self.tables_KVC, self.bias_C)
             parts.append(F.cross_entropy(logits, frames.label_N[rows], reduction="none").double())
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
@@ -98,21 +102,21 @@ def fit(
     config = config or ProbeConfig()
     if not len(train) or not len(valid):
         raise ValueError(f"a probe needs frames: {len(train)} to train, {len(valid)} to validate")
-    mean_D, scale_D = _standardiser(train.x_ND)
+    mean_D, whiten_DR = _whitener(train.x_ND)
     device = train.x_ND.device
     counts_C = torch.bincount(train.label_N, minlength=classes).float() + config.smoothing
     bias_C = (counts_C / counts_C.sum()).log()
     slots = 0 if train.context_NK is None else train.context_NK.shape[1]
     tables_KVC = torch.zeros(slots, context_symbols, classes, device=device) if slots else None
-    weight_DC = torch.zeros(train.x_ND.shape[1], classes, device=device)
-    best = Probe(bias_C, weight_DC, tables_KVC, mean_D, scale_D, None, 0)
-    if not slots and not train.x_ND.shape[1]:
+    weight_RC = torch.zeros(whiten_DR.shape[1], classes, device=device)
+    best = Probe(bias_C, weight_RC, tables_KVC, mean_D, whiten_DR, None, 0)
+    if not slots and not len(weight_RC):
         return best
     best_nll = float(best.nll(valid).mean())
     current, worse = best, 0
-    x_ND = (train.x_ND.float() - mean_D) * scale_D
+    x_NR = (train.x_ND.float() - mean_D) @ whiten_DR
     for penalty in config.penalties:
-        current = _descend(x_ND, train, current, penalty, config.iterations)
+        current = _descend(x_NR, train, current, penalty, config.iterations)
         nll = float(current.nll(valid).mean())
         if nll < best_nll:
             best, best_nll, worse = current, nll, 0
@@ -123,11 +127,11 @@ def fit(
     return best
 
 
-def _descend(x_ND: Tensor, train: Frames, start: Probe, penalty: float, iterations: int) -> Probe:
-    """L-BFGS at one penalty from a given solution. ``x_ND`` is standardised."""
+def _descend(x_NR: Tensor, train: Frames, start: Probe, penalty: float, iterations: int) -> Probe:
+    """L-BFGS at one penalty from a given solution. ``x_NR`` is whitened."""
     bias_C = start.bias_C.clone().requires_grad_()
-    weight_DC = start.weight_DC.clone().requires_grad_()
-    penalised = [weight_DC]
+    weight_RC = start.weight_RC.clone().requires_grad_()
+    penalised = [weight_RC]
     tables_KVC = None
     if start.tables_KVC is not None:
         tables_KVC = start.tables_KVC.clone().requires_grad_()
@@ -138,13 +142,13 @@ def _descend(x_ND: Tensor, train: Frames, start: Probe, penalty: float, iteratio
         max_eval=2 * iterations,
         history_size=10,
         tolerance_grad=1e-6,
-        tolerance_change=1e-9,
+        tolerance_change=1e-6,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        logits = _logits(x_ND, train.context_NK, weight_DC, tables_KVC, bias_C)
+        logits = _logits(x_NR, train.context_NK, weight_RC, tables_KVC, bias_C)
         loss = F.cross_entropy(logits, train.label_N)
         loss = loss + 0.5 * penalty * sum(p.square().sum() for p in penalised)
         loss.backward()
@@ -155,23 +159,23 @@ def _descend(x_ND: Tensor, train: Frames, start: Probe, penalty: float, iteratio
     steps = optimizer.state[optimizer._params[0]].get("n_iter", 0)
     return Probe(
         bias_C.detach(),
-        weight_DC.detach(),
+        weight_RC.detach(),
         None if tables_KVC is None else tables_KVC.detach(),
         start.mean_D,
-        start.scale_D,
+        start.whiten_DR,
         penalty,
         start.iterations + steps,
     )
 
 
 def _logits(
-    x_ND: Tensor,
+    x_NR: Tensor,
     context_NK: Tensor | None,
-    weight_DC: Tensor,
+    weight_RC: Tensor,
     tables_KVC: Tensor | None,
     bias_C: Tensor,
 ) -> Tensor:
-    logits = torch.addmm(bias_C, x_ND, weight_DC)
+    logits = torch.addmm(bias_C, x_NR, weight_RC)
     if tables_KVC is not None and context_NK is not None:
         slots, symbols, classes = tables_KVC.shape
         offsets_K = torch.arange(slots, device=context_NK.device) * symbols
@@ -180,15 +184,20 @@ def _logits(
     return logits
 
 
-def _standardiser(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation per dimension; a constant dimension is switched off."""
+def _whitener(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [d] and the map [d, r] that whitens centred frames; r ≤ d, constants are dropped."""
     if not x_ND.shape[1]:
-        return (torch.zeros(0, device=x_ND.device),) * 2
-    x = x_ND.double()
-    mean_D, std_D = x.mean(0), x.std(0, correction=0)
+        return torch.zeros(0, device=x_ND.device), torch.zeros(0, 0, device=x_ND.device)
+    chunks = x_ND.split(65536)
+    mean_D = sum(chunk.double().sum(0) for chunk in chunks) / len(x_ND)
+    covariance = sum((c := chunk.double() - mean_D).T @ c for chunk in chunks) / len(x_ND)
+    std_D = covariance.diagonal().sqrt()
     alive = std_D > 1e-6 * (mean_D.abs() + 1e-12)
     scale_D = torch.where(alive, 1 / std_D.clamp(min=1e-30), torch.zeros_like(std_D))
-    return mean_D.float(), scale_D.float()
+    values, vectors = torch.linalg.eigh(covariance * torch.outer(scale_D, scale_D))
+    kept = values > 1e-6
+    whiten_DR = scale_D[:, None] * vectors[:, kept] / values[kept].sqrt()
+    return mean_D.float(), whiten_DR.float()
 
 
 @dataclass(frozen=True)

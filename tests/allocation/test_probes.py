@@ -58,6 +58,17 @@ def test_context_tables_equal_one_hots():
     assert first > left + 0.1
 
 
+def test_linear_maps_do_not_count():
+    label = torch.randint(0, 4, (3000,), generator=_generator())
+    x = torch.randn(4, 12, generator=_generator(1))[label] * 0.5
+    x += torch.randn(3000, 12, generator=_generator(2))
+    mixing = torch.linalg.qr(torch.randn(12, 12, generator=_generator(3))).Q
+    mixing = mixing * torch.logspace(-2, 2, 12)
+    nll = [p.fit(*(t := _thirds(y, label))[:2], 4).nll(t[2]).mean() for y in (x, x @ mixing + 5)]
+    assert nll[0].item() == pytest.approx(nll[1].item(), abs=1e-3)
+    assert nll[0] < 0.9
+
+
 def test_constant_and_huge_dimensions_do_no_harm():
     label = torch.randint(0, 3, (900,), generator=_generator())
     x = torch.cat(
