@@ -205,7 +205,7 @@ def attend(
     three times as fast where the matrix products go through oneDNN, which that kernel calls in
     small pieces.
     """
-    B, H, S, X = query_BHSX.shape
+    S, X = query_BHSX.shape[2:]
     if query_BHSX.is_cuda or S > 512:
         return F.scaled_dot_product_attention(
             query_BHSX, key_BHSX, value_BHSX, attn_mask=bias, dropout_p=dropout

@@ -1,0 +1,310 @@
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dsasr.data.batching import Batch
+from dsasr.errors import UserError
+from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.encoder import ChunkConfig, Encoder, EncoderConfig
+from dsasr.model.llm import EntropyHead, LlmConfig, embedding_rms, load_llm
+from dsasr.model.speech_llm import SpeechLLM, lay_out, plan_rows, ragged
+
+VOCAB, PREFIX, SUFFIX, END = 41, [1, 2], [3], 4
+
+
+def make_llm(tied=True, **options):
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        **options,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def make_model(cfg=None, dtype=torch.float64, dropout=0.0, chunks=None, llm=None):
+    llm = llm or make_llm()
+    torch.manual_seed(2)
+    encoder = Encoder(
+        EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12, dropout=dropout)
+    )
+    adaptor = Adaptor(AdaptorConfig(hidden=10), 12, 16, embedding_rms(llm))
+    cfg = cfg or LlmConfig()
+    return SpeechLLM(encoder, adaptor, llm, PREFIX, SUFFIX, 0, cfg, chunks=chunks).to(dtype)
+
+
+def make_batch(frames=(70, 52, 17, 33), tokens=(6, 1, 3, 4), seed=3, mels=12):
+    B = len(frames)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(B, max(frames, default=0), mels, generator=generator)
+    ids = torch.randint(5, VOCAB, (B, max(tokens, default=0)), generator=generator)
+    for row in range(B):
+        features[row, frames[row] :] = 0
+        ids[row, tokens[row] - 1] = END
+        ids[row, tokens[row] :] = 0
+    return Batch(
+        features_BTF=features,
+        feature_lengths_B=torch.tensor(frames, dtype=torch.int64),
+        phonemes_BP=torch.zeros(B, 0, dtype=torch.int64),
+        phoneme_lengths_B=torch.zeros(B, dtype=torch.int64),
+        tokens_BU=ids,
+        token_lengths_B=torch.tensor(tokens, dtype=torch.int64),
+        keys=tuple(f"key{row}" for row in range(B)),
+        shards=("s",) * B,
+        texts=("",) * B,
+        langs=("en",) * B,
+        speakers=("x",) * B,
+        durations=tuple(length / 100 for length in frames),
+        seed=seed,
+        epoch=0,
+        number=0,
+        state={},
+    )
+
+
+def plain_loss(model, batch):
+    """One utterance at a time through the model's own forward, labels and all."""
+    nll, count = 0.0, 0
+    embed = model.llm.get_input_embeddings()
+    for row, length in enumerate(batch.token_lengths_B.tolist()):
+        T = batch.feature_lengths_B[row : row + 1]
+        frames = model.encoder(batch.features_BTF[row : row + 1, : int(T)], T)
+        speech, _ = model.adaptor(frames.frames_BSE, frames.lengths_B)
+        ids = batch.tokens_BU[row, :length]
+        parts = [embed(torch.tensor(PREFIX)), speech[0], embed(torch.tensor(SUFFIX)), embed(ids)]
+        sequence = torch.cat(parts)
+        labels = torch.full((len(sequence),), -100)
+        labels[-length:] = ids
+        output = model.llm(inputs_embeds=sequence[None], labels=labels[None])
+        nll, count = nll + output.loss * length, count + length
+    return nll / count
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pack", [0, 1, 16, 40, 1000])
+def test_loss_and_gradients_equal_one_by_one_packed_or_not(pack, tied):
+    model = make_model(LlmConfig(pack=pack), llm=make_llm(tied)).eval()
+    batch = make_batch()
+    batch = dataclasses.replace(batch, features_BTF=batch.features_BTF.double())
+    outputs = model(batch)
+    want = plain_loss(model, batch)
+    torch.testing.assert_close(outputs.loss, want, atol=1e-5, rtol=0, check_dtype=False)
+    total, count = outputs.sums["nll"]
+    assert float(count) == 14
+    assert float(total / count) == pytest.approx(float(want.detach()), abs=1e-5)
+    expected = gradients(model, want)
+    for name, gradient in gradients(model, model(batch).loss).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_packing_holds_with_a_sliding_window(attn):
+    options = {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    batch = make_batch()
+    losses = []
+    for pack in (0, 30):
+        llm = make_llm(**options)
+        llm.set_attn_implementation(attn)
+        model = make_model(LlmConfig(pack=pack), dtype=torch.float32, llm=llm).eval()
+        losses.append(model(batch).loss)
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+
+
+def test_an_utterance_does_not_depend_on_its_batch():
+    model = make_model().eval()
+    batch = make_batch()
+    together = model(batch).sums["nll"][0]
+    apart = 0
+    for row in range(len(batch)):
+        frames, tokens = int(batch.feature_lengths_B[row]), int(batch.token_lengths_B[row])
+        one = make_batch((frames,), (tokens,))
+        one = dataclasses.replace(
+            one,
+            features_BTF=batch.features_BTF[row : row + 1, :frames],
+            tokens_BU=batch.tokens_BU[row : row + 1, :tokens],
+        )
+        apart = apart + model(one).sums["nll"][0]
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+def test_entropy_and_accuracy_are_of_the_same_predictions():
+    model = make_model(llm=make_llm()).eval()
+    head = model.head
+    hidden, targets = torch.randn(9, 16, dtype=torch.float64), torch.arange(9)
+    nll, entropy, right = head(hidden, targets, accuracy=True)
+    log_probs = (hidden @ head.weight.T).log_softmax(-1)
+    want = -(log_probs.exp() * log_probs).sum(-1)
+    torch.testing.assert_close(entropy, want, check_dtype=False, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        nll, -log_probs[targets, targets], check_dtype=False, atol=1e-5, rtol=1e-5
+    )
+    assert torch.equal(right, log_probs.argmax(-1) == targets)
+    model.cfg = LlmConfig(accuracy=False)
+    assert "accuracy" not in model.train()(make_batch()).sums
+    assert "accuracy" in model.eval()(make_batch()).sums
+
+
+def test_the_head_keeps_its_names_and_its_tie():
+    tied, untied = make_model(llm=make_llm(True)), make_model(llm=make_llm(False))
+    assert type(tied.head) is EntropyHead
+    assert tied.head.weight is tied.llm.get_input_embeddings().weight
+    assert "llm.lm_head.weight" not in dict(tied.named_parameters())
+    assert "llm.lm_head.weight" in dict(untied.named_parameters())
+    assert EntropyHead.replace(tied.llm) is tied.head
+
+
+def test_without_audio_the_speech_is_left_out():
+    model = make_model().eval()
+    batch = make_batch()
+    silent = dataclasses.replace(batch, features_BTF=torch.randn_like(batch.features_BTF))
+    assert torch.equal(model(batch, audio=False).loss, model(silent, audio=False).loss)
+    assert not torch.equal(model(batch).loss, model(silent).loss)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "parts", [("adaptor",), ("adaptor", "llm"), ("encoder", "adaptor", "llm"), ("llm",)]
+)
+def test_gradients_reach_the_trained_parts_only(parts, checkpoint):
+    model = make_model(LlmConfig(checkpoint=checkpoint), dropout=0.5).train()
+    model.requires_grad_(False)
+    for part in parts:
+        getattr(model, part).requires_grad_(True)
+    loss = model(make_batch()).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name.split(".")[0] in parts), name
+    assert model.encoder.training == ("encoder" in parts)
+
+
+def test_frozen_parts_drop_nothing_out():
+    llm = make_llm(attention_dropout=0.5)
+    model = make_model(LlmConfig(checkpoint=True), dropout=0.5, llm=llm)
+    model.requires_grad_(False)
+    model.adaptor.requires_grad_(True)
+    quiet = model.eval()(make_batch()).loss
+    loss = model.train()(make_batch()).loss
+    assert torch.equal(quiet, loss)
+    # Yet the frozen layers recompute: gradients pass through them.
+    layers = [m for m in model.llm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers
+    assert all(layer.training for layer in layers)
+    assert not any(layer.self_attn.training for layer in layers)
+    model.requires_grad_(True)
+    assert not torch.equal(model(make_batch()).loss, quiet)
+    assert model.encoder.training
+    assert model.llm.training
+
+
+def test_a_step_depends_on_its_batch_alone():
+    model = make_model(dropout=0.3, chunks=ChunkConfig(full_share=0.2, max_size=4)).train()
+    first = model(make_batch()).loss
+    torch.manual_seed(99)
+    assert torch.equal(first, model(make_batch()).loss)
+    other = dataclasses.replace(make_batch(), seed=4)
+    assert not torch.equal(first, model(other).loss)
+
+
+def test_a_batch_without_utterances_runs_every_part_and_weighs_nothing():
+    model = make_model()
+    outputs = model(make_batch((), ()))
+    outputs.loss.backward()
+    assert float(outputs.loss) == 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() == 0, name
+    assert all(float(count) == 0 for _, count in outputs.sums.values())
+
+
+@pytest.mark.parametrize("pack", [0, 5, 12, 30])
+def test_rows_hold_everything_once_and_no_more_than_they_may(pack):
+    lengths = [3, 11, 5, 5, 1, 30, 8, 2]
+    rows = plan_rows(lengths, pack)
+    assert sorted(itertools.chain(*rows)) == list(range(8))
+    for row in rows:
+        assert len(row) == 1 or sum(lengths[index] for index in row) <= pack
+    if pack == 30:
+        assert len(rows) == 3
+
+
+def test_the_layout_is_a_partition_of_the_rows():
+    speech, tokens = torch.tensor([3, 1, 5]), torch.tensor([2, 4, 1])
+    layout = lay_out(speech, tokens, 2, 1, pack=14)
+    places = torch.cat((layout.speech_N, layout.text_M)).tolist()
+    assert len(set(places)) == len(places) == int((speech + tokens - 1 + 3).sum())
+    assert layout.positions_RL.shape == (layout.rows, layout.length)
+    flat = layout.positions_RL.flatten()
+    assert flat[layout.starts_B].tolist() == [0, 0, 0]
+    assert flat[layout.targets_N].tolist() == [5, 6, 3, 4, 5, 6, 7]
+    assert ragged(torch.tensor([5, 0]), torch.tensor([0, 2])).tolist() == [0, 1]
+
+
+def test_models_load_from_local_folders_alone(tmp_path):
+    llm = make_llm(tied=False)
+    llm.save_pretrained(tmp_path / "good")
+    loaded = load_llm(tmp_path / "good", dtype=torch.bfloat16, dropout=0.1)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.attention_dropout == 0.1
+    torch.testing.assert_close(
+        loaded.lm_head.weight.float(), llm.lm_head.weight, atol=0.02, rtol=0.02
+    )
+    with torch.device("meta"):
+        empty = load_llm(tmp_path / "good", weights=False)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert embedding_rms(empty) == pytest.approx(0.3)
+    assert embedding_rms(llm) == pytest.approx(0.3, rel=0.1)
+
+
+def test_bad_folders_end_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_llm(tmp_path / "none")
+    for name, text in (("torn", "{"), ("odd", '{"model_type": "nonesuch"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+        with pytest.raises(UserError, match="cannot load") as caught:
+            load_llm(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    make_llm().save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load"):
+        load_llm(tmp_path / "bare")
+    make_llm().save_pretrained(tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    config.update(num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="missing weights"):
+        load_llm(tmp_path / "short")
+
+
+def test_scaled_logits_and_empty_prompts_are_refused():
+    llm = make_llm()
+    llm.config.logit_scale = 0.5
+    with pytest.raises(UserError, match="logit_scale"):
+        EntropyHead.replace(llm)
+    with pytest.raises(UserError, match="prompt"):
+        model = make_model()
+        SpeechLLM(model.encoder, model.adaptor, model.llm, [], [], 0, LlmConfig())
+    with pytest.raises(UserError, match="attn"):
+        LlmConfig(attn="fast")
