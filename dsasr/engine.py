@@ -138,6 +138,7 @@ class Branch:
         self.stage: StageConfig | None = None
         self._engine = None
         self._states: partition.States | None = None
+        self._hooks: dict[tuple[str, str], set[int]] = {}
         self._parking = Parking(config.park, name, folder)
         # fp32 masters of parameters that an earlier stage trained and this one does not.
         self._dormant: dict[str, Fragment] = {}
@@ -152,6 +153,7 @@ class Branch:
         carried, steps = self._leave()
         self.stage = stage
         groups = self._groups(stage)
+        self._hooks = _hooks(self.module)
         self._engine = self._initialise(stage, groups)
         self._states = partition.States(self.module, self._engine.optimizer)
         self._restore(carried, steps if stage.keep_moments else None)
@@ -208,6 +210,7 @@ class Branch:
         }
         steps = self._states.steps()
         self._engine.destroy()
+        _remove_hooks(self.module, self._hooks)
         self._engine = self._states = None
         gc.collect()
         return carried, steps
@@ -372,6 +375,33 @@ class Branch:
         self._parking.close()
         self._dormant.clear()
         self.stage = None
+
+
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+)
+
+
+def _hooks(module: nn.Module) -> dict[tuple[str, str], set[int]]:
+    """The ids of all hooks in ``module``, by (submodule, table)."""
+    return {
+        (path, table): set(getattr(child, table))
+        for path, child in module.named_modules()
+        for table in _HOOK_TABLES
+    }
+
+
+def _remove_hooks(module: nn.Module, kept: dict[tuple[str, str], set[int]]) -> None:
+    """Remove hooks that came after ``kept``: DeepSpeed 0.19's ``destroy`` leaves two a life."""
+    for path, child in module.named_modules():
+        for table in _HOOK_TABLES:
+            hooks = getattr(child, table)
+            for number in set(hooks) - kept[path, table]:
+                del hooks[number]
 
 
 class Below:
