@@ -150,7 +150,9 @@ class SpeechLLM(nn.Module):
         self.cfg, self.spec, self.chunks = cfg, spec, chunks
         EntropyHead.replace(llm)
         if cfg.checkpoint:
-            llm.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers is renaming it.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(llm, new if hasattr(llm, new) else old)({"use_reentrant": False})
 
     @property
     def head(self) -> EntropyHead:
