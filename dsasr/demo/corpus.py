@@ -82,6 +82,17 @@ def sentences(config: CorpusConfig, split: str, stream: int = 0) -> Iterator[tup
         yield lang, next(sources[lang])
 
 
+def held_out(config: CorpusConfig, split: str, count: int) -> list[tuple[str, str]]:
+    """``count`` (language, sentence) pairs of a held-out split, spread over all words."""
+    drawn = list(itertools.islice(sentences(config, split), 4 * count))
+    langs = [lang for lang, _ in drawn[:count]]
+    chosen = {
+        lang: grammar.spread([text for other, text in drawn if other == lang], langs.count(lang))
+        for lang in dict.fromkeys(langs)
+    }
+    return [(lang, chosen[lang].pop(0)) for lang in langs]
+
+
 @functools.lru_cache
 def _phonemizer() -> EspeakPhonemizer:
     return EspeakPhonemizer()
@@ -167,14 +178,14 @@ def _write_split(
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     seconds = 0.0
-    source = enumerate(sentences(config, split))
+    source = enumerate(held_out(config, split, target) if target else sentences(config, split))
     jobs = ((config.seed, split, number, lang, text) for number, (lang, text) in source)
     total = target or round(config.hours * 3600)
     bar = tqdm(total=total, desc=split, unit="utt" if target else "s", disable=not progress)
     done = False
     with bar:
         while not done:
-            # In blocks: the end of the train split is known only from its durations.
+            # In blocks: the end of the train split shows only in its durations.
             block = list(itertools.islice(jobs, min(512, target or 512)))
             for row, data in pool.map(_utterance, block, chunksize=8):
                 if done:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from dsasr.data.phonemes import HAN
 from dsasr.demo import lexis
 
 LANGS = ("en", "zh", "zh-en")
 SPLITS = ("train", "valid", "test")
 _SLOT = re.compile(r"\{(\w+)\}")
+_UNIT = re.compile(f"[a-z]+|[{HAN}]")
 _HELD_OUT = 20  # one sentence in so many belongs to valid, another one to test
 
 
@@ -126,3 +128,28 @@ class Sampler:
             repeats = 0
             seen.add(text)
             yield text
+
+
+def units(text: str) -> list[str]:
+    """Latin words and Han characters of ``text``."""
+    return _UNIT.findall(text)
+
+
+def spread(pool: list[str], count: int) -> list[str]:
+    """``count`` sentences of ``pool`` that use as many different units as evenly as they can.
+
+    Greedy: the next one has the most of what was used least. For small held-out sets, where plain
+    draws would leave out a good part of the words.
+    """
+    used: Counter = Counter()
+    left = [(text, units(text)) for text in pool]
+    chosen: list[str] = []
+    for _ in range(min(count, len(left))):
+        best = max(
+            range(len(left)),
+            key=lambda i: sum(0.25 ** used[unit] for unit in left[i][1]) / len(left[i][1]) ** 0.5,
+        )
+        text, parts = left.pop(best)
+        chosen.append(text)
+        used.update(parts)
+    return chosen

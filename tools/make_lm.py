@@ -1,0 +1,42 @@
+"""Build a small Qwen3-shaped language model and pre-train it on text, one sentence a line.
+
+python tools/make_lm.py corpus/text/lm.txt --tokenizer corpus/tokenizer --out corpus/lm
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsasr.errors import run_tool
+from dsasr.model.small_lm import SmallLmConfig, make_small_lm
+
+
+def main() -> None:
+    default = SmallLmConfig()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("texts", nargs="+", type=Path, help="text files, one sentence a line")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="its folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--heldout", type=Path, help="text to report perplexity on")
+    for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "steps", "batch"):
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=getattr(default, name))
+    parser.add_argument("--lr", type=float, default=default.lr, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--fresh", action="store_true", help="train even if the model is there")
+    args = vars(parser.parse_args())
+    texts, tokenizer, out = args.pop("texts"), args.pop("tokenizer"), args.pop("out")
+    heldout, fresh = args.pop("heldout"), args.pop("fresh")
+    report = make_small_lm(
+        texts, tokenizer, out, SmallLmConfig(**args), heldout=heldout, fresh=fresh
+    )
+    print(
+        f"{out}: {report['parameters'] / 1e6:.2f} M parameters, held-out perplexity "
+        f"{report['heldout_perplexity']:.2f} per token, trained in {report['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
