@@ -35,14 +35,19 @@ from dsasr.errors import UserError
 
 @dataclass(frozen=True)
 class AccessibleConfig:
-    """``window`` phonemes to each side are CSAI's context; features wider than ``max_width`` are
-    projected; at most ``max_frames`` frames are used (drawn by ``seed``, the same for every
-    checkpoint); ``labels`` words or tokens are told apart, rarer ones are one label."""
+    """How PAI and CSAI are estimated; to be the same for all checkpoints that are compared.
+
+    ``window`` phonemes to each side are CSAI's context; features wider than ``max_width`` are
+    projected; at most ``max_frames`` frames are used for PAI and ``semantic_frames`` for CSAI, whose
+    many labels cost more (drawn by ``seed``); the ``labels`` most frequent words or tokens are told
+    apart, rarer ones are one label.
+    """
 
     window: int = 2
     max_width: int = 1024
     max_frames: int = 200_000
-    labels: int = 1000
+    semantic_frames: int = 50_000
+    labels: int = 300
     control: bool = True
     level: float = 0.95
     draws: int = 1000
@@ -50,8 +55,10 @@ class AccessibleConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
-        if self.window < 0 or min(self.max_width, self.max_frames, self.labels, self.draws) < 1:
+        if self.window < 0 or min(self.max_width, self.labels, self.draws) < 1:
             raise UserError("accessible: window must be ≥ 0, the other numbers ≥ 1")
+        if min(self.max_frames, self.semantic_frames) < 1:
+            raise UserError("accessible: max_frames and semantic_frames must be ≥ 1")
         if not 0 < self.level < 1:
             raise UserError("accessible: level must lie between 0 and 1")
 
@@ -162,7 +169,7 @@ def phoneme_window(positions_N: Tensor, phonemes: Sequence[int], window: int) ->
 def pai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
     """Phonetic accessible information of the frames' features (see the module's text)."""
     config = config or AccessibleConfig()
-    data, parts = _prepare(data, config)
+    data, parts = _prepare(data, config, config.max_frames)
     classes = int(data.phoneme_N.max()) + 1
     return _gain(data, parts, data.phoneme_N, classes, None, config)
 
@@ -176,17 +183,17 @@ def csai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
     middle = data.window_NK.shape[1] // 2
     if middle < config.window:
         raise ValueError(f"the frames hold a window of {middle}, {config.window} is asked for")
-    data, parts = _prepare(data, config)
+    data, parts = _prepare(data, config, config.semantic_frames)
     context_NK = data.window_NK[:, middle - config.window : middle + config.window + 1]
     label_N, classes = frequent(data.word_N, data.word_N[parts.train_N], config.labels)
     return _gain(data, parts, label_N, classes, context_NK.contiguous(), config)
 
 
-def _prepare(data: FrameSet, config: AccessibleConfig) -> tuple[FrameSet, Split]:
+def _prepare(data: FrameSet, config: AccessibleConfig, most: int) -> tuple[FrameSet, Split]:
     """Draw the frames, project wide features, part the utterances."""
     generator = torch.Generator().manual_seed(config.seed)
-    if len(data) > config.max_frames:
-        rows = torch.randperm(len(data), generator=generator)[: config.max_frames].sort().values
+    if len(data) > most:
+        rows = torch.randperm(len(data), generator=generator)[:most].sort().values
         rows = rows.to(data.x_NE.device)
         columns = (data.x_NE, data.phoneme_N, data.window_NK, data.word_N, data.utterance_N)
         data = FrameSet(*(column[rows] for column in columns), data.speakers)

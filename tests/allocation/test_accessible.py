@@ -50,7 +50,7 @@ def _features(data, *names):
 def test_one_hot_phonemes():
     data = _features(_corpus(), "phoneme")
     result = a.pai(data, FAST)
-    _, parts = a._prepare(data, FAST)
+    _, parts = a._prepare(data, FAST, 10**6)
     shares = torch.bincount(data.phoneme_N[parts.test_N]) / len(parts.test_N)
     assert result.value == pytest.approx(torch.special.entr(shares).sum().item(), rel=0.02)
     assert result.share == pytest.approx(1, abs=0.005)
@@ -64,7 +64,7 @@ def test_one_hot_phonemes():
 def test_words_beside_phonemes():
     data = _features(_corpus(), "phoneme", "word")
     result = a.csai(data, FAST)
-    _, parts = a._prepare(data, FAST)
+    _, parts = a._prepare(data, FAST, 10**6)
     expected = _conditional_entropy(data, parts.test_N)
     assert expected > 0.5
     assert result.value == pytest.approx(expected, rel=0.05)
@@ -109,12 +109,13 @@ def test_partial_information():
 def test_wide_features_are_projected():
     data = _features(_corpus(), "phoneme", "noise")
     narrow = a.AccessibleConfig(window=0, control=False, max_width=12)
-    assert a._prepare(data, narrow)[0].x_NE.shape[1] == 12
+    assert a._prepare(data, narrow, 10**6)[0].x_NE.shape[1] == 12
     assert a.pai(data, narrow).value < a.pai(data, FAST).value
-    few = a.AccessibleConfig(max_frames=500)
-    first, _ = a._prepare(data, few)
+    few = a.AccessibleConfig(max_frames=800, semantic_frames=500, control=False)
+    assert a.pai(data, few).frames > a.csai(_features(_corpus(2), "phoneme"), few).frames
+    first, _ = a._prepare(data, few, 500)
     assert len(first) == 500
-    assert torch.equal(first.phoneme_N, a._prepare(data, few)[0].phoneme_N)
+    assert torch.equal(first.phoneme_N, a._prepare(data, few, 500)[0].phoneme_N)
 
 
 def test_rare_labels_are_one():
