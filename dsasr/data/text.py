@@ -55,10 +55,11 @@ def normalise_text(text: str, lang: str = "", config: TextConfig | None = None) 
     text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
     if config.case != "keep":
         text = text.lower() if config.case == "lower" else text.upper()
+        text = unicodedata.normalize("NFKC", text)  # a change of case may undo it
     if config.punctuation == "strip":
         text = text.replace("’", "'")
-        text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
         text = "".join(c if c == "'" or unicodedata.category(c)[0] != "P" else " " for c in text)
+        text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
     return _HAN_SPACES.sub("", " ".join(text.split()))
 
 

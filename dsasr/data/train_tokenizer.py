@@ -115,7 +115,16 @@ def _train(lines: list[str], pieces: int) -> bytes:
         except RuntimeError as error:
             why = (str(error).strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"sentencepiece cannot train {pieces} pieces: {why}") from None
-    return model.getvalue()
+    return _without_path(model.getvalue())
+
+
+def _without_path(model: bytes) -> bytes:
+    """The model keeps its trainer's arguments: without the seeds' path, equal texts equal bytes."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    message = sentencepiece_model_pb2.ModelProto.FromString(model)
+    message.trainer_spec.ClearField("seed_sentencepieces_file")
+    return message.SerializeToString(deterministic=True)
 
 
 def _seeds(marked: list[str]) -> str:

@@ -26,6 +26,7 @@ from dsasr.files import atomic_write
 
 VERSION = 1  # goes up when the same arguments make another corpus
 SUMMARY = "corpus.json"
+_PARTIAL = "corpus.partial"  # marks an unfinished folder as ours to clear
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def _cores() -> int:
+    """Cores that this process may use, which in a job are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _pool(processes: int) -> ProcessPoolExecutor:
     # Forked workers share what is imported; a start method without fork imports it anew.
     method = "fork" if sys.platform == "linux" else "spawn"
@@ -152,21 +158,24 @@ def make_corpus(
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
         if summary.get("config") == wanted:
             return summary
-    if out.is_dir() and any(out.iterdir()) and not (out / "audio").is_dir():
+    ours = summary_path.is_file() or (out / _PARTIAL).is_file()
+    if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"{out} holds something else than a corpus: choose another --out")
     espeak.phoneme_names("ready", "en-us", ipa=True)  # fails here, not in a worker
+    atomic_write(out / _PARTIAL, "This corpus is being made, or its making was interrupted.\n")
     summary_path.unlink(missing_ok=True)
     shutil.rmtree(out / "audio", ignore_errors=True)
     _write_text(config, out)
     summary = {"config": wanted, "splits": {}}
     import torch  # noqa: F401 - before the fork, so that the workers share it
 
-    with _pool(processes or len(os.sched_getaffinity(0))) as pool:
+    with _pool(processes or _cores()) as pool:
         for split in grammar.SPLITS:
             rows = _write_split(config, split, out, pool, progress)
             summary["splits"][split] = _summarise(rows)
     summary["splits"]["nonspeech"] = _summarise(_write_nonspeech(config, out))
     atomic_write(summary_path, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    (out / _PARTIAL).unlink()
     return summary
 
 
