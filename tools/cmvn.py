@@ -1,0 +1,42 @@
+"""Global mean and variance of the features of shards, for ``data.cmvn``.
+
+python tools/cmvn.py shards/train --out cmvn.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dsasr.data.audio import CmvnSums, FbankConfig
+from dsasr.data.packing import cmvn_sums, find_tars
+from dsasr.errors import run_tool
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", help="tars, or folders of tars")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--mels", type=int, default=80)
+    parser.add_argument("--shards", type=int, default=0, help="only the first so many; 0: all")
+    parser.add_argument("--processes", type=int, help="default: one per core")
+    args = parser.parse_args()
+    tars = find_tars(args.paths)[: args.shards or None]
+    sums = CmvnSums(args.mels)
+    with ProcessPoolExecutor(args.processes or os.cpu_count()) as pool:
+        done = pool.map(partial(cmvn_sums, config=FbankConfig(mels=args.mels)), tars)
+        for part in tqdm(done, total=len(tars), desc="features", unit="shard"):
+            sums.merge(part)
+    sums.result().save(args.out)
+    print(f"{args.out}: {sums.count} frames of {len(tars)} shards")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,40 @@
+"""Read and decode every sample of shards; list each bad one by shard, key and cause.
+
+python tools/verify_shards.py shards/train
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from dsasr.data.packing import find_tars, verify
+from dsasr.errors import run_tool
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", help="tars, or folders of tars")
+    parser.add_argument("--allow-empty-text", action="store_true", help="for non-speech sets")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
+    parser.add_argument("--processes", type=int, help="default: one per core")
+    args = parser.parse_args()
+    verdicts, causes = verify(find_tars(args.paths), args.processes, args.allow_empty_text)
+    rows = [b for v in verdicts for b in v.bad if b[0] in causes]
+    good = sum(v.samples for v in verdicts)
+    hours = sum(v.seconds for v in verdicts) / 3600
+    if args.json:
+        names = ("cause", "shard", "key", "detail")
+        bad = [dict(zip(names, row, strict=True)) for row in rows]
+        print(json.dumps({"good": good, "hours": hours, "bad": bad, "causes": dict(causes)}))
+    else:
+        for cause, shard, key, detail in rows:
+            print(f"{shard}\t{key}\t{cause}\t{detail}")
+        counts = ", ".join(f"{k} {n}" for k, n in causes.most_common()) or "none"
+        print(f"{len(verdicts)} shards, {good} good samples, {hours:.2f} h; bad: {counts}")
+    return 1 if rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
