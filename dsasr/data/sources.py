@@ -221,9 +221,8 @@ class Sources:
             return False
 
     def close(self) -> None:
-        if self.owner == os.getpid():
-            for handle in self.files.values():
-                os.close(handle)
+        for handle in self.files.values():
+            os.close(handle)
         self.files.clear()
 
     def _check_pipe(self, url: str) -> None:
@@ -328,6 +327,8 @@ class Sources:
 
     def _system(self, url: str) -> tuple[Any, str]:
         protocol = url.split("://", 1)[0]
+        if self.owner != os.getpid():  # a fork copied the connections, but not their threads
+            self.owner, self.systems = os.getpid(), {}
         if protocol not in self.systems:
             try:
                 import fsspec
@@ -337,8 +338,13 @@ class Sources:
                 raise UserError(f"{protocol}:// needs another package: {error}") from None
         return self.systems[protocol], url
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where whole shards are kept."""
+        return self.config.folder() / "shards"
+
     def _cached(self, url: str) -> str:
-        folder = self.config.folder() / "shards"
+        folder = self.cache_folder
         name = hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar"
         path = folder / name
         if not path.is_file():

@@ -1,0 +1,341 @@
+"""A planned sample becomes features and labels; a task becomes a batch's arrays.
+
+Runs in worker processes. Everything random comes from the sample's planned seed, so a sample is
+the same whoever makes it and whatever became of its neighbours. What is wrong with a sample is
+counted by cause and named; the rest of its batch is not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsasr.data.audio import AudioError, Cmvn, FbankConfig, decode, fbank, fbank_batch
+from dsasr.data.augment import AugmentConfig, Draw, apply
+from dsasr.data.phonemes import (
+    MissingPhonemes,
+    PhonemeVocab,
+    Phonemizer,
+    UnknownPhoneme,
+    UnknownWord,
+)
+from dsasr.data.plan import FRAMES_PER_SECOND, Bad, Lengths, PlannedSample, Task, uniform
+from dsasr.data.shards import BadSample, Sample, ShardIndex, build_index, load_index, parse_sample
+from dsasr.data.sources import Missing, SourceError, Sources, Truncated, is_pipe
+from dsasr.data.text import TextConfig, Tokenizer, normalise_text
+from dsasr.data.workers import Allocate
+from dsasr.files import atomic_write
+
+GAP = 8192  # bytes between a sample's members that are cheaper read than skipped
+FRAME_SLACK = 10  # frames by which a sample may exceed its plan: rounding of durations and speeds
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Transcripts to labels. What is None is not made: no phonemes for SFT, no tokens for CTC."""
+
+    config: TextConfig | None = None
+    phonemizer: Phonemizer | None = None
+    vocab: PhonemeVocab | None = None
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id if self.tokenizer is not None else 0
+
+    def encode(self, sample: Sample) -> tuple[str, list[int], list[int]]:
+        """(normalised text, phoneme ids, transcript tokens + end_id). Raises `BadSample`."""
+
+        def bad(cause: str, detail: str) -> BadSample:
+            return BadSample(cause, sample.shard, sample.key, detail)
+
+        text = normalise_text(sample.text, sample.lang, self.config)
+        if not text:
+            raise bad("empty_text", repr(sample.text[:40]))
+        phonemes: list[int] = []
+        if self.phonemizer is not None:
+            try:
+                symbols = self.phonemizer.for_sample(sample)
+                phonemes = self.vocab.encode(symbols) if self.vocab is not None else []
+            except UnknownPhoneme as error:
+                raise bad("unknown_phoneme", str(error)) from None
+            except UnknownWord as error:
+                raise bad("unknown_word", str(error)) from None
+            except MissingPhonemes as error:
+                raise bad("missing_phonemes", str(error)) from None
+            if not symbols:
+                raise bad("no_phonemes", repr(text[:40]))
+        tokens: list[int] = []
+        if self.tokenizer is not None:
+            tokens = [*self.tokenizer.encode(text), self.tokenizer.end_id]
+        return text, phonemes, tokens
+
+
+@dataclass
+class Made:
+    """What a worker hands over beside the array: everything of a batch that is not features."""
+
+    lengths: np.ndarray  # [B] frames, or samples of audio where features are made on the device
+    phonemes: np.ndarray
+    phoneme_lengths: np.ndarray
+    tokens: np.ndarray
+    token_lengths: np.ndarray
+    keys: tuple[str, ...]
+    shards: tuple[str, ...]
+    texts: tuple[str, ...]
+    langs: tuple[str, ...]
+    speakers: tuple[str, ...]
+    durations: tuple[float, ...]
+    bad: tuple[Bad, ...]
+    stats: dict[str, float]
+
+
+def pad(rows: list[list[int]], value: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded on the right [B, longest], and their lengths [B]; int64."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    padded = np.full((len(rows), int(lengths.max(initial=0))), value, np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, lengths
+
+
+# One salt for each of a sample's draws.
+SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER = range(1, 8)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """`augment.Draw` in columns, for many samples at once; the planner draws every sample's.
+
+    At 1 µs a sample instead of 20, so that each of many ranks can plan the whole epoch.
+    """
+
+    speed: np.ndarray
+    noisy: np.ndarray
+    before: np.ndarray  # seconds of silence
+    after: np.ndarray
+    kind: np.ndarray
+    snr: np.ndarray
+
+    @classmethod
+    def of(cls, config: AugmentConfig, seeds: np.ndarray) -> Draws:
+        """A function of each seed alone: Beta(1, 3) by inversion, the normal by Box and Muller."""
+        speeds = np.asarray(config.speeds)
+        radius = np.sqrt(-2 * np.log1p(-uniform(seeds, SNR_RADIUS)))
+        normal = radius * np.cos(2 * np.pi * uniform(seeds, SNR_ANGLE))
+        noisy = uniform(seeds, NOISY) < config.noise_share
+        before, after = (
+            np.where(noisy, config.silence * (1 - np.cbrt(1 - uniform(seeds, salt))), 0.0)
+            for salt in (BEFORE, AFTER)
+        )
+        return cls(
+            speed=speeds[(uniform(seeds, SPEED) * len(speeds)).astype(np.int64)],
+            noisy=noisy,
+            before=before,
+            after=after,
+            kind=(uniform(seeds, KIND) * len(config.kinds)).astype(np.int64),
+            snr=config.snr_mean + config.snr_std * normal,
+        )
+
+    def seconds(self, durations: np.ndarray) -> np.ndarray:
+        """Durations after augmentation."""
+        return durations / self.speed + self.before + self.after
+
+    def one(self, config: AugmentConfig, i: int, seed: int) -> Draw:
+        return Draw(
+            speed=float(self.speed[i]),
+            noise=config.kinds[int(self.kind[i])] if self.noisy[i] else None,
+            snr=float(self.snr[i]),
+            before=float(self.before[i]),
+            after=float(self.after[i]),
+            seed=seed,
+        )
+
+
+def planned_seconds(config: AugmentConfig) -> Lengths:
+    """(seconds, seeds) → seconds after augmentation, for the planner."""
+    return lambda durations, seeds: Draws.of(config, seeds).seconds(durations)
+
+
+@dataclass
+class _Row:
+    sample: Sample
+    features: Tensor  # [T, F], or [n] audio where features are made on the device
+    seconds: float
+    text: str
+    phonemes: list[int]
+    tokens: list[int]
+
+
+class Maker:
+    """Makes batches from tasks. Forked into the workers; holds no state that a batch depends on."""
+
+    def __init__(
+        self,
+        *,
+        sources: Sources,
+        fbank: FbankConfig,
+        cmvn: Cmvn | None,
+        augment: AugmentConfig | None,
+        text: TextEncoder,
+        noises: Sequence[Tensor],
+        max_seconds: float,
+        waves: bool,
+    ) -> None:
+        self.sources, self.fbank, self.cmvn, self.augment = sources, fbank, cmvn, augment
+        self.text, self.noises, self.max_seconds, self.waves = text, noises, max_seconds, waves
+
+    def make(self, task: Task, allocate: Allocate) -> tuple[np.ndarray, Made]:
+        """A task's padded array, [B, T, F] features or [B, n] audio, and the rest of its batch.
+
+        Bad samples are left out and named. Raises `SourceError` where a shard cannot be read.
+        """
+        stats = dict.fromkeys(("read_s", "decode_s", "augment_s", "feature_s", "text_s"), 0.0)
+        before, rows, bad = self.sources.bytes, [], []
+        for planned, drawn in zip(task.samples, self._draws(task), strict=True):
+            try:
+                rows.append(self._row(planned, drawn, stats))
+            except BadSample as error:
+                bad.append((error.cause, planned.shard, planned.entry.key, error.detail))
+        longest = max((len(row.features) for row in rows), default=0)
+        shape = (len(rows), longest) if self.waves else (len(rows), longest, self.fbank.mels)
+        array = allocate(shape)
+        target = torch.from_numpy(array)
+        for i, row in enumerate(rows):
+            target[i, : len(row.features)] = row.features
+        stats["bytes"] = float(self.sources.bytes - before)
+        return array, self._made(rows, bad, stats)
+
+    def _made(self, rows: list[_Row], bad: list[Bad], stats: dict[str, float]) -> Made:
+        phonemes, phoneme_lengths = pad([row.phonemes for row in rows])
+        tokens, token_lengths = pad([row.tokens for row in rows], self.text.pad_id)
+        return Made(
+            lengths=np.array([len(row.features) for row in rows], np.int64),
+            phonemes=phonemes,
+            phoneme_lengths=phoneme_lengths,
+            tokens=tokens,
+            token_lengths=token_lengths,
+            keys=tuple(row.sample.key for row in rows),
+            shards=tuple(row.sample.shard for row in rows),
+            texts=tuple(row.text for row in rows),
+            langs=tuple(row.sample.lang for row in rows),
+            speakers=tuple(row.sample.speaker for row in rows),
+            durations=tuple(row.seconds for row in rows),
+            bad=tuple(bad),
+            stats=stats,
+        )
+
+    def _draws(self, task: Task) -> list[Draw | None]:
+        if self.augment is None:
+            return [None] * len(task.samples)
+        seeds = np.array([planned.seed for planned in task.samples], np.uint64)
+        draws = Draws.of(self.augment, seeds)
+        return [
+            None if planned.plain else draws.one(self.augment, i, planned.seed)
+            for i, planned in enumerate(task.samples)
+        ]
+
+    def _row(self, planned: PlannedSample, drawn: Draw | None, stats: dict[str, float]) -> _Row:
+        times = [time.perf_counter()]
+        sample = self._read(planned)
+        times.append(time.perf_counter())
+        text, phonemes, tokens = self.text.encode(sample)
+        times.append(time.perf_counter())
+        wave = self._decode(sample)
+        times.append(time.perf_counter())
+        if drawn is not None:
+            wave = apply(wave, drawn, self.noises, self.fbank.rate)
+        times.append(time.perf_counter())
+        seconds = len(wave) / self.fbank.rate
+        if seconds * FRAMES_PER_SECOND > planned.frames + FRAME_SLACK:
+            # The batch was cut for what the index says; a longer sample could exceed memory.
+            detail = f"{seconds:.2f} s, planned for {planned.frames / FRAMES_PER_SECOND:.2f} s"
+            raise BadSample("wrong_duration", sample.shard, sample.key, detail)
+        features = self._features(wave, sample)
+        times.append(time.perf_counter())
+        names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
+        for name, start, end in zip(names, times, times[1:], strict=False):
+            stats[name] += end - start
+        return _Row(sample, features, seconds, text, phonemes, tokens)
+
+    def _decode(self, sample: Sample) -> Tensor:
+        try:
+            return decode(sample.audio, rate=self.fbank.rate, max_seconds=self.max_seconds)
+        except AudioError as error:
+            raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
+
+    def _features(self, wave: Tensor, sample: Sample) -> Tensor:
+        if len(wave) < self.fbank.window:
+            raise BadSample("too_short", sample.shard, sample.key, f"{len(wave)} samples of audio")
+        if self.waves:
+            return wave
+        features = fbank(wave, self.fbank)
+        return self.cmvn.apply(features) if self.cmvn is not None else features
+
+    def _read(self, planned: PlannedSample) -> Sample:
+        """Audio and json of one sample, in one read where they lie side by side."""
+        entry, shard = planned.entry, planned.shard
+        first = min(entry.audio_offset, entry.json_offset)
+        last = max(entry.audio_offset + entry.audio_size, entry.json_offset + entry.json_size)
+        try:
+            if last - first <= entry.audio_size + entry.json_size + GAP:
+                data = self.sources.read(shard, first, last - first)
+                audio = data[entry.audio_offset - first :][: entry.audio_size]
+                meta = data[entry.json_offset - first :][: entry.json_size]
+            else:
+                audio = self.sources.read(shard, entry.audio_offset, entry.audio_size)
+                meta = self.sources.read(shard, entry.json_offset, entry.json_size)
+        except Truncated as error:
+            raise BadSample("truncated_tar", shard, entry.key, str(error)) from None
+        return parse_sample(entry, shard, audio, meta)
+
+    def finish(
+        self, waves_BN: Tensor, lengths_B: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Audio as a worker gave it → features [B, T, F] on ``device`` and frames [B]."""
+        if not len(lengths_B):
+            return torch.zeros(0, 0, self.fbank.mels, device=device), lengths_B
+        lengths = lengths_B.to(device, non_blocking=True)
+        features, frames = fbank_batch(waves_BN.to(device, non_blocking=True), lengths, self.fbank)
+        if self.cmvn is not None:
+            features = self.cmvn.apply(features)
+            beyond = torch.arange(features.shape[1], device=device) >= frames[:, None]
+            features = features.masked_fill(beyond[..., None], 0.0)
+        return features, frames.cpu()
+
+    def load_index(self, shard: str) -> ShardIndex:
+        """A shard's index: the file beside it, else one made from the tar and kept in the cache.
+
+        Every rank gets the same, or a `SourceError`; what is wrong with the tar is in its ``bad``.
+        """
+        if not is_pipe(shard):
+            with contextlib.suppress(Missing, ValueError, TypeError):
+                return load_index(self.sources.whole(_index_name(shard)), shard)
+        try:
+            path = Path(self.sources.local_path(shard))
+            stat = path.stat()
+        except (Missing, FileNotFoundError):
+            raise SourceError(shard, 1, "it does not exist") from None
+        name = hashlib.sha256(f"{shard}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
+        if path.parent == self.sources.cache_folder:  # its time says when it was downloaded
+            name = hashlib.sha256(f"{shard}\n{stat.st_size}".encode()).hexdigest()
+        kept = self.sources.config.folder() / "indexes" / f"{name[:32]}.index.json"
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return load_index(kept.read_bytes(), shard)
+        index = build_index(path, shard)
+        with contextlib.suppress(OSError):  # a read-only home costs time, not correctness
+            atomic_write(kept, index.dump())
+        return index
+
+
+def _index_name(shard: str) -> str:
+    head, dot, _ = shard.rpartition(".tar")
+    return f"{head if dot else shard}.index.json"

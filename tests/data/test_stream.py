@@ -1,0 +1,381 @@
+"""The stream: real shards, real workers, real kills; what is wrong with a sample is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import torch
+
+from dsasr.data.augment import AugmentConfig
+from dsasr.data.plan import BatchConfig
+from dsasr.data.samples import TextEncoder
+from dsasr.data.sources import SourceConfig
+from dsasr.data.stream import BadSampleLog, DatasetConfig, Stream, StreamConfig, make_parts
+from dsasr.data.stream_check import Verdict, digest, draw_case, run_case
+from dsasr.errors import UserError
+
+RATE = 16_000
+
+
+def wave(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(int(seconds * rate)) * 0.1).astype(np.float32)
+
+
+def encoded(data: np.ndarray, kind: str = "WAV", rate: int = RATE) -> bytes:
+    buffer = io.BytesIO()
+    subtype = "PCM_16" if kind in ("WAV", "FLAC") else None
+    soundfile.write(buffer, data, rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: list[dict]) -> None:
+    """Samples: key, audio bytes, kind, and what goes into the json (``meta``: raw bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for sample in samples:
+            sample = dict(sample)
+            key, audio = sample.pop("key"), sample.pop("audio")
+            kind, meta = sample.pop("kind", "wav"), sample.pop("meta", None)
+            fields = {"text": f"text of {key}", "lang": "en", "speaker": "s1", **sample}
+            meta = json.dumps(fields).encode() if meta is None else meta
+            for extension, data in ((kind, audio), ("json", meta)):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def plain_corpus(folder: Path, sizes: list[int], lang: str = "en", seed: int = 0) -> list[str]:
+    rng, keys = np.random.default_rng(seed), []
+    for number, size in enumerate(sizes):
+        samples = []
+        for _ in range(size):
+            seconds = float(rng.uniform(0.2, 1.0))
+            keys.append(f"{lang}{len(keys):03d}")
+            audio = encoded(wave(seconds, len(keys)))
+            samples.append({"key": keys[-1], "audio": audio, "duration": seconds, "lang": lang})
+        write_tar(folder / f"{lang}-{number:02d}.tar", samples)
+    return keys
+
+
+@pytest.fixture
+def config(tmp_path) -> StreamConfig:
+    return StreamConfig(
+        batch=BatchConfig(frames=400, min_seconds=0.0),
+        workers=0,
+        window=2,
+        window_samples=1,
+        source=SourceConfig(cache=str(tmp_path / "cache")),
+    )
+
+
+def collect(config, folder, **kwargs) -> list:
+    datasets = [DatasetConfig("d", str(folder / "*.tar"))]
+    with Stream(config, datasets=datasets, **{"purpose": "eval", **kwargs}) as stream:
+        return list(stream)
+
+
+def test_an_epoch_holds_every_sample_and_padding_is_zero(tmp_path, config) -> None:
+    keys = plain_corpus(tmp_path / "c", [5, 1, 0, 7])
+    batches = collect(config, tmp_path / "c")
+    assert Counter(k for b in batches for k in b.keys) == Counter(keys)
+    for batch in batches:
+        assert batch.features_BTF.dtype == torch.float32 and batch.features_BTF.shape[2] == 80
+        assert batch.features_BTF.shape[0] * batch.features_BTF.shape[1] <= 400
+        assert batch.feature_lengths_B.max() == batch.features_BTF.shape[1]
+        for row, length in zip(batch.features_BTF, batch.feature_lengths_B, strict=True):
+            assert not row[length:].any() and row[:length].any()
+        assert batch.texts == tuple(f"text of {k}" for k in batch.keys)
+        assert set(batch.langs) == {"en"} and set(batch.speakers) == {"s1"}
+        assert {"decode_s", "feature_s", "bytes", "wait_s", "queue"} <= set(batch.stats)
+        json.dumps(batch.state)
+        assert batch.phonemes_BP.shape == (len(batch), 0) and not batch.phoneme_lengths_B.any()
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig(noise_share=0.5)])
+def test_workers_change_nothing(tmp_path, config, augment) -> None:
+    plain_corpus(tmp_path / "c", [6, 6, 6])
+    runs = [
+        collect(
+            replace(config, workers=n), tmp_path / "c", purpose="train", epochs=2, augment=augment
+        )
+        for n in (0, 1, 2)
+    ]
+    marks = [[digest(b) for b in run] for run in runs]
+    assert marks[0] == marks[1] == marks[2]
+    assert [b.state for b in runs[0]] == [b.state for b in runs[2]]
+    halves: list[dict] = [{}, {}]
+    for batch in runs[0]:
+        halves[batch.epoch].update(zip(batch.keys, batch.durations, strict=True))
+    assert set(halves[0]) == set(halves[1])
+    assert (halves[0] == halves[1]) == (augment is None)
+
+
+def test_batches_are_the_consumers_own(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [12])
+    batches = collect(replace(config, workers=1, prefetch=1), tmp_path / "c")
+    fresh = collect(config, tmp_path / "c")
+    assert [digest(b) for b in batches] == [digest(b) for b in fresh]
+
+
+def test_finite_streams_pad_the_last_step_with_empty_batches(tmp_path, config) -> None:
+    keys = plain_corpus(tmp_path / "c", [5, 4])
+    ranks = [collect(config, tmp_path / "c", rank=r, world=4) for r in range(4)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert Counter(k for bs in ranks for b in bs for k in b.keys) == Counter(keys)
+    empty = [b for bs in ranks for b in bs[-1:] if not len(b)]
+    assert sum(not len(b) for bs in ranks for b in bs) == len(empty) > 0
+    for batch in empty:
+        assert batch.features_BTF.shape == (0, 0, 80) and batch.tokens_BU.shape[0] == 0
+        assert batch.padding_share == 0 and batch.audio_seconds == 0
+
+
+def test_a_killed_worker_is_replaced_mid_stream(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [10, 10])
+    want = [digest(b) for b in collect(config, tmp_path / "c", purpose="train", epochs=1)]
+    got = []
+    datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+    with Stream(replace(config, workers=2), datasets=datasets, epochs=1) as stream:
+        for number, batch in enumerate(stream):
+            got.append(digest(batch))
+            if number in (0, 3):
+                for pid in stream.pool.pids():
+                    os.kill(pid, signal.SIGKILL)
+    assert got == want
+
+
+def test_close_leaves_no_process(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [10])
+    stream = Stream(
+        replace(config, workers=2), datasets=[DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+    )
+    next(stream)
+    pids = stream.pool.pids()
+    stream.close()
+    stream.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def bad_corpus(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Good and bad samples in turns; returns good keys and cause by bad key."""
+    good = wave(0.5)
+    nan = good.copy()
+    nan[100] = np.nan
+    buffer = io.BytesIO()
+    soundfile.write(buffer, nan, RATE, format="WAV", subtype="FLOAT")
+    flac = bytearray(encoded(good, "FLAC"))
+    flac[200:4000] = bytes(3800)
+    stereo = np.stack([good, -good], 1)
+    samples = [
+        {"key": "g0", "audio": encoded(good)},
+        {"key": "corrupt", "audio": bytes(flac), "kind": "flac"},
+        {"key": "g1", "audio": encoded(wave(0.5, 1, 8000), rate=8000)},
+        {"key": "noaudio", "audio": b"no audio at all"},
+        {"key": "g2", "audio": encoded(wave(0.5, 2, 48_000), rate=48_000)},
+        {"key": "zero", "audio": encoded(good[:0])},
+        {"key": "g3", "audio": encoded(stereo * 0.5 + 0.1)},
+        {"key": "nan", "audio": buffer.getvalue()},
+        {"key": "g4", "audio": encoded(good, "FLAC"), "kind": "flac"},
+        {"key": "blank", "audio": encoded(good), "text": "  \n "},
+        {"key": "g5", "audio": encoded(good, "OGG"), "kind": "ogg"},
+        {"key": "long", "audio": encoded(wave(3.0)), "duration": 0.5},
+    ]
+    write_tar(folder / "bad-00.tar", [{"duration": 0.5, **s} for s in samples])
+    causes = {
+        "corrupt": "decode_error",
+        "noaudio": "decode_error",
+        "zero": "empty_audio",
+        "nan": "nan_audio",
+        "blank": "empty_text",
+        "long": "wrong_duration",
+    }
+    return [s["key"] for s in samples if s["key"].startswith("g")], causes
+
+
+def test_bad_samples_are_named_and_shift_nothing(tmp_path, config) -> None:
+    good, causes = bad_corpus(tmp_path / "c")
+    batches = collect(config, tmp_path / "c")
+    assert Counter(k for b in batches for k in b.keys) == Counter(good)
+    told = {key: cause for b in batches for cause, _, key, _ in b.bad}
+    assert told == causes
+    assert all(shard.endswith("bad-00.tar") for b in batches for _, shard, _, _ in b.bad)
+    # The same shard with the bad ones repaired gives the good ones the same features.
+    rows = {k: (b, i) for b in batches for i, k in enumerate(b.keys)}
+    batch, i = rows["g0"]
+    alone = tmp_path / "alone"
+    write_tar(alone / "bad-00.tar", [{"key": "g0", "audio": encoded(wave(0.5)), "duration": 0.5}])
+    (other,) = collect(config, alone)
+    length = int(batch.feature_lengths_B[i])
+    assert torch.equal(batch.features_BTF[i, :length], other.features_BTF[0])
+
+
+def test_a_batch_that_lost_all_its_samples_is_empty_and_tells(tmp_path, config) -> None:
+    write_tar(
+        tmp_path / "c" / "x-00.tar",
+        [{"key": f"k{i}", "audio": b"nonsense", "duration": 0.5} for i in range(4)],
+    )
+    batches = collect(config, tmp_path / "c")
+    assert [len(b) for b in batches] == [0] * len(batches)
+    assert sorted(key for b in batches for _, _, key, _ in b.bad) == ["k0", "k1", "k2", "k3"]
+
+
+def test_a_truncated_tar_loses_its_tail_by_name(tmp_path, config) -> None:
+    keys = plain_corpus(tmp_path / "c", [6])
+    (whole,) = (tmp_path / "c").glob("*.tar")
+    before = collect(config, tmp_path / "c")
+    data = whole.read_bytes()
+    whole.write_bytes(data[: len(data) // 2])
+    told, got = [], []
+    for batch in collect(
+        replace(config, source=SourceConfig(cache=str(tmp_path / "other"))), tmp_path / "c"
+    ):
+        told += batch.bad
+        got += batch.keys
+    assert 0 < len(got) < len(keys) and set(got) <= set(keys)
+    assert any(cause == "truncated_tar" for cause, *_ in told), told
+    assert sum(len(b) for b in before) == len(keys)
+
+
+def test_over_long_and_too_short_are_left_out_by_the_plan(tmp_path, config) -> None:
+    samples = [
+        {"key": f"k{i}", "audio": encoded(wave(s)), "duration": s}
+        for i, s in enumerate((0.05, 0.5, 2.5, 6.0))
+    ]
+    write_tar(tmp_path / "c" / "x-00.tar", samples)
+    batch = replace(config.batch, min_seconds=0.1, max_seconds=5.0, frames=200)
+    batches = collect(replace(config, batch=batch), tmp_path / "c")
+    assert [k for b in batches for k in b.keys] == ["k1"]
+    told = {key: cause for b in batches for cause, _, key, _ in b.bad}
+    assert told == {"k0": "too_short", "k2": "over_budget", "k3": "too_long"}
+
+
+class CharTokenizer:
+    """One token for each character."""
+
+    pad_id, end_id = 7, 1
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+
+def test_tokens_end_with_the_end_and_are_padded_with_pad(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [4])
+    text = TextEncoder(tokenizer=CharTokenizer())
+    for batch in collect(config, tmp_path / "c", text=text):
+        for row, length, said in zip(
+            batch.tokens_BU, batch.token_lengths_B, batch.texts, strict=True
+        ):
+            assert row[:length].tolist() == [ord(c) for c in said] + [1]
+            assert (row[length:] == 7).all()
+
+
+def test_device_features_equal_worker_features(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [6])
+    one = collect(config, tmp_path / "c")
+    two = collect(replace(config, features="device"), tmp_path / "c")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys == b.keys and torch.equal(a.feature_lengths_B, b.feature_lengths_B)
+        assert a.features_BTF.shape == b.features_BTF.shape
+        assert (a.features_BTF - b.features_BTF).abs().max() < 1e-3
+        assert a.durations == b.durations
+
+
+def test_temperature_evens_out_languages(tmp_path, config) -> None:
+    folder = tmp_path / "c"
+    keys = plain_corpus(folder, [16], "en") + plain_corpus(folder, [4], "zh")
+    names = sorted(p.name for p in folder.glob("*.tar"))
+    data = {
+        "version": 1,
+        "shards": [{"name": n, "samples": s} for n, s in zip(names, (16, 4), strict=True)],
+        "samples": 20,
+        "hours": 5.0,
+        "langs": {"en": {"samples": 16, "hours": 4.0}, "zh": {"samples": 4, "hours": 1.0}},
+    }
+    (folder / "dataset.json").write_text(json.dumps(data))
+    datasets = [DatasetConfig("d", str(folder))]
+    from dsasr.data.sources import Sources
+
+    for temperature, share in ((1.0, 0.8), (2.0, 2 / 3), (100.0, 0.5)):
+        parts = make_parts(datasets, Sources(), temperature)
+        assert [p.name for p in parts] == ["d/en", "d/zh"]
+        assert parts[0].weight == pytest.approx(share, abs=0.01)
+    with Stream(replace(config, temperature=2.0), datasets=datasets, purpose="eval") as stream:
+        batches = list(stream)
+    assert Counter(k for b in batches for k in b.keys) == Counter(keys)
+    assert all(len(set(b.langs)) == 1 for b in batches)
+    with pytest.raises(UserError, match="has no 'fr'"):
+        make_parts([DatasetConfig("d", str(folder), lang="fr")], Sources())
+    with pytest.raises(UserError, match="needs the hours"):
+        make_parts([DatasetConfig("d", str(folder / "*.tar"))], Sources(), 2.0)
+
+
+def test_bad_sample_log_counts_names_and_limits(tmp_path) -> None:
+    path = tmp_path / "run" / "bad_samples.jsonl"
+    log = BadSampleLog(path, {"decode_error": 1, "*": 2, "total": 3})
+    log.add([("decode_error", "s.tar", "k1", "torn")], steps=4)
+    log.check()
+    log.add([("decode_error", "s.tar", "k2", "torn")], steps=5)
+    with pytest.raises(UserError, match=r"2 samples.*'decode_error'.*limit of 1.*k2 in s\.tar"):
+        log.check()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["k1", "k2"] and lines[0]["steps"] == 4
+    other = BadSampleLog(path, {"*": 0}, rank=3)
+    other.add([])
+    assert not other.path.exists() and other.path.name == "bad_samples.rank3.jsonl"
+    other.add([("nan_audio", "s.tar", "k", "")])
+    assert "nan_audio" in other.excess() and other.path.exists()
+    assert "more than the limit of 3" in log.excess({"a": 2, "b": 2})
+    assert BadSampleLog(path).excess({"a": 10**6}) is None
+
+
+def test_wrong_configs_are_user_errors(tmp_path, config) -> None:
+    for wrong in ({"workers": -1}, {"prefetch": 0}, {"window": 0}, {"temperature": 0.5}):
+        with pytest.raises(UserError):
+            StreamConfig(**wrong)
+    with pytest.raises(UserError, match="weight"):
+        DatasetConfig("d", "x", weight=0.0)
+    with pytest.raises(UserError, match="there is no shard"):
+        Stream(config, datasets=[DatasetConfig("d", str(tmp_path / "none.tar"))])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_histories_lose_and_repeat_nothing(tmp_path, seed) -> None:
+    verdict = Verdict()
+    run_case(draw_case(seed), tmp_path / "case", verdict)
+    assert verdict.clean and verdict.batches > 0, verdict
+
+
+def test_the_drill_notices_what_is_wrong(tmp_path, monkeypatch) -> None:
+    """A stream that forgets its state, or repeats or changes a batch, does not pass."""
+    case = next(c for c in map(draw_case, range(99)) if len(c.legs) > 2 and not c.finite)
+    case = replace(case, legs=[replace(leg, end="close", workers=0) for leg in case.legs])
+    from dsasr.data import stream_check
+    from dsasr.data.plan import Planner
+
+    def broken(self, state):
+        self.number = int(state["number"])  # but not the parts' cursors
+
+    monkeypatch.setattr(Planner, "restore", broken)
+    verdict = Verdict()
+    run_case(case, tmp_path / "one", verdict)
+    assert not verdict.clean and verdict.failed
+    monkeypatch.undo()
+    real = stream_check.digest
+    marks = iter(range(10**6))
+    monkeypatch.setattr(stream_check, "digest", lambda b: real(b) + str(next(marks)))
+    verdict = Verdict()
+    run_case(case, tmp_path / "two", verdict)
+    assert verdict.mismatched and not verdict.missing and not verdict.repeated
