@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsasr.allocation.probes import Frames, ProbeConfig, Split, fit, projection, split
+from dsasr.allocation.probes import Frames, Probe, ProbeConfig, Split, fit, projection, split
 from dsasr.errors import UserError
 
 
@@ -38,9 +38,9 @@ class AccessibleConfig:
     """How PAI and CSAI are estimated; to be the same for all checkpoints that are compared.
 
     ``window`` phonemes to each side are CSAI's context; features wider than ``max_width`` are
-    projected; at most ``max_frames`` frames are used for PAI and ``semantic_frames`` for CSAI, whose
-    many labels cost more (drawn by ``seed``); the ``labels`` most frequent words or tokens are told
-    apart, rarer ones are one label.
+    projected; at most ``max_frames`` frames are used for PAI and ``semantic_frames`` for CSAI,
+    whose many labels cost more (drawn by ``seed``); the ``labels`` most frequent words or tokens
+    are told apart, rarer ones are one label.
     """
 
     window: int = 2
@@ -212,9 +212,21 @@ def _gain(
     config: AccessibleConfig,
 ) -> Accessible:
     """Entropy without E minus entropy with E, on the held-out frames."""
-    nothing = data.x_NE[:, :0]
-    before = _held_out(nothing, parts, label_N, classes, context_NK, config)
-    after = _held_out(data.x_NE, parts, label_N, classes, context_NK, config)
+    symbols = 0 if context_NK is None else int(context_NK.max()) + 1
+
+    def held_out(x_NE: Tensor, start: Probe | None) -> tuple[Tensor, Probe]:
+        """Per-frame nll on the held-out frames of a probe fitted on the others."""
+        train, valid, test = (
+            Frames(x_NE[rows], label_N[rows], None if context_NK is None else context_NK[rows])
+            for rows in (parts.train_N, parts.valid_N, parts.test_N)
+        )
+        probe = fit(
+            train, valid, classes, context_symbols=symbols, start=start, config=config.probe
+        )
+        return probe.nll(test), probe
+
+    before, bare = held_out(data.x_NE[:, :0], None)
+    after, _ = held_out(data.x_NE, bare)
     shuffled = math.nan
     if config.control:
         # Within each part, so that no row of one part is seen in another.
@@ -222,8 +234,7 @@ def _gain(
         generator = torch.Generator().manual_seed(config.seed + 1)
         for rows in (parts.train_N.cpu(), parts.valid_N.cpu(), parts.test_N.cpu()):
             order[rows] = rows[torch.randperm(len(rows), generator=generator)]
-        mixed = data.x_NE[order.to(data.x_NE.device)]
-        control = _held_out(mixed, parts, label_N, classes, context_NK, config)
+        control, _ = held_out(data.x_NE[order.to(data.x_NE.device)], bare)
         shuffled = float(before.mean() - control.mean())
     gain = (before - after).cpu().numpy()
     utterance = data.utterance_N[parts.test_N].cpu().numpy()
@@ -239,24 +250,6 @@ def _gain(
         utterances=len(np.unique(utterance)),
         split=parts.by,
     )
-
-
-def _held_out(
-    x_NE: Tensor,
-    parts: Split,
-    label_N: Tensor,
-    classes: int,
-    context_NK: Tensor | None,
-    config: AccessibleConfig,
-) -> Tensor:
-    """Per-frame nll of a freshly fitted probe on the held-out frames."""
-    train, valid, test = (
-        Frames(x_NE[rows], label_N[rows], None if context_NK is None else context_NK[rows])
-        for rows in (parts.train_N, parts.valid_N, parts.test_N)
-    )
-    symbols = 0 if context_NK is None else int(context_NK.max()) + 1
-    probe = fit(train, valid, classes, context_symbols=symbols, config=config.probe)
-    return probe.nll(test)
 
 
 def _interval(

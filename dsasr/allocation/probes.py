@@ -9,11 +9,14 @@ directions below 1e-6 of the mean variance are dropped) makes the estimate blind
 linear maps of the features, and lets the descent converge whatever their correlations.
 
 The schedule is fixed (ours). The bias alone comes first, in closed form: it is the training labels'
-marginal. Then L2 penalties ½·λ·(‖W‖² + ‖C‖²) are walked from strong to weak, λ in `PENALTIES`, each
-with at most `ITERATIONS` full-batch L-BFGS steps (strong Wolfe search, 10 pairs kept) from the last
-solution. The solution with the lowest nll on validation frames is kept, the marginal included,
-and the walk ends once two penalties in a row make it worse. A probe that finds nothing thus scores
-about as the marginal does, not below it.
+marginal. Then, if there is a context, its tables are fitted without the features; then, from there,
+the features' weights together with all the rest. Each of the two walks L2 penalties ½·λ·‖·‖² from
+strong to weak, λ in `PENALTIES`, with at most `ITERATIONS` full-batch L-BFGS steps each (strong
+Wolfe search, 10 pairs kept) from the last solution; in the second walk the tables keep the λ that
+won the first. The solution with the lowest nll on validation frames is kept, the one that a walk started
+from included, and a walk ends once two penalties in a row make it worse. So a probe that finds
+nothing in the features scores about as the one without them, not below it: many useless features
+cannot hide what the context says.
 
 Cost: a few hundred passes over the training frames at most, 4·N·d·C operations each.
 """
@@ -21,7 +24,7 @@ Cost: a few hundred passes over the training frames at most, 4·N·d·C operatio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,9 +64,10 @@ class Frames:
         return len(self.label_N)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probe:
-    """A fitted probe. ``penalty`` is the λ that won, None if the bias alone did."""
+    """A fitted probe. ``penalty`` and ``table_penalty`` are the λ that won for the features and for
+    the context, None where zero weights did. ``iterations`` are L-BFGS steps to this solution."""
 
     bias_C: Tensor
     weight_RC: Tensor
@@ -71,6 +75,7 @@ class Probe:
     mean_D: Tensor
     whiten_DR: Tensor
     penalty: float | None
+    table_penalty: float | None
     iterations: int
 
     @torch.no_grad()
@@ -92,31 +97,65 @@ def fit(
     classes: int,
     *,
     context_symbols: int = 0,
+    start: Probe | None = None,
     config: ProbeConfig | None = None,
 ) -> Probe:
-    """Fit a probe of ``classes`` outcomes on ``train``, its penalty chosen on ``valid``.
+    """Fit a probe of ``classes`` outcomes on ``train``, its penalties chosen on ``valid``.
 
-    ``context_symbols`` is the number of symbols that a context may hold. Float32 on the features'
+    ``context_symbols`` is the number of symbols that a context may hold. ``start`` is a probe of
+    the same frames' context without features, if there is one already. Float32 on the features'
     device. Raises ValueError without frames on either side.
     """
     config = config or ProbeConfig()
     if not len(train) or not len(valid):
         raise ValueError(f"a probe needs frames: {len(train)} to train, {len(valid)} to validate")
+    none = train.x_ND[:, :0]
+    if start is None:
+        start = _marginal(train, classes, context_symbols, config)
+        if train.context_NK is not None:
+            bare = [Frames(s.x_ND[:, :0], s.label_N, s.context_NK) for s in (train, valid)]
+            start = _walk(none, *bare, start, config, features=False)
+    if not train.x_ND.shape[1]:
+        return start
     mean_D, whiten_DR = _whitener(train.x_ND)
+    weight_RC = torch.zeros(whiten_DR.shape[1], classes, device=train.x_ND.device)
+    start = replace(start, weight_RC=weight_RC, mean_D=mean_D, whiten_DR=whiten_DR)
+    x_NR = (train.x_ND.float() - mean_D) @ whiten_DR
+    return _walk(x_NR, train, valid, start, config, features=True)
+
+
+def _marginal(train: Frames, classes: int, symbols: int, config: ProbeConfig) -> Probe:
+    """The bias alone: smoothed shares of the labels; tables of zeros if there is a context."""
     device = train.x_ND.device
     counts_C = torch.bincount(train.label_N, minlength=classes).float() + config.smoothing
-    bias_C = (counts_C / counts_C.sum()).log()
-    slots = 0 if train.context_NK is None else train.context_NK.shape[1]
-    tables_KVC = torch.zeros(slots, context_symbols, classes, device=device) if slots else None
-    weight_RC = torch.zeros(whiten_DR.shape[1], classes, device=device)
-    best = Probe(bias_C, weight_RC, tables_KVC, mean_D, whiten_DR, None, 0)
-    if not slots and not len(weight_RC):
-        return best
-    best_nll = float(best.nll(valid).mean())
-    current, worse = best, 0
-    x_NR = (train.x_ND.float() - mean_D) @ whiten_DR
+    tables_KVC = None
+    if train.context_NK is not None:
+        tables_KVC = torch.zeros(train.context_NK.shape[1], symbols, classes, device=device)
+    return Probe(
+        bias_C=(counts_C / counts_C.sum()).log(),
+        weight_RC=torch.zeros(0, classes, device=device),
+        tables_KVC=tables_KVC,
+        mean_D=torch.zeros(0, device=device),
+        whiten_DR=torch.zeros(0, 0, device=device),
+        penalty=None,
+        table_penalty=None,
+        iterations=0,
+    )
+
+
+def _walk(
+    x_NR: Tensor, train: Frames, valid: Frames, start: Probe, config: ProbeConfig, *, features: bool
+) -> Probe:
+    """From strong to weak penalties on the features' weights, or else on the tables."""
+    best, best_nll = start, float(start.nll(valid).mean())
+    current, worse = start, 0
     for penalty in config.penalties:
-        current = _descend(x_NR, train, current, penalty, config.iterations)
+        if features:
+            tables = config.penalties[0] if start.table_penalty is None else start.table_penalty
+            current = replace(current, penalty=penalty, table_penalty=tables)
+        else:
+            current = replace(current, table_penalty=penalty)
+        current = _descend(x_NR, train, current, config.iterations)
         nll = float(current.nll(valid).mean())
         if nll < best_nll:
             best, best_nll, worse = current, nll, 0
@@ -127,17 +166,17 @@ def fit(
     return best
 
 
-def _descend(x_NR: Tensor, train: Frames, start: Probe, penalty: float, iterations: int) -> Probe:
-    """L-BFGS at one penalty from a given solution. ``x_NR`` is whitened."""
+def _descend(x_NR: Tensor, train: Frames, start: Probe, iterations: int) -> Probe:
+    """L-BFGS from a solution, at the penalties written in it. ``x_NR`` is whitened."""
     bias_C = start.bias_C.clone().requires_grad_()
     weight_RC = start.weight_RC.clone().requires_grad_()
-    penalised = [weight_RC]
+    penalised = [(weight_RC, start.penalty)] if weight_RC.numel() else []
     tables_KVC = None
     if start.tables_KVC is not None:
         tables_KVC = start.tables_KVC.clone().requires_grad_()
-        penalised.append(tables_KVC)
+        penalised.append((tables_KVC, start.table_penalty))
     optimizer = torch.optim.LBFGS(
-        [bias_C, *(p for p in penalised if p.numel())],
+        [bias_C, *(parameter for parameter, _ in penalised)],
         max_iter=iterations,
         max_eval=2 * iterations,
         history_size=10,
@@ -150,21 +189,19 @@ def _descend(x_NR: Tensor, train: Frames, start: Probe, penalty: float, iteratio
         optimizer.zero_grad()
         logits = _logits(x_NR, train.context_NK, weight_RC, tables_KVC, bias_C)
         loss = F.cross_entropy(logits, train.label_N)
-        loss = loss + 0.5 * penalty * sum(p.square().sum() for p in penalised)
+        loss = loss + sum(0.5 * p.square().sum() * penalty for p, penalty in penalised)
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
-    steps = optimizer.state[optimizer._params[0]].get("n_iter", 0)
-    return Probe(
-        bias_C.detach(),
-        weight_RC.detach(),
-        None if tables_KVC is None else tables_KVC.detach(),
-        start.mean_D,
-        start.whiten_DR,
-        penalty,
-        start.iterations + steps,
+    steps = optimizer.state[bias_C].get("n_iter", 0)
+    return replace(
+        start,
+        bias_C=bias_C.detach(),
+        weight_RC=weight_RC.detach(),
+        tables_KVC=None if tables_KVC is None else tables_KVC.detach(),
+        iterations=start.iterations + steps,
     )
 
 

@@ -89,6 +89,16 @@ def test_white_noise():
         assert result.low - 0.01 <= 0 <= result.high + 0.01
 
 
+def test_useless_features_do_not_hide_the_context():
+    # Few frames, many dimensions, and a window that already tells the word.
+    data = _corpus(window=2, utterances=40)
+    g = torch.Generator().manual_seed(4)
+    data = data.with_features(torch.randn(len(data), 200, generator=g))
+    result = a.csai(data, a.AccessibleConfig(control=False))
+    assert result.given < 0.3
+    assert result.value == pytest.approx(0, abs=0.03)
+
+
 def test_shuffled_control_is_nothing():
     data = _features(_corpus(utterances=400, speakers=40), "phoneme", "word")
     config = a.AccessibleConfig(window=0)
