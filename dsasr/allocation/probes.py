@@ -13,10 +13,10 @@ marginal. Then, if there is a context, its tables are fitted without the feature
 the features' weights together with all the rest. Each of the two walks L2 penalties ½·λ·‖·‖² from
 strong to weak, λ in `PENALTIES`, with at most `ITERATIONS` full-batch L-BFGS steps each (strong
 Wolfe search, 10 pairs kept) from the last solution; in the second walk the tables keep the λ that
-won the first. The solution with the lowest nll on validation frames is kept, the one that a walk started
-from included, and a walk ends once two penalties in a row make it worse. So a probe that finds
-nothing in the features scores about as the one without them, not below it: many useless features
-cannot hide what the context says.
+won the first. The solution with the lowest nll on validation frames is kept, the one that a walk
+started from included, and a walk ends once two penalties in a row make it worse. So a probe that
+finds nothing in the features scores about as the one without them, not below it: many useless
+features cannot hide what the context says.
 
 Cost: a few hundred passes over the training frames at most, 4·N·d·C operations each.
 """
