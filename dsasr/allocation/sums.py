@@ -38,9 +38,11 @@ class Sums:
             value += other.sums[name].to(value.device)
 
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
-        """Sum over ranks: ``all_reduce`` adds a tensor over ranks in place, once per sum."""
+        """Sum over ranks, tensor by tensor: ``all_reduce`` adds in place, or returns the sum."""
         for value in self.sums.values():
-            all_reduce(value)
+            result = all_reduce(value)
+            if isinstance(result, Tensor) and result is not value:
+                value.copy_(result)
 
     def reset(self) -> None:
         for value in self.sums.values():

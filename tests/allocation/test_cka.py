@@ -85,6 +85,15 @@ def test_streams_and_ranks_add_up():
     assert merged.frames == 0 and math.isnan(merged.value())
 
 
+def test_reduce_takes_a_returned_sum():
+    sums = CkaSums(2)
+    sums.update(torch.eye(2), torch.eye(2))
+    sums.reduce(lambda tensor: tensor * 3)
+    assert sums.frames == 6
+    sums.reduce(lambda tensor: tensor.mul_(2))
+    assert sums.frames == 12
+
+
 def test_a_large_mean_costs_little():
     x, y = _normal(400, 8), _normal(400, 8, seed=1)
     y = x + 0.3 * y
