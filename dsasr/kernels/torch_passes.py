@@ -1,0 +1,141 @@
+"""The two passes over a tile of logits, in torch operations: softmax statistics, and gradients.
+
+A tile z_nv holds logits of n rows and of v columns beginning at ``start``. ``carry_5n`` holds what
+earlier columns of the same rows gave, online:
+
+    m = max z,  s = Σ e^(z−m),  t = Σ (z−m) e^(z−m),  the target's z,  Σ z
+
+m starts at −inf, so that rows of very negative logits do not underflow. From these,
+ln Z = m + ln s, and the entropy is ln s − t/s (nats). Both passes destroy z_nv.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# e^x is 0 in float32 and float64 far above this. It stands for −inf where 0 · inf must be 0.
+_NEVER = -1000.0
+_TILE_LOGITS = 1 << 19
+
+
+def logits(z_nv: Tensor, bias_v: Tensor | None, soft_cap: float | None) -> Tensor:
+    """The logits as the loss sees them, in place of W·h."""
+    if bias_v is not None:
+        z_nv.add_(bias_v)
+    if soft_cap:
+        z_nv.div_(soft_cap).tanh_().mul_(soft_cap)
+    return z_nv
+
+
+def update(
+    z_nv: Tensor,
+    carry_5n: Tensor,
+    targets_n: Tensor | None = None,
+    *,
+    start: int = 0,
+    bias_v: Tensor | None = None,
+    soft_cap: float | None = None,
+    total: bool = False,
+    infinite: bool = False,
+    scratch_nv: Tensor | None = None,
+) -> None:
+    """Take a tile into ``carry_5n``. ``total``: Σ z is wanted; ``infinite``: z may hold −inf."""
+    logits(z_nv, bias_v, soft_cap)
+    m, s, t, picked, summed = carry_5n
+    if targets_n is not None:
+        place_n, inside_n = _places(targets_n, start, z_nv.shape[1])
+        found = z_nv.gather(1, place_n[:, None]).squeeze(1)
+        picked.add_(found.masked_fill_(~inside_n, 0.0))
+    if total:
+        summed.add_(z_nv.sum(1))
+    top = torch.maximum(m, z_nv.amax(1))
+    base = top.masked_fill(top.isneginf(), 0.0)
+    z_nv.sub_(base[:, None])
+    if infinite:
+        z_nv.clamp_(min=_NEVER)
+    e_nv = torch.exp(z_nv, out=scratch_nv)
+    shift = (m - base).clamp_(min=_NEVER)
+    fade = shift.exp()
+    t.add_(shift.mul_(s)).mul_(fade)
+    s.mul_(fade).add_(e_nv.sum(1))
+    t.add_(e_nv.mul_(z_nv).sum(1))
+    m.copy_(top)
+
+
+def gradient(
+    z_nv: Tensor,
+    rows_6n: Tensor,
+    targets_n: Tensor | None = None,
+    *,
+    start: int = 0,
+    bias_v: Tensor | None = None,
+    soft_cap: float | None = None,
+    entropy: bool = True,
+    smooth: bool = False,
+    infinite: bool = False,
+    out_nv: Tensor,
+) -> Tensor:
+    """``out_nv`` = p · (a + b · ln p) − c · [target] − k, times the soft cap's slope.
+
+    ``rows_6n``: m, ln s, a, b, c, k. ``entropy`` and ``smooth`` False promise that b and k are 0.
+    """
+    logits(z_nv, bias_v, soft_cap)
+    m, log_s, a, b, c, k = (row[:, None] for row in rows_6n)
+    slope_nv = 1 - (z_nv / soft_cap).square_() if soft_cap else None
+    base = m.masked_fill(m.isneginf(), 0.0)
+    if entropy:
+        z_nv.sub_(base).sub_(log_s)
+        if infinite:
+            z_nv.clamp_(min=_NEVER)
+        p_nv = torch.exp(z_nv, out=out_nv)
+        p_nv.mul_(z_nv.mul_(b).add_(a))
+    else:
+        p_nv = torch.exp(z_nv.sub_(base), out=out_nv)
+        p_nv.mul_(a * (-log_s).exp())
+    if smooth:
+        p_nv.sub_(k)
+    if targets_n is not None:
+        place_n, inside_n = _places(targets_n, start, z_nv.shape[1])
+        p_nv.scatter_add_(1, place_n[:, None], (-c).masked_fill_(~inside_n[:, None], 0.0))
+    return p_nv if slope_nv is None else p_nv.mul_(slope_nv)
+
+
+def _places(targets_n: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Columns of the targets in a tile (0 for those outside), and which of them are inside."""
+    place_n = targets_n - start
+    inside_n = (place_n >= 0) & (place_n < columns)
+    return place_n.masked_fill_(~inside_n, 0), inside_n
+
+
+def row_entropy(logits_NV: Tensor) -> Tensor:
+    """[3, N]: m, ln s and the entropy of each row, in tiles of rows."""
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    carry_5N = logits_NV.new_zeros(5, len(logits_NV), dtype=dtype)
+    carry_5N[0] = -torch.inf
+    for rows in _row_tiles(logits_NV):
+        z_nv = logits_NV[rows].to(dtype, copy=True)
+        update(z_nv, carry_5N[:, rows], infinite=True)
+    m, s, t = carry_5N[:3]
+    log_s = s.log()
+    return torch.stack([m, log_s, log_s - t / s])
+
+
+def row_entropy_gradient(logits_NV: Tensor, saved_3N: Tensor, grad_N: Tensor) -> Tensor:
+    """∂H/∂z = −p (ln p + H), times the upstream gradient, in the logits' dtype."""
+    m, log_s, entropy_N = saved_3N
+    grad_N = grad_N.to(m.dtype)
+    zero_N = torch.zeros_like(m)
+    rows_6N = torch.stack([m, log_s, -grad_N * entropy_N, -grad_N, zero_N, zero_N])
+    out_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    for rows in _row_tiles(logits_NV):
+        z_nv = logits_NV[rows].to(m.dtype, copy=True)
+        out_nv = torch.empty_like(z_nv)
+        out_NV[rows] = gradient(z_nv, rows_6N[:, rows], infinite=True, out_nv=out_nv)
+    return out_NV
+
+
+def _row_tiles(logits_NV: Tensor) -> list[slice]:
+    rows, columns = logits_NV.shape
+    step = max(1, _TILE_LOGITS // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
