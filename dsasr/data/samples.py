@@ -168,7 +168,7 @@ def planned_seconds(config: AugmentConfig) -> Lengths:
 @dataclass
 class _Row:
     sample: Sample
-    features: Tensor  # [T, F], or [n] audio where features are made on the device
+    features: Tensor  # [T, F] before CMVN, or [n] audio where features are made on the device
     seconds: float
     text: str
     phonemes: list[int]
@@ -192,6 +192,8 @@ class Maker:
     ) -> None:
         self.sources, self.fbank, self.cmvn, self.augment = sources, fbank, cmvn, augment
         self.text, self.noises, self.max_seconds, self.waves = text, noises, max_seconds, waves
+        if cmvn is not None:
+            self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
     def make(self, task: Task, allocate: Allocate) -> tuple[np.ndarray, Made]:
         """A task's padded array, [B, T, F] features or [B, n] audio, and the rest of its batch.
@@ -210,9 +212,18 @@ class Maker:
         array = allocate(shape)
         target = torch.from_numpy(array)
         for i, row in enumerate(rows):
-            target[i, : len(row.features)] = row.features
+            self._write(row.features, target[i])
         stats["bytes"] = float(self.sources.bytes - before)
         return array, self._made(rows, bad, stats)
+
+    def _write(self, features: Tensor, target: Tensor) -> None:
+        """Features into their row of the batch, normalised on the way; zero behind them."""
+        count = len(features)
+        if self.cmvn is None or self.waves:
+            target[:count] = features
+        else:
+            torch.sub(features, self.shift_F, out=target[:count]).mul_(self.scale_F)
+        target[count:] = 0.0
 
     def _made(self, rows: list[_Row], bad: list[Bad], stats: dict[str, float]) -> Made:
         phonemes, phoneme_lengths = pad([row.phonemes for row in rows])
@@ -277,8 +288,7 @@ class Maker:
             raise BadSample("too_short", sample.shard, sample.key, f"{len(wave)} samples of audio")
         if self.waves:
             return wave
-        features = fbank(wave, self.fbank)
-        return self.cmvn.apply(features) if self.cmvn is not None else features
+        return fbank(wave, self.fbank)
 
     def _read(self, planned: PlannedSample) -> Sample:
         """Audio and json of one sample, in one read where they lie side by side."""

@@ -30,7 +30,8 @@ import torch
 from dsasr.data.audio import Cmvn, FbankConfig
 from dsasr.data.augment import AugmentConfig
 from dsasr.data.batching import Batch
-from dsasr.data.plan import Bad, BatchConfig, Part, PlanConfig, Planner, Task
+from dsasr.data.plan import Bad, BatchConfig, Part, PlanConfig, Task
+from dsasr.data.planner import Planner
 from dsasr.data.samples import Maker, TextEncoder, planned_seconds
 from dsasr.data.sources import ShardList, SourceConfig, Sources
 from dsasr.data.workers import Payload, WorkerPool, run_here

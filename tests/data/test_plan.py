@@ -20,13 +20,13 @@ from dsasr.data.plan import (
     BatchConfig,
     Part,
     PlanConfig,
-    Planner,
     bucket_order,
     cut,
     sample_seeds,
     stable_hash,
     uniform,
 )
+from dsasr.data.planner import Planner
 from dsasr.errors import UserError
 
 
@@ -331,7 +331,8 @@ def test_a_hundred_thousand_shards_start_quickly_in_little_memory() -> None:
         import numpy as np
         sys.path.insert(0, sys.argv[1])
         import test_plan as t
-        from dsasr.data.plan import Part, PlanConfig, Planner
+        from dsasr.data.plan import Part, PlanConfig
+        from dsasr.data.planner import Planner
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         before, started = peak(), time.perf_counter()
         shards = [f"/data/shard-{i:06d}.tar" for i in range(100_000)]

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 
+from dsasr.data.audio import Cmvn
 from dsasr.data.augment import AugmentConfig
 from dsasr.data.plan import BatchConfig
 from dsasr.data.samples import TextEncoder
@@ -282,6 +283,21 @@ def test_tokens_end_with_the_end_and_are_padded_with_pad(tmp_path, config) -> No
             assert (row[length:] == 7).all()
 
 
+@pytest.mark.parametrize("features", ["worker", "device"])
+def test_cmvn_is_applied_and_padding_stays_zero(tmp_path, config, features) -> None:
+    plain_corpus(tmp_path / "c", [6])
+    cmvn = Cmvn(torch.linspace(1, 9, 80), torch.linspace(0.5, 4, 80))
+    config = replace(config, features=features)
+    pairs = zip(
+        collect(config, tmp_path / "c"), collect(config, tmp_path / "c", cmvn=cmvn), strict=True
+    )
+    for plain, normal in pairs:
+        for i, n in enumerate(plain.feature_lengths_B.tolist()):
+            want = cmvn.apply(plain.features_BTF[i, :n])
+            assert torch.allclose(normal.features_BTF[i, :n], want, atol=1e-6)
+            assert not normal.features_BTF[i, n:].any()
+
+
 def test_device_features_equal_worker_features(tmp_path, config) -> None:
     plain_corpus(tmp_path / "c", [6])
     one = collect(config, tmp_path / "c")
@@ -363,7 +379,7 @@ def test_the_drill_notices_what_is_wrong(tmp_path, monkeypatch) -> None:
     case = next(c for c in map(draw_case, range(99)) if len(c.legs) > 2 and not c.finite)
     case = replace(case, legs=[replace(leg, end="close", workers=0) for leg in case.legs])
     from dsasr.data import stream_check
-    from dsasr.data.plan import Planner
+    from dsasr.data.planner import Planner
 
     def broken(self, state):
         self.number = int(state["number"])  # but not the parts' cursors
