@@ -24,10 +24,7 @@ import torch
 from torch import Tensor
 
 from dsasr.errors import UserError
-from dsasr.kernels import reference, torch_passes
-from dsasr.kernels import adaptor as _adaptor
-from dsasr.kernels import linear_entropy as _linear_entropy
-from dsasr.kernels import softmax_entropy as _softmax_entropy
+from dsasr.kernels import entropy, head, reference, stacks, torch_passes
 
 NAMES = ("auto", "triton", "torch", "reference")
 _log = logging.getLogger(__name__)
@@ -137,13 +134,13 @@ def linear_entropy_right(
     That is the accuracy of greedy prediction without another product. Ignored rows are False.
     """
     _check(hidden_ND, weight_VD, targets_N, bias_V, ignore_index)
-    if soft_cap is not None and soft_cap < 0 or not 0 <= label_smoothing < 1:
+    if (soft_cap or 0) < 0 or not 0 <= label_smoothing < 1:
         raise ValueError(f"soft_cap {soft_cap} or label_smoothing {label_smoothing} out of range")
     hidden_ND = hidden_ND.to(weight_VD.dtype)
     name = chosen("linear_entropy", hidden_ND.device, hidden_ND.dtype)
     run = reference.linear_entropy
     if name != "reference":
-        run = partial(_linear_entropy.run, _passes(name))
+        run = partial(head.run, _passes(name))
     return run(
         hidden_ND,
         weight_VD,
@@ -192,7 +189,7 @@ def softmax_entropy(logits: Tensor) -> Tensor:
     name = chosen("softmax_entropy", logits.device, logits.dtype)
     if name == "reference":
         return reference.softmax_entropy(logits)
-    return _softmax_entropy.run(_passes(name), logits)
+    return entropy.run(_passes(name), logits)
 
 
 def adaptor(
@@ -225,11 +222,11 @@ def adaptor(
     if (out_LD is None) != (index_N is None):
         raise ValueError("out_LD and index_N belong together")
     name = chosen("adaptor", frames_BSE.device, frames_BSE.dtype)
-    run = {"reference": reference.adaptor, "torch": _adaptor.run_torch}.get(name)
+    run = {"reference": reference.adaptor, "torch": stacks.run}.get(name)
     if run is None:
-        from dsasr.kernels import triton_adaptor
+        from dsasr.kernels import triton_stacks
 
-        run = triton_adaptor.run
+        run = triton_stacks.run
     return run(
         frames_BSE,
         lengths_B,

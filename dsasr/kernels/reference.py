@@ -1,4 +1,4 @@
-"""The one plain torch reference of each op: what the kernels, their tests and benchmarks are held to.
+"""The one plain reference of each op, which kernels, tests and benchmarks are held to.
 
 Written for the eye: whole tensors, autograd's own gradients, float32 (float64 for float64 inputs).
 """
@@ -59,7 +59,7 @@ def linear_entropy(
 
 
 def stack_frames(frames_BSE: Tensor, lengths_B: Tensor, stack: int) -> Tensor:
-    """[B, ceil(S / stack), stack · E]: ``stack`` frames side by side, zero from ``lengths_B`` on."""
+    """[B, ceil(S / stack), stack · E]: ``stack`` frames side by side, 0 from ``lengths_B`` on."""
     batch, frames, width = frames_BSE.shape
     valid_BS = torch.arange(frames, device=frames_BSE.device) < lengths_B[:, None]
     masked = frames_BSE.masked_fill(~valid_BS[..., None], 0.0)

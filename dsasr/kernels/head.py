@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits in a tile. CPU: two tiles of float32 stay in a core's cache. GPU: matrix products fill the
+# Logits in a tile. CPU: two tiles of float32 stay in cache. GPU: matrix products fill the
 # device, and what is added up over the blocks (N · D) stays small beside what a block moves.
-_CPU_TILE = (512, 1024)
+_CPU_TILE = (1024, 512)
 _GPU_TILE_LOGITS = 1 << 26
 _GPU_ROWS = 1 << 16
 _GPU_MIN_COLUMNS = 4096

@@ -9,7 +9,7 @@ from torch import Tensor
 from dsasr.kernels.reference import ACTIVATIONS
 
 
-def run_torch(
+def run(
     frames_BSE: Tensor,
     lengths_B: Tensor,
     w1: Tensor,
