@@ -67,13 +67,20 @@ class Adaptor(nn.Module):
         return (lengths_B + self.cfg.stack - 1) // self.cfg.stack
 
     def forward(
-        self, frames_BSE: Tensor, lengths_B: Tensor, packed: bool = False
+        self,
+        frames_BSE: Tensor,
+        lengths_B: Tensor,
+        packed: bool = False,
+        out_LD: Tensor | None = None,
+        index_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, A, D], zero where padded, or ``packed`` [N, D]; and their lengths_B.
 
-        Frames beyond ``lengths_B`` count as zeros in a last, partial stack.
+        Frames beyond ``lengths_B`` count as zeros in a last, partial stack. With ``out_LD`` the
+        valid embeddings are written to its rows ``index_N`` in place, and it is returned. Lengths
+        on the CPU spare a GPU the wait for them.
         """
-        embeds_ND, out_lengths_B = kernels.adaptor(
+        embeds, out_lengths_B = kernels.adaptor(
             frames_BSE,
             lengths_B,
             self.weight1,
@@ -82,10 +89,12 @@ class Adaptor(nn.Module):
             self.bias2,
             stack=self.cfg.stack,
             activation=self.cfg.activation,
+            out_LD=out_LD,
+            index_N=index_N,
         )
-        if packed:
-            return embeds_ND, out_lengths_B
+        if packed or out_LD is not None:
+            return embeds, out_lengths_B
         valid_BA = valid_frames(out_lengths_B, -(-frames_BSE.shape[1] // self.cfg.stack))
-        padded = embeds_ND.new_zeros(valid_BA.numel(), embeds_ND.shape[1])
-        padded = padded.index_copy(0, valid_BA.flatten().nonzero().squeeze(1), embeds_ND)
-        return padded.view(*valid_BA.shape, -1), out_lengths_B
+        padded = embeds.new_zeros(valid_BA.numel(), embeds.shape[1])
+        places_N = valid_BA.flatten().nonzero().squeeze(1).to(embeds.device)
+        return padded.index_copy(0, places_N, embeds).view(*valid_BA.shape, -1), out_lengths_B

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dsasr import kernels
 from dsasr.errors import UserError
 
-_ACCURACY_ROWS = 4096  # rows whose logits exist at once
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _DROPOUTS = (
     "attention_dropout",
@@ -39,7 +38,6 @@ class LlmConfig:
     attn: str = "sdpa"
     dropout: float = 0.0
     checkpoint: bool = False  # recompute each layer in the backward pass
-    accuracy: bool = True  # count right tokens in training too: one more product with the head
 
     def __post_init__(self) -> None:
         if self.attn not in _ATTENTION:
@@ -76,26 +74,17 @@ class EntropyHead(nn.Linear):
         return ours
 
     def forward(
-        self, input: Tensor, targets_N: Tensor | None = None, accuracy: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
-        """Logits of any [..., D]; or for [N, D] and targets: (nll_N, entropy_N, right_N or None).
+        self, input: Tensor, targets_N: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Logits of any [..., D]; or for [N, D] and targets: (nll_N, entropy_N, right_N).
 
-        nll and entropy are float32, in nats.
+        nll and entropy are in nats, float32 at least; right is bool: greedy prediction hits.
         """
         if targets_N is None:
             return F.linear(input, self.weight, self.bias)
-        nll_N, entropy_N = kernels.linear_entropy(
+        return kernels.linear_entropy_right(
             input, self.weight, targets_N, bias_V=self.bias, soft_cap=self.soft_cap
         )
-        return nll_N, entropy_N, self._right(input, targets_N) if accuracy else None
-
-    @torch.no_grad()
-    def _right(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        best = [
-            F.linear(rows, self.weight, self.bias).argmax(-1)
-            for rows in hidden_ND.split(_ACCURACY_ROWS)
-        ]
-        return torch.cat(best) == targets_N
 
     def cap(self, logits: Tensor) -> Tensor:
         """Logits as the loss sees them: float32 at least, soft-capped where the model does so."""

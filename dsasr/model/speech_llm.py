@@ -174,9 +174,10 @@ class SpeechLLM(nn.Module):
         self._settle()
         if self.training:
             seed_dropout(batch)
-        speech_ND, speech_B = self._speech(batch, frame_lengths_B) if audio else (None, None)
+        frames_BSE = self._frames(batch) if audio else None
+        speech_B = self._speech_lengths(frame_lengths_B)
         layout = lay_out(
-            speech_B if audio else torch.zeros_like(frame_lengths_B),
+            speech_B if audio else torch.zeros_like(speech_B),
             token_lengths_B,
             len(self.prefix_ids),
             len(self.suffix_ids),
@@ -187,7 +188,7 @@ class SpeechLLM(nn.Module):
         flat = batch.tokens_BU.flatten()
         inputs = flat[ragged(row_starts_B, token_lengths_B - 1).to(device)]
         targets_N = flat[ragged(row_starts_B, token_lengths_B).to(device)]
-        embeds_RLD = self._splice(layout, len(batch), speech_ND, inputs)
+        embeds_RLD = self._splice(layout, frame_lengths_B, frames_BSE, inputs)
         positions = layout.positions_RL.to(device) if self._pack else None
         hidden_RLD = self.llm.base_model(
             inputs_embeds=embeds_RLD, position_ids=positions, use_cache=False
@@ -204,14 +205,14 @@ class SpeechLLM(nn.Module):
     def prompts(self, batch: Batch, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
         """[prefix | speech | suffix] as embeddings [B, L, D], padded on the left; and lengths_B."""
         self._settle()
-        output = self.encode(batch, chunk)
-        speech_ND, speech_B = self.adaptor(output.frames_BSE, output.lengths_B, packed=True)
-        none_B = torch.zeros(len(batch), dtype=torch.int64)
+        frames_BSE = self.encode(batch, chunk).frames_BSE
+        frame_lengths_B = batch.feature_lengths_B.cpu()
+        speech_B = self._speech_lengths(frame_lengths_B)
         sizes = len(self.prefix_ids), len(self.suffix_ids)
-        layout = lay_out(speech_B.cpu(), none_B, *sizes, left_pad=True)
+        layout = lay_out(speech_B, torch.zeros_like(speech_B), *sizes, left_pad=True)
         no_ids = batch.tokens_BU.new_empty(0)
-        lengths_B = layout.lengths_B.to(batch.tokens_BU.device)
-        return self._splice(layout, len(batch), speech_ND, no_ids), lengths_B
+        lengths_B = layout.lengths_B.to(no_ids.device)
+        return self._splice(layout, frame_lengths_B, frames_BSE, no_ids), lengths_B
 
     @property
     def _pack(self) -> int:
@@ -233,7 +234,11 @@ class SpeechLLM(nn.Module):
                     if isinstance(layer, GradientCheckpointingLayer):
                         layer.training = True
 
-    def _speech(self, batch: Batch, frame_lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _speech_lengths(self, frame_lengths_B: Tensor) -> Tensor:
+        return self.adaptor.output_lengths(self.encoder.output_lengths(frame_lengths_B))
+
+    def _frames(self, batch: Batch) -> Tensor:
+        """The encoder's frames, in training with its augmentation and chunks."""
         chunk = None
         if self.training:
             if self.spec is not None:
@@ -246,35 +251,35 @@ class SpeechLLM(nn.Module):
                 batch = dataclasses.replace(batch, features_BTF=features_BTF)
             if self.chunks is not None:
                 chunk = draw_chunk(self.chunks, step_generator(batch, "chunk"))
-        output = self.encode(batch, chunk)
-        speech_ND, _ = self.adaptor(output.frames_BSE, output.lengths_B, packed=True)
-        lengths_B = self.adaptor.output_lengths(self.encoder.output_lengths(frame_lengths_B))
-        return speech_ND, lengths_B
+        return self.encode(batch, chunk).frames_BSE
 
     def _splice(
-        self, layout: Layout, utterances: int, speech_ND: Tensor | None, token_ids: Tensor
+        self,
+        layout: Layout,
+        frame_lengths_B: Tensor,
+        frames_BSE: Tensor | None,
+        token_ids: Tensor,
     ) -> Tensor:
         """Token and speech embeddings at their places, zeros elsewhere: [R, L, D]."""
-        device = token_ids.device
+        device, utterances = token_ids.device, len(frame_lengths_B)
         prompt = self.prefix_ids * utterances + self.suffix_ids * utterances
         ids = torch.cat((torch.tensor(prompt, dtype=torch.int64).to(device), token_ids))
         text_MD = self.llm.get_input_embeddings()(ids)
-        parts, places = [text_MD], [layout.text_M]
-        if speech_ND is not None:
-            parts.append(speech_ND.to(text_MD.dtype))
-            places.append(layout.speech_N)
         embeds = text_MD.new_zeros(layout.rows * layout.length, text_MD.shape[1])
-        embeds = embeds.index_copy(0, torch.cat(places).to(device), torch.cat(parts))
+        embeds = embeds.index_copy(0, layout.text_M.to(device), text_MD)
+        if frames_BSE is not None:
+            embeds, _ = self.adaptor(
+                frames_BSE,
+                self.encoder.output_lengths(frame_lengths_B),
+                out_LD=embeds,
+                index_N=layout.speech_N.to(device),
+            )
         return embeds.view(layout.rows, layout.length, -1)
 
     def _outputs(self, hidden_ND: Tensor, targets_N: Tensor, weight: float) -> Outputs:
-        nll_N, entropy_N, right_N = self.head(
-            hidden_ND, targets_N, accuracy=self.cfg.accuracy or not self.training
-        )
+        nll_N, entropy_N, right_N = self.head(hidden_ND, targets_N)
         count = nll_N.new_tensor(targets_N.numel() * weight, dtype=torch.float64)
-        named = {"nll": nll_N, "entropy": entropy_N}
-        if right_N is not None:
-            named["accuracy"] = right_N
+        named = {"nll": nll_N, "entropy": entropy_N, "accuracy": right_N}
         sums = {
             name: (values.detach().sum(dtype=torch.float64) * weight, count)
             for name, values in named.items()

@@ -153,7 +153,7 @@ def test_entropy_and_accuracy_are_of_the_same_predictions():
     model = make_model(llm=make_llm()).eval()
     head = model.head
     hidden, targets = torch.randn(9, 16, dtype=torch.float64), torch.arange(9)
-    nll, entropy, right = head(hidden, targets, accuracy=True)
+    nll, entropy, right = head(hidden, targets)
     log_probs = (hidden @ head.weight.T).log_softmax(-1)
     want = -(log_probs.exp() * log_probs).sum(-1)
     torch.testing.assert_close(entropy, want, check_dtype=False, atol=1e-5, rtol=1e-5)
@@ -161,9 +161,6 @@ def test_entropy_and_accuracy_are_of_the_same_predictions():
         nll, -log_probs[targets, targets], check_dtype=False, atol=1e-5, rtol=1e-5
     )
     assert torch.equal(right, log_probs.argmax(-1) == targets)
-    model.cfg = LlmConfig(accuracy=False)
-    assert "accuracy" not in model.train()(make_batch()).sums
-    assert "accuracy" in model.eval()(make_batch()).sums
 
 
 def test_the_head_keeps_its_names_and_its_tie():
