@@ -34,7 +34,6 @@ from dsasr.data.text import TextConfig, Tokenizer, normalise_text
 from dsasr.data.workers import Allocate
 from dsasr.files import atomic_write
 
-GAP = 8192  # bytes between a sample's members that are cheaper read than skipped
 FRAME_SLACK = 10  # frames by which a sample may exceed its plan: rounding of durations and speeds
 
 
@@ -291,18 +290,12 @@ class Maker:
         return fbank(wave, self.fbank)
 
     def _read(self, planned: PlannedSample) -> Sample:
-        """Audio and json of one sample, in one read where they lie side by side."""
         entry, shard = planned.entry, planned.shard
-        first = min(entry.audio_offset, entry.json_offset)
-        last = max(entry.audio_offset + entry.audio_size, entry.json_offset + entry.json_size)
+        audio_span = entry.audio_offset, entry.audio_size
         try:
-            if last - first <= entry.audio_size + entry.json_size + GAP:
-                data = self.sources.read(shard, first, last - first)
-                audio = data[entry.audio_offset - first :][: entry.audio_size]
-                meta = data[entry.json_offset - first :][: entry.json_size]
-            else:
-                audio = self.sources.read(shard, entry.audio_offset, entry.audio_size)
-                meta = self.sources.read(shard, entry.json_offset, entry.json_size)
+            audio, meta = self.sources.read_both(
+                shard, audio_span, (entry.json_offset, entry.json_size)
+            )
         except Truncated as error:
             raise BadSample("truncated_tar", shard, entry.key, str(error)) from None
         return parse_sample(entry, shard, audio, meta)

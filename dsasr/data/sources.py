@@ -33,7 +33,9 @@ from dsasr.errors import UserError
 from dsasr.files import atomic_path
 
 T = TypeVar("T")
+Span = tuple[int, int]  # offset, size
 CHUNK = 1 << 20
+GAP = 8192  # bytes between two members of a remote shard that are cheaper read than skipped
 OPEN_FILES = 64
 CHECKED = 1024  # local shards of a list whose existence is checked at start-up
 
@@ -206,6 +208,15 @@ class Sources:
         if len(data) < size:
             raise Truncated(f"{len(data)} of {size} bytes at {offset}")
         return data
+
+    def read_both(self, url: str, one: Span, two: Span) -> tuple[bytes, bytes]:
+        """Two (offset, size) of a shard: in one request where they lie near and it is remote."""
+        first, last = min(one[0], two[0]), max(sum(one), sum(two))
+        distant = is_remote(url) and not self.config.cache_gb
+        if not distant or last - first > one[1] + two[1] + GAP:
+            return self.read(url, *one), self.read(url, *two)
+        data = self.read(url, first, last - first)
+        return tuple(data[at - first : at - first + size] for at, size in (one, two))
 
     def local_path(self, url: str) -> str:
         """A local file with the whole shard; remote ones are downloaded into the cache."""

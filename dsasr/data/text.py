@@ -51,6 +51,9 @@ def normalise_text(text: str, lang: str = "", config: TextConfig | None = None) 
     a word is no punctuation. Not the normalisation for scoring, which forgives more.
     """
     config = config or TextConfig()
+    as_is = config.case == "keep" and config.punctuation == "keep"
+    if as_is and text.isascii() and text.isprintable() and " ".join(text.split()) == text:
+        return text
     text = unicodedata.normalize("NFKC", text)
     text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
     if config.case != "keep":

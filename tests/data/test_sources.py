@@ -112,6 +112,18 @@ def test_http_ranges_survive_a_bad_server(server, tmp_path, faults) -> None:
     assert read.bytes == 5000
 
 
+def test_two_members_cost_one_request_where_they_lie_near(server, tmp_path) -> None:
+    local = tmp_path / "s.tar"
+    local.write_bytes(BODY)
+    read, url = sources(tmp_path), f"{server.url}/a.tar"
+    for one, two in (((512, 900), (2048, 70)), ((2048, 70), (512, 900))):
+        want = BODY[one[0] : sum(one)], BODY[two[0] : sum(two)]
+        assert read.read_both(url, one, two) == read.read_both(str(local), one, two) == want
+    assert len(server.requests) == 2
+    assert read.read_both(url, (0, 5), (100_000, 5)) == (BODY[:5], BODY[100_000:100_005])
+    assert len(server.requests) == 4
+
+
 def test_a_server_that_stays_bad_ends_in_a_named_error(server, tmp_path) -> None:
     server.faults = [503] * 9
     url = f"{server.url}/a.tar"
