@@ -6,16 +6,14 @@ python tools/cmvn.py shards/train --out cmvn.json
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dsasr.data.audio import CmvnSums, FbankConfig
-from dsasr.data.packing import cmvn_sums, find_tars
+from dsasr.data.checking import cmvn_sums, over_shards
+from dsasr.data.shards import find_tars
 from dsasr.errors import run_tool
 
 
@@ -28,13 +26,16 @@ def main() -> int:
     parser.add_argument("--processes", type=int, help="default: one per core")
     args = parser.parse_args()
     tars = find_tars(args.paths)[: args.shards or None]
-    sums = CmvnSums(args.mels)
-    with ProcessPoolExecutor(args.processes or os.cpu_count()) as pool:
-        done = pool.map(partial(cmvn_sums, config=FbankConfig(mels=args.mels)), tars)
-        for part in tqdm(done, total=len(tars), desc="features", unit="shard"):
-            sums.merge(part)
+    sums, causes = CmvnSums(args.mels), Counter()
+    work = partial(cmvn_sums, config=FbankConfig(mels=args.mels))
+    for part, bad in over_shards(work, tars, args.processes, "features"):
+        sums.merge(part)
+        causes.update(bad)
     sums.result().save(args.out)
     print(f"{args.out}: {sums.count} frames of {len(tars)} shards")
+    if causes:
+        counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())
+        print(f"left out: {counts}; tools/verify_shards.py names them")
     return 0
 
 

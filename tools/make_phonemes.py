@@ -11,9 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsasr.data.packing import find_tars
 from dsasr.data.phonemes import PhonemeVocab, PhonemizerConfig, build_phonemizer
-from dsasr.data.shards import build_index, read_sample
+from dsasr.data.shards import build_index, find_tars, read_sample
 from dsasr.errors import run_tool
 
 
@@ -21,7 +20,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", help="tars, or folders of tars")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kind", default="stored", help="stored (in the shards), espeak or lexicon")
+    parser.add_argument(
+        "--kind", default="stored", help="stored (in the shards), espeak or lexicon"
+    )
     parser.add_argument("--lexicon", nargs="*", default=(), help="files, for --kind lexicon")
     parser.add_argument("--stress", action="store_true", help="keep stress marks")
     args = parser.parse_args()

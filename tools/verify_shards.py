@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
-from dsasr.data.packing import find_tars, verify
+from dsasr.data.checking import check_dataset, verify
+from dsasr.data.packing import DATASET
+from dsasr.data.shards import find_tars
 from dsasr.errors import run_tool
 
 
@@ -20,8 +23,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     parser.add_argument("--processes", type=int, help="default: one per core")
     args = parser.parse_args()
-    verdicts, causes = verify(find_tars(args.paths), args.processes, args.allow_empty_text)
-    rows = [b for v in verdicts for b in v.bad if b[0] in causes]
+    tars = find_tars(args.paths)
+    verdicts, causes = verify(tars, args.processes, args.allow_empty_text)
+    rows = [row for verdict in verdicts for row in verdict.bad]
+    for folder in map(Path, args.paths):
+        if (folder / DATASET).is_file():
+            found = {t.name: v for t, v in zip(tars, verdicts, strict=True) if t.parent == folder}
+            denied = check_dataset(folder, found)
+            rows += denied
+            causes.update(row[0] for row in denied)
     good = sum(v.samples for v in verdicts)
     hours = sum(v.seconds for v in verdicts) / 3600
     if args.json:

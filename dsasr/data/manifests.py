@@ -1,14 +1,15 @@
-"""What people have on disk → utterances to pack: JSONL, Kaldi folders, LibriSpeech and AISHELL-1 trees."""
+"""What people have on disk → utterances: JSONL, Kaldi folders, LibriSpeech and AISHELL-1 trees."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import soundfile
+from tqdm import tqdm
 
 from dsasr.data.shards import EXTENSIONS
 from dsasr.errors import UserError
@@ -23,17 +24,26 @@ class Utterance:
     text: str
     speaker: str = ""
     lang: str = ""
-    duration: float = 0.0  # 0: read from the audio's header
+    duration: float = 0.0  # what the manifest claims; 0: nothing
     start: float | None = None
     end: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> list[Utterance]:
+@dataclass(frozen=True)
+class Manifest:
+    """A corpus: its utterances, and what is left out of it as (cause, file, id, detail)."""
+
+    utterances: list[Utterance]
+    left_out: tuple[tuple[str, str, str, str], ...] = ()
+
+
+def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manifest:
     """The utterances of ``path``: ``kind`` is jsonl, kaldi, librispeech, aishell or auto.
 
-    ``lang`` is given to those that name no language. Raises `UserError` for anything that is not
-    what it claims, for a repeated id, and for audio that is not there.
+    ``lang`` is given to those that name no language. Recordings of a Kaldi folder or a tree that
+    have no transcript are left out and named. Raises `UserError` for anything that is not what it
+    claims, for a repeated id, and for audio that is not there.
     """
     path = Path(path)
     if not path.exists():
@@ -46,21 +56,33 @@ def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> list[
     if kind not in readers:
         raise UserError(f"unknown manifest kind '{kind}': use {', '.join(readers)}")
     defaults = {"librispeech": "en", "aishell": "zh"}
-    found = list(readers[kind](path, lang or defaults.get(kind, "")))
+    left_out: list[tuple[str, str, str, str]] = []
+    found = list(readers[kind](path, lang or defaults.get(kind, ""), left_out))
     if not found:
         raise UserError(f"{path} holds no utterance")
     ids: set[str] = set()
-    for utterance in found:
+    missing = []
+    for utterance in tqdm(found, desc="checking audio", unit="file", delay=3):
         if utterance.id in ids:
             raise UserError(f"{path} has two utterances with the id '{utterance.id}'")
         ids.add(utterance.id)
-    missing = [u for u in found if not u.audio.is_file()]
+        _check_times(path, utterance)
+        if not utterance.audio.is_file():
+            missing.append(utterance.audio)
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(found)} audio files are missing, "
-            f"the first is {missing[0].audio}"
+            f"the first is {missing[0]}"
         )
-    return found
+    return Manifest(found, tuple(left_out))
+
+
+def _check_times(path: Path, utterance: Utterance) -> None:
+    start, end = utterance.start or 0.0, utterance.end
+    if not 0 <= utterance.duration < math.inf:
+        raise UserError(f"{path}: '{utterance.id}' has a duration of {utterance.duration} s")
+    if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):
+        raise UserError(f"{path}: '{utterance.id}' goes from {start} to {end} s")
 
 
 def _guess(path: Path) -> str:
@@ -70,7 +92,7 @@ def _guess(path: Path) -> str:
         return "kaldi"
     if next(path.rglob("*.trans.txt"), None) is not None:
         return "librispeech"
-    if next(path.rglob("aishell_transcript*.txt"), None) is not None:
+    if _aishell_table(path) is not None:
         return "aishell"
     raise UserError(
         f"{path} is no JSONL manifest, Kaldi folder, LibriSpeech or AISHELL-1 tree: say --kind"
@@ -79,35 +101,40 @@ def _guess(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: a transcript may hold U+2028 or another of the characters that it cuts at.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line
 
 
-def _jsonl(path: Path, lang: str) -> Iterator[Utterance]:
+def _jsonl(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
     known = ("id", "audio", "text", "speaker", "lang", "duration", "start", "end")
     for number, line in _lines(path):
         try:
             row = json.loads(line)
-            audio = path.parent / str(row["audio"])
+            if not isinstance(row["text"], str) or not isinstance(row["audio"], str):
+                raise ValueError("'text' and 'audio' must be strings")
+            start, end = (None if row.get(k) is None else float(row[k]) for k in ("start", "end"))
             yield Utterance(
                 id=str(row["id"]),
-                audio=audio,
-                text=str(row["text"]),
-                speaker=str(row.get("speaker", "")),
-                lang=str(row.get("lang", "") or lang),
-                duration=float(row.get("duration", 0.0)),
-                start=row.get("start"),
-                end=row.get("end"),
+                audio=path.parent / row["audio"],
+                text=row["text"],
+                speaker=str(row.get("speaker") or ""),
+                lang=str(row.get("lang") or lang),
+                duration=float(row.get("duration") or 0.0),
+                start=0.0 if start is None and end is not None else start,
+                end=end,
                 extra={k: v for k, v in row.items() if k not in known},
             )
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number}: {type(error).__name__} {error}") from None
+        except KeyError as error:
+            raise UserError(f"{path}, line {number}: {error} is missing") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
 
 
 def _table(path: Path, required: bool = True) -> dict[str, str]:
@@ -116,19 +143,21 @@ def _table(path: Path, required: bool = True) -> dict[str, str]:
         if required:
             raise UserError(f"{path.parent} is no Kaldi data folder: it lacks {path.name}")
         return {}
-    rows = {}
-    for _, line in _lines(path):
-        key, _, value = line.strip().partition(" ")
-        rows[key] = value.strip()
+    rows: dict[str, str] = {}
+    for number, line in _lines(path):
+        key, *value = line.split(maxsplit=1)
+        if key in rows:
+            raise UserError(f"{path}, line {number}: '{key}' a second time")
+        rows[key] = value[0].strip() if value else ""
     return rows
 
 
-def _kaldi(path: Path, lang: str) -> Iterator[Utterance]:
+def _kaldi(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
     recordings, texts = _table(path / "wav.scp"), _table(path / "text")
     speakers = _table(path / "utt2spk", required=False)
     langs = _table(path / "utt2lang", required=False)
     for name, source in recordings.items():
-        if source.endswith("|"):
+        if source.endswith("|") or source.startswith("|"):
             raise UserError(
                 f"{path / 'wav.scp'}: '{name}' is a command, and commands are never run: "
                 "convert the audio to files first"
@@ -145,42 +174,57 @@ def _kaldi(path: Path, lang: str) -> Iterator[Utterance]:
         return Utterance(key, audio, texts[key], speaker, language, 0.0, start, end)
 
     segments = _table(path / "segments", required=False)
+    for key in segments or recordings:
+        if key not in texts:
+            left_out.append(("missing_text", str(path / "text"), key, "no transcript"))
     for key in texts:
         if not segments:
             yield make(key, key)
         elif key in segments:
             try:
-                recording, start, end = segments[key].split()
-                yield make(key, recording, float(start), float(end))
+                recording, start, end = segments[key].split()[:3]
+                until = float(end)
+                yield make(key, recording, float(start), until if until >= 0 else None)
             except ValueError:
                 raise UserError(f"{path / 'segments'}: bad line for '{key}'") from None
         else:
             raise UserError(f"{path / 'segments'} lacks '{key}'")
 
 
-def _librispeech(path: Path, lang: str) -> Iterator[Utterance]:
+def _librispeech(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
     for table in sorted(path.rglob("*.trans.txt")):
-        for _, line in _lines(table):
-            key, _, text = line.strip().partition(" ")
+        seen = set()
+        for key, text in _table(table).items():
+            seen.add(key)
             yield Utterance(key, table.parent / f"{key}.flac", text, key.split("-")[0], lang)
+        for audio in sorted(table.parent.glob("*.flac")):
+            if audio.stem not in seen:
+                left_out.append(("missing_text", str(table), audio.stem, "no transcript"))
 
 
-def _aishell(path: Path, lang: str) -> Iterator[Utterance]:
-    table = next(iter(sorted(path.rglob("aishell_transcript*.txt"))), None)
+def _aishell_table(path: Path) -> Path | None:
+    """AISHELL-1's one transcript: in the tree, or beside it where a split's folder was named."""
+    name = "aishell_transcript*.txt"
+    inside = min(path.rglob(name), default=None)
+    above = (
+        min(parent.glob(f"transcript/{name}"), default=None)
+        for parent in path.absolute().parents[:3]
+    )
+    return inside or next((found for found in above if found is not None), None)
+
+
+def _aishell(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
+    table = _aishell_table(path)
     if table is None:
         raise UserError(f"{path} has no aishell_transcript*.txt")
-    audio = {p.stem: p for p in sorted(path.rglob("*.wav"))}
-    for _, line in _lines(table):
-        key, _, text = line.strip().partition(" ")
-        # The transcript covers all splits; a tree may hold only one of them.
-        if key in audio:
-            yield Utterance(key, audio[key], text.replace(" ", ""), audio[key].parent.name, lang)
-
-
-def header_seconds(path: Path) -> float:
-    """Duration by the audio's header. Raises `soundfile.LibsndfileError`."""
-    info = soundfile.info(str(path))
-    return info.frames / info.samplerate
+    texts = _table(table)
+    # The transcript covers all splits, and a tree may hold only one of them: go by the audio.
+    for audio in sorted(path.rglob("*.wav")):
+        key = audio.stem
+        if key in texts:
+            yield Utterance(key, audio, "".join(texts[key].split()), audio.parent.name, lang)
+        else:
+            left_out.append(("missing_text", str(table), key, "no transcript"))
 
 
 def extension(path: Path) -> str:

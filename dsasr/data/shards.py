@@ -1,34 +1,35 @@
 """Shards on disk: WebDataset tars with an index beside each and a ``dataset.json`` over all.
 
 A sample is ``KEY.flac|wav|opus|ogg|mp3`` and ``KEY.json`` (text, lang, speaker, duration; optional
-phonemes, alignment; anything else is kept as meta). ``NAME.tar`` has ``NAME.index.json``: where each
-member's bytes lie, so that any sample is one read away. Members' names are keys and never paths.
+phonemes, alignment; anything else is kept as meta). ``NAME.tar`` has ``NAME.index.json``: where
+each member's bytes lie, so that any sample is one read away. Members' names are keys, never paths.
+`dsasr.data.packing` writes shards, `dsasr.data.checking` verifies them.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import io
 import json
+import math
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
+import soundfile
 
 from dsasr.errors import UserError
-from dsasr.files import atomic_path, atomic_write
 
 VERSION = 1
 EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")
-DATASET = "dataset.json"
-MAX_JSON = 4 << 20
-MAX_AUDIO = 1 << 30
+MAX_JSON = 4 << 20  # bytes of a json member
+MAX_AUDIO = 1 << 30  # bytes of an audio member
+
+Fetch = Callable[[int, int], bytes]  # (offset, size) → bytes; fewer where the tar ends
 
 
 class BadSample(Exception):
@@ -75,20 +76,48 @@ class Sample:
 
 
 class ShardIndex:
-    """A shard's index in columns: about 60 bytes a sample and its key."""
+    """A shard's index in columns: about 60 bytes a sample and its key.
+
+    ``keys`` [N] list, ``durations`` [N] float32 s, ``chars`` [N] int32; ``bad`` names what the tar
+    holds beside its N samples that cannot be used.
+    """
 
     def __init__(self, shard: str, rows: Sequence[Entry], bad: Sequence[BadSample] = ()):
-        self.shard = shard
-        self.bad = tuple(bad)
-        self.keys = [r.key for r in rows]
-        self.durations = np.array([r.duration for r in rows], np.float32)
-        self.chars = np.array([r.chars for r in rows], np.int32)
-        places = [(r.audio_offset, r.audio_size, r.json_offset, r.json_size) for r in rows]
-        self._places = np.array(places, np.int64).reshape(len(rows), 4)
-        self._langs = sorted({r.lang for r in rows})
-        self._lang = np.array([self._langs.index(r.lang) for r in rows], np.int16)
-        self._extensions = sorted({r.audio for r in rows})
-        self._extension = np.array([self._extensions.index(r.audio) for r in rows], np.int8)
+        names = ("key", *_COLUMNS[1:])
+        self._fill(shard, [[getattr(row, name) for row in rows] for name in names], bad)
+
+    def _fill(self, shard: str, columns: Sequence[list], bad: Sequence[BadSample]) -> None:
+        self.shard, self.bad = shard, tuple(bad)
+        self.keys, audio, *places, durations, chars, langs = columns
+        self._places = np.array(places, np.int64).reshape(4, len(self.keys)).T.copy()
+        self.durations = np.array(durations, np.float32)
+        self.chars = np.array(chars, np.int32)
+        self._langs, self._lang = _codes(langs)
+        self._extensions, self._extension = _codes(audio)
+
+    @classmethod
+    def of_columns(
+        cls, shard: str, columns: Sequence[list], bad: Sequence[BadSample] = ()
+    ) -> ShardIndex:
+        """From lists in the order of `Entry`'s fields. Raises ValueError for what cannot be."""
+        index = cls.__new__(cls)
+        try:
+            index._fill(shard, columns, bad)
+            texts = (index.keys, index._langs)
+            whole = (
+                all(isinstance(text, str) for column in texts for text in column)
+                and set(index._extensions) <= set(EXTENSIONS)
+                and bool((index._places >= 0).all())
+                and bool((index._places[:, 1] <= MAX_AUDIO).all())
+                and bool((index._places[:, 3] <= MAX_JSON).all())
+                and bool(((index.durations >= 0) & np.isfinite(index.durations)).all())
+                and bool((index.chars >= 0).all())
+            )
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"the index of {shard} is damaged: {error}") from None
+        if not whole:
+            raise ValueError(f"the index of {shard} is damaged")
+        return index
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -114,28 +143,30 @@ class ShardIndex:
 
     def dump(self) -> str:
         """The index file's content."""
-        places = self._places.T.tolist()
-        return json.dumps(
-            {
-                "version": VERSION,
-                "keys": self.keys,
-                "audio": [self._extensions[e] for e in self._extension],
-                **dict(
-                    zip(("audio_offset", "audio_size", "json_offset", "json_size"), places, strict=True)
-                ),
-                "duration": [round(float(d), 4) for d in self.durations],
-                "chars": self.chars.tolist(),
-                "lang": [self._langs[n] for n in self._lang],
-                "bad": [[b.cause, b.key, b.detail] for b in self.bad],
-            },
-            ensure_ascii=False,
+        columns = (
+            self.keys,
+            [self._extensions[e] for e in self._extension],
+            *self._places.T.tolist(),
+            [round(float(d), 4) for d in self.durations],
+            self.chars.tolist(),
+            [self._langs[n] for n in self._lang],
         )
+        values = {"version": VERSION, **dict(zip(_COLUMNS, columns, strict=True))}
+        values["bad"] = [[b.cause, b.key, b.detail] for b in self.bad]
+        return json.dumps(values, ensure_ascii=False)
 
 
 _COLUMNS = (
     *("keys", "audio", "audio_offset", "audio_size", "json_offset", "json_size"),
     *("duration", "chars", "lang"),
 )
+
+
+def _codes(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The different values, sorted, and the place of each value among them."""
+    different = sorted(set(values))
+    place = {value: i for i, value in enumerate(different)}
+    return different, np.array([place[value] for value in values], np.int32)
 
 
 def index_path(tar: str | os.PathLike) -> Path:
@@ -148,21 +179,27 @@ def load_index(source: str | os.PathLike | bytes, shard: str = "") -> ShardIndex
     if not isinstance(source, bytes):
         shard = shard or str(source).removesuffix(".index.json") + ".tar"
         source = Path(source).read_bytes()
-    values = json.loads(source)
+    try:
+        values = json.loads(source)
+    except RecursionError:
+        raise ValueError(f"the index of {shard} is damaged") from None
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise ValueError(f"the index of {shard} is not of version {VERSION}")
     columns = [values.get(name) for name in _COLUMNS]
     if any(not isinstance(c, list) or len(c) != len(columns[0]) for c in columns):
         raise ValueError(f"the index of {shard} is damaged")
-    rows = [Entry(*row) for row in zip(*columns, strict=True)]
-    bad = [BadSample(cause, shard, key, detail) for cause, key, detail in values.get("bad", [])]
-    return ShardIndex(shard, rows, bad)
+    try:
+        bad = [BadSample(cause, shard, key, detail) for cause, key, detail in values["bad"]]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"the index of {shard} is damaged") from None
+    return ShardIndex.of_columns(shard, columns, bad)
 
 
 def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """A tar's members in order, with the bytes of regular json files up to a limit, else None.
 
-    Raises `EOFError` where the archive ends early, after all whole members were given.
+    Raises `EOFError` where the archive ends early or a header is damaged, after all members before
+    that place were given.
     """
     if isinstance(tar, bytes):
         file, size = io.BytesIO(tar), len(tar)
@@ -171,16 +208,20 @@ def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, b
     with file:
         try:
             archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-        except tarfile.TarError as error:
+        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
             raise EOFError(f"not a tar: {error}") from None
+        place = -1
         while True:
             try:
                 member = archive.next()
-            except (tarfile.TarError, EOFError, ValueError) as error:
+            except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
                 raise EOFError(str(error)) from None
             if member is None:
                 break
             archive.members.clear()  # tarfile keeps all headers otherwise
+            if member.size < 0 or member.offset <= place:
+                raise EOFError(f"damaged header at byte {member.offset}")
+            place = member.offset
             if member.isreg() and member.offset_data + member.size > size:
                 raise EOFError(f"{member.name[:80]} is cut off")
             data = None
@@ -190,67 +231,136 @@ def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, b
                 data = file.read(member.size)
                 file.seek(here)
             yield member, data
-        # A whole tar ends in a block of zeros; tarfile takes a bare end of file for one.
-        if size < 512 or size % 512:
+        # tarfile takes a bare end of file, and a damaged header in the middle, for the end of the
+        # archive; a whole one ends in a block of zeros.
+        file.seek(archive.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
             raise EOFError("the archive's end is missing")
+        if any(block):
+            raise EOFError(f"damaged header at byte {archive.offset}")
+
+
+@dataclass
+class _Parts:
+    """What a tar holds under one key: places of members, and what its json says."""
+
+    audio: tuple[str, int, int] | None = None  # extension, offset, size
+    json: tuple[int, int] | None = None
+    says: tuple[float, int, str] | BadSample | None = None  # duration, characters, language
 
 
 def build_index(tar: str | os.PathLike | bytes, shard: str = "") -> ShardIndex:
     """The index of a tar by reading its headers and json members; ``bad`` names what is wrong.
 
-    Survives truncated tars (what is whole is indexed), missing members, links and odd names.
+    Survives truncated tars (what is whole is indexed), missing members, links and odd names. Where
+    the json names no duration, it is read from the audio's header. Members that are neither audio
+    nor json do not concern us.
     """
     shard = shard or (str(tar) if not isinstance(tar, bytes) else "")
-    parts: dict[str, dict[str, tuple[int, int, bytes | None]]] = {}
+    parts: dict[str, _Parts] = {}
     bad: list[BadSample] = []
     try:
         for member, data in members(tar):
-            key, _, extension = member.name.rpartition(".")
-            extension = extension.lower()
-            if member.isdir():
-                continue
-            if not member.isreg():
-                bad.append(BadSample("not_a_file", shard, member.name[:200], "a link or a device"))
-            elif extension in (*EXTENSIONS, "json") and key:
-                if extension in parts.setdefault(key, {}):
-                    bad.append(BadSample("duplicate_key", shard, key, extension))
-                parts[key][extension] = (member.offset_data, member.size, data)
+            if not member.isdir():
+                _note_member(shard, member, data, parts, bad)
     except EOFError as error:
         bad.append(BadSample("truncated_tar", shard, "", str(error)))
     rows = []
     for key, held in parts.items():
         try:
-            rows.append(_row(shard, key, held))
+            rows.append(_row(shard, key, held, tar))
         except BadSample as error:
             bad.append(error)
     return ShardIndex(shard, rows, bad)
 
 
-def _row(shard: str, key: str, held: Mapping[str, tuple[int, int, bytes | None]]) -> Entry:
-    audio = [e for e in held if e != "json"]
-    if "json" not in held:
+def _note_member(
+    shard: str,
+    member: tarfile.TarInfo,
+    data: bytes | None,
+    parts: dict[str, _Parts],
+    bad: list[BadSample],
+) -> None:
+    shown = member.name[:200].encode("utf-8", "backslashreplace").decode()
+    if not member.isreg() or member.issparse():
+        bad.append(BadSample("not_a_file", shard, shown, "a link, a device or a sparse file"))
+        return
+    key, _, extension = member.name.rpartition(".")
+    extension = extension.lower()
+    if extension not in (*EXTENSIONS, "json") or not key:
+        return
+    if not _is_unicode(key):
+        bad.append(BadSample("bad_utf8", shard, shown, "the member's name"))
+        return
+    held = parts.setdefault(key, _Parts())
+    if (held.json if extension == "json" else held.audio) is not None:
+        bad.append(BadSample("duplicate_key", shard, key, f"a second {extension}"))
+    elif extension != "json":
+        held.audio = (extension, member.offset_data, member.size)
+    else:
+        held.json = (member.offset_data, member.size)
+        try:
+            if data is None:
+                raise BadSample("bad_json", shard, key, f"{member.size} bytes of json")
+            values = parse_json(data, shard, key)
+            held.says = (_duration(values), len(values["text"]), values["lang"])
+        except BadSample as error:
+            held.says = error
+
+
+def _row(shard: str, key: str, held: _Parts, tar: str | os.PathLike | bytes) -> Entry:
+    if held.json is None:
         raise BadSample("missing_json", shard, key, "audio without a json member")
-    if not audio:
+    if isinstance(held.says, BadSample):
+        raise held.says
+    if held.audio is None:
         raise BadSample("missing_audio", shard, key, "json without an audio member")
-    at, size, data = held["json"]
-    if data is None:
-        raise BadSample("bad_json", shard, key, f"{size} bytes of json")
-    values = parse_json(data, shard, key)
-    offset, length, _ = held[audio[0]]
-    if length > MAX_AUDIO:
-        raise BadSample("too_long", shard, key, f"{length} bytes of audio")
-    text, lang = str(values["text"]), str(values.get("lang", ""))
-    return Entry(key, audio[0], offset, length, at, size, _duration(values), len(text), lang)
+    extension, offset, size = held.audio
+    if size > MAX_AUDIO:
+        raise BadSample("too_long", shard, key, f"{size} bytes of audio")
+    duration, chars, lang = held.says
+    if not duration:
+        if isinstance(tar, bytes):
+            audio = tar[offset : offset + size]
+        else:
+            with open(tar, "rb") as file:
+                audio = os.pread(file.fileno(), size, offset)
+        with contextlib.suppress(soundfile.LibsndfileError):  # decoding it will name the cause
+            duration = header_seconds(io.BytesIO(audio))
+    return Entry(key, extension, offset, size, *held.json, duration, chars, lang)
+
+
+def header_seconds(audio: str | os.PathLike | io.BytesIO) -> float:
+    """Duration by the audio's header, 0.0 where that says none. Raises `LibsndfileError`."""
+    info = soundfile.info(audio if isinstance(audio, io.BytesIO) else os.fspath(audio))
+    seconds = info.frames / max(info.samplerate, 1)
+    return seconds if seconds < MAX_SECONDS else 0.0
+
+
+MAX_SECONDS = 1e7  # what a header or a json may claim
 
 
 def _duration(values: Mapping[str, Any]) -> float:
     duration = values.get("duration", 0.0)
-    usable = isinstance(duration, (int, float)) and 0 <= duration < 1e7
-    return float(duration) if usable else 0.0
+    usable = isinstance(duration, (int, float)) and 0 <= duration < MAX_SECONDS
+    return float(duration) if usable and math.isfinite(duration) else 0.0
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which no UTF-8 file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_json(data: bytes, shard: str, key: str) -> dict[str, Any]:
-    """A sample's json member. Raises `BadSample`: bad_utf8, bad_json."""
+    """A sample's json member; ``text``, ``lang`` and ``speaker`` are strings.
+
+    Raises `BadSample`: bad_utf8, bad_json.
+    """
     try:
         values = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -259,6 +369,9 @@ def parse_json(data: bytes, shard: str, key: str) -> dict[str, Any]:
         raise BadSample("bad_json", shard, key, str(error)) from None
     if not isinstance(values, dict) or not isinstance(values.get("text"), str):
         raise BadSample("bad_json", shard, key, "no 'text'")
+    values["lang"], values["speaker"] = (str(values.get(k) or "") for k in ("lang", "speaker"))
+    if not all(_is_unicode(values[k]) for k in ("text", "lang", "speaker")):
+        raise BadSample("bad_utf8", shard, key, "a lone surrogate")
     return values
 
 
@@ -267,11 +380,11 @@ def parse_sample(entry: Entry, shard: str, audio: bytes, data: bytes) -> Sample:
     values = parse_json(data, shard, entry.key)
     phonemes = values.pop("phonemes", None)
     if phonemes is not None and not (
-        isinstance(phonemes, list) and all(isinstance(p, str) for p in phonemes)
+        isinstance(phonemes, list) and all(isinstance(p, str) and _is_unicode(p) for p in phonemes)
     ):
         raise BadSample("bad_json", shard, entry.key, "'phonemes' is not a list of strings")
     alignment = values.pop("alignment", None)
-    duration = _duration(values)
+    duration = _duration(values) or entry.duration
     values.pop("duration", None)
     return Sample(
         key=entry.key,
@@ -279,8 +392,8 @@ def parse_sample(entry: Entry, shard: str, audio: bytes, data: bytes) -> Sample:
         audio=audio,
         extension=entry.audio,
         text=values.pop("text"),
-        lang=str(values.pop("lang", "")),
-        speaker=str(values.pop("speaker", "")),
+        lang=values.pop("lang"),
+        speaker=values.pop("speaker"),
         duration=duration,
         phonemes=None if phonemes is None else tuple(phonemes),
         alignment=alignment if isinstance(alignment, dict) else None,
@@ -288,10 +401,8 @@ def parse_sample(entry: Entry, shard: str, audio: bytes, data: bytes) -> Sample:
     )
 
 
-def read_sample(
-    source: str | os.PathLike | Callable[[int, int], bytes], entry: Entry, shard: str = ""
-) -> Sample:
-    """One sample by offset, from a local tar or through ``fetch(offset, size)``. Raises `BadSample`."""
+def read_sample(source: str | os.PathLike | Fetch, entry: Entry, shard: str = "") -> Sample:
+    """One sample by offset, from a local tar or through `Fetch`. Raises `BadSample`."""
     if callable(source):
         audio = source(entry.audio_offset, entry.audio_size)
         data = source(entry.json_offset, entry.json_size)
@@ -305,88 +416,13 @@ def read_sample(
     return parse_sample(entry, shard, audio, data)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A sample to be written: ``audio`` bytes as they are, ``values`` for the json member."""
-
-    key: str
-    extension: str
-    audio: bytes
-    values: dict[str, Any]
-
-
-def write_shard(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
-    """Write ``path`` and its index, each whole or not at all; the same samples give the same bytes."""
-    with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:
-            writer = webdataset.TarWriter(file, encoder=False, user="dsasr", group="dsasr", mtime=0)
-            for sample in samples:
-                if "." in sample.key.rpartition("/")[2]:
-                    raise UserError(f"key '{sample.key}' has a dot: a dot ends a WebDataset key")
-                data = json.dumps(sample.values, ensure_ascii=False).encode("utf-8")
-                writer.write(
-                    {"__key__": sample.key, sample.extension: sample.audio, "json": data}
-                )
-            writer.close()
-        index = build_index(temporary, str(path))
-    atomic_write(index_path(path), index.dump())
-    return index
-
-
-def shard_summary(path: Path, index: ShardIndex) -> dict[str, Any]:
-    """One shard's row of dataset.json, with what is summed over shards."""
-    langs: Counter[str] = Counter()
-    seconds: Counter[str] = Counter()
-    for entry in index:
-        langs[entry.lang] += 1
-        seconds[entry.lang] += entry.duration
-    return {
-        "name": path.name,
-        "samples": len(index),
-        "seconds": round(sum(seconds.values()), 3),
-        "bytes": path.stat().st_size,
-        "langs": {k: [langs[k], round(seconds[k], 3)] for k in sorted(langs)},
-    }
-
-
-def write_dataset(folder: Path, rows: Sequence[Mapping[str, Any]], speakers: int) -> dict[str, Any]:
-    """``dataset.json``: the shards, counts and hours, over all and by language."""
-    langs: dict[str, list[float]] = {}
-    for row in rows:
-        for lang, (samples, seconds) in row["langs"].items():
-            held = langs.setdefault(lang, [0, 0.0])
-            held[0] += samples
-            held[1] += seconds
-    values = {
-        "version": VERSION,
-        "shards": [{k: v for k, v in row.items() if k != "langs"} for row in rows],
-        "samples": sum(row["samples"] for row in rows),
-        "hours": round(sum(row["seconds"] for row in rows) / 3600, 4),
-        "langs": {
-            lang: {"samples": int(n), "hours": round(s / 3600, 4)} for lang, (n, s) in sorted(langs.items())
-        },
-        "speakers": speakers,
-    }
-    atomic_write(folder / DATASET, json.dumps(values, indent=1, ensure_ascii=False))
-    return values
-
-
-def read_dataset(folder: str | os.PathLike) -> dict[str, Any]:
-    """``dataset.json`` of a folder. Raises `UserError`."""
-    path = Path(folder) / DATASET
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["version"] != VERSION:
-            raise ValueError(f"version {values['version']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be used ({error}): pack it with tools/make_shards.py") from None
-    return values
-
-
-def digest(path: str | os.PathLike) -> str:
-    """sha256 of a file."""
-    value = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value.update(block)
-    return value.hexdigest()
+def find_tars(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """Local tars of files and folders, sorted. Raises `UserError` if there is none."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"there is no {path}")
+        found += sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"no .tar in {', '.join(map(str, paths))}")
+    return found
