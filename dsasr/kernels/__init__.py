@@ -171,9 +171,11 @@ def _check(
     if not weight_VD.is_floating_point() or targets_N.is_floating_point():
         raise ValueError(f"weight is {weight_VD.dtype}, targets {targets_N.dtype}")
     if targets_N.device.type == "cpu" and len(targets_N):
-        real = targets_N[targets_N != ignore_index]
-        if len(real) and not 0 <= int(real.min()) <= int(real.max()) < shapes[1][0]:
-            raise IndexError(f"a target is outside the vocabulary of {shapes[1][0]}")
+        low, high = targets_N.aminmax()
+        if low < 0 or high >= shapes[1][0]:
+            outside_N = (targets_N < 0) | (targets_N >= shapes[1][0])
+            if (outside_N & (targets_N != ignore_index)).any():
+                raise IndexError(f"a target is outside the vocabulary of {shapes[1][0]}")
 
 
 def softmax_entropy(logits: Tensor) -> Tensor:

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsasr.kernels import torch_passes
+
 # Logits in a tile. CPU: two tiles of float32 stay in cache. GPU: matrix products fill the
 # device, and what is added up over the blocks (N · D) stays small beside what a block moves.
 _CPU_TILE = (1024, 512)
 _GPU_TILE_LOGITS = 1 << 26
 _GPU_ROWS = 1 << 16
 _GPU_MIN_COLUMNS = 4096
-# Up to here the logits are kept for the backward pass: cheaper than computing them again.
-_KEPT_LOGITS = 1 << 21
+# Up to here whole log-probabilities are cheaper, on a CPU, than tiles that are computed twice.
+_SMALL_LOGITS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,10 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _cut(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile. A problem of up to `_KEPT_LOGITS` is one tile."""
-    if rows * columns <= _KEPT_LOGITS:
-        return max(rows, 1), columns
+    """Rows and columns of a tile."""
     if device.type == "cpu":
         return _CPU_TILE
-    tile_rows = min(rows, _GPU_ROWS)
+    tile_rows = max(1, min(rows, _GPU_ROWS))
     blocks = -(-columns // max(_GPU_TILE_LOGITS // tile_rows, _GPU_MIN_COLUMNS))
     even = -(-columns // blocks)
     return tile_rows, -(-even // 256) * 256
@@ -78,6 +78,15 @@ def run(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(nll_N, entropy_N, right_N) with the tile passes of ``passes``."""
+    if (
+        passes is torch_passes
+        and bias_V is None
+        and not soft_cap
+        and not label_smoothing
+        and hidden_ND.device.type == "cpu"
+        and len(targets_N) * len(weight_VD) <= _SMALL_LOGITS
+    ):
+        return _SmallLinearEntropy.apply(ignore_index, hidden_ND, weight_VD, targets_N)
     rows, columns = _cut(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device)
     plan = _Plan(rows, columns, ignore_index, soft_cap or None, label_smoothing)
     return _LinearEntropy.apply(passes, plan, hidden_ND, weight_VD, bias_V, targets_N)
@@ -88,8 +97,7 @@ class _LinearEntropy(torch.autograd.Function):
     def forward(ctx, passes, plan, hidden_ND, weight_VD, bias_V, targets_N):
         ctx.set_materialize_grads(False)
         tiles = _Tiles(passes, plan, hidden_ND, weight_VD, bias_V, targets_N)
-        carry_5N, kept = tiles.statistics(keep=any(ctx.needs_input_grad))
-        m, s, t, picked, summed = carry_5N
+        m, s, t, picked, summed = tiles.statistics()
         log_s = s.log()
         entropy_N = log_s - t / s
         smoothing = plan.smoothing
@@ -102,7 +110,7 @@ class _LinearEntropy(torch.autograd.Function):
         shown_N = entropy_N.masked_fill(ignored_N, 0.0)
         right_N = (picked == m) & ~ignored_N
         ctx.save_for_backward(
-            hidden_ND, weight_VD, bias_V, targets_N, torch.stack([m, log_s, entropy_N]), kept
+            hidden_ND, weight_VD, bias_V, targets_N, torch.stack([m, log_s, entropy_N])
         )
         ctx.passes, ctx.plan = passes, plan
         ctx.mark_non_differentiable(right_N)
@@ -111,14 +119,56 @@ class _LinearEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, nll_grad_N, entropy_grad_N, _):
-        hidden_ND, weight_VD, bias_V, targets_N, saved_3N, kept = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, targets_N, saved_3N = ctx.saved_tensors
         if nll_grad_N is None and entropy_grad_N is None:
             return (None,) * 6
         tiles = _Tiles(ctx.passes, ctx.plan, hidden_ND, weight_VD, bias_V, targets_N)
-        grads = tiles.gradients(
-            saved_3N, nll_grad_N, entropy_grad_N, kept, ctx.needs_input_grad[2:5]
-        )
+        needed = ctx.needs_input_grad[2:5]
+        grads = tiles.gradients(saved_3N, nll_grad_N, entropy_grad_N, needed)
         return None, None, *grads, None
+
+
+class _SmallLinearEntropy(torch.autograd.Function):
+    """The plain case at a size where the log-probabilities may as well exist."""
+
+    @staticmethod
+    def forward(ctx, ignore_index, hidden_ND, weight_VD, targets_N):
+        ctx.set_materialize_grads(False)
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        log_p_NV = (hidden_ND.to(dtype) @ weight_VD.to(dtype).T).log_softmax(1)
+        ignored_N = targets_N == ignore_index
+        place_N1 = targets_N.masked_fill(ignored_N, 0)[:, None]
+        picked_N = log_p_NV.gather(1, place_N1).squeeze(1)
+        right_N = (picked_N == log_p_NV.amax(1)).masked_fill_(ignored_N, False)
+        entropy_N = log_p_NV.exp().mul_(log_p_NV).sum(1).neg_()
+        ctx.save_for_backward(hidden_ND, weight_VD, log_p_NV, entropy_N, ignored_N, place_N1)
+        ctx.mark_non_differentiable(right_N)
+        nll_N = picked_N.neg_().masked_fill_(ignored_N, 0.0)
+        return nll_N, entropy_N.masked_fill(ignored_N, 0.0), right_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, nll_grad_N, entropy_grad_N, _):
+        hidden_ND, weight_VD, log_p_NV, entropy_N, ignored_N, place_N1 = ctx.saved_tensors
+        if nll_grad_N is None and entropy_grad_N is None:
+            return (None,) * 4
+        dz_NV = log_p_NV.exp()
+        if entropy_grad_N is None:
+            nll = nll_grad_N.masked_fill(ignored_N, 0.0)[:, None]
+            dz_NV.mul_(nll)
+        else:
+            entropy = entropy_grad_N.masked_fill(ignored_N, 0.0)[:, None]
+            nll = torch.zeros_like(entropy)
+            if nll_grad_N is not None:
+                nll = nll_grad_N.masked_fill(ignored_N, 0.0)[:, None]
+            dz_NV.mul_((log_p_NV + entropy_N[:, None]).mul_(-entropy).add_(nll))
+        dz_NV.scatter_add_(1, place_N1, -nll)
+        hidden_grad = weight_grad = None
+        if ctx.needs_input_grad[1]:
+            hidden_grad = (dz_NV @ weight_VD.to(dz_NV.dtype)).to(hidden_ND.dtype)
+        if ctx.needs_input_grad[2]:
+            weight_grad = (dz_NV.T @ hidden_ND.to(dz_NV.dtype)).to(weight_VD.dtype)
+        return None, hidden_grad, weight_grad, None
 
 
 class _Tiles:
@@ -132,7 +182,6 @@ class _Tiles:
         self.on_cpu = hidden_ND.device.type == "cpu"
         self.factor_dtype = self.sum_dtype if self.on_cpu else hidden_ND.dtype
         self.hidden_ND = hidden_ND.to(self.factor_dtype)
-        self.one_tile = plan.rows >= len(hidden_ND) and plan.columns >= len(weight_VD)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         rows = min(self.plan.rows, len(self.hidden_ND))
@@ -159,19 +208,16 @@ class _Tiles:
             "infinite": bias_v is not None,  # nothing else makes a logit −inf
         }
 
-    def statistics(self, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """The rows' carry; and W·h, if all of it is one small tile, to ``keep``."""
+    def statistics(self) -> Tensor:
+        """The rows' carry over all columns."""
         carry_5N = self.hidden_ND.new_zeros(5, len(self.hidden_ND), dtype=self.sum_dtype)
         carry_5N[0] = -torch.inf
         buffer, scratch = self._buffer(self.sum_dtype), self._buffer(self.sum_dtype)
-        kept = None
         for columns in self.plan.column_blocks(self.weight_VD):
             weight_vD, options = self._weight(columns), self._options(columns)
             for rows in self.plan.row_blocks(self.hidden_ND):
                 z_nv = self._view(buffer, rows, columns)
                 _product(self.hidden_ND[rows], weight_vD.T, z_nv)
-                if keep and self.one_tile and z_nv.numel() <= _KEPT_LOGITS:
-                    kept = z_nv.clone()
                 self.passes.update(
                     z_nv,
                     carry_5N[:, rows],
@@ -180,14 +226,13 @@ class _Tiles:
                     scratch_nv=self._view(scratch, rows, columns),
                     **options,
                 )
-        return carry_5N, kept
+        return carry_5N
 
     def gradients(
         self,
         saved_3N: Tensor,
         nll_grad_N: Tensor | None,
         entropy_grad_N: Tensor | None,
-        kept: Tensor | None,
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias; None for those not ``needed``."""
@@ -198,10 +243,7 @@ class _Tiles:
             weight_vD, options = self._weight(columns), self._options(columns)
             for rows in self.plan.row_blocks(self.hidden_ND):
                 z_nv = self._view(buffer, rows, columns)
-                if kept is None:
-                    _product(self.hidden_ND[rows], weight_vD.T, z_nv)
-                else:
-                    z_nv.copy_(kept)
+                _product(self.hidden_ND[rows], weight_vD.T, z_nv)
                 dz_nv = self.passes.gradient(
                     z_nv,
                     rows_6N[:, rows],
