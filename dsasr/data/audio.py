@@ -11,8 +11,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +24,6 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchaudio.compliance import kaldi
 
 from dsasr.errors import UserError
 from dsasr.files import atomic_write
@@ -31,6 +32,9 @@ RATE = 16_000
 FULL_SCALE = 32_768.0  # kaldi's features are of 16-bit integers
 LOG_FLOOR = torch.finfo(torch.float32).eps
 PREEMPHASIS = 0.97
+MAX_CHANNELS = 64
+MAX_KERNEL = 1 << 19  # the product of reduced sampling rates; 44.1 and 16 kHz make 441 · 160
+SHORT = 0.01  # share by which audio may fall short of its header: MP3's is an estimate
 
 
 class AudioError(Exception):
@@ -45,33 +49,58 @@ def decode(data: bytes, *, rate: int = RATE, max_seconds: float = 60.0) -> Tenso
     """WAV, FLAC, Ogg (Vorbis, Opus) or MP3 bytes → float32 mono [n] in [-1, 1] at ``rate``.
 
     The header is believed only as far as ``max_seconds``: no more is ever decoded, so a file that
-    claims hours, or unpacks to them, costs no memory. Channels are averaged. Raises `AudioError`:
-    decode_error, empty_audio, too_long, nan_audio.
+    claims hours, or unpacks to them, costs no memory. Channels are averaged. Lossy formats may
+    exceed 1 by a little. Raises `AudioError`: decode_error, empty_audio, too_long, nan_audio.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             source = file.samplerate
-            if not 1000 <= source <= 768_000:
-                raise AudioError("decode_error", f"sampling rate {source} Hz")
+            if not 1000 <= source <= 768_000 or file.channels > MAX_CHANNELS:
+                shape = f"sampling rate {source} Hz, {file.channels} channels"
+                raise AudioError("decode_error", shape)
             most = int(max_seconds * source) + 1
-            wave = file.read(frames=most, dtype="float32", always_2d=True)
+            mono, claimed = _mono(file, most), file.frames
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
         raise AudioError("decode_error", str(error)) from None
-    if len(wave) >= most:
+    if len(mono) >= most:
         raise AudioError("too_long", f"more than {max_seconds:g} s")
-    if not len(wave):
+    if len(mono) < claimed * (1 - SHORT):
+        # libsndfile stops at a damaged page of Ogg or MP3, and calls it the end.
+        raise AudioError("decode_error", f"ends after {len(mono)} of {claimed} samples")
+    if not len(mono):
         raise AudioError("empty_audio", "no samples")
-    mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError("nan_audio", "samples that are not finite")
-    return resample(torch.from_numpy(np.ascontiguousarray(mono)), source, rate)
+    return resample(torch.from_numpy(mono), source, rate)
+
+
+def _mono(file: soundfile.SoundFile, most: int) -> np.ndarray:
+    """Up to ``most`` frames, channels averaged in blocks: a file with many costs no more memory."""
+    if file.channels == 1:
+        return file.read(frames=most, dtype="float32")
+    blocks, held = [], 0
+    while held < most:
+        block = file.read(frames=min(65_536, most - held), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        blocks.append(block.mean(axis=1))
+        held += len(block)
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
 @lru_cache(maxsize=64)
 def _resample_kernel(source: int, target: int) -> tuple[Tensor, int, int, int]:
-    """Windowed-sinc polyphase kernel [target', 1, width], reduced rates and padding."""
-    divisor = math.gcd(source, target)
-    source, target = source // divisor, target // divisor
+    """Windowed-sinc polyphase kernel [target', 1, width], reduced rates and padding.
+
+    The kernel grows with the product of the reduced rates. An odd pair, such as 44,056 and 16,000,
+    would take gigabytes: it is replaced by the nearest ratio of numbers up to 1000, which is off
+    by a few millionths.
+    """
+    ratio = Fraction(source, target)
+    if ratio.numerator * ratio.denominator > MAX_KERNEL:
+        near = min(ratio, 1 / ratio).limit_denominator(1000)
+        ratio = near if ratio < 1 else 1 / near
+    source, target = ratio.numerator, ratio.denominator
     zeros, rolloff = 6, 0.99
     base = min(source, target) * rolloff
     width = math.ceil(zeros * source / base)
@@ -101,7 +130,10 @@ def resample(wave: Tensor, source: int, target: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FbankConfig:
-    """kaldi's log-Mel filter banks; times in milliseconds."""
+    """kaldi's log-Mel filter banks; times in milliseconds.
+
+    ``dither`` is the standard deviation, of 16-bit steps, of noise added to the audio.
+    """
 
     mels: int = 80
     rate: int = RATE
@@ -113,6 +145,8 @@ class FbankConfig:
     def __post_init__(self) -> None:
         if self.mels < 1 or self.rate < 1000 or not 0 < self.shift_ms <= self.frame_ms:
             raise UserError("fbank: mels ≥ 1, rate ≥ 1000 and 0 < shift_ms ≤ frame_ms")
+        if self.dither < 0 or not 0 <= self.low_hz < self.rate / 2 or self.shift < 1:
+            raise UserError("fbank: dither ≥ 0, 0 ≤ low_hz < rate / 2 and a shift of ≥ 1 sample")
 
     @property
     def window(self) -> int:
@@ -138,10 +172,12 @@ def fbank(wave: Tensor, cfg: FbankConfig) -> Tensor:
     """
     if len(wave) < cfg.window:
         return torch.zeros(0, cfg.mels)
-    if cfg.dither:
-        return _dithered(wave, cfg)
     window, _ = _tables(cfg, "cpu")
     wave = wave * FULL_SCALE
+    if cfg.dither:
+        # From the audio itself: the same file has the same features, whoever computes them.
+        seeded = torch.Generator().manual_seed(zlib.crc32(wave.numpy().tobytes()))
+        wave += cfg.dither * torch.randn(len(wave), generator=seeded)
     emphasised = wave.clone()
     emphasised[1:].sub_(wave[:-1], alpha=PREEMPHASIS)
     means = wave.unfold(0, cfg.window, cfg.shift).mean(1, keepdim=True)
@@ -155,18 +191,6 @@ def fbank(wave: Tensor, cfg: FbankConfig) -> Tensor:
     for mels, bins, weights in _bands(cfg):
         torch.mm(power[:, bins], weights, out=features[:, mels])
     return features.clamp_min_(LOG_FLOOR).log_()
-
-
-def _dithered(wave: Tensor, cfg: FbankConfig) -> Tensor:
-    return kaldi.fbank(
-        wave[None] * FULL_SCALE,
-        num_mel_bins=cfg.mels,
-        sample_frequency=cfg.rate,
-        frame_length=cfg.frame_ms,
-        frame_shift=cfg.shift_ms,
-        low_freq=cfg.low_hz,
-        dither=cfg.dither,
-    )
 
 
 @lru_cache(maxsize=8)
@@ -205,8 +229,11 @@ def _tables(cfg: FbankConfig, device: str) -> tuple[Tensor, Tensor]:
 def fbank_batch(waves_BN: Tensor, lengths_B: Tensor, cfg: FbankConfig) -> tuple[Tensor, Tensor]:
     """Padded waves [B, n] → log-Mel energies [B, T, F] (zero beyond an utterance), their lengths.
 
-    The same features as `fbank` to 1e-3, on the waves' device, in one pass.
+    The same features as `fbank` to 1e-3, on the waves' device, in one pass. Raises `UserError` for
+    dither, which only `fbank` does.
     """
+    if cfg.dither:
+        raise UserError("fbank.dither works only where workers compute the features")
     window, weights = _tables(cfg, str(waves_BN.device))
     lengths = torch.div(lengths_B - cfg.window, cfg.shift, rounding_mode="floor") + 1
     lengths = lengths.clamp_min(0)
@@ -284,7 +311,10 @@ class Cmvn:
             std = torch.tensor(values["std"], dtype=torch.float64)
             frames = int(values["frames"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a CMVN file ({error}): make it with tools/cmvn.py") from None
-        if mean.shape != std.shape or mean.dim() != 1 or not bool((std > 0).all()):
+            raise UserError(
+                f"{path} is not a CMVN file ({error}): make it with tools/cmvn.py"
+            ) from None
+        finite = bool(mean.isfinite().all() and std.isfinite().all())
+        if mean.shape != std.shape or mean.dim() != 1 or not finite or not bool((std > 0).all()):
             raise UserError(f"{path} is damaged: make it again with tools/cmvn.py")
         return cls(mean, std, frames)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from dsasr.data.audio import RATE, resample
 from dsasr.errors import UserError
 
-KINDS = ("babble", "vehicle", "music")
+KINDS = ("babble", "vehicle", "music")  # the paper's
+RECORDED = "recorded"  # noise shards' recordings, one at a time
+MUSIC_RANGE = (110.0, 24)  # lowest root in Hz, and how many semitones upwards there are roots
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class AugmentConfig:
     """Speed perturbation and noise, with NIM4-ASR's figures (arXiv 2604.18105) as defaults.
 
     ``noise_share`` of the samples get noise at SNR ~ N(``snr_mean``, ``snr_std``) dB; before it is
-    added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side.
+    added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side. ``kinds``
+    are equally likely; name one twice to have it twice as often. "recorded" takes noise as it lies
+    in noise shards.
     """
 
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
@@ -59,9 +64,9 @@ class AugmentConfig:
             raise UserError("augment.speeds: one or more factors between 0.5 and 2")
         if not 0 <= self.noise_share <= 1 or self.snr_std < 0 or self.silence < 0:
             raise UserError("augment: noise_share in [0, 1], snr_std ≥ 0, silence ≥ 0")
-        unknown = [k for k in self.kinds if k not in KINDS]
+        unknown = [k for k in self.kinds if k not in (*KINDS, RECORDED)]
         if unknown or not self.kinds:
-            raise UserError(f"augment.kinds: choose from {', '.join(KINDS)}")
+            raise UserError(f"augment.kinds: choose from {', '.join((*KINDS, RECORDED))}")
 
 
 @dataclass(frozen=True)
@@ -96,21 +101,28 @@ def draw(cfg: AugmentConfig, seed: int) -> Draw:
     )
 
 
-def apply(wave: Tensor, drawn: Draw, noises: Sequence[Tensor] = (), rate: int = RATE) -> Tensor:
+def apply(
+    wave: Tensor,
+    drawn: Draw,
+    voices: Sequence[Tensor] = (),
+    rate: int = RATE,
+    recorded: Sequence[Tensor] = (),
+) -> Tensor:
     """``wave`` [n] as ``drawn``: speed, then silence, then noise over all of it.
 
-    ``noises`` are recordings to take babble (or, in general, noise) from; without any, babble is
-    made from the utterance itself. Speed is kaldi's: resampling, so that pitch follows.
+    ``voices`` are other utterances, for babble; without any it is made from the utterance itself.
+    ``recorded`` is what noise shards hold. Speed is kaldi's: resampling, so that pitch follows.
     """
     if drawn.speed != 1.0:
         wave = resample(wave, round(100 * drawn.speed), 100)
-    if drawn.noise is None:
+    if drawn.noise is None or not len(wave):
         return wave
     rng = np.random.Generator(np.random.PCG64([drawn.seed & 0xFFFFFFFF, drawn.seed >> 32, 1]))
     before, after = (torch.zeros(int(s * rate)) for s in (drawn.before, drawn.after))
     speech_power = float(wave.square().mean())
     padded = torch.cat((before, wave, after))
-    noise = make_noise(drawn.noise, len(padded), rng, noises or (wave,), rate)
+    source = recorded if drawn.noise == RECORDED else (voices or (wave,))
+    noise = make_noise(drawn.noise, len(padded), rng, source, rate)
     return mix(padded, noise, drawn.snr, speech_power)
 
 
@@ -123,62 +135,82 @@ def mix(wave: Tensor, noise: Tensor, snr: float, speech_power: float | None = No
     noise_power = float(noise.square().mean())
     if power <= 0 or noise_power <= 0:
         return wave
-    mixed = wave + noise * (power / (noise_power * 10 ** (snr / 10))) ** 0.5
+    mixed = torch.add(wave, noise, alpha=(power / (noise_power * 10 ** (snr / 10))) ** 0.5)
     peak = float(mixed.abs().max())
     return mixed / peak if peak > 1 else mixed
 
 
 def make_noise(
-    kind: str, samples: int, rng: np.random.Generator, voices: Sequence[Tensor], rate: int = RATE
+    kind: str, samples: int, rng: np.random.Generator, sources: Sequence[Tensor], rate: int = RATE
 ) -> Tensor:
-    """Noise [samples] of one of `KINDS`, from ``rng``.
+    """Noise [samples] of one of `KINDS`, or recorded, from ``rng``; its level means nothing.
 
-    babble: four cuts of ``voices`` at once; vehicle: noise whose power falls with frequency above
-    60 Hz (6 dB an octave twice over), with a slow swell; music: chords of decaying harmonics.
+    babble: four cuts of ``sources`` at once; recorded: one cut of one of them; vehicle: noise that
+    falls by 6 dB an octave above 60 Hz, with a slow swell; music: decaying chords. Recordings are
+    repeated where they are too short. Raises ValueError if there are none to take from.
     """
-    if kind == "babble":
-        return _babble(samples, rng, voices)
     if kind == "vehicle":
         return _vehicle(samples, rng, rate)
     if kind == "music":
         return _music(samples, rng, rate)
-    raise ValueError(f"no noise of kind {kind!r}")
-
-
-def _babble(samples: int, rng: np.random.Generator, voices: Sequence[Tensor]) -> Tensor:
+    if kind not in ("babble", RECORDED):
+        raise ValueError(f"no noise of kind {kind!r}")
+    usable = [source for source in sources if len(source)]
+    if not usable:
+        raise ValueError(f"{kind} noise needs recordings to take it from")
     total = torch.zeros(samples)
-    for _ in range(4):
-        voice = voices[int(rng.integers(len(voices)))]
-        start = int(rng.integers(len(voice)))
-        rolled = torch.cat((voice[start:], voice[:start]))
-        total += rolled.repeat(-(-samples // len(rolled)))[:samples]
+    for _ in range(4 if kind == "babble" else 1):
+        _add_cut(total, usable[int(rng.integers(len(usable)))], rng)
     return total
+
+
+def _add_cut(total: Tensor, source: Tensor, rng: np.random.Generator) -> None:
+    """Add ``source``, from a random place on and round and round, to all of ``total``."""
+    at, place = 0, int(rng.integers(len(source)))
+    while at < len(total):
+        count = min(len(total) - at, len(source) - place)
+        total[at : at + count] += source[place : place + count]
+        at, place = at + count, 0
 
 
 def _vehicle(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
-    white = torch.from_numpy(rng.standard_normal(samples).astype(np.float32))
-    spectrum = torch.fft.rfft(white)
-    hertz = torch.linspace(0, rate / 2, len(spectrum))
-    shaped = torch.fft.irfft(spectrum / (1 + (hertz / 60.0) ** 2).sqrt(), n=samples)
-    swell = 1 + 0.3 * torch.sin(torch.arange(samples) * (2 * torch.pi * float(rng.uniform(0.1, 0.5)) / rate))
-    return shaped * swell
+    size = _fast_size(samples)
+    white = torch.from_numpy(rng.standard_normal(size, dtype=np.float32))
+    spectrum = torch.fft.rfft(white) * _slope(size, rate)
+    shaped = torch.fft.irfft(spectrum, n=size)[:samples]
+    turns = float(rng.uniform(0.1, 0.5)) * samples / rate
+    return shaped.mul_(torch.linspace(0, 2 * torch.pi * turns, samples).sin_().mul_(0.3).add_(1))
+
+
+def _fast_size(samples: int) -> int:
+    """The next of eight lengths an octave: few to keep slopes for, and quick to transform."""
+    step = max(1, (1 << samples.bit_length()) // 16)
+    return -(-samples // step) * step
+
+
+@lru_cache(maxsize=64)
+def _slope(size: int, rate: int) -> Tensor:
+    hertz = torch.linspace(0, rate / 2, size // 2 + 1)
+    return (1 + (hertz / 60.0) ** 2).rsqrt()
 
 
 def _music(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
-    total = torch.zeros(samples)
     length = int(rate * float(rng.uniform(0.25, 0.5)))
-    times = torch.arange(length) / rate
-    envelope = torch.exp(-3 * times)
-    for start in range(0, samples, length):
-        root = 110.0 * 2 ** (int(rng.integers(24)) / 12)
-        chord = torch.zeros(length)
-        for step in (0, 4, 7):
-            for harmonic in (1, 2, 3):
-                hertz = root * 2 ** (step / 12) * harmonic
-                chord += torch.sin(2 * torch.pi * hertz * times) / harmonic
-        stop = min(start + length, samples)
-        total[start:stop] = (chord * envelope)[: stop - start]
-    return total
+    roots = rng.integers(MUSIC_RANGE[1], size=-(-samples // length))
+    return torch.cat([_chord(int(root), rate)[:length] for root in roots])[:samples]
+
+
+@lru_cache(maxsize=64)
+def _chord(semitones: int, rate: int) -> Tensor:
+    """Half a second [rate / 2] of a major triad with three harmonics a tone, decaying."""
+    times = torch.arange(rate // 2) / rate
+    root = MUSIC_RANGE[0] * 2 ** (semitones / 12)
+    total = torch.zeros(len(times))
+    for step in (0, 4, 7):
+        for harmonic in (1, 2, 3):
+            hertz = root * 2 ** (step / 12) * harmonic
+            total += torch.sin(2 * torch.pi * hertz * times) / harmonic
+    return total * torch.exp(-3 * times)
 
 
 def spec_augment(
@@ -186,32 +218,27 @@ def spec_augment(
 ) -> Tensor:
     """A copy of ``features_BTF`` with frequency and time masks, zero (the mean, after CMVN) inside.
 
-    Masks are drawn on the CPU from ``generator``, so that they are the same on every device.
+    The masks depend on ``generator`` and ``lengths_B`` only. With a generator on the CPU they are
+    the same on every device; nothing waits for the device.
     """
     count, frames, mels = features_BTF.shape
-    lengths = lengths_B.cpu()
-    masked_BT = _spans(cfg.time_masks, frames, lengths, _widths(cfg, lengths), generator)
-    full = torch.full((count,), mels)
-    widths = torch.full((count,), min(cfg.freq_width, mels))
-    masked_BF = _spans(cfg.freq_masks, mels, full, widths, generator)
     device = features_BTF.device
-    masked = masked_BT.to(device)[:, :, None] | masked_BF.to(device)[:, None, :]
-    return features_BTF.masked_fill(masked, 0.0)
-
-
-def _widths(cfg: SpecAugmentConfig, lengths: Tensor) -> Tensor:
-    return (lengths * cfg.time_share).long().clamp(max=cfg.time_width)
+    lengths = lengths_B.to(device, non_blocking=True)
+    widths = (lengths.double() * cfg.time_share).long().clamp(max=cfg.time_width)
+    masked_BT = _spans(cfg.time_masks, frames, lengths, widths, generator)
+    full = torch.full((count,), mels, device=device)
+    widths = torch.full((count,), min(cfg.freq_width, mels), device=device)
+    masked_BF = _spans(cfg.freq_masks, mels, full, widths, generator)
+    return features_BTF.masked_fill(masked_BT[:, :, None] | masked_BF[:, None, :], 0.0)
 
 
 def _spans(
-    masks: int, size: int, lengths: Tensor, widths: Tensor, generator: torch.Generator
+    masks: int, size: int, lengths_B: Tensor, widths_B: Tensor, generator: torch.Generator
 ) -> Tensor:
     """[B, size] True inside ``masks`` spans, each up to ``widths_B`` wide within ``lengths_B``."""
-    place = torch.arange(size)
-    inside = torch.zeros(len(lengths), size, dtype=torch.bool)
-    for _ in range(masks):
-        drawn = torch.rand(2, len(lengths), generator=generator)
-        width = (drawn[0] * (widths + 1)).long()
-        start = (drawn[1] * (lengths - width + 1).clamp_min(1)).long()
-        inside |= (place >= start[:, None]) & (place < (start + width)[:, None])
-    return inside
+    count, device = len(lengths_B), lengths_B.device
+    drawn = torch.rand(2, masks, count, 1, generator=generator, device=generator.device).to(device)
+    width = (drawn[0] * (widths_B[:, None] + 1)).long()
+    start = (drawn[1] * (lengths_B[:, None] - width + 1).clamp_min(1)).long()
+    place = torch.arange(size, device=device)
+    return ((place >= start) & (place < start + width)).any(0)

@@ -326,7 +326,7 @@ def _packed(utterance: Utterance, encode: str | None) -> Packed:
         if len(audio) > MAX_AUDIO:
             raise AudioError("too_long", f"{len(audio)} bytes")
         seconds = header_seconds(io.BytesIO(audio))
-        if not seconds:  # a header without a length, as of a FLAC that was streamed
+        if not seconds:  # no samples, or none that the header knows of
             seconds = len(decode(audio, max_seconds=MAX_SECONDS)) / RATE
     values = {"text": utterance.text, "lang": utterance.lang, "speaker": utterance.speaker}
     values |= {"duration": round(seconds, 4)} | utterance.extra
