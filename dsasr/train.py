@@ -56,7 +56,7 @@ def main() -> int:
 
     recipe.quiet()
     chosen = recipe.load(options.recipe, options.overrides)
-    engine.set_threads()
+    engine.set_threads(chosen.engine)
     build.Builder(chosen).check()
     if options.check:
         print("the recipe and its files are in order")

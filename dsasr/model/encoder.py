@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +89,11 @@ def draw_chunk(cfg: ChunkConfig, generator: torch.Generator) -> Chunk | None:
     return Chunk(frames, -1 if all_left < cfg.all_left_share else int(left * (cfg.max_left + 1)))
 
 
-@dataclass(frozen=True)
-class EncoderOutput:
-    """``frames_BSE`` (zero where padded), their ``lengths_B``, each block's output if asked for."""
+class EncoderOutput(NamedTuple):
+    """``frames_BSE`` (zero where padded), their ``lengths_B``, each block's output if asked for.
+
+    A tuple, because ZeRO-3 looks for tensors in tuples only when it hooks a module's output.
+    """
 
     frames_BSE: Tensor
     lengths_B: Tensor

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# From nothing to a trained recogniser: install, make a small bilingual corpus, train, decode, report.
+#   bash tools/quickstart.sh            about 15 minutes on two CPU cores after installation
+#   bash tools/quickstart.sh --short    the same steps in a few minutes, with a poor recogniser
+#   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
+set -euo pipefail
+cd "$(dirname "$0")/.."
+hours=1.2 corpus=corpus/demo run=runs/demo lm_steps=() overrides=() fresh=""
+for argument in "$@"; do
+    case "$argument" in
+        --fresh) fresh=1 ;;
+        --short)
+            hours=0.15 corpus=corpus/demo-short run=runs/demo-short lm_steps=(--steps 120)
+            overrides=(data.train.demo.shards=$corpus/shards/train
+                data.valid.demo-valid.shards=$corpus/shards/valid data.cmvn=$corpus/cmvn.json
+                data.phonemes=$corpus/phonemes.json model.llm.path=$corpus/lm model.tokenizer=$corpus/lm
+                stages.pretrain.steps=60 stages.align.steps=12 stages.ia_sft.steps=60
+                stages.ia_sft.after_final=20 stages.joint.steps=12) ;;
+        *) echo "usage: bash tools/quickstart.sh [--short] [--fresh]" >&2; exit 2 ;;
+    esac
+done
+
+source tools/install.sh demo
+started=$SECONDS
+[ -z "$fresh" ] || rm -rf "$corpus" "$run"
+step() { echo; echo "== $1   ($(((SECONDS - started) / 60)):$(printf %02d $(((SECONDS - started) % 60))))"; }
+
+step "speech: synthesising $hours hours in two languages"
+python tools/synth_corpus.py --out "$corpus" --hours "$hours"
+step "shards: packing it for streaming"
+for split in train valid test nonspeech; do
+    [ -f "$corpus/shards/$split/dataset.json" ] || \
+        python tools/make_shards.py "$corpus/$split.jsonl" --out "$corpus/shards/$split" --shard-size 250
+done
+[ -f "$corpus/cmvn.json" ] || python tools/cmvn.py "$corpus/shards/train" --out "$corpus/cmvn.json"
+[ -f "$corpus/phonemes.json" ] || \
+    python tools/make_phonemes.py "$corpus/shards/train" --out "$corpus/phonemes.json"
+step "text: tokenizer and a small language model"
+python tools/train_tokenizer.py "$corpus/text/lm.txt" --out "$corpus/tokenizer"
+python tools/make_lm.py "$corpus/text/lm.txt" --heldout "$corpus/text/lm_heldout.txt" \
+    --tokenizer "$corpus/tokenizer" --out "$corpus/lm" "${lm_steps[@]}"
+
+step "training: pretrain, align, IA-SFT and joint under ZeRO-3"
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -eq 0 ]; then
+    export DS_ACCELERATOR=cpu
+    gpus=2
+fi
+command=(deepspeed --num_gpus "$gpus" dsasr/train.py --recipe demo "run=$run" "${overrides[@]}")
+if python tools/evaluate.py "$run" --is-finished; then
+    echo "$run is trained already (--fresh starts again)"
+else
+    echo "${command[*]}"
+    "${command[@]}" 2>&1 | python tools/filter_log.py
+fi
+
+step "evaluation: unseen sentences by unseen voices"
+python tools/evaluate.py "$run" --data "$corpus/shards/test" --report
+echo
+echo "Run folder:     $run   (report.json, metrics.jsonl, timeline.png, checkpoints, snapshots)"
+echo "Watch it:       tensorboard --logdir $run/tensorboard"
+echo "Train it again, your way:"
+echo "  ${command[*]} run=runs/mine key=value …"
+echo "Time after installation: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
