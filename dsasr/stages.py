@@ -102,7 +102,7 @@ class PlannedSwap:
 class DriftConfig:
     """When encoder snapshots are taken. Steps are pretrain steps; shares are of their total."""
 
-    mode: Literal["cka", "fixed", "off"] = "cka"
+    mode: Literal["cka", "fixed", "final"] = "cka"
     start: float = 0.25  # share of pretraining at which the first reference is taken
     interval: float = 0.005  # share between two measurements
     threshold: float = 0.975  # CKA below it publishes a snapshot

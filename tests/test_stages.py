@@ -89,7 +89,7 @@ def test_interleave_is_a_ratio():
 
 def test_conventional_recipe_runs_one_stage_after_the_other():
     joint = replace(JOINT, steps=3)
-    turns, swaps, _, _ = play(Schedule((PRETRAIN, ALIGN, joint), DriftConfig(mode="off")))
+    turns, swaps, _, _ = play(Schedule((PRETRAIN, ALIGN, joint), DriftConfig(mode="final")))
     names = [name for name, _ in turns]
     assert names == ["pretrain"] * 20 + ["align"] * 4 + ["joint"] * 3
     assert swaps == [("s20", 0, "align")]
