@@ -223,6 +223,8 @@ def adaptor(
     _check_adaptor(frames_BSE, lengths_B, w1, w2, stack, activation)
     if (out_LD is None) != (index_N is None):
         raise ValueError("out_LD and index_N belong together")
+    if out_LD is not None and (out_LD.ndim != 2 or out_LD.shape[1] != len(w2)):
+        raise ValueError(f"out_LD {tuple(out_LD.shape)}: need [L, {len(w2)}]")
     name = chosen("adaptor", frames_BSE.device, frames_BSE.dtype)
     run = {"reference": reference.adaptor, "torch": stacks.run}.get(name)
     if run is None:
@@ -254,6 +256,10 @@ def _check_adaptor(
             f"frames {shapes[0]}, lengths {shapes[1]}, w1 {shapes[2]}, w2 {shapes[3]}, stack"
             f" {stack}: need [B, S, E], [B], [H, stack * E], [D, H]"
         )
+    if lengths_B.device.type == "cpu" and len(lengths_B):
+        low, high = lengths_B.aminmax()
+        if low < 0 or high > shapes[0][1]:
+            raise ValueError(f"lengths from {low} to {high} for {shapes[0][1]} frames")
     if activation not in reference.ACTIVATIONS:
         known = ", ".join(reference.ACTIVATIONS)
         raise ValueError(f"activation {activation!r}: choose one of {known}")

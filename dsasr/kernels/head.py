@@ -56,6 +56,10 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _cut(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
     """Rows and columns of a tile."""
     if device.type == "cpu":
@@ -83,13 +87,13 @@ def run(
         and bias_V is None
         and not soft_cap
         and not label_smoothing
-        and hidden_ND.device.type == "cpu"
+        and _on_cpu(hidden_ND)
         and len(targets_N) * len(weight_VD) <= _SMALL_LOGITS
     ):
         return _SmallLinearEntropy.apply(ignore_index, hidden_ND, weight_VD, targets_N)
     rows, columns = _cut(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device)
     plan = _Plan(rows, columns, ignore_index, soft_cap or None, label_smoothing)
-    return _LinearEntropy.apply(passes, plan, hidden_ND, weight_VD, bias_V, targets_N)
+    return _LinearEntropy.apply(passes, plan, hidden_ND, weight_VD, bias_V, targets_N.contiguous())
 
 
 class _LinearEntropy(torch.autograd.Function):
@@ -179,7 +183,7 @@ class _Tiles:
         self.weight_VD, self.bias_V, self.targets_N = weight_VD, bias_V, targets_N
         self.sum_dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         # CPUs multiply low precision slowly and cannot add it up in float32.
-        self.on_cpu = hidden_ND.device.type == "cpu"
+        self.on_cpu = _on_cpu(hidden_ND)
         self.factor_dtype = self.sum_dtype if self.on_cpu else hidden_ND.dtype
         self.hidden_ND = hidden_ND.to(self.factor_dtype)
 
@@ -200,7 +204,9 @@ class _Tiles:
         return self.weight_VD[columns].to(self.factor_dtype)
 
     def _options(self, columns: slice) -> dict:
-        bias_v = None if self.bias_V is None else self.bias_V[columns].to(self.sum_dtype)
+        bias_v = None
+        if self.bias_V is not None:
+            bias_v = self.bias_V[columns].to(self.sum_dtype).contiguous()
         return {
             "start": columns.start,
             "bias_v": bias_v,
@@ -272,7 +278,7 @@ class _Tiles:
             for grad in (nll_grad_N, entropy_grad_N)
         )
         scale = None
-        if self.factor_dtype == torch.float16:
+        if self.factor_dtype == torch.float16 and len(nll):
             largest = torch.maximum(nll.abs().max(), entropy.abs().max())
             scale = torch.where(largest > 0, 1024 / largest, 1.0)
             nll, entropy = nll * scale, entropy * scale

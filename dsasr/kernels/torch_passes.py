@@ -77,6 +77,7 @@ def gradient(
     out_nv: Tensor,
 ) -> Tensor:
     """``out_nv`` = p · (a + b · ln p) − c · [target] − k, times the soft cap's slope.
+    It may have a lower precision than z_nv.
 
     ``rows_6n``: m, ln s, a, b, c, k. ``entropy`` and ``smooth`` False promise that b and k are 0.
     """
@@ -84,21 +85,24 @@ def gradient(
     m, log_s, a, b, c, k = (row[:, None] for row in rows_6n)
     slope_nv = 1 - (z_nv / soft_cap).square_() if soft_cap else None
     base = m.masked_fill(m.isneginf(), 0.0)
+    room_nv = out_nv if out_nv.dtype == z_nv.dtype else None
     if entropy:
         z_nv.sub_(base).sub_(log_s)
         if infinite:
             z_nv.clamp_(min=_NEVER)
-        p_nv = torch.exp(z_nv, out=out_nv)
+        p_nv = torch.exp(z_nv, out=room_nv)
         p_nv.mul_(z_nv.mul_(b).add_(a))
     else:
-        p_nv = torch.exp(z_nv.sub_(base), out=out_nv)
+        p_nv = torch.exp(z_nv.sub_(base), out=room_nv)
         p_nv.mul_(a * (-log_s).exp())
     if smooth:
         p_nv.sub_(k)
     if targets_n is not None:
         place_n, inside_n = _places(targets_n, start, z_nv.shape[1])
         p_nv.scatter_add_(1, place_n[:, None], (-c).masked_fill_(~inside_n[:, None], 0.0))
-    return p_nv if slope_nv is None else p_nv.mul_(slope_nv)
+    if slope_nv is not None:
+        p_nv.mul_(slope_nv)
+    return p_nv if room_nv is not None else out_nv.copy_(p_nv)
 
 
 def _places(targets_n: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -57,10 +57,15 @@ def _rows_kernel(
     out_ptr, out_first_ptr, out_width_ptr, before_ptr,
     rows, columns, depth,
     A_TABLE: tl.constexpr, OUT_TABLE: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, BEFORE: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = activation(a[n] · bᵀ + bias); BEFORE: also keep what the activation is given."""
+    """out[n] = activation(a[n] · bᵀ + bias); BEFORE: also keep what the activation is given.
+
+    ALIGNED: all numbers in the tables are multiples of 16, for loads of 16 bytes. EVEN: depth is a
+    multiple of K.
+    """
     down = tl.cdiv(rows, M)
     across = tl.cdiv(columns, N)
     program = tl.program_id(0)
@@ -74,6 +79,9 @@ def _rows_kernel(
     if A_TABLE:
         a_first = tl.load(a_first_ptr + row, mask=real, other=0)
         a_width = tl.load(a_width_ptr + row, mask=real, other=0)
+        if ALIGNED:
+            a_first = tl.multiple_of(a_first, 16)
+            a_width = tl.multiple_of(a_width, 16)
     else:
         a_first = row.to(tl.int64) * depth
         a_width = tl.where(real, depth, 0)
@@ -83,7 +91,9 @@ def _rows_kernel(
         k = first + tl.arange(0, K)
         a_mask = k[None, :] < a_width[:, None]
         a = tl.load(a_ptr + a_first[:, None] + k[None, :], mask=a_mask, other=0.0)
-        b_mask = (k[:, None] < depth) & inside[None, :]
+        b_mask = inside[None, :]
+        if not EVEN:
+            b_mask = (k[:, None] < depth) & b_mask
         b = tl.load(b_line + k[:, None] * b_stride_k, mask=b_mask, other=0.0)
         if WIDE:
             a = a.to(tl.float32)
@@ -102,8 +112,12 @@ def _rows_kernel(
     sums = _activate(sums, KIND)
     if OUT_TABLE:
         out_first = tl.load(out_first_ptr + row, mask=real, other=0)
+        if ALIGNED:
+            out_first = tl.multiple_of(out_first, 16)
         if OUT_WIDTH:
             out_width = tl.load(out_width_ptr + row, mask=real, other=0)
+            if ALIGNED:
+                out_width = tl.multiple_of(out_width, 16)
             mask = mask & (column[None, :] < out_width[:, None])
         tl.store(out_ptr + out_first[:, None] + column[None, :], sums.to(kind), mask=mask)
     else:
@@ -131,13 +145,14 @@ def _rows(
     *,
     a_table: tuple[Tensor, Tensor] | None = None,
     out_table: tuple[Tensor, Tensor | None] | None = None,
+    aligned: bool,
     activation: str = "",
     before: Tensor | None = None,
 ) -> None:
     columns, depth = b_nk.shape
-    wide = a.element_size() == 4  # float32 tiles take twice the shared memory
-    size = {"M": 128, "N": 128, "K": 32, "num_stages": 3} if wide else {}
-    size = size or {"M": 128, "N": 256, "K": 64, "num_stages": 3}
+    # 256 columns read A half as often; in float32 they would not fit the registers.
+    wide = a.element_size() == 4
+    size = {"M": 128, "N": 128, "K": 32} if wide else {"M": 128, "N": 256, "K": 64}
     for name, length in (("M", rows), ("N", columns), ("K", depth)):
         size[name] = min(size[name], max(16, triton.next_power_of_2(length)))
     grid = triton.cdiv(rows, size["M"]) * triton.cdiv(columns, size["N"])
@@ -146,12 +161,14 @@ def _rows(
     launch(
         _rows_kernel, (grid,),
         a, a_first, a_width,
-        b_nk, b_nk.stride(0), b_nk.stride(1), bias_n,
+        b_nk, b_nk.stride(0), b_nk.stride(1),
+        None if bias_n is None else bias_n.contiguous(),
         out, out_first, out_width, before,
         rows, columns, depth,
         A_TABLE=a_table is not None, OUT_TABLE=out_table is not None,
-        OUT_WIDTH=out_width is not None, BIAS=bias_n is not None, BEFORE=before is not None,
-        KIND=_ACTIVATIONS[activation], WIDE=_INTERPRETED, GROUP=_GROUP, num_warps=8, **size,
+        OUT_WIDTH=out_width is not None, ALIGNED=aligned, EVEN=depth % size["K"] == 0,
+        BIAS=bias_n is not None, BEFORE=before is not None, KIND=_ACTIVATIONS[activation],
+        WIDE=_INTERPRETED, GROUP=_GROUP, num_warps=8, num_stages=3, **size,
     )  # fmt: skip
 
 
@@ -192,13 +209,14 @@ class _Adaptor(torch.autograd.Function):
         _rows(
             frames, w1, b1, hidden_NH, rows,
             a_table=a_table, activation=activation, before=before_NH,
+            aligned=width % 16 == 0 and frames.stride(0) % 16 == 0,
         )  # fmt: skip
         if out_LD is None:
             out_LD, table = frames.new_empty(rows, len(w2)), None
         else:
             ctx.mark_dirty(out_LD)
             table = index_N * out_LD.shape[1], None
-        _rows(hidden_NH, w2, b2, out_LD, rows, out_table=table)
+        _rows(hidden_NH, w2, b2, out_LD, rows, out_table=table, aligned=len(w2) % 16 == 0)
         ctx.save_for_backward(index_N, frames_BSE, w1, w2, before_NH)
         ctx.options = options
         return out_LD
@@ -230,7 +248,10 @@ class _Adaptor(torch.autograd.Function):
             _, length, width = frames_grad.shape
             first = (stacks.utterance_N * length + stacks.slot_N * stack) * width
             table = first, stacks.left_N * width
-            _rows(before_grad, w1.T, None, frames_grad, len(first), out_table=table)
+            _rows(
+                before_grad, w1.T, None, frames_grad, len(first),
+                out_table=table, aligned=width % 16 == 0,
+            )  # fmt: skip
         return None, out_grad, None, frames_grad, w1_grad, b1_grad, w2_grad, b2_grad
 
 

@@ -1,0 +1,27 @@
+"""Triton's interpreter must be chosen before Triton is first imported: in a process of its own."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
+def test_every_kernel_under_the_interpreter():
+    files = [HERE / f"test_{op}.py" for op in ("linear_entropy", "softmax_entropy", "adaptor")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", *files],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and int(passed[1]) > 100, done.stdout[-5000:] + done.stderr[-2000:]
