@@ -2,8 +2,11 @@
 
 Real-time factors on one core of an AMD EPYC, 40 utterances of Ogg Opus: decode 0.0010, `fbank`
 0.00011, torchaudio's kaldi.fbank 0.00033, kaldi-native-fbank 0.0012 (from Python, frame by frame).
-The three differ by 0.003 at most, in bins that hold next to nothing. `fbank_batch` is for features
-in the training process, on any device.
+Against kaldi's definition in float64, over 2.3 million bins of real recordings: 3e-4 at most in
+bins up to 16 nats below their frame's loudest; beyond, where float32 ends, 0.005 at most (kaldi-
+native-fbank 0.006, torchaudio 0.008), and more than 1e-3 in 2 bins of 100,000 (7, 9).
+`fbank_batch`, for features in the training process on any device: 3e-4 up to 12 nats, 0.008
+at most, 6 of 100,000.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ def _resample_kernel(source: int, target: int) -> tuple[Tensor, int, int, int]:
 
     The kernel grows with the product of the reduced rates. An odd pair, such as 44,056 and 16,000,
     would take gigabytes: it is replaced by the nearest ratio of numbers up to 1000, which is off
-    by a few millionths.
+    by a few millionths, and by 5 in 10,000 for rates that nearly but not quite agree.
     """
     ratio = Fraction(source, target)
     if ratio.numerator * ratio.denominator > MAX_KERNEL:
