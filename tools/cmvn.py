@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from dsasr.data.audio import CmvnSums, FbankConfig
-from dsasr.data.checking import cmvn_sums, over_shards
+from dsasr.data.checking import cmvn_sums
+from dsasr.data.pools import each
 from dsasr.data.shards import find_tars
 from dsasr.errors import run_tool
 
@@ -28,7 +29,7 @@ def main() -> int:
     tars = find_tars(args.paths)[: args.shards or None]
     sums, causes = CmvnSums(args.mels), Counter()
     work = partial(cmvn_sums, config=FbankConfig(mels=args.mels))
-    for part, bad in over_shards(work, tars, args.processes, "features"):
+    for part, bad in each(work, tars, args.processes, "features"):
         sums.merge(part)
         causes.update(bad)
     sums.result().save(args.out)

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from dsasr.data.checking import check_dataset, verify
-from dsasr.data.packing import DATASET
 from dsasr.data.shards import find_tars
+from dsasr.data.writing import DATASET
 from dsasr.errors import run_tool
 
 

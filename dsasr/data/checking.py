@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dsasr.data.audio import RATE, AudioError, CmvnSums, FbankConfig, decode, fbank
-from dsasr.data.packing import read_dataset
+from dsasr.data.pools import each
 from dsasr.data.shards import (
     BadSample,
     Sample,
@@ -26,10 +22,10 @@ from dsasr.data.shards import (
     load_index,
     read_sample,
 )
+from dsasr.data.writing import read_dataset
 from dsasr.errors import UserError
 
 Row = tuple[str, str, str, str]  # cause, shard, key, detail
-Found = TypeVar("Found")
 
 
 def each_wave(
@@ -106,7 +102,7 @@ def verify(
 ) -> tuple[list[Verdict], Counter[str]]:
     """Verdicts of all shards and the count of what is bad by cause; with a progress bar."""
     work = partial(verify_shard, allow_empty_text=allow_empty_text)
-    verdicts = list(over_shards(work, tars, processes, "verifying"))
+    verdicts = list(each(work, tars, processes, "verifying"))
     return verdicts, Counter(cause for v in verdicts for cause, *_ in v.bad)
 
 
@@ -144,11 +140,3 @@ def cmvn_sums(
         else:
             sums.update(fbank(found[1], config))
     return sums, causes
-
-
-def over_shards(work, tars: Sequence[Path], processes: int | None, desc: str) -> Iterator:
-    """``work(tar)`` for every tar in processes, in order, with a progress bar."""
-    count = min(processes or os.cpu_count() or 1, len(tars))
-    # One thread each: a fork after the parent's thread pool has started would else hang in it.
-    with ProcessPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from tqdm(pool.map(work, tars), total=len(tars), desc=desc, unit="shard")

@@ -244,7 +244,7 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path):
     (out / "000002.index.json").write_text("{")
     stamps = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     time.sleep(0.02)
-    assert pack(found, out, config, 1) == first
+    assert pack(found, out, config, 1) == first | {"written": 2}
     assert {p.name: p.read_bytes() for p in out.iterdir()} == content
     again = {p.name for p in out.glob("*.tar") if p.stat().st_mtime_ns != stamps[p.name]}
     assert again == {"000001.tar", "000002.tar"}
