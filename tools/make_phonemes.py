@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dsasr.data.phonemes import PhonemeVocab, PhonemizerConfig, build_phonemizer
-from dsasr.data.shards import build_index, find_tars, read_sample
-from dsasr.errors import run_tool
+from dsasr.data.phonemes import (
+    MissingPhonemes,
+    PhonemeVocab,
+    PhonemizerConfig,
+    UnknownWord,
+    build_phonemizer,
+)
+from dsasr.data.shards import BadSample, find_tars, read_texts
+from dsasr.errors import UserError, run_tool
 
 
 def main() -> int:
@@ -27,16 +34,31 @@ def main() -> int:
     parser.add_argument("--stress", action="store_true", help="keep stress marks")
     args = parser.parse_args()
     config = PhonemizerConfig(args.kind, tuple(args.lexicon), args.stress)
-    phonemizer = build_phonemizer(config)
+    phonemizer, tars = build_phonemizer(config), find_tars(args.paths)
+    causes: Counter[str] = Counter()
 
     def sequences():
-        for tar in tqdm(find_tars(args.paths), desc="phonemes", unit="shard"):
-            for entry in build_index(tar):
-                yield phonemizer.for_sample(read_sample(tar, entry))
+        for tar in tqdm(tars, desc="phonemes", unit="shard", delay=1):
+            for sample in read_texts(tar):
+                try:
+                    if isinstance(sample, BadSample):
+                        raise sample
+                    yield phonemizer.for_sample(sample)
+                except BadSample as error:
+                    causes[error.cause] += 1
+                except UnknownWord as error:
+                    causes[f"unknown word '{error.word}'"] += 1
+                except MissingPhonemes:
+                    causes["no stored phonemes"] += 1
 
     vocab = PhonemeVocab.build(sequences())
+    counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common(10))
+    if len(vocab) == 1:  # the blank
+        raise UserError(f"no phonemes found ({counts or 'no text'}): try --kind espeak or lexicon")
     vocab.save(args.out)
     print(f"{args.out}: {len(vocab)} symbols, blank included")
+    if causes:
+        print(f"{causes.total()} samples left out: {counts}")
     return 0
 
 

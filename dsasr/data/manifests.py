@@ -119,6 +119,7 @@ def _jsonl(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
             row = json.loads(line)
             if not isinstance(row["text"], str) or not isinstance(row["audio"], str):
                 raise ValueError("'text' and 'audio' must be strings")
+            _check_phonemes(row.get("phonemes"))
             start, end = (None if row.get(k) is None else float(row[k]) for k in ("start", "end"))
             yield Utterance(
                 id=str(row["id"]),
@@ -135,6 +136,13 @@ def _jsonl(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
             raise UserError(f"{path}, line {number}: {error} is missing") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
+
+
+def _check_phonemes(phonemes: Any) -> None:
+    if phonemes is not None and not (
+        isinstance(phonemes, list) and all(isinstance(p, str) for p in phonemes)
+    ):
+        raise ValueError("'phonemes' must be a list of strings")
 
 
 def _table(path: Path, required: bool = True) -> dict[str, str]:

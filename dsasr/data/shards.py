@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from dsasr.data.tars import MAX_JSON, members
 from dsasr.errors import UserError
 
 VERSION = 1
 EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")
-MAX_JSON = 4 << 20  # bytes of a json member
 MAX_AUDIO = 1 << 30  # bytes of an audio member
 
 Fetch = Callable[[int, int], bytes]  # (offset, size) → bytes; fewer where the tar ends
@@ -193,52 +193,6 @@ def load_index(source: str | os.PathLike | bytes, shard: str = "") -> ShardIndex
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"the index of {shard} is damaged") from None
     return ShardIndex.of_columns(shard, columns, bad)
-
-
-def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """A tar's members in order, with the bytes of regular json files up to a limit, else None.
-
-    Raises `EOFError` where the archive ends early or a header is damaged, after all members before
-    that place were given.
-    """
-    if isinstance(tar, bytes):
-        file, size = io.BytesIO(tar), len(tar)
-    else:
-        file, size = open(tar, "rb"), os.path.getsize(tar)  # noqa: SIM115
-    with file:
-        try:
-            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-            raise EOFError(f"not a tar: {error}") from None
-        place = -1
-        while True:
-            try:
-                member = archive.next()
-            except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-                raise EOFError(str(error)) from None
-            if member is None:
-                break
-            archive.members.clear()  # tarfile keeps all headers otherwise
-            if member.size < 0 or member.offset <= place:
-                raise EOFError(f"damaged header at byte {member.offset}")
-            place = member.offset
-            if member.isreg() and member.offset_data + member.size > size:
-                raise EOFError(f"{member.name[:80]} is cut off")
-            data = None
-            if member.isreg() and member.name.endswith(".json") and member.size <= MAX_JSON:
-                here = file.tell()
-                file.seek(member.offset_data)
-                data = file.read(member.size)
-                file.seek(here)
-            yield member, data
-        # tarfile takes a bare end of file, and a damaged header in the middle, for the end of the
-        # archive; a whole one ends in a block of zeros.
-        file.seek(archive.offset)
-        block = file.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE:
-            raise EOFError("the archive's end is missing")
-        if any(block):
-            raise EOFError(f"damaged header at byte {archive.offset}")
 
 
 @dataclass
@@ -414,6 +368,19 @@ def read_sample(source: str | os.PathLike | Fetch, entry: Entry, shard: str = ""
     if len(audio) < entry.audio_size or len(data) < entry.json_size:
         raise BadSample("truncated_tar", shard, entry.key, "the tar ends before the sample does")
     return parse_sample(entry, shard, audio, data)
+
+
+def read_texts(tar: str | os.PathLike) -> Iterator[Sample | BadSample]:
+    """Every sample of a local tar without its audio, which is left unread, or what is wrong."""
+    index = build_index(tar)
+    yield from index.bad
+    with open(tar, "rb") as file:
+        for entry in index:
+            data = os.pread(file.fileno(), entry.json_size, entry.json_offset)
+            try:
+                yield parse_sample(entry, index.shard, b"", data)
+            except BadSample as error:
+                yield error
 
 
 def find_tars(paths: Iterable[str | os.PathLike]) -> list[Path]:

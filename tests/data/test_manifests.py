@@ -76,6 +76,7 @@ def test_jsonl(tmp_path):
         ('{"id": "x", "audio": "a.wav", "text": "x", "duration": NaN}', "duration"),
         ({"id": "x", "audio": "a.wav", "text": "x", "start": 2, "end": 1}, "goes from"),
         ({"id": "x", "audio": "a.wav", "text": "x", "start": -2}, "goes from"),
+        ({"id": "x", "audio": "a.wav", "text": "x", "phonemes": "h i"}, "list of strings"),
         ({"id": "x", "audio": "gone.wav", "text": "x"}, "1 of 2 audio files are missing"),
         ({"id": "ok", "audio": "a.wav", "text": "x"}, "two utterances"),
         ("[" * 100_000, "line 2"),

@@ -1,0 +1,56 @@
+"""Walks a tar whatever its state: truncated, damaged or hostile."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+
+MAX_JSON = 4 << 20  # bytes of a json member
+
+
+def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """A tar's members in order, with the bytes of regular json files up to a limit, else None.
+
+    Raises `EOFError` where the archive ends early or a header is damaged, after all members before
+    that place were given.
+    """
+    if isinstance(tar, bytes):
+        file, size = io.BytesIO(tar), len(tar)
+    else:
+        file, size = open(tar, "rb"), os.path.getsize(tar)  # noqa: SIM115
+    with file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
+            raise EOFError(f"not a tar: {error}") from None
+        place = -1
+        while True:
+            try:
+                member = archive.next()
+            except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
+                raise EOFError(str(error)) from None
+            if member is None:
+                break
+            archive.members.clear()  # tarfile keeps all headers otherwise
+            if member.size < 0 or member.offset <= place:
+                raise EOFError(f"damaged header at byte {member.offset}")
+            place = member.offset
+            if member.isreg() and member.offset_data + member.size > size:
+                raise EOFError(f"{member.name[:80]} is cut off")
+            data = None
+            if member.isreg() and member.name.endswith(".json") and member.size <= MAX_JSON:
+                here = file.tell()
+                file.seek(member.offset_data)
+                data = file.read(member.size)
+                file.seek(here)
+            yield member, data
+        # tarfile takes a bare end of file, and a damaged header in the middle, for the end of the
+        # archive; a whole one ends in a block of zeros.
+        file.seek(archive.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise EOFError("the archive's end is missing")
+        if any(block):
+            raise EOFError(f"damaged header at byte {archive.offset}")
