@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsasr.data.audio import AudioError, Cmvn, FbankConfig, decode, fbank, fbank_batch
-from dsasr.data.augment import AugmentConfig, Draw, apply
+from dsasr.data.augment import RECORDED, AugmentConfig, Draw, apply
 from dsasr.data.phonemes import (
     MissingPhonemes,
     PhonemeVocab,
@@ -32,6 +32,7 @@ from dsasr.data.shards import BadSample, Sample, ShardIndex, build_index, load_i
 from dsasr.data.sources import Missing, SourceError, Sources, Truncated, is_pipe
 from dsasr.data.text import TextConfig, Tokenizer, normalise_text
 from dsasr.data.workers import Allocate
+from dsasr.errors import UserError
 from dsasr.files import atomic_write
 
 FRAME_SLACK = 10  # frames by which a sample may exceed its plan: rounding of durations and speeds
@@ -191,6 +192,8 @@ class Maker:
     ) -> None:
         self.sources, self.fbank, self.cmvn, self.augment = sources, fbank, cmvn, augment
         self.text, self.noises, self.max_seconds, self.waves = text, noises, max_seconds, waves
+        if augment is not None and RECORDED in augment.kinds and not noises:
+            raise UserError(f"augment.kinds: '{RECORDED}' needs recordings of noise, and has none")
         if cmvn is not None:
             self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
@@ -262,7 +265,7 @@ class Maker:
         wave = self._decode(sample)
         times.append(time.perf_counter())
         if drawn is not None:
-            wave = apply(wave, drawn, self.noises, self.fbank.rate)
+            wave = apply(wave, drawn, self.noises, self.fbank.rate, self.noises)
         times.append(time.perf_counter())
         seconds = len(wave) / self.fbank.rate
         if seconds * FRAMES_PER_SECOND > planned.frames + FRAME_SLACK:

@@ -292,3 +292,16 @@ def test_masks_are_the_same_on_a_gpu():
     here = spec_augment(features, lengths, SpecAugmentConfig(), generator(1))
     there = spec_augment(features.cuda(), lengths, SpecAugmentConfig(), generator(1))
     assert torch.equal(here, there.cpu())
+
+
+def test_recorded_noise_without_recordings_stops_before_training(tmp_path):
+    from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
+    from dsasr.data.writing import Packed, write_shard
+
+    write_shard(tmp_path / "a.tar", [Packed("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})])
+    with pytest.raises(UserError, match="recordings of noise"):
+        Stream(
+            StreamConfig(workers=0),
+            datasets=[DatasetConfig("a", str(tmp_path / "a.tar"))],
+            augment=AugmentConfig(kinds=("recorded",)),
+        )
