@@ -28,10 +28,8 @@ step() { echo; echo "== $1   ($(((SECONDS - started) / 60)):$(printf %02d $(((SE
 step "speech: synthesising $hours hours in two languages"
 python tools/synth_corpus.py --out "$corpus" --hours "$hours"
 step "shards: packing it for streaming"
-for split in train valid test nonspeech; do
-    [ -f "$corpus/shards/$split/dataset.json" ] || \
-        python tools/make_shards.py "$corpus/$split.jsonl" --out "$corpus/shards/$split" --shard-size 250
-done
+python tools/make_shards.py "$corpus"/{train,valid,test,nonspeech}.jsonl --out-root "$corpus/shards" \
+    --shard-size 250
 [ -f "$corpus/cmvn.json" ] || python tools/cmvn.py "$corpus/shards/train" --out "$corpus/cmvn.json"
 [ -f "$corpus/phonemes.json" ] || \
     python tools/make_phonemes.py "$corpus/shards/train" --out "$corpus/phonemes.json"

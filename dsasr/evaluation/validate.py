@@ -37,8 +37,9 @@ class Transcripts:
 
     rows: list[Transcript] = field(default_factory=list)
 
-    def scores(self) -> Scores:
-        scores = Scores()
+    def scores(self, rules: str = "standard") -> Scores:
+        """Error rates over the utterances with a reference, by the rules of `normalise`."""
+        scores = Scores(rules=rules)
         for row in self.rows:
             if row.reference:
                 scores.add(row.reference, row.hypothesis, row.lang, row.key)
