@@ -51,8 +51,11 @@ class Checkpoints:
     def save(self, steps: int, held: Mapping[str, Fragment], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint after ``steps`` steps, then drop old ones; collective."""
         target = self.folder / f"step-{steps:010d}"
-        fragments.write_folder(target, held, {"kind": "checkpoint", "steps": steps, **state})
-        self._saved_at = time.monotonic()
+        try:
+            fragments.write_folder(target, held, {"kind": "checkpoint", "steps": steps, **state})
+        finally:
+            # Also after a failure: a full disk is tried again when the next one is due, not at once.
+            self._saved_at = time.monotonic()
         if ranks.main_rank():
             for old in self.list()[: -self.config.keep]:
                 shutil.rmtree(old, ignore_errors=True)

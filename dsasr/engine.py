@@ -34,7 +34,7 @@ from dsasr import partition, ranks
 from dsasr.config import nearest
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
-from dsasr.fragments import Fragment, FragmentReader
+from dsasr.fragments import Fragment, FragmentReader, checksum
 from dsasr.parking import ParkConfig, Parking
 from dsasr.stages import StageConfig, learning_rate
 
@@ -203,14 +203,15 @@ class Branch:
             buffer.data = data
         return engine
 
-    def _leave(self) -> tuple[dict[str, Fragment], float]:
+    def _leave(self, carry: bool = True) -> tuple[dict[str, Fragment], float]:
         """Destroy the engine; returns copies of its masters and moments, and Adam's step count."""
         if self._engine is None:
             return {}, 0.0
-        self.unpark()
+        if carry:
+            self.unpark()
         carried = {
             key: dataclasses.replace(f, tensor=f.tensor.clone())
-            for key, f in self._states.views().items()
+            for key, f in (self._states.views() if carry else {}).items()
         }
         steps = self._states.steps()
         self._engine.destroy()
@@ -228,7 +229,10 @@ class Branch:
         for key, view in self._states.views().items():
             kind = key.partition("/")[0]
             if kind == partition.MASTER and key in self._dormant:
-                view.tensor.copy_(self._dormant.pop(key).tensor)
+                dormant = self._dormant.pop(key)
+                # Another cut than this engine's (ZeRO-1 and 2 only): the weights have to do.
+                if (dormant.start, dormant.stop) == (view.start, view.stop):
+                    view.tensor.copy_(dormant.tensor)
             elif kind != partition.MASTER and steps is not None and key in carried:
                 view.tensor.copy_(carried[key].tensor)
         if precision(self.config) is torch.float32:
@@ -292,23 +296,51 @@ class Branch:
     def unpark(self) -> int:
         return self._parking.unpark()
 
+    @property
+    def parked_bytes(self) -> int:
+        """What lies in the parking place at present."""
+        return self._parking.bytes
+
     def load_encoder(self, source: FragmentReader | Branch) -> None:
         """Hot-swap: take the encoder of a published snapshot or of the other branch; collective.
 
         From a snapshot each rank reads only the slices that it holds; from a branch of the same job
         it is a local copy. Where the encoder is trainable its masters follow and its moments start
-        again from zero. Raises `FragmentError`, with nothing changed, when the encoder is of
-        another architecture.
+        again from zero; where it is not, low-precision weights keep their masters for a later stage
+        that trains it. Raises `FragmentError` on all ranks, with nothing changed, when a snapshot
+        is of another architecture, unreadable or not finite.
         """
-        prefix = "encoder."
+        prefix, masters = "encoder.", {}
+        low = precision(self.config) is not torch.float32  # else the weights are the masters
         if isinstance(source, Branch):
             partition.copy_weights(source.module, self.module, prefix)
-            masters = source.masters(prefix)
+            masters = source.masters(prefix) if low else {}
         else:
-            partition.load_weights(self.module, source, prefix)
-            masters = {}
+            partition.replace_weights(self.module, source, prefix)
         partition.refresh_gathered(self.module, prefix)
         self._set_masters(prefix, masters, source)
+        if low:
+            self._keep_masters(prefix, masters, source)
+
+    def _keep_masters(self, prefix: str, masters: dict[str, Fragment], source) -> None:
+        """Masters of what this stage does not train: a later one starts from them, not from bf16."""
+        trained = self._states.views() if self._states is not None else {}
+        for name, parameter in partition.parameters(self.module, prefix):
+            key = f"{partition.MASTER}/{name}"
+            self._dormant.pop(key, None)
+            if key in trained:
+                continue
+            if key in masters:
+                held = masters[key]
+                self._dormant[key] = dataclasses.replace(held, tensor=held.tensor.clone())
+            elif isinstance(source, FragmentReader) and key in source:
+                own = partition.weight(parameter)
+                piece = source.read(key, own.start, own.stop)
+                self._dormant[key] = dataclasses.replace(own, tensor=piece)
+
+    def checksum(self, prefix: str = "encoder.") -> str:
+        """Of the weights of all ranks, comparable to a snapshot's; collective."""
+        return checksum(partition.weights(self.module, prefix))
 
     def masters(self, prefix: str) -> dict[str, Fragment]:
         """This rank's pieces of the fp32 masters, where the branch trains the parameter."""
@@ -375,7 +407,7 @@ class Branch:
 
     def close(self) -> None:
         """Destroy the engine and free what it held; the module stays."""
-        self._leave()
+        self._leave(carry=False)
         self._parking.close()
         self._dormant.clear()
         self.stage = None
@@ -406,22 +438,3 @@ def _remove_hooks(module: nn.Module, kept: dict[tuple[str, str], set[int]]) -> N
             hooks = getattr(child, table)
             for number in set(hooks) - kept[path, table]:
                 del hooks[number]
-
-
-class Below:
-    """A `FragmentReader` seen from below a key prefix."""
-
-    def __init__(self, reader: FragmentReader, prefix: str):
-        self._reader, self._prefix = reader, prefix
-        cut = len(prefix)
-        self.folder = reader.folder
-        self.shapes = {k[cut:]: s for k, s in reader.shapes.items() if k.startswith(prefix)}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.shapes
-
-    def read(self, key: str, start: int, stop: int) -> Tensor:
-        return self._reader.read(self._prefix + key, start, stop)
-
-    def whole(self, key: str) -> Tensor:
-        return self._reader.whole(self._prefix + key)

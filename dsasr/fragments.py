@@ -10,8 +10,10 @@ A folder is written under a temporary name, fsynced and renamed: it is there who
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -108,6 +110,44 @@ def _write_file(path: Path, fragments: Mapping[str, Fragment]) -> str:
     return file_digest(path)
 
 
+def checksum(fragments: Mapping[str, Fragment]) -> str:
+    """64 bits over the elements of all ranks' fragments, however they are cut; collective.
+
+    Σ (bits + 1)·(2·(position + key) + 1) mod 2⁶⁴ (ours): a sum, so that ranks add up, in which
+    each element's weight tells its place. Each element must lie on exactly one rank.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=ranks.device())
+    for key, fragment in fragments.items():
+        flat = fragment.tensor.detach().contiguous()
+        bits = flat.view(_BITS[flat.element_size()])
+        salt = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")
+        for low in range(0, bits.numel(), _BLOCK):
+            block = bits[low : low + _BLOCK].to(torch.int64)
+            first = 2 * (fragment.start + low + salt) + 1
+            places = _odd_numbers(block.numel(), block.device)
+            # Σ (b + 1)(2i + first) in two products, without a tensor for the weights.
+            block += 1
+            total += (block * places).sum() + block.sum() * first
+    return f"{int(ranks.sum_ranks(total)) % 2**64:016x}"
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 1 << 17  # elements at a time: what a core's cache holds
+
+
+@functools.lru_cache(maxsize=8)
+def _odd_numbers(count: int, device: torch.device) -> torch.Tensor:
+    """0, 2, 4 … below 2·``count``."""
+    return torch.arange(0, 2 * count, 2, device=device)
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no element is infinite or not a number; by a sum in float64, which shows both."""
+    return all(
+        math.isfinite(float(t.sum(dtype=torch.float64))) for t in tensors if t.is_floating_point()
+    )
+
+
 def file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -145,22 +185,26 @@ class FragmentReader:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self._files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._ranges: dict[str, list[tuple[int, int, str]]] = {}
         for name in sorted(self.manifest["files"]):
-            with self._open(name) as file:
-                held = set(file.keys())
-                for key, (shape, start) in json.loads(file.metadata()["layout"]).items():
-                    self.shapes[key] = tuple(shape)
-                    if key in held:
-                        size = file.get_slice(key).get_shape()[0]
-                        self._ranges.setdefault(key, []).append((start, start + size, name))
+            file = self._open(name)
+            held = set(file.keys())
+            for key, (shape, start) in json.loads(file.metadata()["layout"]).items():
+                self.shapes[key] = tuple(shape)
+                if key in held:
+                    size = file.get_slice(key).get_shape()[0]
+                    self._ranges.setdefault(key, []).append((start, start + size, name))
 
     def _open(self, name: str):
-        try:
-            return safe_open(self.folder / Path(name).name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise FragmentError(f"{self.folder / name} cannot be read: {error}") from None
+        """The file of that name, mapped once: its header is long, and its ranges are many."""
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.folder / Path(name).name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise FragmentError(f"{self.folder / name} cannot be read: {error}") from None
+        return self._files[name]
 
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
@@ -178,8 +222,7 @@ class FragmentReader:
         for low, high, name in sorted(self._ranges.get(key, [])):
             if at < stop and low <= at < high:
                 end = min(stop, high)
-                with self._open(name) as file:
-                    pieces.append(file.get_slice(key)[at - low : end - low])
+                pieces.append(self._open(name).get_slice(key)[at - low : end - low])
                 at = end
         if at < stop:
             raise FragmentError(f"{self.folder} lacks elements {at} to {stop} of '{key}'")
@@ -189,6 +232,25 @@ class FragmentReader:
         """The tensor in its own shape."""
         shape = self.shapes.get(key, ())
         return self.read(key, 0, _numel(shape)).reshape(shape)
+
+
+class Below:
+    """A `FragmentReader` seen from below a key prefix."""
+
+    def __init__(self, reader: FragmentReader, prefix: str):
+        self._reader, self._prefix = reader, prefix
+        cut = len(prefix)
+        self.folder = reader.folder
+        self.shapes = {k[cut:]: s for k, s in reader.shapes.items() if k.startswith(prefix)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.shapes
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        return self._reader.read(self._prefix + key, start, stop)
+
+    def whole(self, key: str) -> Tensor:
+        return self._reader.whole(self._prefix + key)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

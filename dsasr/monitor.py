@@ -28,6 +28,9 @@ class MonitorConfig:
     tensorboard: bool = True
 
 
+_COUNTS = ("audio", "frames", "padded", "wait", "bad")
+
+
 class Meter:
     """Sums of one branch's steps since its last line."""
 
@@ -50,6 +53,22 @@ class Meter:
             self.bad += len(batch.bad)
         self.wait += wait
         self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """The sums as plain numbers."""
+        values = {k: getattr(self, k) for k in _COUNTS}
+        values["sums"] = {k: [float(a), float(b)] for k, (a, b) in self.sums.items()}
+        return values | {"steps": self.steps, "elapsed": time.monotonic() - self.started}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Add what `state` gave, of a rank that made the same steps."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + state[name])
+        self.steps = max(self.steps, state["steps"])
+        for name, (total, count) in state["sums"].items():
+            old = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (old[0] + total, old[1] + count)
+        self.started = min(self.started, time.monotonic() - state["elapsed"])
 
     def collect(self) -> dict[str, float]:
         """Means and rates over all ranks since the last call; collective."""
@@ -87,7 +106,7 @@ class Monitor:
         self.config = config
         self.total_steps = total_steps
         self._meters: dict[str, Meter] = {}
-        self._started = time.monotonic()
+        self._began = self._started = time.monotonic()  # of this process, of the run
         self._first: int | None = None
         self._writer = self._metrics = self._events = None
         if ranks.main_rank():
@@ -102,8 +121,18 @@ class Monitor:
                 purge = from_steps + 1 if from_steps else None
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
-    def step(self, report: StepReport, steps: int, wait: float, last: bool = False) -> dict | None:
-        """Count a step; write a line when one is due and return it (on every rank); collective."""
+    def step(
+        self,
+        report: StepReport,
+        steps: int,
+        wait: float,
+        last: bool = False,
+        more: Mapping[str, float] | None = None,
+    ) -> dict | None:
+        """Count a step; write a line when one is due and return it (on every rank); collective.
+
+        ``more`` joins the line, if one is written.
+        """
         if self._first is None:
             self._first = steps - 1
         meter = self._meters.setdefault(report.branch, Meter())
@@ -114,10 +143,23 @@ class Monitor:
         line |= {f"rate_{part}": rate for part, rate in report.rates.items()}
         if report.grad_norm is not None:
             line["grad_norm"] = report.grad_norm
+        line |= more or {}
         head = {"steps": steps, "branch": report.branch, "stage": report.stage}
         self._write(head | {"step": report.step + 1}, line)
         self._progress(report, steps, line)
         return line
+
+    def state(self) -> dict[str, Any]:
+        """What is counted but not yet written, of all ranks, for the checkpoint; collective."""
+        own = {branch: meter.state() for branch, meter in self._meters.items()}
+        return {"meters": ranks.gather(own), "seconds": time.monotonic() - self._started}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was; on another number of ranks rank r takes r, r + world …"""
+        self._started = time.monotonic() - state["seconds"]
+        for held in state["meters"][ranks.rank() :: ranks.world()]:
+            for branch, values in held.items():
+                self._meters.setdefault(branch, Meter()).load(values)
 
     def _write(self, head: Mapping[str, Any], line: Mapping[str, float]) -> None:
         if self._metrics is None:
@@ -133,7 +175,7 @@ class Monitor:
         if self._metrics is None:
             return
         done = steps - (self._first or 0)
-        left = (time.monotonic() - self._started) / max(done, 1) * (self.total_steps - steps)
+        left = (time.monotonic() - self._began) / max(done, 1) * (self.total_steps - steps)
         losses = " ".join(
             f"{k} {line[k]:.3f}"
             for k in ("ctc", "consistency", "nll", "entropy", "accuracy")

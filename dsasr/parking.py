@@ -47,6 +47,11 @@ class Parking:
     def parked(self) -> bool:
         return bool(self._parked)
 
+    @property
+    def bytes(self) -> int:
+        """What is parked at present."""
+        return sum(shape.numel() * t.element_size() for t, shape, _ in self._parked.values())
+
     def park(self, tensors: Mapping[str, Tensor]) -> int:
         """Move the storage of ``tensors`` away; returns the bytes moved. No-op for ``keep``."""
         if self.config.place == "keep" or self.parked or not tensors:

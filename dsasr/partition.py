@@ -13,14 +13,16 @@ Whole weights are shared out evenly when written, so a folder never holds them t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dsasr import ranks
-from dsasr.fragments import Fragment, FragmentError, FragmentReader
+from dsasr.fragments import Fragment, FragmentError, FragmentReader, all_finite
 
+T = TypeVar("T")
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -73,8 +75,50 @@ def load_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") ->
 
     Checks names and shapes of everything before the first byte is changed: `FragmentError` when the
     folder is of another architecture, and the module is then as it was. The caller refreshes
-    gathered copies afterwards (`refresh_gathered`).
+    gathered copies afterwards (`refresh_gathered`). Collective.
     """
+    agree(lambda: _check_layout(module, reader, prefix))
+    for name, target in _targets(module, prefix):
+        _fill(target, _piece(reader, name, target))
+
+
+def replace_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") -> None:
+    """`load_weights` into a module that must survive a bad folder; collective.
+
+    Everything is read, and looked at, on every rank before the first weight is changed on any:
+    `FragmentError` on all ranks, with one rank's reason, when a weight is missing, unreadable or
+    not finite. Holds a second copy of this rank's slices meanwhile.
+    """
+
+    def read() -> list[Tensor]:
+        _check_layout(module, reader, prefix)
+        pieces = []
+        for name, target in targets:
+            piece = _piece(reader, name, target)
+            if not all_finite([piece]):
+                raise FragmentError(f"{reader.folder} holds '{name}' with values not finite")
+            pieces.append(piece)
+        return pieces
+
+    targets = list(_targets(module, prefix))
+    for (_, target), piece in zip(targets, agree(read), strict=True):
+        _fill(target, piece)
+
+
+def agree(attempt: Callable[[], T]) -> T:
+    """``attempt()``; where it cannot read on one rank, `FragmentError` is raised on all."""
+    problem, result = None, None
+    try:
+        result = attempt()
+    except (FragmentError, OSError) as error:
+        problem = str(error)
+    problems = [p for p in ranks.gather(problem) if p]
+    if problems:
+        raise FragmentError(problems[0])
+    return result
+
+
+def _check_layout(module: nn.Module, reader: FragmentReader, prefix: str) -> None:
     wanted = {n: full_shape(p) for n, p in parameters(module, prefix)}
     wanted |= {n: tuple(b.shape) for n, b in persistent_buffers(module, prefix)}
     for name, shape in wanted.items():
@@ -85,14 +129,26 @@ def load_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") ->
                 f"{reader.folder} holds '{name}' of shape {list(reader.shapes[name])}, "
                 f"this model has {list(shape)}: another architecture"
             )
-    for name, parameter in parameters(module, prefix):
-        if hasattr(parameter, "ds_tensor"):
-            held = weight(parameter)
-            held.tensor.copy_(reader.read(name, held.start, held.stop))
-        else:
-            parameter.data.copy_(reader.whole(name))
-    for name, buffer in persistent_buffers(module, prefix):
-        buffer.copy_(reader.whole(name))
+
+
+def _targets(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    yield from parameters(module, prefix)
+    yield from persistent_buffers(module, prefix)
+
+
+def _piece(reader: FragmentReader, name: str, target: Tensor) -> Tensor:
+    """What this rank holds of ``name``: its slice under ZeRO-3, else all of it."""
+    if hasattr(target, "ds_tensor"):
+        held = weight(target)
+        return reader.read(name, held.start, held.stop)
+    return reader.whole(name)
+
+
+def _fill(target: Tensor, piece: Tensor) -> None:
+    if hasattr(target, "ds_tensor"):
+        weight(target).tensor.copy_(piece)
+    else:
+        target.data.copy_(piece)
 
 
 def copy_weights(source: nn.Module, target: nn.Module, prefix: str = "") -> None:

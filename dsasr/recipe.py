@@ -70,6 +70,7 @@ class EvaluationConfig:
     every: int = 0  # optimizer steps of the run between two evaluations; 0: only at the end
     utterances: int = 64  # of the validation set, in each evaluation during training
     samples: int = 3  # reference/hypothesis pairs shown
+    rules: Literal["standard", "plain"] = "standard"  # plain: digit strings stay words
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
 
@@ -112,8 +113,6 @@ class Recipe:
                     raise UserError(
                         f"stage '{stage.name}' mixes an unknown dataset '{name}'{nearest(name, names)}"
                     )
-        if self.branch == "sft" and not self.store.path:
-            raise UserError("branch=sft needs store.path=FOLDER: the store of the pretrain job")
         if self.branch != "pretrain" and not self.schedule().pretrain and not self.encoder_given:
             raise UserError(
                 "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT"
@@ -125,15 +124,21 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        return Path(self.run)
+        """Where the job writes; the two jobs of a concurrent run have a folder each below ``run``."""
+        return Path(self.run) if self.branch == "both" else Path(self.run) / self.branch
 
     @property
     def store_folder(self) -> Path:
-        return Path(self.store.path) if self.store.path else self.folder / "snapshots"
+        return Path(self.store.path) if self.store.path else Path(self.run) / "snapshots"
 
     @property
     def tokenizer_path(self) -> str:
         return self.model.tokenizer or self.model.llm.path
+
+    def encoder_fingerprint(self) -> str:
+        """Of all settings that decide what pretraining makes of the encoder."""
+        deciding = (self.seed, self.data, self.model.encoder, self.model.pretrain)
+        return config.fingerprint([*deciding, self.schedule().pretrain])
 
     def schedule(self) -> Schedule:
         return Schedule(self.stages, self.drift, self.interleave, self.branch)

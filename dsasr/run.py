@@ -54,6 +54,10 @@ class Run:
         self._wait = 0.0
         self._polled = -math.inf
         self._signal: int | None = None
+        self._refused: set[str] = set()
+        self._waits_at = -1  # sft step at which a wait was last told
+        self._last_nll: float | None = None  # of the sft branch's last line
+        self._swapped_at: int | None = None  # sft step of a swap that no line has followed yet
         self.stage_seconds: dict[str, float] = {}
         self._turn_started = time.monotonic()
         reader = self._resume_from()
@@ -110,6 +114,8 @@ class Run:
             atomic_write(self.recipe.folder / "recipe.yaml", config.dump(self.recipe))
         if self.schedule.pretrain and self.recipe.branch != "sft":
             self.store.claim(self._identity())
+            if reader is None:
+                self._check_store()
         if reader is not None:
             self._restore(reader)
             self.monitor.event("resumed", steps=self.steps, checkpoint=reader.folder.name)
@@ -118,6 +124,16 @@ class Run:
             self.progress = with_published(self.progress, [given])
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGUSR1, self._on_signal)
+
+    def _check_store(self) -> None:
+        """A fresh start may find its own snapshots of an earlier attempt, but no other recipe's."""
+        own = self.recipe.encoder_fingerprint()
+        held = ranks.broadcast(self.store.manifests() if ranks.main_rank() else [])
+        if any(m.get("config") != own for m in held):
+            raise UserError(
+                f"{self.store.folder} holds encoders of another recipe: give store.path=FOLDER or "
+                "run=FOLDER, or delete it"
+            )
 
     def _identity(self) -> str:
         return str(self.recipe.folder.resolve())
@@ -135,8 +151,11 @@ class Run:
         self._cursors = {k: (v["stage"], v["state"]) for k, v in held["streams"].items()}
         self.stage_seconds = dict(held["stage_seconds"])
         self._reference = held["reference"]
+        self.monitor.load(held["monitor"])
+        self._last_nll, self._swapped_at = held["last_nll"], held["swapped_at"]
         if self._reference is not None and self.recipe.branch != "sft":
             self._drift().load(reader)
+            self._drift().seconds = held["drift_seconds"]
 
     # -- turns -------------------------------------------------------------------------------
 
@@ -198,22 +217,35 @@ class Run:
 
     # -- encoders ----------------------------------------------------------------------------
 
-    def swap(self, branch: Branch, snapshot: Snapshot) -> None:
-        """Put ``snapshot`` into the sft branch: from the live branch where that is it, else the store."""
+    def swap(self, branch: Branch, snapshot: Snapshot) -> bool:
+        """Put ``snapshot`` into the sft branch: from the live branch where that is it, else the store.
+
+        False when it was refused; the branch then goes on as it is, and the log says why.
+        """
         started = time.monotonic()
         live = self.branches.get("pretrain")
+        self.store.use(_file_name(self._identity()), snapshot.id)  # from here on it is not pruned
         if snapshot.id == GIVEN:
             branch.load_encoder(self._given())
         elif live is not None and snapshot.pretrain == self.progress.pretrain:
             branch.load_encoder(live)
         else:
-            branch.load_encoder(self.store.open(snapshot.id))
-        self.store.use(_file_name(self._identity()), snapshot.id)
+            try:
+                branch.load_encoder(self.store.open(snapshot.id, self._architecture()))
+            except FragmentError as error:
+                self._refuse(snapshot, str(error))
+                return False
+        seconds = time.monotonic() - started
+        checked = self._check_swap(branch, snapshot)
         self.monitor.event(
             "swap", snapshot=snapshot.id, cause=snapshot.cause, stage=branch.stage.name,
             pretrain=snapshot.pretrain, sft=self.progress.sft, steps=self.steps,
-            swap_seconds=time.monotonic() - started,
+            swap_seconds=seconds, checksum=checked, nll_before=self._last_nll,
         )
+        self._swapped_at = self.progress.sft
+        head = {"steps": self.steps, "branch": "sft", "stage": "encoder"}
+        self.monitor.scalars(head, {"swap_seconds": seconds, "in_use": snapshot.pretrain})
+        self.monitor.text("encoder", f"{snapshot.id} ({snapshot.cause})", self.steps)
         if snapshot.cause == "final" and live is not None:
             # Nothing needs the pretrain branch any more.
             live.close()
@@ -221,6 +253,33 @@ class Run:
             name, stream = self._streams.pop("pretrain", ("", None))
             if stream is not None:
                 stream.close()
+        return True
+
+    def _check_swap(self, branch: Branch, snapshot: Snapshot) -> str | None:
+        """The checksum that the branch's encoder now has on all ranks: the snapshot's, or it stops."""
+        if snapshot.id == GIVEN:
+            return None
+        manifest = ranks.broadcast(self.store.manifest(snapshot.id) if ranks.main_rank() else {})
+        found = branch.checksum()
+        if manifest.get("checksum") not in (None, found):
+            raise RuntimeError(
+                f"{snapshot.id} was loaded wrongly: checksum {found}, not {manifest['checksum']}"
+            )
+        return found
+
+    def _refuse(self, snapshot: Snapshot, reason: str) -> None:
+        """Go on without ``snapshot``; there is no going on without the final one."""
+        self.monitor.event(
+            "refused", snapshot=snapshot.id, reason=reason, steps=self.steps, sft=self.progress.sft
+        )
+        if snapshot.cause == "final":
+            raise UserError(f"the final encoder cannot be used: {reason}")
+        self._refused.add(snapshot.id)
+        rest = tuple(s for s in self.progress.published if s.id != snapshot.id)
+        self.progress = dataclasses.replace(self.progress, published=rest)
+
+    def _architecture(self) -> str:
+        return config.fingerprint(config.to_plain(self.recipe.model.encoder))
 
     def _given(self) -> FragmentReader:
         try:
@@ -244,7 +303,13 @@ class Run:
             values = {"cka": drift.cka, "cka_threshold": self.recipe.drift.threshold}
             values |= {f"cka_layer_{i}": value for i, value in enumerate(drift.layers)}
             values["drift_seconds"] = drift.seconds
+            spent = self._drift().seconds
+            values["drift_share"] = spent / (spent + sum(self.stage_seconds.values()))
             self._scalars("drift", values)
+            self.monitor.event(
+                "drift", cka=drift.cka, threshold=self.recipe.drift.threshold, pretrain=at,
+                share_of_time=values["drift_share"], steps=self.steps,
+            )
             if math.isnan(drift.cka):
                 self.monitor.event("refused", reason="CKA is not a number", steps=self.steps)
             elif cause is None and self.trigger.fires(drift.cka):
@@ -261,7 +326,8 @@ class Run:
             **found,
             "reference": self._reference,
             "parent": self.progress.published[-1].id if self.progress.published else None,
-            "recipe": config.fingerprint(config.to_plain(self.recipe.model.encoder)),
+            "architecture": self._architecture(),
+            "config": self.recipe.encoder_fingerprint(),
         }
         masters = branch.masters("") if self._low_precision(branch) else {}
         started = time.monotonic()
@@ -309,12 +375,18 @@ class Run:
             return
         self._polled = now
         found = self.store.snapshots() if ranks.main_rank() else []
-        self.progress = with_published(self.progress, ranks.broadcast(found))
+        found = [s for s in ranks.broadcast(found) if s.id not in self._refused]
+        self.progress = with_published(self.progress, found)
 
     def wait(self) -> None:
         """Nothing can step before the publisher has moved on; what happens then is the recipe's choice."""
+        if self.recipe.branch == "both":
+            raise UserError("pretraining is over, but the encoder that comes next was not published")
         late = self.recipe.store.late
         silent = ranks.broadcast(self.store.silent_for())
+        if self._waits_at != self.progress.sft:
+            self._waits_at = self.progress.sft
+            self.monitor.event("waiting", sft=self.progress.sft, steps=self.steps, late=late)
         if silent > self.recipe.store.silent_seconds and late != "wait":
             usable = self.progress.published
             if late == "stop" or not usable:
@@ -335,24 +407,48 @@ class Run:
         """Count the step; at a line also look for bad numbers, bad data and a wish to stop."""
         stage = next(s for s in self.recipe.stages if s.name == report.stage)
         last = report.step + 1 == stage.steps
-        line = self.monitor.step(report, self.steps, self._wait, last)
+        # The norm is the same on all ranks, and at hand at each step: no broken weight is ever saved.
+        if report.grad_norm is not None and not math.isfinite(report.grad_norm):
+            self._not_finite(report)
+        line = self.monitor.step(report, self.steps, self._wait, last, self._encoder_line(report))
         if line is None:
             return
         losses = [v for k, v in line.items() if k in ("ctc", "nll", "grad_norm")]
         if not all(map(math.isfinite, losses)):
-            keys = ", ".join(k for b in report.batches for k in b.keys[:3])
-            raise UserError(
-                f"stage {report.stage}, step {report.step + 1}: the loss or its gradient is not "
-                f"finite (last batch: {keys} …); resume from the last checkpoint with a lower rate"
-            )
+            self._not_finite(report)
+        if report.branch == "sft":
+            if self._swapped_at is not None:
+                self.monitor.event(
+                    "after_swap", nll_before=self._last_nll, nll=line["nll"], steps=self.steps,
+                    sft_steps=self.progress.sft - self._swapped_at,
+                )
+                self._swapped_at = None
+            self._last_nll = line["nll"]
         counts: dict[str, int] = {}
         for held in ranks.gather(dict(self.bad.counts)):
             for cause, count in held.items():
                 counts[cause] = counts.get(cause, 0) + count
         self.bad.check(counts)
-        if report.branch == "pretrain" and ranks.main_rank():
+        if report.branch == "pretrain":
             self.store.beat()
         self._check_signal()
+
+    def _encoder_line(self, report: StepReport) -> dict[str, float]:
+        """Of the sft branch: which encoder it is on; of both: what the other branch has parked."""
+        parked = sum(b.parked_bytes for b in self.branches.values() if b.name != report.branch)
+        values = {"parked_bytes": float(parked)}
+        in_use = [s for s in self.progress.published if s.id == self.progress.in_use]
+        if report.branch == "sft" and in_use:
+            values["encoder_in_use"] = float(in_use[0].pretrain)
+        return values
+
+    def _not_finite(self, report: StepReport) -> None:
+        keys = ", ".join(k for b in report.batches for k in b.keys[:3])
+        raise UserError(
+            f"stage {report.stage}, step {report.step + 1}: the loss or its gradient is not "
+            f"finite (last batch of rank 0: {keys} …); resume from the last checkpoint with a lower "
+            "rate"
+        )
 
     def _scalars(self, stage: str, values: Mapping[str, float]) -> None:
         head = {"steps": self.steps, "branch": "pretrain", "stage": stage}
@@ -360,8 +456,11 @@ class Run:
 
     def _check_signal(self) -> None:
         if ranks.any_rank(self._signal is not None):
-            self.save()
+            saved = self.save()
             self.monitor.event("stopped", steps=self.steps, signal=self._signal)
+            self._plot()
+            if not saved:
+                raise UserError("stopped by a signal, and the checkpoint could not be written")
             raise Stopped
 
     def evaluate_if_due(self, branch: Branch) -> None:
@@ -384,7 +483,7 @@ class Run:
                     module, batches, self.build.tokenizer, self.recipe.evaluation.decode,
                     device=ranks.device(), any_rank=ranks.any_rank, gather=ranks.gather,
                 )
-                summary = found.scores().summary()
+                summary = found.scores(self.recipe.evaluation.rules).summary()
                 values = {k: v for k, v in summary.items() if not math.isnan(v)}
                 rows = found.rows[:: max(len(found.rows) // self.recipe.evaluation.samples, 1)]
                 shown = "\n\n".join(
@@ -404,7 +503,7 @@ class Run:
         if self.checkpoints.due(self.steps):
             self.save()
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Write a checkpoint of everything; a full disk costs the checkpoint, not the run."""
         held = {k: f for b in self.branches.values() for k, f in b.fragments().items()}
         if self._probe is not None:
@@ -418,6 +517,10 @@ class Run:
             "streams": {k: {"stage": n, "state": s} for k, (n, s) in self._cursors.items()},
             "reference": self._reference,
             "stage_seconds": self.stage_seconds,
+            "drift_seconds": self._probe.seconds if self._probe is not None else 0.0,
+            "monitor": self.monitor.state(),
+            "last_nll": self._last_nll,
+            "swapped_at": self._swapped_at,
             "recipe": config.to_plain(self.recipe),
         }
         started = time.monotonic()
@@ -425,10 +528,11 @@ class Run:
             path = self.checkpoints.save(self.steps, held, state)
         except OSError as error:
             self.monitor.event("checkpoint_failed", reason=str(error), steps=self.steps)
-            return
+            return False
         self.monitor.event(
             "checkpoint", name=path.name, steps=self.steps, save_seconds=time.monotonic() - started
         )
+        return True
 
     def finish(self) -> None:
         """The end of the schedule: evaluate on the whole validation set and save."""
@@ -437,8 +541,24 @@ class Run:
             for branch in self.branches.values():
                 if branch.stage is not None:
                     self.evaluate(branch, 0)
-            self.save()
+            if not self.save():
+                raise UserError(
+                    f"trained to the end, but {self.checkpoints.folder} cannot be written: make room "
+                    "and start again, which repeats the steps since the last checkpoint"
+                )
         self.monitor.event("finished", steps=self.steps)
+        self._plot()
+
+    def _plot(self) -> None:
+        """``timeline.png`` in the run folder; a picture that fails is no reason to."""
+        if not ranks.main_rank():
+            return
+        from dsasr.timeline import plot_run
+
+        try:
+            plot_run(self.recipe.folder)
+        except (OSError, ValueError, ImportError) as error:
+            print(f"timeline.png was not drawn: {error}", flush=True)
 
     def close(self) -> None:
         for _, stream in self._streams.values():

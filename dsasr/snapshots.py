@@ -8,11 +8,13 @@ own, and life is told by a counter that the publisher raises, never by comparing
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,7 @@ class SnapshotStore:
         self.folder = Path(folder)
         self.keep = keep
         self._beats = 0
+        self._token: str | None = None
         self._seen: tuple[str, float] = ("", time.monotonic())
 
     # -- publishing ------------------------------------------------------------------------------
@@ -60,25 +63,53 @@ class SnapshotStore:
     def claim(self, run: str) -> None:
         """Make ``run`` the store's one publisher; `UserError` when another run is.
 
-        The same run may claim again, as it does after a resume.
+        The same run may claim again, as it does after a resume. Where a job of that run still
+        lives, it finds the newer claim at its next `beat` or `publish`, and stops.
         """
         problem = None
         if ranks.main_rank():
+            self._token = f"{os.getpid()} {uuid.uuid4().hex}"
             self.folder.mkdir(parents=True, exist_ok=True)
+            claim = json.dumps({"run": run, "token": self._token})
             try:
                 with open(self.folder / OWNER, "x", encoding="utf-8") as file:
-                    file.write(run)
+                    file.write(claim)
             except FileExistsError:
-                owner = (self.folder / OWNER).read_text(encoding="utf-8")
-                if owner != run:
+                owner = self._owner().get("run")
+                if owner in (run, None):  # None: killed between making the file and writing it
+                    atomic_write(self.folder / OWNER, claim)
+                else:
                     problem = (
                         f"{self.folder} has a publisher already ({owner}): give each pretrain run "
                         f"its own store, or delete {self.folder / OWNER} if that run is gone"
                     )
-            self._clean()
+            except OSError as error:
+                problem = f"{self.folder} cannot be written: {error}"
+            if problem is None:
+                self._clean()
         problem = ranks.broadcast(problem)
         if problem:
             raise UserError(problem)
+
+    def _owner(self) -> dict[str, str]:
+        try:
+            held = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return held if isinstance(held, dict) else {}
+
+    def _check_claim(self) -> None:
+        """Raise `UserError` on all ranks when another job has claimed the store since; collective."""
+        lost = None
+        if ranks.main_rank() and self._token is not None:
+            token = self._owner().get("token")
+            lost = token if token != self._token else None
+        lost = ranks.broadcast(lost)
+        if lost:
+            raise UserError(
+                f"{self.folder} was claimed by another job of this run (process "
+                f"{lost.split()[0]}): this one stops; let only one of them run"
+            )
 
     def _clean(self) -> None:
         """Remove what a killed publisher left half-written."""
@@ -91,36 +122,55 @@ class SnapshotStore:
         """Publish ``module``'s encoder and CTC head, whole or not at all; collective.
 
         Returns False, and publishes nothing, when a weight is not finite. ``masters`` are fp32
-        pieces to store beside low-precision weights. Raises `OSError` on a full disk.
+        pieces to store beside low-precision weights. One that is there already, bit for bit, is
+        left as it is: a resumed run comes by again. Raises `OSError` on a full disk, and
+        `UserError` when the store was claimed by another job.
         """
+        self._check_claim()
         held = partition.weights(module) | masters
-        finite = all(
-            bool(torch.isfinite(f.tensor).all())
-            for f in held.values()
-            if f.tensor.is_floating_point()
-        )
-        if ranks.any_rank(not finite):
+        if ranks.any_rank(not fragments.all_finite(f.tensor for f in held.values())):
             return False
+        encoder = {k: f for k, f in held.items() if k.startswith("encoder.")}
         entry = {
             "kind": "snapshot",
             "id": snapshot.id,
             "pretrain": snapshot.pretrain,
             "cause": snapshot.cause,
+            "checksum": fragments.checksum(encoder),
             **info,
         }
-        fragments.write_folder(self.folder / snapshot.id, held, entry)
+        if not ranks.broadcast(self._holds(entry)):
+            fragments.write_folder(self.folder / snapshot.id, held, entry)
         return True
 
+    def _holds(self, entry: dict[str, Any]) -> bool:
+        try:
+            there = fragments.read_manifest(self.folder / entry["id"])
+        except FragmentError:
+            return False
+        same = ("checksum", "cause", "config")
+        return bool(there["files"]) and all(there.get(k) == entry.get(k) for k in same)
+
     def beat(self) -> None:
-        """Tell readers that the publisher lives."""
+        """Tell readers that the publisher lives. Counts up: no clock is compared. Collective."""
+        self._check_claim()
         self._beats += 1
         if ranks.main_rank():
-            atomic_write(self.folder / HEARTBEAT, f"{os.getpid()} {self._beats}")
+            with contextlib.suppress(OSError):  # a full disk is told when something is lost by it
+                atomic_write(self.folder / HEARTBEAT, f"{os.getpid()} {self._beats}")
 
     def prune(self, needed: Iterable[str] = ()) -> list[str]:
-        """Remove all but the newest ``keep`` snapshots, those in use and those ``needed``; rank 0."""
-        kept = set(needed) | self._in_use()
-        listed = [m["id"] for m in self.manifests()]
+        """Remove all but the newest ``keep`` snapshots, those in use and those ``needed``; rank 0.
+
+        Never pruned: the newest one, its reference, and the final encoder. Returns what went.
+        """
+        listed, kept = [], set(needed) | self._in_use()
+        for manifest in self.manifests():
+            listed.append(manifest["id"])
+            if manifest["cause"] == "final":
+                kept.add(manifest["id"])
+        if listed:
+            kept |= {listed[-1], manifest.get("reference")}
         gone = [i for i in listed[: max(len(listed) - self.keep, 0)] if i not in kept]
         for name in gone:
             # Renamed first: a reader sees a whole snapshot or none.
@@ -143,6 +193,13 @@ class SnapshotStore:
                         continue  # pruned between listing and reading
         return sorted(found, key=lambda m: (m["pretrain"], m["id"]))
 
+    def manifest(self, name: str) -> dict[str, Any]:
+        """The manifest of snapshot ``name``; empty when it is gone."""
+        try:
+            return fragments.read_manifest(self.folder / name)
+        except FragmentError:
+            return {}
+
     def snapshots(self) -> list[Snapshot]:
         """All whole snapshots meant for the sft branch, oldest first (no bare references)."""
         return [
@@ -151,18 +208,24 @@ class SnapshotStore:
             if m["cause"] != "reference"
         ]
 
-    def open(self, name: str, verify: bool = True) -> FragmentReader:
-        """A reader of snapshot ``name``, after its checksums were verified by rank 0; collective."""
-        folder, problem = self.folder / name, None
-        if verify and ranks.main_rank():
-            try:
-                fragments.verify(folder)
-            except FragmentError as error:
-                problem = str(error)
-        problem = ranks.broadcast(problem)
-        if problem:
-            raise FragmentError(problem)
-        return FragmentReader(folder)
+    def open(self, name: str, architecture: str | None = None) -> FragmentReader:
+        """A reader of snapshot ``name``; rank 0 has verified its sha256 sums. Collective.
+
+        Raises `FragmentError` on all ranks when it is gone or altered, or when its encoder is not
+        of ``architecture`` (a `dsasr.config.fingerprint` of the encoder's settings).
+        """
+
+        def check() -> FragmentReader:
+            folder = self.folder / name
+            if ranks.main_rank():
+                held = fragments.verify(folder).get("architecture")
+                if architecture and held and held != architecture:
+                    raise FragmentError(
+                        f"{folder} is of another architecture: its model.encoder is not this recipe's"
+                    )
+            return FragmentReader(folder)
+
+        return partition.agree(check)
 
     def use(self, run: str, name: str | None) -> None:
         """Say that ``run`` uses snapshot ``name``, which is then never pruned."""

@@ -34,8 +34,8 @@ def train(run) -> None:
             run.wait()
             continue
         branch = run.enter(turn.stage)  # no-op unless the stage or the branch changed
-        if turn.load is not None:
-            run.swap(branch, turn.load)
+        if turn.load is not None and not run.swap(branch, turn.load):
+            continue  # refused: the log says why
         report = branch.step(run.batches(turn.stage), turn.step)
         run.advance(turn)
         if branch.name == "pretrain":
