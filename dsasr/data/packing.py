@@ -235,7 +235,8 @@ def _pack_one(
                 packed = _packed(utterance, encode)
             except (OSError, RuntimeError, ValueError) as error:  # soundfile's are the last two
                 cause = "unreadable" if isinstance(error, OSError) else "decode_error"
-                held["bad"].append((cause, path.name, utterance.id, str(error)))
+                detail = getattr(error, "error_string", str(error))  # libsndfile's, or any other's
+                held["bad"].append((cause, path.name, utterance.id, detail))
                 continue
             except BadSample as error:
                 held["bad"].append((error.cause, path.name, utterance.id, error.detail))
