@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsasr.data.audio import AudioError, Cmvn, FbankConfig, decode, fbank, fbank_batch
-from dsasr.data.augment import RECORDED, AugmentConfig, Draw, apply
+from dsasr.data.augment import AugmentConfig, Draw, apply
 from dsasr.data.phonemes import (
     MissingPhonemes,
     PhonemeVocab,
@@ -32,7 +32,6 @@ from dsasr.data.shards import BadSample, Sample, ShardIndex, build_index, load_i
 from dsasr.data.sources import Missing, SourceError, Sources, Truncated, is_pipe
 from dsasr.data.text import TextConfig, Tokenizer, normalise_text
 from dsasr.data.workers import Allocate
-from dsasr.errors import UserError
 from dsasr.files import atomic_write
 
 FRAME_SLACK = 10  # frames by which a sample may exceed its plan: rounding of durations and speeds
@@ -186,14 +185,13 @@ class Maker:
         cmvn: Cmvn | None,
         augment: AugmentConfig | None,
         text: TextEncoder,
-        noises: Sequence[Tensor],
         max_seconds: float,
         waves: bool,
     ) -> None:
         self.sources, self.fbank, self.cmvn, self.augment = sources, fbank, cmvn, augment
-        self.text, self.noises, self.max_seconds, self.waves = text, noises, max_seconds, waves
-        if augment is not None and RECORDED in augment.kinds and not noises:
-            raise UserError(f"augment.kinds: '{RECORDED}' needs recordings of noise, and has none")
+        self.text, self.max_seconds, self.waves = text, max_seconds, waves
+        self.voices: Sequence[Tensor] = ()  # for babble
+        self.recorded: Sequence[Tensor] = ()  # noise as it lies in noise shards
         if cmvn is not None:
             self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
@@ -265,7 +263,7 @@ class Maker:
         wave = self._decode(sample)
         times.append(time.perf_counter())
         if drawn is not None:
-            wave = apply(wave, drawn, self.noises, self.fbank.rate, self.noises)
+            wave = apply(wave, drawn, self.voices, self.fbank.rate, self.recorded)
         times.append(time.perf_counter())
         seconds = len(wave) / self.fbank.rate
         if seconds * FRAMES_PER_SECOND > planned.frames + FRAME_SLACK:
@@ -316,6 +314,19 @@ class Maker:
             beyond = torch.arange(features.shape[1], device=device) >= frames[:, None]
             features = features.masked_fill(beyond[..., None], 0.0)
         return features, frames.cpu()
+
+    def waves_of(self, shards: Sequence[str], count: int) -> list[Tensor]:
+        """The first ``count`` usable recordings of the shards, at our rate; the same every time."""
+        waves: list[Tensor] = []
+        for shard in shards:
+            index = self.load_index(shard)
+            for entry in index:
+                if len(waves) == count:
+                    return waves
+                planned = PlannedSample(shard, entry, 0, 0)
+                with contextlib.suppress(BadSample):
+                    waves.append(self._decode(self._read(planned)))
+        return waves
 
     def load_index(self, shard: str) -> ShardIndex:
         """A shard's index: the file beside it, else one made from the tar and kept in the cache.

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 
 from dsasr.data.audio import Cmvn, FbankConfig
-from dsasr.data.augment import AugmentConfig
+from dsasr.data.augment import RECORDED, AugmentConfig
 from dsasr.data.batching import Batch
 from dsasr.data.plan import Bad, BatchConfig, Part, PlanConfig, Task
 from dsasr.data.planner import Planner
@@ -36,6 +36,9 @@ from dsasr.data.samples import Maker, TextEncoder, planned_seconds
 from dsasr.data.sources import ShardList, SourceConfig, Sources
 from dsasr.data.workers import Payload, WorkerPool, run_here
 from dsasr.errors import UserError
+
+VOICES = 16  # utterances of the first dataset that babble is cut from
+RECORDINGS = 256  # of the noise shards, at most
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class StreamConfig:
     shuffle: bool = True
     temperature: float | None = None  # languages weigh hours^(1/T) instead of as they lie
     features: Literal["worker", "device"] = "worker"  # where fbank is computed
+    noise: str | tuple[str, ...] | None = None  # shards of noise, for augment.kinds "recorded"
     source: SourceConfig = field(default_factory=SourceConfig)
 
     def __post_init__(self) -> None:
@@ -136,7 +140,6 @@ class Stream(Iterator[Batch]):
         fbank: FbankConfig | None = None,
         cmvn: Cmvn | None = None,
         augment: AugmentConfig | None = None,
-        noises: Sequence[torch.Tensor] = (),
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -156,12 +159,13 @@ class Stream(Iterator[Batch]):
             cmvn=cmvn,
             augment=augment,
             text=text or TextEncoder(),
-            noises=noises,
             max_seconds=config.batch.max_seconds,
             waves=config.features == "device",
         )
         if parts is None:
             parts = make_parts(datasets, sources, config.temperature)
+        if augment is not None and augment.noise_share:
+            self._load_noise(augment, parts, sources)
         plan = PlanConfig(
             batch=config.batch,
             seed=seed,
@@ -183,6 +187,21 @@ class Stream(Iterator[Batch]):
         self.pending: deque[tuple[Task, dict]] = deque()
         self.cursor = self.planner.state()
         self.ended = self.closed = False
+
+    def _load_noise(self, augment: AugmentConfig, parts: Sequence[Part], sources: Sources) -> None:
+        """What noise is made from; read once, before the workers fork, and shared by them."""
+        if "babble" in augment.kinds:
+            self.maker.voices = self.maker.waves_of(parts[0].shards, VOICES)
+        if RECORDED in augment.kinds:
+            if self.config.noise is None:
+                raise UserError(
+                    'augment.kinds names "recorded": say where with stream.noise=FOLDER_OF_SHARDS'
+                )
+            noise = self.config.noise
+            found = sources.resolve(noise if isinstance(noise, str) else list(noise))
+            self.maker.recorded = self.maker.waves_of(found.shards, RECORDINGS)
+            if not self.maker.recorded:
+                raise UserError(f"stream.noise: {noise} holds no usable recording")
 
     def _workers(self) -> WorkerPool | None:
         # Started before the planner's thread exists: a fork copies no other thread's locks.

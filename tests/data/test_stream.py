@@ -283,6 +283,25 @@ def test_tokens_end_with_the_end_and_are_padded_with_pad(tmp_path, config) -> No
             assert (row[length:] == 7).all()
 
 
+def test_noise_shards_are_heard(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [6])
+    plain_corpus(tmp_path / "n", [3], "noise", seed=9)
+    augment = AugmentConfig(speeds=(1.0,), noise_share=1.0, silence=0.0, kinds=("recorded",))
+    given = {"purpose": "train", "epochs": 1}
+    with pytest.raises(UserError, match=r"stream\.noise"):
+        collect(config, tmp_path / "c", augment=augment, **given)
+    noisy = replace(config, noise=str(tmp_path / "n" / "*.tar"))
+    runs = [
+        collect(replace(noisy, workers=n), tmp_path / "c", augment=augment, **given) for n in (0, 1)
+    ]
+    assert [digest(b) for b in runs[0]] == [digest(b) for b in runs[1]]
+    clean = collect(config, tmp_path / "c", **given)
+    assert [b.keys for b in clean] == [b.keys for b in runs[0]]
+    for a, b in zip(clean, runs[0], strict=True):
+        assert a.features_BTF.shape == b.features_BTF.shape
+        assert (a.features_BTF - b.features_BTF).abs().mean() > 0.01
+
+
 @pytest.mark.parametrize("features", ["worker", "device"])
 def test_cmvn_is_applied_and_padding_stays_zero(tmp_path, config, features) -> None:
     plain_corpus(tmp_path / "c", [6])
