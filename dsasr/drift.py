@@ -16,8 +16,8 @@ from torch import Tensor
 from dsasr import ranks
 from dsasr.allocation.cka import LayerCka
 from dsasr.data.batching import Batch
-from dsasr.engine import Below, Branch
-from dsasr.fragments import Fragment, FragmentReader
+from dsasr.engine import Branch
+from dsasr.fragments import Below, Fragment, FragmentReader
 from dsasr.model.speech_llm import placeholder
 from dsasr.stages import DriftConfig
 
