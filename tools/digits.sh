@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Real speech: train and score recipe "digits" on a folder with train.jsonl and test.jsonl of spoken
+# digit strings (text in words: "nine three two").
+#   bash tools/digits.sh path/to/en_digits [key=value …]
+set -euo pipefail
+[ $# -ge 1 ] && [ -f "$1/train.jsonl" ] || { echo "usage: bash tools/digits.sh FOLDER [key=value …]" >&2; exit 2; }
+data=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+source tools/install.sh demo
+corpus=corpus/digits run=runs/digits
+started=$SECONDS
+mkdir -p "$corpus"
+python tools/make_shards.py "$data/train.jsonl" "$data/test.jsonl" --out-root "$corpus/shards" --shard-size 100
+[ -f "$corpus/cmvn.json" ] || python tools/cmvn.py "$corpus/shards/train" --out "$corpus/cmvn.json"
+[ -f "$corpus/phonemes.json" ] || python tools/make_phonemes.py "$corpus/shards/train" \
+    --out "$corpus/phonemes.json" --kind lexicon --lexicon dsasr/recipes/digits.lexicon
+# The language model's text: digit strings at random, and none of the recordings' own transcripts.
+[ -f "$corpus/text.txt" ] || python - > "$corpus/text.txt" <<'PY'
+import random
+words = "zero one two three four five six seven eight nine".split()
+draw = random.Random(0)
+for _ in range(20_000):
+    print(" ".join(draw.choices(words, k=draw.randint(2, 9))))
+PY
+python tools/train_tokenizer.py "$corpus/text.txt" --out "$corpus/tokenizer" --size 320
+python tools/make_lm.py "$corpus/text.txt" --tokenizer "$corpus/tokenizer" --out "$corpus/lm" --steps 150
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -eq 0 ]; then
+    export DS_ACCELERATOR=cpu
+    gpus=2
+fi
+deepspeed --num_gpus "$gpus" dsasr/train.py --recipe digits "run=$run" "$@" 2>&1 | python tools/filter_log.py
+python tools/evaluate.py "$run" --data "$corpus/shards/test" --report
+echo "Time: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
