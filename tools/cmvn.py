@@ -15,7 +15,8 @@ from dsasr.data.audio import CmvnSums, FbankConfig
 from dsasr.data.checking import cmvn_sums
 from dsasr.data.pools import each
 from dsasr.data.shards import find_tars
-from dsasr.errors import run_tool
+from dsasr.data.writing import check_file
+from dsasr.errors import UserError, run_tool
 
 
 def main() -> int:
@@ -26,16 +27,21 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=0, help="only the first so many; 0: all")
     parser.add_argument("--processes", type=int, help="default: one per core")
     args = parser.parse_args()
-    tars = find_tars(args.paths)[: args.shards or None]
-    sums, causes = CmvnSums(args.mels), Counter()
+    if args.shards < 0:
+        raise UserError(f"--shards {args.shards}: how many of the first, or 0 for all")
     work = partial(cmvn_sums, config=FbankConfig(mels=args.mels))
+    tars = find_tars(args.paths)[: args.shards or None]
+    check_file(args.out)
+    sums, causes = CmvnSums(args.mels), Counter()
     for part, bad in each(work, tars, args.processes, "features"):
         sums.merge(part)
         causes.update(bad)
+    counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())
+    if not sums.count:
+        raise UserError(f"no frames in {len(tars)} shards ({counts or 'all samples are short'})")
     sums.result().save(args.out)
     print(f"{args.out}: {sums.count} frames of {len(tars)} shards")
     if causes:
-        counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())
         print(f"left out: {counts}; tools/verify_shards.py names them")
     return 0
 

@@ -20,6 +20,7 @@ from dsasr.data.phonemes import (
     build_phonemizer,
 )
 from dsasr.data.shards import BadSample, find_tars, read_texts
+from dsasr.data.writing import check_file
 from dsasr.errors import UserError, run_tool
 
 
@@ -35,6 +36,7 @@ def main() -> int:
     args = parser.parse_args()
     config = PhonemizerConfig(args.kind, tuple(args.lexicon), args.stress)
     phonemizer, tars = build_phonemizer(config), find_tars(args.paths)
+    check_file(args.out)
     causes: Counter[str] = Counter()
 
     def sequences():

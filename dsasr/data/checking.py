@@ -117,7 +117,7 @@ def check_dataset(folder: Path, verdicts: Mapping[str, Verdict]) -> list[Row]:
         if name not in verdicts:
             bad.append(("missing_shard", str(name), "", f"{samples} samples are gone with it"))
         else:
-            held = verdicts[name].samples + len(verdicts[name].bad)
+            held = verdicts[name].samples + sum(1 for _, _, key, _ in verdicts[name].bad if key)
             if held < samples:
                 detail = f"dataset.json says {samples} samples, the shard has {held}"
                 bad.append(("missing_samples", name, "", detail))

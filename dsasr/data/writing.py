@@ -120,6 +120,16 @@ def write_dataset(
     return values
 
 
+def check_file(path: Path) -> None:
+    """Raises `UserError` where no file can be written, before work is spent on its content."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be written: name a file in a folder of yours")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def read_dataset(folder: str | os.PathLike) -> dict[str, Any]:
     """``dataset.json`` of a folder. Raises `UserError`."""
     path = Path(folder) / DATASET

@@ -260,7 +260,8 @@ def test_bad_members_are_named_and_the_rest_is_kept():
         ("surrogate.flac", flac()), ("surrogate.json", b'{"text": "\\ud800"}'),
         ("big.flac", flac()), ("big.json", b'{"text": "' + b"x" * (5 << 20) + b'"}'),
         ("two.flac", flac()), ("two.json", meta()), ("two.wav", b"RIFF"),
-        ("__readme.txt", b"not ours"), name,
+        ("__readme.txt", b"not ours"), ("good.pkl", b"cos\nsystem\n(S'false'\ntR."),
+        ("good.yaml", b"!!python/object/apply:os.system [false]"), ("good.pth", b"PK"), name,
     )  # fmt: skip
     index = build_index(tar, "s")
     assert index.keys == ["good", "two"]
@@ -271,6 +272,29 @@ def test_bad_members_are_named_and_the_rest_is_kept():
         "\\udcff.flac": "bad_utf8",
     }  # fmt: skip
     assert load_index(index.dump().encode(), "s").dump() == index.dump()
+
+
+def test_keys_may_hold_dots_in_others_tars():
+    tar = tar_of(("a.b.flac", flac()), ("a.b.json", meta("dots")), ("A.FLAC", b"x"))
+    index = build_index(tar, "s")
+    assert index.keys == ["a.b"] and causes(index) == {"A": "missing_json"}
+
+
+def test_a_header_that_claims_terabytes_costs_nothing():
+    big = tarfile.TarInfo("big.flac")
+    big.size = 1 << 42
+    header = big.tobuf(tarfile.GNU_FORMAT)
+    tar = tar_of(("a.flac", flac()), ("a.json", meta()))
+    end = build_index(tar).entry(0).json_offset + tarfile.BLOCKSIZE
+    index = build_index(tar[:end] + header + bytes(1024), "s")
+    assert index.keys == ["a"]
+    assert [b.cause for b in index.bad] == ["truncated_tar"]
+    pax = tarfile.TarInfo("././@PaxHeader")
+    pax.type, pax.size = tarfile.XHDTYPE, 1 << 42
+    index = build_index(pax.tobuf(tarfile.GNU_FORMAT) + b"9" * 5000, "s")
+    assert [b.cause for b in index.bad] == ["truncated_tar"]
+    digits = build_index(tar_of(("a.json", b'{"text": "x", "duration": ' + b"9" * 10_000 + b"}")))
+    assert causes(digits) == {"a": "bad_json"}
 
 
 def test_a_missing_duration_is_read_from_the_audio():
