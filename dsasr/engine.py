@@ -34,7 +34,7 @@ from dsasr import partition, ranks
 from dsasr.config import nearest
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
-from dsasr.fragments import Fragment, FragmentReader, checksum
+from dsasr.fragments import Below, Fragment, FragmentReader, checksum
 from dsasr.parking import ParkConfig, Parking
 from dsasr.stages import StageConfig, learning_rate
 

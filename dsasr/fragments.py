@@ -246,10 +246,10 @@ class Below:
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
 
-    def read(self, key: str, start: int, stop: int) -> Tensor:
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         return self._reader.read(self._prefix + key, start, stop)
 
-    def whole(self, key: str) -> Tensor:
+    def whole(self, key: str) -> torch.Tensor:
         return self._reader.whole(self._prefix + key)
 
 

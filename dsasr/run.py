@@ -55,6 +55,7 @@ class Run:
         self._polled = -math.inf
         self._signal: int | None = None
         self._refused: set[str] = set()
+        self._finished = False
         self._waits_at = -1  # sft step at which a wait was last told
         self._last_nll: float | None = None  # of the sft branch's last line
         self._swapped_at: int | None = None  # sft step of a swap that no line has followed yet
@@ -152,6 +153,7 @@ class Run:
         self.stage_seconds = dict(held["stage_seconds"])
         self._reference = held["reference"]
         self.monitor.load(held["monitor"])
+        self._finished = held["finished"]
         self._last_nll, self._swapped_at = held["last_nll"], held["swapped_at"]
         if self._reference is not None and self.recipe.branch != "sft":
             self._drift().load(reader)
@@ -519,6 +521,7 @@ class Run:
             "stage_seconds": self.stage_seconds,
             "drift_seconds": self._probe.seconds if self._probe is not None else 0.0,
             "monitor": self.monitor.state(),
+            "finished": self._finished,
             "last_nll": self._last_nll,
             "swapped_at": self._swapped_at,
             "recipe": config.to_plain(self.recipe),
@@ -536,8 +539,8 @@ class Run:
 
     def finish(self) -> None:
         """The end of the schedule: evaluate on the whole validation set and save."""
-        newest = self.checkpoints.list()
-        if not newest or newest[-1].name != f"step-{self.steps:010d}":
+        if not self._finished:
+            self._finished = True
             for branch in self.branches.values():
                 if branch.stage is not None:
                     self.evaluate(branch, 0)

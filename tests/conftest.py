@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,83 @@ def launch():
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A recipe that trains in seconds (tests/programs/tiny.py), with its corpus beside it."""
+    place = ROOT / "tests" / "programs" / "tiny.py"
+    spec = importlib.util.spec_from_file_location("tiny", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.make(tmp_path_factory.mktemp("tiny"))
+
+
+class Job:
+    """Ranks of train.py, started as the launcher would start them, each to be killed by itself."""
+
+    def __init__(self, arguments, world: int, log: Path):
+        self.log = log
+        shared = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        command = [sys.executable, str(ROOT / "dsasr" / "train.py"), *map(str, arguments)]
+        with open(log, "w") as file:
+            self.ranks = [
+                subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent,
+                    env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+                )
+                for r in range(world)
+            ]  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def until(self, text: str, timeout: float = 240) -> None:
+        """Wait until the job's output holds ``text``."""
+        end = time.monotonic() + timeout
+        while text not in self.output:
+            if time.monotonic() > end or all(r.poll() is not None for r in self.ranks):
+                self.kill()
+                pytest.fail(f"'{text}' never came:\n{self.output[-3000:]}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """kill -9 of all ranks that still run."""
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """The exit codes, in rank order; a job that hangs fails the test."""
+        end = time.monotonic() + timeout
+        try:
+            return [r.wait(max(end - time.monotonic(), 0.1)) for r in self.ranks]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the job hung:\n{self.output[-3000:]}")
+        finally:
+            self.kill()
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """``start(*overrides, world=2)``: a `Job` on the tiny recipe, killed at the test's end."""
+    jobs = []
+
+    def begin(*overrides, world: int = 2) -> Job:
+        log = tmp_path / f"job-{len(jobs)}.log"
+        jobs.append(Job(["--recipe", tiny, *overrides], world, log))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()

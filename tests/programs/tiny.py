@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from dsasr.data.audio import RATE, Cmvn, FbankConfig, fbank
-from dsasr.data.writing import Packed, shard_summary, write_dataset, write_shard
 from dsasr.data.phonemes import PhonemeVocab
 from dsasr.data.train_tokenizer import train_tokenizer
+from dsasr.data.writing import Packed, shard_summary, write_dataset, write_shard
 from dsasr.model.small_lm import SmallLmConfig, make_small_lm
 
 WORDS = ("ba", "do", "fi", "gu")

@@ -1,0 +1,148 @@
+"""Whole runs on a tiny recipe: four stages on two ranks, kills, resumes, refusals."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsasr import fragments, recipe
+from dsasr.errors import UserError
+from dsasr.fragments import FragmentReader
+from dsasr.run import Run
+
+TIMES = ("seconds", "audio_hours_per_hour", "wait_share", "step_seconds")
+TIMES += ("drift_seconds", "drift_share", "swap_seconds", "evaluation_seconds")
+
+
+def lines(folder: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(x) for x in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def trace(folder: Path) -> list[dict]:
+    """The metrics without what a clock said, NaN made comparable."""
+    return [
+        {k: repr(v) for k, v in line.items() if k not in TIMES}
+        for line in lines(folder)
+    ]
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [e for e in lines(folder, "events") if e["event"] == kind]
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tiny, tmp_path_factory) -> Path:
+    """An uninterrupted run on two ranks, through the launcher."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train = Path(__file__).parent.parent / "dsasr" / "train.py"
+    done = launch(train, "--recipe", tiny, f"run={folder}", "monitor.tensorboard=true")
+    assert done.returncode == 0, done.stdout[-3000:]
+    return folder
+
+
+@pytest.mark.launcher
+def test_four_stages_with_drift_and_swaps(whole):
+    ended = [(e["name"], e["steps"]) for e in events(whole, "stage_end")]
+    assert [name for name, _ in ended] == ["align", "pretrain", "ia_sft", "joint"]
+    assert ended[-1][1] == 42
+    published = events(whole, "published")
+    assert {p["cause"] for p in published} == {"drift", "final"} and published[-1]["pretrain"] == 20
+    swaps = events(whole, "swap")
+    assert swaps[0]["stage"] == "align" and swaps[-1]["cause"] == "final"
+    # After each swap the sft branch's encoder is, over all ranks, the one that was published.
+    for swap in swaps:
+        manifest = fragments.verify(whole / "snapshots" / swap["snapshot"])
+        assert manifest["checksum"] == swap["checksum"]
+        assert {"cka", "reference", "parent", "config", "pretrain"} <= set(manifest)
+    drift = events(whole, "drift")
+    assert all(d["threshold"] == 0.999 and 0 < d["share_of_time"] < 1 for d in drift)
+    reader = FragmentReader(last_checkpoint(whole))
+    assert reader.manifest["progress"]["in_use"] == "encoder-000000020"
+    assert events(whole, "finished") and events(whole, "evaluated")
+    lined = [x for x in lines(whole) if x["stage"] == "ia_sft"]
+    assert lined[-1]["encoder_in_use"] == 20.0 and "parked_bytes" in lined[0]
+    assert (whole / "timeline.png").stat().st_size > 10_000
+    assert any((whole / "tensorboard").iterdir())
+
+
+@pytest.mark.launcher
+def test_killed_and_resumed_is_uninterrupted(whole, start, tmp_path):
+    folder = tmp_path / "run"
+    job = start(f"run={folder}", "monitor.tensorboard=true")
+    job.until("checkpoint: name=step-0000000021")
+    job.until("[24/42]")
+    job.ranks[1].kill()
+    codes = job.wait()
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    assert not events(folder, "finished")
+    again = start(f"run={folder}", "resume=auto", "monitor.tensorboard=true")
+    assert again.wait() == [0, 0], again.output[-3000:]
+    assert events(folder, "resumed")
+    # Law 2: weights, masters, moments and the trace, bit for bit.
+    one = fragments.verify(last_checkpoint(whole))
+    other = fragments.verify(last_checkpoint(folder))
+    assert one["files"] == other["files"] and one["progress"] == other["progress"]
+    assert trace(folder) == trace(whole)
+
+
+@pytest.mark.launcher
+def test_a_signal_to_one_rank_stops_all_and_one_rank_goes_on(start, tmp_path):
+    folder = tmp_path / "run"
+    job = start(f"run={folder}", "checkpoint.every_steps=0")
+    job.until("] ia_sft 3")
+    job.ranks[1].send_signal(signal.SIGTERM)
+    assert job.wait() == [0, 0], job.output[-3000:]
+    stopped = events(folder, "stopped")[0]["steps"]
+    assert last_checkpoint(folder).name == f"step-{stopped:010d}" and stopped < 42
+    assert (folder / "timeline.png").is_file()
+    # Another world size reads the same checkpoint and comes to the same end.
+    alone = start(f"run={folder}", world=1)
+    assert alone.wait() == [0], alone.output[-3000:]
+    assert events(folder, "resumed")[0]["steps"] == stopped
+    assert events(folder, "finished")[0]["steps"] == 42
+    made = lines(folder)
+    assert [x["step"] for x in made if x["stage"] == "pretrain"] == [3, 6, 9, 12, 15, 18, 20]
+    assert [x["step"] for x in made if x["stage"] == "joint"] == [3, 4]
+
+
+@pytest.mark.launcher
+def test_a_changed_recipe_is_refused_with_the_difference(whole, start):
+    job = start(f"run={whole}", "model.encoder.dropout=0.3", "monitor.every=7", world=1)
+    assert job.wait() == [2]
+    told = [x for x in job.output.splitlines() if x.startswith("error:")]
+    assert len(told) == 1 and "model.encoder.dropout: 0.1 → 0.3" in told[0]
+    assert "allow_changed" in told[0] and "monitor" not in told[0]
+
+
+@pytest.mark.launcher
+def test_a_used_folder_is_not_overwritten(whole, tiny):
+    before = (whole / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="holds a run already"):
+        Run(recipe.load(str(tiny), [f"run={whole}", "resume=never"]))
+    # Another run may not write into its store either.
+    other = [f"run={whole.parent / 'other'}", f"store.path={whole / 'snapshots'}"]
+    with pytest.raises(UserError, match="has a publisher already"):
+        Run(recipe.load(str(tiny), other))
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.launcher
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, tmp_path):
+    rates = "stages.pretrain.trains={encoder: 1.0e+30, ctc: 1.0e+30}"
+    folder = tmp_path / "run"
+    job = start(f"run={folder}", rates, "checkpoint.every_steps=1", "checkpoint.keep=99", world=1)
+    assert job.wait() == [2]
+    told = [x for x in job.output.splitlines() if x.startswith("error:")]
+    assert len(told) == 1 and "not finite" in told[0] and "stage pretrain, step" in told[0]
+    for path in (folder / "checkpoints").glob("step-*"):
+        reader = FragmentReader(path)
+        keys = [k for k in reader.shapes if k.startswith("pretrain/encoder")]
+        assert keys and all(torch.isfinite(reader.whole(k)).all() for k in keys)
