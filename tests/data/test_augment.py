@@ -299,7 +299,7 @@ def test_recorded_noise_without_recordings_stops_before_training(tmp_path):
     from dsasr.data.writing import Packed, write_shard
 
     write_shard(tmp_path / "a.tar", [Packed("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})])
-    with pytest.raises(UserError, match="recordings of noise"):
+    with pytest.raises(UserError, match="recorded"):
         Stream(
             StreamConfig(workers=0),
             datasets=[DatasetConfig("a", str(tmp_path / "a.tar"))],
