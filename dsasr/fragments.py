@@ -122,11 +122,10 @@ def checksum(fragments: Mapping[str, Fragment]) -> str:
         bits = flat.view(_BITS[flat.element_size()])
         salt = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")
         for low in range(0, bits.numel(), _BLOCK):
-            block = bits[low : low + _BLOCK].to(torch.int64)
+            block = bits[low : low + _BLOCK].to(torch.int64) + 1
             first = 2 * (fragment.start + low + salt) + 1
             places = _odd_numbers(block.numel(), block.device)
             # Σ (b + 1)(2i + first) in two products, without a tensor for the weights.
-            block += 1
             total += (block * places).sum() + block.sum() * first
     return f"{int(ranks.sum_ranks(total)) % 2**64:016x}"
 
