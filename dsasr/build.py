@@ -1,4 +1,4 @@
-"""From a recipe to its objects: text, streams, modules. What is missing is said before any training."""
+"""From a recipe to its objects: text, streams, modules. What is missing is said beforehand."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Builder:
         )
 
     def held_out(self, branch: str, utterances: int = 0, datasets=None) -> list:
-        """This rank's batches of the validation set (or ``datasets``), the first so many utterances.
+        """This rank's batches of the validation set (or ``datasets``), up to ``utterances``.
 
         Every rank gets equally many batches; some may hold no utterance.
         """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake in a recipe, a path or a command line. The message is one line and names the fix."""
+    """A mistake in a recipe, a path or a command line. One line that names the fix."""
 
 
 def run_tool(main: Callable[[], int | None]) -> int:

@@ -215,13 +215,11 @@ class Schedule:
             return None
         if pretrain == self.pretrain_steps():
             return "final"
-        fixed = self.drift.mode == "fixed" and any(
-            s.pretrain == pretrain for s in self.drift.swaps
-        )
+        fixed = self.drift.mode == "fixed" and any(s.pretrain == pretrain for s in self.drift.swaps)
         return "fixed" if fixed else None
 
     def finished_pretraining(self, progress: Progress) -> bool:
-        """Whether the final encoder is there (published here or, concurrently, by the other job)."""
+        """Whether the final encoder is there, published here or by the other job."""
         return self.pretrain is None or any(s.cause == "final" for s in progress.published)
 
     def at(self, progress: Progress) -> Turn:
@@ -319,7 +317,7 @@ def learning_rate(stage: StageConfig, part: str, step: int) -> float:
 
 
 def with_published(progress: Progress, snapshots: Sequence[Snapshot]) -> Progress:
-    """Progress that knows of ``snapshots`` too (those that it knows already are left as they are)."""
+    """Progress that knows of ``snapshots`` too; those that it knows already stay as they are."""
     known = {s.id for s in progress.published}
     new = tuple(s for s in snapshots if s.id not in known)
     return replace(progress, published=progress.published + new) if new else progress

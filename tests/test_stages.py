@@ -54,7 +54,7 @@ def steps_of(turns, name):
 
 def test_the_papers_course():
     schedule = Schedule(ALL)
-    turns, swaps, progress, end = play(schedule, triggers=(10, 14))
+    turns, swaps, _, end = play(schedule, triggers=(10, 14))
     assert end == "end"
     for stage in ALL:
         assert steps_of(turns, stage.name) == list(range(stage.steps))
@@ -80,8 +80,11 @@ def test_a_trigger_during_alignment_is_taken_when_ia_sft_begins():
 
 
 def test_interleave_is_a_ratio():
-    schedule = Schedule((replace(PRETRAIN, steps=100), replace(IA_SFT, steps=40, after_final=0)),
-                        DriftConfig(mode="fixed", swaps=(PlannedSwap(10),)), interleave=(2, 1))
+    schedule = Schedule(
+        (replace(PRETRAIN, steps=100), replace(IA_SFT, steps=40, after_final=0)),
+        DriftConfig(mode="fixed", swaps=(PlannedSwap(10),)),
+        interleave=(2, 1),
+    )
     turns, *_ = play(schedule)
     window = [name for name, _ in turns[20:50]]
     assert window.count("pretrain") == 20 and window.count("ia_sft") == 10
@@ -115,7 +118,7 @@ def test_joint_with_a_frozen_encoder_and_stages_after_joint():
 def test_planned_sft_steps_replay_a_history():
     plan = (PlannedSwap(5, 0), PlannedSwap(12, 6), PlannedSwap(20, 11))
     schedule = Schedule(ALL, DriftConfig(mode="fixed", swaps=plan))
-    turns, swaps, _, end = play(schedule)
+    _, swaps, _, end = play(schedule)
     assert end == "end"
     assert [(s[0], s[1]) for s in swaps] == [("s5", 0), ("s12", 6), ("s20", 11)]
 
@@ -142,7 +145,7 @@ def test_one_branch_alone():
 )
 def test_stopping_and_going_on_anywhere_changes_nothing(cut, triggers, ratio):
     schedule = Schedule(ALL, interleave=ratio)
-    whole, swaps, end, _ = play(schedule, triggers)
+    whole, _, end, _ = play(schedule, triggers)
     progress = Progress()
     turns = []
     for _ in range(len(whole)):

@@ -35,7 +35,9 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=5, help="reference/hypothesis pairs to print")
     parser.add_argument("--out", type=Path, help="write all transcripts as JSON lines")
     parser.add_argument("--report", action="store_true", help="write RUN/report.json")
-    parser.add_argument("--is-finished", action="store_true", help="only say so by exit code 0 or 1")
+    parser.add_argument(
+        "--is-finished", action="store_true", help="only say so by exit code 0 or 1"
+    )
     args = parser.parse_args()
     if args.is_finished:
         return 0 if finished(args.run) else 1
@@ -48,7 +50,9 @@ def main() -> int:
     scores = found.scores(recogniser.build.recipe.evaluation.rules)
     summary = {k: v for k, v in scores.summary().items() if not math.isnan(v)}
     for lang, part in scores.by_lang.items():
-        print(f"{lang:>6}: {100 * part.rate:.2f}% errors ({part.unit}s, {part.counts.reference} in all)")
+        print(
+            f"{lang:>6}: {100 * part.rate:.2f}% errors ({part.unit}s, {part.counts.reference} in all)"
+        )
     for row in found.rows[:: max(len(found.rows) // max(args.pairs, 1), 1)][: args.pairs]:
         print(f"  ref  {row.reference}\n  hyp  {row.hypothesis}")
     if args.out:
@@ -61,7 +65,9 @@ def main() -> int:
         atomic_write(args.run / "report.json", json.dumps(values, indent=1) + "\n")
         for name, _, seconds in stages:
             print(f"stage {name:<10} {clock(seconds)}")
-    rates = "  ".join(f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer") if k in summary)
+    rates = "  ".join(
+        f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer") if k in summary
+    )
     print(f"{len(found.rows)} utterances: {rates}   ({recogniser.checkpoint})")
     return 0
 

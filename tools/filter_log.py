@@ -12,9 +12,10 @@ import sys
 from collections import deque
 
 CHATTER = re.compile(
-    r"^\[\d{4}-\d\d-\d\d|^\[W\d|^W\d{4} |Warning: |^\s+return func|^\s+warnings\.warn|"
-    r"^DeepSpeed deepspeed\.ops|^ninja:|^Loading extension|^Building extension|^Using .* as PyTorch|"
-    r"^Creating extension|^Detected |^Emitting ninja|^Allowing ninja|^Time to load|^\[\d+/\d+\] (c\+\+|nvcc)"
+    r"^\[\d{4}-\d\d-\d\d|^\[W\d|^W\d{4} |Warning: |^\s+return func|^\s+warnings\.warn"
+    r"|^DeepSpeed deepspeed\.ops|^ninja:|^Loading extension|^Building extension|^Using .* as PyTorch"
+    r"|^Creating extension|^Detected |^Emitting ninja|^Allowing ninja|^Time to load"
+    r"|^\[\d+/\d+\] (c\+\+|nvcc)|Loading weights:"
 )
 
 
