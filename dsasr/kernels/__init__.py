@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dsasr.errors import UserError
 from dsasr.kernels import entropy, head, reference, stacks, torch_passes
+from dsasr.kernels.launch import KernelError as KernelError
 
 NAMES = ("auto", "triton", "torch", "reference")
 _log = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from dsasr.kernels import torch_passes
 
 # Logits in a tile. CPU: two tiles of float32 stay in cache. GPU: matrix products fill the
-# device, and what is added up over the blocks (N · D) stays small beside what a block moves.
+# device, and what is added up over the blocks (N · D) stays small beside what a block moves (by
+# arithmetic, for want of a measurement).
 _CPU_TILE = (1024, 512)
 _GPU_TILE_LOGITS = 1 << 26
 _GPU_ROWS = 1 << 16

@@ -79,12 +79,24 @@ def commit() -> str:
         return "unknown"
 
 
+def clock(device: torch.device | str) -> str:
+    """What seconds are counted by: device events, CPU time where one thread works, or the wall.
+
+    One thread's CPU time, the system's work for it included, is what others on the machine change
+    least.
+    """
+    if torch.device(device).type == "cuda":
+        return "device events"
+    return "cpu time" if torch.get_num_threads() == 1 else "wall"
+
+
 def seconds(run: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """How long ``run`` takes: by device events on a GPU, else by the clock."""
+    """How long ``run`` takes, by `clock`."""
     if torch.device(device).type != "cuda":
-        start = time.perf_counter()
+        now = time.process_time if clock(device) == "cpu time" else time.perf_counter
+        start = now()
         run()
-        return time.perf_counter() - start
+        return now() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -100,7 +112,7 @@ def alternate(
     device: torch.device | str = "cpu",
     warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every side, in turn, ``rounds`` times after ``warm_up`` rounds that do not count."""
+    """Seconds of each side, in turn, ``rounds`` times after ``warm_up`` that do not count."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warm_up + rounds):
         for name, run in sides.items():
