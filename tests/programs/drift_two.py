@@ -1,0 +1,108 @@
+"""CKA over ranks against one float64 computation; usage: drift_two.py OUT (ranks as started)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dsasr import engine, ranks
+from dsasr.allocation.cka import cka
+from dsasr.data.batching import Batch
+from dsasr.drift import DriftMonitor
+from dsasr.fragments import FragmentReader, write_folder
+from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.stages import DriftConfig
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        small = {"width": 12, "layers": 2, "heads": 2, "ffn": 16, "kernel": 5}
+        self.encoder = Encoder(EncoderConfig(**small, subsample_channels=4))
+        self.encoder.reset_parameters(torch.Generator().manual_seed(0))
+
+
+class Held:
+    """What a monitor needs of a branch."""
+
+    def __init__(self):
+        self.module = Model().eval()
+
+    @contextmanager
+    def evaluating(self):
+        with torch.no_grad():
+            yield self.module
+
+
+def batch(number: int, count: int) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+    lengths = torch.randint(20, 60, (count,), generator=generator)
+    frames = int(lengths.max()) if count else 0
+    features = torch.randn(count, frames, 80, generator=generator)
+    none, rows = torch.zeros(count, 0, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    keys = tuple(f"utt/{number}-{i}" for i in range(count))
+    texts = ("",) * count
+    return Batch(
+        *(features, lengths, none, rows, none, rows),
+        *(keys, texts, texts, texts, texts, (1.0,) * count, number, 0, number, {}),
+    )
+
+
+def frames(module: nn.Module, batches: list[Batch]) -> torch.Tensor:
+    """All valid frames of all batches in float64 [N, E], in one process."""
+    rows = []
+    for b in batches:
+        if len(b):
+            with torch.no_grad():
+                out = module.encoder(b.features_BTF, b.feature_lengths_B)
+            rows += [x[:n] for x, n in zip(out.frames_BSE, out.lengths_B, strict=True)]
+    return torch.cat(rows).double()
+
+
+def drifted(module: nn.Module, by: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in module.parameters():
+        parameter.data += by * torch.randn(parameter.shape, generator=generator)
+
+
+def main() -> None:
+    folder = Path(sys.argv[-1])
+    engine.init_distributed()
+    # Uneven on purpose: the last rank has no utterance in its second batch.
+    every = [batch(0, 3), batch(1, 2), batch(2, 4), batch(3, 0)]
+    mine = every[ranks.rank() :: ranks.world()]
+    config = DriftConfig(layers=True)
+    monitor, held = DriftMonitor(config, mine), Held()
+    before = frames(held.module, every)
+    monitor.take_reference(held)
+    found = {"same": monitor.measure(held).cka}
+    drifted(held.module, 0.05)
+    after = frames(held.module, every)
+    drift = monitor.measure(held)
+    found |= {"cka": drift.cka, "expected": cka(before, after), "frames": drift.frames}
+    found |= {"layers": list(drift.layers), "expected_frames": len(before)}
+    # The reference survives a checkpoint.
+    write_folder(folder / "saved", monitor.fragments(), {})
+    again = DriftMonitor(config, mine)
+    again.load(FragmentReader(folder / "saved"))
+    found["again"] = again.measure(held).cka
+    unbiased = DriftMonitor(DriftConfig(unbiased=True), mine)
+    clean = Held()
+    unbiased.take_reference(clean)
+    found["unbiased"] = unbiased.measure(held).cka
+    found["expected_unbiased"] = cka(before, after, unbiased=True)
+    # What a NaN in the encoder gives is no number, and no crash on any rank.
+    held.module.encoder.reset_parameters(torch.Generator().manual_seed(1))
+    next(held.module.parameters()).data.fill_(float("nan"))
+    found["broken"] = repr(monitor.measure(held).cka)
+    if ranks.main_rank():
+        (folder / "found.json").write_text(json.dumps(found))
+    engine.leave_distributed()
+
+
+main()

@@ -1,0 +1,115 @@
+"""The house's import rules, read from the code; and what a plain import must not need."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dsasr"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LOW = ("data", "model", "kernels", "allocation", "evaluation")
+HIGH = tuple(f"dsasr.{m}" for m in ("engine", "stages", "snapshots", "checkpoint", "monitor"))
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted name, whether at the module's top level) of all that ``path`` imports."""
+    found = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                found.append((child.module, top))
+                found.extend((f"{child.module}.{alias.name}", top) for alias in child.names)
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            visit(child, top and not inside)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+def is_of(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_rules(path):
+    inner = path.relative_to(PACKAGE)
+    for name, top in imports(path):
+        if inner.parts[0] in LOW:
+            high = [h for h in HIGH if is_of(name, h)]
+            assert not high, f"{inner} imports {name}: data, model … know nothing of the run"
+        if is_of(name, "deepspeed"):
+            assert str(inner) in ("engine.py", "checkpoint.py"), f"{inner} imports deepspeed"
+            assert not top, f"{inner}: deepspeed is imported where it is used"
+        if is_of(name, "triton"):
+            assert inner.parts[0] == "kernels", f"{inner} imports triton"
+            # A module of Triton kernels may import it at its top if it is only imported in functions.
+            assert not top or "triton" in inner.name, f"{inner} imports triton at its top"
+        # Between a run's own processes pickle is what multiprocessing itself uses.
+        assert not is_of(name, "pickle") or str(inner) == "data/workers.py", f"{inner}: pickle"
+
+
+def test_triton_modules_are_imported_inside_functions_only():
+    for path in MODULES:
+        for name, top in imports(path):
+            if top and "triton" not in path.name:
+                assert "kernels.triton" not in name, f"{path.name} imports {name} at its top"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_eval_no_shell_no_unsafe_yaml(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load")
+            for keyword in node.keywords:
+                shell = keyword.arg == "shell" and ast.unparse(keyword.value) == "True"
+                # pipe: URLs, behind data.stream.source.allow_pipe.
+                assert not shell or path.name == "sources.py", f"{path}: a shell"
+                unsafe = keyword.arg == "weights_only" and ast.unparse(keyword.value) == "False"
+                assert not unsafe, f"{path}: weights_only=False"
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    settings = {**os.environ, "DS_ACCELERATOR": "cpu", **env}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=settings, cwd=ROOT)
+
+
+def test_the_package_imports_without_triton_espeak_or_a_gpu():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'espeakng_loader', 'deepspeed', 'liger_kernel', 'lhotse'):\n"
+        "    sys.modules[name] = None\n"
+        "import dsasr, dsasr.run, dsasr.timeline, dsasr.kernels, dsasr.data.stream\n"
+        "import dsasr.model.speech_llm, dsasr.evaluation, dsasr.allocation\n"
+        "print('fine')"
+    )
+    done = run(code, CUDA_VISIBLE_DEVICES="")
+    assert done.stdout.strip().endswith("fine"), done.stderr[-2000:]
+
+
+def test_as_a_script_train_does_not_put_our_kernels_on_the_path():
+    code = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(PACKAGE)!r})\n"  # what python does for a script
+        "sys.argv = ['train.py']\n"
+        "try:\n"
+        f"    runpy.run_path({str(PACKAGE / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "import importlib.util\n"
+        "print('found' if importlib.util.find_spec('kernels') else 'nothing')\n"
+        "import dsasr; print(dsasr.__file__)"
+    )
+    done = run(code)
+    assert "nothing" in done.stdout and str(PACKAGE) in done.stdout, done.stdout + done.stderr
