@@ -556,7 +556,7 @@ class Run:
         """``timeline.png`` in the run folder; a picture that fails is no reason to."""
         if not ranks.main_rank():
             return
-        from dsasr.timeline import plot_run
+        from dsasr.pictures import plot_run
 
         try:
             plot_run(self.recipe.folder)

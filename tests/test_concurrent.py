@@ -45,10 +45,10 @@ def test_two_jobs_are_killed_resumed_and_repeated_in_one(start, tmp_path):
     # Another reader of the same store, of another world size.
     alone = start(f"run={tmp_path / 'alone'}", "branch=sft", slow,
                   f"store.path={run / 'snapshots'}", world=1)  # fmt: skip
-    sft.until("checkpoint: name=step-0000000007")
-    sft.kill()
     pretrain.until("checkpoint: name=step-0000000014")
     pretrain.kill()
+    sft.until("checkpoint: name=step-0000000007")
+    sft.kill()
     assert not events(run / "pretrain", "finished")
     pretrain = start(f"run={run}", "branch=pretrain", slow)
     sft = start(f"run={run}", "branch=sft", slow)

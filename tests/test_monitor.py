@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dsasr.data.batching import Batch
+from dsasr.engine import StepReport
+from dsasr.monitor import Monitor, MonitorConfig, clock
+
+
+def batch(rows: int = 2, frames: int = 10, bad=()) -> Batch:
+    features = torch.zeros(rows, frames, 4)
+    lengths = torch.tensor([frames] + [frames // 2] * (rows - 1))
+    none, ones = torch.zeros(rows, 0, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
+    texts = ("",) * rows
+    return Batch(
+        *(features, lengths, none, ones, none, ones),
+        *(texts, texts, texts, texts, texts, (1.5,) * rows, 0, 0, 0, {}),
+        bad=tuple(bad),
+    )
+
+
+def report(step: int, total: float, count: float = 2.0, branch="sft") -> StepReport:
+    sums = {"nll": (torch.tensor(total), torch.tensor(count))}
+    return StepReport(branch, branch, step, sums, {"llm": 1e-3}, 0.5, (batch(bad=["x"]),))
+
+
+def lines(folder, name="metrics"):
+    return [json.loads(x) for x in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def plain(line):
+    return {k: line[k] for k in ("steps", "step", "nll", "bad_samples", "padding_share")}
+
+
+def test_a_line_is_the_mean_since_the_last_one(tmp_path, capsys):
+    monitor = Monitor(tmp_path, MonitorConfig(every=3, tensorboard=False), 10)
+    for step, total in enumerate([1.0, 2.0, 6.0, 7.0]):
+        monitor.step(report(step, total), step + 1, 0.0, last=step == 3, more={"parked_bytes": 9.0})
+    monitor.close()
+    first, second = lines(tmp_path)
+    assert first["nll"] == 9 / 6 and second["nll"] == 7 / 2
+    assert first["bad_samples"] == 3 and first["parked_bytes"] == 9 and first["rate_llm"] == 1e-3
+    assert first["padding_share"] == pytest.approx(0.25) and second["step"] == 4
+    assert first["audio_hours_per_hour"] > 0
+    assert "[3/10] sft 3  nll 1.500" in capsys.readouterr().out
+
+
+def test_counting_goes_on_over_a_checkpoint(tmp_path):
+    totals = [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]
+
+    def run(folder, cut):
+        monitor = Monitor(folder, MonitorConfig(every=6, tensorboard=False), 10)
+        for step, total in enumerate(totals):
+            if step == cut:
+                state = json.loads(json.dumps(monitor.state()))
+                monitor.step(report(step, 99.0), step + 1, 0.0)  # made, but lost with the kill
+                monitor.close()
+                monitor = Monitor(folder, MonitorConfig(every=6, tensorboard=False), 10, step)
+                monitor.load(state)
+            monitor.step(report(step, total), step + 1, 0.0)
+        monitor.close()
+        return [plain(x) for x in lines(folder)]
+
+    assert run(tmp_path / "cut", 4) == run(tmp_path / "whole", None)
+
+
+def test_lines_beyond_the_checkpoint_and_torn_ones_go(tmp_path):
+    rows = [json.dumps({"steps": s}) + "\n" for s in (3, 6, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows) + '{"steps": 1')
+    (tmp_path / "events.jsonl").write_text("".join(rows))
+    Monitor(tmp_path, MonitorConfig(tensorboard=False), 10, 6).close()
+    assert [x["steps"] for x in lines(tmp_path)] == [3, 6]
+    assert [x["steps"] for x in lines(tmp_path, "events")] == [3, 6]
+
+
+def test_tensorboard_holds_cka_threshold_swaps_and_parked_bytes(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = Monitor(tmp_path, MonitorConfig(every=1), 10)
+    monitor.step(report(0, 1.0), 1, 0.0, more={"parked_bytes": 7.0, "encoder_in_use": 5.0})
+    head = {"steps": 1, "branch": "pretrain", "stage": "drift"}
+    monitor.scalars(head, {"cka": 0.97, "cka_threshold": 0.975, "drift_share": 0.01})
+    monitor.scalars(head | {"stage": "encoder"}, {"swap_seconds": 0.1, "in_use": 5})
+    monitor.text("encoder", "encoder-000000005 (drift)", 1)
+    monitor.close()
+    held = EventAccumulator(str(tmp_path / "tensorboard"))
+    held.Reload()
+    wanted = {"drift/cka", "drift/cka_threshold", "drift/drift_share", "encoder/swap_seconds"}
+    wanted |= {"encoder/in_use", "sft/parked_bytes", "sft/encoder_in_use", "sft/nll"}
+    assert wanted <= set(held.Tags()["scalars"])
+    assert any("encoder" in tag for tag in held.Tags()["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (65, "1:05"), (3725.9, "1:02:05"), (-3, "0:00")]
+)
+def test_clock(seconds, shown):
+    assert clock(seconds) == shown
