@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
+from dsasr.data.phonemes import PhonemizerConfig, build_phonemizer
 from dsasr.errors import run_tool
 from dsasr.model.small_lm import SmallLmConfig, make_small_lm
 
@@ -25,13 +27,23 @@ def main() -> None:
         parser.add_argument(option, type=int, default=getattr(default, name))
     parser.add_argument("--lr", type=float, default=default.lr, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument(
+        "--reads", choices=["espeak", "lexicon"], help="teach it to read sounds, by these phonemes"
+    )
+    parser.add_argument("--lexicon", nargs="*", default=(), help="files, for --reads lexicon")
     parser.add_argument("--fresh", action="store_true", help="train even if the model is there")
     args = vars(parser.parse_args())
     texts, tokenizer, out = args.pop("texts"), args.pop("tokenizer"), args.pop("out")
     heldout, fresh = args.pop("heldout"), args.pop("fresh")
+    reads, lexicons = args.pop("reads"), tuple(args.pop("lexicon"))
+    phonemize = None
+    if reads:
+        phonemizer = build_phonemizer(PhonemizerConfig(reads, lexicons))
+        phonemize = partial(phonemizer.phonemes, lang="")
     report = make_small_lm(
-        texts, tokenizer, out, SmallLmConfig(**args), heldout=heldout, fresh=fresh
-    )
+        texts, tokenizer, out, SmallLmConfig(**args),
+        heldout=heldout, phonemize=phonemize, fresh=fresh,
+    )  # fmt: skip
     print(
         f"{out}: {report['parameters'] / 1e6:.2f} M parameters, held-out perplexity "
         f"{report['heldout_perplexity']:.2f} per token, trained in {report['seconds']:.0f} s"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # From nothing to a trained recogniser: install, make a small bilingual corpus, train, decode, report.
-#   bash tools/quickstart.sh            about 15 minutes on two CPU cores after installation
+#   bash tools/quickstart.sh            @MIN@ minutes on two CPU cores after installation
 #   bash tools/quickstart.sh --short    the same steps in a few minutes, with a poor recogniser
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
-hours=1.2 corpus=corpus/demo run=runs/demo lm_steps=() overrides=() fresh=""
+hours=1.5 corpus=corpus/demo run=runs/demo lm_steps=450 overrides=() fresh=""
 for argument in "$@"; do
     case "$argument" in
         --fresh) fresh=1 ;;
         --short)
-            hours=0.15 corpus=corpus/demo-short run=runs/demo-short lm_steps=(--steps 120)
+            hours=0.15 corpus=corpus/demo-short run=runs/demo-short lm_steps=60
             overrides=(data.train.demo.shards=$corpus/shards/train
                 data.valid.demo-valid.shards=$corpus/shards/valid data.cmvn=$corpus/cmvn.json
                 data.phonemes=$corpus/phonemes.json model.llm.path=$corpus/lm model.tokenizer=$corpus/lm
@@ -36,7 +36,7 @@ python tools/make_shards.py "$corpus"/{train,valid,test,nonspeech}.jsonl --out-r
 step "text: tokenizer and a small language model"
 python tools/train_tokenizer.py "$corpus/text/lm.txt" --out "$corpus/tokenizer"
 python tools/make_lm.py "$corpus/text/lm.txt" --heldout "$corpus/text/lm_heldout.txt" \
-    --tokenizer "$corpus/tokenizer" --out "$corpus/lm" "${lm_steps[@]}"
+    --tokenizer "$corpus/tokenizer" --out "$corpus/lm" --reads espeak --steps "$lm_steps"
 
 step "training: pretrain, align, IA-SFT and joint under ZeRO-3"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')

@@ -1,7 +1,8 @@
 """A small Qwen3-shaped language model, built and pre-trained on text: the demo's LM.
 
 It is trained on what it will see later: the prompt, then the transcript and the end token, with
-the loss on the latter two. Part of the sentences come bare, without the prompt.
+the loss on the latter two. Part of the sentences come bare, without the prompt; given a phonemizer,
+part come with their phonemes in the place of the speech (`dsasr.model.reading`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from dsasr.data.text import Prompt, Tokenizer, load_tokenizer, normalise_text
 from dsasr.errors import UserError
 from dsasr.files import atomic_write, fsync_dir, fsync_file
+from dsasr.model.reading import SpokenFrames, spoken_batch
 
 REPORT = "pretraining.json"
 _TOKENIZER_FILES = (
@@ -43,7 +45,8 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class SmallLmConfig:
-    """Shape and pre-training. ``bare``: share of batches without the prompt.
+    """Shape and pre-training. ``bare``: share of batches without the prompt; ``spoken``: share of
+    the batches with phonemes in the place of the speech, where phonemes are given.
 
     AdamW, linear warm-up over a tenth of ``steps``, then cosine decay to a tenth of ``lr``.
     """
@@ -60,6 +63,7 @@ class SmallLmConfig:
     lr: float = 4e-3
     weight_decay: float = 0.05
     bare: float = 0.5
+    spoken: float = 0.8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,8 +72,8 @@ class SmallLmConfig:
             raise UserError("a small LM needs sizes, batch and learning rate above 0")
         if self.heads % self.kv_heads:
             raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads")
-        if self.head_dim % 2 or not 0 <= self.bare <= 1:
-            raise UserError("head_dim must be even, and bare from 0 to 1")
+        if self.head_dim % 2 or not 0 <= self.bare <= 1 or not 0 <= self.spoken <= 1:
+            raise UserError("head_dim must be even, bare and spoken from 0 to 1")
 
 
 def build_small_lm(config: SmallLmConfig, tokenizer: Tokenizer):
@@ -120,9 +124,13 @@ def lm_batch(
     return inputs_BL, targets_BL
 
 
-def _nll(llm, inputs_BL: Tensor, targets_BL: Tensor, reduction: str) -> Tensor:
-    """Causal attention hides the padding on the right from every position with a target."""
-    hidden_BLD = llm.model(input_ids=inputs_BL, use_cache=False).last_hidden_state
+def _nll(llm, inputs: Tensor, targets_BL: Tensor, reduction: str) -> Tensor:
+    """``inputs``: ids [B, L] or embeddings [B, L, D].
+
+    Causal attention hides the padding on the right from every position with a target.
+    """
+    named = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
+    hidden_BLD = llm.model(**named, use_cache=False).last_hidden_state
     kept = targets_BL != -100
     return F.cross_entropy(llm.lm_head(hidden_BLD[kept]), targets_BL[kept], reduction=reduction)
 
@@ -144,22 +152,27 @@ def perplexity(llm, sequences: Sequence[Sequence[int]], prompt: Sequence[int]) -
 def pretrain(
     llm,
     sequences: Sequence[Sequence[int]],
-    prompt: Sequence[int],
+    prompt: tuple[Sequence[int], Sequence[int]],
     config: SmallLmConfig,
     *,
+    phonemes: Sequence[Sequence[int]] = (),
     progress: bool = True,
 ) -> list[float]:
     """Train ``llm`` in place; returns the loss of each step, in nats per token.
 
+    ``prompt`` is (prefix, suffix); ``phonemes``, one sequence a sentence, teach it to read sounds.
     Sentences are shuffled anew each time round; equal arguments give equal weights on one machine.
     """
     llm.train()
+    generator = torch.Generator().manual_seed(config.seed)
+    size = 1 + max((p for row in phonemes for p in row), default=0)
+    frames = SpokenFrames(size, llm.config.hidden_size, generator)
     decayed = [p for p in llm.parameters() if p.ndim > 1]
     rest = [p for p in llm.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
+            {"params": [*rest, *frames.parameters()], "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=(0.9, 0.98),
@@ -173,10 +186,13 @@ def pretrain(
         if len(order) < config.batch:
             order += rng.permutation(len(sequences)).tolist()
         chosen, order = order[: config.batch], order[config.batch :]
-        used = () if rng.random() < config.bare else prompt
-        batch = lm_batch(
-            [sequences[i] for i in chosen], used, llm.config.eos_token_id, llm.config.pad_token_id
-        )
+        if phonemes and rng.random() < config.spoken:
+            pairs = [(phonemes[i], sequences[i]) for i in chosen]
+            batch = spoken_batch(llm, frames, pairs, *prompt, rng)
+        else:
+            used = () if rng.random() < config.bare else [*prompt[0], *prompt[1]]
+            ids = llm.config.eos_token_id, llm.config.pad_token_id
+            batch = lm_batch([sequences[i] for i in chosen], used, *ids)
         share = (step - warmup) / max(1, config.steps - warmup)
         decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, share)))
         for group in optimizer.param_groups:
@@ -200,13 +216,15 @@ def make_small_lm(
     config: SmallLmConfig | None = None,
     *,
     heldout: str | Path | None = None,
+    phonemize: Callable[[str], Sequence[str]] | None = None,
     fresh: bool = False,
     progress: bool = True,
 ) -> dict:
     """Build, pre-train and save a language model; returns its report (also `REPORT` in ``out``).
 
     ``texts``: UTF-8 files, one sentence a line. ``heldout``: such a file, of which the perplexity
-    is reported; without it every 50th line is held out. ``out`` becomes a Hugging Face folder with
+    is reported; without it every 50th line is held out. ``phonemize`` (text → phonemes) makes it
+    read sounds too. ``out`` becomes a Hugging Face folder with
     the tokenizer's files in it. With the same model there already, nothing is done unless
     ``fresh``. Raises `UserError`.
     """
@@ -219,7 +237,7 @@ def make_small_lm(
         lines = [line for number, line in enumerate(lines) if number % 50]
     if not lines or not held:
         raise UserError("the text for the language model is empty")
-    source = _fingerprint(config, lines, held, tokenizer_folder)
+    source = _fingerprint(config, lines, held, tokenizer_folder) + ("r" if phonemize else "")
     if not fresh and (out / REPORT).is_file():
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
         if report.get("source") == source:
@@ -228,9 +246,15 @@ def make_small_lm(
         raise UserError(f"{out} holds something else than a language model: choose another --out")
     start = time.monotonic()
     prefix, suffix = Prompt.build(tokenizer)
-    prompt = prefix + suffix
     llm = build_small_lm(config, tokenizer)
-    losses = pretrain(llm, [tokenizer.encode(x) for x in lines], prompt, config, progress=progress)
+    losses = pretrain(
+        llm,
+        [tokenizer.encode(x) for x in lines],
+        (prefix, suffix),
+        config,
+        phonemes=_phoneme_ids(lines, phonemize),
+        progress=progress,
+    )
     report = {
         "source": source,
         "config": asdict(config),
@@ -238,11 +262,23 @@ def make_small_lm(
         "sentences": len(lines),
         "last_loss": losses[-1] if losses else None,
         "heldout_sentences": len(held),
-        "heldout_perplexity": perplexity(llm, [tokenizer.encode(x) for x in held], prompt),
+        "heldout_perplexity": perplexity(
+            llm, [tokenizer.encode(x) for x in held], prefix + suffix
+        ),
         "seconds": round(time.monotonic() - start, 1),
     }
     _save(llm, tokenizer_folder, out, report)
     return report
+
+
+def _phoneme_ids(
+    lines: Sequence[str], phonemize: Callable[[str], Sequence[str]] | None
+) -> list[list[int]]:
+    """Ids of each line's phonemes, by first appearance; nothing without a phonemizer."""
+    if phonemize is None:
+        return []
+    ids: dict[str, int] = {}
+    return [[ids.setdefault(p, len(ids)) for p in phonemize(line)] for line in lines]
 
 
 def _lines(path: str | Path) -> list[str]:

@@ -91,7 +91,7 @@ def test_it_learns_the_grammar(tokenizer):
     llm = build_small_lm(TINY, tokenizer)
     sequences = [tokenizer.encode(text) for text in TEXTS]
     prefix, suffix = Prompt.build(tokenizer)
-    losses = pretrain(llm, sequences, prefix + suffix, TINY, progress=False)
+    losses = pretrain(llm, sequences, (prefix, suffix), TINY, progress=False)
     assert len(losses) == TINY.steps and losses[-1] < losses[0]
     best = 4 ** (1 / (len(sequences[0]) + 1))
     assert perplexity(llm, sequences, prefix + suffix) < 1.25 * best
