@@ -40,7 +40,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def due(self, steps: int) -> bool:
-        """Whether to save after ``steps`` optimizer steps; decided by rank 0's clock; collective."""
+        """Whether to save after ``steps`` optimizer steps, by rank 0's clock; collective."""
         by_steps = self.config.every_steps and steps % self.config.every_steps == 0
         minutes = (time.monotonic() - self._saved_at) / 60
         by_time = bool(self.config.every_minutes) and minutes >= self.config.every_minutes
@@ -54,7 +54,7 @@ class Checkpoints:
         try:
             fragments.write_folder(target, held, {"kind": "checkpoint", "steps": steps, **state})
         finally:
-            # Also after a failure: a full disk is tried again when the next one is due, not at once.
+            # Also after a failure: a full disk is tried again when the next one is due.
             self._saved_at = time.monotonic()
         if ranks.main_rank():
             for old in self.list()[: -self.config.keep]:
@@ -66,7 +66,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
 
     def newest(self) -> tuple[FragmentReader | None, list[str]]:
-        """The newest checkpoint whose checksums hold, and why newer ones were passed over; collective."""
+        """The newest checkpoint whose checksums hold, and why not a newer one; collective."""
         chosen, passed_over = None, []
         if ranks.main_rank():
             for path in reversed(self.list()):

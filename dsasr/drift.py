@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dsasr import ranks
@@ -68,7 +67,7 @@ class DriftMonitor:
         return Drift(values[-1], tuple(values[:-1]), sums.layers[-1].frames, seconds)
 
     def _features(self, branch: Branch) -> dict[str, list[Tensor]]:
-        """Key → valid frames [S, E] in fp32 on the CPU: the layers' if asked for, then the output's."""
+        """Key → valid frames [S, E] (fp32, CPU): layers' if asked for, the output's last."""
         found: dict[str, list[Tensor]] = {}
         with branch.evaluating() as module:
             for batch in self.probe:

@@ -262,9 +262,7 @@ class Branch:
                 sums[name] = (old[0] + total, old[1] + count)
         norm = self._engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else None
-        return StepReport(
-            self.name, self.stage.name, step, sums, rates, norm, tuple(batches)
-        )
+        return StepReport(self.name, self.stage.name, step, sums, rates, norm, tuple(batches))
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         return self._engine.optimizer.optimizer.param_groups
@@ -323,7 +321,7 @@ class Branch:
             self._keep_masters(prefix, masters, source)
 
     def _keep_masters(self, prefix: str, masters: dict[str, Fragment], source) -> None:
-        """Masters of what this stage does not train: a later one starts from them, not from bf16."""
+        """Masters of what this stage does not train: a later one starts from them, not bf16."""
         trained = self._states.views() if self._states is not None else {}
         for name, parameter in partition.parameters(self.module, prefix):
             key = f"{partition.MASTER}/{name}"

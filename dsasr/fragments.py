@@ -212,7 +212,7 @@ class FragmentReader:
         return self.shapes.keys()
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start`` to ``stop`` of the flattened tensor, as a new 1-D tensor on the CPU."""
+        """Elements ``start`` to ``stop`` of the flattened tensor: a new 1-D tensor on the CPU."""
         if key not in self.shapes:
             raise FragmentError(f"{self.folder} holds no '{key}'")
         pieces, at = [], start

@@ -155,7 +155,7 @@ class Monitor:
         return {"meters": ranks.gather(own), "seconds": time.monotonic() - self._started}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where `state` was; on another number of ranks rank r takes r, r + world …"""
+        """Go on counting where `state` was; on another world size rank r takes r, r + world …"""
         self._started = time.monotonic() - state["seconds"]
         for held in state["meters"][ranks.rank() :: ranks.world()]:
             for branch, values in held.items():

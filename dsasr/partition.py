@@ -168,7 +168,7 @@ def copy_weights(source: nn.Module, target: nn.Module, prefix: str = "") -> None
 
 
 def refresh_gathered(module: nn.Module, prefix: str = "") -> None:
-    """Bring ZeRO-3's resident copies of small parameters up to date with the partitions; collective."""
+    """Bring ZeRO-3's resident copies of small parameters up to date; collective."""
     resident = [
         p
         for _, p in parameters(module, prefix)

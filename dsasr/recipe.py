@@ -111,7 +111,8 @@ class Recipe:
             for name in stage.mixture or {}:
                 if name not in names:
                     raise UserError(
-                        f"stage '{stage.name}' mixes an unknown dataset '{name}'{nearest(name, names)}"
+                        f"stage '{stage.name}' mixes an unknown dataset '{name}'"
+                        f"{nearest(name, names)}"
                     )
         if self.branch != "pretrain" and not self.schedule().pretrain and not self.encoder_given:
             raise UserError(
@@ -124,7 +125,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        """Where the job writes; the two jobs of a concurrent run have a folder each below ``run``."""
+        """Where the job writes; two jobs of a concurrent run have a folder each below ``run``."""
         return Path(self.run) if self.branch == "both" else Path(self.run) / self.branch
 
     @property

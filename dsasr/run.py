@@ -1,4 +1,4 @@
-"""One run: its two branches and all that goes with them, in the steps that `train.py` puts in order."""
+"""One run: its two branches and all that goes with them, in the steps that `train.py` orders."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ class Run:
         self._turn_started = time.monotonic()
         reader = self._resume_from()
         self.monitor = Monitor(
-            recipe.folder, recipe.monitor, self._total_steps(), reader.manifest["steps"] if reader else 0
+            recipe.folder,
+            recipe.monitor,
+            self._total_steps(),
+            reader.manifest["steps"] if reader else 0,
         )
         self.bad = BadSampleLog(
             recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=ranks.rank()
@@ -178,7 +181,10 @@ class Run:
             started = time.monotonic()
             branch.enter(stage)
             self.monitor.event(
-                "stage", name=stage.name, branch=branch.name, steps=self.steps,
+                "stage",
+                name=stage.name,
+                branch=branch.name,
+                steps=self.steps,
                 switch_seconds=time.monotonic() - started,
             )
         else:
@@ -220,7 +226,7 @@ class Run:
     # -- encoders ----------------------------------------------------------------------------
 
     def swap(self, branch: Branch, snapshot: Snapshot) -> bool:
-        """Put ``snapshot`` into the sft branch: from the live branch where that is it, else the store.
+        """Put ``snapshot`` into the sft branch: from the live branch if that is it, else the store.
 
         False when it was refused; the branch then goes on as it is, and the log says why.
         """
@@ -240,9 +246,16 @@ class Run:
         seconds = time.monotonic() - started
         checked = self._check_swap(branch, snapshot)
         self.monitor.event(
-            "swap", snapshot=snapshot.id, cause=snapshot.cause, stage=branch.stage.name,
-            pretrain=snapshot.pretrain, sft=self.progress.sft, steps=self.steps,
-            swap_seconds=seconds, checksum=checked, nll_before=self._last_nll,
+            "swap",
+            snapshot=snapshot.id,
+            cause=snapshot.cause,
+            stage=branch.stage.name,
+            pretrain=snapshot.pretrain,
+            sft=self.progress.sft,
+            steps=self.steps,
+            swap_seconds=seconds,
+            checksum=checked,
+            nll_before=self._last_nll,
         )
         self._swapped_at = self.progress.sft
         head = {"steps": self.steps, "branch": "sft", "stage": "encoder"}
@@ -252,13 +265,13 @@ class Run:
             # Nothing needs the pretrain branch any more.
             live.close()
             del self.branches["pretrain"]
-            name, stream = self._streams.pop("pretrain", ("", None))
+            _, stream = self._streams.pop("pretrain", ("", None))
             if stream is not None:
                 stream.close()
         return True
 
     def _check_swap(self, branch: Branch, snapshot: Snapshot) -> str | None:
-        """The checksum that the branch's encoder now has on all ranks: the snapshot's, or it stops."""
+        """The checksum of the branch's encoder over all ranks: the snapshot's, or it stops."""
         if snapshot.id == GIVEN:
             return None
         manifest = ranks.broadcast(self.store.manifest(snapshot.id) if ranks.main_rank() else {})
@@ -290,7 +303,7 @@ class Run:
             raise UserError(f"model.encoder_from: {error}") from None
 
     def drift_cause(self) -> tuple[str | None, dict[str, Any]]:
-        """Whether the encoder is to be published after this pretrain step, and what was measured."""
+        """Whether to publish the encoder after this pretrain step, and what was measured."""
         at = self.progress.pretrain
         cause, found = self.schedule.publishes_at(at), {}
         due = self.schedule.measures_at(at)
@@ -309,8 +322,12 @@ class Run:
             values["drift_share"] = spent / (spent + sum(self.stage_seconds.values()))
             self._scalars("drift", values)
             self.monitor.event(
-                "drift", cka=drift.cka, threshold=self.recipe.drift.threshold, pretrain=at,
-                share_of_time=values["drift_share"], steps=self.steps,
+                "drift",
+                cka=drift.cka,
+                threshold=self.recipe.drift.threshold,
+                pretrain=at,
+                share_of_time=values["drift_share"],
+                steps=self.steps,
             )
             if math.isnan(drift.cka):
                 self.monitor.event("refused", reason="CKA is not a number", steps=self.steps)
@@ -352,8 +369,13 @@ class Run:
         if ranks.main_rank():
             self.store.prune(s.id for s in self.progress.published[-2:])
         self.monitor.event(
-            "published", snapshot=snapshot.id, cause=cause, pretrain=at, steps=self.steps,
-            publish_seconds=time.monotonic() - started, **found,
+            "published",
+            snapshot=snapshot.id,
+            cause=cause,
+            pretrain=at,
+            steps=self.steps,
+            publish_seconds=time.monotonic() - started,
+            **found,
         )
 
     @staticmethod
@@ -381,9 +403,9 @@ class Run:
         self.progress = with_published(self.progress, found)
 
     def wait(self) -> None:
-        """Nothing can step before the publisher has moved on; what happens then is the recipe's choice."""
+        """Nothing can step before the publisher has moved on; the recipe says how long."""
         if self.recipe.branch == "both":
-            raise UserError("pretraining is over, but the encoder that comes next was not published")
+            raise UserError("pretraining is over, but the next encoder was not published")
         late = self.recipe.store.late
         silent = ranks.broadcast(self.store.silent_for())
         if self._waits_at != self.progress.sft:
@@ -409,7 +431,7 @@ class Run:
         """Count the step; at a line also look for bad numbers, bad data and a wish to stop."""
         stage = next(s for s in self.recipe.stages if s.name == report.stage)
         last = report.step + 1 == stage.steps
-        # The norm is the same on all ranks, and at hand at each step: no broken weight is ever saved.
+        # The norm is the same on all ranks and at hand: no broken weight is ever saved.
         if report.grad_norm is not None and not math.isfinite(report.grad_norm):
             self._not_finite(report)
         line = self.monitor.step(report, self.steps, self._wait, last, self._encoder_line(report))
@@ -421,7 +443,10 @@ class Run:
         if report.branch == "sft":
             if self._swapped_at is not None:
                 self.monitor.event(
-                    "after_swap", nll_before=self._last_nll, nll=line["nll"], steps=self.steps,
+                    "after_swap",
+                    nll_before=self._last_nll,
+                    nll=line["nll"],
+                    steps=self.steps,
                     sft_steps=self.progress.sft - self._swapped_at,
                 )
                 self._swapped_at = None
@@ -448,8 +473,8 @@ class Run:
         keys = ", ".join(k for b in report.batches for k in b.keys[:3])
         raise UserError(
             f"stage {report.stage}, step {report.step + 1}: the loss or its gradient is not "
-            f"finite (last batch of rank 0: {keys} …); resume from the last checkpoint with a lower "
-            "rate"
+            f"finite (last batch of rank 0: {keys} …); resume from the last checkpoint with "
+            "a lower rate"
         )
 
     def _scalars(self, stage: str, values: Mapping[str, float]) -> None:
@@ -471,7 +496,7 @@ class Run:
             self.evaluate(branch, self.recipe.evaluation.utterances)
 
     def evaluate(self, branch: Branch, utterances: int) -> None:
-        """Error rates of ``branch`` on the validation set, into metrics, TensorBoard and the log."""
+        """Error rates of ``branch`` on the validation set, into metrics and the log."""
         started = time.monotonic()
         batches = self.build.held_out(branch.name, utterances)
         with branch.evaluating() as module:
@@ -482,8 +507,13 @@ class Run:
                 values, shown = {"phoneme_error_rate": rate}, ""
             else:
                 found = validate.transcribe(
-                    module, batches, self.build.tokenizer, self.recipe.evaluation.decode,
-                    device=ranks.device(), any_rank=ranks.any_rank, gather=ranks.gather,
+                    module,
+                    batches,
+                    self.build.tokenizer,
+                    self.recipe.evaluation.decode,
+                    device=ranks.device(),
+                    any_rank=ranks.any_rank,
+                    gather=ranks.gather,
                 )
                 summary = found.scores(self.recipe.evaluation.rules).summary()
                 values = {k: v for k, v in summary.items() if not math.isnan(v)}
@@ -546,8 +576,8 @@ class Run:
                     self.evaluate(branch, 0)
             if not self.save():
                 raise UserError(
-                    f"trained to the end, but {self.checkpoints.folder} cannot be written: make room "
-                    "and start again, which repeats the steps since the last checkpoint"
+                    f"trained to the end, but {self.checkpoints.folder} cannot be written: make "
+                    "room and start again, which repeats the steps since the last checkpoint"
                 )
         self.monitor.event("finished", steps=self.steps)
         self._plot()

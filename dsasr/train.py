@@ -51,12 +51,13 @@ def train(run) -> None:
 def main() -> int:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    from dsasr import build, engine, recipe
+    from dsasr import build, engine, kernels, recipe
     from dsasr.run import Run, Stopped
 
     recipe.quiet()
     chosen = recipe.load(options.recipe, options.overrides)
     engine.set_threads(chosen.engine)
+    kernels.select(chosen.kernels)
     build.Builder(chosen).check()
     if options.check:
         print("the recipe and its files are in order")

@@ -61,8 +61,9 @@ def test_two_jobs_are_killed_resumed_and_repeated_in_one(start, tmp_path):
     taken = events(run / "sft", "swap")
     assert taken[-1]["cause"] == "final" and taken[-1]["pretrain"] == 28
     for swap in taken:
-        assert fragments.read_manifest(run / "snapshots" / swap["snapshot"])["checksum"] == (
-            swap["checksum"]
+        assert (
+            fragments.read_manifest(run / "snapshots" / swap["snapshot"])["checksum"]
+            == (swap["checksum"])
         )
     # The same swaps in one job: the same losses and weights, bit for bit.
     both = tmp_path / "both"
@@ -96,9 +97,7 @@ def offer(run: Run, number: int, cause: str, seed: int = 0, spoil: str = "") -> 
     if spoil == "nan":  # written by something else than our publisher
         next(module.encoder.parameters()).data.fill_(float("nan"))
         manifest = run.store.manifest(snapshot.id)
-        fragments.write_folder(
-            run.store.folder / snapshot.id, partition.weights(module), manifest
-        )
+        fragments.write_folder(run.store.folder / snapshot.id, partition.weights(module), manifest)
 
 
 def in_stage(run: Run, position: int):

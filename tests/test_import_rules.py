@@ -52,7 +52,7 @@ def test_import_rules(path):
             assert not top, f"{inner}: deepspeed is imported where it is used"
         if is_of(name, "triton"):
             assert inner.parts[0] == "kernels", f"{inner} imports triton"
-            # A module of Triton kernels may import it at its top if it is only imported in functions.
+            # A module of Triton kernels may import it at its top if only functions import it.
             assert not top or "triton" in inner.name, f"{inner} imports triton at its top"
         # Between a run's own processes pickle is what multiprocessing itself uses.
         assert not is_of(name, "pickle") or str(inner) == "data/workers.py", f"{inner}: pickle"

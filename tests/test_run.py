@@ -24,10 +24,7 @@ def lines(folder: Path, name: str = "metrics") -> list[dict]:
 
 def trace(folder: Path) -> list[dict]:
     """The metrics without what a clock said, NaN made comparable."""
-    return [
-        {k: repr(v) for k, v in line.items() if k not in TIMES}
-        for line in lines(folder)
-    ]
+    return [{k: repr(v) for k, v in line.items() if k not in TIMES} for line in lines(folder)]
 
 
 def events(folder: Path, kind: str) -> list[dict]:

@@ -88,7 +88,7 @@ def test_the_table_names_sizes_rates_and_memory(tiny, capsys, tmp_path):
     # Beside pretraining the align stage holds both branches, pretraining's masters among them.
     align = 2 * every + 14 * sizes["adaptor"] + 14 * (sizes["encoder"] + sizes["ctc"])
     assert timeline.memory(chosen, chosen.stages[1], sizes, 1) == align / 2**30
-    with pytest.raises(UserError, match="ends in .png"):
+    with pytest.raises(UserError, match=r"ends in \.png"):
         timeline.main(["--recipe", str(tiny), "--plot", str(tmp_path / "x.txt")])
 
 
@@ -101,7 +101,11 @@ def test_sizes_that_cannot_be_known_are_said_to_be(tiny, capsys):
 def test_a_run_is_drawn_from_what_it_wrote(tmp_path):
     events = timeline.simulate(Schedule(ALL), (1010, 1320))
     refused = {"event": "refused", "snapshot": "x", "steps": 1200, "reason": "not finite"}
-    events += [refused, {"event": "refused", "reason": "no steps"}, {"event": "resumed", "steps": 9}]
+    events += [
+        refused,
+        {"event": "refused", "reason": "no steps"},
+        {"event": "resumed", "steps": 9},
+    ]
     metrics = [{"steps": s, "ctc": 3 - s / 2000, "stage": "pretrain"} for s in range(0, 2000, 100)]
     metrics += [{"steps": 1020, "cka": 0.97, "cka_threshold": 0.975}]
     for name, rows in (("events", events), ("metrics", metrics)):

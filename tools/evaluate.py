@@ -50,9 +50,8 @@ def main() -> int:
     scores = found.scores(recogniser.build.recipe.evaluation.rules)
     summary = {k: v for k, v in scores.summary().items() if not math.isnan(v)}
     for lang, part in scores.by_lang.items():
-        print(
-            f"{lang:>6}: {100 * part.rate:.2f}% errors ({part.unit}s, {part.counts.reference} in all)"
-        )
+        size = f"{part.counts.reference} {part.unit}s"
+        print(f"{lang:>6}: {100 * part.rate:.2f}% errors of {size}")
     for row in found.rows[:: max(len(found.rows) // max(args.pairs, 1), 1)][: args.pairs]:
         print(f"  ref  {row.reference}\n  hyp  {row.hypothesis}")
     if args.out:

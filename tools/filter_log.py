@@ -13,7 +13,7 @@ from collections import deque
 
 CHATTER = re.compile(
     r"^\[\d{4}-\d\d-\d\d|^\[W\d|^W\d{4} |Warning: |^\s+return func|^\s+warnings\.warn"
-    r"|^DeepSpeed deepspeed\.ops|^ninja:|^Loading extension|^Building extension|^Using .* as PyTorch"
+    r"|^DeepSpeed deepspeed\.ops|^ninja:|^Loading extension|^Building extension|^Using .* as Py"
     r"|^Creating extension|^Detected |^Emitting ninja|^Allowing ninja|^Time to load"
     r"|^\[\d+/\d+\] (c\+\+|nvcc)|Loading weights:"
 )

@@ -1,4 +1,4 @@
-"""Phonemes in the place of speech: what teaches the demo's language model to read sounds (**ours**).
+"""Phonemes in the place of speech: they teach the demo's language model to read (**ours**).
 
 A large language model knows pronunciations from its text (dictionaries, pinyin, rhyme); the demo's
 small one has to be shown. In part of its pre-training the speech slot of the prompt holds simulated

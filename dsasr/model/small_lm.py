@@ -262,9 +262,7 @@ def make_small_lm(
         "sentences": len(lines),
         "last_loss": losses[-1] if losses else None,
         "heldout_sentences": len(held),
-        "heldout_perplexity": perplexity(
-            llm, [tokenizer.encode(x) for x in held], prefix + suffix
-        ),
+        "heldout_perplexity": perplexity(llm, [tokenizer.encode(x) for x in held], prefix + suffix),
         "seconds": round(time.monotonic() - start, 1),
     }
     _save(llm, tokenizer_folder, out, report)
