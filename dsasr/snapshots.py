@@ -164,7 +164,7 @@ class SnapshotStore:
 
         Never pruned: the newest one, its reference, and the final encoder. Returns what went.
         """
-        listed, kept = [], set(needed) | self._in_use()
+        listed, kept = [], set(needed) | set(self.in_use().values())
         for manifest in self.manifests():
             listed.append(manifest["id"])
             if manifest["cause"] == "final":
@@ -233,13 +233,15 @@ class SnapshotStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(self.folder / f"{IN_USE}{run}.json", json.dumps({"id": name}))
 
-    def _in_use(self) -> set[str]:
-        used = set()
-        for path in self.folder.glob(f"{IN_USE}*.json"):
+    def in_use(self) -> dict[str, str]:
+        """Run → the snapshot that it uses."""
+        used = {}
+        for path in sorted(self.folder.glob(f"{IN_USE}*.json")):
             try:
-                used.add(json.loads(path.read_text(encoding="utf-8"))["id"])
+                held = json.loads(path.read_text(encoding="utf-8"))["id"]
             except (OSError, ValueError, KeyError):
                 continue  # being replaced; its owner writes it whole
+            used[path.stem.removeprefix(IN_USE)] = held
         return used
 
     def silent_for(self) -> float:

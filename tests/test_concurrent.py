@@ -57,7 +57,7 @@ def test_two_jobs_are_killed_resumed_and_repeated_in_one(start, tmp_path):
     assert alone.wait() == [0], alone.output[-3000:]
     for folder in (run / "pretrain", run / "sft"):
         assert events(folder, "resumed") and events(folder, "finished")
-    assert events(tmp_path / "alone", "swap")[-1]["cause"] == "final"
+    assert events(tmp_path / "alone" / "sft", "swap")[-1]["cause"] == "final"
     taken = events(run / "sft", "swap")
     assert taken[-1]["cause"] == "final" and taken[-1]["pretrain"] == 28
     for swap in taken:
