@@ -349,6 +349,11 @@ class Branch:
         return {k: f for k, f in self._states.views().items() if k.startswith(start)}
 
     def _set_masters(self, prefix: str, masters, source) -> None:
+        """Masters of the encoder from the source's, its moments from zero.
+
+        Two ZeRO-1/2 engines may cut their masters at different places; a piece that this rank's
+        source does not hold is taken from the (whole) weights then.
+        """
         if self._states is None:
             return
         self.unpark()
@@ -357,16 +362,15 @@ class Branch:
             kind, _, name = key.partition("/")
             if name not in own:
                 continue
+            held = masters.get(key)
             if kind != partition.MASTER:
                 view.tensor.zero_()
-            elif key in masters:
-                view.tensor.copy_(masters[key].tensor)
+            elif held is not None and (held.start, held.stop) == (view.start, view.stop):
+                view.tensor.copy_(held.tensor)
             elif isinstance(source, FragmentReader) and key in source:
                 view.tensor.copy_(source.read(key, view.start, view.stop))
             else:
-                low = partition.weight(own[name])
-                at = view.start - low.start
-                view.tensor.copy_(low.tensor[at : at + view.tensor.numel()])
+                view.tensor.copy_(partition.piece(own[name], view.start, view.stop))
 
     # -- saving and loading ------------------------------------------------------------------
 

@@ -52,6 +52,14 @@ def weight(parameter: nn.Parameter) -> Fragment:
     return Fragment(shape, start, parameter.data.reshape(-1)[start : min(start + share, numel)])
 
 
+def piece(parameter: nn.Parameter, start: int, stop: int) -> Tensor:
+    """Elements ``start`` to ``stop`` of the flattened weights, which must lie on this rank."""
+    if hasattr(parameter, "ds_tensor"):
+        held = weight(parameter)
+        return held.tensor[start - held.start : stop - held.start]
+    return parameter.data.reshape(-1)[start:stop]
+
+
 def weights(module: nn.Module, prefix: str = "") -> dict[str, Fragment]:
     """Name → weights that this rank answers for; buffers are rank 0's."""
     held = {name: weight(p) for name, p in parameters(module, prefix)}
