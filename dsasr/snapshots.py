@@ -99,7 +99,7 @@ class SnapshotStore:
         return held if isinstance(held, dict) else {}
 
     def _check_claim(self) -> None:
-        """Raise `UserError` on all ranks when another job has claimed the store since; collective."""
+        """Raise `UserError` on all ranks when another job has claimed the store; collective."""
         lost = None
         if ranks.main_rank() and self._token is not None:
             token = self._owner().get("token")
@@ -221,7 +221,7 @@ class SnapshotStore:
                 held = fragments.verify(folder).get("architecture")
                 if architecture and held and held != architecture:
                     raise FragmentError(
-                        f"{folder} is of another architecture: its model.encoder is not this recipe's"
+                        f"{folder} is of another architecture: model.encoder is not this recipe's"
                     )
             return FragmentReader(folder)
 

@@ -72,7 +72,8 @@ def test_checksum_is_the_same_for_any_cut_and_tells_places_apart():
     torch.manual_seed(0)
     flat = torch.randn(300_001)
     whole = {"w": Fragment((300_001,), 0, flat)}
-    cut = [Fragment((300_001,), a, flat[a:b]) for a, b in ((0, 7), (7, 140_000), (140_000, 300_001))]
+    cuts = ((0, 7), (7, 140_000), (140_000, 300_001))
+    cut = [Fragment((300_001,), a, flat[a:b]) for a, b in cuts]
     parts = sum(int(checksum({"w": f}), 16) for f in cut) % 2**64
     assert f"{parts:016x}" == checksum(whole)
     swapped = flat.clone()

@@ -33,7 +33,8 @@ def test_list_verify_prune(tmp_path):
     path = store.folder / "encoder-2" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     told = run("verify", store.folder)
-    assert told.returncode == 1 and "encoder-2" in told.stdout and "4 snapshots, 1 bad" in told.stdout
+    assert told.returncode == 1
+    assert "encoder-2" in told.stdout and "4 snapshots, 1 bad" in told.stdout
     told = run("prune", store.folder, "--keep", 1)
     assert "pruned 2: encoder-2, encoder-3" in told.stdout
     assert run("list", tmp_path / "none").returncode == 2

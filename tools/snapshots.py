@@ -24,7 +24,8 @@ def listing(store: SnapshotStore) -> str:
         users = [run for run, name in used.items() if name == held["id"]]
         rows.append((
             held["id"], f"{held['pretrain']:,}", held["cause"], cka, held.get("reference") or "–",
-            f"{size / 1e6:.1f}", held.get("checksum", "–"), ", ".join(f"in use: {u}" for u in users),
+            f"{size / 1e6:.1f}", held.get("checksum", "–"),
+            ", ".join(f"in use: {u}" for u in users),
         ))  # fmt: skip
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     cells = (("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True))).rstrip() for r in rows)
