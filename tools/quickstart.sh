@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained recogniser: install, make a small bilingual corpus, train, decode, report.
-#   bash tools/quickstart.sh            @MIN@ minutes on two CPU cores after installation
+#   bash tools/quickstart.sh            about 16 minutes on two CPU cores after installation
 #   bash tools/quickstart.sh --short    the same steps in a few minutes, with a poor recogniser
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
@@ -58,5 +58,5 @@ echo
 echo "Run folder:     $run   (report.json, metrics.jsonl, timeline.png, checkpoints, snapshots)"
 echo "Watch it:       tensorboard --logdir $run/tensorboard"
 echo "Train it again, your way:"
-echo "  ${command[*]} run=runs/mine key=value …"
+echo "  ${command[*]/run=$run/run=runs/mine} key=value …"
 echo "Time after installation: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
