@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsasr.data.audio import RATE, resample
+from dsasr.data.audio import RATE, one_thread, resample
 from dsasr.errors import UserError
 
 KINDS = ("babble", "vehicle", "music")  # the paper's
@@ -101,6 +101,7 @@ def draw(cfg: AugmentConfig, seed: int) -> Draw:
     )
 
 
+@one_thread()
 def apply(
     wave: Tensor,
     drawn: Draw,
@@ -126,6 +127,7 @@ def apply(
     return mix(padded, noise, drawn.snr, speech_power)
 
 
+@one_thread()
 def mix(wave: Tensor, noise: Tensor, snr: float, speech_power: float | None = None) -> Tensor:
     """``wave`` + ``noise`` [n] at ``snr`` dB; scaled down where the sum would clip.
 
@@ -140,6 +142,7 @@ def mix(wave: Tensor, noise: Tensor, snr: float, speech_power: float | None = No
     return mixed / peak if peak > 1 else mixed
 
 
+@one_thread()
 def make_noise(
     kind: str, samples: int, rng: np.random.Generator, sources: Sequence[Tensor], rate: int = RATE
 ) -> Tensor:
@@ -175,7 +178,8 @@ def _add_cut(total: Tensor, source: Tensor, rng: np.random.Generator) -> None:
 
 def _vehicle(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
     size = _fast_size(samples)
-    white = torch.from_numpy(rng.standard_normal(size, dtype=np.float32))
+    white = torch.empty(size)  # aligned the same in every process, unlike an array of numpy's
+    rng.standard_normal(dtype=np.float32, out=white.numpy())
     spectrum = torch.fft.rfft(white) * _slope(size, rate)
     shaped = torch.fft.irfft(spectrum, n=size)[:samples]
     turns = float(rng.uniform(0.1, 0.5)) * samples / rate
