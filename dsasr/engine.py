@@ -35,6 +35,7 @@ from dsasr.config import nearest
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
 from dsasr.fragments import Below, Fragment, FragmentReader, checksum
+from dsasr.model.encoder import Block
 from dsasr.parking import ParkConfig, Parking
 from dsasr.stages import StageConfig, learning_rate
 
@@ -196,6 +197,8 @@ class Branch:
             weight_decay=stage.weight_decay,
             fused=ranks.device().type == "cuda",
         )
+        for block in _blocks(self.module):
+            deepspeed.utils.set_z3_leaf_module(block, True)
         # DeepSpeed casts buffers with the weights; tables of positions and the like must stay fp32.
         buffers = [(b, b.data) for b in self.module.buffers()]
         engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
@@ -413,6 +416,20 @@ class Branch:
         self._parking.close()
         self._dormant.clear()
         self.stage = None
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The layers of encoder and LLM, which ZeRO-3 is to gather as one.
+
+    Left alone, it hooks every Linear, LayerNorm and Dropout and gathers many small pieces. At the
+    demo's size on two CPU ranks a step takes 0.13 s like this and 0.22 to 0.26 s otherwise. (Not
+    so the subsampling: in the backward pass of a leaf whose input needs no gradient, DeepSpeed
+    0.19 releases the weights before they are used.)
+    """
+    names = {Block.__name__}
+    for child in module.modules():
+        names |= set(getattr(child, "_no_split_modules", None) or ())
+    return [child for child in module.modules() if type(child).__name__ in names]
 
 
 _HOOK_TABLES = (
