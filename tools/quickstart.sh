@@ -5,7 +5,7 @@
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
-hours=1.5 corpus=corpus/demo run=runs/demo lm_steps=450 overrides=() fresh=""
+hours=4 corpus=corpus/demo run=runs/demo lm_steps=450 overrides=() fresh=""
 for argument in "$@"; do
     case "$argument" in
         --fresh) fresh=1 ;;
