@@ -28,7 +28,8 @@ class MonitorConfig:
     tensorboard: bool = True
 
 
-_COUNTS = ("audio", "frames", "padded", "wait", "bad")
+_TIMES = ("read", "text", "decode", "augment", "feature")  # seconds of the makers, over all workers
+_COUNTS = ("audio", "frames", "padded", "wait", "bad", "bytes", "queue", "batches", *_TIMES)
 
 
 class Meter:
@@ -39,7 +40,9 @@ class Meter:
 
     def reset(self) -> None:
         self.sums: dict[str, tuple[Any, Any]] = {}
-        self.audio = self.frames = self.padded = self.wait = self.steps = self.bad = 0.0
+        self.steps = 0.0
+        for name in _COUNTS:
+            setattr(self, name, 0.0)
         self.started = time.monotonic()
 
     def add(self, report: StepReport, wait: float) -> None:
@@ -51,6 +54,11 @@ class Meter:
             self.padded += batch.features_BTF.shape[0] * batch.features_BTF.shape[1]
             self.frames += float(batch.feature_lengths_B.sum())
             self.bad += len(batch.bad)
+            self.bytes += batch.stats.get("bytes", 0.0)
+            self.queue += batch.stats.get("queue", 0.0)
+            self.batches += 1
+            for name in _TIMES:
+                setattr(self, name, getattr(self, name) + batch.stats.get(f"{name}_s", 0.0))
         self.wait += wait
         self.steps += 1
 
@@ -63,7 +71,7 @@ class Meter:
     def load(self, state: Mapping[str, Any]) -> None:
         """Add what `state` gave, of a rank that made the same steps."""
         for name in _COUNTS:
-            setattr(self, name, getattr(self, name) + state[name])
+            setattr(self, name, getattr(self, name) + state.get(name, 0.0))
         self.steps = max(self.steps, state["steps"])
         for name, (total, count) in state["sums"].items():
             old = self.sums.get(name, (0.0, 0.0))
@@ -77,23 +85,27 @@ class Meter:
         for name in names:
             total, count = self.sums.get(name, (0.0, 0.0))
             values += [float(total), float(count)]
-        values += [self.audio, self.frames, self.padded, self.wait, self.bad]
+        values += [getattr(self, name) for name in _COUNTS]
         summed = ranks.sum_ranks(
             torch.tensor(values, dtype=torch.float64, device=ranks.device())
         ).tolist()
         elapsed = max(time.monotonic() - self.started, 1e-9)
-        audio, frames, padded, wait, bad = summed[2 * len(names) :]
+        data = dict(zip(_COUNTS, summed[2 * len(names) :], strict=True))
         line = {
             name: summed[2 * i] / summed[2 * i + 1] if summed[2 * i + 1] else math.nan
             for i, name in enumerate(names)
         }
         line |= {
-            "audio_hours_per_hour": audio / elapsed,
-            "padding_share": 1 - frames / padded if padded else 0.0,
-            "wait_share": wait / ranks.world() / elapsed,
+            "audio_hours_per_hour": data["audio"] / elapsed,
+            "padding_share": 1 - data["frames"] / data["padded"] if data["padded"] else 0.0,
+            "wait_share": data["wait"] / ranks.world() / elapsed,
             "step_seconds": elapsed / max(self.steps, 1),
-            "bad_samples": bad,
+            "bad_samples": data["bad"],
+            "bytes_per_second": data["bytes"] / elapsed,
+            "queue_depth": data["queue"] / max(data["batches"], 1.0),
         }
+        # What a second of audio costs the makers, in milliseconds of one core.
+        line |= {f"{name}_ms_per_s": 1e3 * data[name] / max(data["audio"], 1e-9) for name in _TIMES}
         self.reset()
         return line
 

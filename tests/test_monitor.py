@@ -19,6 +19,7 @@ def batch(rows: int = 2, frames: int = 10, bad=()) -> Batch:
         *(features, lengths, none, ones, none, ones),
         *(texts, texts, texts, texts, texts, (1.5,) * rows, 0, 0, 0, {}),
         bad=tuple(bad),
+        stats={"bytes": 500.0, "queue": 2, "decode_s": 0.003, "feature_s": 0.006, "read_s": 0.0},
     )
 
 
@@ -45,6 +46,10 @@ def test_a_line_is_the_mean_since_the_last_one(tmp_path, capsys):
     assert first["bad_samples"] == 3 and first["parked_bytes"] == 9 and first["rate_llm"] == 1e-3
     assert first["padding_share"] == pytest.approx(0.25) and second["step"] == 4
     assert first["audio_hours_per_hour"] > 0
+    # Three batches of 3 s of audio each.
+    assert first["decode_ms_per_s"] == pytest.approx(1) and first["queue_depth"] == 2
+    assert first["feature_ms_per_s"] == pytest.approx(2) and first["read_ms_per_s"] == 0
+    assert first["bytes_per_second"] > 0 and 0 <= first["wait_share"] <= 1
     assert "[3/10] sft 3  nll 1.500" in capsys.readouterr().out
 
 
@@ -89,6 +94,8 @@ def test_tensorboard_holds_cka_threshold_swaps_and_parked_bytes(tmp_path):
     held = EventAccumulator(str(tmp_path / "tensorboard"))
     held.Reload()
     wanted = {"drift/cka", "drift/cka_threshold", "drift/drift_share", "encoder/swap_seconds"}
+    wanted |= {"sft/wait_share", "sft/decode_ms_per_s", "sft/feature_ms_per_s"}
+    wanted |= {"sft/padding_share", "sft/queue_depth", "sft/bytes_per_second"}
     wanted |= {"encoder/in_use", "sft/parked_bytes", "sft/encoder_in_use", "sft/nll"}
     assert wanted <= set(held.Tags()["scalars"])
     assert any("encoder" in tag for tag in held.Tags()["tensors"])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsasr.data.audio import AudioError, Cmvn, FbankConfig, decode, fbank, fbank_batch
 from dsasr.data.augment import AugmentConfig, Draw, apply
+from dsasr.data.names import is_pipe
 from dsasr.data.phonemes import (
     MissingPhonemes,
     PhonemeVocab,
@@ -29,7 +30,7 @@ from dsasr.data.phonemes import (
 )
 from dsasr.data.plan import FRAMES_PER_SECOND, Bad, Lengths, PlannedSample, Task, uniform
 from dsasr.data.shards import BadSample, Sample, ShardIndex, build_index, load_index, parse_sample
-from dsasr.data.sources import Missing, SourceError, Sources, Truncated, is_pipe
+from dsasr.data.sources import Missing, SourceError, Sources, Truncated
 from dsasr.data.text import TextConfig, Tokenizer, normalise_text
 from dsasr.data.workers import Allocate
 from dsasr.files import atomic_write
