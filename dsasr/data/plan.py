@@ -59,6 +59,12 @@ class BatchConfig:
         if self.frames_per_token < 1 or self.tokens_per_char <= 0 or self.prompt_tokens < 0:
             raise UserError("batch.frames_per_token and batch.tokens_per_char must be positive")
 
+    def positions(self, frames: np.ndarray, chars: np.ndarray) -> np.ndarray:
+        """What samples take of the language model: prompt, speech, transcript and its end."""
+        speech = -(-frames // self.frames_per_token)
+        transcript = np.ceil(chars * self.tokens_per_char).astype(np.int64)
+        return self.prompt_tokens + speech.astype(np.int64) + transcript + 1
+
 
 @dataclass(frozen=True)
 class Part:
@@ -207,12 +213,7 @@ def cut(frames: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarra
     Small windows, whose few batches span wide ranges of length, are cut where padding is least
     (`_cut_least`); large ones greedily, as long as the budgets allow.
     """
-    tokens = (
-        config.prompt_tokens
-        + -(-frames // config.frames_per_token)
-        + np.ceil(chars * config.tokens_per_char).astype(np.int64)
-        + 1
-    )
+    tokens = config.positions(frames, chars)
     ranges: list[tuple[int, int]] = []
     if len(frames) > LEAST_PADDING_UP_TO:
         ranges = _cut_greedily(frames, tokens, config)
@@ -292,8 +293,7 @@ def limits(seconds: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.nd
     verdict = np.zeros(len(seconds), np.int8)
     verdict[frames > config.frames] = 3
     if config.tokens:
-        tokens = config.prompt_tokens + -(-frames // config.frames_per_token) + 1
-        verdict[tokens + np.ceil(chars * config.tokens_per_char) > config.tokens] = 3
+        verdict[config.positions(frames, chars) > config.tokens] = 3
     verdict[seconds > config.max_seconds] = 2
     verdict[seconds < config.min_seconds] = 1
     verdict[seconds <= 0] = 4
