@@ -30,12 +30,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsasr import partition, ranks
+from dsasr import hooks, partition, ranks
 from dsasr.config import nearest
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
 from dsasr.fragments import Below, Fragment, FragmentReader, checksum
-from dsasr.model.encoder import Block
 from dsasr.parking import ParkConfig, Parking
 from dsasr.stages import StageConfig, learning_rate
 
@@ -158,7 +157,7 @@ class Branch:
         carried, steps = self._leave()
         self.stage = stage
         groups = self._groups(stage)
-        self._hooks = _hooks(self.module)
+        self._hooks = hooks.present(self.module)
         self._engine = self._initialise(stage, groups)
         self._states = partition.States(self.module, self._engine.optimizer)
         self._restore(carried, steps if stage.keep_moments else None)
@@ -197,7 +196,7 @@ class Branch:
             weight_decay=stage.weight_decay,
             fused=ranks.device().type == "cuda",
         )
-        for block in _blocks(self.module):
+        for block in hooks.blocks(self.module):
             deepspeed.utils.set_z3_leaf_module(block, True)
         # DeepSpeed casts buffers with the weights; tables of positions and the like must stay fp32.
         buffers = [(b, b.data) for b in self.module.buffers()]
@@ -218,7 +217,7 @@ class Branch:
         }
         steps = self._states.steps()
         self._engine.destroy()
-        _remove_hooks(self.module, self._hooks)
+        hooks.remove_since(self.module, self._hooks)
         self._engine = self._states = None
         gc.collect()
         return carried, steps
@@ -416,44 +415,3 @@ class Branch:
         self._parking.close()
         self._dormant.clear()
         self.stage = None
-
-
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers of encoder and LLM, which ZeRO-3 is to gather as one.
-
-    Left alone, it hooks every Linear, LayerNorm and Dropout and gathers many small pieces. At the
-    demo's size on two CPU ranks a step takes 0.13 s like this and 0.22 to 0.26 s otherwise. (Not
-    so the subsampling: in the backward pass of a leaf whose input needs no gradient, DeepSpeed
-    0.19 releases the weights before they are used.)
-    """
-    names = {Block.__name__}
-    for child in module.modules():
-        names |= set(getattr(child, "_no_split_modules", None) or ())
-    return [child for child in module.modules() if type(child).__name__ in names]
-
-
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-)
-
-
-def _hooks(module: nn.Module) -> dict[tuple[str, str], set[int]]:
-    """The ids of all hooks in ``module``, by (submodule, table)."""
-    return {
-        (path, table): set(getattr(child, table))
-        for path, child in module.named_modules()
-        for table in _HOOK_TABLES
-    }
-
-
-def _remove_hooks(module: nn.Module, kept: dict[tuple[str, str], set[int]]) -> None:
-    """Remove hooks that came after ``kept``: DeepSpeed 0.19's ``destroy`` leaves two a life."""
-    for path, child in module.named_modules():
-        for table in _HOOK_TABLES:
-            hooks = getattr(child, table)
-            for number in set(hooks) - kept[path, table]:
-                del hooks[number]

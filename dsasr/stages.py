@@ -142,6 +142,11 @@ class Progress:
     published: tuple[Snapshot, ...] = ()
     in_use: str | None = None  # id of the snapshot in the sft branch
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, over both branches."""
+        return self.pretrain + self.sft
+
 
 @dataclass(frozen=True)
 class Turn:

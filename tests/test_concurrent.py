@@ -93,11 +93,13 @@ def offer(run: Run, number: int, cause: str, seed: int = 0, spoil: str = "") -> 
         architecture = "another"
     snapshot = Snapshot(f"encoder-{number:09d}", number, cause)
     info = {"architecture": architecture, "reference": None}
-    assert run.store.publish(module, {}, snapshot, info)
+    assert run.exchange.store.publish(module, {}, snapshot, info)
     if spoil == "nan":  # written by something else than our publisher
         next(module.encoder.parameters()).data.fill_(float("nan"))
-        manifest = run.store.manifest(snapshot.id)
-        fragments.write_folder(run.store.folder / snapshot.id, partition.weights(module), manifest)
+        manifest = run.exchange.store.manifest(snapshot.id)
+        fragments.write_folder(
+            run.exchange.store.folder / snapshot.id, partition.weights(module), manifest
+        )
 
 
 def in_stage(run: Run, position: int):
@@ -143,7 +145,7 @@ def test_a_bad_encoder_is_refused_and_the_branch_left_as_it_was(tiny, tmp_path, 
     branch = in_stage(run, 0)
     turn = run.turn()
     assert run.swap(branch, turn.load)
-    assert branch.checksum() == run.store.manifest("encoder-000000005")["checksum"]
+    assert branch.checksum() == run.exchange.store.manifest("encoder-000000005")["checksum"]
     run.progress = replace(run.progress, stage=1, sft=4, in_use="encoder-000000005")
     before, stage = branch.checksum(""), in_stage(run, 1).stage
     offer(run, 9, "drift", seed=1, spoil=spoil)
