@@ -14,7 +14,7 @@ from dsasr.errors import UserError
 from dsasr.fragments import FragmentReader
 from dsasr.run import Run
 
-TIMES = ("seconds", "audio_hours_per_hour", "wait_share", "step_seconds")
+TIMES = ("seconds", "audio_hours_per_hour", "wait_share", "step_seconds", "queue_depth")
 TIMES += ("drift_seconds", "drift_share", "swap_seconds", "evaluation_seconds")
 
 
@@ -24,7 +24,11 @@ def lines(folder: Path, name: str = "metrics") -> list[dict]:
 
 def trace(folder: Path) -> list[dict]:
     """The metrics without what a clock said, NaN made comparable."""
-    return [{k: repr(v) for k, v in line.items() if k not in TIMES} for line in lines(folder)]
+    return [{k: repr(v) for k, v in line.items() if not timed(k)} for line in lines(folder)]
+
+
+def timed(name: str) -> bool:
+    return name in TIMES or name.endswith(("_per_s", "_per_second"))
 
 
 def events(folder: Path, kind: str) -> list[dict]:
