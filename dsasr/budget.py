@@ -27,7 +27,7 @@ from dsasr.data.samples import Maker, TextEncoder, planned_seconds
 from dsasr.data.sources import Sources
 from dsasr.data.stream import make_parts
 from dsasr.errors import UserError
-from dsasr.recipe import Recipe
+from dsasr.recipe import SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 
 GIB = 1 << 30
@@ -253,6 +253,8 @@ def probe(
     """
     told = outlook(recipe, stage)
     base, sft = recipe.stream(stage)[0].batch, stage.branch == "sft"
+    if sft:
+        base = replace(base, frames_per_token=SUBSAMPLING * recipe.model.adaptor.stack)
     child, trials = Child(recipe, stage.name, memory), []
 
     def fits(frames: int) -> bool:

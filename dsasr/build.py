@@ -172,6 +172,7 @@ class Builder:
             _ = self.tokenizer
             config = Path(self.recipe.model.llm.path) / "config.json"
             self._file(str(config), "model.llm.path", "give a Hugging Face folder")
+            self._check_prompt()
         if self.cmvn.mean_F.shape[0] != self.recipe.model.encoder.mels:
             raise UserError(
                 f"{self.recipe.data.cmvn} has {self.cmvn.mean_F.shape[0]} mel bins, "
@@ -183,3 +184,14 @@ class Builder:
             sources = Sources(self.recipe.data.stream.source)
             for dataset in datasets:
                 sources.resolve(dataset.shards)
+
+    def _check_prompt(self) -> None:
+        """The prompt must not be longer than the token budgets take it for."""
+        length = sum(map(len, Prompt.build(self.tokenizer)))
+        for stage in self.recipe.schedule().sft:
+            batch = self.recipe.stream(stage)[0].batch
+            if batch.tokens and length > batch.prompt_tokens:
+                raise UserError(
+                    f"the prompt has {length} tokens: give stage '{stage.name}' "
+                    f"batch.prompt_tokens={length}"
+                )

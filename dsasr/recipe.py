@@ -26,6 +26,8 @@ from dsasr.model.pretrainer import PretrainConfig
 from dsasr.monitor import MonitorConfig
 from dsasr.stages import DriftConfig, Schedule, StageConfig
 
+SUBSAMPLING = 4  # feature frames to one of the encoder's, whatever its size
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -114,6 +116,12 @@ class Recipe:
                         f"stage '{stage.name}' mixes an unknown dataset '{name}'"
                         f"{nearest(name, names)}"
                     )
+            batch, per_token = self.stream(stage)[0].batch, SUBSAMPLING * self.model.adaptor.stack
+            if stage.branch == "sft" and batch.tokens and batch.frames_per_token != per_token:
+                raise UserError(
+                    f"stage '{stage.name}' counts speech at one token for {batch.frames_per_token} "
+                    f"frames, the model at {per_token}: give batch.frames_per_token={per_token}"
+                )
         if self.branch != "pretrain" and not self.schedule().pretrain and not self.encoder_given:
             raise UserError(
                 "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT"

@@ -68,12 +68,15 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def decode(data: bytes, *, rate: int = RATE, max_seconds: float = 60.0) -> Tensor:
+def decode(
+    data: bytes, *, rate: int = RATE, max_seconds: float = 60.0, cut: bool = False
+) -> Tensor:
     """WAV, FLAC, Ogg (Vorbis, Opus) or MP3 bytes → float32 mono [n] in [-1, 1] at ``rate``.
 
     The header is believed only as far as ``max_seconds``: no more is ever decoded, so a file that
-    claims hours, or unpacks to them, costs no memory. Channels are averaged. Lossy formats may
-    exceed 1 by a little. Raises `AudioError`: decode_error, empty_audio, too_long, nan_audio.
+    claims hours, or unpacks to them, costs no memory. What is longer is an error, or with ``cut``
+    ends there. Channels are averaged. Lossy formats may exceed 1 by a little.
+    Raises `AudioError`: decode_error, empty_audio, too_long, nan_audio.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -81,13 +84,13 @@ def decode(data: bytes, *, rate: int = RATE, max_seconds: float = 60.0) -> Tenso
             if not 1000 <= source <= 768_000 or file.channels > MAX_CHANNELS:
                 shape = f"sampling rate {source} Hz, {file.channels} channels"
                 raise AudioError("decode_error", shape)
-            most = int(max_seconds * source) + 1
+            most = int(max_seconds * source) + (not cut)
             mono, claimed = _mono(file, most), file.frames
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
         raise AudioError("decode_error", getattr(error, "error_string", str(error))) from None
-    if len(mono) >= most:
+    if len(mono) >= most and not cut:
         raise AudioError("too_long", f"more than {max_seconds:g} s")
-    if len(mono) < claimed * (1 - SHORT):
+    if len(mono) < min(claimed, most) * (1 - SHORT):
         # libsndfile stops at a damaged page of Ogg or MP3, and calls it the end.
         raise AudioError("decode_error", f"ends after {len(mono)} of {claimed} samples")
     if not len(mono):

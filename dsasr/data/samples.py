@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsasr.data.audio import AudioError, Cmvn, FbankConfig, decode, fbank, fbank_batch
+from dsasr.data.audio import AudioError, Cmvn, FbankConfig, decode, fbank, fbank_batch, one_thread
 from dsasr.data.augment import AugmentConfig, Draw, apply
 from dsasr.data.names import is_pipe
 from dsasr.data.phonemes import (
@@ -278,9 +278,12 @@ class Maker:
             stats[name] += end - start
         return _Row(sample, features, seconds, text, phonemes, tokens)
 
-    def _decode(self, sample: Sample) -> Tensor:
+    def _decode(self, sample: Sample, cut: float | None = None) -> Tensor:
+        seconds = self.max_seconds if cut is None else cut
         try:
-            return decode(sample.audio, rate=self.fbank.rate, max_seconds=self.max_seconds)
+            return decode(
+                sample.audio, rate=self.fbank.rate, max_seconds=seconds, cut=cut is not None
+            )
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
 
@@ -302,6 +305,7 @@ class Maker:
             raise BadSample("truncated_tar", shard, entry.key, str(error)) from None
         return parse_sample(entry, shard, audio, meta)
 
+    @one_thread()
     def finish(
         self, waves_BN: Tensor, lengths_B: Tensor, device: torch.device
     ) -> tuple[Tensor, Tensor]:
@@ -316,18 +320,31 @@ class Maker:
             features = features.masked_fill(beyond[..., None], 0.0)
         return features, frames.cpu()
 
-    def waves_of(self, shards: Sequence[str], count: int) -> list[Tensor]:
-        """The first ``count`` usable recordings of the shards, at our rate; the same every time."""
-        waves: list[Tensor] = []
-        for shard in shards:
-            index = self.load_index(shard)
-            for entry in index:
-                if len(waves) == count:
-                    return waves
-                planned = PlannedSample(shard, entry, 0, 0)
-                with contextlib.suppress(BadSample):
-                    waves.append(self._decode(self._read(planned)))
-        return waves
+    def waves_of(
+        self, shards: Sequence[str], count: int, seconds: float | None = None
+    ) -> tuple[list[Tensor], list[Bad]]:
+        """Up to ``count`` recordings, evenly from all shards, and what was unusable on the way.
+
+        At our rate, cut to ``seconds`` where that is given; the same every time.
+        """
+        waves, bad, left = [], [], [iter(self._entries(shard)) for shard in shards[:count]]
+        while left and len(waves) < count:
+            still = []
+            for entries in left:
+                planned = next(entries, None)
+                if planned is None or len(waves) == count:
+                    continue
+                still.append(entries)
+                try:
+                    waves.append(self._decode(self._read(planned), seconds))
+                except BadSample as error:
+                    bad.append((error.cause, planned.shard, planned.entry.key, error.detail))
+            left = still
+        return waves, bad
+
+    def _entries(self, shard: str) -> Iterator[PlannedSample]:
+        for entry in self.load_index(shard):
+            yield PlannedSample(shard, entry, 0, 0)
 
     def load_index(self, shard: str) -> ShardIndex:
         """A shard's index: the file beside it, else one made from the tar and kept in the cache.

@@ -39,7 +39,8 @@ from dsasr.data.workers import Payload, WorkerPool, run_here
 from dsasr.errors import UserError
 
 VOICES = 16  # utterances of the first dataset that babble is cut from
-RECORDINGS = 256  # of the noise shards, at most
+RECORDINGS = 256  # of the noise shards together, at most
+NOISE_SECONDS = 10.0  # of each recording: 164 MB for all, shared by a rank's workers
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class StreamConfig:
     shuffle: bool = True
     temperature: float | None = None  # languages weigh hours^(1/T) instead of as they lie
     features: Literal["worker", "device"] = "worker"  # where fbank is computed
-    noise: str | tuple[str, ...] | None = None  # shards of noise, for augment.kinds "recorded"
+    # Shards of noise, for augment.kinds "recorded": one set, several, or each with its weight.
+    noise: str | tuple[str, ...] | dict[str, float] | None = None
     source: SourceConfig = field(default_factory=SourceConfig)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,17 @@ class StreamConfig:
             raise UserError("stream.window and stream.window_samples must be ≥ 1")
         if self.temperature is not None and self.temperature < 1:
             raise UserError("stream.temperature must be ≥ 1 (1: in proportion to the hours)")
+        if any(weight <= 0 for weight in self.noise_weights.values()):
+            raise UserError("the weights of stream.noise must be positive")
+
+    @property
+    def noise_weights(self) -> dict[str, float]:
+        """Each set of noise shards with its weight."""
+        if isinstance(self.noise, dict):
+            return self.noise
+        return dict.fromkeys(
+            (self.noise,) if isinstance(self.noise, str) else self.noise or (), 1.0
+        )
 
 
 def make_parts(
@@ -96,8 +109,7 @@ def make_parts(
     """
     parts = []
     for dataset in datasets:
-        shards = dataset.shards if isinstance(dataset.shards, str) else list(dataset.shards)
-        found = sources.resolve(shards)
+        found = sources.resolve(dataset.shards)
         if dataset.lang is not None and found.langs and dataset.lang not in found.langs:
             known = ", ".join(sorted(found.langs))
             raise UserError(f"dataset '{dataset.name}' has no '{dataset.lang}', only {known}")
@@ -165,6 +177,7 @@ class Stream(Iterator[Batch]):
         )
         if parts is None:
             parts = make_parts(datasets, sources, config.temperature)
+        self.bad_noise: list[Bad] = []
         if augment is not None and augment.noise_share:
             self._load_noise(augment, parts, sources)
         plan = PlanConfig(
@@ -192,17 +205,25 @@ class Stream(Iterator[Batch]):
     def _load_noise(self, augment: AugmentConfig, parts: Sequence[Part], sources: Sources) -> None:
         """What noise is made from; read once, before the workers fork, and shared by them."""
         if "babble" in augment.kinds:
-            self.maker.voices = self.maker.waves_of(parts[0].shards, VOICES)
-        if RECORDED in augment.kinds:
-            if self.config.noise is None:
-                raise UserError(
-                    'augment.kinds names "recorded": say where with stream.noise=FOLDER_OF_SHARDS'
-                )
-            noise = self.config.noise
-            found = sources.resolve(noise if isinstance(noise, str) else list(noise))
-            self.maker.recorded = self.maker.waves_of(found.shards, RECORDINGS)
-            if not self.maker.recorded:
-                raise UserError(f"stream.noise: {noise} holds no usable recording")
+            # What is bad among these is told when its turn comes.
+            self.maker.voices, _ = self.maker.waves_of(parts[0].shards, VOICES)
+        if RECORDED not in augment.kinds:
+            return
+        weights = self.config.noise_weights
+        if not weights:
+            raise UserError(
+                'augment.kinds names "recorded": say where with stream.noise=FOLDER_OF_SHARDS'
+            )
+        # One recording is as likely as another, so a set's weight is its number of places.
+        places: list[torch.Tensor] = []
+        for name, weight in weights.items():
+            count = max(1, round(RECORDINGS * weight / sum(weights.values())))
+            waves, bad = self.maker.waves_of(sources.resolve(name).shards, count, NOISE_SECONDS)
+            if not waves:
+                raise UserError(f"stream.noise: {name} holds no usable recording")
+            self.bad_noise += bad
+            places += (waves * -(-count // len(waves)))[:count] if len(weights) > 1 else waves
+        self.maker.recorded = places
 
     def _workers(self) -> WorkerPool | None:
         # Started before the planner's thread exists: a fork copies no other thread's locks.
@@ -265,7 +286,7 @@ class Stream(Iterator[Batch]):
             epoch=task.epoch,
             number=task.number,
             state=state,
-            bad=task.bad + made.bad,
+            bad=task.bad + made.bad + (() if task.number else tuple(self.bad_noise)),
             stats=made.stats,
         )
 

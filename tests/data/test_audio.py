@@ -98,6 +98,8 @@ def test_bad_audio_is_named():
         assert cause(encoded(np.stack([hurt, wave], 1), subtype="FLOAT")) == "nan_audio"
     assert cause(encoded(wave), max_seconds=1.9) == "too_long"
     assert len(decode(encoded(wave), max_seconds=2.0)) == 2 * RATE
+    start = decode(encoded(wave, form="FLAC"), max_seconds=0.5, cut=True)
+    assert torch.equal(start, decode(encoded(wave, form="FLAC"))[: RATE // 2])
     assert cause(encoded(np.zeros((100, 100)))) == "decode_error"  # channels
     assert cause(encoded(wave, 500)) == "decode_error"  # sampling rate
 

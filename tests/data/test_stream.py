@@ -304,6 +304,44 @@ def test_noise_shards_are_heard(tmp_path, config) -> None:
         assert (a.features_BTF - b.features_BTF).abs().mean() > 0.01
 
 
+def test_sets_of_noise_share_by_weight_and_tell_what_is_bad(tmp_path, config, monkeypatch) -> None:
+    """Every set is heard as often as its weight says, long recordings from their beginning."""
+    from dsasr.data import stream as module
+
+    monkeypatch.setattr(module, "RECORDINGS", 8)
+    plain_corpus(tmp_path / "c", [6])
+    plain_corpus(tmp_path / "cars", [2, 2, 2], "car", seed=9)
+    hum = {"key": "hum", "audio": encoded(wave(14.0)), "duration": 14.0}
+    torn = {"key": "torn", "audio": b"no audio", "duration": 1.0}
+    write_tar(tmp_path / "hums" / "hum-00.tar", [torn, hum])
+    cars, hums = (str(tmp_path / name / "*.tar") for name in ("cars", "hums"))
+    augment = AugmentConfig(noise_share=0.5, kinds=("recorded", "vehicle"))
+    datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+
+    def opened(noise, **given) -> Stream:
+        return Stream(replace(config, noise=noise), datasets=datasets, augment=augment, **given)
+
+    for noise, shares in (
+        ({cars: 3.0, hums: 1.0}, (6, 2)),
+        ((cars, hums), (4, 4)),
+        (cars, (6, 0)),  # one set: each of its recordings once
+    ):
+        with opened(noise) as stream:
+            lengths = [len(w) for w in stream.maker.recorded]
+            long = sum(n == module.NOISE_SECONDS * RATE for n in lengths)
+            assert (len(lengths) - long, long) == shares
+            told = [(cause, key) for cause, _, key, _ in next(stream).bad]
+            assert told == ([("decode_error", "torn")] if long else [])
+            assert not next(stream).bad
+    with opened((cars, hums), rank=1, world=2) as stream:
+        assert not next(stream).bad  # told by one rank
+    with pytest.raises(UserError, match=r"hum-01.*no usable recording"):
+        write_tar(tmp_path / "hums" / "hum-01.tar", [torn])
+        opened((cars, str(tmp_path / "hums" / "hum-01.tar")))
+    with pytest.raises(UserError, match=r"weights of stream\.noise"):
+        replace(config, noise={cars: 0.0})
+
+
 @pytest.mark.parametrize("features", ["worker", "device"])
 def test_cmvn_is_applied_and_padding_stays_zero(tmp_path, config, features) -> None:
     plain_corpus(tmp_path / "c", [6])
