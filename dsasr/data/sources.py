@@ -9,6 +9,7 @@ silent loss, so the run stops instead.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -264,13 +265,20 @@ class Sources:
         if url.startswith(("http://", "https://")):
             yield from self._http(url, offset, size)
             return
-        system, path = self._system(url)
-        if offset is None:
-            with system.open(path, "rb") as file:
-                while piece := file.read(CHUNK):
-                    yield piece
-        else:
-            yield system.cat_file(path, start=offset, end=offset + size)
+        system = self._system(url)
+        try:
+            if offset is None:
+                with system.open(url, "rb") as file:
+                    while piece := file.read(CHUNK):
+                        yield piece
+            else:
+                yield system.cat_file(url, start=offset, end=offset + size)
+        except OSError as error:
+            past = error.errno == errno.EINVAL and "range" in str(error).lower()
+            if offset is None or not past:  # else S3's word for a range behind the object's end
+                raise
+        except Exception as error:  # each of fsspec's packages has errors of its own
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _http(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
         request = urllib.request.Request(url)
@@ -296,7 +304,8 @@ class Sources:
             if expected is not None and got < int(expected):
                 raise EOFError(f"connection closed after {got} of {expected} bytes")
 
-    def _system(self, url: str) -> tuple[Any, str]:
+    def _system(self, url: str) -> Any:
+        """fsspec's file system of a URL's protocol."""
         protocol = url.split("://", 1)[0]
         if self.owner != os.getpid():  # a fork copied the connections, but not their threads
             self.owner, self.systems = os.getpid(), {}
@@ -304,10 +313,15 @@ class Sources:
             try:
                 import fsspec
 
-                self.systems[protocol] = fsspec.filesystem(protocol)
+                # Instances are not shared: a parent's may lie in fsspec's own cache after a fork.
+                options: dict[str, Any] = {"skip_instance_cache": True}
+                if protocol in ("s3", "s3a"):
+                    wait = {"read_timeout": self.config.timeout, "connect_timeout": 10}
+                    options["config_kwargs"] = wait | {"retries": {"max_attempts": 1}}
+                self.systems[protocol] = fsspec.filesystem(protocol, **options)
             except (ImportError, ValueError) as error:
                 raise UserError(f"{protocol}:// needs another package: {error}") from None
-        return self.systems[protocol], url
+        return self.systems[protocol]
 
     @property
     def cache_folder(self) -> Path:

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 
 MAX_JSON = 4 << 20  # bytes of a json member
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
 def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
@@ -24,7 +25,10 @@ def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, b
         try:
             archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
         except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-            raise EOFError(f"not a tar: {error}") from None
+            file.seek(0)
+            kind = COMPRESSED.get(file.read(2))
+            detail = f"compressed by {kind}; only plain tars are read by offset" if kind else error
+            raise EOFError(f"not a tar: {detail}") from None
         place = -1
         while True:
             try:

@@ -99,16 +99,6 @@ def test_what_is_written_is_read(tmp_path):
     assert read_sample(tar, index.entry(1)).phonemes is None
 
 
-def test_webdataset_reads_our_shards(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
-    samples = [packed("a-1"), packed("b/c", "你好")]
-    write_shard(tmp_path / "x.tar", samples)
-    read = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
-    assert [s["__key__"] for s in read] == ["a-1", "b/c"]
-    assert [s["flac"] for s in read] == [s.audio for s in samples]
-    assert json.loads(read[1]["json"])["text"] == "你好"
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
