@@ -1,0 +1,363 @@
+"""Entropy allocation of checkpoints: runs', snapshots' and foreign encoders on one probe set.
+
+What is measured is defined in `dsasr.allocation`; here models are opened and shown the recordings.
+Rows are plain JSON: one per checkpoint, in the order given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsasr import fragments, partition
+from dsasr.allocation import alignment, labelling
+from dsasr.allocation.accessible import Accessible, AccessibleConfig, csai, pai, reinitialised
+from dsasr.allocation.cka import cka
+from dsasr.allocation.entropy import Allocation, CtcEntropySums
+from dsasr.allocation.foreign import RATE, ForeignEncoder
+from dsasr.allocation.labelling import Labelled, Numbering
+from dsasr.allocation.nse import nse
+from dsasr.build import Builder
+from dsasr.data.phonemes import (
+    EspeakPhonemizer,
+    MissingPhonemes,
+    StoredPhonemes,
+    UnknownPhoneme,
+    UnknownWord,
+    build_phonemizer,
+)
+from dsasr.errors import UserError
+from dsasr.evaluation.recordings import Recording, batches
+from dsasr.fragments import Below, FragmentError, FragmentReader
+from dsasr.model.ctc import CtcHead
+from dsasr.model.encoder import Encoder
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.ranks import device
+from dsasr.recogniser import newest, run_recipe
+
+
+@dataclass
+class Subject:
+    """A checkpoint that is to be measured. ``about`` joins its row."""
+
+    name: str
+    about: dict[str, Any]
+    frame_seconds: float
+    encode: Callable[[Sequence[Recording]], dict[str, Tensor]]  # key → [S, E], CPU
+    build: Builder | None = None
+    encoder: Encoder | None = None
+    ctc: CtcHead | None = None
+    llm: SpeechLLM | None = None
+    foreign: ForeignEncoder | None = None
+
+
+# -- opening -----------------------------------------------------------------------------------
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
+    for place in (path, *path.resolve().parents[:3]):
+        for folder in (place, place / "pretrain", place / "sft"):
+            if (folder / "recipe.yaml").is_file():
+                return folder
+    raise UserError(f"{path}: no run's recipe.yaml at or above it")
+
+
+def open_any(path: str | Path) -> Subject:
+    """What `open_checkpoint` opens, or a Hugging Face encoder's folder (it has a config.json)."""
+    foreign = (Path(path) / "config.json").is_file()
+    return open_foreign(str(path)) if foreign else open_checkpoint(path)
+
+
+def open_checkpoint(path: str | Path) -> Subject:
+    """A run folder (its newest checkpoint), a checkpoint or a snapshot, verified.
+
+    A checkpoint's encoder is that of the sft branch if there is one; its CTC head is the pretrain
+    branch's, else that of the snapshot in use.
+    """
+    path = Path(path)
+    try:
+        reader = newest(path) if (path / "recipe.yaml").is_file() else _verified(path)
+        return _subject(path, reader, Builder(run_recipe(run_folder(path))))
+    except FragmentError as error:
+        raise UserError(f"{path} cannot be measured: {error}") from None
+
+
+def _verified(path: Path) -> FragmentReader:
+    fragments.verify(path)
+    return FragmentReader(path)
+
+
+def _subject(path: Path, reader: FragmentReader, build: Builder) -> Subject:
+    held = reader.manifest
+    about: dict[str, Any] = {"run": str(run_folder(path)), "kind": held["kind"]}
+    encoder, head, llm = Encoder(build.recipe.model.encoder), None, None
+    if held["kind"] == "snapshot":
+        about |= {"pretrain": held["pretrain"], "cause": held["cause"]}
+        partition.load_weights(encoder, Below(reader, "encoder."))
+        head = _head(build, Below(reader, "ctc."))
+    else:
+        branch = "sft" if "sft/encoder.subsampling.project.bias" in reader else "pretrain"
+        stage = held["branches"][branch]["stage"]
+        about |= {"steps": held["steps"], "pretrain": held["progress"]["pretrain"], "stage": stage}
+        about |= {"encoder": held["progress"]["in_use"]} if branch == "sft" else {}
+        partition.load_weights(encoder, Below(reader, f"{branch}/encoder."))
+        head = _head(build, Below(reader, "pretrain/ctc.")) or _stored_head(build, held)
+        if branch == "sft":
+            llm = build.speech_llm()
+            partition.load_weights(llm, Below(reader, "sft/"))
+            llm.to(device()).eval().requires_grad_(False)
+    encoder.to(device()).eval().requires_grad_(False)
+    name = f"{run_folder(path).name}/{reader.folder.name}"
+    return _native(name, about, build, encoder, head, llm)
+
+
+def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) -> Subject:
+    def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
+        found = {}
+        fbank = build.recipe.data.fbank
+        with torch.no_grad():
+            for batch in batches(recordings, fbank_config=fbank, cmvn=build.cmvn):
+                moved = batch.to(device())
+                out = encoder(moved.features_BTF, moved.feature_lengths_B)
+                for i, key in enumerate(batch.keys):
+                    found[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
+        return found
+
+    seconds = 4 * build.recipe.data.fbank.shift_ms / 1000
+    return Subject(name, about, seconds, encode, build, encoder, head, llm)
+
+
+def _head(build: Builder, reader: Below) -> CtcHead | None:
+    """The CTC head below ``reader``, where there is one."""
+    if not reader.shapes:
+        return None
+    head = CtcHead(build.recipe.model.encoder.width, len(build.phonemes))
+    partition.load_weights(head, reader)
+    return head.to(device()).eval().requires_grad_(False)
+
+
+def _stored_head(build: Builder, held: dict[str, Any]) -> CtcHead | None:
+    folder = build.recipe.store_folder / (held["progress"]["in_use"] or "")
+    try:
+        return _head(build, Below(FragmentReader(folder), "ctc."))
+    except FragmentError:
+        return None  # pruned, or an encoder from elsewhere
+
+
+def open_foreign(path: str, *, random: bool = False) -> Subject:
+    """A Hugging Face folder's encoder."""
+    from dsasr.allocation import foreign
+
+    held = foreign.load(path, random=random)
+    held.module.to(device())
+
+    def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
+        return {r.key: held.frames(r.wave) for r in recordings}
+
+    about = {"kind": "random" if random else "foreign", "path": str(path)}
+    return Subject(held.name, about, held.frame_seconds, encode, foreign=held)
+
+
+def random_baseline(subject: Subject, *, seed: int = 0) -> Subject:
+    """The same architecture with random weights."""
+    if subject.foreign is not None:
+        return open_foreign(subject.about["path"], random=True)
+    encoder = reinitialised(subject.encoder, seed=seed)
+    about = {"run": subject.about.get("run", ""), "kind": "random"}
+    return _native("random encoder", about, subject.build, encoder)
+
+
+# -- labels ------------------------------------------------------------------------------------
+
+
+@dataclass
+class ProbeSet:
+    """Recordings with their labels; ``causes`` counts what had to be left out."""
+
+    recordings: list[Recording]
+    labels: list[Labelled]
+    causes: dict[str, int] = field(default_factory=dict)
+
+
+def probe_set(
+    aligner: Subject, recordings: Sequence[Recording], semantic: str = "word"
+) -> ProbeSet:
+    """Label recordings: alignments that the shards hold, else the aligner's forced alignment.
+
+    ``semantic`` is ``word`` or ``token`` (of the run's LLM): the labels S of CSAI. Raises
+    `UserError` if nothing could be labelled.
+    """
+    build = aligner.build
+    if build is None:
+        raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
+    speech = [r for r in recordings if r.text]
+    features = aligner.encode(speech) if aligner.ctc is not None else {}
+    phonemizer = build_phonemizer(build.recipe.data.phonemizer)
+    speaker = EspeakPhonemizer() if isinstance(phonemizer, StoredPhonemes) else phonemizer
+    number, labels, kept, causes = Numbering(), [], [], {}
+    for r in speech:
+        try:
+            labels.append(_label(r, aligner, features.get(r.key), phonemizer, speaker, number))
+            kept.append(r)
+        except (UnknownPhoneme, UnknownWord, MissingPhonemes) as error:
+            cause = type(error).__name__
+            causes[cause] = causes.get(cause, 0) + 1
+        except ValueError:
+            causes["not_alignable"] = causes.get("not_alignable", 0) + 1
+    if len(kept) < 3:
+        raise UserError(f"only {len(kept)} utterances could be labelled ({causes or 'no text'})")
+    if semantic == "token":
+        labels = [_tokens(r, held, build, speaker) for r, held in zip(kept, labels, strict=True)]
+    return ProbeSet(kept, labels, causes)
+
+
+def _label(r: Recording, aligner: Subject, x_SE, phonemizer, speaker, number) -> Labelled:
+    vocab, seconds = aligner.build.phonemes, aligner.frame_seconds
+    owners = None
+    if r.alignment is not None and "phonemes" in r.alignment:
+        frames = len(x_SE) if x_SE is not None else round(len(r.wave) / RATE / seconds)
+        placed, owners = alignment.read(r.alignment, vocab.encode, frames, seconds)
+        symbols = [str(entry[0]) for entry in r.alignment["phonemes"]]
+    else:
+        if x_SE is None:
+            raise UserError("the aligner has no CTC head, and the shards hold no alignments")
+        symbols = phonemizer.for_sample(r)
+        with torch.no_grad():
+            log_probs = aligner.ctc(x_SE[None].to(device()))[0]
+        placed = alignment.align(log_probs, vocab.encode(symbols))
+    if owners is None:
+        owners = labelling.word_owners(symbols, r.text, r.lang, speaker)
+    ids = vocab.encode(symbols)
+    return labelling.label(r.key, r.speaker, r.text, ids, owners, placed, number, seconds)
+
+
+def _tokens(r: Recording, held: Labelled, build: Builder, speaker) -> Labelled:
+    symbols = build.phonemes.decode(held.phonemes)
+    owners = labelling.word_owners(symbols, r.text, r.lang, speaker)
+    tokenizer = build.tokenizer
+    ids = tokenizer.encode(r.text)
+    return labelling.label_tokens(held, r.text, owners, ids, tokenizer.decode)
+
+
+# -- measuring ---------------------------------------------------------------------------------
+
+
+def measure(
+    subject: Subject,
+    probes: ProbeSet,
+    config: AccessibleConfig,
+    reference: dict[str, Tensor] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The subject's row, and its features (key → [S, E]) for CKA of later ones."""
+    started = time.monotonic()
+    features = subject.encode(probes.recordings)
+    every_NE = torch.cat(list(features.values()))
+    spectrum = nse(every_NE)
+    frames = labelling.frame_set(probes.labels, features, subject.frame_seconds, config.window)
+    row: dict[str, Any] = {"name": subject.name, **subject.about}
+    row |= {"nse": spectrum.nse, "effective_rank": spectrum.effective_rank}
+    row |= {"width": every_NE.shape[1], "frames": spectrum.frames}
+    row["pai"] = _plain(pai(frames, config))
+    row["csai"] = _plain(csai(frames, config))
+    if reference is not None and all(
+        len(features[k]) == len(reference[k]) for k in features if k in reference
+    ):
+        both = torch.cat([reference[k] for k in features])
+        row["cka_to_first"] = cka(both, every_NE)
+    if subject.ctc is not None:
+        row["ctc"] = asdict(_ctc_entropy(subject.ctc, features))
+    if subject.llm is not None:
+        row["llm"] = llm_allocation(subject.llm, subject.build, probes.recordings)
+    row["utterances"] = len(probes.recordings)
+    row["seconds"] = time.monotonic() - started
+    return row, features
+
+
+def _plain(found: Accessible) -> dict[str, Any]:
+    return asdict(found) | {"share": found.share, "sound": found.sound}
+
+
+@torch.no_grad()
+def _ctc_entropy(head: nn.Module, features: dict[str, Tensor]):
+    sums = CtcEntropySums()
+    for x_SE in features.values():
+        sums.update(head(x_SE[None].to(device())).cpu(), torch.tensor([len(x_SE)]))
+    return sums.value()
+
+
+@torch.no_grad()
+def llm_allocation(
+    model: SpeechLLM, build: Builder, recordings: Sequence[Recording]
+) -> dict[str, float]:
+    """H₀, H₁ and H₀ − H₁ in nats per transcript token (end included), and predictive entropies
+    with and without the audio. H₀ is the same, trained language model with the speech left out."""
+    sums: dict[str, float] = {}
+    fbank = build.recipe.data.fbank
+    given = {"fbank_config": fbank, "cmvn": build.cmvn, "tokenizer": build.tokenizer}
+    for batch in batches(recordings, **given):
+        moved = batch.to(device())
+        for audio in (True, False):
+            for name, (total, count) in model(moved, audio=audio).sums.items():
+                key = f"{name}_{'with' if audio else 'without'}"
+                sums[key] = sums.get(key, 0.0) + float(total)
+                sums[f"{key}_n"] = sums.get(f"{key}_n", 0.0) + float(count)
+    mean = {k: v / max(sums[f"{k}_n"], 1.0) for k, v in sums.items() if not k.endswith("_n")}
+    tokens = int(sums["nll_with_n"])
+    found = Allocation(mean["nll_without"], mean["nll_with"], tokens)
+    return {
+        "without_audio": found.without_audio,
+        "with_audio": found.with_audio,
+        "resolved": found.resolved,
+        "share": found.share,
+        "entropy": mean["entropy_with"],
+        "entropy_without_audio": mean["entropy_without"],
+        "gap": mean["nll_with"] - mean["entropy_with"],
+        "tokens": tokens,
+    }
+
+
+# -- a table -----------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as text. PAI and CSAI are nats a frame with their 95% interval, shuffled in brackets."""
+    head = ("checkpoint", "NSE", "rank", "PAI", "of H(P)", "CSAI", "of H(S|P)", "CKA", "CTC H",
+            "H0", "H1", "H0-H1", "LLM H")  # fmt: skip
+    lines = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    llm, ctc = row.get("llm", {}), row.get("ctc", {})
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    def gain(held: dict[str, Any]) -> str:
+        mark = "" if held["sound"] else " underfit"
+        span = f"{held['low']:.2f}…{held['high']:.2f}"
+        return f"{held['value']:.3f} {span} [{held['shuffled']:.2f}]{mark}"
+
+    return (
+        row["name"], number(row["nse"]), number(row["effective_rank"], 1),
+        gain(row["pai"]), f"{100 * row['pai']['share']:.1f}%",
+        gain(row["csai"]), f"{100 * row['csai']['share']:.1f}%",
+        number(row.get("cka_to_first")), number(ctc.get("frames")),
+        number(llm.get("without_audio")), number(llm.get("with_audio")),
+        number(llm.get("resolved")), number(llm.get("entropy")),
+    )  # fmt: skip

@@ -1,0 +1,57 @@
+"""Tools that read a run folder, on one tiny run: allocation, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def tool(name: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def run(launch, tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tools") / "run"
+    train = ROOT / "dsasr" / "train.py"
+    done = launch(train, "--recipe", tiny, f"run={folder}", ranks=1)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return folder
+
+
+@pytest.mark.launcher
+def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
+    from transformers import HubertConfig, HubertModel
+
+    HubertModel(
+        HubertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            conv_dim=(8,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    ).save_pretrained(tmp_path / "hubert")  # fmt: skip
+    snapshots = sorted((run / "snapshots").glob("encoder-*"))
+    data = tiny.parent / "valid"
+    out = tmp_path / "rows.jsonl"
+    done = tool(
+        "allocation.py", snapshots[0], run, tmp_path / "hubert", "--data", data, "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["kind"] for r in rows] == ["snapshot", "random", "checkpoint", "foreign", "random"]
+    assert all(0 <= r["nse"] <= 1 and r["effective_rank"] >= 1 for r in rows)
+    last = rows[2]
+    assert last["stage"] == "joint" and last["utterances"] == 8
+    assert last["llm"]["resolved"] == pytest.approx(
+        last["llm"]["without_audio"] - last["llm"]["with_audio"]
+    )
+    assert 0 <= last["ctc"]["frames"] <= math.log(10) and 0 < last["cka_to_first"] <= 1
+    assert "PAI" in done.stdout and "hubert" in done.stdout
+    assert tool("allocation.py", tmp_path / "hubert", "--data", data).returncode == 2
