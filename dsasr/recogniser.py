@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsasr import config, fragments, partition
 from dsasr.build import Builder
-from dsasr.data.stream import DatasetConfig
 from dsasr.errors import UserError
-from dsasr.evaluation.decode import DecodeConfig
-from dsasr.evaluation.validate import Transcripts, transcribe
+from dsasr.evaluation import trials
+from dsasr.evaluation.noise import SuiteConfig
+from dsasr.evaluation.recordings import Recording
+from dsasr.evaluation.trials import Trials
 from dsasr.fragments import Below, FragmentError, FragmentReader
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.ranks import device
@@ -39,15 +41,28 @@ class Recogniser:
             raise UserError(f"{reader.folder} holds no recogniser: {error}") from None
         return cls(build, model.to(device()).eval(), reader.folder)
 
-    def transcribe_shards(
-        self, shards: str, name: str = "test", decode: DecodeConfig | None = None, beam: int = 0
-    ) -> Transcripts:
-        """Transcripts of all samples of ``shards``, with their references."""
-        chosen = decode or self.build.recipe.evaluation.decode
-        if beam:
-            chosen = DecodeConfig(**{**config.to_plain(chosen), "beam": beam})
-        batches = self.build.held_out("sft", datasets=(DatasetConfig(name, shards),))
-        return transcribe(self.model, batches, self.build.tokenizer, chosen, device=device())
+    def hear(
+        self,
+        recordings: Sequence[Recording],
+        config: SuiteConfig = trials.PLAIN,
+        *,
+        beam: int = 0,
+        progress: Callable[[Iterable], Iterable] = lambda items: items,
+    ) -> Trials:
+        """Transcripts of the cases that ``config`` makes of ``recordings``; ``beam`` 0: the
+        recipe's."""
+        recipe = self.build.recipe
+        chosen = recipe.evaluation.decode
+        return trials.hear(
+            self.model,
+            trials.cases(recordings, config, rate=recipe.data.fbank.rate),
+            self.build.tokenizer,
+            replace(chosen, beam=beam) if beam else chosen,
+            fbank=recipe.data.fbank,
+            cmvn=self.build.cmvn,
+            device=device(),
+            progress=progress,
+        )
 
 
 def run_recipe(folder: Path) -> Recipe:

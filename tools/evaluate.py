@@ -1,24 +1,32 @@
-"""Decode shards with a trained run and print error rates.
+"""Decode shards with a trained run: error rates, hallucinations, a paired test with another run.
 
 python tools/evaluate.py runs/demo --data corpus/demo/shards/test
+python tools/evaluate.py runs/demo --data corpus/demo/shards/{test,nonspeech} --suite --report
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from dsasr.errors import run_tool
+from dsasr.evaluation import recordings, trials
+from dsasr.evaluation.hallucination import KINDS
+from dsasr.evaluation.noise import SuiteConfig
 from dsasr.files import atomic_write
 from dsasr.monitor import clock
 from dsasr.recipe import quiet
 from dsasr.recogniser import Recogniser, events, finished
+
+TRANSCRIPTS = "transcripts.jsonl"
 
 
 def stage_rows(folder: Path) -> list[tuple[str, int, float]]:
@@ -27,47 +35,123 @@ def stage_rows(folder: Path) -> list[tuple[str, int, float]]:
     return [(e["name"], e["steps"], e["stage_seconds"]) for e in ends]
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--data", help="shards: a folder, a tar or a pattern")
-    parser.add_argument("--beam", type=int, default=1, help="1 is greedy")
+    parser.add_argument(
+        "--data", nargs="+", help="shards: folders, tars or patterns; samples without text count "
+        "as non-speech",
+    )  # fmt: skip
+    parser.add_argument("--beam", type=int, default=0, help="1 is greedy (default: the recipe's)")
+    parser.add_argument("--limit", type=int, default=0, help="utterances, spread over the set")
+    parser.add_argument(
+        "--suite", action="store_true",
+        help="also made non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
+    )  # fmt: skip
+    parser.add_argument("--clips", type=int, default=10, help="of each made non-speech sound")
     parser.add_argument("--pairs", type=int, default=5, help="reference/hypothesis pairs to print")
+    parser.add_argument(
+        "--against", type=Path, help="paired test: a run evaluated with --report, or its --out"
+    )
     parser.add_argument("--out", type=Path, help="write all transcripts as JSON lines")
-    parser.add_argument("--report", action="store_true", help="write RUN/report.json")
+    parser.add_argument(
+        "--report", action="store_true", help=f"write RUN/report.json and RUN/{TRANSCRIPTS}"
+    )
     parser.add_argument(
         "--is-finished", action="store_true", help="only say so by exit code 0 or 1"
     )
     args = parser.parse_args()
+    if not args.is_finished and not args.data:
+        parser.error("--data is needed")
+    return args
+
+
+def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
+    """Error rates and hallucinations by condition, and some transcripts."""
+    for condition, part in summary["conditions"].items():
+        for lang, row in part["languages"].items():
+            print(
+                f"{condition:>9} {lang:>6}: {100 * row['rate']:6.2f}% errors "
+                f"({100 * row['low']:.2f}…{100 * row['high']:.2f}) of {row['units']} "
+                f"{row['unit']}s: {row['substitutions']} sub, {row['deletions']} del, "
+                f"{row['insertions']} ins"
+            )
+    for row in summary["hallucination"]["rows"]:
+        where = f"{row['condition']:>9} {row['lang']:>6}"
+        if row["utterances"]:
+            kinds = ", ".join(f"{row[k]} {k}" for k in KINDS)
+            print(f"{where}: {row['flagged']} of {row['utterances']} hallucinated ({kinds})")
+        if row["clips"]:
+            print(
+                f"{where}: {row['characters_per_minute']:.1f} characters a minute, text in "
+                f"{row['clips_with_text']} of {row['clips']} clips"
+            )
+    for example in summary["hallucination"]["examples"][:pairs]:
+        head = f"{example['kind']} ({example['condition']}, {example['detail']})"
+        print(f"  {head}\n    ref  {example['reference']}\n    hyp  {example['hypothesis']}")
+    clean = [row for row in found.rows if row.condition == "clean"]
+    for row in clean[:: max(len(clean) // max(pairs, 1), 1)][:pairs]:
+        print(f"  ref  {row.reference}\n  hyp  {row.hypothesis}")
+
+
+def against(found: trials.Trials, other: Path, rules: str) -> dict:
+    path = other / TRANSCRIPTS if other.is_dir() else other
+    tests = trials.compare(trials.read(path), found, rules)
+    print(f"against {other}: (this less that)")
+    for condition, row in tests.items():
+        line = f"{condition:>9}: hallucinated {row['flagged_b']:.0f} to {row['flagged_a']:.0f}"
+        line += f", p {row['flagged_p']:.3f}"
+        if "difference" in row:
+            span = f"{100 * row['low']:+.2f}…{100 * row['high']:+.2f}"
+            line += f"; errors {100 * row['difference']:+.2f} ({span}), p {row['p_value']:.3f}"
+        print(line)
+    return tests
+
+
+def main() -> int:
+    args = parse()
     if args.is_finished:
         return 0 if finished(args.run) else 1
-    if not args.data:
-        parser.error("--data is needed")
     quiet()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     recogniser = Recogniser.from_run(args.run)
-    found = recogniser.transcribe_shards(args.data, beam=args.beam)
-    scores = found.scores(recogniser.build.recipe.evaluation.rules)
-    summary = {k: v for k, v in scores.summary().items() if not math.isnan(v)}
-    for lang, part in scores.by_lang.items():
-        size = f"{part.counts.reference} {part.unit}s"
-        print(f"{lang:>6}: {100 * part.rate:.2f}% errors of {size}")
-    for row in found.rows[:: max(len(found.rows) // max(args.pairs, 1), 1)][: args.pairs]:
-        print(f"  ref  {row.reference}\n  hyp  {row.hypothesis}")
+    recipe = recogniser.build.recipe
+    rules = recipe.evaluation.rules
+    held, left_out = recordings.read(
+        args.data,
+        rate=recipe.data.fbank.rate,
+        text=recipe.data.text,
+        source=recipe.data.stream.source,
+        limit=args.limit,
+    )
+    if left_out:
+        print(f"left out: {dict(left_out)}")
+    config = replace(SuiteConfig(), clips=args.clips) if args.suite else trials.PLAIN
+    bar = partial(tqdm, desc="decoding", unit="batch", delay=2, file=sys.stderr)
+    found = recogniser.hear(held, config, beam=args.beam, progress=bar)
+    summary = found.summary(rules)
+    tell(found, summary, args.pairs)
+    if args.against:
+        summary["against"] = {
+            "run": str(args.against),
+            "tests": against(found, args.against, rules),
+        }
     if args.out:
-        lines = [json.dumps(vars(row), ensure_ascii=False) + "\n" for row in found.rows]
-        atomic_write(args.out, "".join(lines))
-    stages = stage_rows(args.run)
+        atomic_write(args.out, found.text())
     if args.report:
+        stages = stage_rows(args.run)
         rows = [dict(zip(("stage", "steps", "seconds"), row, strict=True)) for row in stages]
-        values = {**summary, "data": args.data, "beam": args.beam, "stages": rows}
-        atomic_write(args.run / "report.json", json.dumps(values, indent=1) + "\n")
+        data = args.data[0] if len(args.data) == 1 else args.data
+        values = {**summary, "data": data, "beam": args.beam, "stages": rows}
+        atomic_write(args.run / TRANSCRIPTS, found.text())
+        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(args.run / "report.json", text)
         for name, _, seconds in stages:
             print(f"stage {name:<10} {clock(seconds)}")
     rates = "  ".join(
-        f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer") if k in summary
+        f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
-    print(f"{len(found.rows)} utterances: {rates}   ({recogniser.checkpoint})")
+    print(f"{len(found.rows)} clips: {rates}   ({recogniser.checkpoint})")
     return 0
 
 

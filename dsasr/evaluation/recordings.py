@@ -47,23 +47,22 @@ def read(
     limit: int = 0,
     max_seconds: float = 60.0,
 ) -> tuple[list[Recording], Counter[str]]:
-    """Recordings of ``shards`` (a folder, tar or pattern), and what was left out, by cause.
+    """Recordings of ``shards`` (folders, tars or patterns), and what was left out, by cause.
 
-    ``limit`` takes that many, evenly spread over the set (0: all), so that every speaker and
-    language is among them. Raises `UserError` if nothing is left.
+    ``limit`` takes that many of each set, evenly spread over it (0: all), so that every speaker
+    and language is among them. Raises `UserError` if nothing is left.
     """
     sources = Sources(source)
     maker = Maker(
         sources=sources, fbank=FbankConfig(rate=rate), cmvn=None, augment=None,
         text=TextEncoder(), max_seconds=max_seconds, waves=True,
     )  # fmt: skip
-    listed = [
-        (shard, entry)
-        for shard in sources.resolve(shards).shards
-        for entry in maker.load_index(shard)
-    ]
-    if limit and limit < len(listed):
-        listed = [listed[i * len(listed) // limit] for i in range(limit)]
+    listed = []
+    for place in [shards] if isinstance(shards, str) else shards:
+        whole = [(s, entry) for s in sources.resolve(place).shards for entry in maker.load_index(s)]
+        if limit and limit < len(whole):
+            whole = [whole[i * len(whole) // limit] for i in range(limit)]
+        listed += whole
     found, causes = [], Counter()
     for shard, entry in listed:
         spans = (entry.audio_offset, entry.audio_size), (entry.json_offset, entry.json_size)
@@ -106,6 +105,11 @@ def batches(
         yield _batch(held, fbank_config, cmvn, tokenizer)
 
 
+def empty_batch(fbank_config: FbankConfig, pad_id: int = 0) -> Batch:
+    """A batch without utterances, for a rank that must keep step."""
+    return _filled([], torch.zeros(0, 1, fbank_config.mels), [], [], pad_id, fbank_config.rate)
+
+
 def _batch(held: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) -> Batch:
     rows = []
     for recording in held:
@@ -118,11 +122,23 @@ def _batch(held: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) ->
     if tokenizer is not None:
         ids = [[*tokenizer.encode(r.text), tokenizer.end_id] for r in held]
         pad_id = tokenizer.pad_id
+    lengths = [len(row) for row in rows]
+    return _filled(held, features_BTF, lengths, ids, pad_id, config.rate)
+
+
+def _filled(
+    held: list[Recording],
+    features_BTF: torch.Tensor,
+    lengths: list[int],
+    ids: list[list[int]],
+    pad_id: int,
+    rate: int,
+) -> Batch:
     tokens, token_lengths = map(torch.from_numpy, pad(ids, pad_id))
     none, zeros = map(torch.from_numpy, pad([[] for _ in held]))
     return Batch(
         features_BTF=features_BTF,
-        feature_lengths_B=torch.tensor([len(row) for row in rows]),
+        feature_lengths_B=torch.tensor(lengths, dtype=torch.int64),
         phonemes_BP=none,
         phoneme_lengths_B=zeros,
         tokens_BU=tokens,
@@ -132,7 +148,7 @@ def _batch(held: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) ->
         texts=tuple(r.text for r in held),
         langs=tuple(r.lang for r in held),
         speakers=tuple(r.speaker for r in held),
-        durations=tuple(r.seconds(config.rate) for r in held),
+        durations=tuple(r.seconds(rate) for r in held),
         seed=0,
         epoch=0,
         number=0,

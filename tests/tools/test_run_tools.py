@@ -55,3 +55,20 @@ def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
     assert 0 <= last["ctc"]["frames"] <= math.log(10) and 0 < last["cka_to_first"] <= 1
     assert "PAI" in done.stdout and "hubert" in done.stdout
     assert tool("allocation.py", tmp_path / "hubert", "--data", data).returncode == 2
+
+
+@pytest.mark.launcher
+def test_evaluation_with_the_whole_suite_and_against_another(run, tiny, tmp_path):
+    given = [run, "--data", tiny.parent / "valid", "--suite", "--clips", 1, "--limit", 3]
+    done = tool("evaluate.py", *given, "--report", "--out", tmp_path / "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "report.json").read_text())
+    assert list(found["conditions"]) == ["clean", "snr20", "snr10", "snr5", "snr0"]
+    assert {r["condition"] for r in found["hallucination"]["rows"]} >= {"silence", "cut50", "clean"}
+    assert [r["stage"] for r in found["stages"]][-1] == "joint"
+    assert (run / "transcripts.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    again = tool("evaluate.py", *given, "--against", run)
+    assert again.returncode == 0, again.stderr
+    assert "errors +0.00 (+0.00…+0.00), p 1.000" in again.stdout
+    other = tool("evaluate.py", run, "--data", tiny.parent / "valid", "--against", run)
+    assert other.returncode == 2 and "other cases" in other.stderr
