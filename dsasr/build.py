@@ -19,6 +19,7 @@ from dsasr.data.samples import TextEncoder
 from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
 from dsasr.data.text import Prompt, Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.errors import UserError
+from dsasr.fragments import MANIFEST
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder
 from dsasr.model.llm import load_llm
@@ -173,6 +174,9 @@ class Builder:
             config = Path(self.recipe.model.llm.path) / "config.json"
             self._file(str(config), "model.llm.path", "give a Hugging Face folder")
             self._check_prompt()
+        if self.recipe.encoder_given:
+            manifest = Path(self.recipe.model.encoder_from) / MANIFEST
+            self._file(str(manifest), "model.encoder_from", "give a snapshot's folder")
         if self.cmvn.mean_F.shape[0] != self.recipe.model.encoder.mels:
             raise UserError(
                 f"{self.recipe.data.cmvn} has {self.cmvn.mean_F.shape[0]} mel bins, "

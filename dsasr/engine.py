@@ -317,15 +317,18 @@ class Branch:
             masters = source.masters(prefix) if low else {}
         else:
             partition.replace_weights(self.module, source, prefix)
-        partition.refresh_gathered(self.module, prefix)
-        self._set_masters(prefix, masters, source)
+        own = dict(partition.parameters(self.module, prefix))
+        partition.refresh_gathered(own.values())
+        self._set_masters(own, masters, source)
         if low:
-            self._keep_masters(prefix, masters, source)
+            self._keep_masters(own, masters, source)
 
-    def _keep_masters(self, prefix: str, masters: dict[str, Fragment], source) -> None:
+    def _keep_masters(
+        self, own: dict[str, nn.Parameter], masters: dict[str, Fragment], source
+    ) -> None:
         """Masters of what this stage does not train: a later one starts from them, not bf16."""
         trained = self._states.views() if self._states is not None else {}
-        for name, parameter in partition.parameters(self.module, prefix):
+        for name, parameter in own.items():
             key = f"{partition.MASTER}/{name}"
             self._dormant.pop(key, None)
             if key in trained:
@@ -350,16 +353,17 @@ class Branch:
         start = f"{partition.MASTER}/{prefix}"
         return {k: f for k, f in self._states.views().items() if k.startswith(start)}
 
-    def _set_masters(self, prefix: str, masters, source) -> None:
+    def _set_masters(
+        self, own: dict[str, nn.Parameter], masters: dict[str, Fragment], source
+    ) -> None:
         """Masters of the encoder from the source's, its moments from zero.
 
         Two ZeRO-1/2 engines may cut their masters at different places; a piece that this rank's
         source does not hold is taken from the (whole) weights then.
         """
-        if self._states is None:
+        if self._states is None or not any(p.requires_grad for p in own.values()):
             return
         self.unpark()
-        own = dict(partition.parameters(self.module, prefix))
         for key, view in self._states.views().items():
             kind, _, name = key.partition("/")
             if name not in own:
@@ -396,7 +400,7 @@ class Branch:
             return
         self.enter(stage)
         partition.load_weights(self.module, below)
-        partition.refresh_gathered(self.module)
+        partition.refresh_gathered(self.module.parameters())
         if adam_steps:
             self._states.make_moments(adam_steps)
         for key, view in self._states.views().items():

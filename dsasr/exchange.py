@@ -22,7 +22,7 @@ from dsasr.engine import Branch
 from dsasr.errors import UserError
 from dsasr.fragments import Fragment, FragmentError, FragmentReader
 from dsasr.monitor import Monitor
-from dsasr.partition import MASTER
+from dsasr.partition import MASTER, agree
 from dsasr.recipe import Recipe
 from dsasr.snapshots import DriftTrigger, SnapshotStore
 from dsasr.stages import Progress, Snapshot, with_published
@@ -69,6 +69,7 @@ class Exchange:
         """What a checkpoint's manifest keeps; `fragments` is the rest."""
         return {
             "reference": self._reference,
+            "refused": sorted(self._refused),
             "drift_seconds": self._drift.seconds if self._drift is not None else 0.0,
             "last_nll": self._last_nll,
             "swapped_at": self._swapped_at,
@@ -80,6 +81,10 @@ class Exchange:
     def load(self, reader: FragmentReader) -> None:
         """Go on from what `state` and `fragments` gave."""
         held = reader.manifest
+        self._refused = set(held.get("refused", ()))
+        in_use = held["progress"]["in_use"]
+        if in_use not in (None, GIVEN):
+            self._mark(in_use)
         self._reference = held["reference"]
         self._last_nll, self._swapped_at = held["last_nll"], held["swapped_at"]
         if self._reference is not None and self.recipe.branch != "sft":
@@ -106,7 +111,7 @@ class Exchange:
             cka = self._measure(branch, progress, trained_seconds)
             found = {"cka": cka}
             if math.isnan(cka):
-                self.monitor.event("refused", reason="CKA is not a number", steps=progress.steps)
+                self._tell_refused(progress, "CKA is not a number", pretrain=at)
             elif cause is None and self.trigger.fires(cka):
                 cause = "drift"
         return cause, found
@@ -155,15 +160,16 @@ class Exchange:
         started = time.monotonic()
         try:
             done = self.store.publish(branch.module, masters, snapshot, info)
+            problem = None if done else "a weight is not finite"
         except OSError as error:
-            self.monitor.event("refused", reason=str(error), snapshot=snapshot.id)
+            problem = str(error)
+        if problem:
+            self._tell_refused(progress, problem, snapshot=snapshot.id, pretrain=at)
             if cause == "final":
-                raise UserError(f"the final encoder could not be published: {error}") from None
-            return progress
-        if not done:
-            self.monitor.event("refused", reason="a weight is not finite", snapshot=snapshot.id)
-            if cause == "final":
-                raise UserError("the final encoder has weights that are not finite")
+                raise UserError(
+                    f"the final encoder could not be published: {problem}; mend that and start "
+                    "again, which repeats the steps since the last checkpoint"
+                )
             return progress
         progress = with_published(progress, [snapshot])
         if self._drift is not None and self.recipe.drift.mode == "cka":
@@ -229,15 +235,17 @@ class Exchange:
         it was, and the log says why. There is no going on without the final one: `UserError`.
         """
         started = time.monotonic()
-        self.store.use(_file_name(self._identity), snapshot.id)  # from here on it is not pruned
         if snapshot.id == GIVEN:
-            branch.load_encoder(self._given())
+            self._load_given(branch)
         elif live is not None and snapshot.pretrain == progress.pretrain:
+            self._mark(snapshot.id)
             branch.load_encoder(live)
         else:
+            self._mark(snapshot.id)  # from here on it is not pruned
             try:
                 branch.load_encoder(self.store.open(snapshot.id, self._architecture))
             except FragmentError as error:
+                self._mark(progress.in_use)
                 return self._refuse(progress, snapshot, str(error)), False
         seconds = time.monotonic() - started
         self.monitor.event(
@@ -270,19 +278,31 @@ class Exchange:
             )
         return found
 
+    def _mark(self, name: str | None) -> None:
+        """Say in the store that ``name`` is in use.
+
+        A store that cannot be written may still be read, so that stops no swap.
+        """
+        try:
+            self.store.use(_file_name(self._identity), name)
+        except OSError as error:
+            self.monitor.event("not_marked", snapshot=name, reason=str(error))
+
+    def _tell_refused(self, progress: Progress, reason: str, **more: Any) -> None:
+        self.monitor.event("refused", reason=reason, steps=progress.steps, **more)
+
     def _refuse(self, progress: Progress, snapshot: Snapshot, reason: str) -> Progress:
-        self.monitor.event(
-            "refused", snapshot=snapshot.id, reason=reason, steps=progress.steps, sft=progress.sft
-        )
+        self._tell_refused(progress, reason, snapshot=snapshot.id, sft=progress.sft)
         if snapshot.cause == "final":
             raise UserError(f"the final encoder cannot be used: {reason}")
         self._refused.add(snapshot.id)
         rest = tuple(s for s in progress.published if s.id != snapshot.id)
         return replace(progress, published=rest)
 
-    def _given(self) -> FragmentReader:
+    def _load_given(self, branch: Branch) -> None:
+        folder = Path(self.recipe.model.encoder_from)
         try:
-            return FragmentReader(Path(self.recipe.model.encoder_from))
+            branch.load_encoder(agree(lambda: FragmentReader(folder)))
         except FragmentError as error:
             raise UserError(f"model.encoder_from: {error}") from None
 

@@ -92,7 +92,12 @@ def _replace_folder(staging: Path, target: Path) -> None:
     fsync_dir(staging)
     if target.exists():
         os.rename(target, old)
-    os.rename(staging, target)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
     fsync_dir(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -173,7 +178,11 @@ def verify(folder: Path) -> dict[str, Any]:
         path = folder / Path(name).name
         if not path.is_file():
             raise FragmentError(f"{folder} lacks {name}")
-        if file_digest(path) != digest:
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            raise FragmentError(f"{path} cannot be read: {error}") from None
+        if found != digest:
             raise FragmentError(f"{path} was altered: its sha256 is not the manifest's")
     return manifest
 

@@ -10,7 +10,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ class Monitor:
         self._began = self._started = time.monotonic()  # of this process, of the run
         self._first: int | None = None
         self._writer = self._metrics = self._events = None
+        self._unwritten = ""  # why the last line could not be written
         if ranks.main_rank():
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "events.jsonl"):
@@ -177,11 +179,22 @@ class Monitor:
         if self._metrics is None:
             return
         seconds = round(time.monotonic() - self._started, 3)
-        self._metrics.write(json.dumps({**head, "seconds": seconds, **line}) + "\n")
-        self._metrics.flush()
-        if self._writer is not None:
-            for name, value in line.items():
-                self._writer.add_scalar(f"{head['stage']}/{name}", value, head["steps"])
+        with self._despite_full_disk():
+            self._metrics.write(json.dumps({**head, "seconds": seconds, **line}) + "\n")
+            self._metrics.flush()
+            if self._writer is not None:
+                for name, value in line.items():
+                    self._writer.add_scalar(f"{head['stage']}/{name}", value, head["steps"])
+
+    @contextmanager
+    def _despite_full_disk(self) -> Iterator[None]:
+        """A line lost is told, once a reason; it is no reason for rank 0 to leave the others."""
+        try:
+            yield
+        except OSError as error:
+            if str(error) != self._unwritten:
+                self._unwritten = str(error)
+                print(f"— metrics cannot be written: {error}", flush=True)
 
     def _progress(self, report: StepReport, steps: int, line: Mapping[str, float]) -> None:
         if self._metrics is None:
@@ -208,20 +221,23 @@ class Monitor:
         if self._events is None:
             return
         seconds = round(time.monotonic() - self._started, 3)
-        self._events.write(json.dumps({"event": kind, "seconds": seconds, **fields}) + "\n")
-        self._events.flush()
+        with self._despite_full_disk():
+            self._events.write(json.dumps({"event": kind, "seconds": seconds, **fields}) + "\n")
+            self._events.flush()
         shown = "  ".join(f"{k}={_short(v)}" for k, v in fields.items())
         print(f"— {kind}: {shown}", flush=True)
 
     def text(self, name: str, text: str, steps: int) -> None:
         """A text sample for TensorBoard."""
         if self._writer is not None:
-            self._writer.add_text(name, text, steps)
+            with self._despite_full_disk():
+                self._writer.add_text(name, text, steps)
 
     def close(self) -> None:
         for handle in (self._metrics, self._events, self._writer):
             if handle is not None:
-                handle.close()
+                with self._despite_full_disk():
+                    handle.close()
         sys.stdout.flush()
 
 

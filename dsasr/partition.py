@@ -13,7 +13,7 @@ Whole weights are shared out evenly when written, so a folder never holds them t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -28,10 +28,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters whose name starts with ``prefix``; tied ones once."""
-    for name, parameter in module.named_parameters():
-        if name.startswith(prefix):
-            yield name, parameter
+    """Named parameters of all of ``module``, or of a child by ``"NAME."``; tied ones once."""
+    path = prefix.rstrip(".")
+    yield from module.get_submodule(path).named_parameters(prefix=path)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -71,11 +70,11 @@ def weights(module: nn.Module, prefix: str = "") -> dict[str, Fragment]:
 
 def persistent_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Named buffers that belong to the state dict."""
-    for path, child in module.named_modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            whole = f"{path}.{name}" if path else name
-            if name not in child._non_persistent_buffers_set and whole.startswith(prefix):
-                yield whole, buffer
+    top = prefix.rstrip(".")
+    for path, child in module.get_submodule(top).named_modules(prefix=top):
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def load_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") -> None:
@@ -161,27 +160,22 @@ def _fill(target: Tensor, piece: Tensor) -> None:
 
 def copy_weights(source: nn.Module, target: nn.Module, prefix: str = "") -> None:
     """Copy weights between two modules of equal partition layout: no communication."""
-    sources = dict(parameters(source, prefix))
-    for name, parameter in parameters(target, prefix):
+    sources, pairs = dict(_targets(source, prefix)), []
+    for name, tensor in _targets(target, prefix):
         other = sources[name]
-        if hasattr(parameter, "ds_tensor") and hasattr(other, "ds_tensor"):
-            parameter.ds_tensor.data.copy_(other.ds_tensor.data)
-        elif not hasattr(parameter, "ds_tensor") and not hasattr(other, "ds_tensor"):
-            parameter.data.copy_(other.data)
-        else:
+        if hasattr(tensor, "ds_tensor") != hasattr(other, "ds_tensor"):
             raise FragmentError(f"'{name}' is partitioned in one branch and whole in the other")
-    buffers = dict(persistent_buffers(source, prefix))
-    for name, buffer in persistent_buffers(target, prefix):
-        buffer.copy_(buffers[name])
+        whole = not hasattr(tensor, "ds_tensor")
+        pairs.append(
+            (tensor.data, other.data) if whole else (tensor.ds_tensor.data, other.ds_tensor.data)
+        )
+    # One call for an encoder's hundreds of tensors, most of them small.
+    torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
 
 
-def refresh_gathered(module: nn.Module, prefix: str = "") -> None:
+def refresh_gathered(held: Iterable[nn.Parameter]) -> None:
     """Bring ZeRO-3's resident copies of small parameters up to date; collective."""
-    resident = [
-        p
-        for _, p in parameters(module, prefix)
-        if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"
-    ]
+    resident = [p for p in held if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"]
     if resident:
         resident[0].partition(resident)
         resident[0].all_gather(resident)

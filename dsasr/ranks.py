@@ -6,7 +6,9 @@ once and every rank makes the same collective calls.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -29,9 +31,13 @@ def main_rank() -> bool:
 
 def device() -> torch.device:
     """Where this rank computes: its own GPU, or the CPU (also under ``DS_ACCELERATOR=cpu``)."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+    if _has_gpu() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+# Asked many times a step, and torch asks the driver each time.
+_has_gpu = functools.cache(torch.cuda.is_available)
 
 
 def barrier() -> None:
@@ -46,6 +52,20 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=device())
     return box[0]
+
+
+def by_main(attempt: Callable[[], T]) -> T:
+    """What ``attempt()`` gives on rank 0, on every rank; an `OSError` there is raised on all."""
+    result, problem = None, None
+    if main_rank():
+        try:
+            result = attempt()
+        except OSError as error:
+            problem = str(error)
+    result, problem = broadcast((result, problem))
+    if problem is not None:
+        raise OSError(problem)
+    return result
 
 
 def gather(value: T) -> list[T]:

@@ -48,6 +48,7 @@ class Run:
         self.stage_seconds: dict[str, float] = {}
         self._turn_started = time.monotonic()
         reader = self._resume_from()
+        self._keep_recipe()
         self.monitor = Monitor(
             recipe.folder,
             recipe.monitor,
@@ -100,9 +101,14 @@ class Run:
                 )
         return reader
 
+    def _keep_recipe(self) -> None:
+        path = self.recipe.folder / "recipe.yaml"
+        try:
+            ranks.by_main(lambda: atomic_write(path, config.dump(self.recipe)))
+        except OSError as error:
+            raise UserError(f"{self.recipe.folder} cannot be written: {error}") from None
+
     def _begin(self, reader: FragmentReader | None) -> None:
-        if ranks.main_rank():
-            atomic_write(self.recipe.folder / "recipe.yaml", config.dump(self.recipe))
         if self.schedule.pretrain and self.recipe.branch != "sft":
             self.exchange.claim(fresh=reader is None)
         if reader is not None:

@@ -61,35 +61,36 @@ class SnapshotStore:
     # -- publishing ------------------------------------------------------------------------------
 
     def claim(self, run: str) -> None:
-        """Make ``run`` the store's one publisher; `UserError` when another run is.
+        """Make ``run`` the store's one publisher; `UserError` on all ranks when another run is.
 
         The same run may claim again, as it does after a resume. Where a job of that run still
         lives, it finds the newer claim at its next `beat` or `publish`, and stops.
         """
-        problem = None
-        if ranks.main_rank():
-            self._token = f"{os.getpid()} {uuid.uuid4().hex}"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            claim = json.dumps({"run": run, "token": self._token})
-            try:
-                with open(self.folder / OWNER, "x", encoding="utf-8") as file:
-                    file.write(claim)
-            except FileExistsError:
-                owner = self._owner().get("run")
-                if owner in (run, None):  # None: killed between making the file and writing it
-                    atomic_write(self.folder / OWNER, claim)
-                else:
-                    problem = (
-                        f"{self.folder} has a publisher already ({owner}): give each pretrain run "
-                        f"its own store, or delete {self.folder / OWNER} if that run is gone"
-                    )
-            except OSError as error:
-                problem = f"{self.folder} cannot be written: {error}"
-            if problem is None:
-                self._clean()
-        problem = ranks.broadcast(problem)
+        try:
+            problem = ranks.by_main(lambda: self._claim(run))
+        except OSError as error:
+            problem = f"{self.folder} cannot be written: {error}"
         if problem:
             raise UserError(problem)
+
+    def _claim(self, run: str) -> str | None:
+        """Why ``run`` cannot be the publisher, or None: it is now."""
+        self._token = f"{os.getpid()} {uuid.uuid4().hex}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        claim = json.dumps({"run": run, "token": self._token})
+        try:
+            with open(self.folder / OWNER, "x", encoding="utf-8") as file:
+                file.write(claim)
+        except FileExistsError:
+            owner = self._owner().get("run")
+            if owner not in (run, None):  # None: killed between making the file and writing it
+                return (
+                    f"{self.folder} has a publisher already ({owner}): give each pretrain run "
+                    f"its own store, or delete {self.folder / OWNER} if that run is gone"
+                )
+            atomic_write(self.folder / OWNER, claim)
+        self._clean()
+        return None
 
     def _owner(self) -> dict[str, str]:
         try:
@@ -175,22 +176,27 @@ class SnapshotStore:
         for name in gone:
             # Renamed first: a reader sees a whole snapshot or none.
             hidden = self.folder / f".{name}.gone.tmp"
-            os.rename(self.folder / name, hidden)
+            with contextlib.suppress(OSError):  # tried again after the next one is published
+                os.rename(self.folder / name, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
-        return gone
+        return [name for name in gone if not (self.folder / name).exists()]
 
     # -- reading ---------------------------------------------------------------------------------
 
     def manifests(self) -> list[dict[str, Any]]:
-        """The manifests of all whole snapshots, oldest first."""
+        """The manifests of all whole snapshots, oldest first; of a store out of reach, none."""
         found = []
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if path.is_dir() and not path.name.startswith("."):
-                    try:
-                        found.append(fragments.read_manifest(path))
-                    except FragmentError:
-                        continue  # pruned between listing and reading
+        try:
+            folders = [p for p in self.folder.iterdir() if p.is_dir() and p.name[0] != "."]
+        except OSError:
+            return []
+        for path in folders:
+            try:
+                manifest = fragments.read_manifest(path)
+            except FragmentError:
+                continue  # pruned between listing and reading
+            if manifest.get("kind") == "snapshot" and manifest["id"] == path.name:
+                found.append(manifest)
         return sorted(found, key=lambda m: (m["pretrain"], m["id"]))
 
     def manifest(self, name: str) -> dict[str, Any]:
@@ -228,10 +234,12 @@ class SnapshotStore:
         return partition.agree(check)
 
     def use(self, run: str, name: str | None) -> None:
-        """Say that ``run`` uses snapshot ``name``, which is then never pruned."""
-        if ranks.main_rank():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.folder / f"{IN_USE}{run}.json", json.dumps({"id": name}))
+        """Say that ``run`` uses snapshot ``name`` (None: none), which is then never pruned.
+
+        Collective; raises `OSError` on all ranks when that cannot be written.
+        """
+        path = self.folder / f"{IN_USE}{run}.json"
+        ranks.by_main(lambda: atomic_write(path, json.dumps({"id": name})))
 
     def in_use(self) -> dict[str, str]:
         """Run → the snapshot that it uses."""
@@ -241,7 +249,8 @@ class SnapshotStore:
                 held = json.loads(path.read_text(encoding="utf-8"))["id"]
             except (OSError, ValueError, KeyError):
                 continue  # being replaced; its owner writes it whole
-            used[path.stem.removeprefix(IN_USE)] = held
+            if held is not None:
+                used[path.stem.removeprefix(IN_USE)] = held
         return used
 
     def silent_for(self) -> float:

@@ -106,3 +106,16 @@ def test_tensorboard_holds_cka_threshold_swaps_and_parked_bytes(tmp_path):
 )
 def test_clock(seconds, shown):
     assert clock(seconds) == shown
+
+
+def test_a_full_disk_loses_lines_not_the_run(tmp_path, capsys):
+    monitor = Monitor(tmp_path, MonitorConfig(tensorboard=False), 10)
+    whole = monitor._metrics, monitor._events
+    monitor._metrics = monitor._events = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    for _ in range(3):
+        monitor.event("drift", cka=0.5)
+        monitor.scalars({"stage": "s", "steps": 1}, {"x": 1.0})
+    assert capsys.readouterr().out.count("cannot be written: [Errno 28]") == 1
+    monitor.close()
+    for handle in whole:
+        handle.close()

@@ -147,3 +147,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, tmp_p
         reader = FragmentReader(path)
         keys = [k for k in reader.shapes if k.startswith("pretrain/encoder")]
         assert keys and all(torch.isfinite(reader.whole(k)).all() for k in keys)
+
+
+@pytest.mark.launcher
+def test_a_full_store_costs_swaps_not_the_run(whole, launch, tiny, tmp_path):
+    folder = tmp_path / "run"
+    program = Path(__file__).parent / "programs" / "full_store.py"
+    done = launch(program, "--recipe", tiny, f"run={folder}")
+    assert done.returncode != 0 and "Traceback" not in done.stdout, done.stdout[-3000:]
+    told = [x for x in done.stdout.splitlines() if "error: the final encoder" in x]
+    assert len(told) == 1 and "No space left" in told[0] and "start again" in told[0]
+    refused = events(folder, "refused")
+    assert len(refused) >= 2 and refused[-1]["steps"] == 20
+    assert all("rank 1" in e["reason"] and "snapshot" in e for e in refused)
+    assert not list((folder / "snapshots").glob("encoder-*"))
+    # With room again it goes on, and what pretraining learnt is what it would have been.
+    again = launch(program.parent.parent.parent / "dsasr/train.py", "--recipe", tiny,
+                   f"run={folder}")  # fmt: skip
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert events(folder, "resumed") and events(folder, "swap")[-1]["cause"] == "final"
+    assert events(folder, "finished")
+
+    def learnt(run: Path) -> list[tuple]:
+        kept = ("step", "ctc", "consistency", "grad_norm")
+        return [tuple(x[k] for k in kept) for x in lines(run) if x["stage"] == "pretrain"]
+
+    assert learnt(folder) == learnt(whole)
+    one, other = (
+        fragments.read_manifest(r / "snapshots/encoder-000000020") for r in (folder, whole)
+    )
+    assert one["checksum"] == other["checksum"]
+
+
+@pytest.mark.launcher
+def test_a_mark_that_rank_0_cannot_write_leaves_no_rank_alone(launch, tiny, tmp_path):
+    # The encoders are there already, so that only rank 0's marks fail.
+    store, program = tmp_path / "snapshots", Path(__file__).parent / "programs" / "full_store.py"
+    train = program.parent.parent.parent / "dsasr/train.py"
+    made = launch(train, "--recipe", tiny, f"run={tmp_path / 'a'}", "branch=pretrain",
+                  f"store.path={store}")  # fmt: skip
+    assert made.returncode == 0, made.stdout[-3000:]
+    done = launch(program, "--recipe", tiny, f"run={tmp_path / 'b'}", "branch=sft",
+                  f"store.path={store}")  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert events(tmp_path / "b" / "sft", "swap")[-1]["cause"] == "final"
+    assert "No space left" in events(tmp_path / "b" / "sft", "not_marked")[0]["reason"]

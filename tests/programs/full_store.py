@@ -1,0 +1,37 @@
+"""train.py on a full store: rank 1 cannot write its snapshots, nor rank 0 its marks.
+
+Each fails on one rank alone, as it may where ranks are on several machines.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from dsasr import fragments, snapshots, train
+from dsasr.errors import run_tool
+
+FULL = OSError(28, "No space left on device")
+write_file, atomic_write = fragments._write_file, snapshots.atomic_write
+
+
+def fails(path: Path, rank: str) -> bool:
+    return os.environ["RANK"] == rank and "snapshots" in Path(path).parts
+
+
+def full_file(path: Path, held: dict) -> str:
+    if fails(path, "1"):
+        raise FULL
+    return write_file(path, held)
+
+
+def full_mark(path: Path, data: str) -> None:
+    if fails(path, "0") and Path(path).name.startswith(snapshots.IN_USE):
+        raise FULL
+    atomic_write(path, data)
+
+
+fragments._write_file = full_file
+snapshots.atomic_write = full_mark
+sys.exit(run_tool(train.main_once))
