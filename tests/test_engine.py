@@ -20,15 +20,28 @@ def play(launch, folder, course, deepspeed="zero3", precision="fp32", park="keep
 @pytest.mark.launcher
 @pytest.mark.parametrize(
     ("deepspeed", "precision", "park"),
-    [("zero3", "fp32", "disk"), ("zero3", "bf16", "cpu"), ("zero2", "fp32", "disk")],
+    [
+        ("zero3", "fp32", "disk"),
+        ("zero3", "bf16", "cpu"),
+        ("persistent", "fp32", "keep"),
+        ("persistent", "bf16", "keep"),
+        ("zero2", "fp32", "disk"),
+    ],
 )
 def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision, park):
+    kept = {"zero3": 0, "persistent": 5, "zero2": 6}[deepspeed]
+    if deepspeed == "persistent":  # small parameters stay gathered on every rank
+        settings = read_ds_config("zero3")
+        assert settings["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100_000
+        deepspeed = tmp_path / "persistent.json"
+        deepspeed.write_text(json.dumps(settings))
     found = play(launch, tmp_path, "laws", deepspeed, precision, park)
     # The pretrain branch beside an sft branch, parked and swapped from, is the one alone: bit for
     # bit in losses, weights, masters and moments.
     assert found["beside"] == found["alone"]
     assert found["frozen"], "a frozen part moved, or a trained one did not"
-    assert found["swapped"] and found["masters"]
+    assert found["swapped"] and found["resident"] == kept and found["masters"]
     assert found["saved"] and found["continued"]
     assert found["rates"] and len(set(found["groups"].values())) == 3
     assert list(found["groups"]) == ["encoder", "adaptor", "llm"]
