@@ -19,6 +19,7 @@ from dsasr.data.text import TextConfig
 from dsasr.engine import EngineConfig
 from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig
+from dsasr.evaluation.noise import SuiteConfig
 from dsasr.model.adaptor import AdaptorConfig
 from dsasr.model.encoder import ChunkConfig, EncoderConfig
 from dsasr.model.llm import LlmConfig
@@ -74,6 +75,11 @@ class EvaluationConfig:
     samples: int = 3  # reference/hypothesis pairs shown
     rules: Literal["standard", "plain"] = "standard"  # plain: digit strings stay words
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    # Hallucinations during training: the suite on so many utterances; 0: not at all.
+    suite_utterances: int = 0
+    suite: SuiteConfig = field(
+        default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
+    )
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,28 @@ class StoreConfig:
     poll_seconds: float = 5.0
     silent_seconds: float = 600.0
     late: Literal["wait", "continue", "stop"] = "wait"
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Entropy allocation during training (`watch`). ``every``: steps of a stage between two looks
+    (0: none at all); ``probes``: looks of a branch between two with probes (0: never), on at most
+    ``frames`` frames; ``utterances`` of the validation set are the probe set; ``budget``: the share
+    of the training time that looks may take."""
+
+    every: int = 0
+    probes: int = 4
+    utterances: int = 48
+    frames: int = 10_000
+    budget: float = 0.05
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.probes) < 0 or self.utterances < 3 or self.frames < 100:
+            raise UserError(
+                "allocation: every and probes must be ≥ 0, utterances ≥ 3, frames ≥ 100"
+            )
+        if not 0 < self.budget <= 1:
+            raise UserError("allocation.budget must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -102,6 +130,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    allocation: WatchConfig = field(default_factory=WatchConfig)
     resume: str = "auto"  # auto: the run folder's newest whole checkpoint; never; or a checkpoint
     allow_changed: bool = False  # resume although the recipe is not the run's
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -168,6 +197,7 @@ class Recipe:
 
 # What may differ between a run and its continuation without changing what is learnt.
 HARMLESS = ("run", "resume", "allow_changed", "monitor", "checkpoint", "evaluation", "store")
+HARMLESS += ("allocation",)
 
 
 def load(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:

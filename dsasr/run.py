@@ -23,6 +23,7 @@ from dsasr.monitor import Monitor
 from dsasr.recipe import Recipe, changes
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, with_published
 from dsasr.validation import error_rates
+from dsasr.watch import Watch
 
 
 class Stopped(Exception):
@@ -56,6 +57,9 @@ class Run:
             reader.manifest["steps"] if reader else 0,
         )
         self.exchange = Exchange(recipe, self.build, self.monitor)
+        self.watch = Watch(
+            recipe.allocation, self.build, self.monitor, recipe.folder / "allocation"
+        )
         self.bad = BadSampleLog(
             recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=ranks.rank()
         )
@@ -282,7 +286,9 @@ class Run:
                 raise UserError("stopped by a signal, and the checkpoint could not be written")
             raise Stopped
 
-    def evaluate_if_due(self, branch: Branch) -> None:
+    def evaluate_if_due(self, branch: Branch, report: StepReport) -> None:
+        trained = sum(self.stage_seconds.values())
+        self.watch.look_if_due(branch, report, self.steps, trained)
         every = self.recipe.evaluation.every
         if every and self.steps % every == 0:
             self.evaluate(branch, self.recipe.evaluation.utterances)

@@ -43,7 +43,7 @@ def train(run) -> None:
             if cause is not None:
                 run.publish(cause, found)
         run.write(report)
-        run.evaluate_if_due(branch)
+        run.evaluate_if_due(branch, report)
         run.save_if_due()
     run.finish()
 

@@ -7,7 +7,7 @@ import math
 from dsasr import ranks
 from dsasr.build import Builder
 from dsasr.engine import Branch
-from dsasr.evaluation import validate
+from dsasr.evaluation import recordings, trials, validate
 from dsasr.recipe import Recipe
 
 
@@ -35,8 +35,39 @@ def error_rates(
             any_rank=ranks.any_rank,
             gather=ranks.gather,
         )
+        invented = _hallucinations(recipe, build, module)
     summary = found.scores(recipe.evaluation.rules).summary()
     samples = recipe.evaluation.samples
     rows = found.rows[:: max(len(found.rows) // max(samples, 1), 1)][:samples]
     shown = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
-    return {k: v for k, v in summary.items() if not math.isnan(v)}, shown
+    values = {k: v for k, v in summary.items() if not math.isnan(v)}
+    return values | invented, shown
+
+
+def _hallucinations(recipe: Recipe, build: Builder, module) -> dict[str, float]:
+    """The recipe's small suite, made of validation recordings; nothing if it wants none."""
+    chosen, data = recipe.evaluation, recipe.data
+    if not chosen.suite_utterances or not data.valid:
+        return {}
+    held, _ = recordings.read(
+        [s for d in data.valid for s in ([d.shards] if isinstance(d.shards, str) else d.shards)],
+        rate=data.fbank.rate,
+        text=data.text,
+        source=data.stream.source,
+        limit=chosen.suite_utterances,
+    )
+    found = trials.hear(
+        module,
+        trials.cases(held, chosen.suite, rate=data.fbank.rate),
+        build.tokenizer,
+        chosen.decode,
+        fbank=data.fbank,
+        cmvn=build.cmvn,
+        device=ranks.device(),
+        rank=ranks.rank(),
+        world=ranks.world(),
+        any_rank=ranks.any_rank,
+        gather=ranks.gather,
+    )
+    totals = found.hallucinations().summary()
+    return {f"hallucination/{name}": value for name, value in totals.items()}

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("paths", nargs="+", help="tars, or folders of tars")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--kind", default="stored", help="stored (in the shards), espeak or lexicon"
+        "--kind", default="stored", help="stored (in the shards), espeak, lexicon or characters"
     )
     parser.add_argument("--lexicon", nargs="*", default=(), help="files, for --kind lexicon")
     parser.add_argument("--stress", action="store_true", help="keep stress marks")

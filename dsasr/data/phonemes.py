@@ -275,15 +275,17 @@ class StoredPhonemes:
 
 @dataclass(frozen=True)
 class PhonemizerConfig:
-    """``kind``: stored, espeak or lexicon; ``lexicons``: files for the last."""
+    """``kind``: stored, espeak, lexicon or characters (conventional CTC, no phonemes at all);
+    ``lexicons``: files for kind lexicon."""
 
     kind: str = "stored"
     lexicons: tuple[str, ...] = ()
     stress: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("stored", "espeak", "lexicon"):
-            raise UserError(f"phonemizer kind {self.kind!r}: use stored, espeak or lexicon")
+        if self.kind not in ("stored", "espeak", "lexicon", "characters"):
+            kinds = "stored, espeak, lexicon or characters"
+            raise UserError(f"phonemizer kind {self.kind!r}: use {kinds}")
         if self.kind == "lexicon" and not self.lexicons:
             raise UserError("phonemizer kind lexicon needs lexicons=[FILE, …]")
 
@@ -294,6 +296,10 @@ def build_phonemizer(config: PhonemizerConfig) -> Phonemizer:
         return EspeakPhonemizer(stress=config.stress)
     if config.kind == "lexicon":
         return LexiconPhonemizer(config.lexicons, stress=config.stress)
+    if config.kind == "characters":
+        from dsasr.data.characters import CharacterPhonemizer  # which needs this module
+
+        return CharacterPhonemizer()
     return StoredPhonemes()
 
 

@@ -58,7 +58,7 @@ class TextEncoder:
             return BadSample(cause, sample.shard, sample.key, detail)
 
         text = normalise_text(sample.text, sample.lang, self.config)
-        if not text:
+        if not text and (self.config is None or self.config.empty == "drop"):
             raise bad("empty_text", repr(sample.text[:40]))
         phonemes: list[int] = []
         if self.phonemizer is not None:
@@ -71,7 +71,7 @@ class TextEncoder:
                 raise bad("unknown_word", str(error)) from None
             except MissingPhonemes as error:
                 raise bad("missing_phonemes", str(error)) from None
-            if not symbols:
+            if text and not symbols:
                 raise bad("no_phonemes", repr(text[:40]))
         tokens: list[int] = []
         if self.tokenizer is not None:

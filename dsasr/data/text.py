@@ -28,17 +28,22 @@ META_VERSION = 1
 class TextConfig:
     """The form of training targets. ``case``: keep, lower or upper; ``punctuation``: keep or strip.
 
-    Keep both where the language model knows them and the transcripts have them.
+    Keep both where the language model knows them and the transcripts have them. ``empty``: drop
+    samples without text (as `empty_text`), or keep them: non-speech, whose CTC labels are blanks
+    and whose transcript is the end token alone.
     """
 
     case: str = "keep"
     punctuation: str = "keep"
+    empty: str = "drop"
 
     def __post_init__(self) -> None:
         if self.case not in ("keep", "lower", "upper"):
             raise UserError(f"text.case {self.case!r}: use keep, lower or upper")
         if self.punctuation not in ("keep", "strip"):
             raise UserError(f"text.punctuation {self.punctuation!r}: use keep or strip")
+        if self.empty not in ("drop", "keep"):
+            raise UserError(f"text.empty {self.empty!r}: use drop or keep")
 
 
 _HAN_SPACES = re.compile(f"(?<=[{HAN}])\\s+(?=[{HAN}])")

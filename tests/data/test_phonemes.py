@@ -193,10 +193,17 @@ def test_build_phonemizer(lexicon):
     config = PhonemizerConfig(kind="lexicon", lexicons=(str(lexicon),))
     sample = SimpleNamespace(text="hello", lang="en", phonemes=None)
     assert build_phonemizer(config).for_sample(sample) == "HH AH L OW".split()
-    with pytest.raises(UserError, match="stored, espeak or lexicon"):
+    with pytest.raises(UserError, match="lexicon or characters"):
         PhonemizerConfig(kind="g2p")
     with pytest.raises(UserError, match="lexicons"):
         PhonemizerConfig(kind="lexicon")
+
+
+def test_characters():
+    held = build_phonemizer(PhonemizerConfig("characters"))
+    assert held.phonemes("Don't, go!") == list("don't▁go")
+    assert held.phonemes("我 要 去 Berlin 。", "zh-en") == [*"我要去", "▁", *"berlin"]
+    assert held.phonemes("") == []
 
 
 def test_vocab_order_does_not_depend_on_the_data(tmp_path):

@@ -25,6 +25,7 @@ from dsasr.data.samples import TextEncoder
 from dsasr.data.sources import SourceConfig
 from dsasr.data.stream import BadSampleLog, DatasetConfig, Stream, StreamConfig, make_parts
 from dsasr.data.stream_check import Verdict, digest, draw_case, run_case
+from dsasr.data.text import TextConfig
 from dsasr.errors import UserError
 
 RATE = 16_000
@@ -283,6 +284,25 @@ def test_tokens_end_with_the_end_and_are_padded_with_pad(tmp_path, config) -> No
         ):
             assert row[:length].tolist() == [ord(c) for c in said] + [1]
             assert (row[length:] == 7).all()
+
+
+def test_samples_without_text_are_kept_if_asked_for(tmp_path, config) -> None:
+    samples = [
+        {"key": key, "audio": encoded(wave(0.5)), "duration": 0.5, "text": text}
+        for key, text in (("mute", ""), ("said", "hi"))
+    ]
+    write_tar(tmp_path / "n" / "n-00.tar", samples)
+    drop = TextEncoder(tokenizer=CharTokenizer())
+    found = collect(config, tmp_path / "n", text=drop)
+    assert [k for b in found for k in b.keys] == ["said"]
+    assert [bad[0] for b in found for bad in b.bad] == ["empty_text"]
+    keep = TextEncoder(TextConfig(empty="keep"), tokenizer=CharTokenizer())
+    rows = {
+        key: row[:length].tolist()
+        for b in collect(config, tmp_path / "n", text=keep)
+        for key, row, length in zip(b.keys, b.tokens_BU, b.token_lengths_B, strict=True)
+    }
+    assert rows == {"mute": [1], "said": [ord("h"), ord("i"), 1]}
 
 
 def test_noise_shards_are_heard(tmp_path, config) -> None:

@@ -1,0 +1,250 @@
+"""Entropy allocation while a run trains: now and then a look at the branch that just stepped.
+
+A look shows the probe set to the branch and measures what is cheap: NSE and effective rank of the
+encoder's frames, CKA to the frames at the end of the stage before (in a first stage, to its first
+look's), predictive entropies, H₀ − H₁. Every so many looks the probes are fitted too (PAI, CSAI),
+on rank 0. Looks change nothing of the run: no random number is drawn and no weight is touched.
+
+``budget`` is the share of the training time that looks may take. Looks within a stage may use half
+of it, the look at a stage's end (before and after joint training) all of it; what does not fit is
+left out and counted (``looks_left_out``). The share that was taken stands in every line.
+
+PAI and CSAI need labels. They come from the CTC head of the pretrain branch at that branch's last
+look with probes, and the sft branch uses the same ones: a run without a pretrain branch has none,
+and early ones are rough. For numbers to compare, measure afterwards with ``tools/allocation.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dsasr import ranks
+from dsasr.allocation import alignment, labelling
+from dsasr.allocation.accessible import AccessibleConfig, csai, pai
+from dsasr.allocation.cka import cka
+from dsasr.allocation.labelling import Labelled, Numbering
+from dsasr.allocation.nse import nse
+from dsasr.build import Builder
+from dsasr.data.batching import Batch
+from dsasr.data.phonemes import EspeakPhonemizer, StoredPhonemes, build_phonemizer
+from dsasr.engine import Branch, StepReport
+from dsasr.errors import UserError
+from dsasr.files import atomic_write
+from dsasr.model.speech_llm import placeholder
+from dsasr.monitor import Monitor
+from dsasr.recipe import WatchConfig
+
+
+class Watch:
+    """Looks at branches; every call is collective. What it keeps lies in ``folder``."""
+
+    def __init__(self, config: WatchConfig, build: Builder, monitor: Monitor, folder: Path):
+        self.config, self.build, self.monitor, self.folder = config, build, monitor, folder
+        self._probe: dict[str, list[Batch]] = {}
+        held: dict[str, Any] = {}
+        if config.every and ranks.main_rank() and (folder / "state.json").is_file():
+            held = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.seconds: float = held.get("seconds", 0.0)
+        self.left_out: int = held.get("left_out", 0)
+        self.looks: dict[str, int] = held.get("looks", {})
+        self.costs: dict[str, float] = held.get("costs", {})
+        self.labels = [_label_from(row) for row in held.get("labels", [])]
+
+    def look_if_due(self, branch: Branch, report: StepReport, steps: int, trained: float) -> None:
+        """Look at ``branch`` after ``report``'s step if it is time; ``trained``: seconds so far."""
+        if not self.config.every:
+            return
+        stage = branch.stage
+        last = report.step + 1 == stage.steps
+        if not last and (report.step + 1) % self.config.every:
+            return
+        count = self.looks.get(branch.name, 0)
+        probing = bool(self.config.probes) and (last or (count + 1) % self.config.probes == 0)
+        wanted = "probes" if probing else "cheap"
+        decided = ranks.broadcast(self._fits(branch.name, wanted, last, trained))
+        if decided is None:
+            self.left_out += 1
+            self._save()
+            return
+        started = time.monotonic()
+        values = self._look(branch, steps, decided == "probes", last)
+        cost = time.monotonic() - started
+        self.seconds += cost
+        self.costs[f"{branch.name}/{decided}"] = cost
+        self.looks[branch.name] = count + 1
+        self._save()
+        values |= {
+            "allocation_seconds": cost,
+            "allocation_share": self.seconds / (self.seconds + trained),
+            "looks_left_out": float(self.left_out),
+        }
+        head = {"steps": steps, "branch": branch.name, "stage": f"allocation_{stage.name}"}
+        self.monitor.scalars(head, values)
+
+    def _fits(self, branch: str, wanted: str, last: bool, trained: float) -> str | None:
+        """What the budget still allows, by what such a look took the last time."""
+        share = self.config.budget * (1.0 if last else 0.5)
+        for kind in dict.fromkeys((wanted, "cheap")):
+            known = self.costs.get(f"{branch}/cheap", self.costs.get(f"{branch}/probes", 0.0))
+            spent = self.seconds + self.costs.get(f"{branch}/{kind}", known)
+            if spent <= share * (spent + trained):
+                return kind
+        return None
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def _look(self, branch: Branch, steps: int, probing: bool, last: bool) -> dict[str, float]:
+        own: dict[str, Tensor] = {}
+        spoken: list[dict[str, Any]] = []
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        with branch.evaluating() as module:
+            for batch in self._batches(branch.name):
+                # A rank without an utterance of its own must still make the collective calls.
+                pad_id = getattr(module, "pad_id", 0)
+                real = batch if len(batch) else placeholder(batch, module.encoder.cfg.mels, pad_id)
+                moved = real.to(ranks.device())
+                out = module.encoder(moved.features_BTF, moved.feature_lengths_B)
+                posteriors = module.ctc(out.frames_BSE) if branch.name == "pretrain" else None
+                for i, key in enumerate(batch.keys):
+                    length = int(out.lengths_B[i])
+                    own[key] = out.frames_BSE[i, :length].float().cpu()
+                    if probing and posteriors is not None:
+                        spoken += self._place(batch, i, posteriors[i, :length])
+                moved = batch.to(ranks.device())
+                for name, found in _losses(module, moved, branch.name):
+                    old = sums.get(name, (0.0, 0.0))
+                    sums[name] = (old[0] + found[0], old[1] + found[1])
+        values = _means(sums)
+        gathered = ranks.gather(own)
+        placed = [row for part in ranks.gather(spoken) for row in part]
+        if not ranks.main_rank():
+            return values
+        features = {k: x for part in gathered for k, x in sorted(part.items())}
+        return values | self._measure(branch.name, steps, features, placed, probing, last)
+
+    def _measure(
+        self,
+        branch: str,
+        steps: int,
+        features: dict[str, Tensor],
+        placed: list[dict[str, Any]],
+        probing: bool,
+        last: bool,
+    ) -> dict[str, float]:
+        every_NE = torch.cat(list(features.values()))
+        spectrum = nse(every_NE)
+        values = {"nse": spectrum.nse, "effective_rank": spectrum.effective_rank}
+        before = self._reference(branch, steps)
+        if before.keys() == features.keys():
+            both = torch.cat([before[k] for k in features])
+            values["cka_to_stage_start"] = cka(both, every_NE)
+        if last or not before:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = save({k: x.contiguous() for k, x in features.items()})
+            atomic_write(self.folder / f"{branch}-{steps:010d}.safetensors", kept)
+        if placed:
+            self.labels = self._number(placed)
+        held = [x for x in self.labels if x.key in features]
+        if probing and len(held) >= 3:
+            seconds = 4 * self.build.recipe.data.fbank.shift_ms / 1000
+            frames = labelling.frame_set(held, features, seconds)
+            most = self.config.frames
+            accessible = AccessibleConfig(
+                max_frames=most, semantic_frames=most, control=False, draws=200
+            )
+            for name, measure in (("pai", pai), ("csai", csai)):
+                try:
+                    found = measure(frames, accessible)
+                except (UserError, ValueError):
+                    continue  # too few frames or speakers to hold any out
+                values |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+                values[f"{name}_share"] = found.share
+        return values
+
+    def _reference(self, branch: str, steps: int) -> dict[str, Tensor]:
+        """The frames kept last before ``steps``: a resumed run may have looked beyond."""
+        for path in sorted(self.folder.glob(f"{branch}-*.safetensors"), reverse=True):
+            if int(path.stem.rpartition("-")[2]) < steps:
+                return load_file(path)
+        return {}
+
+    def _batches(self, branch: str) -> list[Batch]:
+        if branch not in self._probe:
+            self._probe[branch] = self.build.held_out(branch, self.config.utterances)
+        return self._probe[branch]
+
+    # -- labels ------------------------------------------------------------------------------
+
+    def _place(self, batch: Batch, i: int, log_probs_SP: Tensor) -> list[dict[str, Any]]:
+        """Utterance ``i``'s phonemes on its frames, as plain data; nothing if they do not fit."""
+        ids = batch.phonemes_BP[i, : int(batch.phoneme_lengths_B[i])].tolist()
+        try:
+            placed = alignment.align(log_probs_SP, ids)
+        except ValueError:
+            return []
+        phonemizer = build_phonemizer(self.build.recipe.data.phonemizer)
+        speaker = EspeakPhonemizer() if isinstance(phonemizer, StoredPhonemes) else phonemizer
+        symbols = self.build.phonemes.decode(ids)
+        owners = labelling.word_owners(symbols, batch.texts[i], batch.langs[i], speaker)
+        row = {"key": batch.keys[i], "speaker": batch.speakers[i], "text": batch.texts[i]}
+        return [row | {"phonemes": ids, "owners": owners, "positions": placed.positions_S.tolist()}]
+
+    def _number(self, placed: list[dict[str, Any]]) -> list[Labelled]:
+        number, seconds = Numbering(), 4 * self.build.recipe.data.fbank.shift_ms / 1000
+        found = []
+        for row in sorted(placed, key=lambda row: row["key"]):
+            positions_S = torch.tensor(row["positions"], dtype=torch.int64)
+            held = alignment.Alignment(positions_S, positions_S, 0.0)
+            given = row["key"], row["speaker"], row["text"], row["phonemes"], row["owners"]
+            found.append(labelling.label(*given, held, number, seconds))
+        return found
+
+    def _save(self) -> None:
+        if not ranks.main_rank():
+            return
+        state = {"seconds": self.seconds, "left_out": self.left_out, "looks": self.looks}
+        state |= {"costs": self.costs, "labels": [_label_row(x) for x in self.labels]}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.folder / "state.json", json.dumps(state))
+
+
+def _losses(module, batch: Batch, branch: str):
+    """(name, (sum, count)) of the branch's entropies on a batch."""
+    if branch == "pretrain":
+        found = module(batch).sums
+        return [("ctc", found["ctc"]), ("ctc_entropy", found["ctc_entropy"])]
+    with_audio, without = module(batch).sums, module(batch, audio=False).sums
+    return [
+        ("nll_with_audio", with_audio["nll"]),
+        ("nll_without_audio", without["nll"]),
+        ("llm_entropy", with_audio["entropy"]),
+        ("llm_entropy_without_audio", without["entropy"]),
+    ]
+
+
+def _means(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Means over all ranks; collective."""
+    flat = torch.tensor([[float(a), float(b)] for a, b in sums.values()], dtype=torch.float64)
+    summed = ranks.sum_ranks(flat.to(ranks.device())).tolist()
+    means = {n: a / b if b else 0.0 for n, (a, b) in zip(sums, summed, strict=True)}
+    if "nll_with_audio" in means:
+        means["resolved"] = means["nll_without_audio"] - means["nll_with_audio"]
+    return means
+
+
+def _label_row(held: Labelled) -> dict[str, Any]:
+    row = asdict(held)
+    return row | {"positions_S": held.positions_S.tolist(), "words_S": held.words_S.tolist()}
+
+
+def _label_from(row: dict[str, Any]) -> Labelled:
+    tensors = {k: torch.tensor(row[k], dtype=torch.int64) for k in ("positions_S", "words_S")}
+    return Labelled(**{**row, **tensors, "phonemes": tuple(row["phonemes"])})
