@@ -25,7 +25,7 @@ for _ in range(20_000):
 PY
 python tools/train_tokenizer.py "$corpus/text.txt" --out "$corpus/tokenizer" --size 320
 python tools/make_lm.py "$corpus/text.txt" --tokenizer "$corpus/tokenizer" --out "$corpus/lm" \
-    --steps 200 --reads lexicon --lexicon dsasr/recipes/digits.lexicon
+    --steps 700 --reads lexicon --lexicon dsasr/recipes/digits.lexicon
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -eq 0 ]; then
     export DS_ACCELERATOR=cpu

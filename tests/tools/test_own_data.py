@@ -1,0 +1,58 @@
+"""The README's way with one's own recordings, from a manifest to training steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = {"pretrain": 6, "align": 4, "ia_sft": 6, "joint": 4}
+
+
+def run(cwd: Path, script: str, *arguments) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["en_read", "zh_words"])
+def test_real_recordings_train_without_a_dropped_sample(tmp_path, recordings, name):
+    pytest.importorskip("espeakng_loader")
+    run(
+        tmp_path, "tools/make_shards.py", recordings / name / "train.jsonl",
+        recordings / name / "valid.jsonl", "--out-root", "shards",
+    )  # fmt: skip
+    for split in ("train", "valid"):
+        assert "0 bad" in run(tmp_path, "tools/verify_shards.py", f"shards/{split}")
+    run(tmp_path, "tools/cmvn.py", "shards/train", "--out", "cmvn.json")
+    run(tmp_path, "tools/make_phonemes.py", "shards/train", "--out", "phonemes.json")
+    rows = (recordings / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "text.txt").write_text("\n".join(json.loads(row)["text"] for row in rows))
+    run(tmp_path, "tools/train_tokenizer.py", "text.txt", "--out", "tokenizer", "--size", 1200)
+    run(
+        tmp_path, "tools/make_lm.py", "text.txt", "--tokenizer", "tokenizer", "--out", "lm",
+        *("--steps", 2, "--hidden", 32, "--ffn", 64),
+    )  # fmt: skip
+    run(
+        tmp_path, "dsasr/train.py", "--recipe", "demo", "run=run", "data.cmvn=cmvn.json",
+        "data.phonemes=phonemes.json", "data.train.demo.shards=shards/train",
+        "data.valid.demo-valid.shards=shards/valid", "model.tokenizer=lm", "model.llm.path=lm",
+        "model.encoder.layers=1", "stages.ia_sft.after_final=2", "drift.probe_utterances=4",
+        "data.stream.batch.frames=6000", "data.stream.batch.max_seconds=25",
+        *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
+        *(f"stages.{stage}.warmup=2" for stage in STEPS),
+    )  # fmt: skip
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
+    assert {line["stage"] for line in lines} >= set(STEPS)
+    assert all(line.get("bad_samples", 0) == 0 for line in lines)
+    bad = tmp_path / "run" / "bad_samples.jsonl"
+    assert not bad.exists() or not bad.read_text()
