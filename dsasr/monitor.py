@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +239,18 @@ class Monitor:
                 with self._despite_full_disk():
                     handle.close()
         sys.stdout.flush()
+
+
+def add_images(folder: Path, pictures: Sequence[Path], steps: int) -> None:
+    """Show PNGs in a TensorBoard folder, under ``report/``."""
+    import numpy as np
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for path in pictures:
+            image = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image(f"report/{path.stem}", image, steps, dataformats="HWC")
 
 
 def _cut(path: Path, steps: int) -> None:

@@ -70,7 +70,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int = 0  # optimizer steps of the run between two evaluations; 0: only at the end
+    every: int = 0  # steps of a stage between two evaluations; 0: only at the run's end
     utterances: int = 64  # of the validation set, in each evaluation during training
     samples: int = 3  # reference/hypothesis pairs shown
     rules: Literal["standard", "plain"] = "standard"  # plain: digit strings stay words

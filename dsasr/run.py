@@ -290,7 +290,7 @@ class Run:
         trained = sum(self.stage_seconds.values())
         self.watch.look_if_due(branch, report, self.steps, trained)
         every = self.recipe.evaluation.every
-        if every and self.steps % every == 0:
+        if every and (report.step + 1) % every == 0:
             self.evaluate(branch, self.recipe.evaluation.utterances)
 
     def evaluate(self, branch: Branch, utterances: int) -> None:

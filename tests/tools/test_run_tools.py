@@ -72,3 +72,12 @@ def test_evaluation_with_the_whole_suite_and_against_another(run, tiny, tmp_path
     assert "errors +0.00 (+0.00…+0.00), p 1.000" in again.stdout
     other = tool("evaluate.py", run, "--data", tiny.parent / "valid", "--against", run)
     assert other.returncode == 2 and "other cases" in other.stderr
+
+
+@pytest.mark.launcher
+def test_report_of_a_run(run, tmp_path):
+    done = tool("report.py", run, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "index.html").read_text()
+    assert "Course of run" in page and "<h2>Stages</h2>" in page
+    assert tool("report.py", tmp_path).returncode == 2

@@ -1,0 +1,386 @@
+"""The report's pictures: from plain rows to PNGs. Every axis says its unit.
+
+A run is a `RunData` (`report.collect`); where it holds nothing for a picture, it is left out of
+it, and a picture without any run is not drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsasr.files import atomic_path
+from dsasr.pictures import COLOURS, plot, rate_curves
+from dsasr.stages import Schedule
+
+Row = dict[str, Any]
+INK, SOFT, WARN = "#2b2b2b", "#e9e9e9", "#b03a2e"
+PHONETIC, SEMANTIC, LANGUAGE = COLOURS[0], COLOURS[3], COLOURS[1]
+
+
+@dataclass
+class RunData:
+    """What a run folder tells. ``looks`` are metrics lines of `watch`, ``valid`` of validation;
+    ``checkpoints`` are rows of tools/allocation.py, ``trial`` is report.json."""
+
+    name: str
+    events: list[Row] = field(default_factory=list)
+    metrics: list[Row] = field(default_factory=list)
+    checkpoints: list[Row] = field(default_factory=list)
+    trial: Row = field(default_factory=dict)
+    schedule: Schedule | None = None
+
+    @property
+    def looks(self) -> list[Row]:
+        return [m for m in self.metrics if m["stage"].startswith("allocation_")]
+
+    @property
+    def valid(self) -> list[Row]:
+        return [m for m in self.metrics if m["stage"].startswith("valid_")]
+
+    @property
+    def drift(self) -> list[Row]:
+        return [m for m in self.metrics if "cka" in m]
+
+    @property
+    def joint(self) -> str | None:
+        """The last stage that trains the encoder with the LLM."""
+        for stage in reversed(self.schedule.stages if self.schedule else ()):
+            if stage.branch == "sft" and "encoder" in stage.trains:
+                return stage.name
+        return None
+
+    @property
+    def longest(self) -> float:
+        return max((m["seconds"] for m in self.metrics), default=0.0)
+
+
+def _new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 3.2), **given):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **given
+    )
+    for axis in axes.flat:
+        _plain(axis)
+    return figure, axes
+
+
+def _plain(axis) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.yaxis.grid(True, color=SOFT)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=9)
+
+
+def _save(figure, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+    plt.close(figure)
+    return path
+
+
+def clocked(runs: Sequence[RunData]) -> tuple[float, str]:
+    """Seconds to one unit of a time axis, and its name."""
+    longest = max((run.longest for run in runs), default=0.0)
+    return (3600.0, "hours") if longest > 2 * 3600 else (60.0, "minutes")
+
+
+def _legend(axis, **given) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
+        kept = dict(zip(labels, handles, strict=True))
+        axis.legend(kept.values(), kept.keys(), fontsize=8, frameon=False, **given)
+
+
+def _colours(runs: Sequence[RunData]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+
+
+# -- pictures ----------------------------------------------------------------------------------
+
+
+def timeline(run: RunData, path: Path) -> Path | None:
+    """Both branches over the run's steps, with triggers, swaps, rates, CKA and losses."""
+    if not any(e["event"] == "stage" for e in run.events):
+        return None
+    losses = {
+        label: points
+        for label, key in (("CTC, nats a label (pretrain)", "ctc"), ("nats a token (sft)", "nll"))
+        if (points := [(m["steps"], m[key]) for m in run.metrics if key in m and "step" in m])
+    }
+    threshold = next((m["cka_threshold"] for m in run.drift), None)
+    rates = rate_curves(run.schedule, run.events) if run.schedule else ()
+    cka = [(m["steps"], m["cka"]) for m in run.drift]
+    title = f"{run.name}: stages, encoders taken, drift"
+    plot(run.events, path, title, cka=cka, threshold=threshold, rates=rates, losses=losses)
+    return path
+
+
+def cka(runs: Sequence[RunData], path: Path) -> Path | None:
+    """Left: the live encoder against its reference; right: the sft branch's encoder over its
+    stages that train it, against the one that they began with."""
+    through = {
+        run.name: [
+            (m["steps"], m["cka_to_stage_start"])
+            for m in run.looks
+            if "cka_to_stage_start" in m and m["stage"] == f"allocation_{run.joint}"
+        ]
+        for run in runs
+    }
+    panels = [any(run.drift for run in runs), any(through.values())]
+    if not any(panels):
+        return None
+    figure, axes = _new(1, sum(panels), (4.6 * sum(panels) + 1, 3.2))
+    held = iter(axes[0])
+    if panels[0]:
+        axis = next(held)
+        for run, colour in zip(runs, _colours(runs), strict=True):
+            points = [(e["pretrain"], e["cka"]) for e in run.events if e["event"] == "drift"]
+            if points:
+                axis.plot(*zip(*points, strict=True), ".-", color=colour, lw=1.3, label=run.name)
+            below = [
+                (e["pretrain"], e["cka"])
+                for e in run.events
+                if e["event"] == "published" and e.get("cka") is not None
+            ]
+            if below:
+                axis.plot(*zip(*below, strict=True), "o", ms=7, mfc="none", mec=colour)
+        threshold = next((m["cka_threshold"] for run in runs for m in run.drift), None)
+        if threshold is not None:
+            axis.axhline(threshold, color=WARN, ls="--", lw=1, label=f"threshold {threshold:g}")
+        axis.set_title("while pretraining (circles: published)", fontsize=10, loc="left")
+        axis.set_xlabel("pretraining steps")
+        axis.set_ylabel("CKA to the reference, 0 to 1")
+        _legend(axis)
+    if panels[1]:
+        axis = next(held)
+        for run, colour in zip(runs, _colours(runs), strict=True):
+            points = through[run.name]
+            if points:
+                start = next(e["steps"] for e in run.events if e.get("name") == run.joint)
+                steps = [0, *(s - start for s, _ in points)]
+                values = [1.0, *(v for _, v in points)]
+                axis.plot(steps, values, ".-", color=colour, lw=1.3, label=run.name)
+        axis.set_title("through joint training", fontsize=10, loc="left")
+        axis.set_xlabel("joint steps")
+        axis.set_ylabel("CKA to the encoder before it, 0 to 1")
+        _legend(axis)
+    return _save(figure, path)
+
+
+METRICS = (
+    ("nse", "NSE, 0 to 1", "spread: normalised spectral entropy"),
+    ("pai", "PAI, nats a frame", "phonemes: accessible information"),
+    ("csai", "CSAI, nats a frame", "words beyond phonemes"),
+)
+
+
+def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
+    """NSE, PAI and CSAI by training time: solid the live encoder, dashed that of the sft branch."""
+    shown = [m for m in METRICS if any(m[0] in look for run in runs for look in run.looks)]
+    if not shown:
+        return None
+    unit, word = clocked(runs)
+    figure, axes = _new(1, len(shown), (3.9 * len(shown), 3.4))
+    for axis, (key, label, title) in zip(axes[0], shown, strict=True):
+        for run, colour in zip(runs, _colours(runs), strict=True):
+            for branch, style, what in (("pretrain", "-", "live"), ("sft", "--", "in the sft")):
+                points = [m for m in run.looks if m["branch"] == branch and key in m]
+                times = [m["seconds"] / unit for m in points]
+                name = f"{run.name}, {what} branch" if what != "live" else f"{run.name}, live"
+                axis.plot(times, [m[key] for m in points], style, marker=".", color=colour,
+                          lw=1.3, label=name if points else None)  # fmt: skip
+                if points and f"{key}_low" in points[0]:
+                    low, high = ([m[f"{key}_{end}"] for m in points] for end in ("low", "high"))
+                    axis.fill_between(times, low, high, color=colour, alpha=0.12, lw=0)
+            if any(key in m for m in run.looks):
+                _mark_joint(axis, run, unit, colour)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel(f"training time, {word}")
+        axis.set_ylabel(label)
+    _legend(axes[0][0])
+    return _save(figure, path)
+
+
+def _mark_joint(axis, run: RunData, unit: float, colour: str, va: str = "top") -> None:
+    begun = [e["seconds"] for e in run.events if e["event"] == "stage" and e["name"] == run.joint]
+    if begun:
+        axis.axvline(begun[0] / unit, color=colour, lw=0.9, ls=":")
+        axis.annotate("joint", (begun[0] / unit, 1), (3, -2), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", fontsize=8, va=va, color=colour)  # fmt: skip
+
+
+def before_and_after(run: RunData) -> tuple[Row, Row] | None:
+    """The encoder's row before and after joint training: of tools/allocation.py, else of looks."""
+    after = [r for r in run.checkpoints if r.get("stage") == run.joint and run.joint]
+    if after and after[-1].get("encoder"):
+        before = [
+            r
+            for r in run.checkpoints
+            if r["kind"] == "snapshot" and r["name"].endswith(after[-1]["encoder"])
+        ]
+        if before:
+            return _flat(before[-1]), _flat(after[-1])
+    looks = [m for m in run.looks if m["branch"] == "sft" and "pai" in m]
+    late = [m for m in looks if m["stage"] == f"allocation_{run.joint}"]
+    early = [m for m in looks if m["stage"] != f"allocation_{run.joint}"]
+    return (early[-1], late[-1]) if early and late else None
+
+
+def _flat(row: Row) -> Row:
+    """A row of tools/allocation.py with a look's names."""
+    out = {"nse": row["nse"], "name": row["name"]}
+    for key in ("pai", "csai"):
+        held = row[key]
+        out |= {key: held["value"], f"{key}_low": held["low"], f"{key}_high": held["high"]}
+        out[f"{key}_share"] = held["share"]
+    return out
+
+
+def joint(runs: Sequence[RunData], path: Path) -> Path | None:
+    """NSE, PAI, CSAI of the encoder before and after joint training (the paper's figure 1)."""
+    pairs = [(run.name, found) for run in runs if (found := before_and_after(run))]
+    if not pairs:
+        return None
+    figure, axes = _new(1, 3, (9.6, 3.2))
+    for axis, (key, label, title) in zip(axes[0], METRICS, strict=True):
+        for side, colour, shift in (("before joint", "#9db8d2", -0.2), ("after", COLOURS[0], 0.2)):
+            rows = [pair[0 if shift < 0 else 1] for _, pair in pairs]
+            values = [row[key] for row in rows]
+            places = [i + shift for i in range(len(pairs))]
+            bars = axis.bar(places, values, 0.36, color=colour, label=side)
+            if f"{key}_low" in rows[0]:
+                _whiskers(axis, places, values, rows, key)
+                axis.margins(y=0.15)
+            else:
+                axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+        axis.set_xticks(range(len(pairs)), [name for name, _ in pairs], fontsize=9)
+        axis.set_xlim(-0.6, len(pairs) - 0.4)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_ylabel(label)
+    axes[0][0].set_ylim(0, 1.18)
+    _legend(axes[0][0], loc="upper left", ncols=2)
+    return _save(figure, path)
+
+
+def _whiskers(axis, places, values, rows: Sequence[Row], key: str) -> None:
+    low = [max(v - r[f"{key}_low"], 0) for v, r in zip(values, rows, strict=True)]
+    high = [max(r[f"{key}_high"] - v, 0) for v, r in zip(values, rows, strict=True)]
+    axis.errorbar(places, values, [low, high], fmt="none", ecolor=INK, elinewidth=1, capsize=3)
+
+
+def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
+    """Per checkpoint: what a linear reader finds at the encoder's output, and the transcript's
+    entropy with and without the audio."""
+    rows = [bar for run in runs for bar in allocation_rows(run, prefix=len(runs) > 1)]
+    if not rows:
+        return None
+    height = 1.3 + 0.42 * len(rows)
+    figure, (axes,) = _new(1, 2, (10.5, height), sharey=True)
+    places = range(len(rows))
+    left, right = axes
+    for key, shift, colour, label in (
+        ("pai_share", -0.18, PHONETIC, "phonemes: PAI of H(P)"),
+        ("csai_share", 0.18, SEMANTIC, "words beyond phonemes: CSAI of H(S|P)"),
+    ):
+        found = [(i, 100 * r[key]) for i, r in enumerate(rows) if r.get(key) is not None]
+        if found:
+            at, values = zip(*found, strict=True)
+            bars = left.barh([i + shift for i in at], values, 0.34, color=colour, label=label)
+            left.bar_label(bars, fmt="%.0f%%", fontsize=8, padding=2)
+    left.set_xlabel("share of the entropy that the encoder's frames resolve, %")
+    least = min(
+        (100 * r[k] for r in rows for k in ("pai_share", "csai_share") if r.get(k)), default=0
+    )
+    left.set_xlim(min(0, 1.2 * least), 112)
+    heard = [(i, r) for i, r in enumerate(rows) if r.get("nll_without_audio") is not None]
+    if heard:
+        at = [i for i, _ in heard]
+        # Audio that misleads resolves nothing: then H₁ alone is drawn.
+        audio = [max(0.0, r["nll_without_audio"] - r["nll_with_audio"]) for _, r in heard]
+        rest = [r["nll_with_audio"] for _, r in heard]
+        right.barh(at, audio, 0.6, color=PHONETIC, label="resolved by the audio: H₀ − H₁")
+        right.barh(at, rest, 0.6, left=audio, color=LANGUAGE, label="left open: H₁")
+    right.set_xlabel("entropy of the transcript, nats a token")
+    left.set_yticks(places, [r["name"] for r in rows], fontsize=9)
+    left.invert_yaxis()
+    for axis in axes:
+        axis.xaxis.grid(True, color=SOFT)
+        axis.yaxis.grid(False)
+        handles, _ = axis.get_legend_handles_labels()
+        if handles:
+            axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
+    return _save(figure, path)
+
+
+def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
+    """A bar per checkpoint of tools/allocation.py, else per look at a stage's end."""
+    rows = []
+    for row in sorted(run.checkpoints, key=lambda row: row["kind"] == "random"):
+        llm = row.get("llm", {})
+        bar = _flat(row) | {"nll_without_audio": llm.get("without_audio")}
+        rows.append(bar | {"nll_with_audio": llm.get("with_audio")})
+        if not prefix:  # a run's own checkpoints need not say whose they are
+            rows[-1]["name"] = row["name"].removeprefix(f"{run.name}/")
+    if not rows:
+        last = {m["stage"]: m for m in run.looks if "pai" in m}
+        for stage, look in last.items():
+            name = stage.removeprefix("allocation_")
+            rows.append({**look, "name": f"{run.name}: {name}" if prefix else f"end of {name}"})
+    return rows
+
+
+CURVES = (
+    ("wer", "WER (words)", "-"),
+    ("cer", "CER (characters)", "--"),
+    ("mer", "MER (mixed)", ":"),
+)
+
+
+def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
+    """Error rates and hallucinations on the validation set by training time."""
+    scored = [r for r in runs if any("wer" in m or "cer" in m for m in r.valid)]
+    if not scored:
+        return None
+    panels: list[tuple[str, Callable[[Row], dict[str, float]]]] = [
+        ("error rate, %", lambda m: {name: 100 * m[k] for k, name, _ in CURVES if k in m}),
+        ("hallucinated\nutterances, %", lambda m: _named(m, "flagged", "speech", 100)),
+        ("text on non-speech,\ncharacters a minute",
+         lambda m: _named(m, "characters_per_minute", "non-speech", 1)),
+    ]  # fmt: skip
+    panels = [p for p in panels if any(p[1](m) for r in scored for m in r.valid)]
+    unit, word = clocked(scored)
+    figure, axes = _new(len(panels), 1, (8.6, 1.2 + 1.7 * len(panels)), sharex=True)
+    styles = {name: style for _, name, style in CURVES}
+    for axis, (label, values) in zip(axes[:, 0], panels, strict=True):
+        for run, colour in zip(runs, _colours(runs), strict=True):
+            curves: dict[str, list[tuple[float, float]]] = {}
+            for line in run.valid:
+                for name, value in values(line).items():
+                    if math.isfinite(value):
+                        curves.setdefault(name, []).append((line["seconds"] / unit, value))
+            for name, points in curves.items():
+                axis.plot(*zip(*points, strict=True), styles.get(name, "-"), marker=".",
+                          color=colour, lw=1.3, label=f"{run.name}: {name}")  # fmt: skip
+            if curves:
+                _mark_joint(axis, run, unit, colour, "bottom")
+        axis.set_ylabel(label, fontsize=9)
+        axis.set_ylim(bottom=0)
+        _legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[-1][0].set_xlabel(f"training time, {word}")
+    return _save(figure, path)
+
+
+def _named(line: Row, key: str, name: str, factor: float) -> dict[str, float]:
+    value = line.get(f"hallucination/{key}")
+    return {} if value is None else {name: factor * value}

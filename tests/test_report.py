@@ -1,0 +1,193 @@
+"""The report's pictures and page from made-up runs, and what a browser shows of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from dsasr import figures, report
+from dsasr.errors import UserError
+from dsasr.figures import RunData
+from dsasr.stages import DriftConfig, Schedule, StageConfig
+
+
+def schedule() -> Schedule:
+    both = {"adaptor": 1e-3, "llm": 1e-3}
+    return Schedule(
+        (
+            StageConfig("pretrain", "pretrain", {"encoder": 1e-3, "ctc": 1e-3}, 100),
+            StageConfig("align", "sft", {"adaptor": 1e-3}, 10),
+            StageConfig("ia_sft", "sft", both, 80, swaps=True, after_final=20),
+            StageConfig("joint", "sft", {"encoder": 1e-5, **both}, 20),
+        ),
+        DriftConfig(start=0.3, interval=0.1, threshold=0.95),
+    )
+
+
+def look(steps, branch, stage, **more):
+    held = {"steps": steps, "branch": branch, "stage": f"allocation_{stage}"}
+    held |= {"seconds": 2.0 * steps, "nse": 0.4 + steps / 1000, "effective_rank": 9.0}
+    return held | more
+
+
+def probes(pai, csai):
+    out = {}
+    for name, value in (("pai", pai), ("csai", csai)):
+        out |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+        out[f"{name}_share"] = value / 4
+    return out
+
+
+def run(name="first", **given) -> RunData:
+    events = [
+        {"event": "stage", "name": "pretrain", "branch": "pretrain", "steps": 0, "seconds": 0},
+        {"event": "drift", "pretrain": 40, "cka": 0.9, "steps": 40, "seconds": 80},
+        {"event": "published", "snapshot": "encoder-40", "cause": "drift", "pretrain": 40,
+         "cka": 0.9, "steps": 40, "seconds": 80},
+        {"event": "stage", "name": "align", "branch": "sft", "steps": 40, "seconds": 80},
+        {"event": "swap", "snapshot": "encoder-40", "cause": "drift", "stage": "align",
+         "pretrain": 40, "steps": 40, "seconds": 80},
+        {"event": "stage_end", "name": "align", "steps": 50, "stage_seconds": 20, "seconds": 100},
+        {"event": "stage", "name": "ia_sft", "branch": "sft", "steps": 50, "seconds": 100},
+        {"event": "stage_end", "name": "pretrain", "steps": 150, "stage_seconds": 200,
+         "seconds": 300},
+        {"event": "stage_end", "name": "ia_sft", "steps": 190, "stage_seconds": 160,
+         "seconds": 380},
+        {"event": "stage", "name": "joint", "branch": "sft", "steps": 190, "seconds": 380},
+        {"event": "stage_end", "name": "joint", "steps": 210, "stage_seconds": 40,
+         "seconds": 420},
+    ]  # fmt: skip
+    rates = {"audio_hours_per_hour": 360.0, "step_seconds": 2.0}
+    metrics = [
+        {"steps": s, "branch": "pretrain", "stage": "pretrain", "step": s, "seconds": 2.0 * s,
+         "ctc": 5 - s / 40, **rates}
+        for s in (20, 50, 100)
+    ]  # fmt: skip
+    metrics += [
+        {"steps": 40, "branch": "pretrain", "stage": "drift", "seconds": 80.0, "cka": 0.9,
+         "cka_threshold": 0.95},
+        look(40, "pretrain", "pretrain", **probes(1.0, 0.1)),
+        look(150, "pretrain", "pretrain", **probes(2.0, 0.2)),
+        look(190, "sft", "ia_sft", nll_with_audio=0.4, nll_without_audio=2.0, **probes(2.0, 0.2)),
+        look(210, "sft", "joint", nll_with_audio=2.3, nll_without_audio=2.0,
+             cka_to_stage_start=0.98, **probes(-0.1, 0.3)),
+    ]  # fmt: skip
+    metrics += [
+        {"steps": s, "branch": "sft", "stage": f"valid_{stage}", "seconds": 2.0 * s, "wer": w,
+         "cer": w / 2, "hallucination/flagged": w / 10, "hallucination/characters_per_minute": 60}
+        for s, stage, w in ((100, "ia_sft", 0.8), (210, "joint", 0.3))
+    ]  # fmt: skip
+    return RunData(name, events, metrics, schedule=schedule(), **given)
+
+
+def rated(rate):
+    counts = {"substitutions": 1, "deletions": 0, "insertions": 0, "units": 10, "utterances": 3}
+    return {"rate": rate, "low": rate - 0.02, "high": rate + 0.03, **counts}
+
+
+def trial() -> dict:
+    languages = {"languages": {"en": rated(0.1) | {"unit": "word"}}}
+    base = {"lang": "en", "characters": 0, "seconds": 0.0}
+    rows = [
+        {**base, "condition": "clean", "utterances": 100, "flagged": 1, "clips": 0},
+        {**base, "condition": "snr5", "utterances": 100, "flagged": 9, "clips": 0},
+        {**base, "condition": "white", "utterances": 0, "flagged": 0, "clips": 4,
+         "seconds": 120.0, "characters": 50},
+    ]  # fmt: skip
+    example = {"kind": "loop", "lang": "en", "condition": "snr5", "key": "k", "detail": "",
+               "reference": "a <b> c", "hypothesis": "a a a a a"}  # fmt: skip
+    conditions = {"clean": rated(0.1) | languages, "snr5": rated(0.5) | languages}
+    return {"conditions": conditions, "hallucination": {"rows": rows, "examples": [example]}}
+
+
+class Page(HTMLParser):
+    """Tags that are open, text, and whatever a page would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.said, self.fetched = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href") and v]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+
+def test_the_page_is_whole_and_needs_no_network(tmp_path):
+    page = report.write([run(trial=trial()), run("second")], tmp_path)
+    text = page.read_text()
+    held = Page(text)
+    assert not held.open and held.fetched
+    assert all(x.startswith("data:image/png;base64,") for x in held.fetched)
+    assert not re.search(r"https?://", text)
+    said = " ".join(" ".join(held.said).split())
+    for wanted in ("10.0", "8.0…13.0", "50.0", "a <b> c", "Before and after", "Who resolves"):
+        assert wanted in said
+    # 50 characters in 120 s, 1 of 100, 9 of 100; 100 steps of 2 s at 360 h/h.
+    assert "25" in said and "9.0" in said and "20.00" in said
+    names = {p.name for p in tmp_path.glob("*.png")}
+    assert names == {"timeline-first.png", "timeline-second.png", "cka.png", "metrics.png",
+                     "joint.png", "allocation.png", "training.png"}  # fmt: skip
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+
+
+def test_a_run_that_measured_nothing_gets_its_timeline_only(tmp_path):
+    bare = run("bare")
+    bare.metrics = [m for m in bare.metrics if m["stage"] == "pretrain"]
+    assert list(report.draw([bare], tmp_path)) == ["Course of bare"]
+    page = report.write([bare], tmp_path).read_text()
+    assert "tools/evaluate.py" in page
+
+
+def test_before_and_after_joint_prefers_measured_checkpoints():
+    before, after = figures.before_and_after(run())
+    assert before["stage"] == "allocation_ia_sft" and after["pai"] == -0.1
+
+    def row(name, kind, value, **more):
+        gain = {"value": value, "low": value, "high": value, "share": 0.5}
+        return {"name": name, "kind": kind, "nse": 0.5, "pai": gain, "csai": gain, **more}
+
+    measured = run(
+        checkpoints=[
+            row("first/encoder-40", "snapshot", 1.0),
+            row("first/encoder-100", "snapshot", 2.0),
+            row("first/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100"),
+        ]
+    )
+    before, after = figures.before_and_after(measured)
+    assert (before["pai"], after["pai"]) == (2.0, 3.0)
+
+
+def test_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="recipe"):
+        report.named([tmp_path])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_a_browser_shows_it(tmp_path):
+    from PIL import Image
+
+    page = report.write([run(trial=trial())], tmp_path / "report")
+    shot = tmp_path / "shot.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,3600",
+               f"--screenshot={shot}", page.as_uri()]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    image = Image.open(shot).convert("RGB")
+    assert image.size == (1100, 3600)
+    colours = {colour for _, colour in image.getcolors(1 << 24)}
+    # The pictures' own colours are on the page, and its background is white.
+    for wanted in ("#3b6ea5", "#d08c2f", "#4f9d69", "#ffffff"):
+        assert tuple(bytes.fromhex(wanted[1:])) in colours

@@ -1,0 +1,38 @@
+"""One HTML page of one or more runs, with its pictures as PNGs; needs no network.
+
+python tools/report.py runs/demo --out report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsasr import report
+from dsasr.errors import run_tool
+from dsasr.monitor import add_images
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--out", type=Path, help="folder (default: report in the first run's)")
+    parser.add_argument(
+        "--no-tensorboard", action="store_true", help="leave the runs' TensorBoard as it is"
+    )
+    args = parser.parse_args()
+    out = args.out or args.runs[0] / "report"
+    runs = report.named(args.runs)
+    page = report.write(runs, out)
+    if not args.no_tensorboard:
+        for folder, run in zip(args.runs, runs, strict=True):
+            if (folder / "tensorboard").is_dir():
+                steps = max((m["steps"] for m in run.metrics), default=0)
+                add_images(folder / "tensorboard", sorted(out.glob("*.png")), steps)
+    print(f"{page}  ({len(list(out.glob('*.png')))} pictures beside it)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
