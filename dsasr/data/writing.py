@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +32,16 @@ def write_tar(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
 
     Raises `UserError` for samples that no reader could use: an odd or repeated key, no text.
     """
-    # Not through webdataset.TarWriter: importing it imports torch, which takes seconds.
+    # Here, because it imports torch, which those who only read need not wait for.
+    from webdataset import TarWriter
+
+    # No time and no user of the machine: the same samples give the same bytes.
+    named = {"user": "dsasr", "group": "dsasr", "mode": 0o644, "mtime": 0}
     with atomic_path(path) as temporary:
-        with tarfile.open(temporary, "w") as tar:
+        with (
+            open(temporary, "wb") as file,
+            TarWriter(file, encoder=False, format="PAX_FORMAT", **named) as tar,
+        ):
             for sample in samples:
                 if sample.key != key_of(sample.key):
                     raise UserError(f"'{sample.key}' cannot be a key: a dot ends a WebDataset key")
@@ -46,18 +51,11 @@ def write_tar(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
                     data = json.dumps(sample.values, ensure_ascii=False).encode("utf-8")
                 except UnicodeEncodeError as error:
                     raise UserError(f"{sample.key}: its text is not Unicode: {error}") from None
-                _add(tar, f"{sample.key}.{sample.extension}", sample.audio)
-                _add(tar, f"{sample.key}.json", data)
+                tar.write({"__key__": sample.key, sample.extension: sample.audio, "json": data})
         index = build_index(temporary, str(path))
         if index.bad:
             raise UserError(f"not written: {index.bad[0]}")
     return index
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time is 0: the same samples give the same bytes
-    member.size, member.uname, member.gname = len(data), "dsasr", "dsasr"
-    tar.addfile(member, io.BytesIO(data))
 
 
 def write_shard(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:

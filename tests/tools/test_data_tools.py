@@ -216,7 +216,7 @@ def test_phonemes_refuse_mistakes(tmp_path):
     assert "needs lexicons" in refused(
         "make_phonemes.py", tmp_path / "x.tar", *out, "--kind", "lexicon"
     )
-    assert "use stored, espeak or lexicon" in refused(
+    assert "use stored, espeak, lexicon or characters" in refused(
         "make_phonemes.py", tmp_path / "x.tar", *out, "--kind", "guess"
     )
     assert not (tmp_path / "p.json").exists()
