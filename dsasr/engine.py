@@ -143,6 +143,7 @@ class Branch:
         self._engine = None
         self._states: partition.States | None = None
         self._hooks: dict[tuple[str, str], set[int]] = {}
+        self._own_encoder: dict[str, Tensor] | None = None
         self._parking = Parking(config.park, name, folder)
         # fp32 masters of parameters that an earlier stage trained and this one does not.
         self._dormant: dict[str, Fragment] = {}
@@ -310,22 +311,25 @@ class Branch:
         that trains it. Raises `FragmentError` on all ranks, with nothing changed, when a snapshot
         is of another architecture, unreadable or not finite.
         """
-        prefix, masters = "encoder.", {}
+        prefix, masters, own = "encoder.", {}, self._encoder()
         low = precision(self.config) is not torch.float32  # else the weights are the masters
         if isinstance(source, Branch):
-            partition.copy_weights(source.module, self.module, prefix)
+            partition.copy_weights(source._encoder(), own)
             masters = source.masters(prefix) if low else {}
         else:
             partition.replace_weights(self.module, source, prefix)
-        own = dict(partition.parameters(self.module, prefix))
         partition.refresh_gathered(own.values())
         self._set_masters(own, masters, source)
         if low:
             self._keep_masters(own, masters, source)
 
-    def _keep_masters(
-        self, own: dict[str, nn.Parameter], masters: dict[str, Fragment], source
-    ) -> None:
+    def _encoder(self) -> dict[str, Tensor]:
+        """The encoder's tensors by name; looked up once, for that takes as long as a small swap."""
+        if self._own_encoder is None:
+            self._own_encoder = partition.tensors(self.module, "encoder.")
+        return self._own_encoder
+
+    def _keep_masters(self, own: dict[str, Tensor], masters: dict[str, Fragment], source) -> None:
         """Masters of what this stage does not train: a later one starts from them, not bf16."""
         trained = self._states.views() if self._states is not None else {}
         for name, parameter in own.items():
@@ -353,9 +357,7 @@ class Branch:
         start = f"{partition.MASTER}/{prefix}"
         return {k: f for k, f in self._states.views().items() if k.startswith(start)}
 
-    def _set_masters(
-        self, own: dict[str, nn.Parameter], masters: dict[str, Fragment], source
-    ) -> None:
+    def _set_masters(self, own: dict[str, Tensor], masters: dict[str, Fragment], source) -> None:
         """Masters of the encoder from the source's, its moments from zero.
 
         Two ZeRO-1/2 engines may cut their masters at different places; a piece that this rank's

@@ -13,7 +13,7 @@ Whole weights are shared out evenly when written, so a folder never holds them t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -85,7 +85,7 @@ def load_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") ->
     gathered copies afterwards (`refresh_gathered`). Collective.
     """
     agree(lambda: _check_layout(module, reader, prefix))
-    for name, target in _targets(module, prefix):
+    for name, target in tensors(module, prefix).items():
         _fill(target, _piece(reader, name, target))
 
 
@@ -100,15 +100,15 @@ def replace_weights(module: nn.Module, reader: FragmentReader, prefix: str = "")
     def read() -> list[Tensor]:
         _check_layout(module, reader, prefix)
         pieces = []
-        for name, target in targets:
+        for name, target in targets.items():
             piece = _piece(reader, name, target)
             if not all_finite([piece]):
                 raise FragmentError(f"{reader.folder} holds '{name}' with values not finite")
             pieces.append(piece)
         return pieces
 
-    targets = list(_targets(module, prefix))
-    for (_, target), piece in zip(targets, agree(read), strict=True):
+    targets = tensors(module, prefix)
+    for target, piece in zip(targets.values(), agree(read), strict=True):
         _fill(target, piece)
 
 
@@ -138,9 +138,9 @@ def _check_layout(module: nn.Module, reader: FragmentReader, prefix: str) -> Non
             )
 
 
-def _targets(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    yield from parameters(module, prefix)
-    yield from persistent_buffers(module, prefix)
+def tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Name → parameter or persistent buffer."""
+    return dict(parameters(module, prefix)) | dict(persistent_buffers(module, prefix))
 
 
 def _piece(reader: FragmentReader, name: str, target: Tensor) -> Tensor:
@@ -158,11 +158,11 @@ def _fill(target: Tensor, piece: Tensor) -> None:
         target.data.copy_(piece)
 
 
-def copy_weights(source: nn.Module, target: nn.Module, prefix: str = "") -> None:
-    """Copy weights between two modules of equal partition layout: no communication."""
-    sources, pairs = dict(_targets(source, prefix)), []
-    for name, tensor in _targets(target, prefix):
-        other = sources[name]
+def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy between two modules' `tensors`, of equal partition layout: no communication."""
+    pairs = []
+    for name, tensor in target.items():
+        other = source[name]
         if hasattr(tensor, "ds_tensor") != hasattr(other, "ds_tensor"):
             raise FragmentError(f"'{name}' is partitioned in one branch and whole in the other")
         whole = not hasattr(tensor, "ds_tensor")
@@ -173,7 +173,7 @@ def copy_weights(source: nn.Module, target: nn.Module, prefix: str = "") -> None
     torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
 
 
-def refresh_gathered(held: Iterable[nn.Parameter]) -> None:
+def refresh_gathered(held: Iterable[Tensor]) -> None:
     """Bring ZeRO-3's resident copies of small parameters up to date; collective."""
     resident = [p for p in held if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"]
     if resident:

@@ -1,0 +1,272 @@
+"""What a hot-swap and a stage switch cost, beside the floor: bytes moved over copy bandwidth.
+
+``DS_ACCELERATOR=cpu deepspeed --num_gpus 2 tools/bench/swap.py``; plain python: one rank. For each
+encoder size a pretrain branch and an sft branch are held as a colocated run holds them. Measured,
+by the wall clock, as the slowest rank's time:
+
+- ``hot_swap``: the live encoder into the sft branch, in turn with ``floor``, a copy of as many
+  bytes on all ranks at once; ``checksum``: the look that follows every swap of a run.
+- ``publish`` into a store, and ``store_swap``: from there into the sft branch, with sha256 and
+  finiteness checks.
+- ``park``: masters and moments of the pretrain branch to host memory and back.
+- ``step``: one optimizer step of the pretrain branch on four seconds of audio a rank, which is far
+  less than a real batch, so that the share of time found from it is too high rather than too low.
+- ``switch``: the sft branch from the align stage (adaptor) to the joint one (encoder and all) and
+  back; its floor: the new masters read from the weights and written once.
+
+The share counts the method's schedule: three encoders published, swapped and checked, four stages
+entered, over 7.3 M steps. From 300 M on the pretrain branch holds its encoder without masters and
+moments, which a hot-swap does not touch, to fit in 16 GiB; ``park`` and ``step`` are left out, and
+the share is at --step-seconds. One JSON line a size is appended to results.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import record
+from torch import nn
+from tqdm import tqdm
+
+from dsasr import engine, ranks
+from dsasr.data.batching import Batch
+from dsasr.engine import Branch, EngineConfig
+from dsasr.errors import run_tool
+from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.model.outputs import Outputs
+from dsasr.parking import ParkConfig
+from dsasr.snapshots import SnapshotStore
+from dsasr.stages import Snapshot, StageConfig
+
+SIZES = {  # millions of parameters: width, layers (feed-forward 4x, 64 a head)
+    1: (64, 8),
+    10: (256, 8),
+    30: (384, 11),
+    100: (640, 14),
+    300: (1024, 16),
+    600: (1280, 16),
+}
+LIGHT = 300
+SWAPS, SWITCHES, STEPS = 3, 4, 7_300_000
+PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 1e-4}, steps=10)
+HEAD_ONLY = StageConfig("head", "sft", {"llm": 1e-4}, steps=10)
+ALIGN = StageConfig("align", "sft", {"adaptor": 1e-4}, steps=10)
+JOINT = StageConfig("joint", "sft", {"encoder": 1e-4, "adaptor": 1e-4, "llm": 1e-4}, steps=10)
+MOST = 1 << 28  # bytes in one copy of the floor's; more is counted as several
+
+
+class Parts(nn.Module):
+    """The parts of a branch; only the encoder is ever run."""
+
+    def __init__(self, width: int, layers: int, head: int):
+        super().__init__()
+        shape = EncoderConfig(width=width, layers=layers, heads=width // 64, ffn=4 * width)
+        self.encoder = Encoder(shape)
+        if head:
+            self.adaptor = nn.Linear(width, width)
+            self.llm = nn.Linear(head, head, bias=False)
+
+    def forward(self, batch: Batch) -> Outputs:
+        features = batch.features_BTF.to(next(self.parameters()).dtype)
+        out = self.encoder(features, batch.feature_lengths_B)
+        return Outputs(out.frames_BSE.float().square().mean(), {})
+
+
+def batch() -> Batch:
+    """Four seconds of noise."""
+    none, rows, text = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1).long(), ("",)
+    features, lengths = torch.randn(1, 400, 80), torch.full((1,), 400)
+    return Batch(
+        *(features, lengths, none, rows, none, rows),
+        *(text, text, text, text, text, (4.0,), 1, 0, 0, {}),
+    )
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The slowest rank's time for what all ranks begin at once."""
+    ranks.barrier()
+    started = time.perf_counter()
+    run()
+    if ranks.device().type == "cuda":
+        torch.cuda.synchronize()
+    return max(ranks.gather(time.perf_counter() - started))
+
+
+def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side, taken in turn after one round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, run in sides.items():
+            found = seconds(run)
+            if turn:
+                taken[name].append(found)
+    return taken
+
+
+class Floor:
+    """A copy of ``size`` bytes, in as few calls as memory allows."""
+
+    def __init__(self, size: int):
+        self.times = max(1, -(-size // MOST))
+        make = {"dtype": torch.uint8, "device": ranks.device()}
+        self.source = torch.randint(0, 255, (size // self.times,), **make)
+        self.target = torch.empty_like(self.source)
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            self.target.copy_(self.source)
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return 2 * self.times * self.source.numel()
+
+
+def measure(size: int, rounds: int, step_seconds: float, folder: Path) -> None:
+    width, layers = SIZES[size]
+    config, light = EngineConfig(park=ParkConfig("cpu")), size >= LIGHT
+    found: dict[str, float | None] = {"step": None, "park": None}
+    live = Branch("pretrain", Parts(width, layers, 8 if light else 0), config, folder)
+    live.enter(HEAD_ONLY if light else PRETRAIN)
+    if not light:  # before anything else: Adam's moments are there then
+        found["step"] = _median(lambda: live.step([batch()], 0), 2)
+    other = Branch("sft", Parts(width, layers, 4 * width), config, folder)
+    other.enter(ALIGN)
+    encoder = list(other.module.encoder.parameters())
+    count = sum(p.ds_numel for p in encoder)
+    moved = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in encoder)
+    moved += sum(f.tensor.numel() * 4 for f in _moved_masters(live).values())
+
+    floor = Floor(moved)
+    swap = alternate({"hot_swap": lambda: other.load_encoder(live), "floor": floor}, rounds)
+    over = [a / b for a, b in zip(swap["hot_swap"], swap["floor"], strict=True)]
+    found |= {name: statistics.median(values) for name, values in swap.items()}
+    rate = floor.bytes / found["floor"]
+    few = max(rounds // 3, 1)
+    found |= through_store(live, other, few, folder)
+    if not light:
+        found["park"] = _median(lambda: (live.park(), live.unpark()), few)
+    live.close()
+    found |= switches(other, few)
+    other.close()
+    if ranks.main_rank():
+        _record(count, found, over, rate, step_seconds)
+
+
+def through_store(live: Branch, other: Branch, rounds: int, folder: Path) -> dict[str, float]:
+    store, snapshot = SnapshotStore(folder / "store"), Snapshot("encoder-1", 1, "drift")
+    found = {"publish": seconds(lambda: store.publish(live.module, {}, snapshot, {}))}
+    found["store_swap"] = _median(lambda: other.load_encoder(store.open(snapshot.id)), rounds)
+    found["checksum"] = _median(other.checksum, rounds)
+    assert other.checksum() == live.checksum() == store.manifest(snapshot.id)["checksum"]
+    return found
+
+
+def switches(other: Branch, rounds: int) -> dict[str, float]:
+    """From align to joint and back, after one turn that does not count."""
+    there, back = [], []
+    for _ in range(rounds + 1):
+        there.append(seconds(lambda: other.enter(JOINT)))
+        back.append(seconds(lambda: other.enter(ALIGN)))
+    return {"switch": statistics.median(there[1:]), "switch_back": statistics.median(back[1:])}
+
+
+def _median(run: Callable[[], object], rounds: int) -> float:
+    return statistics.median(alternate({"it": run}, rounds)["it"])
+
+
+def _moved_masters(live: Branch) -> dict:
+    """What a hot-swap copies beside the weights: where they are of low precision."""
+    low = engine.precision(live.config) is not torch.float32
+    return live.masters("encoder.") if low else {}
+
+
+def _record(
+    count: int, found: dict[str, float | None], over: list[float], rate: float, stated: float
+) -> None:
+    lowest = 2 * 4 * count / ranks.world() / rate  # of a switch
+    switch = max(found["switch"], found["switch_back"])
+    a_swap = found["publish"] + found["store_swap"] + found["checksum"]
+    cost = SWAPS * a_swap + SWITCHES * switch
+    step = found["step"] or stated
+    milliseconds = {
+        f"{name}_ms": None if value is None else round(1000 * value, 2)
+        for name, value in found.items()
+    }
+    record(
+        "swap",
+        encoder_parameters=count,
+        ranks=ranks.world(),
+        rounds=len(over),
+        clock="wall",
+        precision=str(engine.precision(EngineConfig())).removeprefix("torch."),
+        copy_gb_per_s=round(rate * ranks.world() / 1e9, 2),
+        **milliseconds,
+        hot_swap_over_floor=round(statistics.median(over), 3),
+        hot_swap_over_floor_range=[round(min(over), 3), round(max(over), 3)],
+        switch_floor_ms=round(1000 * lowest, 2),
+        switch_over_floor=round(found["switch"] / lowest, 2),
+        step_seconds=round(step, 4),
+        step_is="measured, 4 s of audio a rank" if found["step"] else "stated",
+        schedule={"swaps": SWAPS, "switches": SWITCHES, "steps": STEPS},
+        schedule_cost_seconds=round(cost, 3),
+        share_of_training=cost / (cost + STEPS * step),
+    )
+
+
+def room(size: int) -> str | None:
+    """Why this size does not fit in the memory that is free, or None."""
+    width, layers = SIZES[size]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Parts(width, layers, 4 * width).parameters())
+    needed = (24 if size >= LIGHT else 40) * count
+    if ranks.device().type == "cuda":
+        free, needed = torch.cuda.mem_get_info()[0], needed // ranks.world()
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    if free > needed:
+        return None
+    return f"{size} M left out: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES][1:], choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--step-seconds", type=float, default=0.5, help="a step where none is measured"
+    )
+    parser.add_argument("--folder", help="where stores are made (default: the temporary folder)")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    options = parser.parse_args()
+    engine.set_threads(EngineConfig())
+    engine.init_distributed()
+    for size in tqdm(options.sizes, unit="size", disable=not ranks.main_rank()):
+        reason = ranks.broadcast(room(size))
+        if reason:
+            if ranks.main_rank():
+                tqdm.write(reason)
+            continue
+        made = tempfile.mkdtemp(dir=options.folder) if ranks.main_rank() else None
+        folder = Path(ranks.broadcast(made))
+        try:
+            measure(size, options.rounds, options.step_seconds, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        gc.collect()
+    engine.leave_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
