@@ -57,7 +57,8 @@ class DriftMonitor:
         started = time.monotonic()
         features = self._features(branch)
         widths = ranks.gather([x.shape[1] for x in next(iter(features.values()), [])])
-        sums = LayerCka(next(w for w in widths if w))
+        # On the device: sums travel by its backend, and there the products are fast.
+        sums = LayerCka(next(w for w in widths if w), device=ranks.device())
         for key, layers in features.items():
             sums.update(layers, self._reference[key])
         sums.reduce(ranks.sum_ranks)

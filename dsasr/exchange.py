@@ -261,8 +261,10 @@ class Exchange:
             nll_before=self._last_nll,
         )
         self._swapped_at = progress.sft
-        head = {"steps": progress.steps, "branch": "sft", "stage": "encoder"}
-        self.monitor.scalars(head, {"swap_seconds": seconds, "in_use": snapshot.pretrain})
+        self._encoder_scalars(progress, swap_seconds=seconds, in_use=float(snapshot.pretrain))
+        # A point on the threshold's line, beside the curve of CKA.
+        mark = {"swap_mark": self.recipe.drift.threshold}
+        self.monitor.scalars({"steps": progress.steps, "branch": "sft", "stage": "drift"}, mark)
         self.monitor.text("encoder", f"{snapshot.id} ({snapshot.cause})", progress.steps)
         return progress, True
 
@@ -306,6 +308,10 @@ class Exchange:
         except FragmentError as error:
             raise UserError(f"model.encoder_from: {error}") from None
 
+    def _encoder_scalars(self, progress: Progress, **values: float) -> None:
+        head = {"steps": progress.steps, "branch": "sft", "stage": "encoder"}
+        self.monitor.scalars(head, values)
+
     def line(self, nll: float, progress: Progress) -> None:
         """Keep the sft branch's loss of a line; the first after a swap tells what that changed."""
         if self._swapped_at is not None:
@@ -316,6 +322,8 @@ class Exchange:
                 steps=progress.steps,
                 sft_steps=progress.sft - self._swapped_at,
             )
+            if self._last_nll is not None:
+                self._encoder_scalars(progress, nll_before=self._last_nll, nll_after=nll)
             self._swapped_at = None
         self._last_nll = nll
 

@@ -29,6 +29,13 @@ class MonitorConfig:
     tensorboard: bool = True
 
 
+# Curves that TensorBoard is to draw into one chart.
+CHARTS = {
+    "encoder": {
+        "drift and swaps": ["Multiline", ["drift/cka$", "drift/cka_threshold", "drift/swap_mark"]],
+        "loss around a swap": ["Multiline", ["encoder/nll_before", "encoder/nll_after"]],
+    }
+}
 _TIMES = ("read", "text", "decode", "augment", "feature")  # seconds of the makers, over all workers
 _COUNTS = ("audio", "frames", "padded", "wait", "bad", "bytes", "queue", "batches", *_TIMES)
 
@@ -134,6 +141,7 @@ class Monitor:
 
                 purge = from_steps + 1 if from_steps else None
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+                self._writer.add_custom_scalars(CHARTS)
 
     def step(
         self,

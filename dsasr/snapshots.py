@@ -115,6 +115,8 @@ class SnapshotStore:
     def _clean(self) -> None:
         """Remove what a killed publisher left half-written."""
         for path in self.folder.glob(".*.tmp"):
+            if path.name.startswith(f".{IN_USE}"):
+                continue  # a reader's, which may be writing it just now
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
     def publish(
