@@ -19,6 +19,9 @@ def test_cka_over_two_ranks_is_that_of_one_process_in_float64(launch, tmp_path):
     assert found["cka"] == pytest.approx(found["expected"], abs=1e-9)
     assert found["unbiased"] == pytest.approx(found["expected_unbiased"], abs=1e-9)
     assert found["frames"] == found["expected_frames"] > 50
-    assert len(found["layers"]) >= 2 and all(0 < v <= 1 for v in found["layers"])
+    assert len(found["layers"]) == 2 and all(0 < v < 0.9999 for v in found["layers"])
+    assert found["layers"] == pytest.approx(found["expected_layers"], abs=1e-9)
+    assert found["unbiased_layers"] == pytest.approx(found["expected_unbiased_layers"], abs=1e-9)
+    assert found["unbiased_layers"] != pytest.approx(found["layers"], abs=1e-6)
     assert found["again"] == found["cka"]
     assert found["broken"] == "nan"

@@ -58,6 +58,23 @@ def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):
     assert growth < 50 * 100 * 1024, f"resident memory grew by {growth / 2**20:.1f} MiB"
 
 
+@pytest.mark.launcher
+def test_an_encoder_is_published_and_loaded_in_each_ranks_own_slices(launch, tmp_path):
+    done = launch(PROGRAM.parent / "own_slices.py", tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["loaded"] and found["whole"] == 307 * 311
+    # No rank ever holds, or reads, more of a parameter than its half.
+    assert found["slice"] == -(-found["whole"] // 2)
+    assert found["largest_read"] == found["slice"]
+    assert found["loading_bytes"] == 4 * found["slice"]
+    assert found["publishing_bytes"] == 8 * found["slice"], "checksums are made in int64"
+    assert found["read"] == found["encoder"], "every element is read once, by one rank"
+    # Where the encoder trains, its masters follow and its moments, no others, begin again.
+    assert found["moved"] and found["again"] and found["masters"] and found["moments"]
+    assert found["others_kept"] and 0 < found["next_step"] < 0.05
+
+
 def test_ds_configs_are_read_by_name_and_mistakes_are_named(tmp_path):
     assert read_ds_config("zero3")["zero_optimization"]["stage"] == 3
     with pytest.raises(UserError, match="did you mean 'zero3'"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
+import random
 import resource
 import shutil
 import time
@@ -232,3 +235,86 @@ def test_manifests_of_another_format_are_not_read(tmp_path):
     assert store.snapshots() == []
     with pytest.raises(FragmentError, match="format 99"):
         FragmentReader(tmp_path / "encoder-000000001")
+
+
+def publishing(folder, first):
+    """Publish one encoder after the other, until killed."""
+    torch.set_num_threads(1)
+    store = SnapshotStore(folder, keep=3)
+    store.claim("run")
+    for number in range(first, first + 1000):
+        publish(store, number, Both(width=4000, seed=number))
+        store.beat()
+        store.prune()
+
+
+def reading(folder, run):
+    """Take the newest encoder whenever there is a newer one, until killed; 3: a torn one."""
+    torch.set_num_threads(1)
+    store, target, held = SnapshotStore(folder), Both(width=4000), None
+    while True:
+        newest = store.snapshots()[-1:]
+        if not newest or newest[0].id == held:
+            continue
+        name = newest[0].id
+        store.use(run, name)
+        try:
+            partition.replace_weights(target, store.open(name), "encoder.")
+        except FragmentError:
+            if (folder / name).exists():
+                os._exit(3)
+            continue  # pruned before it was marked
+        expected = Both(width=4000, seed=newest[0].pretrain)
+        if not torch.equal(target.encoder[0].weight, expected.encoder[0].weight):
+            os._exit(4)
+        held = name
+
+
+def test_whoever_is_killed_when_no_snapshot_is_torn(tmp_path):
+    fork, rng = multiprocessing.get_context("fork"), random.Random(0)
+    store, halves, jobs = SnapshotStore(tmp_path), 0, {}
+
+    def begin(who):
+        listed = store.snapshots()
+        first = listed[-1].pretrain + 1 if listed else 1
+        target, given = (publishing, first) if who == "publisher" else (reading, who)
+        jobs[who] = fork.Process(target=target, args=(tmp_path, given), daemon=True)
+        jobs[who].start()
+
+    def kill(who):
+        assert jobs[who].exitcode is None, f"{who} ended with {jobs[who].exitcode}"
+        jobs[who].kill()
+        jobs[who].join()
+
+    readers = ("reader-a", "reader-b")
+    for who in ("publisher", *readers):
+        begin(who)
+    try:
+        for number in range(300):  # more where the machine is busy
+            if number >= 24 and halves > 3 and store.snapshots()[-1].pretrain > 10:
+                break
+            time.sleep(rng.uniform(0.02, 0.25))
+            kill("publisher")
+            if number % 3 == 0:
+                kill(readers[number % 2])
+            halves += any("encoder" in path.name for path in tmp_path.glob(".*.tmp"))
+            for manifest in store.manifests():
+                folder = tmp_path / manifest["id"]
+                fragments.verify(folder)
+                expected = Both(width=4000, seed=manifest["pretrain"])
+                own = partition.weights(expected, "encoder.")
+                assert manifest["checksum"] == checksum(own)
+            for path in tmp_path.glob("in-use-*.json"):
+                assert json.loads(path.read_text())["id"].startswith("encoder-")
+            begin("publisher")
+            if number % 3 == 0:
+                begin(readers[number % 2])
+    finally:
+        for job in jobs.values():
+            with contextlib.suppress(AssertionError):
+                job.kill()
+                job.join()
+    assert halves > 3, "hardly a kill fell into the writing of a snapshot"
+    assert store.snapshots()[-1].pretrain > 10 and set(store.in_use()) == set(readers)
+    SnapshotStore(tmp_path).claim("run")
+    assert not [p for p in tmp_path.glob(".*.tmp") if "encoder" in p.name]

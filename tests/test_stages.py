@@ -4,9 +4,11 @@ import math
 from dataclasses import replace
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsasr import recipe
 from dsasr.errors import UserError
 from dsasr.stages import (
     DriftConfig,
@@ -210,3 +212,70 @@ def test_impossible_schedules_are_refused():
         Schedule((PRETRAIN,), branch="sft")
     with pytest.raises(UserError, match="rising"):
         DriftConfig(mode="fixed", swaps=(PlannedSwap(5), PlannedSwap(4)))
+
+
+# -- other shapes are recipes, not code ------------------------------------------------------
+
+BOTH = "{adaptor: 1.0e-5, llm: 1.0e-5}"
+FOUR = f"""
+- {{name: pretrain, branch: pretrain, trains: {{encoder: 5.0e-4, ctc: 5.0e-4}}, steps: 20}}
+- {{name: align, branch: sft, trains: {{adaptor: 1.0e-3}}, steps: 4}}
+- {{name: ia_sft, branch: sft, trains: {BOTH}, steps: 10, swaps: true, after_final: 3}}
+- {{name: joint, branch: sft, trains: {{encoder: 1.0e-5, adaptor: 1.0e-5, llm: 1.0e-5}}, steps: 3}}
+"""
+FOUR_ROWS = FOUR.strip().splitlines()
+
+
+def of_recipe(folder, stages: list[str], **more) -> Schedule:
+    """The schedule of a recipe file with these stages."""
+    data = {"cmvn": "c", "phonemes": "p", "train": [{"name": "a", "shards": "a"}]}
+    data["valid"] = [{"name": "v", "shards": "v"}]
+    values = {"run": "r", "data": data, "model": {"llm": {"path": "l"}}, **more}
+    text = yaml.safe_dump(values) + "stages:\n" + "\n".join(stages) + "\n"
+    (folder / "r.yaml").write_text(text)
+    return recipe.load(str(folder / "r.yaml")).schedule()
+
+
+def test_recipe_with_fixed_swap_steps_and_no_cka(tmp_path):
+    drift = {"mode": "fixed", "swaps": [{"pretrain": 6}, {"pretrain": 12}]}
+    schedule = of_recipe(tmp_path, FOUR_ROWS, drift=drift)
+    assert not any(schedule.measures_at(s) for s in range(1, 21))
+    # Whatever CKA would have said, the encoders are those of the plan.
+    turns, swaps, _, end = play(schedule)
+    assert end == "end" and turns.index(("align", 0)) == 6
+    assert [(s[0], s[2]) for s in swaps] == [("s6", "align"), ("s12", "ia_sft"), ("s20", "ia_sft")]
+
+
+def test_recipe_of_the_conventional_course(tmp_path):
+    schedule = of_recipe(tmp_path, [*FOUR_ROWS[:2], FOUR_ROWS[3]], drift={"mode": "final"})
+    turns, swaps, _, end = play(schedule, triggers=())
+    assert end == "end" and swaps == [("s20", 0, "align")]
+    assert [t[0] for t in turns] == ["pretrain"] * 20 + ["align"] * 4 + ["joint"] * 3
+
+
+def test_recipe_that_aligns_with_a_finished_encoder(tmp_path):
+    # Pretraining first, then alignment and IA-SFT on its last encoder ...
+    schedule = of_recipe(tmp_path, FOUR_ROWS, drift={"mode": "final"})
+    turns, swaps, _, _ = play(schedule)
+    assert turns[20] == ("align", 0) and swaps == [("s20", 0, "align")]
+    # ... or an encoder from elsewhere and no pretraining at all.
+    given = {"llm": {"path": "l"}, "encoder_from": "snapshot"}
+    schedule = of_recipe(tmp_path, FOUR_ROWS[1:], model=given)
+    progress = with_published(Progress(), [Snapshot("given", 0, "given")])
+    turns, swaps, _, end = play(schedule, progress=progress)
+    assert end == "end" and swaps == [("given", 0, "align")]
+    assert [t[0] for t in turns] == ["align"] * 4 + ["ia_sft"] * 10 + ["joint"] * 3
+
+
+def test_recipe_of_a_joint_stage_with_a_frozen_encoder_and_stages_after_it(tmp_path):
+    frozen = f"- {{name: joint, branch: sft, trains: {BOTH}, steps: 3, after_final: 3}}"
+    every = "{encoder: 1.0e-6, adaptor: 1.0e-6, llm: 1.0e-6}"
+    context = f"- {{name: context, branch: sft, trains: {every}, steps: 2}}"
+    reward = f"- {{name: last, branch: sft, trains: {BOTH}, steps: 2}}"
+    schedule = of_recipe(tmp_path, [*FOUR_ROWS[:3], frozen, context, reward])
+    turns, swaps, _, end = play(schedule, triggers=(8,))
+    names = [name for name, _ in turns]
+    assert end == "end" and names[-7:] == ["joint"] * 3 + ["context"] * 2 + ["last"] * 2
+    assert not schedule.stages[3].needs_final_encoder
+    # The last encoder is pretraining's final one, for all of them.
+    assert swaps[-1][0] == "s20" and [s[0] for s in swaps] == ["s8", "s20"]

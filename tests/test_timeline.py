@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -90,6 +92,16 @@ def test_the_table_names_sizes_rates_and_memory(tiny, capsys, tmp_path):
     assert timeline.memory(chosen, chosen.stages[1], sizes, 1) == align / 2**30
     with pytest.raises(UserError, match=r"ends in \.png"):
         timeline.main(["--recipe", str(tiny), "--plot", str(tmp_path / "x.txt")])
+
+
+def test_as_a_module_it_prints_and_draws(tiny, tmp_path):
+    picture = tmp_path / "plan.png"
+    command = [sys.executable, "-m", "dsasr.stages", "--recipe", str(tiny), "--ranks", "4"]
+    done = subprocess.run([*command, "--plot", str(picture)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("a rank on 4 ranks") == 4 and picture.stat().st_size > 10_000
+    done = subprocess.run([*command, "--plot", "x.pdf"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --plot")
 
 
 def test_sizes_that_cannot_be_known_are_said_to_be(tiny, capsys):

@@ -53,14 +53,15 @@ def batch(number: int, count: int) -> Batch:
     )
 
 
-def frames(module: nn.Module, batches: list[Batch]) -> torch.Tensor:
-    """All valid frames of all batches in float64 [N, E], in one process."""
+def frames(module: nn.Module, batches: list[Batch], layer: int | None = None) -> torch.Tensor:
+    """All valid frames in float64 [N, E], of the output or a layer, in one process."""
     rows = []
     for b in batches:
         if len(b):
             with torch.no_grad():
-                out = module.encoder(b.features_BTF, b.feature_lengths_B)
-            rows += [x[:n] for x, n in zip(out.frames_BSE, out.lengths_B, strict=True)]
+                out = module.encoder(b.features_BTF, b.feature_lengths_B, layers=layer is not None)
+            held = out.frames_BSE if layer is None else out.layers[layer]
+            rows += [x[:n] for x, n in zip(held, out.lengths_B, strict=True)]
     return torch.cat(rows).double()
 
 
@@ -81,7 +82,12 @@ def main() -> None:
     before = frames(held.module, every)
     monitor.take_reference(held)
     found = {"same": monitor.measure(held).cka}
+    layered = [frames(held.module, every, i) for i in range(2)]
     drifted(held.module, 0.05)
+    moved = [frames(held.module, every, i) for i in range(2)]
+    found["expected_layers"] = [cka(x, y) for x, y in zip(layered, moved, strict=True)]
+    pairs = zip(layered, moved, strict=True)
+    found["expected_unbiased_layers"] = [cka(x, y, unbiased=True) for x, y in pairs]
     after = frames(held.module, every)
     drift = monitor.measure(held)
     found |= {"cka": drift.cka, "expected": cka(before, after), "frames": drift.frames}
@@ -91,10 +97,11 @@ def main() -> None:
     again = DriftMonitor(config, mine)
     again.load(FragmentReader(folder / "saved"))
     found["again"] = again.measure(held).cka
-    unbiased = DriftMonitor(DriftConfig(unbiased=True), mine)
+    unbiased = DriftMonitor(DriftConfig(unbiased=True, layers=True), mine)
     clean = Held()
     unbiased.take_reference(clean)
-    found["unbiased"] = unbiased.measure(held).cka
+    drift = unbiased.measure(held)
+    found |= {"unbiased": drift.cka, "unbiased_layers": list(drift.layers)}
     found["expected_unbiased"] = cka(before, after, unbiased=True)
     # What a NaN in the encoder gives is no number, and no crash on any rank.
     held.module.encoder.reset_parameters(torch.Generator().manual_seed(1))
