@@ -16,7 +16,7 @@ by the wall clock, as the slowest rank's time:
 
 The share counts the method's schedule: three encoders published, swapped and checked, four stages
 entered, over 7.3 M steps. From 300 M on the pretrain branch holds its encoder without masters and
-moments, which a hot-swap does not touch, to fit in 16 GiB; ``park`` and ``step`` are left out, and
+moments, which a hot-swap does not touch, to fit in 20 GiB; ``park`` and ``step`` are left out, and
 the share is at --step-seconds. One JSON line a size is appended to results.jsonl.
 """
 
@@ -133,33 +133,41 @@ class Floor:
 
 def measure(size: int, rounds: int, step_seconds: float, folder: Path) -> None:
     width, layers = SIZES[size]
-    config, light = EngineConfig(park=ParkConfig("cpu")), size >= LIGHT
+    config = EngineConfig(park=ParkConfig("cpu"))
+    other = Branch("sft", Parts(width, layers, 4 * width), config, folder)
+    other.enter(ALIGN)
+    found, over, rate = beside_live(size, other, rounds, folder)
+    gc.collect()
+    found |= switches(other, max(rounds // 3, 1))
+    other.close()
+    if ranks.main_rank():
+        count = sum(p.ds_numel for p in other.module.encoder.parameters())
+        _record(count, found, over, rate, step_seconds)
+
+
+def beside_live(
+    size: int, other: Branch, rounds: int, folder: Path
+) -> tuple[dict[str, float | None], list[float], float]:
+    """Seconds by name, the hot-swaps over their floors, and a rank's copy rate in bytes/s."""
+    width, layers = SIZES[size]
+    light, few = size >= LIGHT, max(rounds // 3, 1)
     found: dict[str, float | None] = {"step": None, "park": None}
-    live = Branch("pretrain", Parts(width, layers, 8 if light else 0), config, folder)
+    live = Branch("pretrain", Parts(width, layers, 8 if light else 0), other.config, folder)
     live.enter(HEAD_ONLY if light else PRETRAIN)
     if not light:  # before anything else: Adam's moments are there then
         found["step"] = _median(lambda: live.step([batch()], 0), 2)
-    other = Branch("sft", Parts(width, layers, 4 * width), config, folder)
-    other.enter(ALIGN)
-    encoder = list(other.module.encoder.parameters())
-    count = sum(p.ds_numel for p in encoder)
-    moved = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in encoder)
+    encoder = [p.ds_tensor for p in other.module.encoder.parameters()]
+    moved = sum(t.numel() * t.element_size() for t in encoder)
     moved += sum(f.tensor.numel() * 4 for f in _moved_masters(live).values())
-
     floor = Floor(moved)
     swap = alternate({"hot_swap": lambda: other.load_encoder(live), "floor": floor}, rounds)
     over = [a / b for a, b in zip(swap["hot_swap"], swap["floor"], strict=True)]
     found |= {name: statistics.median(values) for name, values in swap.items()}
-    rate = floor.bytes / found["floor"]
-    few = max(rounds // 3, 1)
     found |= through_store(live, other, few, folder)
     if not light:
         found["park"] = _median(lambda: (live.park(), live.unpark()), few)
     live.close()
-    found |= switches(other, few)
-    other.close()
-    if ranks.main_rank():
-        _record(count, found, over, rate, step_seconds)
+    return found, over, floor.bytes / found["floor"]
 
 
 def through_store(live: Branch, other: Branch, rounds: int, folder: Path) -> dict[str, float]:
@@ -228,7 +236,7 @@ def room(size: int) -> str | None:
     width, layers = SIZES[size]
     with torch.device("meta"):
         count = sum(p.numel() for p in Parts(width, layers, 4 * width).parameters())
-    needed = (24 if size >= LIGHT else 40) * count
+    needed = (32 if size >= LIGHT else 48) * count
     if ranks.device().type == "cuda":
         free, needed = torch.cuda.mem_get_info()[0], needed // ranks.world()
     else:
