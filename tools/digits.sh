@@ -8,7 +8,7 @@ data=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 source tools/install.sh demo
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 corpus=corpus/digits run=runs/digits
 started=$SECONDS
 mkdir -p "$corpus"

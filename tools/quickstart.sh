@@ -5,7 +5,7 @@
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
-hours=4 corpus=corpus/demo run=runs/demo lm_steps=450 overrides=() fresh=""
+hours=4 corpus=corpus/demo run=runs/demo lm_steps=400 overrides=() fresh=""
 for argument in "$@"; do
     case "$argument" in
         --fresh) fresh=1 ;;
@@ -21,8 +21,8 @@ for argument in "$@"; do
 done
 
 source tools/install.sh demo
-# Waiting threads that spin make a small model crawl on a machine that does something else besides.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+# Threads that spin long while they wait make a small model crawl on a machine that does other work.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 started=$SECONDS
 [ -z "$fresh" ] || rm -rf "$corpus" "$run"
 step() { echo; echo "== $1   ($(((SECONDS - started) / 60)):$(printf %02d $(((SECONDS - started) % 60))))"; }
