@@ -1,8 +1,12 @@
-"""slurm/async.sbatch without Slurm: what it starts, and what it makes of exits and signals."""
+"""slurm/async.sbatch without Slurm: what it starts, and what it makes of exits and signals.
+
+tests/slurm/ does it with Slurm.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -25,10 +29,17 @@ exec "$@"
 PYTHON = """#!/bin/bash
 trap 'echo stopped >> $NOTES/$branch; exit 0' USR1
 branch=$(printf '%s\\n' "$@" | sed -n 's/^branch=//p')
+run=$(printf '%s\\n' "$@" | sed -n 's/^run=//p')
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > $NOTES/$branch
 for _ in $(seq ${WAIT:-0}); do sleep 0.05; done
-[[ $branch == "${FAIL:-}" ]] && exit 3
-exit 0
+if [[ $branch == "${FAIL:-}" ]]; then exit 3; fi
+mkdir -p "$run/$branch"
+echo '{"event": "finished", "steps": 4}' > "$run/$branch/events.jsonl"
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo "${3}1"; echo "${3}2"; exit; fi
+echo "$*" > $NOTES/scontrol
+kill -TERM -- -$(ps -o pgid= $PPID | tr -d ' ')  # as Slurm ends a job that is requeued
 """
 
 
@@ -36,8 +47,7 @@ exit 0
 def begin(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
-    hosts = '#!/bin/bash\necho "${3}1"; echo "${3}2"\n'
-    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", hosts)):
+    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", SCONTROL)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     settings = {
@@ -77,10 +87,40 @@ def test_two_components_with_their_own_rendezvous(begin, tmp_path):
     assert "--het-group=0" in given and "--het-group=1" in given
 
 
-def test_a_failed_component_fails_the_job_after_both_have_ended(begin, tmp_path):
-    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), FAIL="pretrain", WAIT="3")
+def requeued(tmp_path) -> list[dict]:
+    assert (tmp_path / "scontrol").read_text() == "requeue 123\n"
+    return [json.loads(x) for x in (tmp_path / "run" / "requeues.jsonl").read_text().splitlines()]
+
+
+def test_a_failed_component_stops_the_other_and_the_job_is_requeued(begin, tmp_path):
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), FAIL="pretrain", WAIT="20")
     told, _ = job.communicate(timeout=30)
-    assert job.returncode == 1 and "pretrain ended with 3" in told and "sft ended with 0" in told
+    assert "pretrain ended with 3" in told and "sft ended with 0" in told
+    assert [(r["job"], r["start"], r["cause"]) for r in requeued(tmp_path)] == [
+        (123, 0, "pretrain ended with 3")
+    ]
+
+
+def test_the_third_failure_in_a_row_ends_the_job(begin, tmp_path):
+    given = {"RECIPE": "demo", "RUN": str(tmp_path / "run"), "FAIL": "sft", "RETRIES": "2"}
+    job = begin(**given)
+    job.communicate(timeout=30)
+    requeued(tmp_path)
+    (tmp_path / "scontrol").unlink()
+    job = begin(**given, SLURM_RESTART_COUNT="1")
+    told, _ = job.communicate(timeout=30)
+    assert job.returncode == 1 and "2 failures in a row" in told
+    assert not (tmp_path / "scontrol").exists()
+
+
+def test_what_slurm_requeued_by_itself_is_noted(begin, tmp_path):
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), SLURM_RESTART_COUNT="1")
+    told, _ = job.communicate(timeout=30)
+    assert job.returncode == 0 and "finished after 1 requeues" in told
+    lines = (tmp_path / "run" / "requeues.jsonl").read_text().splitlines()
+    assert [json.loads(x)["cause"] for x in lines] == [
+        "node failure or preemption: requeued by Slurm"
+    ]
 
 
 def test_the_signal_before_the_time_limit_reaches_both(begin, tmp_path):
@@ -92,9 +132,9 @@ def test_the_signal_before_the_time_limit_reaches_both(begin, tmp_path):
     time.sleep(0.2)
     job.send_signal(signal.SIGUSR1)
     job.communicate(timeout=30)
-    assert job.returncode == 0
     for branch in ("sft", "pretrain"):
         assert (tmp_path / branch).read_text().endswith("stopped\n")
+    assert [r["cause"] for r in requeued(tmp_path)] == ["signal"]
 
 
 def test_what_is_missing_is_said(begin, tmp_path):
