@@ -17,6 +17,7 @@ The only importer of deepspeed. How parameter groups are swapped, and why so:
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
 import json
 import logging
@@ -86,8 +87,11 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def init_distributed() -> None:
-    """Join the job's process group; a lone process becomes a group of one."""
+def init_distributed(limit: float = 0.0) -> None:
+    """Join the job's process group; a lone process becomes a group of one.
+
+    ``limit`` > 0: a collective that waits for so many seconds fails (0: after torch's default).
+    """
     import deepspeed
     from deepspeed.utils import logger
 
@@ -105,7 +109,10 @@ def init_distributed() -> None:
             )
         torch.cuda.set_device(ranks.device())
     backend = "nccl" if ranks.device().type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+    timeout = {"timeout": datetime.timedelta(seconds=limit)} if limit else {}
+    deepspeed.init_distributed(
+        dist_backend=backend, verbose=False, auto_mpi_discovery=False, **timeout
+    )
 
 
 def leave_distributed() -> None:

@@ -27,6 +27,7 @@ from dsasr.model.pretrainer import PretrainConfig
 from dsasr.monitor import MonitorConfig
 from dsasr.slurm import SlurmConfig
 from dsasr.stages import DriftConfig, Schedule, StageConfig
+from dsasr.watchdog import WatchdogConfig
 
 SUBSAMPLING = 4  # feature frames to one of the encoder's, whatever its size
 
@@ -135,6 +136,7 @@ class Recipe:
     resume: str = "auto"  # auto: the run folder's newest whole checkpoint; never; or a checkpoint
     allow_changed: bool = False  # resume although the recipe is not the run's
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)  # for tools/submit.py
 
     def __post_init__(self) -> None:
@@ -199,7 +201,7 @@ class Recipe:
 
 # What may differ between a run and its continuation without changing what is learnt.
 HARMLESS = ("run", "resume", "allow_changed", "monitor", "checkpoint", "evaluation", "store")
-HARMLESS += ("allocation", "slurm")
+HARMLESS += ("allocation", "slurm", "watchdog")
 
 
 def load(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dsasr.recipe import Recipe, changes
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, with_published
 from dsasr.validation import error_rates
 from dsasr.watch import Watch
+from dsasr.watchdog import Watchdog
 
 
 class Stopped(Exception):
@@ -48,6 +50,13 @@ class Run:
         self._finished = False
         self.stage_seconds: dict[str, float] = {}
         self._turn_started = time.monotonic()
+        self.watchdog = Watchdog(
+            recipe.folder,
+            recipe.watchdog,
+            ranks.rank(),
+            ranks.world(),
+            ranks.broadcast(f"{time.time_ns()}"),
+        )
         reader = self._resume_from()
         self._keep_recipe()
         self.monitor = Monitor(
@@ -144,6 +153,7 @@ class Run:
 
     def turn(self) -> Turn:
         """What comes next; in a concurrent run after a look at the store."""
+        self.watchdog.at("turn", step=self.steps)
         if self.recipe.branch == "sft":
             self.progress = self.exchange.poll(self.progress)
         return self.schedule.at(self.progress)
@@ -185,7 +195,9 @@ class Run:
             name, state = self._cursors.get(stage.branch, ("", None))
             stream = self.build.train_stream(stage, state if name == stage.name else None)
             self._streams[stage.branch] = held = (stage.name, stream)
+        self.watchdog.at("data", stage.name)
         batches = [next(held[1]) for _ in range(stage.accumulate)]
+        self.watchdog.at("step", keys=[key for batch in batches for key in batch.keys])
         self._cursors[stage.branch] = (stage.name, batches[-1].state)
         self._wait = time.monotonic() - started
         for batch in batches:
@@ -296,7 +308,8 @@ class Run:
     def evaluate(self, branch: Branch, utterances: int) -> None:
         """Error rates of ``branch`` on the validation set, into metrics and the log."""
         started = time.monotonic()
-        values, shown = error_rates(self.recipe, self.build, branch, utterances)
+        watched = partial(self.watchdog.each, doing="evaluation")
+        values, shown = error_rates(self.recipe, self.build, branch, utterances, watched)
         stage = branch.stage.name
         head = {"steps": self.steps, "branch": branch.name, "stage": f"valid_{stage}"}
         self.monitor.scalars(head, values | {"evaluation_seconds": time.monotonic() - started})
@@ -312,6 +325,7 @@ class Run:
 
     def save(self) -> bool:
         """Write a checkpoint of everything; a full disk costs the checkpoint, not the run."""
+        self.watchdog.at("checkpoint")
         held = {k: f for b in self.branches.values() for k, f in b.fragments().items()}
         held |= self.exchange.fragments()
         state = {
@@ -367,4 +381,5 @@ class Run:
     def close(self) -> None:
         for _, stream in self._streams.values():
             stream.close()
+        self.watchdog.close()
         self.monitor.close()

@@ -94,9 +94,7 @@ def evaluate(config: SlurmConfig, run: Path, python: str, sets: Sequence[str]) -
     """A job array, one task for each ``NAME=SHARDS``."""
     for one in sets:
         if not _SET.fullmatch(one):
-            raise UserError(
-                f"'{one}' is not NAME=SHARDS (letters, digits, '.', '_', '-'; no blank)"
-            )
+            raise UserError(f"'{one}' is not NAME=SHARDS (letters, digits, ._-; no blank)")
     names = [s.partition("=")[0] for s in sets]
     if len(set(names)) < len(names):
         raise UserError("two test sets have the same name")

@@ -62,7 +62,9 @@ def main() -> int:
     if options.check:
         print("the recipe and its files are in order")
         return 0
-    engine.init_distributed()
+    # The watchdog speaks first: it knows more.
+    limit = chosen.watchdog.seconds
+    engine.init_distributed(limit + 120 if limit else 0)
     run = None
     try:
         run = Run(chosen)

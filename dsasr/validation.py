@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 from dsasr import ranks
 from dsasr.build import Builder
@@ -12,14 +13,18 @@ from dsasr.recipe import Recipe
 
 
 def error_rates(
-    recipe: Recipe, build: Builder, branch: Branch, utterances: int
+    recipe: Recipe,
+    build: Builder,
+    branch: Branch,
+    utterances: int,
+    watched: Callable[[list], Iterable] = iter,
 ) -> tuple[dict[str, float], str]:
     """Rates by name over all ranks, and some transcripts beside their references; collective.
 
     Of a pretrain branch the phoneme error rate; of an sft branch what its transcripts give.
-    ``utterances`` limits the set; 0: all of it.
+    ``utterances`` limits the set; 0: all of it. ``watched`` goes round the batches.
     """
-    batches = build.held_out(branch.name, utterances)
+    batches = watched(build.held_out(branch.name, utterances))
     with branch.evaluating() as module:
         if branch.name == "pretrain":
             rate = validate.phoneme_error_rate(

@@ -130,8 +130,8 @@ class Cluster:
     def _daemon(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", *command], env=self.env, stdout=out, stderr=out, cwd=self.folder,
-                start_new_session=True,
+                ["setpriv", "--pdeathsig", "TERM", *command],
+                env=self.env, stdout=out, stderr=out, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
     def _until(self, holds, what: str, seconds: float = 30) -> None:

@@ -1,4 +1,4 @@
-"""Real jobs on a real Slurm: two nodes, signals, kills, requeues, the asynchronous pair, an array."""
+"""Real jobs on a real Slurm: two nodes, signals, kills, requeues, the pair, an array."""
 
 from __future__ import annotations
 
@@ -173,8 +173,9 @@ def test_the_asynchronous_pair(jobs):
 def test_an_evaluation_array(cluster, tiny, whole):
     data = tiny.parent / "valid"
     job = cluster.sbatch(
-        "--array=0-1", "--time=20", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={whole}/logs/eval-%a",
-        "slurm/eval.sbatch", RUN=str(whole), DATA=f"one={data} two={data}",
+        "--array=0-1", "--time=20", "--gpus-per-node=0", "--cpus-per-task=1",
+        f"--output={whole}/logs/eval-%a", "slurm/eval.sbatch",
+        RUN=str(whole), DATA=f"one={data} two={data}",
     )  # fmt: skip
     for task in (0, 1):
         assert cluster.wait(f"{job}_{task}") == "COMPLETED", told(whole)

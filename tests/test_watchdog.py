@@ -1,0 +1,84 @@
+"""The watchdog alone, and on a job of which one rank is stopped."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+
+from dsasr.errors import UserError
+from dsasr.watchdog import HUNG, Note, Watchdog, WatchdogConfig, report
+
+
+class Stopped:
+    """In place of the end of the process."""
+
+    def __init__(self):
+        self.codes, self.event = [], threading.Event()
+
+    def __call__(self, code: int) -> None:
+        self.codes.append(code)
+        self.event.set()
+
+
+def note(rank: int, doing: str = "step", step: int = 5) -> Note:
+    return Note(rank, doing, "joint", step, ("a", "b"), 30.0, " at run.py:7", "host")
+
+
+def test_ranks_that_wait_name_all_and_the_one_without_a_word(tmp_path, capsys):
+    stopped = [Stopped(), Stopped()]
+    dogs = [
+        Watchdog(tmp_path, WatchdogConfig(0.5), rank, 3, "s", stopped[rank]) for rank in range(2)
+    ]
+    dogs[0].at("step", "ia_sft", 14, ("u1", "u2", "u3", "u4", "u5"))
+    dogs[1].at("step", "ia_sft", 14, ("v1",))
+    dogs[1].at("checkpoint")  # stage, step and samples stay
+    assert all(s.event.wait(20) for s in stopped)
+    assert [s.codes for s in stopped] == [[HUNG], [HUNG]]
+    told = capsys.readouterr().out
+    assert told.count("no progress for 0.5 s") == 1
+    assert "stage ia_sft, step 14, in step for" in told
+    assert "last samples u1, u2, u3, … (5)" in told
+    assert "in checkpoint for" in told and "last samples v1" in told
+    assert "rank 2: no word" in told and "suspected: rank 2" in told
+    assert "suspected: rank 2" in (tmp_path / "alarms" / "s" / "report.txt").read_text()
+
+
+def test_progress_keeps_it_quiet_and_another_start_is_not_stopped_by_an_old_alarm(tmp_path):
+    (tmp_path / "alarms" / "old").mkdir(parents=True)
+    stopped = Stopped()
+    dog = Watchdog(tmp_path, WatchdogConfig(0.6), 0, 1, "new", stopped)
+    for _ in dog.each(range(10), "evaluation"):
+        time.sleep(0.1)
+    dog.close()
+    time.sleep(0.8)
+    assert not stopped.codes and not (tmp_path / "alarms" / "new").exists()
+    never = Watchdog(tmp_path, WatchdogConfig(0), 0, 1, "none", stopped)
+    never.at("step")
+    assert "watchdog" not in [t.name for t in threading.enumerate()]
+    with pytest.raises(UserError, match="at least 0"):
+        WatchdogConfig(-1)
+
+
+def test_whom_to_suspect():
+    alike = [note(0), note(1), note(2)]
+    assert not any("suspected" in line for line in report(alike, 3, 30))
+    assert report([*alike[:2], note(2, "data")], 3, 30)[-1] == "suspected: rank 2"
+    # Two ranks, no majority: the one that is behind.
+    assert report([note(0, "step", 6), note(1, "step", 5)], 2, 30)[-1] == "suspected: rank 1"
+    assert report([], 1, 30)[-1] == "suspected: rank 0"
+
+
+@pytest.mark.launcher
+def test_a_stopped_rank_ends_the_job_by_name(start, tmp_path):
+    folder = tmp_path / "run"
+    job = start(f"run={folder}", "watchdog.seconds=6", "checkpoint.every_steps=0")
+    job.until("] align 3")
+    job.ranks[1].send_signal(signal.SIGSTOP)
+    assert job.ranks[0].wait(60) == HUNG, job.output[-3000:]
+    told = [x for x in job.output.splitlines() if x.startswith("watchdog: ")]
+    assert "no progress for 6 s" in told[0] and "rank 0 on " in told[1]
+    assert "stage " in told[1] and "last samples train" in told[1] and ".py:" in told[1]
+    assert told[-1] == "watchdog: suspected: rank 1"
