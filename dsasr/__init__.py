@@ -6,3 +6,12 @@ vocabulary (or a phoneme sequence's length), U transcript tokens, N flattened va
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """``dsasr.Recognizer``, imported when it is first asked for."""
+    if name == "Recognizer":
+        from dsasr.transcription import Recognizer
+
+        return Recognizer
+    raise AttributeError(f"module 'dsasr' has no attribute '{name}'")

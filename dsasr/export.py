@@ -1,0 +1,290 @@
+"""A trained recogniser as a folder that leaves the building, and back.
+
+::
+
+    DIR/config.json          settings: encoder, adaptor, features, text, prompt, decoding
+    DIR/cmvn.json            mean and standard deviation per mel bin
+    DIR/model.safetensors    encoder.… and adaptor.…
+    DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
+
+Weights go from the checkpoint to the files one tensor at a time: memory does not grow with the
+model, and the checkpoint may be of any world size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+from dsasr import config, fragments
+from dsasr.build import Builder
+from dsasr.data.audio import Cmvn, FbankConfig
+from dsasr.data.text import Prompt, Tokenizer, check_tokenizer, load_tokenizer
+from dsasr.errors import UserError
+from dsasr.evaluation.decode import DecodeConfig
+from dsasr.files import atomic_write, fsync_dir
+from dsasr.fragments import Below, FragmentError, FragmentReader
+from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.model.llm import LlmConfig, load_llm
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.tensors import Lazy, write_tensors
+
+MODEL_TYPE, FORMAT = "dsasr", 1
+FILE_BYTES = 4 << 30  # a file of weights grows no larger
+# What belongs to a language model beside its weights; nothing else is taken along.
+_BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "dsasr_tokenizer.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """``config.json``: all that is needed beside the weights, and nothing of the training."""
+
+    encoder: EncoderConfig
+    adaptor: AdaptorConfig
+    prompt: PromptIds
+    fbank: FbankConfig = field(default_factory=FbankConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    max_seconds: float = 30.0  # of the utterances that it was trained on
+    steps: int = 0  # of the run, at the checkpoint
+    model_type: str = MODEL_TYPE
+    architectures: tuple[str, ...] = ("DsasrModel",)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An export, loaded."""
+
+    config: ExportConfig
+    model: SpeechLLM
+    tokenizer: Tokenizer
+    cmvn: Cmvn
+
+
+# -- out ---------------------------------------------------------------------------------------
+
+
+def export_run(
+    build: Builder, reader: FragmentReader, target: Path, dtype: torch.dtype | None = None
+) -> Path:
+    """Write the recogniser in checkpoint ``reader`` to the new folder ``target``.
+
+    ``dtype`` rounds the weights; None keeps them as they are. Raises `UserError` if the checkpoint
+    holds no recogniser or ``target`` exists. It appears by rename, whole or not at all.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists: give a new folder")
+    weights = Below(reader, "sft/")
+    if not any(key.startswith("llm.") for key in weights.shapes):
+        raise UserError(f"{reader.folder} holds no recogniser: its sft branch has not begun")
+    staging = target.parent / f".{target.name}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        _write(build, reader, weights, staging, dtype)
+        fsync_dir(staging)
+        staging.rename(target)
+        fsync_dir(target.parent)
+    except FragmentError as error:
+        raise UserError(f"{reader.folder}: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _write(
+    build: Builder, reader: FragmentReader, weights: Below, folder: Path, dtype: torch.dtype | None
+) -> None:
+    recipe = build.recipe
+    prefix, suffix = Prompt.build(build.tokenizer)
+    chosen = ExportConfig(
+        encoder=recipe.model.encoder,
+        adaptor=recipe.model.adaptor,
+        prompt=PromptIds(tuple(prefix), tuple(suffix)),
+        fbank=recipe.data.fbank,
+        decode=recipe.evaluation.decode,
+        max_seconds=recipe.data.stream.batch.max_seconds,
+        steps=int(reader.manifest.get("steps", 0)),
+    )
+    atomic_write(folder / "config.json", json.dumps(config.to_plain(chosen), indent=1) + "\n")
+    build.cmvn.save(folder / "cmvn.json")
+    llm = folder / "llm"
+    llm.mkdir()
+    _copy_llm(Path(recipe.model.llm.path), Path(recipe.tokenizer_path), llm, dtype)
+    own = {k: k for k in weights.shapes if k.startswith(("encoder.", "adaptor."))}
+    plain = {k.removeprefix("llm."): k for k in weights.shapes if k.startswith("llm.")}
+    with tqdm(desc="exporting", unit="B", unit_scale=True, total=0) as bar:
+        for place, names in ((folder, own), (llm, plain)):
+            tensors = {n: _lazy(weights, key, dtype, bar) for n, key in names.items()}
+            _write_files(place, tensors)
+
+
+def _lazy(weights: Below, key: str, dtype: torch.dtype | None, bar: tqdm) -> Lazy:
+    held = weights.read(key, 0, 1).dtype
+    chosen = dtype if dtype is not None and held.is_floating_point else held
+
+    def get() -> torch.Tensor:
+        tensor = weights.whole(key).to(chosen)
+        bar.update(tensor.nbytes)
+        return tensor
+
+    lazy = Lazy(chosen, weights.shapes[key], get)
+    bar.total += lazy.bytes
+    return lazy
+
+
+def _write_files(folder: Path, tensors: dict[str, Lazy]) -> None:
+    """One file, or several and the index that transformers reads."""
+    files: list[dict[str, Lazy]] = [{}]
+    for name, tensor in tensors.items():
+        if files[-1] and sum(t.bytes for t in files[-1].values()) + tensor.bytes > FILE_BYTES:
+            files.append({})
+        files[-1][name] = tensor
+    if len(files) == 1:
+        write_tensors(folder / "model.safetensors", files[0], {"format": "pt"})
+        return
+    place = {}
+    for number, held in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_tensors(folder / name, held, {"format": "pt"})
+        place |= dict.fromkeys(held, name)
+    total = sum(t.bytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": place}
+    atomic_write(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+
+
+def _copy_llm(llm: Path, tokenizer: Path, to: Path, dtype: torch.dtype | None) -> None:
+    """The language model's folder without its weights, with the tokenizer that was trained with."""
+    try:
+        values = json.loads((llm / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.llm.path: {llm}/config.json cannot be read: {error}") from None
+    values.pop("auto_map", None)  # remote code has no place here
+    if dtype is not None:
+        values.pop("torch_dtype", None)
+        values["dtype"] = str(dtype).removeprefix("torch.")
+    atomic_write(to / "config.json", json.dumps(values, indent=2) + "\n")
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, to / "tokenizer.model")
+    for name in _BESIDE:
+        source = tokenizer / name if tokenizer.is_dir() else llm / name
+        if name == "generation_config.json":
+            source = llm / name
+        if source.is_file() and not (to / name).exists():
+            shutil.copyfile(source, to / name)
+
+
+# -- and back ----------------------------------------------------------------------------------
+
+
+def is_export(folder: Path) -> bool:
+    """Whether that is a folder that `export_run` wrote."""
+    try:
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and held.get("model_type") == MODEL_TYPE
+
+
+def read_config(folder: Path) -> ExportConfig:
+    """``config.json`` of an export; `UserError` if it is none, or of another version."""
+    if not is_export(folder):
+        raise UserError(f"{folder} is no exported recogniser: make one with tools/export.py")
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if held.get("format") != FORMAT:
+        raise UserError(f"{folder} is of format {held.get('format')!r}, this code reads {FORMAT}")
+    known = set(ExportConfig.__dataclass_fields__)
+    # transformers adds keys of its own when it saves a config.
+    return config.build(ExportConfig, {k: v for k, v in held.items() if k in known})
+
+
+def load_export(folder: str | Path, attn: str = "sdpa") -> Parts:
+    """The recogniser of an exported folder, on the CPU and in eval mode, in float32."""
+    folder = Path(folder)
+    chosen = read_config(folder)
+    llm = load_llm(folder / "llm", attn=attn)
+    tokenizer = load_tokenizer(folder / "llm")
+    width = llm.get_input_embeddings().weight.shape
+    check_tokenizer(tokenizer, width[0])
+    model = SpeechLLM(
+        Encoder(chosen.encoder),
+        Adaptor(chosen.adaptor, chosen.encoder.width, width[1]),
+        llm,
+        chosen.prompt.prefix,
+        chosen.prompt.suffix,
+        tokenizer.pad_id,
+        LlmConfig(attn=attn),
+    )
+    parts = {"encoder": model.encoder, "adaptor": model.adaptor}
+    _fill(parts, folder)
+    return Parts(chosen, model.eval(), tokenizer, Cmvn.load(folder / "cmvn.json"))
+
+
+def _files(folder: Path) -> Sequence[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        held: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / Path(name).name for name in sorted(set(held.values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} cannot be read: {error}") from None
+
+
+@torch.no_grad()
+def _fill(parts: dict[str, nn.Module], folder: Path) -> None:
+    wanted = {f"{part}.{n}": p for part, m in parts.items() for n, p in m.named_parameters()}
+    wanted |= {f"{part}.{n}": b for part, m in parts.items() for n, b in m.named_buffers()
+               if n in m.state_dict()}  # fmt: skip
+    for path in _files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no dict
+                    target = wanted.pop(name, None)
+                    if target is None:
+                        raise UserError(f"{path} holds '{name}', which this model lacks")
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != target.shape:
+                        raise UserError(f"{path}: '{name}' has shape {tuple(tensor.shape)}")
+                    target.copy_(tensor)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    if wanted:
+        raise UserError(f"{folder} lacks {len(wanted)} weights, among them {min(wanted)}")
+
+
+def newest_checkpoint(run: Path, name: str = "") -> FragmentReader:
+    """The newest whole checkpoint of a run folder (of an asynchronous run, of its sft job), or
+    the one of that ``name``."""
+    folder = run if (run / "checkpoints").is_dir() else run / "sft"
+    paths = sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+    if name:
+        paths = [p for p in paths if p.name == name]
+    problem = "there is none"
+    for path in paths:
+        try:
+            fragments.verify(path)
+            return FragmentReader(path)
+        except FragmentError as error:
+            problem = str(error)
+    raise UserError(f"{folder} has no whole checkpoint {name}: {problem}")
