@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dsasr import ranks
-from dsasr.files import atomic_write, fsync_dir, fsync_file
+from dsasr.files import atomic_write, fsync_dir
+from dsasr.tensors import write_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -57,7 +57,7 @@ def write_folder(
     Returns the manifest. Raises `OSError` on every rank, with the first rank's reason, when any
     rank could not write (a full disk, say); nothing appears at ``target`` then.
     """
-    staging = target.parent / f".{target.name}.tmp"
+    staging = staging_of(target)
     name = f"rank-{ranks.rank():05d}.safetensors"
     if ranks.main_rank():
         shutil.rmtree(staging, ignore_errors=True)
@@ -65,8 +65,8 @@ def write_folder(
     failure, digest = None, None
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        digest = _write_file(staging / name, fragments)
-    except (OSError, SafetensorError) as error:
+        digest = write_file(staging / name, fragments)
+    except OSError as error:
         failure = f"rank {ranks.rank()}: {error}"
     results = ranks.gather((name, digest, failure))
     manifest = {"format": FORMAT, **info, "files": {n: d for n, d, _ in results}}
@@ -74,7 +74,7 @@ def write_folder(
     if not failures and ranks.main_rank():
         try:
             atomic_write(staging / MANIFEST, json.dumps(manifest, indent=1))
-            _replace_folder(staging, target)
+            replace_folder(staging, target)
         except OSError as error:
             failures = [str(error)]
     failures = ranks.broadcast(failures)
@@ -85,7 +85,12 @@ def write_folder(
     return manifest
 
 
-def _replace_folder(staging: Path, target: Path) -> None:
+def staging_of(target: Path) -> Path:
+    """Where ``target`` is written before it is renamed: readers pass such names over."""
+    return target.parent / f".{target.name}.tmp"
+
+
+def replace_folder(staging: Path, target: Path) -> None:
     """Rename ``staging`` to ``target``; an older folder of that name goes only afterwards."""
     old = target.parent / f".{target.name}.old.tmp"
     shutil.rmtree(old, ignore_errors=True)
@@ -102,17 +107,11 @@ def _replace_folder(staging: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_file(path: Path, fragments: Mapping[str, Fragment]) -> str:
-    tensors, layout = {}, {}
-    for key, fragment in fragments.items():
-        if fragment.tensor.numel():
-            tensors[key] = fragment.tensor.detach().contiguous().cpu()
-        layout[key] = [list(fragment.shape), fragment.start]
-    # Views of one flat buffer share storage, which safetensors refuses: part them.
-    tensors = {k: v.clone() if v._base is not None else v for k, v in tensors.items()}
-    save_file(tensors, path, metadata={"layout": json.dumps(layout)})
-    fsync_file(path)
-    return file_digest(path)
+def write_file(path: Path, fragments: Mapping[str, Fragment]) -> str:
+    """One rank's file; returns its sha256. Raises `OSError`."""
+    tensors = {k: f.tensor for k, f in fragments.items() if f.tensor.numel()}
+    layout = {k: [list(f.shape), f.start] for k, f in fragments.items()}
+    return write_tensors(path, tensors, {"layout": json.dumps(layout)})
 
 
 def checksum(fragments: Mapping[str, Fragment]) -> str:

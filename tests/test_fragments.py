@@ -24,7 +24,7 @@ def published(folder, tensors, cuts=(), monkeypatch=None):
             low, high = edges[rank], edges[rank + 1]
             held[key] = Fragment(tuple(tensor.shape), low, flat[low:high])
         name = f"rank-{rank:05d}.safetensors"
-        files[name] = fragments._write_file(target / name, held)
+        files[name] = fragments.write_file(target / name, held)
     manifest = {"format": fragments.FORMAT, "files": files}
     (target / fragments.MANIFEST).write_text(json.dumps(manifest))
     return target
@@ -85,7 +85,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fragments, "_write_file", full)
+    monkeypatch.setattr(fragments, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
         fragments.write_folder(tmp_path / "x", held, {"turn": 2})
     assert fragments.verify(tmp_path / "x")["turn"] == 1
