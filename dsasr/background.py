@@ -1,9 +1,9 @@
 """A folder of fragments written while training goes on.
 
-`FolderWrite` copies what is to be written, which is all that the loop waits for, and leaves the rest
-to a thread of each rank. The threads need no collective, so they cannot come between the loop's: a
-rank's thread leaves a note beside its file, and rank 0's publishes the folder when all notes are
-there. What can fail is told by `wait`.
+`FolderWrite` copies what is to be written, which is all that the loop waits for, and leaves the
+rest to a thread of each rank. The threads need no collective, so they cannot come between the
+loop's: a rank's thread leaves a note beside its file, and rank 0's publishes the folder when all
+notes are there. What can fail is told by `wait`.
 """
 
 from __future__ import annotations

@@ -94,7 +94,11 @@ class Checkpoints:
         self._saved_at = started
         if ranks.main_rank() and self.folder.is_dir():
             remove_remains(self.folder)
-        self._write = FolderWrite(target, held, info)
+        try:
+            self._write = FolderWrite(target, held, info)
+        except OSError as error:
+            self._landed.append(Landed(target, steps, 0.0, 0.0, str(error)))
+            raise
         self._steps, self._told = steps, False
         self._stall = time.monotonic() - started
         if (wait or not self.config.background) and (failure := self._settle()):

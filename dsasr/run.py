@@ -48,7 +48,10 @@ class Run:
         self._wait = 0.0
         self._signal: int | None = None
         self._finished = False
+        self._score: tuple[int, float] = (-1, 0.0)  # steps, and what the evaluation there gave
+        self._best: float | None = None
         self.stage_seconds: dict[str, float] = {}
+        self._passed_over: list[str] = []  # newer checkpoints that are not whole, and why
         self._turn_started = time.monotonic()
         self.watchdog = Watchdog(
             recipe.folder,
@@ -94,17 +97,13 @@ class Run:
                     "run=FOLDER starts another one"
                 )
             return None
-        passed_over: list[str] = []
         if self.recipe.resume == "auto":
-            reader, passed_over = self.checkpoints.newest()
+            reader, self._passed_over = self.checkpoints.newest()
         else:
             try:
                 reader = FragmentReader(Path(self.recipe.resume))
             except FragmentError as error:
                 raise UserError(f"resume={self.recipe.resume}: {error}") from None
-        for reason in passed_over:
-            if ranks.main_rank():
-                print(f"checkpoint passed over: {reason}", flush=True)
         if reader is not None and not self.recipe.allow_changed:
             changed = changes(reader.manifest["recipe"], self.recipe)
             if changed:
@@ -130,6 +129,8 @@ class Run:
         elif self.recipe.encoder_given:
             given = Snapshot(GIVEN, 0, "given")
             self.progress = with_published(self.progress, [given])
+        for reason in self._passed_over:
+            self.monitor.event("checkpoint_passed_over", reason=reason, steps=self.steps)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGUSR1, self._on_signal)
 
@@ -147,6 +148,7 @@ class Run:
         self.stage_seconds = dict(held["stage_seconds"])
         self.monitor.load(held["monitor"])
         self._finished = held["finished"]
+        self._best = held.get("best_score")
         self.exchange.load(reader)
 
     # -- turns -------------------------------------------------------------------------------
@@ -316,15 +318,37 @@ class Run:
         if shown:
             self.monitor.text(f"valid_{stage}", shown, self.steps)
         self.monitor.event("evaluated", stage=stage, steps=self.steps, **values)
+        score = values.get(self.recipe.checkpoint.best)
+        if score is not None:
+            self._score = (self.steps, score)
+            self._best = score if self._best is None else min(score, self._best)
 
     # -- saving ------------------------------------------------------------------------------
 
     def save_if_due(self) -> None:
-        if self.checkpoints.due(self.steps):
-            self.save()
+        self._tell_checkpoints()
+        best = self.recipe.checkpoint.keep_best and self._score == (self.steps, self._best)
+        if self.checkpoints.due(self.steps) or best:
+            self.save(wait=False)
 
-    def save(self) -> bool:
-        """Write a checkpoint of everything; a full disk costs the checkpoint, not the run."""
+    def _tell_checkpoints(self) -> None:
+        for one in self.checkpoints.landed():
+            if one.failure is not None:
+                self.monitor.event("checkpoint_failed", reason=one.failure, steps=one.steps)
+                continue
+            self.monitor.event(
+                "checkpoint",
+                name=one.path.name,
+                steps=one.steps,
+                save_seconds=one.seconds,
+                stall_seconds=one.stall,
+            )
+
+    def save(self, wait: bool = True) -> bool:
+        """Write a checkpoint of everything; a full disk costs the checkpoint, not the run.
+
+        Without ``wait`` it is written while training goes on, and True promises nothing.
+        """
         self.watchdog.at("checkpoint")
         held = {k: f for b in self.branches.values() for k, f in b.fragments().items()}
         held |= self.exchange.fragments()
@@ -338,19 +362,18 @@ class Run:
             "stage_seconds": self.stage_seconds,
             "monitor": self.monitor.state(),
             "finished": self._finished,
+            "best_score": self._best,
             **self.exchange.state(),
             "recipe": config.to_plain(self.recipe),
         }
-        started = time.monotonic()
+        score = self._score[1] if self._score[0] == self.steps else None
+        done = True
         try:
-            path = self.checkpoints.save(self.steps, held, state)
-        except OSError as error:
-            self.monitor.event("checkpoint_failed", reason=str(error), steps=self.steps)
-            return False
-        self.monitor.event(
-            "checkpoint", name=path.name, steps=self.steps, save_seconds=time.monotonic() - started
-        )
-        return True
+            self.checkpoints.save(self.steps, held, state, score, wait)
+        except OSError:
+            done = False
+        self._tell_checkpoints()
+        return done
 
     def finish(self) -> None:
         """The end of the schedule: evaluate on the whole validation set and save."""
@@ -382,4 +405,6 @@ class Run:
         for _, stream in self._streams.values():
             stream.close()
         self.watchdog.close()
+        self.checkpoints.close()
+        self._tell_checkpoints()
         self.monitor.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_without_a_pause_the_quietest_place_is_cut():
     wave[int(14.0 * RATE) : int(14.3 * RATE)] *= 0.3
     found = spans(wave, max_seconds=10)
     assert found[0][0] == 0 and found[-1][1] == 25
-    assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(found))
     assert all(b - a <= 10 for a, b in found)
     assert 7.0 < found[0][1] < 7.2 and 14.0 < found[1][1] < 14.3
 

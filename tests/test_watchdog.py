@@ -74,11 +74,11 @@ def test_whom_to_suspect():
 @pytest.mark.launcher
 def test_a_stopped_rank_ends_the_job_by_name(start, tmp_path):
     folder = tmp_path / "run"
-    job = start(f"run={folder}", "watchdog.seconds=6", "checkpoint.every_steps=0")
+    job = start(f"run={folder}", "watchdog.seconds=20", "checkpoint.every_steps=0")
     job.until("] align 3")
     job.ranks[1].send_signal(signal.SIGSTOP)
-    assert job.ranks[0].wait(60) == HUNG, job.output[-3000:]
+    assert job.ranks[0].wait(120) == HUNG, job.output[-3000:]
     told = [x for x in job.output.splitlines() if x.startswith("watchdog: ")]
-    assert "no progress for 6 s" in told[0] and "rank 0 on " in told[1]
+    assert "no progress for 20 s" in told[0] and "rank 0 on " in told[1]
     assert "stage " in told[1] and "last samples train" in told[1] and ".py:" in told[1]
     assert told[-1] == "watchdog: suspected: rank 1"

@@ -13,7 +13,7 @@ from dsasr import fragments, snapshots, train
 from dsasr.errors import run_tool
 
 FULL = OSError(28, "No space left on device")
-write_file, atomic_write = fragments._write_file, snapshots.atomic_write
+write_file, atomic_write = fragments.write_file, snapshots.atomic_write
 
 
 def fails(path: Path, rank: str) -> bool:
@@ -32,6 +32,6 @@ def full_mark(path: Path, data: str) -> None:
     atomic_write(path, data)
 
 
-fragments._write_file = full_file
+fragments.write_file = full_file
 snapshots.atomic_write = full_mark
 sys.exit(run_tool(train.main_once))
