@@ -274,8 +274,14 @@ def _fill(parts: dict[str, nn.Module], folder: Path) -> None:
 
 
 def newest_checkpoint(run: Path, name: str = "") -> FragmentReader:
-    """The newest whole checkpoint of a run folder (of an asynchronous run, of its sft job), or
-    the one of that ``name``."""
+    """The newest whole checkpoint of a run folder (of an asynchronous run, of its sft job), the
+    one of that ``name``, or the folder ``name``."""
+    if (Path(name) / fragments.MANIFEST).is_file():
+        try:
+            fragments.verify(Path(name))
+            return FragmentReader(Path(name))
+        except FragmentError as error:
+            raise UserError(str(error)) from None
     folder = run if (run / "checkpoints").is_dir() else run / "sft"
     paths = sorted((folder / "checkpoints").glob("step-*"), reverse=True)
     if name:

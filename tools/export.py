@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--to", type=Path, required=True, help="the new folder")
-    parser.add_argument("--checkpoint", default="", help="step-…; default: the newest whole one")
+    parser.add_argument("--checkpoint", default="", help="step-… or folder; default: newest")
     parser.add_argument("--dtype", choices=DTYPES, default="as-trained")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="where files are now, such as model.llm.path=…")  # fmt: skip
