@@ -1,17 +1,19 @@
-"""Plan a run before it is started: how large its batches may be, and how much of them is padding.
+"""Plan a run before it is started: the size of its batches, their padding, a cluster's time.
 
 python tools/plan.py batch --recipe demo --stage pretrain --memory 4
 python tools/plan.py padding --recipe demo data.stream.batch.frames=3000
+python tools/plan.py cluster --recipe nim-2.3b --nodes 8 --gpus 8 --gpu-memory 80
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 
 from tqdm import tqdm
 
-from dsasr import budget, recipe
+from dsasr import budget, recipe, sizing
 from dsasr.data.plan import FRAMES_PER_SECOND
 from dsasr.errors import UserError, run_tool
 
@@ -38,7 +40,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     padding.add_argument(
         "--shards", type=int, default=0, help="of each dataset, evenly chosen; 0: all"
     )
-    for command in (batch, padding):
+    cluster = commands.add_parser(
+        "cluster", help="memory of a GPU, time and traffic of a step, GPU-hours, from shapes alone"
+    )
+    cluster.set_defaults(run=plan_cluster)
+    given = sizing.Machine()
+    for name, value, text in (
+        ("--gpu-memory", given.memory, "GB of a GPU"),
+        ("--rate", given.rate, "TFLOP/s that a GPU sustains; 0: measured on this machine"),
+        ("--inside", given.inside, "GB/s of a GPU inside a node"),
+        ("--network", given.network, "GB/s of a GPU between nodes"),
+        ("--storage", given.storage, "GB/s that all GPUs together read from the shards"),
+        ("--utterance", sizing.Traffic().seconds, "seconds of an average utterance"),
+        ("--tokens", sizing.Traffic().tokens, "transcript tokens a second"),
+    ):
+        cluster.add_argument(name, type=float, default=value, help=f"{text} ({value:g})")
+    cluster.add_argument("--nodes", type=int, default=given.nodes)
+    cluster.add_argument("--gpus", type=int, default=given.gpus, help="of a node")
+    cluster.add_argument("--start", default="", help="the day it begins, as 2026-01-31; today")
+    for command in (batch, padding, cluster):
         command.add_argument("--recipe", required=True, help="a packaged name, or a YAML file")
         command.add_argument("--stage", help="default: every stage in turn")
         command.add_argument("overrides", nargs="*", metavar="key=value")
@@ -72,6 +92,57 @@ def plan_padding(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
         print(f"{stage.name:<12} {told.samples:>9} {told.hours:>8.2f} {told.batches:>8} "
               f"{told.longest / FRAMES_PER_SECOND:>6.1f} s {told.fill:>7.1%} {told.padding:>8.2%}"
               f"  {causes or '-'}")  # fmt: skip
+
+
+def plan_cluster(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
+    if (
+        min(args.nodes, args.gpus) < 1
+        or min(args.inside, args.network, args.storage, args.utterance) <= 0
+    ):
+        raise UserError("give at least one node and GPU, and rates above 0")
+    machine = sizing.Machine(
+        args.nodes, args.gpus, args.gpu_memory, args.rate or sizing.measured_rate(),
+        args.inside, args.network, storage=args.storage,
+    )  # fmt: skip
+    traffic = sizing.Traffic(args.utterance, args.tokens)
+    try:
+        start = datetime.date.fromisoformat(args.start) if args.start else datetime.date.today()
+    except ValueError:
+        raise UserError(f"--start {args.start}: give a day as 2026-01-31") from None
+    counted = sizing.parts(chosen)
+    shown = ", ".join(f"{n} {p.parameters / 1e6:,.1f} M" for n, p in counted.items())
+    print(f"parameters: {shown}")
+    print(f"{machine.nodes} x {machine.gpus} GPUs of {machine.memory:g} GB at "
+          f"{machine.rate:.3g} TFLOP/s\n")  # fmt: skip
+    made = [sizing.step(chosen, s, machine, traffic, counted) for s in stages(args, chosen)]
+    names = list(dict.fromkeys(name for one in made for name in one.memory))
+    print(f"{'GB of a GPU':<12} {'all':>7} " + " ".join(f"{n:>11}" for n in names))
+    for one in made:
+        cells = " ".join(f"{one.memory.get(n, 0.0):>11.2f}" for n in names)
+        print(f"{one.stage:<12} {one.peak:>7.1f} {cells}")
+    print(f"\n{'stage':<12} {'steps':>10} {'s/step':>8} {'products':>9} {'network':>8} "
+          f"{'GB sent':>8} {'h audio':>8} {'days':>7} {'GPU-hours':>10}  limited by")  # fmt: skip
+    total = 0.0
+    for one in made:
+        hours = one.steps * one.seconds / 3600
+        total += hours
+        print(f"{one.stage:<12} {one.steps:>10,} {one.seconds:>8.3f} {one.compute:>9.3f} "
+              f"{one.network:>8.3f} {one.traffic / 1e9:>8.1f} {one.audio_hours:>8.2f} "
+              f"{hours / 24:>7.1f} {hours * machine.world:>10,.0f}  {one.bottleneck}")  # fmt: skip
+    end = start + datetime.timedelta(hours=total)
+    saved = sizing.checkpoint_bytes(chosen, counted) / 1e9
+    whole = f"{total / 24:,.1f} days, {total * machine.world:,.0f} GPU-hours"
+    print(f"\nfrom {start} to {end}: {whole}; a checkpoint is {saved:.1f} GB")
+    longest = max(made, key=lambda one: one.steps * one.seconds).stage
+    stage = next(s for s in chosen.stages if s.name == longest)
+    print(f"\nstage {longest} by size\n{'GPUs':>5} {'GB':>6} {'s/step':>8} {'h audio/step':>13} "
+          f"{'h audio/GPU-h':>14}  {'limited by':<10}  change")  # fmt: skip
+    for size in sizing.layouts(machine):
+        one = sizing.step(chosen, stage, size, traffic, counted)
+        speed = one.audio_hours / (one.seconds * size.world / 3600)
+        print(f"{size.world:>5} {one.peak:>6.1f} {one.seconds:>8.3f} {one.audio_hours:>13.1f} "
+              f"{speed:>14,.0f}  {one.bottleneck:<10}  "
+              f"{sizing.advice(one, size, chosen)}")  # fmt: skip
 
 
 def stages(args: argparse.Namespace, chosen: recipe.Recipe) -> list:

@@ -1,0 +1,362 @@
+"""What a recipe takes on a cluster: memory of a GPU by part, time and traffic of a step, the whole.
+
+Arithmetic from shapes; no weight is made and no data is read. What is counted exactly: parameters,
+multiplications, the bytes that ZeRO-3 holds, sends and saves. What is estimated (**ours**): the
+activations that a layer keeps, the rate at which a GPU multiplies and the network's share, which
+are the caller's to give (`Machine`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dsasr.errors import UserError
+from dsasr.model.adaptor import Adaptor
+from dsasr.model.encoder import Encoder
+from dsasr.recipe import Recipe
+from dsasr.stages import StageConfig
+
+GB = 1e9
+WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes a parameter in bf16: itself, its gradient, fp32 states
+FRAMES = 100  # a second of audio in feature frames
+FLAC_BYTES = 16_000  # of a second of 16 kHz speech
+
+# Published shapes, for a language model whose folder is not at hand.
+QWEN3 = {
+    "Qwen3-0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "intermediate_size": 3072},
+    "Qwen3-1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "intermediate_size": 6144},
+    "Qwen3-4B": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
+                 "intermediate_size": 9728},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU and its surroundings; rates as reached, not as advertised."""
+
+    nodes: int = 8
+    gpus: int = 8
+    memory: float = 80.0  # GB
+    rate: float = 350.0  # TFLOP/s of bf16 products, sustained
+    inside: float = 200.0  # GB/s a GPU, between the GPUs of a node
+    network: float = 40.0  # GB/s a GPU, between nodes
+    storage: float = 10.0  # GB/s that all GPUs together read from the shards
+    latency: float = 20e-6  # s of a collective, and so much again for each doubling of the ranks
+    reserve: float = 3.0  # GB that CUDA, NCCL and fragmentation take
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a batch is made of, on average."""
+
+    seconds: float = 8.0  # of an utterance
+    tokens: float = 4.0  # transcript tokens in a second
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of encoder, ctc, adaptor, llm."""
+
+    parameters: int
+    products: int  # parameters that multiply each position (an embedding's table does not)
+    layers: int
+    largest: int  # parameters of the largest piece that ZeRO-3 gathers at once
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of a stage on one GPU. Seconds, bytes, floating point operations."""
+
+    stage: str
+    steps: int
+    memory: dict[str, float]  # GB by part
+    flops: float
+    compute: float
+    traffic: float  # bytes sent and received
+    network: float  # seconds
+    latency: float
+    reading: float  # seconds, of the shards of all GPUs
+    audio_hours: float  # over all GPUs
+
+    @property
+    def seconds(self) -> float:
+        """Traffic runs beside the products, its latencies do not entirely (**ours**: half)."""
+        return max(self.compute, self.network, self.reading) + self.latency / 2
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def bottleneck(self) -> str:
+        named = {"products": self.compute, "network": self.network, "latency": self.latency}
+        named["storage"] = self.reading
+        return max(named, key=named.__getitem__)
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+def llm_config(path: str):
+    """The language model's config, of its folder or of a known name."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{folder}/config.json: {reason}") from None
+    if folder.name not in QWEN3:
+        raise UserError(
+            f"model.llm.path: there is no {folder}/config.json; only that file is needed to plan "
+            f"(known without it: {', '.join(QWEN3)})"
+        )
+    shape = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
+    return AutoConfig.for_model("qwen3", tie_word_embeddings=True, **shape, **QWEN3[folder.name])
+
+
+def parts(recipe: Recipe, phonemes: int = 256) -> dict[str, Part]:
+    """The model's parts, counted on modules without memory."""
+    model = recipe.model
+    chosen = llm_config(model.llm.path)
+    with torch.device("meta"):
+        encoder = Encoder(model.encoder)
+        llm = AutoModelForCausalLM.from_config(chosen)
+        adaptor = Adaptor(model.adaptor, model.encoder.width, chosen.hidden_size)
+    head = model.encoder.width * phonemes + phonemes
+    embedding = llm.get_input_embeddings().weight.numel()
+    tied = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
+    total = _count(llm)
+    return {
+        "encoder": Part(
+            _count(encoder), _count(encoder), model.encoder.layers, _largest(encoder.blocks)
+        ),
+        "ctc": Part(head, head, 1, head),
+        "adaptor": Part(_count(adaptor), _count(adaptor), 1, _count(adaptor)),
+        "llm": Part(total, total - (0 if tied else embedding), chosen.num_hidden_layers, embedding),
+    }
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _largest(blocks: nn.ModuleList) -> int:
+    return max(_count(block) for block in blocks)
+
+
+# -- a step ------------------------------------------------------------------------------------
+
+
+def positions(recipe: Recipe, stage: StageConfig, traffic: Traffic) -> dict[str, float]:
+    """What one micro-batch of one GPU gives each part to do."""
+    batch = stage.batch or recipe.data.stream.batch
+    seconds = batch.frames / FRAMES
+    if batch.tokens and stage.branch == "sft":
+        stack = recipe.model.adaptor.stack
+        each = traffic.seconds * (25 / stack + traffic.tokens) + batch.prompt_tokens
+        seconds = min(seconds, batch.tokens / each * traffic.seconds)
+    utterances = min(seconds / traffic.seconds, batch.samples)
+    seconds = utterances * traffic.seconds
+    if stage.branch == "pretrain":
+        views = 2 if (stage.objective or "cr_ctc") == "cr_ctc" else 1
+        frames = seconds * 25 * views
+        return {"encoder": frames, "ctc": frames, "seconds": seconds}
+    speech = seconds * 25 / recipe.model.adaptor.stack
+    text = utterances * batch.prompt_tokens + seconds * traffic.tokens
+    return {"encoder": seconds * 25, "adaptor": speech, "llm": speech + text, "seconds": seconds}
+
+
+def step(
+    recipe: Recipe,
+    stage: StageConfig,
+    machine: Machine,
+    traffic: Traffic | None = None,
+    counted: Mapping[str, Part] | None = None,
+) -> Step:
+    """One optimizer step of ``stage``."""
+    traffic, counted = traffic or Traffic(), counted or parts(recipe)
+    at = positions(recipe, stage, traffic)
+    used = [name for name in ("encoder", "ctc", "adaptor", "llm") if name in at]
+    flops = sum(_flops(recipe, stage, n, counted[n], at[n], traffic) for n in used)
+    flops *= stage.accumulate
+    compute = flops / (machine.rate * 1e12)
+    # ZeRO-3 gathers every weight for the forward and again for the backward pass, and reduces the
+    # gradients of what is trained.
+    world = machine.world
+    share = (world - 1) / world
+    gathered = sum(counted[n].parameters for n in used) * WEIGHT
+    reached = [n for n in used if _graph(stage, n)]
+    again = sum(counted[n].parameters for n in reached) * WEIGHT
+    reduced = sum(counted[n].parameters for n in used if n in stage.trains) * GRADIENT
+    sent = (gathered + again + reduced) * share * stage.accumulate
+    speed = (machine.inside if machine.nodes == 1 else machine.network) * GB
+    collectives = sum(counted[n].layers for n in used) + sum(counted[n].layers for n in reached) * 2
+    waits = machine.latency * (1 + math.log2(world)) if world > 1 else 0.0
+    hours = at["seconds"] * stage.accumulate * world / 3600
+    return Step(
+        stage=stage.name,
+        steps=stage.steps,
+        memory=_memory(recipe, stage, machine, counted, at, used),
+        flops=flops,
+        compute=compute,
+        traffic=sent,
+        network=sent / speed,
+        latency=collectives * stage.accumulate * waits,
+        reading=hours * 3600 * FLAC_BYTES / (machine.storage * GB),
+        audio_hours=hours,
+    )
+
+
+def _graph(stage: StageConfig, part: str) -> bool:
+    """Whether the backward pass reaches that part."""
+    order = ("encoder", "ctc") if stage.branch == "pretrain" else ("encoder", "adaptor", "llm")
+    first = min(order.index(p) for p in stage.trains)
+    return order.index(part) >= first
+
+
+def _flops(
+    recipe: Recipe, stage: StageConfig, name: str, part: Part, count: float, traffic: Traffic
+) -> float:
+    """Products forward (2 a parameter and position), backward, and where it is recomputed."""
+    model, forward = recipe.model, 2.0 * part.products * count
+    if name == "encoder":
+        forward += 4.0 * part.layers * count * traffic.seconds * 25 * model.encoder.width
+    passes = 1.0
+    if _graph(stage, name):
+        passes += 2.0 if name in stage.trains else 1.0
+        recomputed = {"encoder": model.encoder.checkpoint, "llm": model.llm.checkpoint}
+        passes += float(recomputed.get(name, False))
+    return forward * passes
+
+
+def _memory(
+    recipe: Recipe,
+    stage: StageConfig,
+    machine: Machine,
+    counted: Mapping[str, Part],
+    at: Mapping[str, float],
+    used: list[str],
+) -> dict[str, float]:
+    """GB of one GPU by part, at the step's fullest moment."""
+    world, gb = machine.world, {}
+    both = {"pretrain": ("encoder", "ctc"), "sft": ("encoder", "adaptor", "llm")}
+    held = used if recipe.branch != "both" else [*both["pretrain"], *both["sft"]]
+    gb["weights"] = sum(counted[n].parameters for n in held) * WEIGHT / world
+    trained = sum(counted[n].parameters for n in stage.trains)
+    gb["gradients"] = trained * GRADIENT / world
+    gb["optimizer"] = trained * STATES / world
+    if recipe.branch == "both" and recipe.engine.park.place not in ("cpu", "disk"):
+        other = "sft" if stage.branch == "pretrain" else "pretrain"
+        most = max(
+            (sum(counted[n].parameters for n in s.trains) for s in recipe.stages
+             if s.branch == other), default=0)  # fmt: skip
+        gb["parked"] = most * STATES / world
+    # One piece in use and the next one on its way.
+    gb["gathered"] = max(counted[n].largest for n in used) * WEIGHT * 2
+    gb["activations"] = sum(_activations(recipe, stage, n, counted[n], at[n]) for n in used)
+    gb["features"] = at["seconds"] * FRAMES * recipe.model.encoder.mels * 4 * 2
+    gb = {name: value / GB for name, value in gb.items()}
+    gb["reserve"] = machine.reserve
+    return gb
+
+
+def _activations(recipe: Recipe, stage: StageConfig, name: str, part: Part, count: float) -> float:
+    """Bytes kept for the backward pass (or used by one layer, where there is none): **ours**, by
+    counting what a layer of that kind saves in bf16."""
+    model = recipe.model
+    if name == "encoder":
+        config = model.encoder
+        layer = count * (22 * config.width + 4 * config.ffn) * 2
+        # The first convolution's output, at half the frame rate and half the mels.
+        front = count * 2 * (config.mels / 2) * config.subsample_channels * 2 * 2
+        kept, checkpoint = count * config.width * 2, config.checkpoint
+    elif name == "llm":
+        chosen = llm_config(model.llm.path)
+        layer = count * (14 * chosen.hidden_size + 4 * chosen.intermediate_size) * 2
+        front, kept = 0.0, count * chosen.hidden_size * 2
+        checkpoint = model.llm.checkpoint
+    else:
+        return count * 4 * model.encoder.width * 2 * 2
+    if not _graph(stage, name):
+        return layer
+    return front + (kept * part.layers + layer if checkpoint else layer * part.layers)
+
+
+# -- the whole ---------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(recipe: Recipe, counted: Mapping[str, Part]) -> float:
+    """Of the largest checkpoint: weights of all branches, states of what its stages train."""
+    total = 0.0
+    for branch, names in (("pretrain", ("encoder", "ctc")), ("sft", ("encoder", "adaptor", "llm"))):
+        if recipe.branch in ("both", branch) and any(s.branch == branch for s in recipe.stages):
+            total += sum(counted[n].parameters for n in names) * WEIGHT
+            total += STATES * max(
+                sum(counted[n].parameters for n in s.trains)
+                for s in recipe.stages
+                if s.branch == branch
+            )
+    return total
+
+
+def advice(made: Step, machine: Machine, recipe: Recipe) -> str:
+    """What the recipe should change at that size, if anything."""
+    if made.peak > machine.memory:
+        fixed = sum(made.memory[n] for n in ("weights", "gradients", "optimizer"))
+        if fixed > machine.memory / 2:
+            return "does not fit: more GPUs, or engine.deepspeed=zero3-offload"
+        over = recipe.model.encoder.checkpoint and recipe.model.llm.checkpoint
+        return "does not fit: smaller batch.frames" + (
+            "" if over else ", or model.….checkpoint=true"
+        )
+    if made.bottleneck == "storage":
+        return "data.stream.source.cache_gb: keep the shards on the nodes' own disks"
+    if made.bottleneck == "products":
+        # **Ours**: beyond this a step's gradient is clean, and more audio in it is wasted.
+        much = made.audio_hours > 32
+        return "smaller batch.frames, or fewer steps at higher rates" if much else ""
+    if machine.nodes > 1 and made.bottleneck == "network":
+        return f"gather inside a node: zero_hpz_partition_size {machine.gpus}; or larger batches"
+    return "larger batch.frames (fewer, longer steps), or fewer GPUs"
+
+
+def layouts(machine: Machine, most: int = 1024) -> list[Machine]:
+    """The same machine at 1, 2, 4 … ``most`` GPUs."""
+    found, world = [], 1
+    while world <= most:
+        gpus = min(world, machine.gpus)
+        found.append(replace(machine, nodes=world // gpus, gpus=gpus))
+        world *= 2
+    return found
+
+
+def measured_rate(seconds: float = 1.0, size: int = 2048) -> float:
+    """TFLOP/s of products on this machine's GPU (bf16), or CPU (fp32)."""
+    import time
+
+    gpu = torch.cuda.is_available()
+    kind = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {}
+    size = size * 4 if gpu else size
+    a, b = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
+    a @ b
+    rounds, started = 0, time.monotonic()
+    while (spent := time.monotonic() - started) < seconds:
+        a @ b
+        if gpu:
+            torch.cuda.synchronize()
+        rounds += 1
+    return rounds * 2 * size**3 / spent / 1e12
