@@ -106,7 +106,12 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._closed.wait(self._poll):
+            now = time.monotonic()
+            asleep, before = now - before - self._poll, now
+            if asleep > max(self._poll, 2.0):
+                self._since += asleep  # the whole process was suspended: no fault of a collective
             late = time.monotonic() - self._since > self.config.seconds
             if late or self.alarm.is_dir():
                 # A file system that hangs as well must not keep this rank alive.

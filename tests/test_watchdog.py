@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from dsasr.errors import UserError
 from dsasr.watchdog import HUNG, Note, Watchdog, WatchdogConfig, report
+
+ROOT = str(Path(__file__).parent.parent)
 
 
 class Stopped:
@@ -69,6 +75,28 @@ def test_whom_to_suspect():
     # Two ranks, no majority: the one that is behind.
     assert report([note(0, "step", 6), note(1, "step", 5)], 2, 30)[-1] == "suspected: rank 1"
     assert report([], 1, 30)[-1] == "suspected: rank 0"
+
+
+def test_a_job_that_was_suspended_goes_on(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from dsasr.watchdog import Watchdog, WatchdogConfig\n"
+        f"dog = Watchdog(Path({str(tmp_path)!r}), WatchdogConfig(5), 0, 1, 's')\n"
+        "dog.at('step')\n"
+        "print('begun', flush=True)\n"
+        "for _ in range(30):\n"
+        "    time.sleep(0.1)\n"
+        "sys.exit(3)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT}
+    )
+    assert child.stdout.readline() == b"begun\n"
+    child.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    child.send_signal(signal.SIGCONT)
+    assert child.wait(60) == 3
 
 
 @pytest.mark.launcher
