@@ -1,0 +1,251 @@
+"""A run that is killed again and again, against one that is not: law 2 and law 3 under fire.
+
+Ranks are started as the launcher would start them and killed with ``kill -9``: one rank, or all of
+them as a dying node does, after a while or in the middle of something (a save, a swap, a published
+encoder, an evaluation, a stage's start). In the end weights, masters, moments and the cursors of the
+data must equal the uninterrupted run's bit for bit, and so must every line of its metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsasr import fragments, history
+from dsasr.errors import UserError
+from dsasr.fragments import FragmentReader
+
+TRAIN = Path(__file__).parent / "train.py"
+# What a line of the log tells to be happening, and how often that is the moment to kill.
+MOMENTS = {
+    "step": "] ", "checkpoint": "— checkpoint:", "published": "— published:", "swap": "— swap:",
+    "evaluation": "— stage_end:", "stage": "— stage:", "start": "",
+}  # fmt: skip
+CLOCK = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on the clock
+
+
+@dataclass
+class Verdict:
+    """What a soak has found. ``faults`` is empty when all is well."""
+
+    kills: Counter = field(default_factory=Counter)  # (moment, target) → how often
+    starts: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+class Ranks:
+    """One job: ``world`` processes of train.py and their common log."""
+
+    def __init__(self, arguments: Sequence[str], world: int, log: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        self.log, self.seen = log, log.stat().st_size if log.is_file() else 0
+        with open(log, "ab") as file:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, str(TRAIN), *arguments], stdout=file, stderr=file,
+                    env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+                )
+                for r in range(world)
+            ]  # fmt: skip
+
+    def until(self, text: str, seconds: float) -> bool:
+        """Wait for ``text`` in what this job logs; False when it ended, or ``seconds`` are over."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with open(self.log, "rb") as file:
+                file.seek(self.seen)
+                if text.encode() in file.read():
+                    return True
+            if not self.running:
+                return False
+            time.sleep(0.02)
+        return False
+
+    @property
+    def running(self) -> bool:
+        return any(p.poll() is None for p in self.processes)
+
+    def kill(self, chosen: Sequence[int]) -> None:
+        for rank in chosen:
+            if self.processes[rank].poll() is None:
+                self.processes[rank].send_signal(signal.SIGKILL)
+
+    def wait(self, seconds: float) -> list[int] | None:
+        """Exit codes; None when a rank still ran after ``seconds`` (it is killed then)."""
+        end, hung = time.monotonic() + seconds, False
+        for process in self.processes:
+            try:
+                process.wait(max(end - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                hung = True
+                process.kill()
+                process.wait()
+        return None if hung else [p.returncode for p in self.processes]
+
+
+def soak(
+    recipe: str,
+    overrides: Sequence[str],
+    folder: Path,
+    *,
+    kills: int,
+    world: int,
+    seed: int,
+    concurrent: bool = False,
+    patience: float = 900.0,
+    tell: Callable[[str], Any] = print,
+) -> Verdict:
+    """Train ``recipe`` twice below ``folder``, once undisturbed and once killed ``kills`` times.
+
+    ``concurrent``: as two jobs; the undisturbed run is then of the pretrain branch, and the sft
+    branch is held to one job that repeats its swaps. ``patience``: seconds that a job may take to
+    its end, and its ranks to die after a kill.
+    """
+    verdict, draw = Verdict(), random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    calm, run = folder / "calm", folder / "killed"
+    if calm.exists() or run.exists():
+        raise UserError(f"{folder} holds a soak already: give a new folder")
+    branches = ["pretrain", "sft"] if concurrent else ["both"]
+    common = ["--recipe", recipe, *overrides]
+    tell("the undisturbed run")
+    started = time.monotonic()
+    given = [*common, f"run={calm}", f"branch={branches[0]}"]
+    codes = Ranks(given, world, folder / "calm.log").wait(patience)
+    if codes != [0] * world:
+        raise UserError(f"the undisturbed run failed ({codes}): see {folder}/calm.log")
+    length = time.monotonic() - started
+
+    def start(branch: str) -> Ranks:
+        verdict.starts += 1
+        given = [*common, f"run={run}", f"branch={branch}"]
+        return Ranks(given, world, folder / f"killed-{branch}.log")
+
+    def place(branch: str) -> Path:
+        return run if branch == "both" else run / branch
+
+    jobs = {branch: start(branch) for branch in branches}
+    while sum(verdict.kills.values()) < kills and jobs:
+        branch = draw.choice(list(jobs))
+        job = jobs[branch]
+        moment = draw.choice(list(MOMENTS))
+        if moment == "start":
+            time.sleep(draw.uniform(0, length / 2))
+        elif not job.until(MOMENTS[moment], length * 2):
+            moment = "late"
+        time.sleep(draw.choice([0.0, draw.uniform(0, 0.3), draw.uniform(0, length / 5)]))
+        if not job.running:
+            if not finished(place(branch)):
+                verdict.faults.append(f"{branch} ended by itself: see {job.log}")
+            del jobs[branch]
+            continue
+        target = draw.choice(["rank", "node"])
+        job.kill([draw.randrange(world)] if target == "rank" else range(world))
+        verdict.kills[moment, target] += 1
+        tell(f"kill {sum(verdict.kills.values())}/{kills}: {branch}, {target}, {moment}")
+        if job.wait(patience) is None:
+            verdict.faults.append(f"start {verdict.starts}: ranks hung after a killed {target}")
+        jobs[branch] = start(branch)
+    for branch, job in jobs.items():
+        codes = job.wait(patience)
+        if codes != [0] * world:
+            verdict.faults.append(f"the last start of {branch} failed ({codes}): see {job.log}")
+    if verdict.faults:
+        return verdict
+    tell("comparing")
+    first = branches[0]
+    verdict.faults += differences(calm / first if concurrent else calm, place(first))
+    if concurrent:
+        verdict.faults += repeats(run, recipe, overrides, world, patience)
+    return verdict
+
+
+def differences(calm: Path, run: Path) -> list[str]:
+    """How the end of ``run`` differs from that of ``calm``."""
+    found, one, other = [], _last(calm), _last(run)
+    if one is None or other is None:
+        return [f"{calm if one is None else run} has no whole checkpoint"]
+    for key in ("steps", "progress", "streams", "branches"):
+        if one.manifest[key] != other.manifest[key]:
+            found.append(f"{key} of the last checkpoint")
+    found += _weights(one, other, "")
+    mine, theirs = _trace(calm), _trace(run)
+    if len(mine) != len(theirs):
+        found.append(f"{len(theirs)} lines of metrics instead of {len(mine)}")
+    for number, (a, b) in enumerate(zip(mine, theirs, strict=False), 1):
+        if a != b:
+            keys = [k for k in a if a.get(k) != b.get(k)]
+            found.append(f"line {number} of the metrics: {', '.join(keys)}")
+            break
+    return found
+
+
+def _weights(one: FragmentReader, other: FragmentReader, prefix: str) -> list[str]:
+    keys = {k for k in one.shapes if k.startswith(prefix)}
+    if keys != {k for k in other.shapes if k.startswith(prefix)}:
+        return ["the tensors of the last checkpoint"]
+    return [k for k in sorted(keys) if not torch.equal(one.whole(k), other.whole(k))]
+
+
+def repeats(
+    run: Path, recipe: str, overrides: Sequence[str], world: int, patience: float
+) -> list[str]:
+    """Of a concurrent run: whether one job that takes the same encoders at the same steps ends with
+    the same sft weights."""
+    again, log = run.parent / "repeated", run.parent / "repeated.log"
+    given = [*overrides, *history.overrides(run / "sft")]
+    codes = Ranks(["--recipe", recipe, f"run={again}", *given], world, log).wait(patience)
+    if codes != [0] * world:
+        return [f"the repeated run failed ({codes}): see {log}"]
+    one, other = _last(again), _last(run / "sft")
+    if one is None or other is None:
+        return ["a run without a whole checkpoint"]
+    return _weights(one, other, "sft/")
+
+
+def _last(run: Path) -> FragmentReader | None:
+    for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            fragments.verify(path)
+            return FragmentReader(path)
+        except fragments.FragmentError:
+            continue
+    return None
+
+
+def finished(run: Path) -> bool:
+    path = run / "events.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        return bool(lines) and json.loads(lines[-1])["event"] == "finished"
+    except ValueError:
+        return False
+
+
+def _trace(run: Path) -> list[dict[str, str]]:
+    """The metrics without what a clock said, NaN made comparable."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: repr(v) for k, v in json.loads(x).items() if not CLOCK.search(k)} for x in lines]
