@@ -1,9 +1,10 @@
 """A run that is killed again and again, against one that is not: law 2 and law 3 under fire.
 
-Ranks are started as the launcher would start them and killed with ``kill -9``: one rank, or all of
-them as a dying node does, after a while or in the middle of something (a save, a swap, a published
-encoder, an evaluation, a stage's start). In the end weights, masters, moments and the cursors of the
-data must equal the uninterrupted run's bit for bit, and so must every line of its metrics.
+Ranks are started as the launcher would start them and killed with ``kill -9``: one rank, or all
+of them as a dying node does, after a while or in the middle of something (a save, a swap, a
+published encoder, an evaluation, a stage's start). In the end weights, masters, moments and the
+cursors of the data must equal the uninterrupted run's bit for bit, and so must every line of its
+metrics.
 """
 
 from __future__ import annotations
