@@ -49,10 +49,8 @@ def main() -> int:
     for fault in verdict.faults:
         print(f"differs: {fault}")
     kills = sum(verdict.kills.values())
-    end = (
-        "NOT that of the undisturbed run" if verdict.faults else "bit-equal to the undisturbed run"
-    )
-    print(f"{kills} kills, {verdict.starts} starts: the end is {end}")
+    end = "differs from" if verdict.faults else "is bit for bit that of"
+    print(f"{kills} kills, {verdict.starts} starts: the end {end} the undisturbed run")
     return 1 if verdict.faults else 0
 
 
