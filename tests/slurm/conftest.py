@@ -6,6 +6,7 @@ folder; a Slurm that this machine may run already is not touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -86,6 +87,20 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
 class Cluster:
     """Daemons, and the commands that a user has."""
 
@@ -126,6 +141,18 @@ class Cluster:
     def node(self, name: str) -> None:
         """Start the daemon of that node."""
         self._daemon(name, "slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str, task: int) -> None:
+        """As if its power had gone: the daemon, and a task's process with all that Slurm runs
+        above it on that node."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+        above = [task]
+        while (parent := _parent(above[-1])) > 1 and "slurm" in _name(parent):
+            above.append(parent)
+        for pid in reversed(above):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _daemon(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:

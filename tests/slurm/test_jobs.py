@@ -142,6 +142,23 @@ def test_a_killed_rank_requeues_and_nothing_hangs(jobs, whole):
     assert last(run)["files"] == last(whole)["files"]
 
 
+def test_a_dead_node_requeues(jobs, whole):
+    job, run = jobs.submit("run")
+    jobs.until(job, run, "checkpoint: name=step-0000000014")
+    pid = rank_pid(run, 1)
+    given = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    node = next(x for x in given if x.startswith(b"SLURMD_NODENAME=")).decode().partition("=")[2]
+    jobs.cluster.kill_node(node, pid)
+    killed = time.monotonic()
+    while jobs.cluster.show(job, "Restarts") != "1":
+        assert time.monotonic() - killed < 90, told(run)
+        time.sleep(0.2)
+    jobs.cluster.node(node)
+    jobs.finish(job, run)
+    assert events(run, "resumed")
+    assert trace(run) == trace(whole)
+
+
 def test_a_mistake_is_told_and_not_requeued(jobs):
     job, run = jobs.submit("run", overrides="stages.pretrain.rate=3")
     assert jobs.cluster.wait(job) == "FAILED"
