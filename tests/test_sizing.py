@@ -118,7 +118,7 @@ def test_checkpoints_and_unknown_models(nim, counted, tiny):
 
 
 def test_the_tool():
-    command = [sys.executable, ROOT / "tools" / "plan.py", "cluster", "--recipe", "nim-2.3b",
+    command = [sys.executable, ROOT / "tools" / "plan.py", "--recipe", "nim-2.3b",
                "--nodes", "4", "--start", "2026-01-01"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -2,7 +2,7 @@
 
 python tools/plan.py batch --recipe demo --stage pretrain --memory 4
 python tools/plan.py padding --recipe demo data.stream.batch.frames=3000
-python tools/plan.py cluster --recipe nim-2.3b --nodes 8 --gpus 8 --gpu-memory 80
+python tools/plan.py --recipe nim-2.3b --nodes 8 --gpus 8 --gpu-memory 80
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--recipe", required=True, help="a packaged name, or a YAML file")
         command.add_argument("--stage", help="default: every stage in turn")
         command.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0].startswith("--") and given[0] != "--help":
+        given = ["cluster", *given]  # the plan that most want
+    return parser.parse_args(given)
 
 
 def plan_batch(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
