@@ -29,6 +29,8 @@ class MonitorConfig:
     tensorboard: bool = True
 
 
+OF_THE_JOB = ("checkpoint", "checkpoint_failed", "checkpoint_passed_over", "resumed", "stopped")
+FILES = ("metrics.jsonl", "events.jsonl")
 # Curves that TensorBoard is to draw into one chart.
 CHARTS = {
     "encoder": {
@@ -121,8 +123,19 @@ class Meter:
 class Monitor:
     """Writes a run's metrics and events, and the progress line on a terminal or in a log."""
 
-    def __init__(self, folder: Path, config: MonitorConfig, total_steps: int, from_steps: int = 0):
-        """``from_steps``: go on after so many; lines that a killed run wrote beyond are dropped."""
+    def __init__(
+        self,
+        folder: Path,
+        config: MonitorConfig,
+        total_steps: int,
+        from_steps: int = 0,
+        written: Mapping[str, int] | None = None,
+    ):
+        """``from_steps``: go on after so many; lines that a killed run wrote beyond are dropped.
+
+        ``written``: of each file, the lines that were there at that point (from `state`), for what
+        comes after it and before the next step belongs to the same number of steps.
+        """
         self.config = config
         self.total_steps = total_steps
         self._meters: dict[str, Meter] = {}
@@ -130,12 +143,15 @@ class Monitor:
         self._first: int | None = None
         self._writer = self._metrics = self._events = None
         self._unwritten = ""  # why the last line could not be written
+        self._lines = dict.fromkeys(FILES, 0)
         if ranks.main_rank():
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "events.jsonl"):
-                _cut(folder / name, from_steps)
-            self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-            self._events = open(folder / "events.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            for name in FILES:
+                self._lines[name] = _cut(folder / name, from_steps, (written or {}).get(name))
+            self._metrics, self._events = (
+                open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
+                for name in FILES
+            )
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -174,7 +190,8 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """What is counted but not yet written, of all ranks, for the checkpoint; collective."""
         own = {branch: meter.state() for branch, meter in self._meters.items()}
-        return {"meters": ranks.gather(own), "seconds": time.monotonic() - self._started}
+        seconds = time.monotonic() - self._started
+        return {"meters": ranks.gather(own), "seconds": seconds, "written": dict(self._lines)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on counting where `state` was; on another world size rank r takes r, r + world …"""
@@ -190,6 +207,7 @@ class Monitor:
         with self._despite_full_disk():
             self._metrics.write(json.dumps({**head, "seconds": seconds, **line}) + "\n")
             self._metrics.flush()
+            self._lines["metrics.jsonl"] += 1
             if self._writer is not None:
                 for name, value in line.items():
                     self._writer.add_scalar(f"{head['stage']}/{name}", value, head["steps"])
@@ -232,6 +250,7 @@ class Monitor:
         with self._despite_full_disk():
             self._events.write(json.dumps({"event": kind, "seconds": seconds, **fields}) + "\n")
             self._events.flush()
+            self._lines["events.jsonl"] += 1
         shown = "  ".join(f"{k}={_short(v)}" for k, v in fields.items())
         print(f"— {kind}: {shown}", flush=True)
 
@@ -261,18 +280,24 @@ def add_images(folder: Path, pictures: Sequence[Path], steps: int) -> None:
             writer.add_image(f"report/{path.stem}", image, steps, dataformats="HWC")
 
 
-def _cut(path: Path, steps: int) -> None:
-    """Keep the lines of the first ``steps`` steps: the rest will be made again."""
+def _cut(path: Path, steps: int, written: int | None) -> int:
+    """Keep the first ``written`` lines, of the first ``steps`` steps: the rest will be made again.
+
+    What tells of the job and not of the training stays. Returns how many lines are left.
+    """
     if not path.is_file():
-        return
+        return 0
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         try:
-            if json.loads(line).get("steps", 0) <= steps and steps:
-                kept.append(line + "\n")
+            held = json.loads(line)
         except ValueError:
             continue  # the torn last line of a killed run
+        before = written is None or number < written or held.get("event") in OF_THE_JOB
+        if steps and before and held.get("steps", 0) <= steps:
+            kept.append(line + "\n")
     atomic_write(path, "".join(kept))
+    return len(kept)
 
 
 def _short(value: Any) -> str:

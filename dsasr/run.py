@@ -66,7 +66,7 @@ class Run:
             recipe.folder,
             recipe.monitor,
             self._total_steps(),
-            reader.manifest["steps"] if reader else 0,
+            *((reader.manifest["steps"], reader.manifest["monitor"]["written"]) if reader else ()),
         )
         self.exchange = Exchange(recipe, self.build, self.monitor)
         self.watch = Watch(

@@ -117,13 +117,14 @@ def soak(
     seed: int,
     concurrent: bool = False,
     patience: float = 900.0,
+    linger: bool = True,
     tell: Callable[[str], Any] = print,
 ) -> Verdict:
     """Train ``recipe`` twice below ``folder``, once undisturbed and once killed ``kills`` times.
 
     ``concurrent``: as two jobs; the undisturbed run is then of the pretrain branch, and the sft
     branch is held to one job that repeats its swaps. ``patience``: seconds that a job may take to
-    its end, and its ranks to die after a kill.
+    its end, and its ranks to die after a kill. ``linger``: kill also a while after the moment.
     """
     verdict, draw = Verdict(), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,8 @@ def soak(
             time.sleep(draw.uniform(0, length / 2))
         elif not job.until(MOMENTS[moment], length * 2):
             moment = "late"
-        time.sleep(draw.choice([0.0, draw.uniform(0, 0.3), draw.uniform(0, length / 5)]))
+        if linger:
+            time.sleep(draw.choice([0.0, draw.uniform(0, 0.3), draw.uniform(0, length / 5)]))
         if not job.running:
             if not finished(place(branch)):
                 verdict.faults.append(f"{branch} ended by itself: see {job.log}")

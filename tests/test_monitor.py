@@ -81,6 +81,28 @@ def test_lines_beyond_the_checkpoint_and_torn_ones_go(tmp_path):
     assert [x["steps"] for x in lines(tmp_path, "events")] == [3, 6]
 
 
+def test_what_came_after_the_checkpoint_and_before_the_next_step_goes(tmp_path):
+    """A swap, say, which the resumed run makes again; what tells of the job stays."""
+    config = MonitorConfig(tensorboard=False)
+    monitor = Monitor(tmp_path, config, 10)
+    monitor.event("published", steps=6)
+    monitor.scalars({"steps": 6}, {"cka": 0.5})
+    written = monitor.state()["written"]
+    monitor.event("checkpoint", steps=6)
+    monitor.event("swap", steps=6)
+    monitor.scalars({"steps": 6}, {"in_use": 6.0})
+    monitor.close()
+    for _ in range(2):  # killed twice at the same place
+        monitor = Monitor(tmp_path, config, 10, 6, written)
+        monitor.event("resumed", steps=6)
+        monitor.event("swap", steps=6)
+        monitor.scalars({"steps": 6}, {"in_use": 6.0})
+        monitor.close()
+    told = [x["event"] for x in lines(tmp_path, "events")]
+    assert told == ["published", "checkpoint", "resumed", "resumed", "swap"]
+    assert [x.get("in_use") for x in lines(tmp_path)] == [None, 6.0]
+
+
 def test_tensorboard_holds_cka_threshold_swaps_and_parked_bytes(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -50,7 +50,15 @@ def test_two_kills(tiny, tmp_path, monkeypatch):
     short = ["stages.pretrain.steps=8", "stages.ia_sft.steps=6", "stages.joint.steps=2",
              "checkpoint.every_steps=3"]  # fmt: skip
     verdict = soak.soak(
-        str(tiny), short, tmp_path / "soak", kills=2, world=1, seed=3, tell=told.append
+        str(tiny),
+        short,
+        tmp_path / "soak",
+        kills=2,
+        world=1,
+        seed=3,
+        linger=False,
+        tell=told.append,
     )
-    assert not verdict.faults and sum(verdict.kills.values()) == 2 and verdict.starts == 3
+    assert not verdict.faults, verdict.faults
+    assert (sum(verdict.kills.values()), verdict.starts) == (2, 3), verdict
     assert told[-1] == "comparing"

@@ -198,4 +198,4 @@ def test_an_evaluation_array(cluster, tiny, whole):
         assert cluster.wait(f"{job}_{task}") == "COMPLETED", told(whole)
     rows = {n: lines(whole / "evaluation", n) for n in ("one", "two")}
     assert len(rows["one"]) == 8 and rows["one"] == rows["two"]
-    assert "utterances" in (whole / "evaluation" / "one.txt").read_text()
+    assert "8 clips: WER" in (whole / "evaluation" / "one.txt").read_text()
