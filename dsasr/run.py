@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 from dsasr import config, ranks
 from dsasr.build import Builder
 from dsasr.checkpoint import Checkpoints
+from dsasr.data.bad import BadSampleLog
 from dsasr.data.batching import Batch
-from dsasr.data.stream import BadSampleLog, Stream
+from dsasr.data.stream import Stream
 from dsasr.engine import Branch, StepReport
 from dsasr.errors import UserError
 from dsasr.exchange import GIVEN, Exchange
@@ -75,6 +77,9 @@ class Run:
         self.bad = BadSampleLog(
             recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=ranks.rank()
         )
+        self._bad_told = reader.manifest["bad_samples"] if reader else {}  # by the last line
+        # Before any collective call: no rank may write its file while rank 0 cuts it.
+        self.bad.resume(self._bad_told, reader.manifest["steps"] if reader else 0)
         self._begin(reader)
 
     # -- start, resume -----------------------------------------------------------------------
@@ -265,14 +270,23 @@ class Run:
             self._not_finite(report)
         if report.branch == "sft":
             self.exchange.line(line["nll"], self.progress)
-        counts: dict[str, int] = {}
-        for held in ranks.gather(dict(self.bad.counts)):
-            for cause, count in held.items():
-                counts[cause] = counts.get(cause, 0) + count
+        counts = self._bad_counts()
+        if counts != self._bad_told:
+            self._bad_told = counts
+            head = {"steps": self.steps, "branch": report.branch, "stage": "bad_samples"}
+            self.monitor.scalars(head, counts)
+            self.monitor.event("bad_samples", steps=self.steps, **counts)
         self.bad.check(counts)
         if report.branch == "pretrain":
             self.exchange.store.beat()
         self._check_signal()
+
+    def _bad_counts(self) -> dict[str, int]:
+        """Dropped samples of the run by cause, over all ranks; collective."""
+        counts: Counter[str] = Counter()
+        for held in ranks.gather(dict(self.bad.counts)):
+            counts.update(held)
+        return dict(sorted(counts.items()))
 
     def _encoder_line(self, report: StepReport) -> dict[str, float]:
         """Of the sft branch: which encoder it is on; of both: what the other branch has parked."""
@@ -361,6 +375,7 @@ class Run:
             "streams": {k: {"stage": n, "state": s} for k, (n, s) in self._cursors.items()},
             "stage_seconds": self.stage_seconds,
             "monitor": self.monitor.state(),
+            "bad_samples": self._bad_counts(),
             "finished": self._finished,
             "best_score": self._best,
             **self.exchange.state(),

@@ -22,15 +22,19 @@ def error_rates(
     """Rates by name over all ranks, and some transcripts beside their references; collective.
 
     Of a pretrain branch the phoneme error rate; of an sft branch what its transcripts give.
-    ``utterances`` limits the set; 0: all of it. ``watched`` goes round the batches.
+    ``utterances`` limits the set; 0: all of it. "left_out": samples of it that were bad, if any.
+    ``watched`` goes round the batches.
     """
-    batches = watched(build.held_out(branch.name, utterances))
+    held = build.held_out(branch.name, utterances)
+    dropped = sum(ranks.gather(sum(len(batch.bad) for batch in held)))
+    told = {"left_out": float(dropped)} if dropped else {}
+    batches = watched(held)
     with branch.evaluating() as module:
         if branch.name == "pretrain":
             rate = validate.phoneme_error_rate(
                 module, batches, device=ranks.device(), sum_ranks=ranks.sum_ranks
             )
-            return {"phoneme_error_rate": rate}, ""
+            return {"phoneme_error_rate": rate} | told, ""
         found = validate.transcribe(
             module,
             batches,
@@ -46,7 +50,7 @@ def error_rates(
     rows = found.rows[:: max(len(found.rows) // max(samples, 1), 1)][:samples]
     shown = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
     values = {k: v for k, v in summary.items() if not math.isnan(v)}
-    return values | invented, shown
+    return values | invented | told, shown
 
 
 def _hallucinations(recipe: Recipe, build: Builder, module) -> dict[str, float]:

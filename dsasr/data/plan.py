@@ -168,14 +168,21 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def sample_seeds(seed: int, epoch: int, dataset: str, shard: str, count: int) -> np.ndarray:
-    """One 63-bit seed for each row of a shard: from (seed, epoch, dataset, shard's name, row).
+def sample_seeds(
+    seed: int, epoch: int, dataset: str, shard: str, keys: Sequence[str]
+) -> np.ndarray:
+    """One 63-bit seed for each key of a shard: from (seed, epoch, dataset, shard's name, key).
 
-    A sample's randomness depends on no other sample, so a bad neighbour changes nothing for it.
+    A sample's randomness depends on no other sample, so a bad neighbour changes nothing for it,
+    nor one that was left out of the index.
     """
     base = stable_hash("sample", seed, epoch, dataset, shard.rsplit("/", 1)[-1])
-    rows = np.arange(count, dtype=np.uint64)
-    return splitmix64(np.uint64(base) ^ splitmix64(rows)) >> np.uint64(1)
+    digests = (
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for key in keys
+    )
+    hashed = np.frombuffer(b"".join(digests), "<u8")
+    return splitmix64(np.uint64(base) ^ splitmix64(hashed)) >> np.uint64(1)
 
 
 def uniform(seeds: np.ndarray, salt: int) -> np.ndarray:
@@ -319,7 +326,7 @@ def plan_window(
         keep = np.arange(len(index))
         if part.lang is not None:
             keep = np.flatnonzero(index.lang_mask(part.lang))
-        seeds = sample_seeds(config.seed, epoch, part.name, shard, len(index))[keep]
+        seeds = sample_seeds(config.seed, epoch, part.name, shard, index.keys)[keep]
         chars = index.chars[keep].astype(np.int64)
         seconds = index.durations[keep].astype(np.float64)
         verdict = limits(seconds, chars, config.batch)

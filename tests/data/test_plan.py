@@ -44,7 +44,7 @@ class FakeIndex:
 
     def __init__(self, shard: str, count: int, langs: str = "en", longest: float = 15.0) -> None:
         rng = np.random.default_rng(stable_hash(shard))
-        self.shard = shard
+        self.shard, self.keys = shard, [f"{shard}:{row}" for row in range(count)]
         self.durations = rng.uniform(0.5, longest, count).astype(np.float32)
         self.chars = (self.durations * 12 * rng.uniform(0.5, 1.5, count)).astype(np.int32)
         self.langs = np.array([langs.split("+")[i % len(langs.split("+"))] for i in range(count)])
@@ -53,7 +53,7 @@ class FakeIndex:
         return len(self.durations)
 
     def entry(self, row: int) -> FakeEntry:
-        return FakeEntry(f"{self.shard}:{row}", float(self.durations[row]), int(self.chars[row]))
+        return FakeEntry(self.keys[row], float(self.durations[row]), int(self.chars[row]))
 
     def lang_mask(self, lang: str) -> np.ndarray:
         return self.langs == lang
@@ -292,17 +292,21 @@ def test_state_is_small_whatever_the_data() -> None:
     assert len(json.dumps(state)) < 400
 
 
-def test_sample_seeds_depend_on_the_row_not_on_its_neighbours() -> None:
-    ten, five = (sample_seeds(1, 0, "a", "/x/s.tar", n) for n in (10, 5))
-    assert (ten[:5] == five).all()
-    assert (ten == sample_seeds(1, 0, "a", "http://elsewhere/s.tar", 10)).all()
-    others = [sample_seeds(*args, 10) for args in ((2, 0, "a", "s.tar"), (1, 1, "a", "s.tar"))]
+def test_sample_seeds_depend_on_the_key_not_on_its_neighbours() -> None:
+    keys = [f"k{i}" for i in range(10)]
+    ten, five = (sample_seeds(1, 0, "a", "/x/s.tar", keys[::n]) for n in (1, 2))
+    assert (ten[::2] == five).all()
+    assert (ten == sample_seeds(1, 0, "a", "http://elsewhere/s.tar", keys)).all()
+    others = [sample_seeds(*args, keys) for args in ((2, 0, "a", "s.tar"), (1, 1, "a", "s.tar"))]
     assert len({*ten.tolist(), *others[0].tolist(), *others[1].tolist()}) == 30
     assert ten.dtype == np.uint64 and ten.max() < 2**63
+    assert len(sample_seeds(1, 0, "a", "s", [])) == 0 and len(
+        sample_seeds(1, 0, "a", "s", ["\ud800"])
+    )
 
 
 def test_uniform_draws_are_uniform_and_independent() -> None:
-    seeds = sample_seeds(0, 0, "a", "s", 20_000)
+    seeds = sample_seeds(0, 0, "a", "s", [str(i) for i in range(20_000)])
     one, two = uniform(seeds, 1), uniform(seeds, 2)
     assert one.min() >= 0 and one.max() < 1
     assert abs(one.mean() - 0.5) < 0.01 and abs(one.var() - 1 / 12) < 0.005

@@ -23,7 +23,7 @@ from dsasr.data.augment import AugmentConfig
 from dsasr.data.plan import BatchConfig
 from dsasr.data.samples import TextEncoder
 from dsasr.data.sources import SourceConfig
-from dsasr.data.stream import BadSampleLog, DatasetConfig, Stream, StreamConfig, make_parts
+from dsasr.data.stream import DatasetConfig, Stream, StreamConfig, make_parts
 from dsasr.data.stream_check import Verdict, digest, draw_case, run_case
 from dsasr.data.text import TextConfig
 from dsasr.errors import UserError
@@ -415,25 +415,6 @@ def test_temperature_evens_out_languages(tmp_path, config) -> None:
         make_parts([DatasetConfig("d", str(folder), lang="fr")], Sources())
     with pytest.raises(UserError, match="needs the hours"):
         make_parts([DatasetConfig("d", str(folder / "*.tar"))], Sources(), 2.0)
-
-
-def test_bad_sample_log_counts_names_and_limits(tmp_path) -> None:
-    path = tmp_path / "run" / "bad_samples.jsonl"
-    log = BadSampleLog(path, {"decode_error": 1, "*": 2, "total": 3})
-    log.add([("decode_error", "s.tar", "k1", "torn")], steps=4)
-    log.check()
-    log.add([("decode_error", "s.tar", "k2", "torn")], steps=5)
-    with pytest.raises(UserError, match=r"2 samples.*'decode_error'.*limit of 1.*k2 in s\.tar"):
-        log.check()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["key"] for line in lines] == ["k1", "k2"] and lines[0]["steps"] == 4
-    other = BadSampleLog(path, {"*": 0}, rank=3)
-    other.add([])
-    assert not other.path.exists() and other.path.name == "bad_samples.rank3.jsonl"
-    other.add([("nan_audio", "s.tar", "k", "")])
-    assert "nan_audio" in other.excess() and other.path.exists()
-    assert "more than the limit of 3" in log.excess({"a": 2, "b": 2})
-    assert BadSampleLog(path).excess({"a": 10**6}) is None
 
 
 def test_wrong_configs_are_user_errors(tmp_path, config) -> None:
