@@ -3,7 +3,8 @@
 A task is a pure description, so a worker that dies (``kill -9``, out of memory) is replaced and its
 tasks are made again: the consumer sees the same payloads. Tasks and results travel through shared
 anonymous memory, one slot for each outstanding task; the pipes carry a few bytes for each, and
-so never block. A result is copied once, by the consumer, out of its slot.
+so never block. A result stays in its slot as long as the consumer holds it; one that holds many
+gets copies.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ORPHAN_SECONDS = 5.0  # how often a waiting worker looks whether its consumer st
 MAX_DEATHS = 3  # of workers in a row over one task, before the run gives up
 HEADER = struct.Struct("<qqq")  # task: slot, bytes, 0; result: slot, bytes of array, of the rest
 ALIGN = 64
+SPARE = 2  # slots of each worker that the consumer may hold while all tasks are outstanding
 
 Allocate = Callable[[tuple[int, ...]], np.ndarray]
 """Gives float32 memory of a shape, not cleared; at most one call for each task."""
@@ -69,8 +71,11 @@ class _Worker:
     results: Connection | None = None
     memory: mmap.mmap | None = None
     outstanding: deque = field(default_factory=deque)  # (slot, task) in order of submission
-    slots: deque = field(default_factory=deque)  # free
+    slots: deque = field(default_factory=deque)  # free; last released, first used
     deaths: int = 0
+
+    def give_back(self, slot: int) -> None:
+        self.slots.append(slot)
 
 
 class WorkerPool:
@@ -89,8 +94,8 @@ class WorkerPool:
         self.taken = self.submitted = 0
         self.workers = [_Worker() for _ in range(workers)]
         for number, worker in enumerate(self.workers):
-            worker.memory = mmap.mmap(-1, self.slot_bytes * self.depth)
-            worker.slots.extend(range(self.depth))
+            worker.memory = mmap.mmap(-1, self.slot_bytes * (self.depth + SPARE))
+            worker.slots.extend(range(self.depth + SPARE))
             self._start(number)
         _open_pools.add(self)
 
@@ -108,7 +113,7 @@ class WorkerPool:
         assert self.room > 0, "the pool is full: take a result first"
         worker = self.workers[self.submitted % len(self.workers)]
         self.submitted += 1
-        slot = worker.slots.popleft()
+        slot = worker.slots.pop()
         worker.outstanding.append((slot, task))
         self._send(worker, slot, task)
 
@@ -124,8 +129,7 @@ class WorkerPool:
                     payload = self._receive(worker)
                     break
             self._replace(number)
-        slot, _ = worker.outstanding.popleft()
-        worker.slots.append(slot)
+        worker.outstanding.popleft()
         worker.deaths = 0
         self.taken += 1
         if isinstance(payload, BaseException):
@@ -200,25 +204,24 @@ class WorkerPool:
             worker.tasks.send_bytes(HEADER.pack(slot, len(data), 0))
 
     def _receive(self, worker: _Worker) -> Payload | BaseException:
+        """The next result; its slot is free again at once, or when the consumer drops the array."""
         slot, array_bytes, rest_bytes = HEADER.unpack(worker.results.recv_bytes())
         if array_bytes < 0:
             kind, shape, rest, data = pickle.loads(worker.results.recv_bytes())
+            source = np.frombuffer(bytearray(data) or bytes(4), np.float32, len(data) // 4)
         else:
             start = slot * self.slot_bytes
-            view = memoryview(worker.memory)[start : start + array_bytes + rest_bytes]
-            kind, shape, rest = pickle.loads(view[array_bytes:])
-            data = view[:array_bytes]
-        if kind == "error":
-            return rest
-        array = torch.empty(shape)
-        if array.numel():
-            source = np.frombuffer(data, np.float32, array.numel()).reshape(shape)
-            array.copy_(torch.from_numpy(source) if source.flags.writeable else _thaw(source))
-        return Payload(array, rest)
-
-
-def _thaw(source: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(source.copy())
+            tail = start + array_bytes
+            kind, shape, rest = pickle.loads(memoryview(worker.memory)[tail : tail + rest_bytes])
+            source = np.frombuffer(worker.memory, np.float32, array_bytes // 4, start)
+        held = self.depth + SPARE - len(worker.slots) - len(worker.outstanding)
+        if array_bytes > 0 and held < SPARE:
+            # The storage of the tensor, and so every view of it, keeps ``source`` alive.
+            weakref.finalize(source, worker.give_back, slot).atexit = False
+        else:
+            source = source.copy() if array_bytes > 0 else source
+            worker.give_back(slot)
+        return rest if kind == "error" else Payload(torch.from_numpy(source.reshape(shape)), rest)
 
 
 def _shown(task: Any) -> str:

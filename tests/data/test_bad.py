@@ -44,12 +44,13 @@ def said(seconds: float = 0.5, text: str = "ab", **more) -> bytes:
 
 
 def good(number: int) -> list[tuple[str, bytes]]:
-    """The members of a good sample: mono or stereo, at 8, 16 or 48 kHz."""
+    """The members of a good sample: mono or stereo, at 8, 16 or 48 kHz, in one of three forms."""
     seconds, rate = 0.3 + 0.05 * (number % 9), (RATE, 8000, 48_000)[number % 3]
     data = wave(seconds, number, rate)
     if number % 4 == 3:
         data = np.stack([data, 0.5 * data], 1)
-    return [("flac", encoded(data, rate=rate)), ("json", said(seconds))]
+    form, subtype = (("FLAC", "PCM_16"), ("WAV", "FLOAT"), ("OGG", "VORBIS"))[number // 3 % 3]
+    return [(form.lower(), encoded(data, form, rate, subtype)), ("json", said(seconds))]
 
 
 def torn_flac() -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -100,6 +101,34 @@ def test_a_result_is_the_receivers_own(pool) -> None:
     pool = pool(1, 1)
     results = list(run(pool, [Job(i) for i in range(5)]))
     assert all(same(p, Job(i)) for i, p in enumerate(results))
+
+
+def test_slots_are_lent_and_used_again_only_when_nobody_looks(pool) -> None:
+    """A view outlives its batch; what many batches hold is copied; the memory stays the same."""
+    pool = pool(1, 2)
+    spans = lambda p: (p.array.data_ptr(), p.array.data_ptr() + p.array.nbytes)  # noqa: E731
+    jobs = [Job(i, rows=50) for i in range(30)]
+    results = run(pool, jobs)
+    kept = [next(results) for _ in range(6)]
+    ends = [spans(p) for p in kept]
+    assert len({start for start, _ in ends}) == 6, "two live arrays share memory"
+    views = [p.array[3:] for p in kept]
+    want = [view.clone() for view in views]
+    del kept
+    assert len(pool.workers[0].slots) + len(pool.workers[0].outstanding) == 2
+    places = set()
+    for payload, job in zip(results, jobs[6:], strict=False):
+        assert same(payload, job)
+        places.add(payload.array.data_ptr())
+        if job.number == 15:
+            assert all(torch.equal(a, b) for a, b in zip(views, want, strict=True))
+            views.clear()
+            places.clear()
+    assert len(places) <= 4, "the slots are used in turn"
+    del payload
+    gc.collect()
+    worker = pool.workers[0]
+    assert sorted(worker.slots) == [0, 1, 2, 3] and not worker.outstanding
 
 
 def test_killed_workers_are_replaced_and_nothing_changes(pool) -> None:

@@ -1,6 +1,6 @@
 """How fast batches come: ours, the limit, plain webdataset, lhotse; same shards, same output.
 
-    python tools/bench/loader.py --shards FOLDER [--workers 1 2] [--rounds 3]
+    python tools/bench/loader.py --shards FOLDER [--workers 1 2] [--rounds 3] [--device cuda]
 
 Shards of real FLAC: ``tools/make_shards.py MANIFEST --out FOLDER --encode flac --shard-size 75``.
 All sides read the same tar shards (lhotse: the same audio bytes in its Shar form), make 80-mel
@@ -50,10 +50,13 @@ Batches = Iterator[tuple[float, float]]
 Measured = tuple[float, float, float]
 
 
-def ours(folder: Path, workers: int, epochs: int) -> Batches:
-    config = StreamConfig(batch=BatchConfig(frames=FRAMES), workers=workers)
+def ours(folder: Path, workers: int, epochs: int, device: str = "") -> Batches:
+    """Features made by the workers, or on ``device`` in this process."""
+    config = StreamConfig(
+        batch=BatchConfig(frames=FRAMES), workers=workers, features="device" if device else "worker"
+    )
     datasets = [DatasetConfig("bench", str(folder))]
-    with Stream(config, datasets=datasets, epochs=epochs) as stream:
+    with Stream(config, datasets=datasets, epochs=epochs, device=device or "cpu") as stream:
         for batch in stream:
             yield float(batch.feature_lengths_B.sum()) / 100, batch.padding_share
 
@@ -258,6 +261,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4, help="over the shards, a round")
+    parser.add_argument("--device", help="also: features computed there, in the training process")
     parser.add_argument("--without", nargs="*", default=[], choices=["webdataset", "lhotse"])
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -270,6 +274,10 @@ def main() -> None:
             "ours": lambda n: measure(lambda: ours(folder, n, epochs), total),
             "limit": lambda n: limit(folder, n, epochs),
         }
+        if args.device:
+            sides["ours_device"] = lambda n: measure(
+                lambda: ours(folder, n, epochs, args.device), total
+            )
         if "webdataset" not in args.without:
             sides["webdataset"] = lambda n: measure(
                 lambda: plain_webdataset(folder, n, epochs), total
