@@ -355,10 +355,12 @@ class Maker:
             with contextlib.suppress(Missing, ValueError, TypeError):
                 return load_index(self.sources.whole(_index_name(shard)), shard)
         try:
-            path = Path(self.sources.local_path(shard))
-            stat = path.stat()
-        except (Missing, FileNotFoundError):
+            return self.sources.with_local(shard, lambda path: self._made_index(Path(path), shard))
+        except Missing:
             raise SourceError(shard, 1, "it does not exist") from None
+
+    def _made_index(self, path: Path, shard: str) -> ShardIndex:
+        stat = path.stat()
         name = hashlib.sha256(f"{shard}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
         if path.parent == self.sources.cache_folder:  # its time says when it was downloaded
             name = hashlib.sha256(f"{shard}\n{stat.st_size}".encode()).hexdigest()

@@ -38,6 +38,7 @@ Span = tuple[int, int]  # offset, size
 CHUNK = 1 << 20
 GAP = 8192  # bytes between two members of a remote shard that are cheaper read than skipped
 OPEN_FILES = 64
+STALE = 3600.0  # seconds without a byte after which a part of a download is removed
 CHECKED = 1024  # local shards of a list whose existence is checked at start-up
 
 
@@ -99,6 +100,7 @@ class Sources:
         if not isinstance(spec, str):
             lists = [self.resolve(one) for one in spec]
             return joined(lists)
+        spec = spec.removeprefix("file://")
         if is_pipe(spec):
             self._check_pipe(spec)
             return ShardList(list(expand_braces(spec)))
@@ -107,7 +109,7 @@ class Sources:
         if is_remote(spec) and spec.endswith("/"):
             return self._from_dataset(spec)
         found: list[str] = []
-        for name in expand_braces(spec.removeprefix("file://")):
+        for name in expand_braces(spec):
             if not is_remote(name) and glob.has_magic(name):
                 matches = sorted(glob.glob(name))
                 if not matches:
@@ -147,7 +149,7 @@ class Sources:
         if is_remote(url):
             return self._retry(url, lambda: self._fetch(url, None, None))
         try:
-            data = Path(url).read_bytes()
+            data = Path(url.removeprefix("file://")).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise Missing(url) from None
         except OSError as error:
@@ -158,11 +160,10 @@ class Sources:
     def read(self, url: str, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``. Raises `Truncated` where the shard ends before."""
         try:
-            local = self._local(url)
-            if local is None:
+            if is_remote(url) and not self.config.cache_gb:
                 data = self._retry(url, lambda: self._fetch(url, offset, size))
             else:
-                data = self._retry(url, lambda: self._pread(local, offset, size))
+                data = self.with_local(url, lambda path: self._pread(path, offset, size))
         except Missing:
             raise SourceError(url, 1, "it does not exist") from None
         self.bytes += len(data)
@@ -179,18 +180,23 @@ class Sources:
         data = self.read(url, first, last - first)
         return tuple(data[at - first : at - first + size] for at, size in (one, two))
 
-    def local_path(self, url: str) -> str:
-        """A local file with the whole shard; remote ones are downloaded into the cache."""
-        return self._local(url) or self._cached(url)
+    def with_local(self, url: str, act: Callable[[str], T]) -> T:
+        """``act`` on a local file with the whole shard; remote ones are downloaded into the cache.
 
-    def exists(self, url: str) -> bool:
-        try:
-            if is_remote(url):
-                self._retry(url, lambda: self._fetch(url, 0, 1))
-                return True
-            return os.path.isfile(url)
-        except Missing:
-            return False
+        Other processes may evict it before ``act`` has opened it: then it is downloaded again.
+        Raises `Missing` or `SourceError`.
+        """
+        cached = is_remote(url) or is_pipe(url)
+
+        def attempt() -> T:
+            try:
+                return act(self._cached(url) if cached else url.removeprefix("file://"))
+            except FileNotFoundError:
+                if not cached:
+                    raise
+                raise OSError("it left the cache at once: raise source.cache_gb") from None
+
+        return self._retry(url, attempt)
 
     def close(self) -> None:
         for handle in self.files.values():
@@ -202,13 +208,6 @@ class Sources:
             raise UserError(
                 f"'{url}' would run a shell command: set source.allow_pipe=true if that is meant"
             )
-
-    def _local(self, url: str) -> str | None:
-        if is_pipe(url):
-            return self._cached(url)
-        if not is_remote(url):
-            return url.removeprefix("file://")
-        return self._cached(url) if self.config.cache_gb > 0 else None
 
     def _pread(self, path: str, offset: int, size: int) -> bytes:
         handle = self.files.get(path)
@@ -362,6 +361,10 @@ class Sources:
         if limit <= 0:
             return
         with _locked(folder / ".evict.lock"):
+            for torn in folder.glob(".*.tmp"):  # a download's, or of one that was killed
+                with contextlib.suppress(OSError):
+                    if torn.stat().st_mtime < time.time() - STALE:
+                        torn.unlink()
             held = []
             for path in folder.glob("*.tar"):
                 with contextlib.suppress(OSError):
@@ -384,4 +387,6 @@ def _locked(path: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        # Closing is not enough: a worker forked meanwhile would hold its copy locked as it lives.
+        fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

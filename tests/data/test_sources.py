@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
 import json
 import multiprocessing
 import os
 import re
+import tarfile
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
+from dsasr.data.plan import BatchConfig
 from dsasr.data.sources import (
     Missing,
     SourceConfig,
     SourceError,
     Sources,
     Truncated,
+    _locked,
     expand_braces,
     is_remote,
 )
+from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
+from dsasr.data.stream_check import digest
 from dsasr.errors import UserError
 
 BODY = bytes(i * 7 % 251 for i in range(200_000))
@@ -149,7 +159,6 @@ def test_a_closed_port_a_refusal_and_a_missing_file_are_told_apart(server, tmp_p
     for gone in (f"{server.url}/none.tar", str(tmp_path / "none.tar")):
         with pytest.raises(SourceError, match="does not exist"):
             read.read(gone, 0, 1)
-    assert read.exists(f"{server.url}/a.tar") and not read.exists(f"{server.url}/none.tar")
 
 
 def test_back_off_doubles(server, tmp_path, monkeypatch) -> None:
@@ -204,6 +213,63 @@ def test_the_cache_stays_under_its_limit_and_keeps_what_is_used(server, tmp_path
     assert len(server.requests) == before, "the shard in use was evicted"
 
 
+def test_a_shard_that_leaves_the_cache_before_it_is_opened_is_fetched_again(
+    server, tmp_path, monkeypatch
+) -> None:
+    """A cache too small for its processes: another one evicts what this one has just downloaded."""
+    read, url = sources(tmp_path, cache_gb=1.0), f"{server.url}/a.tar"
+    cached, gone = read._cached, []
+
+    def evicted(url: str) -> str:
+        path = cached(url)
+        if len(gone) < 2:
+            gone.append(os.unlink(path))
+        return path
+
+    monkeypatch.setattr(read, "_cached", evicted)
+    assert read.read(url, 10, 5) == BODY[10:15] and len(gone) == 2 == len(server.requests) - 1
+    monkeypatch.setattr(read, "_cached", lambda url: str(tmp_path / "gone"))
+    with pytest.raises(SourceError, match=r"4 attempts.*raise source\.cache_gb"):
+        read.read(url, 10, 5)
+
+
+def test_what_a_killed_download_left_is_removed_in_time(server, tmp_path) -> None:
+    folder = tmp_path / "cache" / "shards"
+    folder.mkdir(parents=True)
+    old, new = folder / ".x.tar.1.tmp", folder / ".x.tar.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    sources(tmp_path, cache_gb=1.0).read(f"{server.url}/a.tar", 0, 1)
+    assert new.exists() and not old.exists()
+
+
+def test_a_fork_does_not_keep_a_lock(tmp_path) -> None:
+    """A worker forked while the planner's thread downloads holds the lock's file, not the lock."""
+    lock = tmp_path / "lock"
+    held, freed = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _locked(lock):
+            held.set()
+            freed.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+    process.start()
+    freed.set()
+    thread.join()
+    handle = os.open(lock, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+        process.kill()
+        process.join()
+
+
 def _fetch(url: str, folder: str, queue) -> None:
     read = Sources(SourceConfig(cache=folder, cache_gb=1.0))
     queue.put(read.read(url, 7, 9))
@@ -220,6 +286,42 @@ def test_processes_share_one_download(server, tmp_path) -> None:
     for process in processes:
         process.join()
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("cache_gb", [0.0, 1.0])
+def test_a_stream_from_a_bad_server_is_the_stream_from_disk(server, tmp_path, cache_gb) -> None:
+    """Every third request fails, stalls, is cut or refused; indexes are made on the way."""
+    folder, keys = tmp_path / "local", []
+    folder.mkdir()
+    for number in range(3):
+        with tarfile.open(folder / f"s-{number}.tar", "w") as tar:
+            for i in range(5):
+                keys.append(f"k{number}{i}")
+                wave = np.random.default_rng(len(keys)).standard_normal(5000 + 900 * i) * 0.1
+                audio = io.BytesIO()
+                soundfile.write(audio, wave, 16_000, format="FLAC")
+                said = {"text": "x", "lang": "en", "speaker": "s", "duration": len(wave) / 16_000}
+                for kind, data in (("flac", audio.getvalue()), ("json", json.dumps(said).encode())):
+                    info = tarfile.TarInfo(f"{keys[-1]}.{kind}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    server.files = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+    marks = {}
+    for place in (f"{folder}/s-{{0..2}}.tar", f"{server.url}/s-{{0..2}}.tar"):
+        server.faults = [x for fault in (503, "cut", "drop", "stall") for x in (fault, "", "")]
+        given = {"cache": str(tmp_path / "cache"), "backoff": 0.01, "timeout": 0.3}
+        config = StreamConfig(
+            batch=BatchConfig(frames=150),
+            workers=2,
+            source=SourceConfig(cache_gb=cache_gb, **given),
+        )
+        with Stream(config, datasets=[DatasetConfig("d", place)], epochs=2) as stream:
+            batches = list(stream)
+        marks[place] = [digest(batch) for batch in batches]
+        seen = Counter(key for batch in batches for key in batch.keys)
+        assert seen == Counter(keys * 2) and not any(batch.bad for batch in batches)
+    assert len(set(map(tuple, marks.values()))) == 1
+    assert len(server.faults) < 12, "the server was asked"
 
 
 def test_s3_and_others_go_through_fsspec(tmp_path) -> None:
@@ -290,6 +392,7 @@ def test_resolving_names(tmp_path, server) -> None:
     assert read.resolve(str(one / "s-{0..1}.tar")).shards == found.shards
     assert read.resolve(str(one / "*.tar")).shards == found.shards
     assert read.resolve(f"file://{one}/s-0.tar").shards == found.shards[:1]
+    assert read.resolve(f"file://{one}").shards == found.shards
     assert read.resolve(f"{server.url}/{{a,b}}.tar").shards == [
         f"{server.url}/a.tar",
         f"{server.url}/b.tar",
