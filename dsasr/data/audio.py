@@ -38,6 +38,7 @@ LOG_FLOOR = torch.finfo(torch.float32).eps
 PREEMPHASIS = 0.97
 MAX_CHANNELS = 64
 MAX_KERNEL = 1 << 19  # the product of reduced sampling rates; 44.1 and 16 kHz make 441 · 160
+BLOCK = 512  # frames
 SHORT = 0.01  # share by which audio may fall short of its header: MP3's is an estimate
 
 
@@ -202,23 +203,30 @@ def fbank(wave: Tensor, cfg: FbankConfig) -> Tensor:
     if len(wave) < cfg.window:
         return torch.zeros(0, cfg.mels)
     window, _ = _tables(cfg, "cpu")
-    wave = wave * FULL_SCALE
     if cfg.dither:
         # From the audio itself: the same file has the same features, whoever computes them.
         seeded = torch.Generator().manual_seed(zlib.crc32(wave.numpy().tobytes()))
-        wave += cfg.dither * torch.randn(len(wave), generator=seeded)
-    emphasised = wave.clone()
-    emphasised[1:].sub_(wave[:-1], alpha=PREEMPHASIS)
-    means = wave.unfold(0, cfg.window, cfg.shift).mean(1, keepdim=True)
-    padded = torch.zeros(len(means), 1 << (cfg.window - 1).bit_length())
-    frames = padded[:, : cfg.window]
-    torch.sub(emphasised.unfold(0, cfg.window, cfg.shift), means.mul_(1 - PREEMPHASIS), out=frames)
-    frames.mul_(window)
-    squares = torch.view_as_real(torch.fft.rfft(padded)).square_()
-    power = squares[..., 0] + squares[..., 1]
-    features = torch.empty(len(means), cfg.mels)
-    for mels, bins, weights in _bands(cfg):
-        torch.mm(power[:, bins], weights, out=features[:, mels])
+        wave = wave + cfg.dither / FULL_SCALE * torch.randn(len(wave), generator=seeded)
+    emphasised = torch.empty_like(wave)
+    emphasised[:1] = wave[:1]
+    torch.sub(wave[1:], wave[:-1], alpha=PREEMPHASIS, out=emphasised[1:])
+    means = wave.unfold(0, cfg.window, cfg.shift).mean(1, keepdim=True).mul_(1 - PREEMPHASIS)
+    frames = emphasised.unfold(0, cfg.window, cfg.shift)
+    features = torch.empty(len(frames), cfg.mels)
+    scaled = window * FULL_SCALE
+    # Blocks that stay in the processor's cache.
+    padded = torch.zeros(min(len(frames), BLOCK), 1 << (cfg.window - 1).bit_length())
+    power = torch.empty(len(padded), padded.shape[1] // 2 + 1)
+    for first in range(0, len(frames), BLOCK):
+        count = min(BLOCK, len(frames) - first)
+        block = padded[:count, : cfg.window]
+        torch.sub(frames[first : first + count], means[first : first + count], out=block)
+        block.mul_(scaled)
+        squares = torch.view_as_real(torch.fft.rfft(padded[:count])).numpy()
+        np.square(squares, out=squares)
+        np.add(squares[..., 0], squares[..., 1], out=power.numpy()[:count])  # half of torch's time
+        for mels, bins, weights in _bands(cfg):
+            torch.mm(power[:count, bins], weights, out=features[first : first + count, mels])
     return features.clamp_min_(LOG_FLOOR).log_()
 
 

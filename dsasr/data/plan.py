@@ -225,8 +225,9 @@ def cut(frames: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarra
     if len(frames) > LEAST_PADDING_UP_TO:
         ranges = _cut_greedily(frames, tokens, config)
     elif len(frames):
+        spans = _spans(frames, tokens, config)
         for cost in BATCH_COSTS:
-            ranges = _cut_least(frames, tokens, config, cost * config.frames)
+            ranges = _cut_least(spans, cost * config.frames)
             padded = sum((last - first) * frames[first:last].max() for first, last in ranges)
             if frames.sum() >= (1 - PADDING_GOAL) * padded:
                 break
@@ -251,34 +252,44 @@ def _cut_greedily(
     return ranges
 
 
-def _cut_least(
-    frames: np.ndarray, tokens: np.ndarray, config: BatchConfig, cost: float
-) -> list[tuple[int, int]]:
+def _spans(frames: np.ndarray, tokens: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """[N, most] padded frames of the batch from sample i − most + 1 + j to sample i; inf: too much.
+
+    One sample alone always fits. What starts before the first sample counts as if it were there.
+    """
+    count = len(frames)
+    most = min(config.samples, count, max(config.frames // max(int(frames.min()), 1), 1))
+    sizes = np.arange(most, 0, -1)
+
+    def padded(lengths: np.ndarray) -> np.ndarray:
+        rows = np.lib.stride_tricks.sliding_window_view(np.pad(lengths, (most - 1, 0)), most)
+        return np.maximum.accumulate(rows[:, ::-1], axis=1)[:, ::-1] * sizes
+
+    spans = padded(frames).astype(np.float64)
+    over = spans > config.frames
+    if config.tokens:
+        over |= padded(tokens) > config.tokens
+    over[:, -1] = False
+    spans[over] = np.inf
+    return spans
+
+
+def _cut_least(spans: np.ndarray, cost: float) -> list[tuple[int, int]]:
     """The cut of least (padded frames + ``cost`` for each batch): a shortest path."""
-    count, budget = len(frames), config.tokens or np.iinfo(np.int64).max
-    sizes = np.arange(1, min(config.samples, max(count, 1)) + 1)
-    price = np.full(count + 1, np.inf)
-    origin = np.zeros(count + 1, np.int64)
-    price[0] = 0.0
-    for first in range(count):
-        padded = np.maximum.accumulate(frames[first : first + len(sizes)])
-        size = sizes[: len(padded)]
-        padded = padded * size
-        # Both grow with the size, so that what fits is a prefix; one sample always does.
-        fits = int(np.searchsorted(padded, config.frames, "right"))
-        if config.tokens:
-            row = np.maximum.accumulate(tokens[first : first + len(padded)]) * size
-            fits = min(fits, int(np.searchsorted(row, budget, "right")))
-        fits = max(fits, 1)
-        offer = price[first] + padded[:fits] + cost
-        ends = price[first + 1 : first + 1 + fits]
-        better = offer < ends
-        ends[better] = offer[better]
-        origin[first + 1 : first + 1 + fits][better] = first
-    ranges = []
-    while count:
-        ranges.append((int(origin[count]), count))
-        count = int(origin[count])
+    count, most = spans.shape
+    price = np.full(most + count, np.inf)  # of what ends before sample i: at i + most − 1
+    price[most - 1] = 0.0
+    origin = []
+    for i in range(count):
+        offers = price[i : i + most] + spans[i]
+        offers += cost
+        best = int(offers.argmin())
+        price[i + most] = offers[best]
+        origin.append(i - most + 1 + best)
+    ranges, last = [], count
+    while last:
+        ranges.append((origin[last - 1], last))
+        last = origin[last - 1]
     return ranges[::-1]
 
 

@@ -127,7 +127,7 @@ class ShardIndex:
         return float(self.durations.sum(dtype=np.float64)) / 3600
 
     def entry(self, i: int) -> Entry:
-        at = [int(v) for v in self._places[i]]
+        at = self._places[i].tolist()
         lang, extension = self._langs[self._lang[i]], self._extensions[self._extension[i]]
         seconds, chars = float(self.durations[i]), int(self.chars[i])
         return Entry(self.keys[i], extension, *at, seconds, chars, lang)

@@ -1,14 +1,17 @@
 """How fast batches come: ours, the limit, plain webdataset, lhotse; same shards, same output.
 
-    python tools/bench/loader.py --shards FOLDER [--workers 1 2] [--rounds 3] [--device cuda]
+    python tools/bench/loader.py --shards FLAC OPUS [--workers 1 2] [--minutes 8] [--device cuda]
 
-Shards of real FLAC: ``tools/make_shards.py MANIFEST --out FOLDER --encode flac --shard-size 75``.
-All sides read the same tar shards (lhotse: the same audio bytes in its Shar form), make 80-mel
-kaldi features and padded batches under the same frame budget. Reported, as medians over rounds in
-alternation: useful (non-padding) seconds of audio per second and worker, and per second of CPU time
-of all processes together, which other work on the machine disturbs less. The limit decodes and
-computes features of samples that lie in memory, with our functions, in a bare loop in as many
-processes; its CPU time is the loops' alone.
+Shards of real FLAC: ``tools/make_shards.py MANIFEST --out FLAC --encode flac --shard-size 75``; of
+real Opus, if that is what the recordings are: without ``--encode``. All sides read the same tar
+shards (lhotse: the same audio bytes in its Shar form) and make 80-mel kaldi features and padded
+batches under the same frame budget. They run in turn, round after round, for their minutes.
+Reported, as medians over rounds: useful (non-padding) seconds of audio per second and worker, and
+per second of CPU time of all processes together, which other work on the machine disturbs less; and
+of the ratios within each round. ``others`` is the share of the machine that other work took.
+
+The limit decodes and computes features of samples that lie in memory, with our functions, in a bare
+loop in as many processes; its CPU time is the loops' alone.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import glob
+import importlib
 import io
 import json
 import multiprocessing
@@ -29,8 +33,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import soundfile
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import record
@@ -38,10 +44,11 @@ from common import record
 from dsasr.data.audio import FbankConfig, decode, fbank
 from dsasr.data.plan import BatchConfig
 from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
+from dsasr.data.workers import keep_freed_memory
 from dsasr.errors import UserError, run_tool
 
 FRAMES = 12_000
-WARM = 0.15  # share of the audio before the clock starts
+WARM, LAST = 0.15, 0.9  # shares of the audio between which the clock runs
 
 # A side yields (useful seconds, padding share) for each batch.
 Batches = Iterator[tuple[float, float]]
@@ -72,6 +79,7 @@ def _read_share(folder: Path, share: int, workers: int) -> list[bytes]:
 
 def _bare_loop(folder: Path, share: int, workers: int, epochs: int, barrier, queue) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as our workers do
     held, config = _read_share(folder, share, workers), FbankConfig()
     for data in held[:10]:
         fbank(decode(data), config)
@@ -229,97 +237,131 @@ def lhotse(shar: Path, workers: int, epochs: int) -> Batches:
 
 
 def measure(make: Callable[[], Batches], total: float) -> Measured:
-    """A pipeline's rates: by the clock after the warm-up, by CPU time over all of it."""
-    seen = padding = counted = 0.0
-    number, started, cpu = 0, None, _cpu()
+    """A pipeline's rates by the clock and by CPU time, between two shares of the audio."""
+    seen = padding = 0.0
+    number, marks = 0, []
     batches = make()
     for useful, padded in batches:
-        if started is not None:
-            counted += useful
         seen += useful
         padding += padded
         number += 1
-        if started is None and seen >= WARM * total:
-            started = time.perf_counter()
-    if started is None or seen < 0.95 * total:
+        if len(marks) < 2 and seen >= (WARM, LAST)[len(marks)] * total:
+            marks.append((seen, time.perf_counter(), _cpu()))
+    if seen < 0.95 * total:
         raise UserError(f"a side delivered {seen:.0f} of {total:.0f} s")
-    took = time.perf_counter() - started
+    (first, started, cpu), (last, ended, cpu_then) = marks
     del batches
-    gc.collect()  # joins the workers, whose time counts only then
-    return counted / took, seen / (_cpu() - cpu), padding / number
+    gc.collect()  # ends the workers
+    return (last - first) / (ended - started), (last - first) / (cpu_then - cpu), padding / number
 
 
 def _cpu() -> float:
+    """CPU seconds of this process and of the children that run."""
+    me = psutil.Process()
+    return sum(sum(p.cpu_times()[:2]) for p in (me, *me.children(recursive=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=Path, nargs="+", required=True, help="with dataset.json")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all (default: 8)")
+    parser.add_argument("--epochs", type=int, default=2, help="over the shards, a round")
+    parser.add_argument("--device", help="also: features computed there, in the training process")
+    parser.add_argument("--without", nargs="*", default=[], choices=["webdataset", "lhotse"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    # Each side's packages are loaded here, so that no worker spends its time on that.
+    for package in ("torchaudio", *({"webdataset", "lhotse"} - set(args.without))):
+        importlib.import_module(package)
+    cases = [(folder, workers) for folder in args.shards for workers in args.workers]
+    with (
+        tempfile.TemporaryDirectory(prefix="dsasr-loader-") as temporary,
+        tqdm(total=round(60 * args.minutes), unit="s", disable=None) as progress,
+    ):
+        for number, (folder, workers) in enumerate(cases):
+            sides = _sides(folder, workers, args, Path(temporary) / str(number))
+            _compare(sides, folder, workers, 60 * args.minutes / len(cases), progress)
+
+
+def _sides(
+    folder: Path, workers: int, args: argparse.Namespace, shar: Path
+) -> dict[str, Callable[[], Measured]]:
+    epochs = args.epochs
+    total = json.loads((folder / "dataset.json").read_text())["hours"] * 3600 * epochs
+
+    def pipeline(make: Callable[..., Batches], *given: object) -> Callable[[], Measured]:
+        return lambda: measure(lambda: make(*given), total)
+
+    sides = {
+        "ours": pipeline(ours, folder, workers, epochs),
+        "limit": lambda: limit(folder, workers, epochs),
+    }
+    if args.device:
+        sides["ours_device"] = pipeline(ours, folder, workers, epochs, args.device)
+    if "webdataset" not in args.without:
+        sides["webdataset"] = pipeline(plain_webdataset, folder, workers, epochs)
+    if "lhotse" not in args.without:
+        sides["lhotse"] = pipeline(lhotse, write_shar(folder, shar), workers, epochs)
+    return sides
+
+
+def _joined() -> float:
     """CPU seconds of this process and of the children that it has joined."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shards", type=Path, required=True, help="folder with dataset.json")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4, help="over the shards, a round")
-    parser.add_argument("--device", help="also: features computed there, in the training process")
-    parser.add_argument("--without", nargs="*", default=[], choices=["webdataset", "lhotse"])
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="dsasr-loader-") as temporary:
-        about = json.loads((args.shards / "dataset.json").read_text())
-        total = about["hours"] * 3600 * args.epochs
-        kind = sorted({Path(m).suffix for m in _members(args.shards)} - {".json"})[0][1:]
-        folder, epochs = args.shards, args.epochs
-        sides = {
-            "ours": lambda n: measure(lambda: ours(folder, n, epochs), total),
-            "limit": lambda n: limit(folder, n, epochs),
-        }
-        if args.device:
-            sides["ours_device"] = lambda n: measure(
-                lambda: ours(folder, n, epochs, args.device), total
-            )
-        if "webdataset" not in args.without:
-            sides["webdataset"] = lambda n: measure(
-                lambda: plain_webdataset(folder, n, epochs), total
-            )
-        if "lhotse" not in args.without:
-            shar = write_shar(folder, Path(temporary) / "shar")
-            sides["lhotse"] = lambda n: measure(lambda: lhotse(shar, n, epochs), total)
-        for workers in args.workers:
-            _compare(sides, workers, args.rounds, kind, about)
+def _machine_busy() -> float:
+    """CPU seconds that all processes of the machine have used."""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, interrupts, soft = map(int, file.readline().split()[1:8])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
-def _members(folder: Path) -> list[str]:
-    with tarfile.open(sorted(glob.glob(f"{folder}/*.tar"))[0]) as tar:
-        return tar.getnames()
-
-
-def _compare(sides: dict, workers: int, rounds: int, kind: str, about: dict) -> None:
+def _compare(
+    sides: dict[str, Callable[[], Measured]], folder: Path, workers: int, seconds: float, progress
+) -> None:
+    """Rounds for about so many ``seconds``, at least two, then a line for each side."""
     runs: dict[str, list[Measured]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    started, busy, used, shown = time.perf_counter(), _machine_busy(), _joined(), 0.0
+    elapsed = rounds = 0
+    while rounds < 2 or elapsed * (rounds + 0.5) / rounds < seconds:
         for name, run in sides.items():
-            runs[name].append(run(workers))
-    clock, cpu, padding = (
-        {name: statistics.median(run[i] for run in held) for name, held in runs.items()}
-        for i in range(3)
-    )
+            runs[name].append(run())
+            elapsed = time.perf_counter() - started
+            progress.update(round(elapsed - shown, 1))
+            shown = elapsed
+        rounds += 1
+    others = (_machine_busy() - busy - (_joined() - used)) / elapsed / (os.cpu_count() or 1)
+    about = json.loads((folder / "dataset.json").read_text())
     for name, held in runs.items():
-        rates = [run[0] for run in held]
+        clock, cpu, padding = (statistics.median(column) for column in zip(*held, strict=True))
+        pairs = list(zip(runs["ours"], held, strict=True))
+        ratios = [mine[0] / other[0] for mine, other in pairs]
         record(
             "loader",
             side=name,
-            audio=kind,
+            audio=_audio_kind(folder),
             workers=workers,
             frames=FRAMES,
             hours=round(about["hours"], 3),
             rounds=rounds,
-            useful_s_per_s_worker=round(clock[name] / workers, 1),
-            spread=round((max(rates) - min(rates)) / clock[name], 3),
-            useful_s_per_cpu_s=round(cpu[name], 1),
-            padding=round(padding[name], 4),
-            ours_over_this=round(clock["ours"] / clock[name], 3),
-            ours_over_this_by_cpu=round(cpu["ours"] / cpu[name], 3),
+            others=round(max(others, 0.0), 3),
+            useful_s_per_s_worker=round(clock / workers, 1),
+            spread=round((max(r[0] for r in held) - min(r[0] for r in held)) / clock, 3),
+            useful_s_per_cpu_s=round(cpu, 1),
+            padding=round(padding, 4),
+            ours_over_this=round(statistics.median(ratios), 3),
+            ours_over_this_range=[round(min(ratios), 3), round(max(ratios), 3)],
+            ours_over_this_by_cpu=round(statistics.median(m[1] / o[1] for m, o in pairs), 3),
         )
+
+
+def _audio_kind(folder: Path) -> str:
+    with tarfile.open(sorted(glob.glob(f"{folder}/*.tar"))[0]) as tar:
+        kinds = {Path(name).suffix for name in tar.getnames()} - {".json"}
+    return "+".join(sorted(kind[1:] for kind in kinds))
 
 
 if __name__ == "__main__":
