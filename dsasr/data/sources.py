@@ -360,10 +360,13 @@ class Sources:
         limit = self.config.cache_gb * 1e9
         if limit <= 0:
             return
-        with _locked(folder / ".evict.lock"):
+        lock = folder / ".evict.lock"
+        with _locked(lock):
+            os.utime(lock)
+            now = lock.stat().st_mtime  # by the file system's clock, as the others
             for torn in folder.glob(".*.tmp"):  # a download's, or of one that was killed
                 with contextlib.suppress(OSError):
-                    if torn.stat().st_mtime < time.time() - STALE:
+                    if torn.stat().st_mtime < now - STALE:
                         torn.unlink()
             held = []
             for path in folder.glob("*.tar"):
