@@ -62,14 +62,18 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step was. ``sums`` are this rank's (sum, count), not yet reduced."""
+    """What one optimizer step was. ``sums`` are this rank's (sum, count), not yet reduced.
+
+    ``grad_norm`` is a tensor, for its value waits for the optimizer's kernels; a plain inf where
+    DeepSpeed, which looks before it takes the step, found it not finite.
+    """
 
     branch: str
     stage: str
     step: int
     sums: dict[str, tuple[Tensor, Tensor]]
     rates: dict[str, float]
-    grad_norm: float | None
+    grad_norm: Tensor | float | None
     batches: tuple[Batch, ...]
 
 
@@ -271,7 +275,6 @@ class Branch:
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + total, old[1] + count)
         norm = self._engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else None
         return StepReport(self.name, self.stage.name, step, sums, rates, norm, tuple(batches))
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:

@@ -180,7 +180,7 @@ class Monitor:
         line = meter.collect()
         line |= {f"rate_{part}": rate for part, rate in report.rates.items()}
         if report.grad_norm is not None:
-            line["grad_norm"] = report.grad_norm
+            line["grad_norm"] = float(report.grad_norm)
         line |= more or {}
         head = {"steps": steps, "branch": report.branch, "stage": report.stage}
         self._write(head | {"step": report.step + 1}, line)

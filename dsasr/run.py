@@ -259,8 +259,8 @@ class Run:
         """Count the step; at a line also look for bad numbers, bad data and a wish to stop."""
         stage = next(s for s in self.recipe.stages if s.name == report.stage)
         last = report.step + 1 == stage.steps
-        # The norm is the same on all ranks and at hand: no broken weight is ever saved.
-        if report.grad_norm is not None and not math.isfinite(report.grad_norm):
+        # The same on all ranks, and at hand where it is not finite: no broken weight is ever saved.
+        if isinstance(report.grad_norm, float) and not math.isfinite(report.grad_norm):
             self._not_finite(report)
         line = self.monitor.step(report, self.steps, self._wait, last, self._encoder_line(report))
         if line is None:

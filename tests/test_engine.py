@@ -83,3 +83,38 @@ def test_ds_configs_are_read_by_name_and_mistakes_are_named(tmp_path):
     broken.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_ds_config(str(broken))
+
+
+# Functions that ask for values of tensors on the host, or ask only on a CPU. That nothing else of
+# the model's asks a GPU is shown in tests/model/test_waits.py.
+ON_THE_HOST = {
+    "dsasr/model/encoder.py:forward",
+    "dsasr/model/speech_llm.py:<genexpr>",
+    "dsasr/model/speech_llm.py:<listcomp>",
+    "dsasr/model/speech_llm.py:lay_out",
+    "dsasr/model/speech_llm.py:ragged",
+    "dsasr/kernels/__init__.py:_check",
+    "dsasr/kernels/__init__.py:_check_adaptor",
+    # Adam's step count, which a GPU's fused Adam never reads.
+    "deepspeed/runtime/zero/stage3.py:step_with_gradscaler",
+    "deepspeed/runtime/zero/stage_1_and_2.py:_optimizer_step",
+    # Of unpacked rows, once a batch.
+    "transformers/masking_utils.py:find_packed_sequence_indices",
+}
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_a_step_waits_for_the_device_before_the_optimizer_alone(launch, tiny, tmp_path, zero):
+    out = tmp_path / "waits.json"
+    done = launch(PROGRAM.parent / "waits.py", tiny, out, zero, ranks=1)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(out.read_text())
+    assert list(found) == ["pretrain", "align", "ia_sft", "joint"]
+    for stage, one in found.items():
+        asked = {k: n for k, n in one["asked"].items() if k not in ON_THE_HOST}
+        # DeepSpeed looks whether the gradient is finite: at all of it, or at each group's and at
+        # what the clipping goes by. The engine does not read the norm again.
+        looks = 1 if zero == "zero3" else one["groups"] + 1
+        assert asked == {"deepspeed/runtime/utils.py:is_invalid_grad_norm": looks}, stage
+        assert 0 < one["norm"] < 100

@@ -241,7 +241,8 @@ def _spans(
 ) -> Tensor:
     """[B, size] True inside ``masks`` spans, each up to ``widths_B`` wide within ``lengths_B``."""
     count, device = len(lengths_B), lengths_B.device
-    drawn = torch.rand(2, masks, count, 1, generator=generator, device=generator.device).to(device)
+    drawn = torch.rand(2, masks, count, 1, generator=generator, device=generator.device)
+    drawn = drawn.to(device, non_blocking=True)
     width = (drawn[0] * (widths_B[:, None] + 1)).long()
     start = (drawn[1] * (lengths_B[:, None] - width + 1).clamp_min(1)).long()
     place = torch.arange(size, device=device)

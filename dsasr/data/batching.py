@@ -35,6 +35,7 @@ class Batch:
     state: dict  # JSON-able cursor after this step's global batches; opaque
     bad: tuple[tuple[str, str, str, str], ...] = ()
     stats: dict = field(default_factory=dict)  # decode_s, feature_s, bytes, …
+    origin: Batch | None = field(default=None, repr=False)  # what `to` moved from another device
 
     def __len__(self) -> int:
         """Utterances."""
@@ -51,11 +52,28 @@ class Batch:
         total = self.features_BTF.shape[0] * self.features_BTF.shape[1]
         return 1.0 - float(self.feature_lengths_B.sum()) / total if total else 0.0
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on ``device``."""
+    @property
+    def host(self) -> Batch:
+        """The batch as it was before `to`: lengths that are read here keep no GPU waiting."""
+        return self.origin or self
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device``, on the way there when this returns."""
         moved = {
-            item.name: value.to(device, non_blocking=non_blocking)
+            item.name: upload(value, device)
             for item in dataclasses.fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **moved, origin=self.host)
+
+
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device`` without waiting for what is queued there.
+
+    A plain copy from the host's pageable memory waits for the queue when it is large, and always
+    when it is blocking.
+    """
+    device = torch.device(device)
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

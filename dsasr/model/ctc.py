@@ -53,16 +53,25 @@ class CtcLoss:
 
 
 def ctc_loss(
-    log_probs_BSP: Tensor, frame_lengths_B: Tensor, phonemes_BP: Tensor, phoneme_lengths_B: Tensor
+    log_probs_BSP: Tensor,
+    frame_lengths_B: Tensor,
+    phonemes_BP: Tensor,
+    phoneme_lengths_B: Tensor,
+    host_lengths: tuple[Tensor, Tensor] | None = None,
 ) -> CtcLoss:
-    """CTC negative log-likelihood of each utterance; see `CtcLoss` for what does not fit."""
+    """CTC negative log-likelihood of each utterance; see `CtcLoss` for what does not fit.
+
+    torch's loss reads the lengths on the host: ``host_lengths``, the same lengths of frames and
+    phonemes on the CPU, spare a GPU the wait for them.
+    """
+    frames_B, counts_B = host_lengths or (frame_lengths_B, phoneme_lengths_B)
     if phonemes_BP.shape[1] == 0:
         phonemes_BP = phonemes_BP.new_zeros(len(phonemes_BP), 1)
     nll_B = F.ctc_loss(
         log_probs_BSP.transpose(0, 1),
         phonemes_BP,
-        frame_lengths_B,
-        phoneme_lengths_B,
+        frames_B,
+        counts_B,
         blank=BLANK,
         reduction="none",
         zero_infinity=True,

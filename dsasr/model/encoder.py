@@ -248,7 +248,8 @@ class DepthwiseConv(nn.Module):
         padded = F.pad(x_BSC, (0, 0, half, pieces * size - S))
         windows = padded.unfold(1, half + size, size).transpose(2, 3)  # [B, pieces, half + size, C]
         windows = F.pad(windows, (0, 0, 0, half)).flatten(0, 1)
-        return self._convolve(windows, 0).view(B, pieces * size, C)[:, :S]
+        # The result is laid out as the device likes it: a copy on some.
+        return self._convolve(windows, 0).reshape(B, pieces * size, C)[:, :S]
 
     def _convolve(self, x_BSC: Tensor, padding: int) -> Tensor:
         # Seen as a channels-last image of one row, [B, S, C] needs no transposed copy.
@@ -340,7 +341,7 @@ class Encoder(nn.Module):
         Runs in the dtype of the weights. ``chunk=None`` is full context.
         """
         # On a GPU the question would stall the queue; there the masks are always applied.
-        padded = lengths_B.is_cuda or int(lengths_B.min()) < features_BTF.shape[1]
+        padded = lengths_B.device.type != "cpu" or int(lengths_B.min()) < features_BTF.shape[1]
         dtype = self.subsampling.project.bias.dtype
         x = self.subsampling(features_BTF.to(dtype), lengths_B, padded)
         out_lengths_B = self.output_lengths(lengths_B)

@@ -30,6 +30,7 @@ class LlmConfig:
     """``pack``: positions a row may hold, 0 for one utterance a row.
 
     With a flash ``attn`` any ``pack`` above 0 puts the whole batch into one row, without padding.
+    Without packing transformers makes a GPU wait once a batch, to ask whether rows are packed.
     """
 
     path: str = ""

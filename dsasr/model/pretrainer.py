@@ -80,11 +80,14 @@ class Pretrainer(nn.Module):
             chunk,
         )
         log_probs = self.ctc(output.frames_BSE)
+        host = batch.host
+        host_lengths = self.encoder.output_lengths(host.feature_lengths_B), host.phoneme_lengths_B
         found = ctc_loss(
             log_probs,
             output.lengths_B,
             batch.phonemes_BP.repeat(views, 1),
             batch.phoneme_lengths_B.repeat(views),
+            host_lengths=tuple(lengths_B.repeat(views) for lengths_B in host_lengths),
         )
         phonemes = found.phonemes.clamp_min(1)
         loss = found.nll_B.sum() / phonemes
@@ -93,10 +96,7 @@ class Pretrainer(nn.Module):
         sums = {
             "ctc": (found.nll_B.sum(), found.phonemes),
             "ctc_entropy": (posterior_entropy(log_probs, output.lengths_B), frames),
-            "ctc_infeasible": (
-                (~found.feasible_B).sum(),
-                utterances,
-            ),
+            "ctc_infeasible": ((~found.feasible_B).sum(), utterances),
         }
         if views > 1:
             first, second = log_probs.chunk(2)

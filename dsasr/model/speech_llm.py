@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsasr.data.augment import SpecAugmentConfig, spec_augment
-from dsasr.data.batching import Batch
+from dsasr.data.batching import Batch, upload
 from dsasr.errors import UserError
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Chunk, ChunkConfig, Encoder, EncoderOutput, draw_chunk
@@ -169,8 +169,9 @@ class SpeechLLM(nn.Module):
         """
         weight = 1.0 if len(batch) else 0.0
         batch = batch if len(batch) else placeholder(batch, self.encoder.cfg.mels, self.pad_id)
-        frame_lengths_B = batch.feature_lengths_B.cpu()  # on a GPU, the step's one wait
-        token_lengths_B = batch.token_lengths_B.cpu()
+        # From the host: a copy from the GPU would wait for all that is queued there.
+        frame_lengths_B = batch.host.feature_lengths_B.cpu()
+        token_lengths_B = batch.host.token_lengths_B.cpu()
         self._settle()
         if self.training:
             seed_dropout(batch)
@@ -186,14 +187,17 @@ class SpeechLLM(nn.Module):
         device = batch.tokens_BU.device
         row_starts_B = torch.arange(len(batch)) * batch.tokens_BU.shape[1]
         flat = batch.tokens_BU.flatten()
-        inputs = flat[ragged(row_starts_B, token_lengths_B - 1).to(device)]
-        targets_N = flat[ragged(row_starts_B, token_lengths_B).to(device)]
+        inputs = flat[upload(ragged(row_starts_B, token_lengths_B - 1), device)]
+        targets_N = flat[upload(ragged(row_starts_B, token_lengths_B), device)]
         embeds_RLD = self._splice(layout, frame_lengths_B, frames_BSE, inputs)
-        positions = layout.positions_RL.to(device) if self._pack else None
+        positions = upload(layout.positions_RL, device) if self._pack else None
         hidden_RLD = self.llm.base_model(
-            inputs_embeds=embeds_RLD, position_ids=positions, use_cache=False
+            inputs_embeds=embeds_RLD,
+            attention_mask=self._packed_mask(positions),
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
-        hidden_ND = hidden_RLD.flatten(0, 1).index_select(0, layout.targets_N.to(device))
+        hidden_ND = hidden_RLD.flatten(0, 1).index_select(0, upload(layout.targets_N, device))
         return self._outputs(hidden_ND, targets_N, weight)
 
     def encode(self, batch: Batch, chunk: Chunk | None = None) -> EncoderOutput:
@@ -206,7 +210,7 @@ class SpeechLLM(nn.Module):
         """[prefix | speech | suffix] as embeddings [B, L, D], padded on the left; and lengths_B."""
         self._settle()
         frames_BSE = self.encode(batch, chunk).frames_BSE
-        frame_lengths_B = batch.feature_lengths_B.cpu()
+        frame_lengths_B = batch.host.feature_lengths_B.cpu()
         speech_B = self._speech_lengths(frame_lengths_B)
         sizes = len(self.prefix_ids), len(self.suffix_ids)
         layout = lay_out(speech_B, torch.zeros_like(speech_B), *sizes, left_pad=True)
@@ -233,6 +237,22 @@ class SpeechLLM(nn.Module):
                 for layer in part.modules():
                     if isinstance(layer, GradientCheckpointingLayer):
                         layer.training = True
+
+    def _packed_mask(self, positions_RL: Tensor | None) -> Tensor | None:
+        """[R, 1, L, L], True where a position sees another of its utterance, itself included.
+
+        transformers makes the same from the positions, but asks the GPU on the way whether there is
+        more than one utterance. None where it has to make its own: no packing, other attention, or
+        layers that see less than all.
+        """
+        config = self.llm.config.get_text_config()
+        windows = getattr(config, "sliding_window", None) is not None
+        windows |= bool(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+        if positions_RL is None or self.cfg.attn != "sdpa" or windows:
+            return None
+        utterance_RL = (positions_RL == 0).cumsum(1)
+        same = utterance_RL[:, None, :, None] == utterance_RL[:, None, None, :]
+        return same.tril()
 
     def _speech_lengths(self, frame_lengths_B: Tensor) -> Tensor:
         return self.adaptor.output_lengths(self.encoder.output_lengths(frame_lengths_B))
@@ -263,22 +283,22 @@ class SpeechLLM(nn.Module):
         """Token and speech embeddings at their places, zeros elsewhere: [R, L, D]."""
         device, utterances = token_ids.device, len(frame_lengths_B)
         prompt = self.prefix_ids * utterances + self.suffix_ids * utterances
-        ids = torch.cat((torch.tensor(prompt, dtype=torch.int64).to(device), token_ids))
+        ids = torch.cat((upload(torch.tensor(prompt, dtype=torch.int64), device), token_ids))
         text_MD = self.llm.get_input_embeddings()(ids)
         embeds = text_MD.new_zeros(layout.rows * layout.length, text_MD.shape[1])
-        embeds = embeds.index_copy(0, layout.text_M.to(device), text_MD)
+        embeds = embeds.index_copy(0, upload(layout.text_M, device), text_MD)
         if frames_BSE is not None:
             embeds, _ = self.adaptor(
                 frames_BSE,
                 self.encoder.output_lengths(frame_lengths_B),
                 out_LD=embeds,
-                index_N=layout.speech_N.to(device),
+                index_N=upload(layout.speech_N, device),
             )
         return embeds.view(layout.rows, layout.length, -1)
 
     def _outputs(self, hidden_ND: Tensor, targets_N: Tensor, weight: float) -> Outputs:
         nll_N, entropy_N, right_N = self.head(hidden_ND, targets_N)
-        count = nll_N.new_tensor(targets_N.numel() * weight, dtype=torch.float64)
+        count = nll_N.new_full((), targets_N.numel() * weight, dtype=torch.float64)
         named = {"nll": nll_N, "entropy": entropy_N, "accuracy": right_N}
         sums = {
             name: (values.detach().sum(dtype=torch.float64) * weight, count)
@@ -295,6 +315,7 @@ def placeholder(batch: Batch, mels: int, token: int) -> Batch:
     """One short utterance of silence, for a rank that has nothing but must keep step."""
     return dataclasses.replace(
         batch,
+        origin=placeholder(batch.origin, mels, token) if batch.origin is not None else None,
         features_BTF=batch.features_BTF.new_zeros(1, 16, mels),
         feature_lengths_B=batch.feature_lengths_B.new_full((1,), 16),
         phonemes_BP=batch.phonemes_BP.new_ones(1, 1),

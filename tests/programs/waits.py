@@ -1,0 +1,76 @@
+"""Where in a step values are asked for, by stage: ``waits.py RECIPE OUT ZERO``, one rank.
+
+On a GPU each would be a wait, unless the tensor lies on the host. That the model asks for none of
+the device's is tests/model/test_waits.py's to show; here it is what the engine adds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsasr import engine, recipe
+from dsasr.build import Builder
+from dsasr.engine import Branch
+
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique")
+
+
+class Asked(TorchDispatchMode):
+    """Counts operations whose result's value or shape the host needs, by who called them."""
+
+    def __init__(self):
+        super().__init__()
+        self.by: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.removeprefix("aten::") in WAITS:
+            self.by[caller()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def caller() -> str:
+    """The innermost of our own, DeepSpeed's or transformers' functions on the stack."""
+    for frame in reversed(traceback.extract_stack()[:-2]):
+        parts = Path(frame.filename).parts
+        for package in ("deepspeed", "transformers", "dsasr"):
+            if package in parts and "tests" not in parts:
+                inner = parts[len(parts) - 1 - parts[::-1].index(package) :]
+                return f"{'/'.join(inner)}:{frame.name}"
+    return "elsewhere"
+
+
+def main() -> None:
+    path, out, zero = (a for a in sys.argv[1:] if not a.startswith("--"))  # the launcher adds some
+    chosen = recipe.load(path, [f"engine.deepspeed={zero}", f"run={out}.run"])
+    engine.init_distributed()
+    build, found = Builder(chosen), {}
+    branches = {
+        name: Branch(name, build.module(name), chosen.engine, Path(out).parent)
+        for name in ("pretrain", "sft")
+    }
+    for stage in chosen.stages:
+        branch = branches[stage.branch]
+        branch.enter(stage)
+        with build.train_stream(stage, None) as stream:
+            for number in range(3):  # ZeRO-3 learns in the first ones what is used when
+                branch.step([next(stream)], number)
+            batch = next(stream)
+            with Asked() as asked:
+                report = branch.step([batch], 3)
+        found[stage.name] = {
+            "groups": len(stage.trains),
+            "asked": dict(asked.by),
+            "norm": float(report.grad_norm),
+        }
+    Path(out).write_text(json.dumps(found))
+    engine.leave_distributed()
+
+
+if __name__ == "__main__":
+    main()
