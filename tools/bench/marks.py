@@ -1,0 +1,131 @@
+"""Where the time and the memory of a step go: marks in its queue, a profile, the peak."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dsasr import ranks
+from dsasr.data.batching import Batch
+from dsasr.engine import Branch
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+class Marks:
+    """Where the steps' parts begin: events in a GPU's queue, the wall clock on a CPU."""
+
+    def __init__(self):
+        self.gpu = ranks.device().type == "cuda"
+        self.steps: list[list[tuple[str, Any]]] = []
+
+    def __call__(self, name: str) -> None:
+        """From here on it is ``name``."""
+        if self.gpu:
+            at = torch.cuda.Event(enable_timing=True)
+            at.record()
+        else:
+            at = time.perf_counter()
+        if self.steps:
+            self.steps[-1].append((name, at))
+
+    def step(self) -> None:
+        self.steps.append([])
+        self("upload")
+
+    def clear(self) -> None:
+        self.steps.clear()
+
+    def seconds(self) -> tuple[list[float], dict[str, float]]:
+        """Of every step, and the mean of each part."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        whole, parts = [], defaultdict(float)
+        for marks in self.steps:
+            for (name, start), (_, end) in pairwise(marks):
+                parts[name] += self._between(start, end) / len(self.steps)
+            whole.append(self._between(marks[0][1], marks[-1][1]))
+        return whole, dict(parts)
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self.gpu else end - start
+
+    def watch(self, branch: Branch) -> None:
+        """Mark the parts of the branch's steps; its stage must have been entered."""
+        module = branch.module
+        parts = {"encoder": module.encoder}
+        if branch.name == "pretrain":
+            parts["ctc"] = module.ctc
+        else:
+            parts |= {"adaptor": module.adaptor, "llm": module.llm.base_model, "head": module.head}
+        below = dict(zip(list(parts)[1:], parts, strict=False))
+        last = list(parts)[-1]
+        for name, part in parts.items():
+            part.register_forward_pre_hook(lambda *_, name=name: self(f"{name} forward"))
+            above = next((a for a, b in below.items() if b == name), "")
+            part.register_forward_hook(
+                lambda _, __, out, name=name, above=above: self._after(name, above, out)
+            )
+        held = branch._engine
+        held.backward = self._marked(held.backward, f"{last} backward")
+        held.step = self._marked(held.step, "optimizer")
+
+    def _marked(self, call, name: str):
+        def run(*args, **kwargs):
+            self(name)
+            out = call(*args, **kwargs)
+            self("rest")
+            return out
+
+        return run
+
+    def _after(self, name: str, above: str, out: Any) -> None:
+        self("rest")
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        if above and out.requires_grad:  # its gradient is there: its backward pass begins
+            out.register_hook(lambda _: self(f"{name} backward"))
+
+
+def profiled(branch: Branch, group: Sequence[Batch], number: int) -> dict[str, Any]:
+    """Communication and waits of one more step."""
+    gpu = ranks.device().type == "cuda"
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
+    with profile(activities=kinds, acc_events=True) as profiler:
+        branch.step(group, number)
+        if gpu:
+            torch.cuda.current_stream().query()  # asks, waits for nothing
+    if gpu:
+        torch.cuda.synchronize()
+    talk, waits = 0.0, {}
+    for event in profiler.key_averages():
+        key = event.key
+        if "nccl" in key.lower():
+            talk += event.self_device_time_total
+        elif not gpu and key.startswith(("gloo:", "c10d::")):
+            talk += event.self_cpu_time_total
+        if key in WAITS or (key == "aten::_local_scalar_dense" and not gpu):
+            waits[key] = event.count
+    return {"communication_ms": round(talk / 1000, 3), "waits": waits}
+
+
+def restart_peak() -> None:
+    """From here on counts what `peak` gives."""
+    if ranks.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most bytes held: of the device, or of this process on a CPU."""
+    if ranks.device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) * 1024

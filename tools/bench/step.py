@@ -1,0 +1,358 @@
+"""How long a whole training step takes at a recipe's size: its stages, under ZeRO 1, 2 and 3.
+
+    deepspeed tools/bench/step.py --recipe nim-2.3b [--stages joint] [--zero 1 3] [key=value …]
+    DS_ACCELERATOR=cpu python tools/bench/step.py --small
+
+Weights and features are random; the recipe gives the shapes. Durations are drawn (lognormal, mean
+--seconds, spread 0.6), transcripts at --tokens a second, and cut into batches by the recipe's own
+budgets, padding and all. The step is `Branch.step`, as a run makes it; what is not in it is the
+making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is recorded:
+
+- ``step_ms`` of the slowest rank; ``tokens_per_s``: positions of the language model, or the
+  encoder's frames in pretraining, and ``audio_hours_per_gpu_hour``; padding counts in neither
+- ``mfu``: Σ forward and backward FLOPs of `dsasr.flops` / (step · peak). ``peak_from`` says whether
+  the peak is the vendor's for dense bf16 or, of an unknown machine, this run's square matrix
+  product; ``share`` is by the latter everywhere. ``recomputed``: what is done twice, over that sum.
+- ``split_ms``: from one mark to the next in the device's queue. Backward times hold what is
+  recomputed and, in the last one, DeepSpeed's reduction.
+- of one more step, profiled: ``communication_ms`` of the device, overlapped or not, and ``waits``,
+  the calls that kept the host waiting
+- ``peak_mb`` of the device; on a CPU of the process
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import machine, matrix_rate, record
+from marks import Marks, peak, profiled, restart_peak
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from dsasr import engine, flops, kernels, ranks, recipe, sizing
+from dsasr.data.batching import Batch
+from dsasr.data.plan import BatchConfig, bucket_order, cut
+from dsasr.engine import Branch
+from dsasr.errors import UserError, run_tool
+from dsasr.model.adaptor import Adaptor
+from dsasr.model.encoder import Encoder
+from dsasr.model.llm import embedding_rms
+from dsasr.model.pretrainer import Pretrainer
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.recipe import Recipe
+from dsasr.stages import StageConfig
+
+STAGES = ("pretrain", "align", "ia_sft", "joint")
+PHONEMES, PHONEME_RATE = 256, 12.0  # vocabulary; spoken in a second
+PREFIX_SHARE = 0.75  # of the prompt before the speech
+CORPUS = 2000  # utterances that batches are cut from
+# Dense bf16, as the vendor gives it. Longest name first.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+SMALL = (
+    "model.encoder={width: 96, layers: 2, heads: 4, ffn: 384, kernel: 15, checkpoint: true}",
+    "model.adaptor={stack: 4, hidden: 128}",
+    "model.llm={path: small, pack: 256, checkpoint: true}",
+)
+SMALL_LM = {
+    "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+SMALL_BATCH = {"frames": 3000, "tokens": 900, "samples": 32}
+
+
+# -- what is trained, and on what ------------------------------------------------------------------
+
+
+def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
+    """The branch's module with random weights, on the device."""
+    model, dtype = chosen.model, engine.precision(chosen.engine)
+    torch.manual_seed(0)
+    with ranks.device():
+        encoder = Encoder(model.encoder)
+        if branch == "pretrain":
+            return Pretrainer(encoder, PHONEMES, model.pretrain)
+        shape = Qwen3Config(**SMALL_LM) if small else sizing.llm_config(model.llm.path)
+        llm = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype, attn_implementation=model.llm.attn
+        )
+        width = shape.get_text_config().hidden_size
+        adaptor = Adaptor(model.adaptor, model.encoder.width, width, embedding_rms(llm))
+    prefix, suffix = prompt(batch_config(chosen, chosen.schedule().sft[0], small))
+    return SpeechLLM(
+        encoder, adaptor, llm, prefix, suffix, 0, model.llm,
+        spec=model.pretrain.spec if model.sft.spec else None, chunks=model.sft.chunks,
+    )  # fmt: skip
+
+
+def prompt(config: BatchConfig) -> tuple[list[int], list[int]]:
+    """As many tokens as the budgets count a prompt for."""
+    before = max(1, round(PREFIX_SHARE * config.prompt_tokens))
+    return [1] * before, [2] * max(0, config.prompt_tokens - before)
+
+
+def batch_config(chosen: Recipe, stage: StageConfig, small: bool) -> BatchConfig:
+    config = chosen.stream(stage)[0].batch
+    return replace(config, **SMALL_BATCH) if small else config
+
+
+def batches(
+    config: BatchConfig, count: int, traffic: sizing.Traffic, vocab: int, mels: int
+) -> list[Batch]:
+    """``count`` batches of this rank's, as the planner would cut them from such a corpus."""
+    rng = np.random.default_rng(100 + ranks.rank())
+    drawn = rng.lognormal(np.log(traffic.seconds) - 0.18, 0.6, CORPUS)
+    frames = (100 * drawn.clip(max(0.5, config.min_seconds), config.max_seconds)).astype(np.int64)
+    tokens = np.maximum(1, rng.poisson(frames / 100 * traffic.tokens))
+    chars = np.ceil(tokens / config.tokens_per_char).astype(np.int64)
+    order = bucket_order(frames, chars, config.bucket, rng)
+    frames, tokens = frames[order], tokens[order]
+    ranges = cut(frames, chars[order], config)
+    chosen = ranges[rng.choice(len(ranges), count, replace=count > len(ranges))]
+    return [
+        _batch(frames[a:b], tokens[a:b] + 1, vocab, mels, number)
+        for number, (a, b) in enumerate(chosen)
+    ]
+
+
+def _batch(frames: np.ndarray, tokens: np.ndarray, vocab: int, mels: int, number: int) -> Batch:
+    lengths_B, token_lengths_B = torch.from_numpy(frames), torch.from_numpy(tokens)
+    count = len(frames)
+    phoneme_lengths_B = (lengths_B / 100 * PHONEME_RATE).long().clamp_min(1)
+    features_BTF = torch.randn(count, int(lengths_B.max()), mels)
+    features_BTF[torch.arange(features_BTF.shape[1]) >= lengths_B[:, None]] = 0.0
+    texts = ("",) * count
+    return Batch(
+        features_BTF=features_BTF,
+        feature_lengths_B=lengths_B,
+        phonemes_BP=torch.randint(1, PHONEMES, (count, int(phoneme_lengths_B.max()))),
+        phoneme_lengths_B=phoneme_lengths_B,
+        tokens_BU=torch.randint(3, vocab, (count, int(token_lengths_B.max()))),
+        token_lengths_B=token_lengths_B,
+        keys=tuple(f"{ranks.rank()}-{number}-{i}" for i in range(count)),
+        shards=texts, texts=texts, langs=texts, speakers=texts,
+        durations=tuple((frames / 100).tolist()),
+        seed=number, epoch=0, number=number, state={},
+    )  # fmt: skip
+
+
+def work(
+    chosen: Recipe, stage: StageConfig, module: nn.Module, batch: Batch
+) -> tuple[dict[str, flops.Work], int]:
+    """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
+    model, frames = chosen.model, batch.feature_lengths_B.tolist()
+    width, again = model.encoder.width, {"encoder": model.encoder.checkpoint}
+    if stage.branch == "pretrain":
+        frames = frames * (2 if model.pretrain.consistency else 1)
+        parts = {
+            "encoder": flops.encoder(model.encoder, frames),
+            "ctc": flops.ctc(width, PHONEMES, frames),
+        }
+        positions = sum((f + 3) // 4 for f in frames)
+    else:
+        shape = flops.LlmShape.of(module.llm)
+        fixed = len(module.prefix_ids) + len(module.suffix_ids) - 1  # the end token is no input
+        speech = module.adaptor.output_lengths(Encoder.output_lengths(batch.feature_lengths_B))
+        lengths = (speech + batch.token_lengths_B + fixed).tolist()
+        hidden = model.adaptor.hidden or shape.width
+        parts = {
+            "encoder": flops.encoder(model.encoder, frames),
+            "adaptor": flops.adaptor(model.adaptor.stack, width, hidden, shape.width, frames),
+            "llm": flops.llm(shape, lengths),
+            "head": flops.head(shape, int(batch.token_lengths_B.sum())),
+        }
+        positions, again["llm"] = sum(lengths), model.llm.checkpoint
+    recomputed = [name for name, on in again.items() if on]
+    return flops.step(parts, stage.trains, recomputed), positions
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    measured: float  # FLOP/s of a square matrix product in this run
+    peak: float
+    origin: str
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Limits:
+        large = ranks.device().type == "cuda"
+        measured = matrix_rate(8192 if large else 1024, dtype, ranks.device())
+        known = [peak for name, peak in PEAKS.items() if large and name in machine()]
+        if known and dtype is torch.bfloat16:
+            return cls(measured, known[0], "vendor")
+        return cls(measured, measured, "measured")
+
+
+def measure(
+    branch: Branch, stage: StageConfig, held: Sequence[Batch], warm_up: int
+) -> dict[str, Any]:
+    """Time ``held``, ``stage.accumulate`` batches a step, but for the first ``warm_up`` steps."""
+    branch.enter(stage)
+    marks, size = Marks(), stage.accumulate
+    groups = [held[i : i + size] for i in range(0, len(held), size)]
+    marks.watch(branch)
+    for number, group in enumerate(tqdm(groups, stage.name, leave=False, disable=not _shown())):
+        if number == warm_up:
+            marks.seconds()  # nothing of the warm-up is left in the queue
+            marks.clear()
+            ranks.barrier()
+            restart_peak()
+        marks.step()
+        report = branch.step(group, number)
+        marks("end")
+    whole, parts = marks.seconds()
+    found = {"peak_mb": round(peak() / 2**20, 1)}
+    loss = report.sums["ctc" if stage.branch == "pretrain" else "nll"][0]
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"{stage.name}: the loss is {loss}")
+    slowest = [max(times) for times in zip(*ranks.gather(whole), strict=True)]
+    found["seconds"] = slowest
+    found["split_ms"] = {name: round(1000 * s, 3) for name, s in parts.items()}
+    return found | profiled(branch, groups[-1], len(groups))
+
+
+def _shown() -> bool:
+    return ranks.main_rank() and sys.stderr.isatty()
+
+
+def line(
+    chosen: Recipe, stage: StageConfig, module: nn.Module, held: Sequence[Batch], steps: int,
+    found: dict[str, Any], limits: Limits,
+) -> dict[str, Any]:  # fmt: skip
+    """What is recorded of one case; ``held`` are the batches that were timed."""
+    seconds, world = sum(found.pop("seconds")), ranks.world()
+    needed = again = positions = 0.0
+    for batch in held:
+        parts, here = work(chosen, stage, module, batch)
+        needed += sum(w.needed for w in parts.values())
+        again += sum(w.recomputed for w in parts.values())
+        positions += here
+    audio = sum(batch.audio_seconds for batch in held)
+    frames = sum(float(b.feature_lengths_B.sum()) for b in held)
+    padded = sum(b.features_BTF.shape[0] * b.features_BTF.shape[1] for b in held)
+    # Every rank draws from the same distribution: rank 0's work stands for each.
+    return {
+        "tokens_per_s": round(world * positions / seconds, 1),
+        "audio_hours_per_gpu_hour": round(audio / seconds, 2),
+        "mfu": round(needed / seconds / limits.peak, 4),
+        "share": round(needed / seconds / limits.measured, 4),
+        "recomputed": round(again / needed, 4),
+        "tflop": round(needed / steps / 1e12, 4),
+        "utterances": round(sum(map(len, held)) / steps, 1),
+        "seconds_each": round(audio / sum(map(len, held)), 2),
+        "padding": round(1 - frames / padded, 4),
+        **found,
+        "peak_tflops": round(limits.peak / 1e12, 3),
+        "peak_from": limits.origin,
+    }
+
+
+def run(options: argparse.Namespace, chosen: Recipe) -> None:
+    dtype = engine.precision(chosen.engine)
+    limits = Limits.of(dtype)
+    stages = {stage.name: stage for stage in chosen.stages if stage.name in options.stages}
+    missing = [name for name in options.stages if name not in stages]
+    if missing:
+        raise UserError(f"the recipe has no stage '{missing[0]}': it has {', '.join(stages)}")
+    first: dict[str, float] = {}
+    for zero in options.zero:
+        for stage in stages.values():
+            middle, fields = case(options, chosen, stage, zero, limits)
+            first.setdefault(stage.name, middle)
+            over = {f"over_zero{options.zero[0]}": round(middle / first[stage.name], 3)}
+            if ranks.main_rank():
+                name = "small" if options.small else options.recipe
+                record("step", recipe=name, stage=stage.name, zero=zero, **over, **fields)
+            gc.collect()
+            if ranks.device().type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def case(
+    options: argparse.Namespace, chosen: Recipe, stage: StageConfig, zero: int, limits: Limits
+) -> tuple[float, dict[str, Any]]:
+    """The median step's seconds, and the fields to record, of one stage under one ZeRO."""
+    # A module of its own: ZeRO-3 leaves partitioned weights behind.
+    module = build(chosen, stage.branch, options.small)
+    vocab = module.head.out_features if stage.branch == "sft" else 4
+    unseen = options.warm_up * stage.accumulate
+    held = batches(
+        batch_config(chosen, stage, options.small),
+        unseen + options.rounds * stage.accumulate,
+        sizing.Traffic(options.seconds, options.tokens),
+        vocab,
+        chosen.model.encoder.mels,
+    )
+    settings, dtype = (
+        replace(chosen.engine, deepspeed=f"zero{zero}"),
+        engine.precision(chosen.engine),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        branch = Branch(stage.branch, module, settings, Path(folder))
+        found = measure(branch, stage, held, options.warm_up)
+        times = found["seconds"]
+        fields = line(chosen, stage, module, held[unseen:], options.rounds, found, limits)
+        branch.close()
+    middle = statistics.median(times)
+    quarters = statistics.quantiles(times, method="inclusive")
+    head = {
+        "ranks": ranks.world(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernels": kernels.chosen("linear_entropy", ranks.device(), dtype),
+        "rounds": options.rounds,
+        "step_ms": round(1000 * middle, 2),
+        "spread": round((quarters[2] - quarters[0]) / middle, 3),
+    }
+    return middle, head | fields
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="nim-2.3b")
+    parser.add_argument("--stages", "--stage", nargs="+", default=STAGES)
+    parser.add_argument("--zero", nargs="+", type=int, choices=(1, 2, 3), default=(1, 2, 3))
+    parser.add_argument("--small", action="store_true", help="a shape that a CPU ends in a minute")
+    parser.add_argument("--rounds", type=int, default=0, help="timed steps; 0: 20 on a GPU, else 5")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps before them")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of audio, an utterance's mean")
+    parser.add_argument("--tokens", type=float, default=4.0, help="of the transcript, a second")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (20 if ranks.device().type == "cuda" else 5)
+    if options.rounds < 2 or options.warm_up < 1 or min(options.seconds, options.tokens) <= 0:
+        raise UserError("--rounds: at least 2; --warm-up: at least 1; the rates above 0")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    recipe.quiet()
+    overrides = [*(SMALL if options.small else ()), *options.overrides]
+    chosen = recipe.load(options.recipe, overrides)
+    engine.set_threads(chosen.engine)
+    kernels.select(chosen.kernels)
+    engine.init_distributed()
+    try:
+        run(options, chosen)
+    finally:
+        engine.leave_distributed()
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
