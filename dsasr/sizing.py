@@ -1,9 +1,9 @@
 """What a recipe takes on a cluster: memory of a GPU by part, time and traffic of a step, the whole.
 
 Arithmetic from shapes; no weight is made and no data is read. What is counted exactly: parameters,
-multiplications, the bytes that ZeRO-3 holds, sends and saves. What is estimated (**ours**): the
-activations that a layer keeps, the rate at which a GPU multiplies and the network's share, which
-are the caller's to give (`Machine`).
+multiplications (`dsasr.flops`), the bytes that ZeRO-3 holds, sends and saves. What is estimated
+(**ours**): the activations that a layer keeps, the rate at which a GPU multiplies and the network's
+share, which are the caller's to give (`Machine`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dsasr import flops
 from dsasr.errors import UserError
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder
@@ -71,9 +72,9 @@ class Part:
     """One of encoder, ctc, adaptor, llm."""
 
     parameters: int
-    products: int  # parameters that multiply each position (an embedding's table does not)
     layers: int
     largest: int  # parameters of the largest piece that ZeRO-3 gathers at once
+    shape: flops.LlmShape | None = None  # of the language model
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,11 @@ def parts(recipe: Recipe, phonemes: int = 256) -> dict[str, Part]:
         adaptor = Adaptor(model.adaptor, model.encoder.width, chosen.hidden_size)
     head = model.encoder.width * phonemes + phonemes
     embedding = llm.get_input_embeddings().weight.numel()
-    tied = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
-    total = _count(llm)
     return {
-        "encoder": Part(
-            _count(encoder), _count(encoder), model.encoder.layers, _largest(encoder.blocks)
-        ),
-        "ctc": Part(head, head, 1, head),
-        "adaptor": Part(_count(adaptor), _count(adaptor), 1, _count(adaptor)),
-        "llm": Part(total, total - (0 if tied else embedding), chosen.num_hidden_layers, embedding),
+        "encoder": Part(_count(encoder), model.encoder.layers, _largest(encoder.blocks)),
+        "ctc": Part(head, 1, head),
+        "adaptor": Part(_count(adaptor), 1, _count(adaptor)),
+        "llm": Part(_count(llm), chosen.num_hidden_layers, embedding, flops.LlmShape.of(llm)),
     }
 
 
@@ -191,9 +188,9 @@ def step(
     traffic, counted = traffic or Traffic(), counted or parts(recipe)
     at = positions(recipe, stage, traffic)
     used = [name for name in ("encoder", "ctc", "adaptor", "llm") if name in at]
-    flops = sum(_flops(recipe, stage, n, counted[n], at[n], traffic) for n in used)
-    flops *= stage.accumulate
-    compute = flops / (machine.rate * 1e12)
+    done = work(recipe, stage, traffic, counted["llm"].shape).values()
+    operations = stage.accumulate * sum(w.needed + w.recomputed for w in done)
+    compute = operations / (machine.rate * 1e12)
     # ZeRO-3 gathers every weight for the forward and again for the backward pass, and reduces the
     # gradients of what is trained.
     world = machine.world
@@ -211,7 +208,7 @@ def step(
         stage=stage.name,
         steps=stage.steps,
         memory=_memory(recipe, stage, machine, counted, at, used),
-        flops=flops,
+        flops=operations,
         compute=compute,
         traffic=sent,
         network=sent / speed,
@@ -228,19 +225,33 @@ def _graph(stage: StageConfig, part: str) -> bool:
     return order.index(part) >= first
 
 
-def _flops(
-    recipe: Recipe, stage: StageConfig, name: str, part: Part, count: float, traffic: Traffic
-) -> float:
-    """Products forward (2 a parameter and position), backward, and where it is recomputed."""
-    model, forward = recipe.model, 2.0 * part.products * count
-    if name == "encoder":
-        forward += 4.0 * part.layers * count * traffic.seconds * 25 * model.encoder.width
-    passes = 1.0
-    if _graph(stage, name):
-        passes += 2.0 if name in stage.trains else 1.0
-        recomputed = {"encoder": model.encoder.checkpoint, "llm": model.llm.checkpoint}
-        passes += float(recomputed.get(name, False))
-    return forward * passes
+def work(
+    recipe: Recipe, stage: StageConfig, traffic: Traffic, shape: flops.LlmShape | None
+) -> dict[str, flops.Work]:
+    """What one micro-batch of one GPU costs each part: so many average utterances."""
+    model, batch = recipe.model, stage.batch or recipe.data.stream.batch
+    width, frames = model.encoder.width, [traffic.seconds * FRAMES]
+    at = positions(recipe, stage, traffic)
+    if stage.branch == "pretrain":
+        utterances = at["encoder"] / (traffic.seconds * 25)  # views count
+        # A vocabulary's size is nothing beside an encoder's.
+        one = {
+            "encoder": flops.encoder(model.encoder, frames),
+            "ctc": flops.ctc(width, 256, frames),
+        }
+    else:
+        utterances, stack = at["seconds"] / traffic.seconds, model.adaptor.stack
+        hidden, tokens = model.adaptor.hidden or shape.width, traffic.seconds * traffic.tokens
+        length = batch.prompt_tokens + traffic.seconds * 25 / stack + tokens
+        one = {
+            "encoder": flops.encoder(model.encoder, frames),
+            "adaptor": flops.adaptor(stack, width, hidden, shape.width, frames),
+            "llm": flops.llm(shape, [length]),
+            "head": flops.head(shape, tokens + 1),
+        }
+    again = {"encoder": model.encoder.checkpoint, "llm": model.llm.checkpoint}
+    parts = {name: part.times(utterances) for name, part in one.items()}
+    return flops.step(parts, stage.trains, [name for name, on in again.items() if on])
 
 
 def _memory(

@@ -9,13 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from dsasr import recipe, sizing
+from dsasr import flops, recipe, sizing
 from dsasr.build import Builder
 from dsasr.errors import UserError
-from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.sizing import Machine, Traffic
 
 ROOT = Path(__file__).parent.parent
@@ -50,29 +47,26 @@ def test_the_papers_size_is_the_papers(counted):
     assert 1.70e9 < counted["llm"].parameters < 1.73e9  # Qwen3-1.7B, embeddings tied
 
 
-def test_products_are_those_that_torch_counts(nim):
-    config = EncoderConfig(width=256, layers=4, heads=4, ffn=1024, kernel=15)
-    encoder = Encoder(config).eval()
-    frames = 1600
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(torch.randn(1, frames, 80), torch.tensor([frames]))
-    chosen = replace(nim, model=replace(nim.model, encoder=config))
-    part = sizing.Part(sum(p.numel() for p in encoder.parameters()), 0, 4, 0)
-    part = replace(part, products=part.parameters)
-    frozen = stage(nim, "ia_sft")
-    ours = sizing._flops(chosen, frozen, "encoder", part, frames / 4, Traffic(seconds=16.0))
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)
-
-
-def test_backward_and_recomputing_count(nim, counted):
-    one = {n: sizing._flops(nim, stage(nim, n), "llm", counted["llm"], 1000, Traffic())
-           for n in ("align", "ia_sft")}  # fmt: skip
-    forward = 2 * counted["llm"].products * 1000
+def test_the_work_is_that_of_average_utterances(nim, counted):
+    """The formulas are held to torch's counter in test_flops.py."""
+    shape, traffic = counted["llm"].shape, Traffic(seconds=8.0, tokens=4.0)
+    done = {n: sizing.work(nim, stage(nim, n), traffic, shape) for n in ("align", "ia_sft")}
+    at = sizing.positions(nim, stage(nim, "ia_sft"), traffic)
+    count = at["seconds"] / 8.0
+    assert done["align"]["llm"].forward == pytest.approx(flops.llm(shape, [122]).forward * count)
+    assert done["align"]["head"].forward == pytest.approx(flops.head(shape, 33).forward * count)
+    encoder = flops.encoder(nim.model.encoder, [800]).forward * count
+    assert done["ia_sft"]["encoder"] == flops.Work(pytest.approx(encoder), 0, 0)
     # Both recompute; align sends gradients through a frozen model, ia_sft also trains it.
-    assert one["align"] == pytest.approx(3 * forward)
-    assert one["ia_sft"] == pytest.approx(4 * forward)
-    frozen = sizing._flops(nim, stage(nim, "ia_sft"), "encoder", counted["encoder"], 1, Traffic(0))
-    assert frozen == 2 * counted["encoder"].products
+    frozen, trained = done["align"]["llm"], done["ia_sft"]["llm"]
+    assert frozen.recomputed == trained.recomputed == frozen.forward == trained.forward
+    linear = 2 * shape.linear * 122 * count
+    assert trained.backward - frozen.backward == pytest.approx(linear)
+    assert trained.backward == pytest.approx(2 * trained.forward)
+    # Both views of a pretraining utterance count.
+    views = sizing.work(nim, stage(nim, "pretrain"), traffic, None)["encoder"]
+    audio = sizing.positions(nim, stage(nim, "pretrain"), traffic)["seconds"]
+    assert views.forward == pytest.approx(2 * audio / 8 * encoder / count)
 
 
 def test_memory_and_traffic_of_zero_3(nim, counted):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import clock
 from torch.profiler import ProfilerActivity, profile
 
 from dsasr import ranks
@@ -20,10 +21,15 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 class Marks:
-    """Where the steps' parts begin: events in a GPU's queue, the wall clock on a CPU."""
+    """Where the steps' parts begin: events in a GPU's queue, else by the clock of `common`.
+
+    Ranks that wait for each other are timed by the wall.
+    """
 
     def __init__(self):
         self.gpu = ranks.device().type == "cuda"
+        self.clock = "wall" if ranks.world() > 1 and not self.gpu else clock(ranks.device())
+        self._now = time.process_time if self.clock == "cpu time" else time.perf_counter
         self.steps: list[list[tuple[str, Any]]] = []
 
     def __call__(self, name: str) -> None:
@@ -32,7 +38,7 @@ class Marks:
             at = torch.cuda.Event(enable_timing=True)
             at.record()
         else:
-            at = time.perf_counter()
+            at = self._now()
         if self.steps:
             self.steps[-1].append((name, at))
 
@@ -94,15 +100,14 @@ class Marks:
 
 
 def profiled(branch: Branch, group: Sequence[Batch], number: int) -> dict[str, Any]:
-    """Communication and waits of one more step."""
+    """Communication and waits of one more step; on a GPU one wait for the device is the profiler's.
+
+    On a CPU "waits" are the values asked for, most of them of tensors that would lie on the host.
+    """
     gpu = ranks.device().type == "cuda"
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
     with profile(activities=kinds, acc_events=True) as profiler:
         branch.step(group, number)
-        if gpu:
-            torch.cuda.current_stream().query()  # asks, waits for nothing
-    if gpu:
-        torch.cuda.synchronize()
     talk, waits = 0.0, {}
     for event in profiler.key_averages():
         key = event.key

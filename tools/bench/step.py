@@ -215,7 +215,7 @@ def measure(
         report = branch.step(group, number)
         marks("end")
     whole, parts = marks.seconds()
-    found = {"peak_mb": round(peak() / 2**20, 1)}
+    found = {"peak_mb": round(peak() / 2**20, 1), "clock": marks.clock}
     loss = report.sums["ctc" if stage.branch == "pretrain" else "nll"][0]
     if not torch.isfinite(loss):
         raise RuntimeError(f"{stage.name}: the loss is {loss}")
