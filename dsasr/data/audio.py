@@ -193,8 +193,10 @@ class FbankConfig:
 
 
 @one_thread()
-def fbank(wave: Tensor, cfg: FbankConfig) -> Tensor:
+def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tensor:
     """[n] in [-1, 1] → log-Mel energies [T, F] float32, kaldi-compatible (povey window).
+
+    ``out_TF`` gives memory for the result, for at least T frames.
 
     A third of the time of torchaudio's kaldi.fbank, and closer to float64: pre-emphasis is done
     once on the wave, x[n] − 0.97·x[n−1], and what a frame's own mean m adds to it, 0.03·m, is taken
@@ -212,7 +214,9 @@ def fbank(wave: Tensor, cfg: FbankConfig) -> Tensor:
     torch.sub(wave[1:], wave[:-1], alpha=PREEMPHASIS, out=emphasised[1:])
     means = wave.unfold(0, cfg.window, cfg.shift).mean(1, keepdim=True).mul_(1 - PREEMPHASIS)
     frames = emphasised.unfold(0, cfg.window, cfg.shift)
-    features = torch.empty(len(frames), cfg.mels)
+    if out_TF is None:
+        out_TF = torch.empty(len(frames), cfg.mels)
+    features = out_TF[: len(frames)]
     scaled = window * FULL_SCALE
     # Blocks that stay in the processor's cache.
     padded = torch.zeros(min(len(frames), BLOCK), 1 << (cfg.window - 1).bit_length())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from dsasr.errors import UserError
 
 
+@lru_cache(maxsize=4096)
 def is_remote(url: str) -> bool:
     return bool(re.match(r"[a-z][a-z0-9+]*://", url)) and not url.startswith("file://")
 

@@ -167,7 +167,12 @@ def planned_seconds(config: AugmentConfig) -> Lengths:
 
 @dataclass
 class _Row:
-    sample: Sample
+    """A sample without its encoded audio, whose memory the next one's is to take while hot."""
+
+    key: str
+    shard: str
+    lang: str
+    speaker: str
     features: Tensor  # [T, F] before CMVN, or [n] audio where features are made on the device
     seconds: float
     text: str
@@ -193,6 +198,7 @@ class Maker:
         self.text, self.max_seconds, self.waves = text, max_seconds, waves
         self.voices: Sequence[Tensor] = ()  # for babble
         self.recorded: Sequence[Tensor] = ()  # noise as it lies in noise shards
+        self.room = torch.empty(0, fbank.mels)
         if cmvn is not None:
             self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
@@ -203,9 +209,11 @@ class Maker:
         """
         stats = dict.fromkeys(("read_s", "decode_s", "augment_s", "feature_s", "text_s"), 0.0)
         before, rows, bad = self.sources.bytes, [], []
+        room = self._room(task)
         for planned, drawn in zip(task.samples, self._draws(task), strict=True):
             try:
-                rows.append(self._row(planned, drawn, stats))
+                rows.append(self._row(planned, drawn, stats, room))
+                room = room[len(rows[-1].features) :]
             except BadSample as error:
                 bad.append((error.cause, planned.shard, planned.entry.key, error.detail))
         longest = max((len(row.features) for row in rows), default=0)
@@ -216,6 +224,19 @@ class Maker:
             self._write(row.features, target[i])
         stats["bytes"] = float(self.sources.bytes - before)
         return array, self._made(rows, bad, stats)
+
+    def _room(self, task: Task) -> Tensor:
+        """Memory for the features of a task's samples until the longest of them is known.
+
+        The same for each task: what would be new memory would be in no cache, and split the free
+        memory that decoding needs.
+        """
+        step = self.fbank.rate / FRAMES_PER_SECOND
+        most = (int((planned.frames + FRAME_SLACK) * step) + 1 for planned in task.samples)
+        frames = sum(map(self.fbank.frames, most))
+        if frames > len(self.room) and not self.waves:
+            self.room = torch.empty(frames, self.fbank.mels)
+        return self.room
 
     def _write(self, features: Tensor, target: Tensor) -> None:
         """Features into their row of the batch, normalised on the way; zero behind them."""
@@ -235,11 +256,11 @@ class Maker:
             phoneme_lengths=phoneme_lengths,
             tokens=tokens,
             token_lengths=token_lengths,
-            keys=tuple(row.sample.key for row in rows),
-            shards=tuple(row.sample.shard for row in rows),
+            keys=tuple(row.key for row in rows),
+            shards=tuple(row.shard for row in rows),
             texts=tuple(row.text for row in rows),
-            langs=tuple(row.sample.lang for row in rows),
-            speakers=tuple(row.sample.speaker for row in rows),
+            langs=tuple(row.lang for row in rows),
+            speakers=tuple(row.speaker for row in rows),
             durations=tuple(row.seconds for row in rows),
             bad=tuple(bad),
             stats=stats,
@@ -255,7 +276,9 @@ class Maker:
             for i, planned in enumerate(task.samples)
         ]
 
-    def _row(self, planned: PlannedSample, drawn: Draw | None, stats: dict[str, float]) -> _Row:
+    def _row(
+        self, planned: PlannedSample, drawn: Draw | None, stats: dict[str, float], room: Tensor
+    ) -> _Row:
         times = [time.perf_counter()]
         sample = self._read(planned)
         times.append(time.perf_counter())
@@ -271,12 +294,13 @@ class Maker:
             # The batch was cut for what the index says; a longer sample could exceed memory.
             detail = f"{seconds:.2f} s, planned for {planned.frames / FRAMES_PER_SECOND:.2f} s"
             raise BadSample("wrong_duration", sample.shard, sample.key, detail)
-        features = self._features(wave, sample)
+        features = self._features(wave, sample, room)
         times.append(time.perf_counter())
         names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
         for name, start, end in zip(names, times, times[1:], strict=False):
             stats[name] += end - start
-        return _Row(sample, features, seconds, text, phonemes, tokens)
+        names = sample.key, sample.shard, sample.lang, sample.speaker
+        return _Row(*names, features, seconds, text, phonemes, tokens)
 
     def _decode(self, sample: Sample, cut: float | None = None) -> Tensor:
         seconds = self.max_seconds if cut is None else cut
@@ -287,12 +311,12 @@ class Maker:
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
 
-    def _features(self, wave: Tensor, sample: Sample) -> Tensor:
+    def _features(self, wave: Tensor, sample: Sample, room: Tensor) -> Tensor:
         if len(wave) < self.fbank.window:
             raise BadSample("too_short", sample.shard, sample.key, f"{len(wave)} samples of audio")
         if self.waves:
             return wave
-        return fbank(wave, self.fbank)
+        return fbank(wave, self.fbank, room)
 
     def _read(self, planned: PlannedSample) -> Sample:
         entry, shard = planned.entry, planned.shard

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 import torch
 
-from dsasr.data.audio import Cmvn
+from dsasr.data.audio import Cmvn, FbankConfig
 from dsasr.data.augment import AugmentConfig
 from dsasr.data.plan import BatchConfig
 from dsasr.data.samples import TextEncoder
@@ -320,6 +320,18 @@ def test_cmvn_is_applied_and_padding_stays_zero(tmp_path, config, features) -> N
             want = cmvn.apply(plain.features_BTF[i, :n])
             assert torch.allclose(normal.features_BTF[i, :n], want, atol=1e-6)
             assert not normal.features_BTF[i, n:].any()
+
+
+@pytest.mark.parametrize("shift", [4.0, 10.0, 20.0])
+def test_any_shift_of_frames(tmp_path, config, shift) -> None:
+    """The plan counts hundredths of a second, whatever the features' rate."""
+    plain_corpus(tmp_path / "c", [6])
+    fbanks = FbankConfig(shift_ms=shift, mels=23)
+    for batch in collect(config, tmp_path / "c", fbank=fbanks):
+        want = [fbanks.frames(round(seconds * RATE)) for seconds in batch.durations]
+        assert batch.feature_lengths_B.tolist() == want and batch.features_BTF.shape[2] == 23
+        for row, length in zip(batch.features_BTF, want, strict=True):
+            assert row[:length].any(1).all() and not row[length:].any()
 
 
 def test_device_features_equal_worker_features(tmp_path, config) -> None:

@@ -48,7 +48,7 @@ from dsasr.data.workers import keep_freed_memory
 from dsasr.errors import UserError, run_tool
 
 FRAMES = 12_000
-WARM, LAST = 0.15, 0.9  # shares of the audio between which the clock runs
+WARM, LAST = 0.3, 0.9  # shares of the audio between which the clock runs
 
 # A side yields (useful seconds, padding share) for each batch.
 Batches = Iterator[tuple[float, float]]
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, nargs="+", required=True, help="with dataset.json")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--minutes", type=float, default=8.0, help="in all (default: 8)")
-    parser.add_argument("--epochs", type=int, default=2, help="over the shards, a round")
+    parser.add_argument("--epochs", type=int, default=4, help="over the shards, a round")
     parser.add_argument("--device", help="also: features computed there, in the training process")
     parser.add_argument("--without", nargs="*", default=[], choices=["webdataset", "lhotse"])
     args = parser.parse_args()
