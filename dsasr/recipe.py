@@ -21,7 +21,8 @@ from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.noise import SuiteConfig
 from dsasr.model.adaptor import AdaptorConfig
-from dsasr.model.encoder import ChunkConfig, EncoderConfig
+from dsasr.model.chunks import ChunkConfig
+from dsasr.model.encoder import EncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.pretrainer import PretrainConfig
 from dsasr.monitor import MonitorConfig

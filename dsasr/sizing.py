@@ -249,7 +249,10 @@ def work(
             "llm": flops.llm(shape, [length]),
             "head": flops.head(shape, tokens + 1),
         }
-    again = {"encoder": model.encoder.checkpoint, "llm": model.llm.checkpoint}
+    again = {
+        "encoder": model.encoder.checkpoint and model.encoder.recompute == "all",
+        "llm": model.llm.checkpoint and model.llm.recompute == "all",
+    }
     parts = {name: part.times(utterances) for name, part in one.items()}
     return flops.step(parts, stage.trains, [name for name, on in again.items() if on])
 
@@ -295,15 +298,17 @@ def _activations(recipe: Recipe, stage: StageConfig, name: str, part: Part, coun
         # The first convolution's output, at half the frame rate and half the mels.
         front = count * 2 * (config.mels / 2) * config.subsample_channels * 2 * 2
         kept, checkpoint = count * config.width * 2, config.checkpoint
+        cheap = config.recompute == "cheap"
     elif name == "llm":
         chosen = llm_config(model.llm.path)
         layer = count * (14 * chosen.hidden_size + 4 * chosen.intermediate_size) * 2
         front, kept = 0.0, count * chosen.hidden_size * 2
-        checkpoint = model.llm.checkpoint
+        checkpoint, cheap = model.llm.checkpoint, model.llm.recompute == "cheap"
     else:
         return count * 4 * model.encoder.width * 2 * 2
     if not _graph(stage, name):
         return layer
+    kept = layer / 2 if cheap else kept  # products' results are about half of what a layer saves
     return front + (kept * part.layers + layer if checkpoint else layer * part.layers)
 
 

@@ -19,8 +19,9 @@ from transformers import DynamicCache
 from dsasr import kernels
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
+from dsasr.model.chunks import Chunk
 from dsasr.model.ctc import greedy_phonemes
-from dsasr.model.encoder import Chunk, valid_frames
+from dsasr.model.encoder import valid_frames
 from dsasr.model.pretrainer import Pretrainer
 from dsasr.model.speech_llm import SpeechLLM, placeholder
 

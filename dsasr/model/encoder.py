@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dsasr.errors import UserError
+from dsasr.model import recompute
+from dsasr.model.chunks import Chunk
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class EncoderConfig:
     mels: int = 80
     subsample_channels: int = 32
     checkpoint: bool = False  # recompute each block in the backward pass
+    recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:
@@ -49,44 +51,6 @@ class EncoderConfig:
             raise UserError(f"encoder mels {self.mels}: the subsampling needs at least 7")
         if min(self.width, self.layers, self.ffn, self.conv_expansion) < 1:
             raise UserError("encoder width, layers, ffn and conv_expansion must be at least 1")
-
-
-@dataclass(frozen=True)
-class ChunkConfig:
-    """How `draw_chunk` draws. Sizes in encoder frames (40 ms), ``left`` in chunks."""
-
-    full_share: float = 0.5  # of the batches: full context
-    min_size: int = 4
-    max_size: int = 25
-    all_left_share: float = 0.5  # of the chunked batches: everything to the left is visible
-    max_left: int = 8
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_size <= self.max_size or self.max_left < 0:
-            raise UserError(
-                f"chunks of {self.min_size} to {self.max_size} frames with up to {self.max_left}"
-                " on the left: need 1 <= min_size <= max_size and max_left >= 0"
-            )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """``size`` encoder frames see each other and ``left`` chunks before them (-1: all)."""
-
-    size: int
-    left: int = -1
-
-
-def draw_chunk(cfg: ChunkConfig, generator: torch.Generator) -> Chunk | None:
-    """Draw a batch's chunk, None for full context (dynamic chunks, arXiv 2012.05481).
-
-    Four numbers are drawn from ``generator`` (on the CPU) whatever comes out of them.
-    """
-    full, size, all_left, left = torch.rand(4, generator=generator).tolist()
-    if full < cfg.full_share:
-        return None
-    frames = cfg.min_size + int(size * (cfg.max_size - cfg.min_size + 1))
-    return Chunk(frames, -1 if all_left < cfg.all_left_share else int(left * (cfg.max_left + 1)))
 
 
 class EncoderOutput(NamedTuple):
@@ -350,7 +314,7 @@ class Encoder(nn.Module):
         outputs = []
         for block in self.blocks:
             if self.cfg.checkpoint and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False)
+                x = recompute.checkpoint(block, x, context, keep=self.cfg.recompute == "cheap")
             else:
                 x = block(x, context)
             if layers:

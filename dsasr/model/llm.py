@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class LlmConfig:
     attn: str = "sdpa"
     dropout: float = 0.0
     checkpoint: bool = False  # recompute each layer in the backward pass
+    recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
 
     def __post_init__(self) -> None:
         if self.attn not in _ATTENTION:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsasr.data.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
+from dsasr.model.chunks import ChunkConfig, draw_chunk
 from dsasr.model.ctc import (
     CtcHead,
     consistency_loss,
@@ -18,7 +19,7 @@ from dsasr.model.ctc import (
     phoneme_errors,
     posterior_entropy,
 )
-from dsasr.model.encoder import ChunkConfig, Encoder, draw_chunk
+from dsasr.model.encoder import Encoder
 from dsasr.model.outputs import Outputs
 from dsasr.model.randomness import seed_dropout, step_generator
 from dsasr.model.speech_llm import placeholder

@@ -20,8 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsasr.data.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batching import Batch, upload
 from dsasr.errors import UserError
+from dsasr.model import recompute
 from dsasr.model.adaptor import Adaptor
-from dsasr.model.encoder import Chunk, ChunkConfig, Encoder, EncoderOutput, draw_chunk
+from dsasr.model.chunks import Chunk, ChunkConfig, draw_chunk
+from dsasr.model.encoder import Encoder, EncoderOutput
 from dsasr.model.llm import EntropyHead, LlmConfig
 from dsasr.model.outputs import Outputs
 from dsasr.model.randomness import seed_dropout, step_generator
@@ -152,7 +154,8 @@ class SpeechLLM(nn.Module):
         if cfg.checkpoint:
             # transformers is renaming it.
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-            getattr(llm, new if hasattr(llm, new) else old)({"use_reentrant": False})
+            enable = getattr(llm, new if hasattr(llm, new) else old)
+            enable(recompute.options(keep=cfg.recompute == "cheap"))
 
     @property
     def head(self) -> EntropyHead:

@@ -9,7 +9,8 @@ from dsasr.data.batching import Batch
 from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig, decode, decode_phonemes
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.encoder import Chunk, Encoder, EncoderConfig
+from dsasr.model.chunks import Chunk
+from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.pretrainer import PretrainConfig, Pretrainer
 from dsasr.model.speech_llm import SpeechLLM

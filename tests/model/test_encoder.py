@@ -5,17 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsasr.errors import UserError
-from dsasr.model.encoder import (
-    Chunk,
-    ChunkConfig,
-    DepthwiseConv,
-    Encoder,
-    EncoderConfig,
-    attend,
-    draw_chunk,
-)
+from dsasr.model.chunks import Chunk, ChunkConfig, draw_chunk
+from dsasr.model.encoder import DepthwiseConv, Encoder, EncoderConfig, attend
 
 CONFIG = EncoderConfig(width=16, layers=2, heads=2, ffn=32, kernel=5, mels=12)
 
@@ -140,14 +134,22 @@ def test_layers_are_each_blocks_output(encoder):
 def test_checkpointing_changes_no_gradient(chunk):
     x, lengths = features(50, 30)
     gradients = []
-    for flag in (False, True):
+    work = []
+    for flag, recompute in ((False, "all"), (True, "all"), (True, "cheap")):
         torch.manual_seed(0)
-        model = Encoder(dataclasses.replace(CONFIG, checkpoint=flag)).double()
+        config = dataclasses.replace(CONFIG, checkpoint=flag, recompute=recompute)
+        model = Encoder(config).double()
         torch.manual_seed(1)  # dropout too is repeated
-        model(x, lengths, chunk).frames_BSE.square().sum().backward()
+        loss = model(x, lengths, chunk).frames_BSE.square().sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
+        by = counter.get_flop_counts()["Global"]
+        work.append(by[torch.ops.aten.mm] + by.get(torch.ops.aten.addmm, 0))
+    for plain, everything, cheap in zip(*gradients, strict=True):
+        assert torch.equal(plain, everything) and torch.equal(plain, cheap)
+    # Products with weights: two in the backward pass, a third where all is made again.
+    assert work[1] / work[0] == pytest.approx(1.5, rel=0.1) and work[2] == work[0]
 
 
 def test_every_weight_gets_a_gradient(encoder):

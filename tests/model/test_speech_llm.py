@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.encoder import ChunkConfig, Encoder, EncoderConfig
+from dsasr.model.chunks import ChunkConfig
+from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.model.llm import EntropyHead, LlmConfig, embedding_rms, load_llm
 from dsasr.model.speech_llm import SpeechLLM, lay_out, plan_rows, ragged
 
@@ -180,12 +181,13 @@ def test_without_audio_the_speech_is_left_out():
     assert not torch.equal(model(batch).loss, model(silent).loss)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("recompute", ["", "all", "cheap"])
 @pytest.mark.parametrize(
     "parts", [("adaptor",), ("adaptor", "llm"), ("encoder", "adaptor", "llm"), ("llm",)]
 )
-def test_gradients_reach_the_trained_parts_only(parts, checkpoint):
-    model = make_model(LlmConfig(checkpoint=checkpoint), dropout=0.5).train()
+def test_gradients_reach_the_trained_parts_only(parts, recompute):
+    config = LlmConfig(checkpoint=bool(recompute), recompute=recompute or "all")
+    model = make_model(config, dropout=0.5).train()
     model.requires_grad_(False)
     for part in parts:
         getattr(model, part).requires_grad_(True)
@@ -194,6 +196,16 @@ def test_gradients_reach_the_trained_parts_only(parts, checkpoint):
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name.split(".")[0] in parts), name
     assert model.encoder.training == ("encoder" in parts)
+
+
+def test_what_is_recomputed_changes_no_gradient():
+    gradients = []
+    for config in (LlmConfig(), LlmConfig(checkpoint=True, recompute="cheap")):
+        model = make_model(config).train()
+        model(make_batch()).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, cheap in zip(*gradients, strict=True):
+        assert torch.equal(plain, cheap)
 
 
 def test_frozen_parts_drop_nothing_out():

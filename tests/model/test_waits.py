@@ -17,7 +17,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, masking_utils
 from dsasr.data.augment import SpecAugmentConfig
 from dsasr.data.batching import Batch, upload
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.encoder import ChunkConfig, Encoder, EncoderConfig
+from dsasr.model.chunks import ChunkConfig
+from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.pretrainer import PretrainConfig, Pretrainer
 from dsasr.model.speech_llm import SpeechLLM

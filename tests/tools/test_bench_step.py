@@ -75,3 +75,36 @@ def test_batches_are_cut_by_the_recipes_budgets(monkeypatch):
         len(b) for b in step.batches(config, 40, traffic, 9, 5)
     )
     assert mean == pytest.approx(8.0, rel=0.35)
+
+
+def test_the_papers_size_and_its_work(monkeypatch):
+    """Without memory: on device meta."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    for name in ("common", "marks", "step"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import step
+    import torch
+
+    from dsasr import ranks, recipe, sizing
+
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("meta"))
+    chosen = recipe.load("nim-2.3b", ["engine.precision=bf16"])
+    for stage in chosen.stages:
+        module = step.build(chosen, stage.branch, small=False)
+        size = sum(p.numel() for p in module.parameters())
+        encoder = sum(p.numel() for p in module.encoder.parameters())
+        assert 5.5e8 < encoder < 6.5e8
+        config = step.batch_config(chosen, stage, small=False)
+        (batch,) = step.batches(config, 1, sizing.Traffic(), 500, 80)
+        work, positions = step.work(chosen, stage, module, batch)
+        frames = int(((batch.feature_lengths_B + 3) // 4).sum())
+        if stage.name == "pretrain":
+            # Two views; six operations a weight and frame.
+            assert positions == 2 * frames
+            assert work["encoder"].needed == pytest.approx(12 * encoder * frames, rel=0.1)
+        else:
+            assert 2.2e9 < size < 2.4e9
+            assert work["encoder"].forward == pytest.approx(2 * encoder * frames, rel=0.1)
+            layers = sum(p.numel() for p in module.llm.base_model.layers.parameters())
+            assert work["llm"].forward == pytest.approx(2 * layers * positions, rel=0.1)
+            assert (work["encoder"].backward > 0) == (stage.name == "joint")

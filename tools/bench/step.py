@@ -153,7 +153,8 @@ def work(
 ) -> tuple[dict[str, flops.Work], int]:
     """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
     model, frames = chosen.model, batch.feature_lengths_B.tolist()
-    width, again = model.encoder.width, {"encoder": model.encoder.checkpoint}
+    width = model.encoder.width
+    again = {"encoder": model.encoder.checkpoint and model.encoder.recompute == "all"}
     if stage.branch == "pretrain":
         frames = frames * (2 if model.pretrain.consistency else 1)
         parts = {
@@ -173,7 +174,8 @@ def work(
             "llm": flops.llm(shape, lengths),
             "head": flops.head(shape, int(batch.token_lengths_B.sum())),
         }
-        positions, again["llm"] = sum(lengths), model.llm.checkpoint
+        positions = sum(lengths)
+        again["llm"] = model.llm.checkpoint and model.llm.recompute == "all"
     recomputed = [name for name, on in again.items() if on]
     return flops.step(parts, stage.trains, recomputed), positions
 
