@@ -219,7 +219,8 @@ class _Tiles:
         """The rows' carry over all columns."""
         carry_5N = self.hidden_ND.new_zeros(5, len(self.hidden_ND), dtype=self.sum_dtype)
         carry_5N[0] = -torch.inf
-        buffer, scratch = self._buffer(self.sum_dtype), self._buffer(self.sum_dtype)
+        buffer = self._buffer(self.sum_dtype)
+        scratch = self._buffer(self.sum_dtype) if self.passes is torch_passes else None
         for columns in self.plan.column_blocks(self.weight_VD):
             weight_vD, options = self._weight(columns), self._options(columns)
             for rows in self.plan.row_blocks(self.hidden_ND):
@@ -230,7 +231,7 @@ class _Tiles:
                     carry_5N[:, rows],
                     self.targets_N[rows],
                     total=self.plan.smoothing > 0,
-                    scratch_nv=self._view(scratch, rows, columns),
+                    scratch_nv=None if scratch is None else self._view(scratch, rows, columns),
                     **options,
                 )
         return carry_5N

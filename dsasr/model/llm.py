@@ -30,6 +30,7 @@ _DROPOUTS = (
 class LlmConfig:
     """``pack``: positions a row may hold, 0 for one utterance a row.
 
+    Attention without flash computes whole rows: let ``pack`` be a few times the longest utterance.
     With a flash ``attn`` any ``pack`` above 0 puts the whole batch into one row, without padding.
     Without packing transformers makes a GPU wait once a batch, to ask whether rows are packed.
     """

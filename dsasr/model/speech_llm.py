@@ -32,21 +32,29 @@ from dsasr.model.randomness import seed_dropout, step_generator
 def plan_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
     """Which utterances share a row of at most ``pack`` positions; 0: none do.
 
-    First fit, longest first; an utterance longer than ``pack`` has a row to itself.
+    As many rows as first fit (longest first) needs, then filled evenly where that makes the longest
+    row, which all are padded to, shorter. An utterance longer than ``pack`` has a row to itself.
     """
     if pack == 0:
         return [[index] for index in range(len(lengths))]
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        fit = next((row for row, free in enumerate(room) if free >= lengths[index]), None)
+    sizes: list[int] = []
+    for index in order:
+        fit = next((r for r, size in enumerate(sizes) if size + lengths[index] <= pack), None)
         if fit is None:
-            rows.append([index])
-            room.append(pack - lengths[index])
-        else:
-            rows[fit].append(index)
-            room[fit] -= lengths[index]
-    return rows
+            rows.append([])
+            sizes.append(0)
+            fit = -1
+        rows[fit].append(index)
+        sizes[fit] += lengths[index]
+    even: list[list[int]] = [[] for _ in rows]
+    filled = [0] * len(rows)
+    for index in order:
+        emptiest = filled.index(min(filled))
+        even[emptiest].append(index)
+        filled[emptiest] += lengths[index]
+    return even if max(filled, default=0) < max(sizes, default=0) else rows
 
 
 def ragged(starts_B: Tensor, counts_B: Tensor) -> Tensor:

@@ -258,6 +258,16 @@ def test_rows_hold_everything_once_and_no_more_than_they_may(pack):
         assert len(rows) == 3
 
 
+def test_rows_are_filled_evenly_for_all_are_padded_to_the_longest():
+    lengths = [40] * 9
+    rows = plan_rows(lengths, 160)  # first fit: 4, 4 and 1
+    assert [len(row) for row in rows] == [3, 3, 3]
+    # Not where it would need longer rows: 3 + 3 and 2 + 2 + 2 fill two of 6.
+    assert sorted(
+        sum((3, 3, 2, 2, 2)[i] for i in row) for row in plan_rows([3, 3, 2, 2, 2], 6)
+    ) == [6, 6]
+
+
 def test_the_layout_is_a_partition_of_the_rows():
     speech, tokens = torch.tensor([3, 1, 5]), torch.tensor([2, 4, 1])
     layout = lay_out(speech, tokens, 2, 1, pack=14)
