@@ -49,7 +49,7 @@ class PartPlan:
         self.current: Window | None = None
         self.upcoming: tuple[tuple[int, int], Future] | None = None
         self.layouts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.barren = 0  # windows in a row without a batch
+        self.barren = 0  # windows of the epoch, in a row, without a batch
 
     def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shard order and the windows' edges in it."""
@@ -96,11 +96,13 @@ class PartPlan:
                 self.barren = 0
                 return True
             self.barren += not len(self.current)
-            if self.barren > len(self.layout(self.epoch)[1]) and not self.config.epochs:
-                where = f" in language '{self.part.lang}'" if self.part.lang else ""
-                raise UserError(f"dataset '{self.part.name}' has no samples{where}")
-            self.epoch, self.window = self.after(self.epoch, self.window)
-            self.batch, self.current = 0, None
+            following = self.after(self.epoch, self.window)
+            if following[0] > self.epoch:
+                if self.barren == len(self.layout(self.epoch)[1]) - 1 and not self.config.epochs:
+                    where = f" in language '{self.part.lang}'" if self.part.lang else ""
+                    raise UserError(f"dataset '{self.part.name}' has no samples{where}")
+                self.barren = 0
+            (self.epoch, self.window), self.batch, self.current = following, 0, None
 
     def open(self) -> None:
         place = (self.epoch, self.window)

@@ -271,6 +271,17 @@ def test_a_language_that_no_shard_has_is_an_error_not_a_loop() -> None:
         planner.step()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_one_sample_among_empty_shards_comes_every_epoch(seed) -> None:
+    """At one epoch's end and the next one's beginning nearly all windows may be empty."""
+    corpus = Corpus([0, 0, 0, 1, 0])
+    config = replace(FINITE, seed=seed, epochs=0, window=1, window_samples=1)
+    tasks, state = drain([corpus.part()], config, corpus, world=2, steps=10)
+    assert [t.epoch for t in tasks] == list(range(20)) and all(len(t.samples) == 1 for t in tasks)
+    more, _ = drain([corpus.part()], config, corpus, world=1, state=state, steps=5)
+    assert [t.epoch for t in more] == list(range(20, 25))
+
+
 def test_resume_refuses_another_dataset_or_another_plan() -> None:
     corpus = Corpus([9, 9])
     _, state = drain([corpus.part()], replace(FINITE, epochs=0), corpus, 1, None, 1)
