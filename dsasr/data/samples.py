@@ -299,8 +299,8 @@ class Maker:
         names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
         for name, start, end in zip(names, times, times[1:], strict=False):
             stats[name] += end - start
-        names = sample.key, sample.shard, sample.lang, sample.speaker
-        return _Row(*names, features, seconds, text, phonemes, tokens)
+        who = sample.key, sample.shard, sample.lang, sample.speaker
+        return _Row(*who, features, seconds, text, phonemes, tokens)
 
     def _decode(self, sample: Sample, cut: float | None = None) -> Tensor:
         seconds = self.max_seconds if cut is None else cut
