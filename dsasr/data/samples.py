@@ -173,11 +173,27 @@ class _Row:
     shard: str
     lang: str
     speaker: str
-    features: Tensor  # [T, F] before CMVN, or [n] audio where features are made on the device
+    features: Tensor  # [T, F] normalised, or [n] audio where features are made on the device
     seconds: float
     text: str
     phonemes: list[int]
     tokens: list[int]
+
+
+def _padded(rows: list[_Row], array: np.ndarray) -> np.ndarray:
+    """The rows' features in ``array``, [B, longest, …], zero behind them; they may lie in it."""
+    held = [row.features.clone() for row in rows]
+    for features, target in zip(held, torch.from_numpy(array), strict=True):
+        target[: len(features)] = features
+        target[len(features) :] = 0.0
+    return array
+
+
+def _shrunk(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Of ``array``'s memory as much as ``shape`` needs, or new memory if that is more."""
+    size = int(np.prod(shape))
+    flat = array.reshape(-1)[:size] if size <= array.size else np.empty(size, np.float32)
+    return flat.reshape(shape)
 
 
 class Maker:
@@ -198,7 +214,6 @@ class Maker:
         self.text, self.max_seconds, self.waves = text, max_seconds, waves
         self.voices: Sequence[Tensor] = ()  # for babble
         self.recorded: Sequence[Tensor] = ()  # noise as it lies in noise shards
-        self.room = torch.empty(0, fbank.mels)
         if cmvn is not None:
             self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
@@ -209,43 +224,36 @@ class Maker:
         """
         stats = dict.fromkeys(("read_s", "decode_s", "augment_s", "feature_s", "text_s"), 0.0)
         before, rows, bad = self.sources.bytes, [], []
-        room = self._room(task)
+        room = None if self.waves else allocate(self._expected(task))
         for planned, drawn in zip(task.samples, self._draws(task), strict=True):
+            place = None if room is None else torch.from_numpy(room[len(rows)])
             try:
-                rows.append(self._row(planned, drawn, stats, room))
-                room = room[len(rows[-1].features) :]
+                rows.append(self._row(planned, drawn, stats, place))
             except BadSample as error:
                 bad.append((error.cause, planned.shard, planned.entry.key, error.detail))
         longest = max((len(row.features) for row in rows), default=0)
-        shape = (len(rows), longest) if self.waves else (len(rows), longest, self.fbank.mels)
-        array = allocate(shape)
-        target = torch.from_numpy(array)
-        for i, row in enumerate(rows):
-            self._write(row.features, target[i])
+        if room is None:
+            array = _padded(rows, allocate((len(rows), longest)))
+        elif room.shape[:2] == (len(rows), longest):
+            for row, place in zip(rows, room, strict=True):
+                place[len(row.features) :] = 0.0
+            array = room
+        else:
+            array = _padded(rows, _shrunk(room, (len(rows), longest, self.fbank.mels)))
         stats["bytes"] = float(self.sources.bytes - before)
         return array, self._made(rows, bad, stats)
 
-    def _room(self, task: Task) -> Tensor:
-        """Memory for the features of a task's samples until the longest of them is known.
-
-        The same for each task: what would be new memory would be in no cache, and split the free
-        memory that decoding needs.
-        """
+    def _expected(self, task: Task) -> tuple[int, int, int]:
+        """The batch's shape, if its samples are as planned: features are made where they stay."""
         step = self.fbank.rate / FRAMES_PER_SECOND
-        most = (int((planned.frames + FRAME_SLACK) * step) + 1 for planned in task.samples)
-        frames = sum(map(self.fbank.frames, most))
-        if frames > len(self.room) and not self.waves:
-            self.room = torch.empty(frames, self.fbank.mels)
-        return self.room
-
-    def _write(self, features: Tensor, target: Tensor) -> None:
-        """Features into their row of the batch, normalised on the way; zero behind them."""
-        count = len(features)
-        if self.cmvn is None or self.waves:
-            target[:count] = features
-        else:
-            torch.sub(features, self.shift_F, out=target[:count]).mul_(self.scale_F)
-        target[count:] = 0.0
+        lengths = (
+            round(planned.entry.duration * self.fbank.rate)
+            if self.augment is None or planned.plain
+            else int(planned.frames * step)
+            for planned in task.samples
+        )
+        longest = max(map(self.fbank.frames, lengths), default=0)
+        return len(task.samples), longest, self.fbank.mels
 
     def _made(self, rows: list[_Row], bad: list[Bad], stats: dict[str, float]) -> Made:
         phonemes, phoneme_lengths = pad([row.phonemes for row in rows])
@@ -277,8 +285,13 @@ class Maker:
         ]
 
     def _row(
-        self, planned: PlannedSample, drawn: Draw | None, stats: dict[str, float], room: Tensor
+        self,
+        planned: PlannedSample,
+        drawn: Draw | None,
+        stats: dict[str, float],
+        place: Tensor | None,
     ) -> _Row:
+        """``place``: memory for the features, if they fit."""
         times = [time.perf_counter()]
         sample = self._read(planned)
         times.append(time.perf_counter())
@@ -294,7 +307,7 @@ class Maker:
             # The batch was cut for what the index says; a longer sample could exceed memory.
             detail = f"{seconds:.2f} s, planned for {planned.frames / FRAMES_PER_SECOND:.2f} s"
             raise BadSample("wrong_duration", sample.shard, sample.key, detail)
-        features = self._features(wave, sample, room)
+        features = self._features(wave, sample, place)
         times.append(time.perf_counter())
         names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
         for name, start, end in zip(names, times, times[1:], strict=False):
@@ -311,12 +324,14 @@ class Maker:
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
 
-    def _features(self, wave: Tensor, sample: Sample, room: Tensor) -> Tensor:
+    def _features(self, wave: Tensor, sample: Sample, place: Tensor | None) -> Tensor:
         if len(wave) < self.fbank.window:
             raise BadSample("too_short", sample.shard, sample.key, f"{len(wave)} samples of audio")
         if self.waves:
             return wave
-        return fbank(wave, self.fbank, room)
+        fits = place is not None and self.fbank.frames(len(wave)) <= len(place)
+        features = fbank(wave, self.fbank, place if fits else None)
+        return features if self.cmvn is None else features.sub_(self.shift_F).mul_(self.scale_F)
 
     def _read(self, planned: PlannedSample) -> Sample:
         entry, shard = planned.entry, planned.shard

@@ -42,7 +42,7 @@ Allocate = Callable[[tuple[int, ...]], np.ndarray]
 """Gives float32 memory of a shape, not cleared; at most one call for each task."""
 
 Work = Callable[[Any, Allocate], tuple[np.ndarray, Any]]
-"""(task, allocate) → (the array that allocate gave, anything picklable)."""
+"""(task, allocate) → (the array that allocate gave, or its beginning; anything picklable)."""
 
 
 class WorkerDied(RuntimeError):
@@ -319,7 +319,7 @@ def _make(
         head = ("ok", array.shape, rest)
     except BaseException as error:
         array, head = np.zeros(0, np.float32), ("error", (0,), _portable(error))
-    inside = bool(allocated) and array is allocated[-1]
+    inside = bool(allocated) and array.ctypes.data == allocated[-1].ctypes.data
     tail = pickle.dumps(head, pickle.HIGHEST_PROTOCOL)
     size = array.nbytes
     if (inside or not size) and size + len(tail) <= slot_bytes:
