@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ def trace(tiny: Path, folder: Path, kernels: str) -> dict[str, list[dict]]:
     """Stage → its lines' losses, of a one-rank run without the launcher."""
     command = [sys.executable, "dsasr/train.py", "--recipe", str(tiny), f"run={folder}"]
     settings = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    settings |= {"DSASR_KERNELS": kernels}
+    settings |= {"DSASR_KERNELS": kernels, "TRITON_INTERPRET": str(int(kernels == "triton"))}
     done = subprocess.run(
         command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300
     )
@@ -58,5 +59,8 @@ def test_losses_follow_the_golden_trace(default):
     equal(default, expected, 2e-3)
 
 
-def test_kernels_and_reference_give_the_same_trace(default, tiny, tmp_path):
-    equal(trace(tiny, tmp_path / "reference", "reference"), default, 5e-4)
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_kernels_and_reference_give_the_same_trace(default, tiny, tmp_path, kernels):
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    equal(trace(tiny, tmp_path / kernels, kernels), default, 5e-4)
