@@ -104,17 +104,12 @@ def test_pretraining_waits_for_nothing(monkeypatch, utterances, consistency):
     assert copies.copies and not copies.blocking
 
 
-@pytest.mark.parametrize("pack", [0, 64], ids=["rows", "packed"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("utterances", [4, 0], ids=["batch", "empty"])
-def test_fine_tuning_waits_for_nothing(monkeypatch, stage, pack, utterances):
-    if not pack:  # transformers' one question, which rows of one utterance each do not spare it
-        monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+def speech_llm(stage: str, pack: int, device: str) -> SpeechLLM:
     shape = Qwen3Config(
         vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
     )  # fmt: skip
-    with torch.device("meta"):
+    with torch.device(device):
         model = SpeechLLM(
             Encoder(EncoderConfig(**ENCODER)),
             Adaptor(AdaptorConfig(hidden=10), 16, 16),
@@ -123,8 +118,33 @@ def test_fine_tuning_waits_for_nothing(monkeypatch, stage, pack, utterances):
         )  # fmt: skip
     for part in ("encoder", "adaptor", "llm"):
         getattr(model, part).requires_grad_(part in STAGES[stage])
+    return model.train()
+
+
+@pytest.mark.parametrize("pack", [0, 64], ids=["rows", "packed"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("utterances", [4, 0], ids=["batch", "empty"])
+def test_fine_tuning_waits_for_nothing(monkeypatch, stage, pack, utterances):
+    if not pack:  # transformers' one question, which rows of one utterance each do not spare it
+        monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    model = speech_llm(stage, pack, "meta")
     copies = step(model, batch(utterances))
     assert copies.copies and not copies.blocking
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stage", STAGES)
+def test_fine_tuning_waits_for_nothing_on_a_gpu(stage):
+    """torch itself raises at every wait that it knows of."""
+    model, held = speech_llm(stage, 64, "cuda"), batch()
+    model(held.to("cuda")).loss.backward()  # compiles the kernels, makes the libraries' handles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(held.to("cuda")).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_device_shows_what_waits():
