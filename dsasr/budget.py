@@ -21,9 +21,10 @@ from dsasr import config
 from dsasr.budget_trial import Shape, serve
 from dsasr.build import Builder, sub_seed
 from dsasr.data.audio import FbankConfig
+from dsasr.data.draws import planned_seconds
 from dsasr.data.forecast import Forecast, forecast
 from dsasr.data.plan import FRAMES_PER_SECOND, BatchConfig, PlanConfig
-from dsasr.data.samples import Maker, TextEncoder, planned_seconds
+from dsasr.data.samples import Maker, TextEncoder
 from dsasr.data.sources import Sources
 from dsasr.data.stream import make_parts
 from dsasr.errors import UserError

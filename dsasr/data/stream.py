@@ -27,10 +27,11 @@ import torch
 from dsasr.data.audio import Cmvn, FbankConfig
 from dsasr.data.augment import RECORDED, AugmentConfig
 from dsasr.data.batching import Batch
+from dsasr.data.draws import planned_seconds
 from dsasr.data.names import ShardList
 from dsasr.data.plan import Bad, BatchConfig, Part, PlanConfig, Task
 from dsasr.data.planner import Planner
-from dsasr.data.samples import Maker, TextEncoder, planned_seconds
+from dsasr.data.samples import Maker, TextEncoder
 from dsasr.data.sources import SourceConfig, Sources
 from dsasr.data.workers import Payload, WorkerPool, run_here
 from dsasr.errors import UserError

@@ -12,9 +12,9 @@ import pytest
 from dsasr import budget, recipe
 from dsasr.build import Builder
 from dsasr.data.augment import AugmentConfig
+from dsasr.data.draws import planned_seconds
 from dsasr.data.forecast import Forecast, forecast
 from dsasr.data.plan import BatchConfig, Part, PlanConfig
-from dsasr.data.samples import planned_seconds
 from dsasr.data.shards import Entry, ShardIndex, load_index
 
 ROOT = Path(__file__).resolve().parents[2]
