@@ -58,7 +58,7 @@ class RunData:
         return max((m["seconds"] for m in self.metrics), default=0.0)
 
 
-def _new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 3.2), **given):
+def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 3.2), **given):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,7 +80,7 @@ def _plain(axis) -> None:
     axis.tick_params(labelsize=9)
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     with atomic_path(path) as temporary:
@@ -140,7 +140,7 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
     panels = [any(run.drift for run in runs), any(through.values())]
     if not any(panels):
         return None
-    figure, axes = _new(1, sum(panels), (4.6 * sum(panels) + 1, 3.2))
+    figure, axes = new(1, sum(panels), (4.6 * sum(panels) + 1, 3.2))
     held = iter(axes[0])
     if panels[0]:
         axis = next(held)
@@ -175,7 +175,7 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_xlabel("joint steps")
         axis.set_ylabel("CKA to the encoder before it, 0 to 1")
         _legend(axis)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 METRICS = (
@@ -191,7 +191,7 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
     if not shown:
         return None
     unit, word = clocked(runs)
-    figure, axes = _new(1, len(shown), (3.9 * len(shown), 3.4))
+    figure, axes = new(1, len(shown), (3.9 * len(shown), 3.4))
     for axis, (key, label, title) in zip(axes[0], shown, strict=True):
         for run, colour in zip(runs, _colours(runs), strict=True):
             for branch, style, what in (("pretrain", "-", "live"), ("sft", "--", "in the sft")):
@@ -209,7 +209,7 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_xlabel(f"training time, {word}")
         axis.set_ylabel(label)
     _legend(axes[0][0])
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _mark_joint(axis, run: RunData, unit: float, colour: str, va: str = "top") -> None:
@@ -252,7 +252,7 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
     pairs = [(run.name, found) for run in runs if (found := before_and_after(run))]
     if not pairs:
         return None
-    figure, axes = _new(1, 3, (9.6, 3.2))
+    figure, axes = new(1, 3, (9.6, 3.2))
     for axis, (key, label, title) in zip(axes[0], METRICS, strict=True):
         for side, colour, shift in (("before joint", "#9db8d2", -0.2), ("after", COLOURS[0], 0.2)):
             rows = [pair[0 if shift < 0 else 1] for _, pair in pairs]
@@ -270,7 +270,7 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_ylabel(label)
     axes[0][0].set_ylim(0, 1.18)
     _legend(axes[0][0], loc="upper left", ncols=2)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _whiskers(axis, places, values, rows: Sequence[Row], key: str) -> None:
@@ -286,7 +286,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
     if not rows:
         return None
     height = 1.3 + 0.42 * len(rows)
-    figure, (axes,) = _new(1, 2, (10.5, height), sharey=True)
+    figure, (axes,) = new(1, 2, (10.5, height), sharey=True)
     places = range(len(rows))
     left, right = axes
     for key, shift, colour, label in (
@@ -320,7 +320,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
         handles, _ = axis.get_legend_handles_labels()
         if handles:
             axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
@@ -360,7 +360,7 @@ def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
     ]  # fmt: skip
     panels = [p for p in panels if any(p[1](m) for r in scored for m in r.valid)]
     unit, word = clocked(scored)
-    figure, axes = _new(len(panels), 1, (8.6, 1.2 + 1.7 * len(panels)), sharex=True)
+    figure, axes = new(len(panels), 1, (8.6, 1.2 + 1.7 * len(panels)), sharex=True)
     styles = {name: style for _, name, style in CURVES}
     for axis, (label, values) in zip(axes[:, 0], panels, strict=True):
         for run, colour in zip(runs, _colours(runs), strict=True):
@@ -378,7 +378,7 @@ def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_ylim(bottom=0)
         _legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes[-1][0].set_xlabel(f"training time, {word}")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _named(line: Row, key: str, name: str, factor: float) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 from dsasr import figures, report
 from dsasr.errors import UserError
 from dsasr.figures import RunData
+from dsasr.monitor import add_images
 from dsasr.stages import DriftConfig, Schedule, StageConfig
 
 
@@ -173,6 +174,16 @@ def test_before_and_after_joint_prefers_measured_checkpoints():
 def test_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="recipe"):
         report.named([tmp_path])
+
+
+def test_the_pictures_are_in_tensorboard_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report.draw([run()], tmp_path / "report")
+    add_images(tmp_path / "tensorboard", sorted((tmp_path / "report").glob("*.png")), 210)
+    held = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"report/joint", "report/allocation", "report/cka"} <= set(held.Tags()["images"])
+    assert held.Images("report/joint")[0].step == 210
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")

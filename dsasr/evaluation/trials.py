@@ -184,12 +184,12 @@ def compare(a: Trials, b: Trials, rules: str = "standard") -> dict[str, dict[str
     out: dict[str, dict[str, float]] = {}
     for condition in a.conditions():
         pairs = [(r, named_b[r.key, condition]) for r in a.rows if r.condition == condition]
-        only_a = sum(_flagged(x) and not _flagged(y) for x, y in pairs)
-        only_b = sum(_flagged(y) and not _flagged(x) for x, y in pairs)
+        only_a = sum(flagged(x) and not flagged(y) for x, y in pairs)
+        only_b = sum(flagged(y) and not flagged(x) for x, y in pairs)
         row: dict[str, float] = {
             "utterances": len(pairs),
-            "flagged_a": sum(_flagged(x) for x, _ in pairs),
-            "flagged_b": sum(_flagged(y) for _, y in pairs),
+            "flagged_a": sum(flagged(x) for x, _ in pairs),
+            "flagged_b": sum(flagged(y) for _, y in pairs),
             "flagged_p": sign_test(only_a, only_b),
         }
         scores = a.scores(condition, rules), b.scores(condition, rules)
@@ -207,7 +207,7 @@ def sign_test(losses: int, wins: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def _flagged(row: Trial) -> bool:
+def flagged(row: Trial) -> bool:
     """A hallucination on speech, any text on non-speech."""
     if row.reference is None:
         return bool(row.hypothesis.strip())
