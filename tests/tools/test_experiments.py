@@ -1,0 +1,132 @@
+"""The experiment's recipes and its summary, on made-up results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsasr import config
+from dsasr.errors import UserError
+from dsasr.recipe import Recipe
+from dsasr.stages import Progress
+from dsasr.timeline import simulate
+
+FOLDER = Path(__file__).parent.parent.parent / "tools" / "experiments"
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """The modules systems and summary."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import summary
+        import systems
+
+        yield systems, summary
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def schedule(systems, name: str, sizes=None):
+    system = systems.named(name)
+    sizes = sizes or systems.Sizes(pretrain=200, align=5, sft=60, joint=10, final=20)
+    values = systems.recipe(system, "synth", sizes, 1, Path("corpus"), Path("run"))
+    return config.build(Recipe, values).schedule()
+
+
+def test_every_recipe_is_sound_and_takes_the_same_sft_steps(experiment):
+    systems, _ = experiment
+    for kind, sizes in (*systems.SIZES.items(), ("synth", systems.SHORT)):
+        for system in systems.SYSTEMS:
+            values = systems.recipe(system, kind, sizes, 3, Path("corpus"), Path("run"))
+            held = config.build(Recipe, values)
+            stages = {s.name: s for s in held.stages}
+            assert held.seed == 3 and held.run == "run"
+            after_align = sum(s.steps for n, s in stages.items() if n in ("ia_sft", "joint"))
+            assert after_align == sizes.sft + sizes.joint
+            assert stages["pretrain"].steps * system.views == sizes.pretrain
+    with pytest.raises(UserError, match="no-swap"):
+        systems.named("none")
+
+
+def test_when_each_system_takes_which_encoder(experiment):
+    systems, _ = experiment
+
+    def swaps(name):
+        events = simulate(schedule(systems, name), [40, 60])
+        return [(e["stage"], e["pretrain"]) for e in events if e["event"] == "swap"]
+
+    # Two views halve the pretrain steps: the final encoder is that of step 100.
+    assert swaps("paper")[0] == ("align", 40) and swaps("paper")[-1] == ("ia_sft", 100)
+    assert ("ia_sft", 60) in swaps("paper")
+    assert swaps("no-swap") == [("align", 40), ("joint", 100)]
+    assert swaps("no-joint")[-1] == ("ia_sft", 100)
+    # One after the other: pretraining is over before anything else begins.
+    for name in ("conventional", "phoneme"):
+        first = schedule(systems, name)
+        assert first.at(Progress(pretrain=199)).stage.name == "pretrain"
+        assert not first.measures_at(100)
+
+
+def result(system: str, label: str, seed: int, rate: float, loud: int) -> dict:
+    rng = np.random.default_rng([seed, int(100 * rate)])
+    clips = {}
+    for condition, factor in (("clean", 1), ("snr5", 3), ("snr0", 4)):
+        errors = rng.binomial(10, min(1, factor * rate), 60).tolist()
+        clips[condition] = {"lang": ["en", "zh"] * 30, "errors": errors, "units": [10] * 60,
+                            "flagged": [int(e > 5) for e in errors]}  # fmt: skip
+    clips["white"] = {"lang": ["en"] * 4, "characters": [loud] * 4, "seconds": [30.0] * 4}
+    gain = {"value": 2.0, "low": 1.9, "high": 2.1, "share": 0.5}
+    encoder = {"nse": 0.5, "pai": gain, "csai": gain | {"value": 0.3}, "llm": {"resolved": 1.5}}
+    return {
+        "set": "synth", "system": system, "label": label, "seed": seed, "clips": clips,
+        "before": encoder, "after": encoder, "cka_through_joint": 0.9, "audio_hours": 12.0,
+        "train_seconds": 600.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path, experiment) -> Path:
+    systems, _ = experiment
+    (tmp_path / "synth").mkdir()
+    for name, rate, loud in (("conventional", 0.2, 100), ("paper", 0.05, 10)):
+        for seed in (1, 2, 3):
+            held = result(name, systems.named(name).label, seed, rate, loud)
+            (tmp_path / "synth" / f"{name}-seed{seed}.json").write_text(json.dumps(held))
+    return tmp_path
+
+
+def test_ratios_and_their_intervals(results, experiment):
+    _, summary = experiment
+    held = summary.load(results / "synth")
+    assert list(held) == ["conventional", "paper"]
+    one, two = (summary.errors(held[n], ["clean"]) for n in ("conventional", "paper"))
+    assert one[0].shape == (3, 60)
+    assert summary.value(one) == pytest.approx(one[0].sum() / 1800)
+    low, high = summary.interval(one)
+    assert low < summary.value(one) < high and high - low < 0.1
+    only = summary.errors(held["paper"], ["clean"], "zh")
+    assert only[0].shape == (3, 30)
+    # 100 characters in 30 s of each clip.
+    assert summary.value(summary.invented(held["conventional"])) == pytest.approx(200)
+    gap, low, high, p = summary.paired(one, two)
+    assert low < gap < high < 0 and p < 0.01
+    assert summary.paired(one, one)[0] == 0 and summary.paired(one, one)[3] == 1.0
+
+
+def test_table_and_figure(results):
+    command = [sys.executable, str(FOLDER / "summary.py"), "--results", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (results / "synth.md").read_text()
+    assert "| 1 character CTC, joint SFT | 3 |" in text and "conventional, paper" in text
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert len(set(widths)) > 1 and min(widths) > 3
+    assert (results / "synth.png").stat().st_size > 20_000
+    empty = [*command[:-1], str(results / "none")]
+    assert subprocess.run(empty, capture_output=True).returncode == 2
