@@ -181,7 +181,7 @@ def test_an_encoder_that_cannot_be_published_is_told_with_its_step(
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(fragments, "_write_file", full)
+        monkeypatch.setattr(fragments, "write_file", full)
     before = run.progress
     run.publish("drift", {"cka": 0.9})
     assert run.progress == before
