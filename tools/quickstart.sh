@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained recogniser: install, make a small bilingual corpus, train, decode, report.
-#   bash tools/quickstart.sh            about 12 minutes on two CPU cores after installation
+#   bash tools/quickstart.sh            about 10 minutes on two CPU cores after installation
 #   bash tools/quickstart.sh --short    the same steps in a few minutes, with a poor recogniser
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
