@@ -112,6 +112,12 @@ def test_ratios_and_their_intervals(results, experiment):
     assert low < summary.value(one) < high and high - low < 0.1
     only = summary.errors(held["paper"], ["clean"], "zh")
     assert only[0].shape == (3, 30)
+    # An utterance at two SNRs is one draw: the same clips twice narrow nothing.
+    pooled = summary.errors(held["paper"], ["clean", "clean"])
+    assert pooled[0].shape == (3, 60)
+    assert summary.interval(pooled) == pytest.approx(summary.interval(two))
+    flags = summary.hallucinated(held["paper"], ["snr5", "snr0"])
+    assert flags[0].shape == (3, 60) and (flags[1] == 2).all()
     # 100 characters in 30 s of each clip.
     assert summary.value(summary.invented(held["conventional"])) == pytest.approx(200)
     gap, low, high, p = summary.paired(one, two)

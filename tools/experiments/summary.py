@@ -50,29 +50,37 @@ def load(folder: Path) -> dict[str, list[Result]]:
 
 def errors(results: Sequence[Result], conditions: Sequence[str], lang: str | None = None) -> Ratio:
     """Errors over reference units."""
-    return _columns(results, conditions, "errors", "units", lang)
+    return (
+        _utterances(results, conditions, "errors", lang),
+        _utterances(results, conditions, "units", lang),
+    )
 
 
 def hallucinated(results: Sequence[Result], conditions: Sequence[str]) -> Ratio:
     """Hallucinated utterances over utterances."""
-    over, _ = _columns(results, conditions, "flagged", "flagged", None)
-    return over, np.ones_like(over)
+    over = _utterances(results, conditions, "flagged", None)
+    return over, np.full_like(over, len(conditions))
 
 
 def invented(results: Sequence[Result]) -> Ratio:
     """Characters over minutes of non-speech."""
     kinds = sorted({c for r in results for c, held in r["clips"].items() if "characters" in held})
-    over, seconds = _columns(results, kinds, "characters", "seconds", None)
-    return over, seconds / 60
+
+    def clips(key: str) -> np.ndarray:
+        return np.array([[x for c in kinds for x in r["clips"][c][key]] for r in results], float)
+
+    return clips("characters"), clips("seconds") / 60
 
 
-def _columns(results, conditions, over: str, under: str, lang: str | None) -> Ratio:
+def _utterances(results, conditions, key: str, lang: str | None) -> np.ndarray:
+    """Sums over conditions, a column per utterance: an utterance at several SNRs is one draw, since
+    its conditions are alike."""
     rows = []
     for result in results:
-        held = [result["clips"][c] for c in conditions if c in result["clips"]]
-        keep = np.concatenate([[lang in (None, la) for la in c["lang"]] for c in held])
-        rows.append([np.concatenate([c[k] for c in held])[keep] for k in (over, under)])
-    return np.array([r[0] for r in rows], float), np.array([r[1] for r in rows], float)
+        held = [result["clips"][c] for c in conditions]
+        keep = [lang in (None, la) for la in held[0]["lang"]]
+        rows.append(np.sum([c[key] for c in held], axis=0)[keep])
+    return np.array(rows, float)
 
 
 def value(ratio: Ratio) -> float:
