@@ -204,17 +204,24 @@ class Cluster:
         elif self.show(job, "JobState") == "RUNNING":
             self.hurried.discard(job)
 
-    def wait(self, job: str, seconds: float = 180) -> str:
-        """The final state of a job that may be requeued on its way."""
+    def wait(self, job: str, seconds: float = 300, until=lambda: False) -> str:
+        """The state of a job that may be requeued on its way: its last one, or when ``until``.
+
+        ``seconds`` is no measure of speed, only the end of hope.
+        """
         end = time.monotonic() + seconds
         while (state := self.show(job, "JobState")) not in (
             "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
-        ):  # fmt: skip
+        ) and not until():  # fmt: skip
             if time.monotonic() > end:
                 pytest.fail(f"job {job} is still {state}\n{self.run('squeue')}")
             self.hurry(job)
-            time.sleep(0.3)
+            time.sleep(0.2)
         return state
+
+    def mark(self, node: str, state: str) -> None:
+        """Tell the controller that a node is ``down``, or may ``resume``."""
+        self.run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=drill")
 
     def stop(self) -> None:
         for job in self.jobs:
