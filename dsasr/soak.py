@@ -31,11 +31,12 @@ from dsasr.errors import UserError
 from dsasr.fragments import FragmentReader
 
 TRAIN = Path(__file__).parent / "train.py"
-# What a line of the log tells to be happening, and how often that is the moment to kill.
+# The moments to kill at, and the line of the log (an expression) that tells of each.
 MOMENTS = {
-    "step": "] ", "checkpoint": "— checkpoint:", "published": "— published:", "swap": "— swap:",
-    "evaluation": "— stage_end:", "stage": "— stage:", "start": "",
+    "step": r"\[\d+/\d+\] ", "checkpoint": "— checkpoint:", "published": "— published:",
+    "swap": "— swap:", "evaluation": "— stage_end:", "stage": "— stage:", "start": "",
 }  # fmt: skip
+ABSENT = {"pretrain": {"swap"}, "sft": {"published"}, "both": set()}  # from a branch's log
 CLOCK = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on the clock
 
 
@@ -62,6 +63,7 @@ class Ranks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+        self.port = port
         self.log, self.seen = log, log.stat().st_size if log.is_file() else 0
         with open(log, "ab") as file:
             self.processes = [
@@ -72,13 +74,13 @@ class Ranks:
                 for r in range(world)
             ]  # fmt: skip
 
-    def until(self, text: str, seconds: float) -> bool:
-        """Wait for ``text`` in what this job logs; False when it ended, or ``seconds`` are over."""
+    def until(self, expression: str, seconds: float) -> bool:
+        """Wait for a match in what this job logs; False when it ended, or ``seconds`` are over."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with open(self.log, "rb") as file:
                 file.seek(self.seen)
-                if text.encode() in file.read():
+                if re.search(expression, file.read().decode("utf-8", "replace")):
                     return True
             if not self.running:
                 return False
@@ -104,6 +106,8 @@ class Ranks:
                 hung = True
                 process.kill()
                 process.wait()
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
+            left.unlink(missing_ok=True)  # 66 MiB a rank, which killed ones leave behind
         return None if hung else [p.returncode for p in self.processes]
 
 
@@ -132,6 +136,9 @@ def soak(
     if calm.exists() or run.exists():
         raise UserError(f"{folder} holds a soak already: give a new folder")
     branches = ["pretrain", "sft"] if concurrent else ["both"]
+    # A rank may be killed where the others wait for it without a word; the watchdog's limit, and
+    # the process group's above it, must end that before patience does.
+    overrides = [f"watchdog.seconds={patience / 4:g}", *overrides]
     common = ["--recipe", recipe, *overrides]
     tell("the undisturbed run")
     started = time.monotonic()
@@ -153,7 +160,7 @@ def soak(
     while sum(verdict.kills.values()) < kills and jobs:
         branch = draw.choice(list(jobs))
         job = jobs[branch]
-        moment = draw.choice(list(MOMENTS))
+        moment = draw.choice([m for m in MOMENTS if m not in ABSENT[branch]])
         if moment == "start":
             time.sleep(draw.uniform(0, length / 2))
         elif not job.until(MOMENTS[moment], length * 2):
@@ -176,8 +183,13 @@ def soak(
         codes = job.wait(patience)
         if codes != [0] * world:
             verdict.faults.append(f"the last start of {branch} failed ({codes}): see {job.log}")
-    if verdict.faults:
-        return verdict
+    done = sum(verdict.kills.values())
+    if done < kills:
+        verdict.faults.append(f"over after {done} of {kills} kills: give the recipe more steps")
+    for branch in branches:
+        if not finished(place(branch)):
+            verdict.faults.append(f"{branch} never finished")
+            return verdict
     tell("comparing")
     first = branches[0]
     verdict.faults += differences(calm / first if concurrent else calm, place(first))

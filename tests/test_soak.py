@@ -45,7 +45,7 @@ def test_a_used_folder_is_refused(tmp_path):
 def test_two_kills(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(soak, "MOMENTS", {"swap": "— swap:", "step": "] pretrain 6"})
+    monkeypatch.setattr(soak, "MOMENTS", {"swap": "— swap:", "step": r"\] pretrain 6"})
     told: list[str] = []
     short = ["stages.pretrain.steps=8", "stages.ia_sft.steps=6", "stages.joint.steps=2",
              "checkpoint.every_steps=3"]  # fmt: skip

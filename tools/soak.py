@@ -47,10 +47,11 @@ def main() -> int:
     for (moment, target), count in sorted(verdict.kills.items()):
         print(f"{count:>4} × {target} at {moment}")
     for fault in verdict.faults:
-        print(f"differs: {fault}")
-    kills = sum(verdict.kills.values())
-    end = "differs from" if verdict.faults else "is bit for bit that of"
-    print(f"{kills} kills, {verdict.starts} starts: the end {end} the undisturbed run")
+        print(f"fault: {fault}")
+    kills, end = sum(verdict.kills.values()), "the end is bit for bit that of the undisturbed run"
+    if verdict.faults:
+        end = f"{len(verdict.faults)} faults"
+    print(f"{kills} kills, {verdict.starts} starts: {end}")
     return 1 if verdict.faults else 0
 
 
