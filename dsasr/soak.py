@@ -128,7 +128,8 @@ def soak(
 
     ``concurrent``: as two jobs; the undisturbed run is then of the pretrain branch, and the sft
     branch is held to one job that repeats its swaps. ``patience``: seconds that a job may take to
-    its end, and its ranks to die after a kill. ``linger``: kill also a while after the moment.
+    its end, and its ranks to die after a kill. ``linger``: kill also a while after the moment;
+    without, the two runs are trained side by side.
     """
     verdict, draw = Verdict(), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,10 +144,16 @@ def soak(
     tell("the undisturbed run")
     started = time.monotonic()
     given = [*common, f"run={calm}", f"branch={branches[0]}"]
-    codes = Ranks(given, world, folder / "calm.log").wait(patience)
-    if codes != [0] * world:
-        raise UserError(f"the undisturbed run failed ({codes}): see {folder}/calm.log")
-    length = time.monotonic() - started
+    undisturbed = Ranks(given, world, folder / "calm.log")
+
+    def settle() -> None:
+        codes = undisturbed.wait(patience)
+        if codes != [0] * world:
+            raise UserError(f"the undisturbed run failed ({codes}): see {folder}/calm.log")
+
+    if linger:
+        settle()
+    length = time.monotonic() - started if linger else 0.0
 
     def start(branch: str) -> Ranks:
         verdict.starts += 1
@@ -163,7 +170,7 @@ def soak(
         moment = draw.choice([m for m in MOMENTS if m not in ABSENT[branch]])
         if moment == "start":
             time.sleep(draw.uniform(0, length / 2))
-        elif not job.until(MOMENTS[moment], length * 2):
+        elif not job.until(MOMENTS[moment], length * 2 or patience):
             moment = "late"
         if linger:
             time.sleep(draw.choice([0.0, draw.uniform(0, 0.3), draw.uniform(0, length / 5)]))
@@ -179,6 +186,7 @@ def soak(
         if job.wait(patience) is None:
             verdict.faults.append(f"start {verdict.starts}: ranks hung after a killed {target}")
         jobs[branch] = start(branch)
+    settle()
     for branch, job in jobs.items():
         codes = job.wait(patience)
         if codes != [0] * world:

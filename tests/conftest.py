@@ -87,9 +87,10 @@ def tiny(tmp_path_factory) -> Path:
 
 
 class Job:
-    """Ranks of train.py, started as the launcher would start them, each to be killed by itself."""
+    """Ranks of train.py, or of a program around it, started as the launcher would start them, each
+    to be killed by itself."""
 
-    def __init__(self, arguments, world: int, log: Path):
+    def __init__(self, arguments, world: int, log: Path, program: Path):
         self.log, self.port = log, free_port()
         shared = {
             **os.environ,
@@ -100,7 +101,7 @@ class Job:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
         }
-        command = [sys.executable, str(ROOT / "dsasr" / "train.py"), *map(str, arguments)]
+        command = [sys.executable, str(program), *map(str, arguments)]
         with open(log, "w") as file:
             self.ranks = [
                 subprocess.Popen(
@@ -147,9 +148,9 @@ def start(tiny, tmp_path):
     """``start(*overrides, world=2)``: a `Job` on the tiny recipe, killed at the test's end."""
     jobs = []
 
-    def begin(*overrides, world: int = 2) -> Job:
+    def begin(*overrides, world: int = 2, program: Path = ROOT / "dsasr" / "train.py") -> Job:
         log = tmp_path / f"job-{len(jobs)}.log"
-        jobs.append(Job(["--recipe", tiny, *overrides], world, log))
+        jobs.append(Job(["--recipe", tiny, *overrides], world, log, program))
         return jobs[-1]
 
     yield begin

@@ -82,10 +82,10 @@ def test_a_job_that_was_suspended_goes_on(tmp_path):
         "import sys, time\n"
         "from pathlib import Path\n"
         "from dsasr.watchdog import Watchdog, WatchdogConfig\n"
-        f"dog = Watchdog(Path({str(tmp_path)!r}), WatchdogConfig(5), 0, 1, 's')\n"
+        f"dog = Watchdog(Path({str(tmp_path)!r}), WatchdogConfig(4), 0, 1, 's')\n"
         "dog.at('step')\n"
         "print('begun', flush=True)\n"
-        "for _ in range(30):\n"
+        "for _ in range(10):\n"
         "    time.sleep(0.1)\n"
         "sys.exit(3)\n"
     )
@@ -94,7 +94,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path):
     )
     assert child.stdout.readline() == b"begun\n"
     child.send_signal(signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(4.5)
     child.send_signal(signal.SIGCONT)
     assert child.wait(60) == 3
 
@@ -102,11 +102,11 @@ def test_a_job_that_was_suspended_goes_on(tmp_path):
 @pytest.mark.launcher
 def test_a_stopped_rank_ends_the_job_by_name(start, tmp_path):
     folder = tmp_path / "run"
-    job = start(f"run={folder}", "watchdog.seconds=20", "checkpoint.every_steps=0")
-    job.until("] align 3")
-    job.ranks[1].send_signal(signal.SIGSTOP)
+    program = Path(ROOT) / "tests" / "programs" / "stopped_rank.py"
+    job = start(f"run={folder}", "checkpoint.every_steps=0", program=program)
     assert job.ranks[0].wait(120) == HUNG, job.output[-3000:]
     told = [x for x in job.output.splitlines() if x.startswith("watchdog: ")]
-    assert "no progress for 20 s" in told[0] and "rank 0 on " in told[1]
-    assert "stage " in told[1] and "last samples train" in told[1] and ".py:" in told[1]
+    assert "no progress for 3 s" in told[0] and "rank 0 on " in told[1]
+    assert "stage pretrain, step 2" in told[1]
+    assert "last samples train" in told[1] and ".py:" in told[1]
     assert told[-1] == "watchdog: suspected: rank 1"

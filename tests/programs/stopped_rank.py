@@ -1,0 +1,40 @@
+"""train.py whose rank 1 stops itself after step 2, under a watchdog that bites after three seconds.
+
+Only from there on: a slow machine's start and first steps cannot raise a false alarm.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[0] = str(ROOT)
+
+
+def main() -> None:
+    from dsasr.run import Run
+    from dsasr.watchdog import Watchdog, WatchdogConfig
+
+    save_if_due = Run.save_if_due
+
+    def then_stop(run: Run) -> None:
+        save_if_due(run)
+        if run.steps == 2:
+            dog = run.watchdog
+            dog.close()
+            rank, world, start = dog.rank, dog.world, dog.alarm.name
+            run.watchdog = Watchdog(run.recipe.folder, WatchdogConfig(3), rank, world, start)
+            run.watchdog.at(*dog._doing)  # what is being done, and with which samples
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    Run.save_if_due = then_stop
+    runpy.run_path(str(ROOT / "dsasr" / "train.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
