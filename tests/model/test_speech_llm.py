@@ -240,7 +240,7 @@ def test_a_batch_without_utterances_runs_every_part_and_weighs_nothing():
     model = make_model()
     outputs = model(make_batch((), ()))
     outputs.loss.backward()
-    assert float(outputs.loss) == 0
+    assert outputs.loss.item() == 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() == 0, name
