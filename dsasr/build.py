@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from dsasr import ranks
+from dsasr import partition, ranks
 from dsasr.data.audio import Cmvn
 from dsasr.data.phonemes import PhonemeVocab, build_phonemizer
 from dsasr.data.samples import TextEncoder
@@ -20,6 +21,7 @@ from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
 from dsasr.data.text import Prompt, Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.errors import UserError
 from dsasr.fragments import MANIFEST
+from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder
 from dsasr.model.llm import load_llm
@@ -135,6 +137,8 @@ class Builder:
         llm = load_llm(
             path, attn=model.llm.attn, dropout=model.llm.dropout, weights=model.llm.weights
         )
+        if model.lora is not None:
+            self.add_lora(llm)
         embeddings = llm.get_input_embeddings().weight
         check_tokenizer(self.tokenizer, embeddings.shape[0])
         encoder = Encoder(model.encoder)
@@ -155,6 +159,15 @@ class Builder:
             chunks=model.sft.chunks,
         )
 
+    def add_lora(self, llm: PreTrainedModel) -> None:
+        """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""
+        lora.inject(llm, self.recipe.model.lora)
+        for name, parameter in lora.adapters(llm):
+            drawn = lora.initial(
+                name, partition.full_shape(parameter), self._generator(f"lora {name}")
+            )
+            partition.assign(parameter, drawn)
+
     def module(self, branch: str) -> nn.Module:
         return self.pretrainer() if branch == "pretrain" else self.speech_llm()
 
@@ -174,6 +187,7 @@ class Builder:
             config = Path(self.recipe.model.llm.path) / "config.json"
             self._file(str(config), "model.llm.path", "give a Hugging Face folder")
             self._check_prompt()
+            self._check_lora()
         if self.recipe.encoder_given:
             manifest = Path(self.recipe.model.encoder_from) / MANIFEST
             self._file(str(manifest), "model.encoder_from", "give a snapshot's folder")
@@ -199,3 +213,10 @@ class Builder:
                     f"the prompt has {length} tokens: give stage '{stage.name}' "
                     f"batch.prompt_tokens={length}"
                 )
+
+    def _check_lora(self) -> None:
+        """The layers that are to be adapted must be there."""
+        chosen = self.recipe.model
+        if chosen.lora is not None:
+            with torch.device("meta"):
+                lora.check(load_llm(chosen.llm.path, weights=False), chosen.lora)

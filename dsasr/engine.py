@@ -36,6 +36,7 @@ from dsasr.config import nearest
 from dsasr.data.batching import Batch
 from dsasr.errors import UserError
 from dsasr.fragments import Below, Fragment, FragmentReader, checksum
+from dsasr.model import lora
 from dsasr.parking import ParkConfig, Parking
 from dsasr.stages import StageConfig, learning_rate
 
@@ -179,10 +180,9 @@ class Branch:
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         for part in stage.trains:
-            child = getattr(self.module, part, None)
-            if child is None:
+            params = lora.part(self.module, part)
+            if not params:
                 raise UserError(f"stage '{stage.name}' trains '{part}', which this model lacks")
-            params = list(child.parameters())
             for parameter in params:
                 parameter.requires_grad_(True)
             rate = learning_rate(stage, part, 0)

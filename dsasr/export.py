@@ -6,6 +6,11 @@
     DIR/cmvn.json            mean and standard deviation per mel bin
     DIR/model.safetensors    encoder.… and adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
+    DIR/adapter/             on request, of a run with LoRA: what it learnt, as a folder of peft's
+
+LoRA matrices are merged into the language model's weights (`dsasr.model.lora`): in float32, then
+rounded to what is written. ``adapter`` is for the language model that training started from, not
+for the merged one beside it.
 
 Weights go from the checkpoint to the files one tensor at a time: memory does not grow with the
 model, and the checkpoint may be of any world size.
@@ -33,6 +38,7 @@ from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.files import atomic_write, fsync_dir
 from dsasr.fragments import Below, FragmentError, FragmentReader
+from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
 from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig, load_llm
@@ -85,23 +91,31 @@ class Parts:
 
 
 def export_run(
-    build: Builder, reader: FragmentReader, target: Path, dtype: torch.dtype | None = None
+    build: Builder,
+    reader: FragmentReader,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    adapter: bool = False,
 ) -> Path:
     """Write the recogniser in checkpoint ``reader`` to the new folder ``target``.
 
-    ``dtype`` rounds the weights; None keeps them as they are. Raises `UserError` if the checkpoint
-    holds no recogniser or ``target`` exists. It appears by rename, whole or not at all.
+    ``dtype`` rounds the weights; None keeps them as they are. ``adapter`` writes LoRA matrices by
+    themselves too. Raises `UserError` if the checkpoint holds no recogniser or ``target`` exists.
+    It appears by rename, whole or not at all.
     """
     if target.exists():
         raise UserError(f"{target} exists: give a new folder")
     weights = Below(reader, "sft/")
     if not any(key.startswith("llm.") for key in weights.shapes):
         raise UserError(f"{reader.folder} holds no recogniser: its sft branch has not begun")
+    _check_lora(build, weights, adapter)
     staging = target.parent / f".{target.name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         _write(build, reader, weights, staging, dtype)
+        if adapter:
+            _write_adapter(build, weights, staging / "adapter", dtype)
         fsync_dir(staging)
         staging.rename(target)
         fsync_dir(target.parent)
@@ -132,19 +146,56 @@ def _write(
     llm.mkdir()
     _copy_llm(Path(recipe.model.llm.path), Path(recipe.tokenizer_path), llm, dtype)
     own = {k: k for k in weights.shapes if k.startswith(("encoder.", "adaptor."))}
-    plain = {k.removeprefix("llm."): k for k in weights.shapes if k.startswith("llm.")}
+    of_llm = [k for k in weights.shapes if k.startswith("llm.") and not lora.is_adapter(k)]
+    plain = {k.removeprefix("llm."): k for k in of_llm}
     with tqdm(desc="exporting", unit="B", unit_scale=True, total=0) as bar:
         for place, names in ((folder, own), (llm, plain)):
-            tensors = {n: _lazy(weights, key, dtype, bar) for n, key in names.items()}
+            tensors = {
+                n: _lazy(weights, key, dtype, bar, recipe.model.lora) for n, key in names.items()
+            }
             _write_files(place, tensors)
 
 
-def _lazy(weights: Below, key: str, dtype: torch.dtype | None, bar: tqdm) -> Lazy:
+def _check_lora(build: Builder, weights: Below, adapter: bool) -> None:
+    """Raise `UserError` where recipe and checkpoint disagree, or an adapter is no whole answer."""
+    model, stages = build.recipe.model, build.recipe.schedule().sft
+    held = any(map(lora.is_adapter, weights.shapes))
+    if held != (model.lora is not None):
+        raise UserError(
+            "the checkpoint and its recipe disagree on model.lora: export with the run's own recipe"
+        )
+    trained = [stage.name for stage in stages if "llm" in stage.trains]
+    if adapter and (not held or trained):
+        why = f"stage '{trained[0]}' trains the language model itself" if held else "it has no LoRA"
+        raise UserError(f"the run has no adapter to write beside the merged model: {why}")
+
+
+def _write_adapter(build: Builder, weights: Below, folder: Path, dtype: torch.dtype | None) -> None:
+    keys = [k for k in weights.shapes if lora.is_adapter(k)]
+    matrices = {k.removeprefix("llm."): weights.whole(k) for k in keys}
+    if dtype is not None:
+        matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}
+    # The name alone: where it lies is of no use elsewhere.
+    base = Path(build.recipe.model.llm.path).name
+    lora.save_adapter(folder, build.recipe.model.lora, matrices, base)
+
+
+def _lazy(
+    weights: Below,
+    key: str,
+    dtype: torch.dtype | None,
+    bar: tqdm,
+    adapted: lora.LoraConfig | None,
+) -> Lazy:
     held = weights.read(key, 0, 1).dtype
     chosen = dtype if dtype is not None and held.is_floating_point else held
+    a, b = lora.factors(key)
 
     def get() -> torch.Tensor:
-        tensor = weights.whole(key).to(chosen)
+        tensor = weights.whole(key)
+        if adapted is not None and a in weights.shapes:
+            tensor = lora.merged(tensor, weights.whole(a), weights.whole(b), adapted)
+        tensor = tensor.to(chosen)
         bar.update(tensor.nbytes)
         return tensor
 

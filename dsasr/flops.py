@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dsasr.model.encoder import EncoderConfig
-
-BRANCHES = {"pretrain": ("encoder", "ctc"), "sft": ("encoder", "adaptor", "llm", "head")}
+from dsasr.model.lora import is_adapter
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,15 @@ class Work:
 
 @dataclass(frozen=True)
 class LlmShape:
-    """``linear``: weights in the linear layers of all blocks, the head not counted."""
+    """``linear``: weights in the linear layers of all blocks, the head not counted; ``adapters``:
+    those in LoRA matrices beside them."""
 
     linear: int
     layers: int
     attention_width: int  # heads · head width
     width: int
     vocab: int
+    adapters: int = 0
 
     @classmethod
     def of(cls, llm: nn.Module) -> LlmShape:
@@ -73,9 +74,15 @@ class LlmShape:
         config, head = llm.config.get_text_config(), llm.get_output_embeddings()
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        products = [m for m in llm.base_model.modules() if isinstance(m, nn.Linear)]
+        products = {
+            f"{n}.weight": m.in_features * m.out_features
+            for n, m in llm.base_model.named_modules()
+            if isinstance(m, nn.Linear)
+        }
+        adapters = sum(size for name, size in products.items() if is_adapter(name))
         return cls(
-            linear=sum(m.in_features * m.out_features for m in products),
+            linear=sum(products.values()) - adapters,
+            adapters=adapters,
             layers=config.num_hidden_layers,
             attention_width=heads * size,
             width=head.in_features,
@@ -124,6 +131,11 @@ def llm(shape: LlmShape, lengths: Sequence[float], causal: bool = True) -> Part:
     return Part(2.0 * shape.linear * sum(lengths), attention)
 
 
+def lora(shape: LlmShape, lengths: Sequence[float]) -> Part:
+    """LoRA matrices in the layers, of sequences of so many positions each."""
+    return Part(2.0 * shape.adapters * sum(lengths))
+
+
 def head(shape: LlmShape, targets: float) -> Part:
     """The LM head, at so many targets."""
     return Part(2.0 * targets * shape.width * shape.vocab)
@@ -136,7 +148,8 @@ def step(
 
     The backward pass ends at the first part that is trained. A weight's gradient costs its product
     once more where the part is trained, its input's gradient once more unless nothing below needs
-    it. The head is the language model's, and makes its product again in the backward pass.
+    it. The head is the language model's, and makes its product again in the backward pass. LoRA
+    matrices (``lora``) stand before the language model: where they train, its backward pass runs.
     """
     names = list(parts)
     trained = {name: name in trains or (name == "head" and "llm" in trains) for name in names}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dsasr import ranks
 from dsasr.fragments import Fragment, FragmentError, FragmentReader, all_finite
+from dsasr.model.lora import plain_name
 
 T = TypeVar("T")
 MASTER = "master"
@@ -28,9 +29,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters of all of ``module``, or of a child by ``"NAME."``; tied ones once."""
+    """Named parameters of all of ``module``, or of a child by ``"NAME."``; tied ones once.
+
+    Names are those of files: without what LoRA's layers add to them.
+    """
     path = prefix.rstrip(".")
-    yield from module.get_submodule(path).named_parameters(prefix=path)
+    for name, parameter in module.get_submodule(path).named_parameters(prefix=path):
+        yield plain_name(name), parameter
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -74,7 +79,7 @@ def persistent_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[st
     for path, child in module.get_submodule(top).named_modules(prefix=top):
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
+                yield plain_name(f"{path}.{name}") if path else name, buffer
 
 
 def load_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") -> None:
@@ -158,6 +163,14 @@ def _fill(target: Tensor, piece: Tensor) -> None:
         target.data.copy_(piece)
 
 
+def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Fill with the values ``whole``, of which this rank keeps what it holds."""
+    if hasattr(parameter, "ds_tensor"):
+        held = weight(parameter)
+        whole = whole.reshape(-1)[held.start : held.stop]
+    _fill(parameter, whole)
+
+
 def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Copy between two modules' `tensors`, of equal partition layout: no communication."""
     pairs = []
@@ -189,7 +202,7 @@ class States:
 
     def __init__(self, module: nn.Module, zero):
         self._zero = zero
-        self._names = {id(p): n for n, p in module.named_parameters()}
+        self._names = {id(p): n for n, p in parameters(module)}
 
     def flats(self) -> list[Tensor]:
         """The flat fp32 masters, in DeepSpeed's order."""

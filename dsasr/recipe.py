@@ -24,10 +24,11 @@ from dsasr.model.adaptor import AdaptorConfig
 from dsasr.model.chunks import ChunkConfig
 from dsasr.model.encoder import EncoderConfig
 from dsasr.model.llm import LlmConfig
+from dsasr.model.lora import LoraConfig
 from dsasr.model.pretrainer import PretrainConfig
 from dsasr.monitor import MonitorConfig
 from dsasr.slurm import SlurmConfig
-from dsasr.stages import DriftConfig, Schedule, StageConfig
+from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
 from dsasr.watchdog import WatchdogConfig
 
 SUBSAMPLING = 4  # feature frames to one of the encoder's, whatever its size
@@ -63,6 +64,7 @@ class SftConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     llm: LlmConfig
+    lora: LoraConfig | None = None  # for stages that train 'lora'
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -156,10 +158,27 @@ class Recipe:
                     f"stage '{stage.name}' counts speech at one token for {batch.frames_per_token} "
                     f"frames, the model at {per_token}: give batch.frames_per_token={per_token}"
                 )
+        self._check_lora()
         if self.branch != "pretrain" and not self.schedule().pretrain and not self.encoder_given:
             raise UserError(
                 "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT"
             )
+
+    def _check_lora(self) -> None:
+        using = [stage.name for stage in self.stages if "lora" in stage.trains]
+        if using and self.model.lora is None:
+            raise UserError(
+                f"stage '{using[0]}' trains 'lora': give model.lora, such as model.lora.rank=16"
+            )
+        if self.model.lora is not None and self.schedule().sft and not using:
+            raise UserError(
+                "model.lora is given, but no stage trains 'lora': name it in a stage's trains, in "
+                "place of 'llm', or give model.lora=null"
+            )
+
+    def parts(self, branch: str) -> tuple[str, ...]:
+        """The parts of a branch's model."""
+        return tuple(p for p in PARTS[branch] if p != "lora" or self.model.lora is not None)
 
     @property
     def encoder_given(self) -> bool:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsasr import flops
 from dsasr.errors import UserError
+from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder
 from dsasr.recipe import Recipe
@@ -69,12 +70,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Part:
-    """One of encoder, ctc, adaptor, llm."""
+    """One of encoder, ctc, adaptor, llm, lora."""
 
     parameters: int
     layers: int
     largest: int  # parameters of the largest piece that ZeRO-3 gathers at once
     shape: flops.LlmShape | None = None  # of the language model
+    saved: float = 0.0  # LoRA: values that all layers save for the backward pass, of one position
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,32 @@ def parts(recipe: Recipe, phonemes: int = 256) -> dict[str, Part]:
         adaptor = Adaptor(model.adaptor, model.encoder.width, chosen.hidden_size)
     head = model.encoder.width * phonemes + phonemes
     embedding = llm.get_input_embeddings().weight.numel()
+    shape, beside = flops.LlmShape.of(llm), {}
+    if model.lora is not None:
+        added, layers = lora.count(llm, model.lora), chosen.num_hidden_layers
+        saved = sum(_lora_saves(recipe, m) for m in lora.targeted(llm, model.lora).values())
+        beside["lora"] = Part(added, layers, 0, saved=saved)
+        shape = replace(shape, adapters=beside["lora"].parameters)
     return {
         "encoder": Part(_count(encoder), model.encoder.layers, _largest(encoder.blocks)),
         "ctc": Part(head, 1, head),
         "adaptor": Part(_count(adaptor), 1, _count(adaptor)),
-        "llm": Part(_count(llm), chosen.num_hidden_layers, embedding, flops.LlmShape.of(llm)),
+        "llm": Part(_count(llm), chosen.num_hidden_layers, embedding, shape),
+        **beside,
     }
 
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def _lora_saves(recipe: Recipe, layer: nn.Linear) -> float:
+    """Values of a position that LoRA beside ``layer`` saves: A's result, and with dropout A's input
+    and a mask of half its bytes; where products are kept, B's result."""
+    chosen, llm = recipe.model.lora, recipe.model.llm
+    dropped = 1.5 * layer.in_features if chosen.dropout else 0.0
+    cheap = llm.checkpoint and llm.recompute == "cheap"
+    return chosen.rank + (layer.out_features if cheap else dropped)
 
 
 def _largest(blocks: nn.ModuleList) -> int:
@@ -174,7 +192,8 @@ def positions(recipe: Recipe, stage: StageConfig, traffic: Traffic) -> dict[str,
         return {"encoder": frames, "ctc": frames, "seconds": seconds}
     speech = seconds * 25 / recipe.model.adaptor.stack
     text = utterances * batch.prompt_tokens + seconds * traffic.tokens
-    return {"encoder": seconds * 25, "adaptor": speech, "llm": speech + text, "seconds": seconds}
+    found = {"encoder": seconds * 25, "adaptor": speech, "llm": speech + text, "seconds": seconds}
+    return found if recipe.model.lora is None else {**found, "lora": speech + text}
 
 
 def step(
@@ -187,7 +206,7 @@ def step(
     """One optimizer step of ``stage``."""
     traffic, counted = traffic or Traffic(), counted or parts(recipe)
     at = positions(recipe, stage, traffic)
-    used = [name for name in ("encoder", "ctc", "adaptor", "llm") if name in at]
+    used = [name for name in recipe.parts(stage.branch) if name in at]
     done = work(recipe, stage, traffic, counted["llm"].shape).values()
     operations = stage.accumulate * sum(w.needed + w.recomputed for w in done)
     compute = operations / (machine.rate * 1e12)
@@ -201,7 +220,9 @@ def step(
     reduced = sum(counted[n].parameters for n in used if n in stage.trains) * GRADIENT
     sent = (gathered + again + reduced) * share * stage.accumulate
     speed = (machine.inside if machine.nodes == 1 else machine.network) * GB
-    collectives = sum(counted[n].layers for n in used) + sum(counted[n].layers for n in reached) * 2
+    # LoRA is gathered with the layers that it is in.
+    layers = {n: counted[n].layers if n != "lora" else 0 for n in used}
+    collectives = sum(layers.values()) + sum(layers[n] for n in reached) * 2
     waits = machine.latency * (1 + math.log2(world)) if world > 1 else 0.0
     hours = at["seconds"] * stage.accumulate * world / 3600
     return Step(
@@ -220,9 +241,8 @@ def step(
 
 def _graph(stage: StageConfig, part: str) -> bool:
     """Whether the backward pass reaches that part."""
-    order = ("encoder", "ctc") if stage.branch == "pretrain" else ("encoder", "adaptor", "llm")
-    first = min(order.index(p) for p in stage.trains)
-    return order.index(part) >= first
+    place = {"encoder": 0, "ctc": 1, "adaptor": 1, "llm": 2, "lora": 2}
+    return place[part] >= min(place[p] for p in stage.trains)
 
 
 def work(
@@ -246,6 +266,7 @@ def work(
         one = {
             "encoder": flops.encoder(model.encoder, frames),
             "adaptor": flops.adaptor(stack, width, hidden, shape.width, frames),
+            **({"lora": flops.lora(shape, [length])} if shape.adapters else {}),
             "llm": flops.llm(shape, [length]),
             "head": flops.head(shape, tokens + 1),
         }
@@ -253,6 +274,7 @@ def work(
         "encoder": model.encoder.checkpoint and model.encoder.recompute == "all",
         "llm": model.llm.checkpoint and model.llm.recompute == "all",
     }
+    again["lora"] = again["llm"]
     parts = {name: part.times(utterances) for name, part in one.items()}
     return flops.step(parts, stage.trains, [name for name, on in again.items() if on])
 
@@ -267,8 +289,7 @@ def _memory(
 ) -> dict[str, float]:
     """GB of one GPU by part, at the step's fullest moment."""
     world, gb = machine.world, {}
-    both = {"pretrain": ("encoder", "ctc"), "sft": ("encoder", "adaptor", "llm")}
-    held = used if recipe.branch != "both" else [*both["pretrain"], *both["sft"]]
+    held = used if recipe.branch != "both" else [*recipe.parts("pretrain"), *recipe.parts("sft")]
     gb["weights"] = sum(counted[n].parameters for n in held) * WEIGHT / world
     trained = sum(counted[n].parameters for n in stage.trains)
     gb["gradients"] = trained * GRADIENT / world
@@ -304,6 +325,12 @@ def _activations(recipe: Recipe, stage: StageConfig, name: str, part: Part, coun
         layer = count * (14 * chosen.hidden_size + 4 * chosen.intermediate_size) * 2
         front, kept = 0.0, count * chosen.hidden_size * 2
         checkpoint, cheap = model.llm.checkpoint, model.llm.recompute == "cheap"
+    elif name == "lora":
+        saved, checkpoint = count * part.saved * 2, model.llm.checkpoint
+        if "lora" not in stage.trains:
+            return 0.0  # the gradient passes through frozen products without what they were given
+        whole = not checkpoint or model.llm.recompute == "cheap"
+        return saved if whole else saved / part.layers
     else:
         return count * 4 * model.encoder.width * 2 * 2
     if not _graph(stage, name):
@@ -318,7 +345,8 @@ def _activations(recipe: Recipe, stage: StageConfig, name: str, part: Part, coun
 def checkpoint_bytes(recipe: Recipe, counted: Mapping[str, Part]) -> float:
     """Of the largest checkpoint: weights of all branches, states of what its stages train."""
     total = 0.0
-    for branch, names in (("pretrain", ("encoder", "ctc")), ("sft", ("encoder", "adaptor", "llm"))):
+    for branch in ("pretrain", "sft"):
+        names = recipe.parts(branch)
         if recipe.branch in ("both", branch) and any(s.branch == branch for s in recipe.stages):
             total += sum(counted[n].parameters for n in names) * WEIGHT
             total += STATES * max(

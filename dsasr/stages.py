@@ -24,7 +24,7 @@ from dsasr.errors import UserError
 Branch = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
     "pretrain": ("encoder", "ctc"),
-    "sft": ("encoder", "adaptor", "llm"),
+    "sft": ("encoder", "adaptor", "llm", "lora"),  # lora: where the recipe has model.lora
 }
 OBJECTIVES = {"pretrain": ("cr_ctc", "ctc"), "sft": ("ce",)}
 
@@ -34,7 +34,8 @@ class StageConfig:
     """One row of the stage table.
 
     ``trains`` maps the parts that this stage trains to their maximum learning rates: one optimizer
-    parameter group each. All other parts are frozen.
+    parameter group each. All other parts are frozen. ``lora`` stands for the LoRA matrices in the
+    language model (`model.lora`), ``llm`` for the model's own weights.
     """
 
     name: str
@@ -63,6 +64,11 @@ class StageConfig:
                 )
         if not self.trains:
             raise UserError(f"{where} trains nothing: give 'trains' at least one part")
+        if {"llm", "lora"} <= set(self.trains):
+            raise UserError(
+                f"{where} trains both 'llm' and 'lora': all that LoRA can reach, the whole "
+                "language model reaches too; name one of them"
+            )
         if any(rate < 0 for rate in self.trains.values()):
             raise UserError(f"{where} has a negative learning rate")
         if self.steps < 1:

@@ -102,6 +102,7 @@ def part_sizes(recipe: recipes.Recipe) -> dict[str, int]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from dsasr.model import lora
     from dsasr.model.adaptor import Adaptor
     from dsasr.model.ctc import CtcHead
     from dsasr.model.encoder import Encoder
@@ -115,6 +116,8 @@ def part_sizes(recipe: recipes.Recipe) -> dict[str, int]:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             llm = AutoModelForCausalLM.from_config(config)
             sizes["llm"] = _count(llm)
+            if recipe.model.lora is not None:
+                sizes["lora"] = lora.count(llm, recipe.model.lora)
             width = config.get_text_config().hidden_size
             sizes["adaptor"] = _count(Adaptor(recipe.model.adaptor, encoder.cfg.width, width))
         if Path(recipe.data.phonemes).is_file():
@@ -137,7 +140,8 @@ def memory(
     """
     low = 4 if recipe.engine.precision == "fp32" else 2  # bytes of a weight or gradient
     total = 0
-    for branch, parts in PARTS.items():
+    for branch in PARTS:
+        parts = recipe.parts(branch)
         own = branch == stage.branch
         if not own and (recipe.branch != "both" or recipe.schedule().pretrain is None):
             continue
@@ -162,7 +166,7 @@ def table(recipe: recipes.Recipe, ranks: int = 8) -> str:
     sizes, schedule = part_sizes(recipe), recipe.schedule()
     lines = []
     for number, stage in enumerate(schedule.stages, 1):
-        frozen = [p for p in PARTS[stage.branch] if p not in stage.trains]
+        frozen = [p for p in recipe.parts(stage.branch) if p not in stage.trains]
         held = memory(recipe, stage, sizes, ranks)
         room = _bytes(held) if held is not None else "not known: model.llm.path is not there"
         lines += [
@@ -172,7 +176,8 @@ def table(recipe: recipes.Recipe, ranks: int = 8) -> str:
             f"    frozen   {', '.join(frozen) or '–'}{_encoder_note(schedule, stage)}",
             f"    memory   {room} a rank on {ranks} ranks, activations not counted",
         ]
-    missing = sorted({p for s in schedule.stages for p in PARTS[s.branch]} - sizes.keys())
+    wanted = {p for s in schedule.stages for p in recipe.parts(s.branch)}
+    missing = sorted(wanted - sizes.keys())
     if missing:
         lines.append(f"sizes of {', '.join(missing)} not known: their files are not there yet")
     return "\n".join(lines)

@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--to", type=Path, required=True, help="the new folder")
     parser.add_argument("--checkpoint", default="", help="step-… or folder; default: newest")
     parser.add_argument("--dtype", choices=DTYPES, default="as-trained")
+    parser.add_argument("--adapter", action="store_true",
+                        help="of a run with LoRA: also what it learnt, for peft")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="where files are now, such as model.llm.path=…")  # fmt: skip
     args = parser.parse_intermixed_args()
@@ -37,7 +39,7 @@ def main() -> int:
     values = config.read_recipe(str(places[0] / "recipe.yaml"))
     recipe = config.build(Recipe, config.override(values, args.overrides))
     reader = newest_checkpoint(args.run, args.checkpoint)
-    done = export_run(Builder(recipe), reader, args.to, DTYPES[args.dtype])
+    done = export_run(Builder(recipe), reader, args.to, DTYPES[args.dtype], args.adapter)
     size = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
     print(f"{done}: {size / 1e6:.1f} MB, from {reader.folder}")
     return 0

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsasr.data.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batching import Batch, upload
 from dsasr.errors import UserError
-from dsasr.model import recompute
+from dsasr.model import lora, recompute
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.chunks import Chunk, ChunkConfig, draw_chunk
 from dsasr.model.encoder import Encoder, EncoderOutput
@@ -134,7 +134,8 @@ class SpeechLLM(nn.Module):
     """A speech recogniser around a Hugging Face causal LM.
 
     A part without a trainable parameter runs in eval mode (no dropout), and the encoder without a
-    graph, whatever mode the whole is in.
+    graph, whatever mode the whole is in. LoRA matrices belong to the language model, but for their
+    own dropout, which is off where they are frozen.
 
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
     context. Raises `UserError` if the prompt is empty: something must predict the first token.
@@ -159,6 +160,8 @@ class SpeechLLM(nn.Module):
         self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
         self.cfg, self.spec, self.chunks = cfg, spec, chunks
         EntropyHead.replace(llm)
+        self._lora = [p for _, p in lora.adapters(llm)]
+        self._lora_dropouts = lora.dropouts(llm)
         if cfg.checkpoint:
             # transformers is renaming it.
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
@@ -201,6 +204,10 @@ class SpeechLLM(nn.Module):
         inputs = flat[upload(ragged(row_starts_B, token_lengths_B - 1), device)]
         targets_N = flat[upload(ragged(row_starts_B, token_lengths_B), device)]
         embeds_RLD = self._splice(layout, frame_lengths_B, frames_BSE, inputs)
+        if torch.is_grad_enabled() and not embeds_RLD.requires_grad and _trainable(self.llm):
+            # LoRA alone trains. DeepSpeed 0.19 releases the weights of a layer whose input needs
+            # no gradient before its backward pass has used them.
+            embeds_RLD.requires_grad_()
         positions = upload(layout.positions_RL, device) if self._pack else None
         hidden_RLD = self.llm.base_model(
             inputs_embeds=embeds_RLD,
@@ -248,6 +255,10 @@ class SpeechLLM(nn.Module):
                 for layer in part.modules():
                     if isinstance(layer, GradientCheckpointingLayer):
                         layer.training = True
+        # Not by the part's mode, which is also that of a language model trained around them.
+        training = self.training and any(p.requires_grad for p in self._lora)
+        for dropout in self._lora_dropouts:
+            dropout.training = training
 
     def _packed_mask(self, positions_RL: Tensor | None) -> Tensor | None:
         """[R, 1, L, L], True where a position sees another of its utterance, itself included.

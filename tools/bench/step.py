@@ -46,6 +46,7 @@ from dsasr.data.batching import Batch
 from dsasr.data.plan import BatchConfig, bucket_order, cut
 from dsasr.engine import Branch
 from dsasr.errors import UserError, run_tool
+from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder
 from dsasr.model.llm import embedding_rms
@@ -88,6 +89,8 @@ def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
         llm = AutoModelForCausalLM.from_config(
             shape, dtype=dtype, attn_implementation=model.llm.attn
         )
+        if model.lora is not None:
+            lora.inject(llm, model.lora)
         width = shape.get_text_config().hidden_size
         adaptor = Adaptor(model.adaptor, model.encoder.width, width, embedding_rms(llm))
     prefix, suffix = prompt(batch_config(chosen, chosen.schedule().sft[0], small))
@@ -171,11 +174,12 @@ def work(
         parts = {
             "encoder": flops.encoder(model.encoder, frames),
             "adaptor": flops.adaptor(model.adaptor.stack, width, hidden, shape.width, frames),
+            **({"lora": flops.lora(shape, lengths)} if shape.adapters else {}),
             "llm": flops.llm(shape, lengths),
             "head": flops.head(shape, int(batch.token_lengths_B.sum())),
         }
         positions = sum(lengths)
-        again["llm"] = model.llm.checkpoint and model.llm.recompute == "all"
+        again["llm"] = again["lora"] = model.llm.checkpoint and model.llm.recompute == "all"
     recomputed = [name for name, on in again.items() if on]
     return flops.step(parts, stage.trains, recomputed), positions
 

@@ -1,0 +1,203 @@
+"""LoRA: small trained matrices beside the language model's frozen ones (arXiv 2106.09685).
+
+    y = W·x + alpha / rank · B·A·dropout(x)        A: [rank, in], B: [out, rank], B = 0 at first
+
+The recipe's ``model.lora`` puts them into the loaded language model, and a stage trains them as its
+part ``lora``, in place of ``llm``; the layers are the library peft's. What is decided here:
+
+- They are put into the model in place. A wrapper around it would hide the language model from all
+  that asks it for its base model, its embeddings or its head.
+- peft names the weight that it wraps ``X.base_layer.weight``. In checkpoints it is ``X.weight``, as
+  without LoRA (`plain_name`); beside it lie ``X.lora_A.default.weight`` and ``X.lora_B.….weight``.
+- Each matrix is drawn from a generator of its own, seeded by its name: the same on every rank, for
+  any world size, and however ranks share the weights out.
+- The head and the embeddings are refused: the fused loss reads the head's weight, not its output,
+  and the embeddings are usually the same tensor.
+- An export is merged, W + alpha / rank · B·A in float32, and is a plain language model again.
+
+A stage with other parts than ``lora`` keeps the matrices frozen but in use. The mean of checkpoints
+is one of A and of B, not of their product; for checkpoints of one run the two are close.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dsasr.config import nearest
+from dsasr.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PART = "lora"
+_ADAPTER = "default"  # peft's name for the only one
+_WEIGHT, _A, _B = ".weight", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """``targets``: the linear layers of the language model's blocks, by the last part of their
+    names (q_proj …); empty: all of them. The sum is weighed by alpha / rank."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0  # of the input of A, while it trains
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"model.lora.rank must be at least 1, not {self.rank}")
+        if not self.alpha > 0:
+            raise UserError(f"model.lora.alpha must be above 0, not {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora.dropout must lie in [0, 1), not {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+# -- in ----------------------------------------------------------------------------------------
+
+
+def targeted(llm: PreTrainedModel, cfg: LoraConfig) -> dict[str, nn.Linear]:
+    """Name → linear layer that ``cfg`` adapts; of a model without LoRA yet, on any device.
+
+    Raises `UserError` for a target that is none of them.
+    """
+    base, head = llm.base_model, llm.get_output_embeddings()
+    prefix = "" if base is llm else f"{llm.base_model_prefix}."
+    linear = {
+        f"{prefix}{name}": module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    kinds = sorted({name.rpartition(".")[2] for name in linear})
+    if not kinds:
+        raise UserError(f"model.lora: {llm.config.model_type} has no linear layer to adapt")
+    for target in cfg.targets:
+        if target not in kinds:
+            raise UserError(
+                f"model.lora.targets: '{target}' is none of the linear layers of the language "
+                f"model's blocks ({', '.join(kinds)}){nearest(target, kinds)}"
+            )
+    chosen = cfg.targets or tuple(kinds)
+    return {name: m for name, m in linear.items() if name.rpartition(".")[2] in chosen}
+
+
+def count(llm: PreTrainedModel, cfg: LoraConfig) -> int:
+    """The parameters that ``cfg`` adds to a model without LoRA."""
+    return sum(cfg.rank * (m.in_features + m.out_features) for m in targeted(llm, cfg).values())
+
+
+def inject(llm: PreTrainedModel, cfg: LoraConfig) -> None:
+    """Put the layers into ``llm``, their matrices not yet drawn (`initial`)."""
+    peft = _peft()
+    peft.inject_adapter_in_model(_peft_config(cfg, targeted(llm, cfg)), llm, _ADAPTER)
+
+
+def check(llm: PreTrainedModel, cfg: LoraConfig) -> None:
+    """Raise `UserError` where `inject` would; changes nothing."""
+    _peft()
+    targeted(llm, cfg)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("model.lora needs the library peft: pip install 'dsasr[lora]'") from None
+    return peft
+
+
+def _peft_config(cfg: LoraConfig, layers: Mapping[str, Any], base: str | None = None) -> Any:
+    return _peft().LoraConfig(
+        r=cfg.rank,
+        lora_alpha=int(cfg.alpha) if cfg.alpha == int(cfg.alpha) else cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+
+
+def initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A matrix as training starts: A uniform in ±1/√in, as peft draws it, B zero; float32."""
+    matrix = torch.zeros(shape)
+    if is_adapter(name) and name.endswith(_A):
+        bound = 1 / math.sqrt(shape[1])
+        matrix.uniform_(-bound, bound, generator=generator)
+    return matrix
+
+
+# -- names and parts ---------------------------------------------------------------------------
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in files: that of the model without LoRA."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of that name is an A or a B."""
+    return name.endswith((_A, _B))
+
+
+def adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name → A or B, of all in ``module``."""
+    return ((name, p) for name, p in module.named_parameters() if is_adapter(name))
+
+
+def part(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of a model's part. ``lora``: the matrices in its ``llm``; ``llm``: the rest
+    of it. Empty where the model has no such part."""
+    child = getattr(module, "llm" if name == PART else name, None)
+    if child is None:
+        return []
+    wanted = name == PART
+    return [p for n, p in child.named_parameters() if is_adapter(n) == wanted]
+
+
+def dropouts(llm: nn.Module) -> list[nn.Dropout]:
+    """The dropouts before the As."""
+    return [
+        m for n, m in llm.named_modules() if n.endswith(f"lora_dropout.{_ADAPTER}")
+        and isinstance(m, nn.Dropout)
+    ]  # fmt: skip
+
+
+# -- out ---------------------------------------------------------------------------------------
+
+
+def factors(name: str) -> tuple[str, str]:
+    """The names of A and B of the weight ``name``, whether there are any or not."""
+    layer = name.removesuffix(_WEIGHT)
+    return layer + _A, layer + _B
+
+
+def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, cfg: LoraConfig) -> Tensor:
+    """W + alpha / rank · B·A, in float32 at least."""
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    return torch.addmm(weight_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype), alpha=cfg.scale)
+
+
+def save_adapter(
+    folder: Path, cfg: LoraConfig, matrices: Mapping[str, Tensor], base: str | None = None
+) -> None:
+    """A folder that ``PeftModel.from_pretrained`` takes: ``matrices`` (named as in ``llm``) for the
+    language model that training started from, of the name ``base``."""
+    folder.mkdir()
+    layers = {name.removesuffix(_A) for name in matrices if name.endswith(_A)}
+    config = _peft_config(cfg, dict.fromkeys(layers), base)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    named = {f"base_model.model.{n.replace(f'.{_ADAPTER}.', '.')}": t for n, t in matrices.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,461 @@
+"""LoRA in the language model: where it may go, how it is drawn, what it costs, and its merging."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dsasr import config, export, flops, fragments, partition, recipe, sizing, timeline
+from dsasr.build import Builder
+from dsasr.data.batching import Batch
+from dsasr.errors import UserError
+from dsasr.fragments import Fragment, FragmentReader
+from dsasr.model import lora
+from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.model.llm import LlmConfig
+from dsasr.model.lora import LoraConfig
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.recogniser import Recogniser
+from dsasr.stages import StageConfig
+from dsasr.transcription import Recognizer
+
+PROGRAMS = Path(__file__).parent.parent / "programs"
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_llm() -> Qwen3ForCausalLM:
+    torch.manual_seed(1)
+    shape = Qwen3Config(
+        vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(shape).eval()
+
+
+def fill(llm, seed: int = 0) -> None:
+    """Matrices as training might leave them: B is no longer zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in lora.adapters(llm):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def write_recipe(tiny: Path, folder: Path, **lora_values) -> Path:
+    values = config.read_recipe(str(tiny))
+    values["run"] = str(folder / "run")
+    values["model"]["lora"] = {"rank": 3, "alpha": 6, **lora_values}
+    adaptor = {"adaptor": 1e-3}
+    stages = [s for s in values["stages"] if s["name"] in ("pretrain", "align")]
+    for name, trains in (
+        ("ia_sft", {**adaptor, "lora": 1e-2}),
+        ("only", {"lora": 1e-2}),
+        ("joint", {"encoder": 1e-3, **adaptor, "lora": 1e-2}),
+    ):
+        stages.append({"name": name, "branch": "sft", "trains": trains, "steps": 6})
+    values["stages"] = stages
+    path = folder / "lora.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def given(tiny, tmp_path_factory) -> Path:
+    """The tiny recipe with LoRA."""
+    return write_recipe(tiny, tmp_path_factory.mktemp("lora"))
+
+
+# -- where it goes -----------------------------------------------------------------------------
+
+
+def test_all_linear_layers_of_the_blocks_or_the_ones_named():
+    llm = make_llm()
+    names = lora.targeted(llm, LoraConfig())
+    assert len(names) == 2 * 7 and {n.rpartition(".")[2] for n in names} == set(ALL)
+    assert not any("lm_head" in n or "embed" in n for n in names)
+    some = lora.targeted(llm, LoraConfig(targets=("q_proj", "down_proj")))
+    assert sorted(some) == sorted(
+        f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [("lm_head", "none of the linear"), ("embed_tokens", "none of"), ("q_prj", "mean 'q_proj'")],
+)
+def test_other_targets_are_refused(target, told):
+    with pytest.raises(UserError, match=told):
+        lora.inject(make_llm(), LoraConfig(targets=(target,)))
+
+
+@pytest.mark.parametrize(
+    "values", [{"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": 1.0}]
+)
+def test_settings_that_make_no_sense(values):
+    with pytest.raises(UserError, match=r"model\.lora"):
+        LoraConfig(**values)
+
+
+def test_without_peft_the_recipe_says_what_to_install(monkeypatch, given):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'dsasr\[lora\]'"):
+        Builder(recipe.load(str(given))).check()
+
+
+def test_names_of_the_base_weights_stay_and_the_model_is_the_same_at_first():
+    llm, ids = make_llm(), torch.tensor([[5, 9, 3, 7]])
+    plain = dict(partition.parameters(llm))
+    with torch.no_grad():
+        before = llm(ids).logits
+    lora.inject(llm, LoraConfig(rank=3))
+    for name, parameter in lora.adapters(llm):
+        generator = torch.Generator().manual_seed(len(name))
+        parameter.data.copy_(lora.initial(name, tuple(parameter.shape), generator))
+    named = dict(partition.parameters(llm))
+    base = {n: p for n, p in named.items() if not lora.is_adapter(n)}
+    assert base.keys() == plain.keys() and all(base[n] is plain[n] for n in plain)
+    assert len(named) == len(plain) + 2 * 14
+    assert isinstance(llm, Qwen3ForCausalLM) and type(llm.lm_head).__name__ == "Linear"
+    with torch.no_grad():
+        assert torch.equal(llm(ids).logits, before), "B is zero at first"
+
+
+def test_matrices_do_not_depend_on_each_other_or_the_weights(given):
+    chosen = recipe.load(str(given))
+    one, other = Builder(chosen).speech_llm(), Builder(chosen).speech_llm()
+    drawn = dict(lora.adapters(one.llm))
+    assert all(torch.equal(p, drawn[n]) for n, p in lora.adapters(other.llm))
+    # Fewer targets: the others are drawn as before.
+    few = dataclasses.replace(chosen.model.lora, targets=("o_proj",))
+    less = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, lora=few))
+    left = dict(lora.adapters(Builder(less).speech_llm().llm))
+    assert 0 < len(left) < len(drawn) and all(torch.equal(p, drawn[n]) for n, p in left.items())
+    reseeded = dict(lora.adapters(Builder(dataclasses.replace(chosen, seed=2)).speech_llm().llm))
+    for name, matrix in drawn.items():
+        if ".lora_B." in name:
+            assert not matrix.any()
+            continue
+        assert not torch.equal(matrix, reseeded[name])
+        bound = matrix.shape[1] ** -0.5
+        assert 0.7 * bound < matrix.abs().max() <= bound
+        assert float(matrix.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.3)
+    plain = Builder(dataclasses.replace(chosen, model=dataclasses.replace(
+        chosen.model, lora=None), stages=chosen.stages[:2])).speech_llm()  # fmt: skip
+    held = dict(partition.parameters(one))
+    assert all(torch.equal(p, held[n]) for n, p in partition.parameters(plain))
+
+
+# -- stages ------------------------------------------------------------------------------------
+
+
+def test_parts_and_their_parameters(given):
+    model = Builder(recipe.load(str(given))).speech_llm()
+    parts = {name: lora.part(model, name) for name in ("encoder", "adaptor", "llm", "lora")}
+    ids = [id(p) for params in parts.values() for p in params]
+    assert len(set(ids)) == len(ids) == len(list(model.parameters()))
+    assert len(parts["lora"]) == 2 * 7 and lora.part(model, "ctc") == []
+
+
+def test_a_stage_trains_one_of_both_and_needs_its_settings(tiny):
+    with pytest.raises(UserError, match="both 'llm' and 'lora'"):
+        StageConfig("x", "sft", {"llm": 1e-3, "lora": 1e-3}, steps=3)
+    with pytest.raises(UserError, match="unknown part 'lora'"):
+        StageConfig("x", "pretrain", {"lora": 1e-3}, steps=3)
+    trains = "stages.ia_sft.trains={adaptor: 1.0e-3, lora: 1.0e-3}"
+    with pytest.raises(UserError, match=r"give model\.lora, such as"):
+        recipe.load(str(tiny), [trains])
+    with pytest.raises(UserError, match="no stage trains 'lora'"):
+        recipe.load(str(tiny), ["model.lora.rank=4"])
+    chosen = recipe.load(str(tiny), [trains, "model.lora.rank=4"])
+    assert chosen.parts("sft") == ("encoder", "adaptor", "llm", "lora")
+    with pytest.raises(UserError, match="none of the linear layers"):
+        bad = recipe.load(str(tiny), [trains, "model.lora.targets=[lm_head]"])
+        Builder(bad).check()
+
+
+def small_model(dropout: float, checkpoint: bool = False) -> SpeechLLM:
+    llm = make_llm()
+    lora.inject(llm, LoraConfig(rank=3, dropout=dropout))
+    fill(llm)
+    torch.manual_seed(2)
+    encoder = Encoder(EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12))
+    adaptor = Adaptor(AdaptorConfig(hidden=10), 12, 16)
+    cfg = LlmConfig(checkpoint=checkpoint)
+    return SpeechLLM(encoder, adaptor, llm, [1, 2], [3], 0, cfg).double()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    none = ("", "")
+    return Batch(
+        features_BTF=torch.randn(2, 70, 12, generator=generator).double(),
+        feature_lengths_B=torch.tensor([70, 52]),
+        phonemes_BP=torch.zeros(2, 0, dtype=torch.int64),
+        phoneme_lengths_B=torch.zeros(2, dtype=torch.int64),
+        tokens_BU=torch.tensor([[7, 9, 8, 4], [11, 4, 0, 0]]),
+        token_lengths_B=torch.tensor([4, 2]),
+        keys=none, shards=none, texts=none, langs=none, speakers=none, durations=(0.7, 0.5),
+        seed=5, epoch=0, number=0, state={},
+    )  # fmt: skip
+
+
+def train_only(model, *parts: str) -> None:
+    model.requires_grad_(False)
+    for name in parts:
+        for parameter in lora.part(model, name):
+            parameter.requires_grad_(True)
+    model.train()
+
+
+@pytest.mark.parametrize("parts", [("lora",), ("adaptor", "lora"), ("encoder", "adaptor", "lora")])
+def test_gradients_reach_the_matrices_and_nothing_frozen(batch, parts):
+    model = small_model(dropout=0.0)
+    train_only(model, *parts)
+    model(batch).loss.backward()
+    for name in ("encoder", "adaptor", "llm", "lora"):
+        grads = [p.grad for p in lora.part(model, name)]
+        if name in parts:
+            assert all(g is not None for g in grads) and any(g.any() for g in grads), name
+        else:
+            assert all(g is None for g in grads), name
+
+
+def test_the_gradient_is_that_of_differences(batch):
+    model = small_model(dropout=0.0)
+    train_only(model, "lora")
+    model.encoder.eval()
+    model(batch).loss.backward()
+    name, matrix = next((n, p) for n, p in lora.adapters(model.llm) if "lora_B" in n)
+    with torch.no_grad():
+        place, step = (2, 1), 3e-3
+        matrix[place] += step
+        up = model(batch).loss
+        matrix[place] -= 2 * step
+        down = model(batch).loss
+    # The loss is a float32 kernel's.
+    assert float(matrix.grad[place]) == pytest.approx(float(up - down) / (2 * step), rel=0.02), name
+
+
+def test_dropout_is_the_matrices_own_and_only_while_they_train(batch):
+    model = small_model(dropout=0.5)
+    calm = float(model.eval()(batch).loss)
+    for parts, noisy in ((("adaptor",), False), (("llm",), False), (("lora",), True)):
+        train_only(model, *parts)
+        assert (float(model(batch).loss) != pytest.approx(calm, abs=1e-9)) == noisy, parts
+    again = float(model(batch).loss)
+    assert float(model(batch).loss) == again, "seeded by the batch"
+    assert float(model.eval()(batch).loss) == calm
+
+
+def test_recomputed_layers_give_the_same_gradients(batch):
+    kept = []
+    for checkpoint in (False, True):
+        model = small_model(0.5, checkpoint)
+        train_only(model, "lora")
+        model(batch).loss.backward()
+        kept.append([p.grad for _, p in lora.adapters(model.llm)])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*kept, strict=True))
+
+
+# -- what it takes -----------------------------------------------------------------------------
+
+
+def test_sizes_work_and_memory_are_counted(given):
+    chosen = recipe.load(str(given))
+    model = Builder(chosen).speech_llm()
+    real = sum(p.numel() for p in lora.part(model, "lora"))
+    counted = sizing.parts(chosen)
+    assert counted["lora"].parameters == real == timeline.part_sizes(chosen)["lora"]
+    assert counted["llm"].parameters == sum(p.numel() for p in lora.part(model, "llm"))
+    shape = flops.LlmShape.of(model.llm)
+    assert shape == counted["llm"].shape and shape.adapters == real
+    told = timeline.table(chosen, ranks=1)
+    assert "trains   lora" in told and "frozen   encoder, llm" in told
+    # By hand: bf16 weights of all, 2 + 12 bytes more of what trains.
+    joint, sizes = chosen.stages[-1], timeline.part_sizes(chosen)
+    trained = sizes["encoder"] + sizes["adaptor"] + sizes["lora"]
+    assert timeline.memory(chosen, joint, sizes, 1) * 2**30 == 16 * trained + 2 * sizes["llm"]
+    machine = sizing.Machine(nodes=1, gpus=2)
+    step = sizing.step(chosen, joint, machine, counted=counted)
+    assert step.memory["optimizer"] == pytest.approx(12 * trained / 2 / 1e9)
+    pretrain = counted["encoder"].parameters + counted["ctc"].parameters
+    saved = 14 * (trained + pretrain) + 2 * sizes["llm"]
+    assert sizing.checkpoint_bytes(chosen, counted) == saved
+
+
+def test_the_work_of_a_step_is_torchs(given):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    llm = make_llm()
+    llm.set_attn_implementation("eager")
+    lora.inject(llm, LoraConfig(rank=3))
+    shape = flops.LlmShape.of(llm)
+    embeds = torch.randn(2, 11, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state.sum().backward()
+    parts = {
+        "adaptor": flops.Part(1.0),
+        "lora": flops.lora(shape, [11, 11]),
+        "llm": flops.llm(shape, [11, 11], causal=False),
+    }
+    work = flops.step(parts, ["adaptor", "lora"])
+    assert counter.get_total_flops() == work["lora"].needed + work["llm"].needed
+    alone = flops.step(parts, ["lora"])
+    assert alone["llm"].backward == work["llm"].backward and not alone["adaptor"].backward
+
+
+# -- out ---------------------------------------------------------------------------------------
+
+
+def write_cut(model, folder: Path, cuts: int, trained: tuple[str, ...]) -> None:
+    """A checkpoint that ``cuts`` ranks wrote: weights, and states of the parts in ``trained``."""
+    training = {id(p) for name in trained for p in lora.part(model, name)}
+    generator = torch.Generator().manual_seed(7)
+    folder.mkdir(parents=True)
+    held: list[dict] = [{} for _ in range(cuts)]
+    for name, parameter in partition.parameters(model):
+        flat = parameter.detach().reshape(-1)
+        kinds = {name: flat}
+        if id(parameter) in training:
+            kinds[f"master/{name}"] = flat
+            for kind in partition.MOMENTS:
+                kinds[f"{kind}/{name}"] = torch.rand(flat.shape, generator=generator)
+        share = -(-flat.numel() // cuts)
+        for key, values in kinds.items():
+            for rank in range(cuts):
+                low = min(rank * share, flat.numel())
+                held[rank][f"sft/{key}"] = Fragment(
+                    tuple(parameter.shape), low, values[low : low + share]
+                )
+    for name, buffer in partition.persistent_buffers(model):
+        held[0][f"sft/{name}"] = Fragment(tuple(buffer.shape), 0, buffer.reshape(-1))
+    files = {f"rank-{r:05d}.safetensors": part for r, part in enumerate(held)}
+    digests = {name: fragments.write_file(folder / name, part) for name, part in files.items()}
+    manifest = {"format": fragments.FORMAT, "steps": 42, "files": digests}
+    (folder / fragments.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def trained(given) -> Path:
+    """A run folder whose checkpoint holds matrices that have been trained."""
+    chosen = recipe.load(str(given))
+    model = Builder(chosen).speech_llm()
+    fill(model.llm)
+    run = Path(chosen.run)
+    write_cut(model, run / "checkpoints" / "step-0000000042", 3, ("adaptor", "lora"))
+    (run / "recipe.yaml").write_text(config.dump(chosen))
+    return run
+
+
+def logits(llm) -> torch.Tensor:
+    with torch.no_grad():
+        return llm.eval()(torch.tensor([[5, 9, 3, 7, 2]])).logits
+
+
+def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
+    """Merged and unmerged agree to 1e-5 of the largest logit in float32."""
+    run = Recogniser.from_run(trained)
+    ours = run.model.llm
+    made = export.export_run(run.build, export.newest_checkpoint(trained), tmp_path / "model")
+    llm, report = AutoModelForCausalLM.from_pretrained(
+        made / "llm", trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+    )
+    assert isinstance(llm, Qwen3ForCausalLM)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    want, plain = (
+        logits(ours),
+        AutoModelForCausalLM.from_pretrained(run.build.recipe.model.llm.path),
+    )
+    scale = float(want.abs().max())
+    assert float((logits(llm) - want).abs().max()) < 1e-5 * scale
+    assert float((logits(plain) - want).abs().max()) > 0.05 * scale, "the matrices do something"
+    back = export.load_export(made)
+    state = back.model.state_dict()
+    assert not any("lora" in name for name in state)
+    assert float((logits(back.model.llm) - want).abs().max()) < 1e-5 * scale
+    assert not (made / "adapter").exists()
+    from_run, exported = Recognizer.from_pretrained(trained), Recognizer.from_pretrained(made)
+    wave = (0.3 * torch.sin(torch.arange(19_200) * 0.17)).numpy()
+    soundfile.write(tmp_path / "a.wav", wave, 16_000)
+    a, b = (r.transcribe(tmp_path / "a.wav") for r in (from_run, exported))
+    assert [s.text for s in a.segments] == [s.text for s in b.segments]
+
+
+def test_rounded_after_the_sum(trained, tmp_path):
+    build = Recogniser.from_run(trained).build
+    reader = export.newest_checkpoint(trained)
+    made = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
+    llm = AutoModelForCausalLM.from_pretrained(made / "llm")
+    name = "model.layers.0.mlp.down_proj"
+    weight, a, b = (
+        reader.whole(f"sft/llm.{name}{end}").double()
+        for end in (".weight", ".lora_A.default.weight", ".lora_B.default.weight")
+    )
+    exact = (weight + 2.0 * b @ a).float()
+    got = llm.get_submodule(name).weight
+    assert got.dtype is torch.bfloat16
+    # One rounding: never further away than half of a bfloat16's last place.
+    assert ((got.float() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
+
+
+def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
+    from peft import PeftModel
+
+    run = Recogniser.from_run(trained)
+    made = export.export_run(
+        run.build, export.newest_checkpoint(trained), tmp_path / "model", adapter=True
+    )
+    base = AutoModelForCausalLM.from_pretrained(run.build.recipe.model.llm.path)
+    llm = PeftModel.from_pretrained(base, made / "adapter")
+    assert torch.equal(logits(llm), logits(run.model.llm))
+    assert str(trained.parent) not in (made / "adapter" / "adapter_config.json").read_text()
+    assert torch.allclose(logits(llm.merge_and_unload()), logits(run.model.llm), atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_said(trained, tmp_path):
+    build = Recogniser.from_run(trained).build
+    reader, chosen = export.newest_checkpoint(trained), build.recipe
+    later = StageConfig("late", "sft", {"llm": 1e-4}, steps=3)
+    more = Builder(dataclasses.replace(chosen, stages=(*chosen.stages, later)))
+    with pytest.raises(UserError, match="'late' trains the language model itself"):
+        export.export_run(more, reader, tmp_path / "model", adapter=True)
+    none = dataclasses.replace(
+        chosen, model=dataclasses.replace(chosen.model, lora=None), stages=chosen.stages[:2]
+    )
+    with pytest.raises(UserError, match=r"disagree on model\.lora"):
+        export.export_run(Builder(none), reader, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+# -- trained -----------------------------------------------------------------------------------
+
+
+@pytest.mark.launcher
+def test_stages_under_zero_3(launch, given, trained, tmp_path):
+    chosen = recipe.load(str(given))
+    (tmp_path / "cut").symlink_to(trained / "checkpoints" / "step-0000000042")
+    done = launch(PROGRAMS / "lora_laws.py", given, tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for stage, (moved, trains) in found["frozen"].items():
+        assert moved == trains, f"{stage} trains {trains}, and {moved} moved"
+    assert found["sharded"] and found["resumed"] and found["continued"] and found["other_world"]
+    model = Builder(chosen).speech_llm()
+    wanted = {n for n, _ in partition.parameters(model, "adaptor.")}
+    wanted |= {f"llm.{n}" for n, _ in lora.adapters(model.llm)}
+    assert {name.partition("/")[2] for name in found["optimizer"]} == wanted
+    # What two ranks saved in bf16, read by one: the language model's own weights are the folder's.
+    reader = FragmentReader(tmp_path / "saved")
+    for name, parameter in partition.parameters(model, "llm."):
+        low = parameter.detach().to(torch.bfloat16)
+        assert torch.equal(reader.whole(f"sft/{name}"), low) != lora.is_adapter(name), name

@@ -1,0 +1,112 @@
+"""LoRA stages under ZeRO-3 on the tiny recipe; what the laws are checked on goes to OUT/found.json.
+
+usage: lora_laws.py RECIPE OUT. OUT/cut holds a checkpoint that another number of ranks wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dsasr import engine, fragments, partition, ranks, recipe
+from dsasr.build import Builder
+from dsasr.engine import Branch, EngineConfig
+from dsasr.fragments import FragmentReader
+from dsasr.model import lora
+from dsasr.model.llm import load_llm
+
+PARTS = ("encoder", "adaptor", "llm", "lora")
+
+
+def weights(branch: Branch) -> dict[str, dict[str, torch.Tensor]]:
+    """By part, this rank's slices."""
+    held = {part: {} for part in PARTS}
+    for name, fragment in partition.weights(branch.module).items():
+        part = "lora" if lora.is_adapter(name) else name.partition(".")[0]
+        held[part][name] = fragment.tensor.clone()
+    return held
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    differ = one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one)
+    return not ranks.any_rank(differ)
+
+
+def states(branch: Branch) -> dict[str, torch.Tensor]:
+    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
+
+
+def sharded(build: Builder) -> bool:
+    """Whether matrices drawn into weights that are never whole are those of the whole ones."""
+    path = build.recipe.model.llm.path
+    whole = load_llm(path)
+    build.add_lora(whole)
+    shape = AutoConfig.from_pretrained(path, local_files_only=True)
+    shape.pad_token_id = None  # transformers would zero a row that no rank has
+    config = engine.read_ds_config("zero3") | {"train_micro_batch_size_per_gpu": 1}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        cut = AutoModelForCausalLM.from_config(shape)
+        build.add_lora(cut)
+    wanted, equal = dict(lora.adapters(whole)), True
+    for name, parameter in lora.adapters(cut):
+        held = partition.weight(parameter)
+        part = wanted[name].detach().reshape(-1)[held.start : held.stop]
+        equal &= held.tensor.numel() < wanted[name].numel() and torch.equal(held.tensor, part)
+    return not ranks.any_rank(not equal)
+
+
+def main() -> None:
+    given, folder = sys.argv[-2], Path(sys.argv[-1])
+    engine.init_distributed()
+    chosen = recipe.load(given)
+    build = Builder(chosen)
+    stages = {s.name: s for s in chosen.stages}
+    batches = build.held_out("sft")
+    found: dict = {"frozen": {}, "loss": {}, "sharded": sharded(build)}
+    config = EngineConfig(precision="bf16")
+    branch = Branch("sft", build.speech_llm(), config, folder)
+    number = 0
+    for name in ("align", "ia_sft", "only", "joint"):
+        stage = stages[name]
+        branch.enter(stage)
+        before = weights(branch)
+        losses = []
+        for step in range(2):
+            report = branch.step([batches[number % len(batches)]], step)
+            losses.append(float(report.sums["nll"][0] / report.sums["nll"][1]))
+            number += 1
+        after = weights(branch)
+        moved = sorted(p for p in PARTS if not same(before[p], after[p]))
+        found["frozen"][name] = [moved, sorted(stage.trains)]
+        found["loss"][name] = losses
+        if name == "ia_sft":
+            fragments.write_folder(folder / "saved", branch.fragments(), {"steps": number})
+            kept = states(branch)
+            again = Branch("sft", build.speech_llm(), config, folder)
+            again.load(FragmentReader(folder / "saved"), stage, branch.adam_steps())
+            found["resumed"] = same(kept, states(again))
+            one, other = (b.step([batches[0]], 2) for b in (branch, again))
+            found["continued"] = float(one.sums["nll"][0]) == float(other.sums["nll"][0])
+            found["continued"] &= same(states(branch), states(again))
+            again.close()
+    branch.close()
+    # Written by three ranks, read by two: weights, masters and moments.
+    other = Branch("sft", build.speech_llm(), EngineConfig(precision="fp32"), folder)
+    reader = FragmentReader(folder / "cut")
+    other.load(reader, stages["ia_sft"], 5.0)
+    pieces = other.fragments()
+    equal = [torch.equal(f.tensor, reader.read(k, f.start, f.stop)) for k, f in pieces.items()]
+    found["other_world"] = not ranks.any_rank(not all(equal))
+    found["optimizer"] = sorted({k.partition("/")[2] for k in pieces if "/exp_avg/" in k})
+    found["step"] = float(other.step([batches[0]], 5).sums["nll"][0])
+    if ranks.main_rank():
+        (folder / "found.json").write_text(json.dumps(found))
+    engine.leave_distributed()
+
+
+main()
