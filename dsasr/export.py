@@ -9,8 +9,9 @@
     DIR/adapter/             on request, of a run with LoRA: what it learnt, as a folder of peft's
 
 LoRA matrices are merged into the language model's weights (`dsasr.model.lora`): in float32, then
-rounded to what is written. ``adapter`` is for the language model that training started from, not
-for the merged one beside it.
+rounded to what is written. Logits of both agree to 1e-5 of the largest in float32; in bfloat16,
+also of a run trained in it, to about 1e-2: what rounding the sum costs. ``adapter`` is for the
+language model that training started from, not for the merged one beside it.
 
 Weights go from the checkpoint to the files one tensor at a time: memory does not grow with the
 model, and the checkpoint may be of any world size.

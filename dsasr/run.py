@@ -147,8 +147,11 @@ class Run:
         published = tuple(Snapshot(**s) for s in held["progress"].pop("published"))
         self.progress = Progress(**held["progress"], published=published)
         stages = {s.name: s for s in self.recipe.stages}
-        for name, entry in held["branches"].items():
-            self._branch(name).load(reader, stages.get(entry["stage"]), entry["adam_steps"])
+        try:
+            for name, entry in held["branches"].items():
+                self._branch(name).load(reader, stages.get(entry["stage"]), entry["adam_steps"])
+        except FragmentError as error:  # with allow_changed: another model, or another part trains
+            raise UserError(f"cannot go on: {error}; give run=FOLDER for a new run") from None
         self._cursors = {k: (v["stage"], v["state"]) for k, v in held["streams"].items()}
         self.stage_seconds = dict(held["stage_seconds"])
         self.monitor.load(held["monitor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -160,6 +161,17 @@ def test_a_changed_recipe_is_refused_with_the_difference(whole, start):
     told = [x for x in job.output.splitlines() if x.startswith("error:")]
     assert len(told) == 1 and "model.encoder.dropout: 0.1 → 0.3" in told[0]
     assert "allow_changed" in told[0] and "monitor" not in told[0]
+
+
+@pytest.mark.launcher
+def test_another_model_cannot_go_on_even_if_allowed(whole, start, tmp_path):
+    kept = last_checkpoint(whole)
+    shutil.copytree(kept, tmp_path / "run" / "checkpoints" / kept.name)
+    changed = ("model.encoder.ffn=48", "allow_changed=true")
+    job = start(f"run={tmp_path / 'run'}", *changed, world=1)
+    assert job.wait() == [2], job.output[-3000:]
+    told = [x for x in job.output.splitlines() if x.startswith("error:")]
+    assert len(told) == 1 and "another architecture" in told[0] and "run=FOLDER" in told[0]
 
 
 @pytest.mark.launcher
