@@ -54,6 +54,8 @@ def test_import_rules(path):
             assert inner.parts[0] == "kernels", f"{inner} imports triton"
             # A module of Triton kernels may import it at its top if only functions import it.
             assert not top or "triton" in inner.name, f"{inner} imports triton at its top"
+        if is_of(name, "peft"):
+            assert str(inner) == "model/lora.py" and not top, f"{inner} imports peft"
         # Between a run's own processes pickle is what multiprocessing itself uses.
         assert not is_of(name, "pickle") or str(inner) == "data/workers.py", f"{inner}: pickle"
 
@@ -93,7 +95,8 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
 def test_the_package_imports_without_triton_espeak_or_a_gpu():
     code = (
         "import sys\n"
-        "for name in ('triton', 'espeakng_loader', 'deepspeed', 'liger_kernel', 'lhotse'):\n"
+        "names = 'triton espeakng_loader deepspeed liger_kernel lhotse peft'\n"
+        "for name in names.split():\n"
         "    sys.modules[name] = None\n"
         "import dsasr, dsasr.run, dsasr.timeline, dsasr.kernels, dsasr.data.stream\n"
         "import dsasr.model.speech_llm, dsasr.evaluation, dsasr.allocation\n"
