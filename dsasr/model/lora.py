@@ -55,8 +55,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"model.lora.rank must be at least 1, not {self.rank}")
-        if not self.alpha > 0:
-            raise UserError(f"model.lora.alpha must be above 0, not {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"model.lora.alpha must be a number above 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.lora.dropout must lie in [0, 1), not {self.dropout}")
 
