@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -39,7 +40,10 @@ def train(path: Path, run: Path, ranks: int) -> None:
     """Train the recipe in ``path`` to its end, or on from where it stopped."""
     if finished(run):
         return
-    launcher = [*(sys.executable, "-m", "deepspeed.launcher.runner"), "--num_gpus", str(ranks)]
+    with socket.create_server(("127.0.0.1", 0)) as free:  # other trainings may hold the usual port
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    launcher += ["--num_gpus", str(ranks), "--master_port", str(port)]
     command = [*launcher, str(TOOLS.parent / "dsasr" / "train.py"), "--recipe", str(path)]
     with open(run.with_suffix(".log"), "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
