@@ -7,6 +7,7 @@ on the rank that computes it, so nothing is gathered: only CKA's sums travel.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from dsasr import ranks
 from dsasr.allocation.cka import LayerCka
 from dsasr.data.batching import Batch
 from dsasr.engine import Branch
+from dsasr.errors import UserError
 from dsasr.fragments import Below, Fragment, FragmentReader
 from dsasr.model.speech_llm import placeholder
 from dsasr.stages import DriftConfig
@@ -34,11 +36,18 @@ class Drift:
 
 
 class DriftMonitor:
-    """Measures a branch's encoder against the reference; every call is collective."""
+    """Measures a branch's encoder against the reference; every call is collective.
+
+    Raises `UserError` on all ranks when no rank has a probe utterance.
+    """
 
     def __init__(self, config: DriftConfig, probe: Sequence[Batch]):
         self.config = config
         self.probe = list(probe)
+        if not ranks.any_rank(any(len(batch) for batch in self.probe)):
+            raise UserError(
+                "drift: data.valid gave no utterance to measure on: see bad_samples.jsonl for why"
+            )
         self._reference: dict[str, list[Tensor]] = {}
         self.seconds = 0.0
 
@@ -53,14 +62,17 @@ class DriftMonitor:
         self.seconds += time.monotonic() - started
 
     def measure(self, branch: Branch) -> Drift:
-        """CKA between the branch's present encoder and the reference."""
+        """CKA between the branch's present encoder and the reference, over what both have seen.
+
+        After a resume with another world size the probe set may end a batch earlier or later.
+        """
         started = time.monotonic()
         features = self._features(branch)
         widths = ranks.gather([x.shape[1] for x in next(iter(features.values()), [])])
         # On the device: sums travel by its backend, and there the products are fast.
         sums = LayerCka(next(w for w in widths if w), device=ranks.device())
-        for key, layers in features.items():
-            sums.update(layers, self._reference[key])
+        for key in features.keys() & self._reference.keys():
+            sums.update(features[key], self._reference[key])
         sums.reduce(ranks.sum_ranks)
         values = sums.values(unbiased=self.config.unbiased)
         seconds = time.monotonic() - started
@@ -93,10 +105,21 @@ class DriftMonitor:
         }
 
     def load(self, reader: FragmentReader) -> None:
-        """Restore the reference for this rank's probe utterances, whatever rank had them."""
-        below = Below(reader, PREFIX)
-        for batch in self.probe:
-            for key in batch.keys:
-                count = sum(1 for name in below.shapes if name.rpartition("/")[0] == key)
-                if count:
-                    self._reference[key] = [below.whole(f"{key}/{i}") for i in range(count)]
+        """Restore the reference for this rank's probe utterances, whatever rank had them.
+
+        Raises `UserError` on all ranks when it holds none of any rank's.
+        """
+        below, counts = Below(reader, PREFIX), Counter()
+        for name in below.shapes:
+            counts[name.rpartition("/")[0]] += 1
+        self._reference = {
+            key: [below.whole(f"{key}/{i}") for i in range(counts[key])]
+            for batch in self.probe
+            for key in batch.keys
+            if counts[key]
+        }
+        if not self.has_reference:
+            raise UserError(
+                f"{reader.folder}: drift was measured on other utterances than data.valid holds "
+                "now: give back the validation set, or start anew in another run folder"
+            )

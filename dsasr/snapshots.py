@@ -24,7 +24,7 @@ import torch
 
 from dsasr import fragments, partition, ranks
 from dsasr.errors import UserError
-from dsasr.files import atomic_write
+from dsasr.files import atomic_write, fsync_file
 from dsasr.fragments import FragmentError, FragmentReader
 from dsasr.stages import Snapshot
 
@@ -77,18 +77,23 @@ class SnapshotStore:
         """Why ``run`` cannot be the publisher, or None: it is now."""
         self._token = f"{os.getpid()} {uuid.uuid4().hex}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        claim = json.dumps({"run": run, "token": self._token})
+        # Written whole under a name of its own, then linked, which never takes another's place:
+        # whoever reads the file knows the publisher.
+        own = self.folder / f".{OWNER}.{self._token.split()[1]}.tmp"
+        own.write_text(json.dumps({"run": run, "token": self._token}), encoding="utf-8")
+        fsync_file(own)
         try:
-            with open(self.folder / OWNER, "x", encoding="utf-8") as file:
-                file.write(claim)
+            os.link(own, self.folder / OWNER)
         except FileExistsError:
-            owner = self._owner().get("run")
-            if owner not in (run, None):  # None: killed between making the file and writing it
+            owner = self._owner().get("run", "of which nothing can be read")
+            if owner != run:
                 return (
                     f"{self.folder} has a publisher already ({owner}): give each pretrain run "
                     f"its own store, or delete {self.folder / OWNER} if that run is gone"
                 )
-            atomic_write(self.folder / OWNER, claim)
+            os.replace(own, self.folder / OWNER)
+        finally:
+            own.unlink(missing_ok=True)
         self._clean()
         return None
 
@@ -115,9 +120,11 @@ class SnapshotStore:
     def _clean(self) -> None:
         """Remove what a killed publisher left half-written."""
         for path in self.folder.glob(".*.tmp"):
-            if path.name.startswith(f".{IN_USE}"):
-                continue  # a reader's, which may be writing it just now
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            if path.name.startswith((f".{IN_USE}", f".{OWNER}")):
+                continue  # a reader's or another claimant's, which may be writing it just now
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
 
     def publish(
         self, module: torch.nn.Module, masters: dict, snapshot: Snapshot, info: dict[str, Any]

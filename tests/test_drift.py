@@ -24,4 +24,7 @@ def test_cka_over_two_ranks_is_that_of_one_process_in_float64(launch, tmp_path):
     assert found["unbiased_layers"] == pytest.approx(found["expected_unbiased_layers"], abs=1e-9)
     assert found["unbiased_layers"] != pytest.approx(found["layers"], abs=1e-6)
     assert found["again"] == found["cka"]
+    assert found["more"] == found["cka"]
+    assert found["fewer"] == pytest.approx(found["expected_fewer"], abs=1e-9)
+    assert "on other utterances" in found["other"] and "no utterance" in found["none"]
     assert found["broken"] == "nan"

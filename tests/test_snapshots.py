@@ -190,8 +190,36 @@ def test_one_store_one_publisher(tmp_path):
         with pytest.raises(UserError, match="claimed by another job"):
             attempt()
     assert [s.pretrain for s in second.snapshots()] == [1]
-    (tmp_path / OWNER).write_text("")  # killed between making the file and writing it
-    SnapshotStore(tmp_path).claim("run-b")
+    (tmp_path / OWNER).write_text(
+        ""
+    )  # nobody's word: not taken over, and the message says what to do
+    with pytest.raises(UserError, match=f"delete {tmp_path / OWNER}"):
+        SnapshotStore(tmp_path).claim("run-b")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] == ".") == []
+
+
+def claiming(folder, run, go, won):
+    go.wait()
+    with contextlib.suppress(UserError):
+        SnapshotStore(folder).claim(run)
+        won.put(run)
+
+
+def test_of_many_that_claim_at_once_one_gets_the_store(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for attempt in range(5):
+        folder, go, won = tmp_path / str(attempt), fork.Event(), fork.Queue()
+        jobs = [fork.Process(target=claiming, args=(folder, f"run-{i}", go, won)) for i in range(6)]
+        for job in jobs:
+            job.start()
+        go.set()
+        winner = won.get(timeout=60)
+        for job in jobs:
+            job.join()
+            assert job.exitcode == 0
+        assert won.empty()
+        assert json.loads((folder / OWNER).read_text())["run"] == winner
+        assert [p.name for p in folder.iterdir()] == [OWNER]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):

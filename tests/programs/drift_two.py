@@ -14,6 +14,7 @@ from dsasr import engine, ranks
 from dsasr.allocation.cka import cka
 from dsasr.data.batching import Batch
 from dsasr.drift import DriftMonitor
+from dsasr.errors import UserError
 from dsasr.fragments import FragmentReader, write_folder
 from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.stages import DriftConfig
@@ -89,6 +90,7 @@ def main() -> None:
     pairs = zip(layered, moved, strict=True)
     found["expected_unbiased_layers"] = [cka(x, y, unbiased=True) for x, y in pairs]
     after = frames(held.module, every)
+    skip = len(frames(held.module, every[:1]))
     drift = monitor.measure(held)
     found |= {"cka": drift.cka, "expected": cka(before, after), "frames": drift.frames}
     found |= {"layers": list(drift.layers), "expected_frames": len(before)}
@@ -97,6 +99,18 @@ def main() -> None:
     again = DriftMonitor(config, mine)
     again.load(FragmentReader(folder / "saved"))
     found["again"] = again.measure(held).cka
+    # Resumed with a probe set that ends a batch earlier or later: what both have seen is compared.
+    fewer = DriftMonitor(config, [b for b in mine if b.keys[:1] != ("utt/0-0",)])
+    fewer.load(FragmentReader(folder / "saved"))
+    more = DriftMonitor(config, [*mine, batch(7 + ranks.rank(), 2)])
+    more.load(FragmentReader(folder / "saved"))
+    found["fewer"], found["more"] = fewer.measure(held).cka, more.measure(held).cka
+    found["expected_fewer"] = cka(before[skip:], after[skip:])
+    for name, probe in (("other", [batch(9, 2)]), ("none", [batch(3, 0)])):
+        try:
+            DriftMonitor(config, probe).load(FragmentReader(folder / "saved"))
+        except UserError as error:
+            found[name] = str(error)
     unbiased = DriftMonitor(DriftConfig(unbiased=True, layers=True), mine)
     clean = Held()
     unbiased.take_reference(clean)
