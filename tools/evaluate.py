@@ -66,6 +66,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
+UNITS = {"word": "words", "char": "characters", "mixed": "words and characters"}
+
+
 def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
     """Error rates and hallucinations by condition, and some transcripts."""
     for condition, part in summary["conditions"].items():
@@ -73,7 +76,7 @@ def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
             print(
                 f"{condition:>9} {lang:>6}: {100 * row['rate']:6.2f}% errors "
                 f"({100 * row['low']:.2f}…{100 * row['high']:.2f}) of {row['units']} "
-                f"{row['unit']}s: {row['substitutions']} sub, {row['deletions']} del, "
+                f"{UNITS[row['unit']]}: {row['substitutions']} sub, {row['deletions']} del, "
                 f"{row['insertions']} ins"
             )
     for row in summary["hallucination"]["rows"]:
