@@ -274,7 +274,7 @@ def bars(axis, systems: dict[str, list[Result]], colours: dict[str, str]) -> Non
         axis.vlines(i, low, high, color=figures.INK, lw=1)
     axis.set_xticks(range(len(systems)), [_tag(h) for h in systems.values()])
     axis.set_xlabel("system")
-    axis.set_ylabel("text on non-speech, characters a minute")
+    axis.set_ylabel("non-speech: characters a minute")
 
 
 def _tag(held: Sequence[Result]) -> str:
