@@ -71,8 +71,9 @@ class DriftMonitor:
         widths = ranks.gather([x.shape[1] for x in next(iter(features.values()), [])])
         # On the device: sums travel by its backend, and there the products are fast.
         sums = LayerCka(next(w for w in widths if w), device=ranks.device())
-        for key in features.keys() & self._reference.keys():
-            sums.update(features[key], self._reference[key])
+        for key, layers in features.items():  # in the probe set's order: sums are not associative
+            if key in self._reference:
+                sums.update(layers, self._reference[key])
         sums.reduce(ranks.sum_ranks)
         values = sums.values(unbiased=self.config.unbiased)
         seconds = time.monotonic() - started

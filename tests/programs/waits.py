@@ -12,8 +12,11 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import deepspeed
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dsasr
 from dsasr import engine, recipe
 from dsasr.build import Builder
 from dsasr.engine import Branch
@@ -34,14 +37,16 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+ROOTS = [Path(package.__file__).parent for package in (deepspeed, transformers, dsasr)]
+
+
 def caller() -> str:
     """The innermost of our own, DeepSpeed's or transformers' functions on the stack."""
     for frame in reversed(traceback.extract_stack()[:-2]):
-        parts = Path(frame.filename).parts
-        for package in ("deepspeed", "transformers", "dsasr"):
-            if package in parts and "tests" not in parts:
-                inner = parts[len(parts) - 1 - parts[::-1].index(package) :]
-                return f"{'/'.join(inner)}:{frame.name}"
+        for root in ROOTS:  # not by name: the virtual environment may lie in a folder called dsasr
+            if Path(frame.filename).is_relative_to(root):
+                inner = Path(frame.filename).relative_to(root.parent)
+                return f"{inner.as_posix()}:{frame.name}"
     return "elsewhere"
 
 
