@@ -24,8 +24,9 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-_HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
+from dsasr.data.scripts import HAN
+
+_WORD = re.compile(rf"[{HAN}]|[^\s{HAN}]+")
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from dsasr.data import espeak
+from dsasr.data.scripts import HAN, HAN_CHARACTER, script_runs
 from dsasr.errors import UserError
 from dsasr.files import atomic_write
 
 BLANK = "<blk>"
 VOCAB_FORMAT = "dsasr-phonemes"
 VOCAB_VERSION = 1
-
-HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-_RUN = re.compile(f"[{HAN}]|[^\\W\\d_{HAN}]")  # a Han character, or a letter of another script
-_HAN = re.compile(f"[{HAN}]")
 
 
 class UnknownPhoneme(ValueError):
@@ -46,25 +43,6 @@ class UnknownWord(ValueError):
 
 class MissingPhonemes(ValueError):
     """A sample without stored phonemes where they were to be read from the shards."""
-
-
-def script_runs(text: str, lang: str = "") -> list[tuple[str, str]]:
-    """Split ``text`` where the script changes: [("zh" | "en", run)…], which join to ``text``.
-
-    Digits, spaces and punctuation go with the run before them, at the start with the one after.
-    A text without any letter is one run of ``lang`` (Mandarin if that starts with ``zh``).
-    """
-    runs: list[tuple[str, str]] = []
-    start, current = 0, ""
-    for match in _RUN.finditer(text):
-        script = "zh" if _HAN.match(match.group()) else "en"
-        if current and script != current:
-            runs.append((current, text[start : match.start()]))
-            start = match.start()
-        current = script
-    if text:
-        runs.append((current or ("zh" if lang.startswith("zh") else "en"), text[start:]))
-    return runs
 
 
 @runtime_checkable
@@ -205,7 +183,7 @@ class LexiconPhonemizer:
             self._read(Path(path), stress)
         if not self.entries:
             raise UserError("a lexicon phonemizer needs a lexicon file: set phonemizer.lexicons")
-        self._longest = max((len(w) for w in self.entries if _HAN.match(w)), default=0)
+        self._longest = max((len(w) for w in self.entries if HAN_CHARACTER.match(w)), default=0)
 
     def _read(self, path: Path, stress: bool) -> None:
         try:
@@ -227,7 +205,7 @@ class LexiconPhonemizer:
         symbols: list[str] = []
         for match in _WORD.finditer(text):
             word = match.group().lower().replace("’", "'")
-            if _HAN.match(word):
+            if HAN_CHARACTER.match(word):
                 symbols += self._han(word)
                 continue
             found = self.entries.get(word) or self.entries.get(word.strip("'"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from dsasr.data.phonemes import HAN, script_runs
+from dsasr.data.scripts import HAN_SPACES, script_runs
 from dsasr.errors import UserError
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -46,9 +46,6 @@ class TextConfig:
             raise UserError(f"text.empty {self.empty!r}: use drop or keep")
 
 
-_HAN_SPACES = re.compile(f"(?<=[{HAN}])\\s+(?=[{HAN}])")
-
-
 def normalise_text(text: str, lang: str = "", config: TextConfig | None = None) -> str:
     """The training target for ``text``: NFKC, single spaces, none between Han characters.
 
@@ -68,7 +65,7 @@ def normalise_text(text: str, lang: str = "", config: TextConfig | None = None) 
         text = text.replace("’", "'")
         text = "".join(c if c == "'" or unicodedata.category(c)[0] != "P" else " " for c in text)
         text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
-    return _HAN_SPACES.sub("", " ".join(text.split()))
+    return HAN_SPACES.sub("", " ".join(text.split()))
 
 
 # ---- tokenizers

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dsasr.data import text as texts
-from dsasr.data.phonemes import HAN
+from dsasr.data.scripts import HAN_CHARACTER
 from dsasr.errors import UserError
 from dsasr.files import atomic_write
 
@@ -20,7 +19,6 @@ _BYTES = 256
 _LONGEST = 16  # characters of a piece, as sentencepiece allows
 _MOST_SEEDS = 500_000
 _MARKERS = (texts.PAD, texts.IM_START, texts.IM_END)
-_HAN_CHARACTER = re.compile(f"[{HAN}]")
 
 
 def train_tokenizer(
@@ -85,7 +83,7 @@ def _train(lines: list[str], pieces: int) -> bytes:
     import sentencepiece
 
     # The delimiter keeps Han characters apart without a space that would become part of a piece.
-    marked = [_HAN_CHARACTER.sub("\t\\g<0>\t", texts.to_pieces(line)) for line in lines]
+    marked = [HAN_CHARACTER.sub("\t\\g<0>\t", texts.to_pieces(line)) for line in lines]
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         seeds = Path(folder) / "seeds.tsv"
@@ -139,7 +137,7 @@ def _seeds(marked: list[str]) -> str:
     scores: Counter = Counter()
     kinds: Counter = Counter()
     for word, count in words.items():
-        if _HAN_CHARACTER.search(word):
+        if HAN_CHARACTER.search(word):
             continue
         parts = {
             word[i:j]

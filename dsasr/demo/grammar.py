@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dsasr.data.phonemes import HAN
+from dsasr.data.scripts import HAN
 from dsasr.demo import lexis
 
 LANGS = ("en", "zh", "zh-en")

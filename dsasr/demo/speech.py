@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsasr.data import espeak
-from dsasr.data.phonemes import script_runs
+from dsasr.data.scripts import script_runs
 
 RATE = 16000
 

@@ -22,6 +22,7 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
+from dsasr.data.scripts import HAN, HAN_CHARACTER, HAN_SPACES
 from dsasr.errors import UserError
 
 RULES = ("standard", "plain")
@@ -33,12 +34,10 @@ MIXED_LANGS = frozenset(
     ["zh-en", "en-zh", "cmn-en", "en-cmn", "yue-en", "en-yue", "cs", "mixed", "mix", "code-switch"]
 )
 
-_HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _LATIN = r"a-z0-9\u00c0-\u024f"
-_HAN_SPACES = re.compile(rf"(?<=[{_HAN}])\s+(?=[{_HAN}])")
 _UNIT = re.compile(rf"[$€£¥]?[{_LATIN}]+(?:['.][{_LATIN}]+)*%?|\S")
 _MIXED_TOKEN = re.compile(
-    rf"[{_HAN}]+|(?<![A-Za-z])-?\d[\d.,:/%]*(?![A-Za-z])|[^{_HAN}\d]+|.", re.DOTALL
+    rf"[{HAN}]+|(?<![A-Za-z])-?\d[\d.,:/%]*(?![A-Za-z])|[^{HAN}\d]+|.", re.DOTALL
 )
 _DIGITS = "零一二三四五六七八九"
 # A digit that ends a Latin name (mp3, b2b) is no number: hence the first guard of each branch.
@@ -77,7 +76,7 @@ def normalise(text: str, lang: str, rules: str = "standard") -> str:
     tag = lang.lower().replace("_", "-")
     base = tag.split("-")[0]
     if rules == "plain":
-        return _HAN_SPACES.sub("", basic(text))
+        return HAN_SPACES.sub("", basic(text))
     if tag in MIXED_LANGS:
         return mixed(text)
     if base in HAN_LANGS:
@@ -148,7 +147,7 @@ def mandarin(text: str) -> str:
     text = basic(_NUMBER.sub(_read_number, text))
     text = text.replace("两", "二").replace("幺", "一").replace("〇", "零")
     text = re.sub(rf"(?<![{_DIGITS}百千万亿点])一十", "十", text)
-    return _HAN_SPACES.sub("", text)
+    return HAN_SPACES.sub("", text)
 
 
 def _read_number(match: re.Match[str]) -> str:
@@ -241,7 +240,7 @@ def mixed(text: str) -> str:
 
 
 def _is_han(char: str) -> bool:
-    return bool(char) and re.match(f"[{_HAN}]", char) is not None
+    return bool(char) and HAN_CHARACTER.match(char) is not None
 
 
 def _has_latin(word: str) -> bool:

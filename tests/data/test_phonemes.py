@@ -1,5 +1,4 @@
 # ruff: noqa: SIM905 - phonemes read better as text
-import itertools
 import json
 import pickle
 from types import SimpleNamespace
@@ -19,35 +18,10 @@ from dsasr.data.phonemes import (
     UnknownPhoneme,
     UnknownWord,
     build_phonemizer,
-    script_runs,
 )
 from dsasr.errors import UserError
 
 needs_espeak = pytest.mark.skipif(not espeak.available(), reason="espeakng-loader not installed")
-
-
-@pytest.mark.parametrize(
-    ("text", "lang", "runs"),
-    [
-        ("turn on", "en", [("en", "turn on")]),
-        ("打开 wifi 吧", "zh", [("zh", "打开 "), ("en", "wifi "), ("zh", "吧")]),
-        ("3点", "zh", [("zh", "3点")]),
-        ("12 apples, 好", "", [("en", "12 apples, "), ("zh", "好")]),
-        ("123", "zh-CN", [("zh", "123")]),
-        ("123", "en", [("en", "123")]),
-        ("", "zh", []),
-    ],
-)
-def test_script_runs(text, lang, runs):
-    assert script_runs(text, lang) == runs
-
-
-@given(st.text(alphabet="ab 好的1,。é"))
-def test_script_runs_join_to_the_text(text):
-    runs = script_runs(text)
-    assert "".join(run for _, run in runs) == text
-    scripts = [script for script, _ in runs]
-    assert all(a != b for a, b in itertools.pairwise(scripts))
 
 
 @needs_espeak
