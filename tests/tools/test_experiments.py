@@ -123,16 +123,64 @@ def test_ratios_and_their_intervals(results, experiment):
     gap, low, high, p = summary.paired(one, two)
     assert low < gap < high < 0 and p < 0.01
     assert summary.paired(one, one)[0] == 0 and summary.paired(one, one)[3] == 1.0
+    # Nothing hallucinated in 60 utterances: Wilson's upper end, not zero.
+    none = np.zeros((3, 60)), np.ones((3, 60))
+    assert summary.span(none, share=True) == pytest.approx((0, 0.0602), abs=1e-4)
+    with pytest.raises(ValueError, match="no pairs"):
+        summary.paired(one, only)
 
 
-def test_table_and_figure(results):
+def test_intervals_hold_other_seeds_too(experiment):
+    # Two systems of the same mean; seeds differ by 30%, clips too. Three seeds: a bootstrap over
+    # seeds covered zero in 80% of such trials.
+    from resampling import over_seeds, paired
+
+    rng, inside = np.random.default_rng(5), 0
+    for _ in range(100):
+        hard = rng.gamma(1, 0.1, 100)
+        sides = []
+        for _ in range(2):
+            luck = np.exp(0.3 * rng.standard_normal((3, 1)))
+            errors = rng.binomial(10, np.clip(hard * luck, 0, 1)).astype(float)
+            sides.append((errors, np.full((3, 100), 10.0)))
+        _, low, high, _ = paired(*sides)
+        inside += low <= 0 <= high
+    assert inside >= 91
+    mean, half, p = over_seeds([1.0, 2.0, 3.0])  # t = 3.464 with 2 degrees: tables say p = 0.0742
+    assert (mean, half, p) == pytest.approx((2, 4.3027 / 3**0.5, 0.0742), abs=1e-3)
+    assert over_seeds([0.4])[0] == 0.4 and np.isnan(over_seeds([0.4])[1:]).all()
+
+
+def test_table_and_figure(results, experiment):
+    systems, _ = experiment
+    # One seed more of a third system, which skips joint SFT; a system that has it in one seed.
+    for name in ("no-joint", "phoneme"):
+        held = result(name, systems.named(name).label, 2, 0.06, 10)
+        (results / "synth" / f"{name}-seed2.json").write_text(json.dumps(held))
     command = [sys.executable, str(FOLDER / "summary.py"), "--results", str(results)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = (results / "synth.md").read_text()
-    assert "| 1 character CTC, joint SFT | 3 |" in text and "conventional, paper" in text
+    assert "| 1 character CTC, joint SFT | 3 |" in text and "| conventional, paper | 3 |" in text
+    assert "| 4b the paper's, no joint SFT | 1 |" in text and "| no-joint, paper | 1 |" in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(widths)) > 1 and min(widths) > 3
     assert (results / "synth.png").stat().st_size > 20_000
+    short = (results / "short.md").read_text()
+    rows = [line for line in short.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 4 and {row.count("|") for row in rows} == {7}
+    assert "errors at 5 dB" in rows[0] and "hallucinated at 0 dB" in rows[0]
+    assert "(3 seeds)" in rows[2] and "(1 seed)" in rows[-1]
+    assert rows[2].endswith("| 0.900 (0.900–0.900) |") and rows[-1].endswith("| – |")
     empty = [*command[:-1], str(results / "none")]
     assert subprocess.run(empty, capture_output=True).returncode == 2
+
+
+def test_results_of_other_test_sets_are_not_mixed(results, experiment):
+    _, summary = experiment
+    path = results / "synth" / "paper-seed3.json"
+    held = json.loads(path.read_text())
+    held["clips"]["white"]["lang"] = ["en"]
+    path.write_text(json.dumps(held))
+    with pytest.raises(UserError, match="mixes test sets"):
+        summary.load(results / "synth")

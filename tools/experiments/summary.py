@@ -1,10 +1,9 @@
-"""The experiment's table and figure from its results.
+"""The experiment's tables and figure from its results.
 
-python tools/experiments/summary.py            # writes results/SET.md and results/SET.png
+python tools/experiments/summary.py       # writes results/SET.md, results/SET.png, results/short.md
 
-Means over seeds. Intervals and p-values come from a bootstrap of two levels: seeds, then test
-utterances, drawn alike for the systems that are compared; with few seeds they are rough, and with
-one seed they say nothing of other seeds.
+Means over the seeds that there are: each row says how many. Intervals are 95% ones over seeds and
+test clips, tests are paired (`resampling`); with one seed they say nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -20,24 +19,31 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from resampling import Ratio, interval, over_seeds, paired, value
 from systems import SYSTEMS
 
 from dsasr import figures
 from dsasr.errors import UserError, run_tool
+from dsasr.evaluation.hallucination import wilson
 from dsasr.files import atomic_write
 from dsasr.pictures import COLOURS
 
 RESULTS = Path(__file__).parent / "results"
-DRAWS = 2000
 Result = dict[str, Any]
-Ratio = tuple[np.ndarray, np.ndarray]  # over, under: a row per seed, a column per clip
+JOINT = {s.name for s in SYSTEMS if s.joint}
 
 
 def load(folder: Path) -> dict[str, list[Result]]:
-    """System → its results by seed, in the order of the table."""
+    """System → its results by seed, in the order of the table. Raises `UserError` without results,
+    or where they are not of the same test clips."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
     if not found:
         raise UserError(f"{folder} holds no results yet: run tools/reproduce.sh")
+    heard = {tuple((c, len(r["clips"][c]["lang"])) for c in sorted(r["clips"])) for r in found}
+    if len(heard) > 1:
+        raise UserError(
+            f"{folder} mixes test sets: delete the results with other --limit or --clips"
+        )
     return {
         s.name: sorted(held, key=lambda r: r["seed"])
         for s in sorted(SYSTEMS, key=lambda s: s.label)
@@ -45,7 +51,7 @@ def load(folder: Path) -> dict[str, list[Result]]:
     }
 
 
-# -- ratios and their bootstrap ----------------------------------------------------------------
+# -- ratios --------------------------------------------------------------------------------------
 
 
 def errors(results: Sequence[Result], conditions: Sequence[str], lang: str | None = None) -> Ratio:
@@ -83,39 +89,6 @@ def _utterances(results, conditions, key: str, lang: str | None) -> np.ndarray:
     return np.array(rows, float)
 
 
-def value(ratio: Ratio) -> float:
-    """The mean over seeds of Σ over / Σ under."""
-    under = ratio[1].sum(1)
-    return float((ratio[0].sum(1) / under).mean()) if under.all() else math.nan
-
-
-def draws(ratio: Ratio, seed: int = 0) -> np.ndarray:
-    """`value` of resampled seeds and clips; the same picks for ratios of the same shape."""
-    rng = np.random.default_rng(seed)
-    over, under = ratio
-    seeds, clips = over.shape
-    out = np.empty(DRAWS)
-    for i in range(DRAWS):
-        rows = rng.integers(0, seeds, seeds)[:, None]
-        columns = rng.integers(0, clips, clips)
-        out[i] = (over[rows, columns].sum(1) / np.maximum(under[rows, columns].sum(1), 1e-9)).mean()
-    return out
-
-
-def interval(ratio: Ratio) -> tuple[float, float]:
-    low, high = np.quantile(draws(ratio), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def paired(a: Ratio, b: Ratio) -> tuple[float, float, float, float]:
-    """(difference b − a, low, high, two-sided p); the same seeds and clips on both sides."""
-    delta = draws(b) - draws(a)
-    low, high = np.quantile(delta, [0.025, 0.975])
-    tail = min((delta <= 0).sum(), (delta >= 0).sum())
-    p = min(1.0, 2 * (int(tail) + 1) / (DRAWS + 1))
-    return value(b) - value(a), float(low), float(high), p
-
-
 # -- table -------------------------------------------------------------------------------------
 
 
@@ -129,12 +102,20 @@ def langs(results: Sequence[Result]) -> list[str]:
     return sorted(set(results[0]["clips"]["clean"]["lang"]))
 
 
-def cell(ratio: Ratio, factor: float = 100, digits: int = 1) -> str:
-    low, high = (factor * x for x in interval(ratio))
+def span(ratio: Ratio, share: bool = False) -> tuple[float, float]:
+    """The interval of a ratio; of a share of utterances of which none is counted, Wilson's."""
+    low, high = interval(ratio, 1.0 if share else math.inf)
+    if share and not ratio[0].any():
+        high = wilson(0, ratio[0].shape[1])[1]
+    return low, high
+
+
+def cell(ratio: Ratio, factor: float = 100, digits: int = 1, share: bool = False) -> str:
+    low, high = (factor * x for x in span(ratio, share))
     return f"{factor * value(ratio):.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def spread(values: Sequence[float | None], digits: int = 2) -> str:
+def ranged(values: Sequence[float | None], digits: int = 2) -> str:
     """Mean and range over seeds."""
     held = [v for v in values if v is not None]
     if not held:
@@ -143,43 +124,99 @@ def spread(values: Sequence[float | None], digits: int = 2) -> str:
     return f"{text} ({min(held):.{digits}f}–{max(held):.{digits}f})" if len(held) > 1 else text
 
 
+def changed(held: Sequence[Result], metric: str) -> str:
+    """Means before and after joint SFT, and the mean change with its interval over seeds."""
+    before, after = ([_metric(r[side], metric) for r in held] for side in ("before", "after"))
+    text = f"{np.mean(before):.2f} → {np.mean(after):.2f}"
+    gap, half, _ = over_seeds(np.subtract(after, before))
+    return text if math.isnan(half) else f"{text} ({gap:+.2f} ± {half:.2f})"
+
+
+def drift(held: Sequence[Result]) -> list[float]:
+    """CKA of the encoder through joint SFT, by seed; nothing of a system that skips it."""
+    if held[0]["system"] not in JOINT:
+        return []
+    return [r["cka_through_joint"] for r in held if r["cka_through_joint"] is not None]
+
+
+def counted(held: Sequence[Result]) -> str:
+    return f"{len(held)} seed" + ("s" if len(held) > 1 else "")
+
+
 def tables(systems: dict[str, list[Result]]) -> str:
     """Markdown: errors and hallucinations, encoder metrics, paired tests."""
     every = [r for held in systems.values() for r in held]
     snrs, tags = noisy(every), langs(every)
     parts = []
     head = ["system", "seeds", *(f"{tag}, clean" for tag in tags)]
-    head += [f"{c[3:]} dB" for c in snrs]
+    head += ["all, clean"] * (len(tags) > 1) + [f"{c[3:]} dB" for c in snrs]
     rows = []
     for held in systems.values():
         row = [held[0]["label"], str(len(held))]
         row += [cell(errors(held, ["clean"], tag)) for tag in tags]
-        rows.append(row + [cell(errors(held, [c])) for c in snrs])
-    parts += ["Errors, % (WER for words, CER for characters; 95%):", markdown(head, rows)]
+        rest = (["clean"] if len(tags) > 1 else []) + snrs
+        rows.append(row + [cell(errors(held, [c])) for c in rest])
+    parts += [
+        "Errors, % (English in words, Mandarin in characters; at an SNR all together; 95% interval "
+        "over seeds and utterances):",
+        markdown(head, rows),
+    ]
     rows = [
-        [held[0]["label"], cell(hallucinated(held, ["clean"])),
-         *(cell(hallucinated(held, [c])) for c in snrs), cell(invented(held), 1, 0)]
+        [held[0]["label"], str(len(held)), cell(hallucinated(held, ["clean"]), share=True),
+         *(cell(hallucinated(held, [c]), share=True) for c in snrs), cell(invented(held), 1, 0)]
         for held in systems.values()
     ]  # fmt: skip
-    head = ["system", "clean", *(f"{c[3:]} dB" for c in snrs), "non-speech, characters/min"]
+    head = ["system", "seeds", "clean", *(f"{c[3:]} dB" for c in snrs)]
+    head += ["non-speech, characters/min"]
     parts += ["Hallucinated utterances, %, and text on non-speech (95%):", markdown(head, rows)]
     rows = []
     for held in systems.values():
-        row = [held[0]["label"]]
-        row += [
-            f"{spread([_metric(r['before'], m) for r in held])} → "
-            f"{spread([_metric(r['after'], m) for r in held])}"
-            for m in ("nse", "pai", "csai")
-        ]
-        row += [spread([r["cka_through_joint"] for r in held], 3)]
-        row += [spread([r["after"].get("llm", {}).get("resolved") for r in held])]
-        row += [spread([r["audio_hours"] for r in held], 1)]
-        rows.append([*row, spread([r["train_seconds"] / 60 for r in held], 1)])
-    head = ["system", "NSE", "PAI, nats/frame", "CSAI, nats/frame", "CKA through joint"]
+        row = [held[0]["label"], str(len(held))]
+        row += [changed(held, m) for m in ("nse", "pai", "csai")]
+        row += [ranged(drift(held), 3)]
+        row += [ranged([r["after"].get("llm", {}).get("resolved") for r in held])]
+        row += [ranged([r["audio_hours"] for r in held], 1)]
+        rows.append([*row, ranged([r["train_seconds"] / 60 for r in held], 1)])
+    head = ["system", "seeds", "NSE", "PAI, nats/frame", "CSAI, nats/frame", "CKA through joint"]
     head += ["H₀ − H₁, nats/token", "audio-hours", "minutes"]
-    parts += ["Encoder before → after joint SFT (mean, range over seeds):", markdown(head, rows)]
-    parts += ["Paired, second less first (95%, p):", markdown(*comparisons(systems, snrs))]
+    parts += [
+        "The sft branch's encoder before → after joint SFT (mean change ± half its 95% interval "
+        "over seeds); else mean and range over seeds:",
+        markdown(head, rows),
+    ]
+    head, rows = comparisons(systems, snrs)
+    if rows:
+        count = sum(cell != "–" for row in rows for cell in row[2:])
+        parts += [
+            "Paired by seed and clip, the second less the first (95% interval; p not corrected "
+            f"for the {count} tests made; a row of one seed speaks of these trained models only):",
+            markdown(head, rows),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def short(systems: dict[str, list[Result]]) -> str:
+    """The few columns that tell most, for a README."""
+    every = [r for held in systems.values() for r in held]
+    snrs = noisy(every)
+    mid = min(snrs, key=lambda c: abs(float(c[3:]) - 5)) if snrs else "clean"
+    worst = snrs[-1] if snrs else "clean"
+    numbers = {len(held) for held in systems.values()}
+    head = ["system", "errors clean, %", f"errors {_said(mid)}, %"]
+    head += [f"hallucinated {_said(worst)}, %", "non-speech, characters/min", "CKA through joint"]
+    rows = []
+    for held in systems.values():
+        label = held[0]["label"] + (f" ({counted(held)})" if len(numbers) > 1 else "")
+        row = [label, cell(errors(held, ["clean"])), cell(errors(held, [mid]))]
+        row += [cell(hallucinated(held, [worst]), share=True), cell(invented(held), 1, 0)]
+        rows.append([*row, ranged(drift(held), 3)])
+    alike = f"mean of {counted(next(iter(systems.values())))}" if len(numbers) == 1 else "means"
+    caption = f"{alike}, 95% interval over seeds and clips; CKA: range over seeds."
+    return f"{markdown(head, rows)}\n\n{caption[0].upper()}{caption[1:]}\n"
+
+
+def _said(condition: str) -> str:
+    return f"at {condition[3:]} dB" if condition.startswith("snr") else condition
 
 
 def _metric(row: Result, name: str) -> float:
@@ -200,21 +237,33 @@ def comparisons(systems: dict[str, list[Result]], snrs: Sequence[str]):
         "hallucinated in noise, points": (lambda r: hallucinated(r, snrs), 100),
         "non-speech, characters/min": (invented, 1),
     }
+    if not snrs:
+        measures = {k: v for k, v in measures.items() if "nois" not in k}
     rows = []
     for first, second in PAIRS:
-        if first not in systems or second not in systems:
-            continue
-        seeds = {r["seed"] for r in systems[first]} & {r["seed"] for r in systems[second]}
-        a, b = ([r for r in systems[n] if r["seed"] in seeds] for n in (first, second))
+        seeds = {r["seed"] for r in systems.get(first, ())}
+        seeds &= {r["seed"] for r in systems.get(second, ())}
         if not seeds:
             continue
-        row = [f"{first}, {second}"]
+        a, b = ([r for r in systems[n] if r["seed"] in seeds] for n in (first, second))
+        row = [f"{first}, {second}", str(len(seeds))]
         for measure, factor in measures.values():
             gap, low, high, p = paired(measure(a), measure(b))
-            span = f"{factor * low:+.1f} to {factor * high:+.1f}"
-            row.append(f"{factor * gap:+.1f} ({span}), p {p:.3f}")
+            width = f"{factor * low:+.1f} to {factor * high:+.1f}"
+            row.append(f"{factor * gap:+.1f} ({width}), {_chance(p)}")
+        one, two = drift(a), drift(b)
+        if one and len(one) == len(two):
+            gap, half, p = over_seeds(np.subtract(two, one))
+            tail = "" if math.isnan(p) else f" (± {half:.3f}), {_chance(p)}"
+            row.append(f"{gap:+.3f}{tail}")
+        else:
+            row.append("–")
         rows.append(row)
-    return ["systems", *measures], rows
+    return ["systems", "seeds", *measures, "CKA through joint"], rows
+
+
+def _chance(p: float) -> str:
+    return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -226,41 +275,42 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(systems: dict[str, list[Result]], path: Path) -> None:
-    """Errors and hallucinations against noise, non-speech, and the encoder's metrics."""
+    """Errors and hallucinations against noise, non-speech, drift, the encoder's metrics, cost."""
     every = [r for held in systems.values() for r in held]
-    figure, axes = figures.new(2, 3, (12.6, 6.8))
+    figure, axes = figures.new(2, 4, (15.5, 7.0))
     conditions = ["clean", *noisy(every)]
-    ticks = ["clean", *(f"{c[3:]} dB" for c in conditions[1:])]
+    ticks = ["clean", *(f"{c[3:]}" for c in conditions[1:])]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(systems)}
-    for axis, measure, label in (
-        (axes[0][0], errors, "errors, %"),
-        (axes[0][1], hallucinated, "hallucinated utterances, %"),
+    for axis, measure, title, label, share in (
+        (axes[0][0], errors, "errors", "word and character errors, %", False),
+        (axes[0][1], hallucinated, "hallucinations on speech", "utterances, %", True),
     ):
         for i, (name, held) in enumerate(systems.items()):
             ratios = [measure(held, [c]) for c in conditions]
-            spans = np.array([interval(r) for r in ratios])
+            spans = np.array([span(r, share) for r in ratios])
             at = np.arange(len(conditions)) + 0.09 * (i - (len(systems) - 1) / 2)
             middle = 100 * np.array([value(r) for r in ratios])
-            axis.plot(at, middle, ".-", lw=1.2, color=colours[name], label=held[0]["label"])
+            said = f"{held[0]['label']} ({counted(held)})"
+            axis.plot(at, middle, ".-", lw=1.2, color=colours[name], label=said)
             axis.vlines(at, 100 * spans[:, 0], 100 * spans[:, 1], color=colours[name], lw=1)
         axis.set_xticks(range(len(conditions)), ticks)
-        axis.set_xlabel("noise: SNR of the test speech")
+        axis.set_xlabel("noise in the test speech: SNR, dB")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=10, loc="left")
     bars(axes[0][2], systems, colours)
-    for axis, (key, label, title) in zip(axes[1], figures.METRICS, strict=True):
+    dots(axes[0][3], systems, colours, drift, "drift through joint SFT", "CKA, 0 to 1")
+    for axis, (key, label, title) in zip(axes[1], figures.METRICS, strict=False):
         for i, (name, held) in enumerate(systems.items()):
             pairs = [(_metric(r["before"], key), _metric(r["after"], key)) for r in held]
-            for j, pair in enumerate(pairs):
-                at = i + 0.12 * (j - (len(pairs) - 1) / 2)
+            for at, pair in zip(_places(i, len(pairs)), pairs, strict=True):
                 axis.plot([at, at], pair, "-", color=colours[name], lw=1)
                 axis.plot(at, pair[0], "o", mfc="white", mec=colours[name], ms=6)
                 axis.plot(at, pair[1], "o", color=colours[name], ms=6)
-        axis.set_xticks(range(len(systems)), [_tag(h) for h in systems.values()])
-        axis.set_xlim(-0.6, len(systems) - 0.4)
-        axis.set_title(f"{title} (open: before joint)", fontsize=9, loc="left")
-        axis.set_ylabel(label)
-        axis.set_xlabel("system")
+        _by_system(axis, systems, f"{title}\n(open: before joint SFT; a pair per seed)", label)
+    cost = "audio used, augmented\n(a dot per seed)"
+    dots(axes[1][3], systems, colours, lambda held: [r["audio_hours"] for r in held], cost, "hours")
+    axes[1][3].set_ylim(0, 1.08 * max(r["audio_hours"] for r in every))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     figures.save(figure, path)
@@ -269,16 +319,29 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
 def bars(axis, systems: dict[str, list[Result]], colours: dict[str, str]) -> None:
     for i, (name, held) in enumerate(systems.items()):
         ratio = invented(held)
-        low, high = interval(ratio)
         axis.bar(i, value(ratio), 0.6, color=colours[name])
-        axis.vlines(i, low, high, color=figures.INK, lw=1)
-    axis.set_xticks(range(len(systems)), [_tag(h) for h in systems.values()])
+        axis.vlines(i, *span(ratio), color=figures.INK, lw=1)
+    _by_system(axis, systems, "text on non-speech", "characters a minute")
+
+
+def dots(axis, systems, colours, values: Callable[[Sequence[Result]], list[float]], title, label):
+    """A dot per seed."""
+    for i, (name, held) in enumerate(systems.items()):
+        found = values(held)
+        axis.plot(_places(i, len(found)), found, "o", color=colours[name], ms=6)
+    _by_system(axis, systems, title, label)
+
+
+def _places(i: int, count: int) -> np.ndarray:
+    return i + 0.14 * (np.arange(count) - (count - 1) / 2)
+
+
+def _by_system(axis, systems, title: str, label: str) -> None:
+    axis.set_xticks(range(len(systems)), [h[0]["label"].split()[0] for h in systems.values()])
+    axis.set_xlim(-0.6, len(systems) - 0.4)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_ylabel(label)
     axis.set_xlabel("system")
-    axis.set_ylabel("non-speech: characters a minute")
-
-
-def _tag(held: Sequence[Result]) -> str:
-    return held[0]["label"].split()[0]
 
 
 def main() -> int:
@@ -288,12 +351,16 @@ def main() -> int:
     sets = sorted(p for p in args.results.glob("*") if p.is_dir()) if args.results.is_dir() else []
     if not sets:
         raise UserError(f"{args.results} holds no results yet: run tools/reproduce.sh")
+    brief = []
     for folder in sets:
         systems = load(folder)
         text = tables(systems)
         atomic_write(args.results / f"{folder.name}.md", text)
         draw(systems, args.results / f"{folder.name}.png")
+        brief.append(f"{folder.name}:\n\n{short(systems)}")
         print(f"== {folder.name}\n\n{text}")
+    atomic_write(args.results / "short.md", "\n".join(brief))
+    print("\n".join(brief))
     return 0
 
 
