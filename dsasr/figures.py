@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.files import atomic_path
-from dsasr.pictures import COLOURS, plot, rate_curves
+from dsasr.pictures import COLOURS, DPI, plot, rate_curves
 from dsasr.stages import Schedule
 
 Row = dict[str, Any]
-INK, SOFT, WARN = "#2b2b2b", "#e9e9e9", "#b03a2e"
+INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
 PHONETIC, SEMANTIC, LANGUAGE = COLOURS[0], COLOURS[3], COLOURS[1]
 
 
@@ -84,7 +84,7 @@ def save(figure, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
+        figure.savefig(temporary, dpi=DPI, format="png")
     plt.close(figure)
     return path
 
@@ -100,6 +100,20 @@ def _legend(axis, **given) -> None:
     if labels:
         kept = dict(zip(labels, handles, strict=True))
         axis.legend(kept.values(), kept.keys(), fontsize=8, frameon=False, **given)
+
+
+def _key(figure, runs: Sequence[RunData], styles: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """A legend above the picture: a colour per run, and what line styles and marks mean."""
+    from matplotlib.lines import Line2D
+
+    names = [(r.name, {"color": c}) for r, c in zip(runs, _colours(runs), strict=True)]
+    rows = [*names, *styles]
+    if any(run.joint for run in runs):
+        rows.append(("joint training begins", {"ls": ":", "lw": 0.9}))
+    lines = [Line2D([], [], label=name, **{"color": MUTE, "lw": 1.3, **how}) for name, how in rows]
+    figure.legend(
+        handles=lines, loc="outside upper left", ncols=min(len(lines), 5), fontsize=8, frameon=False
+    )
 
 
 def _colours(runs: Sequence[RunData]) -> list[str]:
@@ -191,15 +205,13 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
     if not shown:
         return None
     unit, word = clocked(runs)
-    figure, axes = new(1, len(shown), (3.9 * len(shown), 3.4))
+    figure, axes = new(1, len(shown), (3.9 * len(shown), 3.7))
     for axis, (key, label, title) in zip(axes[0], shown, strict=True):
         for run, colour in zip(runs, _colours(runs), strict=True):
-            for branch, style, what in (("pretrain", "-", "live"), ("sft", "--", "in the sft")):
+            for branch, style in (("pretrain", "-"), ("sft", "--")):
                 points = [m for m in run.looks if m["branch"] == branch and key in m]
                 times = [m["seconds"] / unit for m in points]
-                name = f"{run.name}, {what} branch" if what != "live" else f"{run.name}, live"
-                axis.plot(times, [m[key] for m in points], style, marker=".", color=colour,
-                          lw=1.3, label=name if points else None)  # fmt: skip
+                axis.plot(times, [m[key] for m in points], style, marker=".", color=colour, lw=1.3)
                 if points and f"{key}_low" in points[0]:
                     low, high = ([m[f"{key}_{end}"] for m in points] for end in ("low", "high"))
                     axis.fill_between(times, low, high, color=colour, alpha=0.12, lw=0)
@@ -208,16 +220,16 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(f"training time, {word}")
         axis.set_ylabel(label)
-    _legend(axes[0][0])
+        axis.set_xlim(0, 1.03 * max(run.longest for run in runs) / unit)
+    shown_runs = [run for run in runs if run.looks]
+    _key(figure, shown_runs, (("live encoder", {"ls": "-"}), ("the sft branch's", {"ls": "--"})))
     return save(figure, path)
 
 
-def _mark_joint(axis, run: RunData, unit: float, colour: str, va: str = "top") -> None:
+def _mark_joint(axis, run: RunData, unit: float, colour: str) -> None:
     begun = [e["seconds"] for e in run.events if e["event"] == "stage" and e["name"] == run.joint]
     if begun:
         axis.axvline(begun[0] / unit, color=colour, lw=0.9, ls=":")
-        axis.annotate("joint", (begun[0] / unit, 1), (3, -2), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", fontsize=8, va=va, color=colour)  # fmt: skip
 
 
 def before_and_after(run: RunData) -> tuple[Row, Row] | None:
@@ -252,7 +264,7 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
     pairs = [(run.name, found) for run in runs if (found := before_and_after(run))]
     if not pairs:
         return None
-    figure, axes = new(1, 3, (9.6, 3.2))
+    figure, axes = new(1, 3, (9.6, 3.5))
     for axis, (key, label, title) in zip(axes[0], METRICS, strict=True):
         for side, colour, shift in (("before joint", "#9db8d2", -0.2), ("after", COLOURS[0], 0.2)):
             rows = [pair[0 if shift < 0 else 1] for _, pair in pairs]
@@ -263,13 +275,20 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
                 _whiskers(axis, places, values, rows, key)
                 axis.margins(y=0.15)
             else:
-                axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
-        axis.set_xticks(range(len(pairs)), [name for name, _ in pairs], fontsize=9)
-        axis.set_xlim(-0.6, len(pairs) - 0.4)
+                upright = {"rotation": 90, "fontsize": 7} if len(pairs) > 2 else {"fontsize": 8}
+                axis.bar_label(bars, fmt="%.3f", padding=2, **upright)
+        if axis.get_ylim()[0] < 0:
+            axis.axhline(0, color=INK, lw=0.8)
+        names = [name for name, _ in pairs]
+        slant = {"rotation": 35, "ha": "right"} if sum(map(len, names)) > 26 else {}
+        axis.set_xticks(range(len(pairs)), names, fontsize=9, **slant)
+        # Room beside a lone pair, so that its bars do not fill the picture.
+        axis.set_xlim(*((-0.6, len(pairs) - 0.4) if len(pairs) > 1 else (-0.9, 0.9)))
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_ylabel(label)
-    axes[0][0].set_ylim(0, 1.18)
-    _legend(axes[0][0], loc="upper left", ncols=2)
+    axes[0][0].set_ylim(0, 1.05)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8, frameon=False)
     return save(figure, path)
 
 
@@ -296,13 +315,17 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
         found = [(i, 100 * r[key]) for i, r in enumerate(rows) if r.get(key) is not None]
         if found:
             at, values = zip(*found, strict=True)
-            bars = left.barh([i + shift for i in at], values, 0.34, color=colour, label=label)
-            left.bar_label(bars, fmt="%.0f%%", fontsize=8, padding=2)
+            left.barh([i + shift for i in at], values, 0.34, color=colour, label=label)
+            for i, share in found:
+                # Right of the axis also where the estimate is negative: left are the names.
+                left.annotate(_percent(share), (max(share, 0), i + shift), (3, 0), fontsize=8,
+                              textcoords="offset points", va="center")  # fmt: skip
     left.set_xlabel("share of the entropy that the encoder's frames resolve, %")
     least = min(
         (100 * r[k] for r in rows for k in ("pai_share", "csai_share") if r.get(k)), default=0
     )
     left.set_xlim(min(0, 1.2 * least), 112)
+    left.set_xticks(range(0, 101, 20))
     heard = [(i, r) for i, r in enumerate(rows) if r.get("nll_without_audio") is not None]
     if heard:
         at = [i for i, _ in heard]
@@ -323,6 +346,12 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
     return save(figure, path)
 
 
+def _percent(share: float) -> str:
+    """``12%``; ``3.4%`` below ten, where whole numbers would hide what moves."""
+    digits = 1 if 0.05 <= abs(share) < 10 else 0
+    return f"{share:.{digits}f}%" if abs(share) >= 0.05 else "0%"
+
+
 def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
     """A bar per checkpoint of tools/allocation.py, else per look at a stage's end."""
     rows = []
@@ -341,27 +370,34 @@ def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
 
 
 CURVES = (
-    ("wer", "WER (words)", "-"),
-    ("cer", "CER (characters)", "--"),
-    ("mer", "MER (mixed)", ":"),
+    ("wer", "WER (words)", "-", "o"),
+    ("cer", "CER (characters)", "--", "s"),
+    ("mer", "MER (mixed)", ":", "^"),
 )
 
 
 def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
-    """Error rates and hallucinations on the validation set by training time."""
+    """Error rates and hallucinations on the validation set by training time.
+
+    Colours tell runs apart, or the rates of a single run.
+    """
     scored = [r for r in runs if any("wer" in m or "cer" in m for m in r.valid)]
     if not scored:
         return None
     panels: list[tuple[str, Callable[[Row], dict[str, float]]]] = [
-        ("error rate, %", lambda m: {name: 100 * m[k] for k, name, _ in CURVES if k in m}),
+        ("error rate, %", lambda m: {held[1]: 100 * m[held[0]] for held in CURVES if held[0] in m}),
         ("hallucinated\nutterances, %", lambda m: _named(m, "flagged", "speech", 100)),
         ("text on non-speech,\ncharacters a minute",
          lambda m: _named(m, "characters_per_minute", "non-speech", 1)),
     ]  # fmt: skip
     panels = [p for p in panels if any(p[1](m) for r in scored for m in r.valid)]
     unit, word = clocked(scored)
-    figure, axes = new(len(panels), 1, (8.6, 1.2 + 1.7 * len(panels)), sharex=True)
-    styles = {name: style for _, name, style in CURVES}
+    figure, axes = new(len(panels), 1, (8.6, 1.5 + 1.7 * len(panels)), sharex=True)
+    looks = {name: {"ls": style, "marker": mark} for _, name, style, mark in CURVES}
+    if len(scored) == 1:
+        looks = {
+            n: {**how, "color": c} for (n, how), c in zip(looks.items(), COLOURS, strict=False)
+        }
     for axis, (label, values) in zip(axes[:, 0], panels, strict=True):
         for run, colour in zip(runs, _colours(runs), strict=True):
             curves: dict[str, list[tuple[float, float]]] = {}
@@ -370,13 +406,15 @@ def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
                     if math.isfinite(value):
                         curves.setdefault(name, []).append((line["seconds"] / unit, value))
             for name, points in curves.items():
-                axis.plot(*zip(*points, strict=True), styles.get(name, "-"), marker=".",
-                          color=colour, lw=1.3, label=f"{run.name}: {name}")  # fmt: skip
+                how = {"color": colour, "marker": "o", "ls": "-"} | looks.get(name, {})
+                axis.plot(*zip(*points, strict=True), ms=4, lw=1.3, clip_on=False, **how)
             if curves:
-                _mark_joint(axis, run, unit, colour, "bottom")
+                _mark_joint(axis, run, unit, colour)
         axis.set_ylabel(label, fontsize=9)
         axis.set_ylim(bottom=0)
-        _legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    seen = {name for run in scored for line in run.valid for name in panels[0][1](line)}
+    _key(figure, scored, [(name, {**how, "ms": 4}) for name, how in looks.items() if name in seen])
+    axes[-1][0].set_xlim(0, 1.03 * max(run.longest for run in scored) / unit)
     axes[-1][0].set_xlabel(f"training time, {word}")
     return save(figure, path)
 

@@ -13,6 +13,7 @@ from dsasr.stages import Schedule, learning_rate
 
 COLOURS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a")
 LINES = ("-", "--", ":", "-.")
+DPI = 140
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def plot(
     bottom.set_xlabel("optimizer steps of the run, both branches counted")
     bottom.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+        figure.savefig(temporary, dpi=DPI, format="png")
     plt.close(figure)
 
 

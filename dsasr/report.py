@@ -19,6 +19,7 @@ from dsasr.errors import UserError
 from dsasr.figures import RunData
 from dsasr.files import atomic_write
 from dsasr.monitor import clock
+from dsasr.pictures import DPI
 from dsasr.recogniser import run_recipe
 
 STYLE = """
@@ -33,7 +34,7 @@ table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabula
 th, td { padding: .35em .8em; text-align: right; border-bottom: 1px solid #e6e6e6; }
 th { font-weight: 600; border-bottom: 1.5px solid #999; vertical-align: bottom; }
 td:first-child, th:first-child { text-align: left; white-space: nowrap; }
-td small { color: #777; display: block; }
+td small { color: #777; display: block; white-space: nowrap; }
 .left td, .left th { text-align: left; vertical-align: top; }
 """.strip()
 
@@ -111,6 +112,25 @@ CAPTIONS = {
 }
 
 
+# What makes a picture that is not there.
+MAKERS = {
+    "Drift": "a schedule with drift measurements",
+    "Entropy over training": "training with allocation.every=STEPS",
+    "Before and after joint training": "tools/allocation.py RUN/snapshots/encoder-* RUN --data …, "
+    "or training with allocation.every=STEPS",
+    "Who resolves what": "tools/allocation.py RUN/snapshots/encoder-* RUN --data …",
+    "Errors and hallucinations against training time": "training with evaluation.every=STEPS",
+}
+
+
+def missing(pictures: dict[str, Path]) -> str:
+    """The pictures for which nothing was measured, and what measures it; empty if none."""
+    rows = [[title, escape(maker)] for title, maker in MAKERS.items() if title not in pictures]
+    if not rows:
+        return ""
+    return f"<h2>Not measured</h2>{_table(['picture', 'made by'], rows, 'left')}"
+
+
 def write(runs: Sequence[RunData], out: Path) -> Path:
     """``index.html`` and the PNGs in ``out``; returns the page's path."""
     pictures = draw(runs, out)
@@ -125,12 +145,15 @@ def write(runs: Sequence[RunData], out: Path) -> Path:
         )
     for title, path in pictures.items():
         caption = next((text for start, text in CAPTIONS.items() if title.startswith(start)), "")
-        data = base64.b64encode(path.read_bytes()).decode()
+        data = path.read_bytes()
+        # An inch is an inch in every picture, so that their letters are of one size.
+        width = 96 * int.from_bytes(data[16:20], "big") // DPI
         parts.append(
-            f'<h2>{escape(title)}</h2><figure><img alt="{escape(title)}" '
-            f'src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+            f'<h2>{escape(title)}</h2><figure><img alt="{escape(title)}" width="{width}" '
+            f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
-    parts += [stages(runs), examples(runs)]
+    parts += [missing(pictures), stages(runs), examples(runs)]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -150,6 +151,42 @@ def test_a_run_that_measured_nothing_gets_its_timeline_only(tmp_path):
     assert list(report.draw([bare], tmp_path)) == ["Course of bare"]
     page = report.write([bare], tmp_path).read_text()
     assert "tools/evaluate.py" in page
+    # What is not there is named, with what would make it.
+    missing = page.partition("<h2>Not measured</h2>")[2]
+    assert all(title in missing for title in report.MAKERS)
+    assert "Not measured" not in report.write([run(trial=trial())], tmp_path / "all").read_text()
+
+
+def test_letters_are_of_one_size_in_all_pictures(tmp_path):
+    text = report.write([run()], tmp_path).read_text()
+    widths = [int(x) for x in re.findall(r'<img alt="[^"]*" width="(\d+)"', text)]
+    pictures = [tmp_path / f"{n}.png" for n in ("timeline-first", "cka", "metrics", "joint")]
+    sizes = [int.from_bytes(p.read_bytes()[16:20], "big") for p in pictures]
+    assert widths[:4] == [96 * size // figures.DPI for size in sizes] and len(set(widths)) > 1
+
+
+def test_many_runs_have_one_key_and_no_overlapping_names(tmp_path, monkeypatch):
+    """Names over bars and of systems do not run into each other, nor the key into the pictures."""
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or path)
+    many = [run(f"paper-without-{i}") for i in range(6)]
+    for draw in (figures.joint, figures.over_training, figures.against_time):
+        assert draw(many, tmp_path / "x.png")
+    for figure in kept:
+        figure.canvas.draw()
+        [key] = figure.legends
+        assert all(axis.get_legend() is None for axis in figure.axes)
+        box = key.get_window_extent()
+        assert not any(axis.get_window_extent().overlaps(box) for axis in figure.axes)
+        assert box.x1 <= figure.bbox.x1
+        for axis in figure.axes:
+            low, high = axis.get_window_extent().intervalx
+            names = [t for t in axis.get_xticklabels() if t.get_text()]
+            if names and names[0].get_rotation() == 0:
+                boxes = [t.get_window_extent().intervalx for t in names]
+                boxes = [(a, b) for a, b in boxes if low - 1 <= (a + b) / 2 <= high + 1]
+                assert all(a[1] < b[0] for a, b in itertools.pairwise(boxes))
+    assert len(kept) == 3 and len(kept[0].axes) == 3
 
 
 def test_before_and_after_joint_prefers_measured_checkpoints():
