@@ -220,11 +220,13 @@ def probe_set(
 
 def _label(r: Recording, aligner: Subject, x_SE, phonemizer, speaker, number) -> Labelled:
     vocab, seconds = aligner.build.phonemes, aligner.frame_seconds
-    owners = None
-    if r.alignment is not None and "phonemes" in r.alignment:
+    words, owners = alignment.words_of(r.text), None
+    if r.alignment is not None and r.alignment.get("phonemes"):
         frames = len(x_SE) if x_SE is not None else round(len(r.wave) / RATE / seconds)
-        placed, owners = alignment.read(r.alignment, vocab.encode, frames, seconds)
-        symbols = [str(entry[0]) for entry in r.alignment["phonemes"]]
+        stored = alignment.read(r.alignment, vocab.encode, frames, seconds)
+        placed, symbols = stored.placed, stored.phonemes
+        if stored.words is not None:  # what counts as a word is then the alignment's matter
+            words, owners = stored.words, stored.owners
     else:
         if x_SE is None:
             raise UserError("the aligner has no CTC head, and the shards hold no alignments")
@@ -234,8 +236,8 @@ def _label(r: Recording, aligner: Subject, x_SE, phonemizer, speaker, number) ->
         placed = alignment.align(log_probs, vocab.encode(symbols))
     if owners is None:
         owners = labelling.word_owners(symbols, r.text, r.lang, speaker)
-    ids = vocab.encode(symbols)
-    return labelling.label(r.key, r.speaker, r.text, ids, owners, placed, number, seconds)
+    ids = vocab.encode(list(symbols))
+    return labelling.label(r.key, r.speaker, words, ids, owners, placed, number, seconds)
 
 
 def _tokens(r: Recording, held: Labelled, build: Builder, speaker) -> Labelled:

@@ -203,7 +203,8 @@ class Watch:
         for row in sorted(placed, key=lambda row: row["key"]):
             positions_S = torch.tensor(row["positions"], dtype=torch.int64)
             held = alignment.Alignment(positions_S, positions_S, 0.0)
-            given = row["key"], row["speaker"], row["text"], row["phonemes"], row["owners"]
+            words = alignment.words_of(row["text"])
+            given = row["key"], row["speaker"], words, row["phonemes"], row["owners"]
             found.append(labelling.label(*given, held, number, seconds))
         return found
 

@@ -8,7 +8,7 @@ silence. Words follow from the phonemes, tokens from the words by their share of
 
 Alignments can also be read from a sample: ``{"phonemes": [[symbol, start, end], …], "words":
 [[word, start, end], …]}`` in seconds; frame s is the one whose middle, (s + ½)·frame_seconds, lies
-in [start, end).
+in [start, end). The names that aligners give to silence (`SILENCES`) are silence here too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dsasr.data.scripts import HAN
 
+SILENCES = frozenset(["", "sil", "sp", "spn", "<eps>", "<sil>"])  # in lower case
 _WORD = re.compile(rf"[{HAN}]|[^\s{HAN}]+")
 
 
@@ -106,6 +107,17 @@ def fill(positions: Sequence[int], reach: int) -> list[int]:
     return out
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A sample's own alignment: its phonemes (symbols), and if words are stored, these and the
+    index of each phoneme's word among them."""
+
+    placed: Alignment
+    phonemes: tuple[str, ...]
+    words: tuple[str, ...] | None = None
+    owners: list[int] | None = None
+
+
 def read(
     stored: dict,
     encode: Callable[[list[str]], list[int]],
@@ -113,36 +125,38 @@ def read(
     frame_seconds: float,
     *,
     blank: int = 0,
-) -> tuple[Alignment, list[int] | None]:
-    """A sample's stored alignment as `Alignment`, and the word per phoneme if words are stored.
+) -> Stored:
+    """A sample's stored alignment on ``frames`` encoder frames.
 
     ``encode`` maps symbols to ids (`PhonemeVocab.encode`; its error for unknown symbols passes).
     A phoneme belongs to the word that holds its middle (the nearest one, if none does). Raises
     ValueError for entries that are not [name, start, end] in rising order.
     """
     phones = _spans(stored, "phonemes")
-    ids = encode([name for name, _, _ in phones])
+    symbols = tuple(name for name, _, _ in phones)
+    ids = encode(list(symbols))
     positions = [-1] * frames
     for place, (_, start, end) in enumerate(phones):
         first = max(0, math.ceil(start / frame_seconds - 0.5))
         last = min(frames, math.ceil(end / frame_seconds - 0.5))
         positions[first:last] = [place] * max(0, last - first)
     labels = [ids[p] if p >= 0 else blank for p in positions]
-    alignment = Alignment(
+    placed = Alignment(
         torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64), 0.0
     )
-    if "words" not in stored:
-        return alignment, None
     words = _spans(stored, "words")
+    if not words:
+        return Stored(placed, symbols)
     owners = []
     for _, start, end in phones:
         middle = (start + end) / 2
         away = [max(begin - middle, middle - stop, 0) for _, begin, stop in words]
-        owners.append(away.index(min(away)) if away else -1)
-    return alignment, owners
+        owners.append(away.index(min(away)))
+    return Stored(placed, symbols, tuple(name for name, _, _ in words), owners)
 
 
 def _spans(stored: dict, name: str) -> list[tuple[str, float, float]]:
+    """Entries other than silence."""
     spans = []
     clock = 0.0
     for entry in stored.get(name, ()):
@@ -152,7 +166,8 @@ def _spans(stored: dict, name: str) -> list[tuple[str, float, float]]:
         if not clock - 1e-6 <= start <= end:
             raise ValueError(f"alignment: {name} run backwards at {entry!r}")
         clock = end
-        spans.append((str(entry[0]), start, end))
+        if str(entry[0]).lower() not in SILENCES:
+            spans.append((str(entry[0]), start, end))
     return spans
 
 

@@ -71,16 +71,16 @@ def word_owners(
 def label(
     key: str,
     speaker: str,
-    text: str,
+    words: Sequence[str],
     phonemes: Sequence[int],
     owners: Sequence[int],
     placed: Alignment,
     number: Numbering,
     frame_seconds: float,
 ) -> Labelled:
-    """Labels of one utterance whose phonemes are ``placed``; words are told apart by spelling."""
-    words = [number(word.lower()) for word in alignment.words_of(text)]
-    table = torch.tensor([*words, -1], dtype=torch.int64)
+    """Labels of one utterance whose phonemes are ``placed``; ``owners`` are indices into ``words``,
+    which are told apart by spelling."""
+    table = torch.tensor([*(number(word.lower()) for word in words), -1], dtype=torch.int64)
     words_S = table[alignment.word_frames(placed, owners)]
     return Labelled(key, speaker, tuple(phonemes), placed.positions_S, words_S, frame_seconds)
 

@@ -71,15 +71,18 @@ def test_fill(spikes, reach):
 
 def test_read():
     stored = {
-        "phonemes": [["h", 0.0, 0.1], ["i", 0.1, 0.22], ["j", 0.3, 0.4]],
-        "words": [["hi", 0.0, 0.22], ["j", 0.3, 0.4]],
+        "phonemes": [["h", 0.0, 0.1], ["i", 0.1, 0.22], ["SIL", 0.22, 0.3], ["j", 0.3, 0.4]],
+        "words": [["hi", 0.0, 0.22], ["", 0.22, 0.3], ["j", 0.3, 0.4]],
     }
-    found, owners = a.read(stored, lambda symbols: ["_hij".index(s) for s in symbols], 12, 0.04)
+    read = a.read(stored, lambda symbols: ["_hij".index(s) for s in symbols], 12, 0.04)
+    found = read.placed
     #  middles 0.02 0.06 | 0.10 0.14 0.18 | 0.22 … 0.30 is the first of "j"
     assert found.positions_S.tolist() == [0, 0, 1, 1, 1, -1, -1, 2, 2, 2, -1, -1]
     assert found.labels_S.tolist() == [1, 1, 2, 2, 2, 0, 0, 3, 3, 3, 0, 0]
-    assert owners == [0, 0, 1]
-    assert a.read({}, list, 2, 0.04)[1] is None
+    # What aligners call silence is neither a phoneme nor a word.
+    assert read.phonemes == ("h", "i", "j") and read.words == ("hi", "j")
+    assert read.owners == [0, 0, 1]
+    assert a.read({}, list, 2, 0.04).owners is None
     for wrong in ([["h", 0.2, 0.1]], [["h", 0.0, 0.2], ["i", 0.1, 0.3]], [["h", 0.0]], ["h"]):
         with pytest.raises(ValueError, match="alignment"):
             a.read({"phonemes": wrong}, list, 4, 0.04)

@@ -33,7 +33,7 @@ def placed():
 
 def test_words_and_tokens_per_frame():
     number = Numbering()
-    held = label("k", "s", "Ab c", [1, 2, 3], [0, 0, 1], placed(), number, 0.04)
+    held = label("k", "s", ["Ab", "c"], [1, 2, 3], [0, 0, 1], placed(), number, 0.04)
     assert held.words_S.tolist() == [0, 0, -1, 0, 1]
     assert number.ids == {"ab": 0, "c": 1}
     pieces = {5: "Ab", 6: " c"}
@@ -53,7 +53,7 @@ def test_grid_averages_finer_frames_and_repeats_coarser_ones():
 
 
 def test_silence_is_left_out_of_the_frame_set():
-    held = label("k", "s", "ab c", [1, 2, 3], [0, 0, 1], placed(), Numbering(), 0.04)
+    held = label("k", "s", ["ab", "c"], [1, 2, 3], [0, 0, 1], placed(), Numbering(), 0.04)
     frames = frame_set([held], {"k": torch.arange(5.0)[:, None]}, 0.04, window=1)
     assert frames.x_NE[:, 0].tolist() == [0, 1, 3, 4]
     assert frames.phoneme_N.tolist() == [1, 1, 2, 3]
