@@ -123,8 +123,13 @@ class DriftConfig:
         if self.mode == "fixed" and not self.swaps:
             raise UserError("drift.mode=fixed needs drift.swaps, a list of {pretrain: step}")
         steps = [s.pretrain for s in self.swaps]
-        if steps != sorted(set(steps)) or any(s < 0 for s in steps):
-            raise UserError("drift.swaps must name rising pretrain steps")
+        if steps != sorted(set(steps)) or any(s < 1 for s in steps):
+            raise UserError("drift.swaps must name rising pretrain steps, from 1 on")
+        taken = [s.sft for s in self.swaps if s.sft is not None]
+        if taken != sorted(taken) or any(s < 0 for s in taken):
+            raise UserError("drift.swaps must name sft steps that do not fall, from 0 on")
+        if self.probe_utterances < 1:
+            raise UserError("drift.probe_utterances must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,12 @@ class Schedule:
             raise UserError("interleave needs two whole numbers ≥ 1: pretrain steps, sft steps")
         if self.branch == "pretrain" and self.pretrain is None:
             raise UserError("branch=pretrain, but the recipe has no stage of branch pretrain")
+        late = [s.pretrain for s in self.drift.swaps if s.pretrain > self.pretrain_steps()]
+        if self.drift.mode == "fixed" and self.pretrain is not None and late:
+            raise UserError(
+                f"drift.swaps wants the encoder of pretrain step {late[0]:,}, but pretraining has "
+                f"{self.pretrain_steps():,} steps"
+            )
         if self.branch == "sft" and not self.sft:
             raise UserError("branch=sft, but the recipe has no stage of branch sft")
 

@@ -20,6 +20,7 @@ from dsasr.errors import UserError
 from dsasr.pictures import plot, rate_curves
 from dsasr.stages import (
     PARTS,
+    PlannedSwap,
     Progress,
     Schedule,
     Snapshot,
@@ -68,11 +69,13 @@ def shrink(schedule: Schedule, most: int = 20_000) -> tuple[Schedule, int]:
     by = max(1, -(-total // most))
     if by == 1:
         return schedule, 1
-    swaps = tuple(
-        replace(s, pretrain=s.pretrain // by, sft=None if s.sft is None else s.sft // by)
+    # Swaps that fall together when divided are one: the last of them.
+    swaps = {
+        max(1, s.pretrain // by): None if s.sft is None else s.sft // by
         for s in schedule.drift.swaps
-    )
-    drift = replace(schedule.drift, swaps=swaps)
+    }
+    planned = tuple(PlannedSwap(pretrain, sft) for pretrain, sft in swaps.items())
+    drift = replace(schedule.drift, swaps=planned)
     return replace(
         schedule, stages=tuple(_shorter(s, by) for s in schedule.stages), drift=drift
     ), by
@@ -168,18 +171,23 @@ def table(recipe: recipes.Recipe, ranks: int = 8) -> str:
     for number, stage in enumerate(schedule.stages, 1):
         frozen = [p for p in recipe.parts(stage.branch) if p not in stage.trains]
         held = memory(recipe, stage, sizes, ranks)
-        room = _bytes(held) if held is not None else "not known: model.llm.path is not there"
+        room = "not known" if held is None else f"{_bytes(held)} a rank on {ranks} ranks"
         lines += [
             f"{number} {stage.name}: {stage.steps:,} steps of {stage.objective} "
             f"({stage.branch} branch)",
             *(_group(stage, part, sizes) for part in stage.trains),
             f"    frozen   {', '.join(frozen) or '–'}{_encoder_note(schedule, stage)}",
-            f"    memory   {room} a rank on {ranks} ranks, activations not counted",
+            f"    memory   {room}{'' if held is None else ', activations not counted'}",
         ]
     wanted = {p for s in schedule.stages for p in recipe.parts(s.branch)}
     missing = sorted(wanted - sizes.keys())
     if missing:
-        lines.append(f"sizes of {', '.join(missing)} not known: their files are not there yet")
+        files = {"ctc": "data.phonemes", "adaptor": "model.llm.path", "llm": "model.llm.path"}
+        files["lora"] = "model.llm.path"
+        wanted_files = " and ".join(sorted({files[p] for p in missing}))
+        lines.append(
+            f"sizes of {', '.join(missing)}, and so the memory, not known: {wanted_files} not there"
+        )
     return "\n".join(lines)
 
 
@@ -232,9 +240,10 @@ def _bytes(gib: float) -> str:
     return f"{gib:.3g} GiB" if gib >= 0.1 else f"{1024 * gib:.3g} MiB"
 
 
-def describe(events: Sequence[dict[str, Any]]) -> str:
-    """The order of events, one line each."""
-    lines = [f"{'step':>12}  (of the run, both branches counted)"]
+def describe(events: Sequence[dict[str, Any]], within: int = 1) -> str:
+    """The order of events, one line each; ``within``: steps to which they are known."""
+    close = f"; to within {within:,}" if within > 1 else ""
+    lines = [f"{'step':>12}  (of the run, both branches counted{close})"]
     for event in events:
         kind = event["event"]
         if kind in ("stage", "stage_end"):
@@ -278,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triggers:
         shown = ", ".join(f"{t:,}" for t in triggers)
         print(f"\nassumed: CKA falls below the threshold at pretrain steps {shown} (--triggers)")
-    print(describe(events))
+    print(describe(events, shrink(schedule)[1]))
     if options.plot:
         title = f"{options.recipe}: planned stages and encoder swaps"
         plot(events, options.plot, title, rates=rate_curves(schedule, events))

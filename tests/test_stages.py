@@ -210,8 +210,25 @@ def test_impossible_schedules_are_refused():
         Schedule((PRETRAIN, replace(PRETRAIN, name="again")))
     with pytest.raises(UserError, match="branch=sft"):
         Schedule((PRETRAIN,), branch="sft")
-    with pytest.raises(UserError, match="rising"):
-        DriftConfig(mode="fixed", swaps=(PlannedSwap(5), PlannedSwap(4)))
+    with pytest.raises(UserError, match="encoder of pretrain step 21, but pretraining has 20"):
+        Schedule((PRETRAIN, ALIGN), DriftConfig(mode="fixed", swaps=(PlannedSwap(21),)))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mode": "fixed"}, "needs drift.swaps"),
+        ({"swaps": (PlannedSwap(5), PlannedSwap(4))}, "rising pretrain steps"),
+        ({"swaps": (PlannedSwap(0),)}, "from 1 on"),
+        ({"swaps": (PlannedSwap(4, 9), PlannedSwap(5, 8))}, "do not fall"),
+        ({"swaps": (PlannedSwap(4, -1),)}, "do not fall, from 0 on"),
+        ({"probe_utterances": 0}, "at least 1"),
+        ({"interval": 0.0}, "shares of pretraining"),
+    ],
+)
+def test_impossible_drift_is_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        DriftConfig(**given)
 
 
 # -- other shapes are recipes, not code ------------------------------------------------------

@@ -47,6 +47,11 @@ def test_a_long_course_is_walked_in_jumps():
     assert events[-1]["steps"] == pytest.approx(4_100_000, rel=1e-3)
     at = [e["pretrain"] for e in named(events, "swap")]
     assert at == pytest.approx([1_010_000, 1_320_000, 2_000_000], rel=1e-3)
+    # Swaps nearer to each other than a jump is long are shown as the last of them.
+    near = DriftConfig(mode="fixed", swaps=(PlannedSwap(1), PlannedSwap(3), PlannedSwap(5)))
+    shorter, by = timeline.shrink(Schedule(long, near))
+    assert by > 5 and shorter.drift.swaps == (PlannedSwap(1),)
+    assert f"to within {by:,}" in timeline.describe(events, by).splitlines()[0]
 
 
 def test_the_sft_branch_alone_and_a_given_encoder():
@@ -107,7 +112,8 @@ def test_as_a_module_it_prints_and_draws(tiny, tmp_path):
 def test_sizes_that_cannot_be_known_are_said_to_be(tiny, capsys):
     assert timeline.main(["--recipe", str(tiny), "model.llm.path=/nowhere"]) == 0
     told = capsys.readouterr().out
-    assert "sizes of adaptor, llm not known" in told and "memory   not known" in told
+    assert "sizes of adaptor, llm, and so the memory, not known: model.llm.path not there" in told
+    assert "memory   not known\n" in told
 
 
 def test_a_run_is_drawn_from_what_it_wrote(tmp_path):
