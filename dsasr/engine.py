@@ -11,7 +11,10 @@ The only importer of deepspeed. How parameter groups are swapped, and why so:
   nothing but the parking of fp32 masters and moments (`dsasr.parking`), and neither branch can
   touch a bit of the other's.
 
-``tools/bench/swap.py`` measures both.
+Measured by ``tools/bench/swap.py`` on two CPU ranks (tools/experiments/LOG.md): entering a stage
+takes 0.7 to 0.8 s and, where fp32 masters are carried, 0.8 to 6.8 s for encoders of 12 to 605 M; a
+hot-swap takes 1.03 to 1.8 times the copying of its bytes. At the method's schedule that is 0.001% of
+the training.
 """
 
 from __future__ import annotations
@@ -339,17 +342,17 @@ class Branch:
             self._own_encoder = partition.tensors(self.module, "encoder.")
         return self._own_encoder
 
-    def _keep_masters(self, own: dict[str, Tensor], masters: dict[str, Fragment], source) -> None:
+    def _keep_masters(self, held: dict[str, Tensor], masters: dict[str, Fragment], source) -> None:
         """Masters of what this stage does not train: a later one starts from them, not bf16."""
         trained = self._states.views() if self._states is not None else {}
-        for name, parameter in own.items():
+        for name, parameter in held.items():
             key = f"{partition.MASTER}/{name}"
             self._dormant.pop(key, None)
             if key in trained:
                 continue
             if key in masters:
-                held = masters[key]
-                self._dormant[key] = dataclasses.replace(held, tensor=held.tensor.clone())
+                given = masters[key]
+                self._dormant[key] = dataclasses.replace(given, tensor=given.tensor.clone())
             elif isinstance(source, FragmentReader) and key in source:
                 own = partition.weight(parameter)
                 piece = source.read(key, own.start, own.stop)
