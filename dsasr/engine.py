@@ -11,10 +11,10 @@ The only importer of deepspeed. How parameter groups are swapped, and why so:
   nothing but the parking of fp32 masters and moments (`dsasr.parking`), and neither branch can
   touch a bit of the other's.
 
-Measured by ``tools/bench/swap.py`` on two CPU ranks (tools/experiments/LOG.md): entering a stage
-takes 0.7 to 0.8 s and, where fp32 masters are carried, 0.8 to 6.8 s for encoders of 12 to 605 M; a
-hot-swap takes 1.03 to 1.8 times the copying of its bytes. At the method's schedule that is 0.001% of
-the training.
+Measured by ``tools/bench/swap.py`` on two CPU ranks (tools/experiments/LOG.md), encoders of 12 to
+605 M: entering the joint stage, which trains the encoder, takes 0.8 to 6.8 s, going back to align
+0.7 to 0.8 s; a hot-swap takes 1.03 to 1.8 times the copying of its bytes. At the method's schedule
+all of it is 0.001% of the training.
 """
 
 from __future__ import annotations
