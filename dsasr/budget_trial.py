@@ -131,9 +131,9 @@ class Trials:
 
     def _enter(self, stage: StageConfig) -> Any:
         """A branch that has made a small step, so that its optimizer holds its moments."""
-        from dsasr.engine import Branch
+        from dsasr.engine import Branch, cutter
 
-        module = self.build.module(stage.branch)
+        module = self.build.module(stage.branch, cutter(self.build.recipe.engine))
         branch = Branch(stage.branch, module, self.build.recipe.engine, Path(self.folder.name))
         branch.enter(stage)
         self._step(branch, stage, Shape(1, 64, 4))

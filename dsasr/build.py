@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsasr import partition, ranks
@@ -21,10 +21,12 @@ from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
 from dsasr.data.text import Prompt, Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.errors import UserError
 from dsasr.fragments import MANIFEST
-from dsasr.model import lora
+from dsasr.model import layerwise, lora
 from dsasr.model.adaptor import Adaptor
-from dsasr.model.encoder import Encoder
+from dsasr.model.encoder import Encoder, reset_layer
+from dsasr.model.layerwise import Cut
 from dsasr.model.llm import load_llm
+from dsasr.model.llm_slices import draw_at_random, load_in_slices
 from dsasr.model.pretrainer import Pretrainer
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
@@ -120,32 +122,32 @@ class Builder:
 
     # -- models ------------------------------------------------------------------------------
 
-    def pretrainer(self) -> Pretrainer:
-        """The pretrain branch, with weights drawn from the recipe's seed."""
+    def pretrainer(self, cut: Cut | None = None) -> Pretrainer:
+        """The pretrain branch, with weights drawn from the recipe's seed.
+
+        With ``cut`` (`dsasr.engine.cutter`) each layer is cut as soon as it is drawn, so that no
+        rank holds the whole; the weights are the same. Collective then.
+        """
         model = self.recipe.model
         stage = self.recipe.schedule().pretrain
         pretrain = model.pretrain
         if stage is not None and stage.objective == "ctc":
             pretrain = replace(pretrain, consistency=0.0)
-        module = Pretrainer(Encoder(model.encoder), len(self.phonemes), pretrain)
-        module.reset_parameters(self._generator("pretrain"))
-        return module
+        with torch.device("meta"):
+            module = Pretrainer(Encoder(model.encoder), len(self.phonemes), pretrain)
+        return self._drawn(module, "pretrain", cut)
 
-    def speech_llm(self) -> SpeechLLM:
-        """The sft branch: a fresh adaptor on the LLM of the recipe's folder."""
-        model, path = self.recipe.model, self.recipe.model.llm.path
-        llm = load_llm(
-            path, attn=model.llm.attn, dropout=model.llm.dropout, weights=model.llm.weights
-        )
-        if model.lora is not None:
-            self.add_lora(llm)
-        embeddings = llm.get_input_embeddings().weight
-        check_tokenizer(self.tokenizer, embeddings.shape[0])
-        encoder = Encoder(model.encoder)
-        encoder.reset_parameters(self._generator("sft encoder"))
-        scale = float(embeddings.detach().float().square().mean().sqrt())
-        adaptor = Adaptor(model.adaptor, model.encoder.width, embeddings.shape[1], scale)
-        adaptor.reset_parameters(self._generator("adaptor"))
+    def speech_llm(self, cut: Cut | None = None) -> SpeechLLM:
+        """The sft branch: a fresh adaptor on the LLM of the recipe; ``cut`` as for `pretrainer`."""
+        model = self.recipe.model
+        llm, scale = self._llm(cut)
+        vocabulary, width = partition.full_shape(llm.get_input_embeddings().weight)
+        check_tokenizer(self.tokenizer, vocabulary)
+        with torch.device("meta"):
+            encoder = Encoder(model.encoder)
+            adaptor = Adaptor(model.adaptor, model.encoder.width, width, scale)
+        self._drawn(encoder, "sft encoder", cut)
+        self._drawn(adaptor, "adaptor", cut, Adaptor.reset_parameters)
         prefix, suffix = Prompt.build(self.tokenizer)
         return SpeechLLM(
             encoder,
@@ -159,17 +161,45 @@ class Builder:
             chunks=model.sft.chunks,
         )
 
+    def _drawn(
+        self, module: nn.Module, purpose: str, cut: Cut | None, reset: Callable = reset_layer
+    ) -> nn.Module:
+        """Weights from the recipe's seed for a module of ours on the meta device."""
+        generator = self._generator(purpose)
+        layerwise.fill(module, lambda layer, _: reset(layer, generator), cut)
+        return module
+
+    def _llm(self, cut: Cut | None) -> tuple[PreTrainedModel, float]:
+        """The language model, with LoRA's matrices if the recipe has them; and the root mean square
+        of its token embeddings."""
+        chosen, folder = self.recipe.model.llm, Path(self.recipe.model.llm.path)
+        given = {"attn": chosen.attn, "dropout": chosen.dropout}
+        if self.recipe.model.lora is not None:
+            given |= {"adapt": self._adapt, "draw_adapter": self._adapter}
+        if not chosen.weights:
+            return draw_at_random(folder, sub_seed(self.recipe.seed, "llm"), cut, **given)
+        if cut is not None:
+            return load_in_slices(folder, cut, **given)
+        llm = load_llm(folder, attn=chosen.attn, dropout=chosen.dropout)
+        if self.recipe.model.lora is not None:
+            self.add_lora(llm)
+        embeddings = llm.get_input_embeddings().weight
+        return llm, float(embeddings.detach().float().square().mean().sqrt())
+
     def add_lora(self, llm: PreTrainedModel) -> None:
         """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""
-        lora.inject(llm, self.recipe.model.lora)
+        self._adapt(llm)
         for name, parameter in lora.adapters(llm):
-            drawn = lora.initial(
-                name, partition.full_shape(parameter), self._generator(f"lora {name}")
-            )
-            partition.assign(parameter, drawn)
+            parameter.data.copy_(self._adapter(name, tuple(parameter.shape)))
 
-    def module(self, branch: str) -> nn.Module:
-        return self.pretrainer() if branch == "pretrain" else self.speech_llm()
+    def _adapt(self, llm: PreTrainedModel) -> None:
+        lora.inject(llm, self.recipe.model.lora, meta=llm.device.type == "meta")
+
+    def _adapter(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return lora.initial(name, shape, self._generator(f"lora {name}"))
+
+    def module(self, branch: str, cut: Cut | None = None) -> nn.Module:
+        return self.pretrainer(cut) if branch == "pretrain" else self.speech_llm(cut)
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(sub_seed(self.recipe.seed, purpose))

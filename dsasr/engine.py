@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import gc
 import json
 import logging
@@ -40,6 +41,7 @@ from dsasr.data.batching import Batch
 from dsasr.errors import UserError
 from dsasr.fragments import Below, Fragment, FragmentReader, checksum
 from dsasr.model import lora
+from dsasr.model.layerwise import Cut
 from dsasr.parking import ParkConfig, Parking
 from dsasr.stages import StageConfig, learning_rate
 
@@ -123,6 +125,40 @@ def init_distributed(limit: float = 0.0) -> None:
     )
 
 
+@functools.lru_cache(maxsize=1)
+def cutter(config: EngineConfig) -> Cut | None:
+    """What builds a model in slices (`dsasr.model.layerwise`); None under ZeRO-1 and 2.
+
+    Parameters are cut as `deepspeed.initialize` would cut them, and sent from rank 0 as it would
+    send them, but one layer's at a time and before the next layer is there.
+    """
+    settings = _settings(config)
+    if settings.get("zero_optimization", {}).get("stage") != 3:
+        return None
+    import deepspeed
+
+    # Given a module, even an empty one, it also puts in ZeRO-3's linear function, as initialize
+    # does for a model that is not yet cut.
+    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+
+    def cut(parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(ranks.device(), precision(config))
+            zero._convert_to_zero_parameters([parameter])
+
+    return cut
+
+
+def _settings(config: EngineConfig) -> dict[str, Any]:
+    """DeepSpeed's settings, without those of a stage."""
+    return read_ds_config(config.deepspeed) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision(config) is torch.bfloat16},
+        "steps_per_print": 1 << 60,
+    }
+
+
 def leave_distributed() -> None:
     """Leave the process group, so that its threads end before the process does."""
     if torch.distributed.is_initialized():
@@ -145,7 +181,7 @@ def precision(config: EngineConfig) -> torch.dtype:
 
 
 class Branch:
-    """A module, and the DeepSpeed engine of the stage that it is in."""
+    """A module, whole or cut already (`cutter`), and the DeepSpeed engine of its stage."""
 
     def __init__(self, name: str, module: nn.Module, config: EngineConfig, folder: Path):
         self.name = name
@@ -195,14 +231,9 @@ class Branch:
     def _initialise(self, stage: StageConfig, groups: list[dict[str, Any]]):
         import deepspeed
 
-        config = read_ds_config(self.config.deepspeed)
-        config |= {
-            "train_micro_batch_size_per_gpu": 1,
+        config = _settings(self.config) | {
             "gradient_accumulation_steps": stage.accumulate,
             "gradient_clipping": self.config.clip,
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": precision(self.config) is torch.bfloat16},
-            "steps_per_print": 1 << 60,
         }
         optimizer = torch.optim.AdamW(
             groups,

@@ -17,7 +17,7 @@ from dsasr.checkpoint import Checkpoints
 from dsasr.data.bad import BadSampleLog
 from dsasr.data.batching import Batch
 from dsasr.data.stream import Stream
-from dsasr.engine import Branch, StepReport
+from dsasr.engine import Branch, StepReport, cutter
 from dsasr.errors import UserError
 from dsasr.exchange import GIVEN, Exchange
 from dsasr.files import atomic_write
@@ -191,7 +191,7 @@ class Run:
 
     def _branch(self, name: str) -> Branch:
         if name not in self.branches:
-            module = self.build.module(name)
+            module = self.build.module(name, cutter(self.recipe.engine))
             self.branches[name] = Branch(name, module, self.recipe.engine, self.recipe.folder)
         return self.branches[name]
 

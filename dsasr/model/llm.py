@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dsasr import kernels
 from dsasr.errors import UserError
@@ -114,13 +114,8 @@ def load_llm(
     whose files lack some of the weights.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no language model in {folder}: there is no config.json")
+    config = read_llm_config(folder, dropout)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        for name in _DROPOUTS:
-            if hasattr(config, name):
-                setattr(config, name, dropout)
         if not weights:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
         llm, report = AutoModelForCausalLM.from_pretrained(
@@ -132,9 +127,8 @@ def load_llm(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the language model in {folder}: {reason}") from error
+    except _FAULTS as error:
+        raise _unreadable(folder, error) from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report.get(kind, ())):
             what = kind.replace("_keys", "")
@@ -143,6 +137,28 @@ def load_llm(
                 f" {names[0]}: export it again, whole"
             )
     return llm
+
+
+def read_llm_config(folder: Path, dropout: float = 0.0) -> PretrainedConfig:
+    """The folder's config, with ``dropout`` wherever the model has one; raises `UserError`."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no language model in {folder}: there is no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except _FAULTS as error:
+        raise _unreadable(folder, error) from error
+    for name in _DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    return config
+
+
+_FAULTS = (OSError, ValueError, ImportError, KeyError)
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"cannot load the language model in {folder}: {reason}")
 
 
 def embedding_rms(llm: PreTrainedModel) -> float:

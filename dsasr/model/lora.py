@@ -98,10 +98,11 @@ def count(llm: PreTrainedModel, cfg: LoraConfig) -> int:
     return sum(cfg.rank * (m.in_features + m.out_features) for m in targeted(llm, cfg).values())
 
 
-def inject(llm: PreTrainedModel, cfg: LoraConfig) -> None:
-    """Put the layers into ``llm``, their matrices not yet drawn (`initial`)."""
-    peft = _peft()
-    peft.inject_adapter_in_model(_peft_config(cfg, targeted(llm, cfg)), llm, _ADAPTER)
+def inject(llm: PreTrainedModel, cfg: LoraConfig, meta: bool = False) -> None:
+    """Put the layers into ``llm``, their matrices not yet drawn (`initial`), or without memory."""
+    _peft().inject_adapter_in_model(
+        _peft_config(cfg, targeted(llm, cfg)), llm, _ADAPTER, low_cpu_mem_usage=meta
+    )
 
 
 def check(llm: PreTrainedModel, cfg: LoraConfig) -> None:

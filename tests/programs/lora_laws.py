@@ -9,16 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsasr import engine, fragments, partition, ranks, recipe
 from dsasr.build import Builder
-from dsasr.engine import Branch, EngineConfig
+from dsasr.engine import Branch, EngineConfig, cutter
 from dsasr.fragments import FragmentReader
 from dsasr.model import lora
-from dsasr.model.llm import load_llm
 
 PARTS = ("encoder", "adaptor", "llm", "lora")
 
@@ -42,17 +39,9 @@ def states(branch: Branch) -> dict[str, torch.Tensor]:
 
 
 def sharded(build: Builder) -> bool:
-    """Whether matrices drawn into weights that are never whole are those of the whole ones."""
-    path = build.recipe.model.llm.path
-    whole = load_llm(path)
-    build.add_lora(whole)
-    shape = AutoConfig.from_pretrained(path, local_files_only=True)
-    shape.pad_token_id = None  # transformers would zero a row that no rank has
-    config = engine.read_ds_config("zero3") | {"train_micro_batch_size_per_gpu": 1}
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        cut = AutoModelForCausalLM.from_config(shape)
-        build.add_lora(cut)
-    wanted, equal = dict(lora.adapters(whole)), True
+    """Whether matrices drawn into a model that is never whole are those of the whole one."""
+    wanted, equal = dict(lora.adapters(build.speech_llm().llm)), True
+    cut = build.speech_llm(cutter(EngineConfig(precision="fp32"))).llm
     for name, parameter in lora.adapters(cut):
         held = partition.weight(parameter)
         part = wanted[name].detach().reshape(-1)[held.start : held.stop]
