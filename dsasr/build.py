@@ -26,6 +26,7 @@ from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder, reset_layer
 from dsasr.model.layerwise import Cut
 from dsasr.model.llm import load_llm
+from dsasr.model.llm_hub import find_llm
 from dsasr.model.llm_slices import draw_at_random, load_in_slices
 from dsasr.model.pretrainer import Pretrainer
 from dsasr.model.speech_llm import SpeechLLM
@@ -58,8 +59,18 @@ class Builder:
         return PhonemeVocab.load(self._file(self.recipe.data.phonemes, "data.phonemes", hint))
 
     @cached_property
+    def llm_folder(self) -> Path:
+        """The language model's, by ``model.llm.path``: a local folder or a hub name."""
+        return find_llm(self.recipe.model.llm.path)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        given = self.recipe.model.tokenizer
+        return Path(given) if given else self.llm_folder
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.recipe.tokenizer_path)
+        return load_tokenizer(self.tokenizer_folder)
 
     @staticmethod
     def _file(path: str, key: str, hint: str) -> Path:
@@ -172,7 +183,7 @@ class Builder:
     def _llm(self, cut: Cut | None) -> tuple[PreTrainedModel, float]:
         """The language model, with LoRA's matrices if the recipe has them; and the root mean square
         of its token embeddings."""
-        chosen, folder = self.recipe.model.llm, Path(self.recipe.model.llm.path)
+        chosen, folder = self.recipe.model.llm, self.llm_folder
         given = {"attn": chosen.attn, "dropout": chosen.dropout}
         if self.recipe.model.lora is not None:
             given |= {"adapt": self._adapt, "draw_adapter": self._adapter}
@@ -213,9 +224,7 @@ class Builder:
         if schedule.pretrain is not None and self.recipe.branch != "sft":
             _ = self.phonemes
         if schedule.sft and self.recipe.branch != "pretrain":
-            _ = self.tokenizer
-            config = Path(self.recipe.model.llm.path) / "config.json"
-            self._file(str(config), "model.llm.path", "give a Hugging Face folder")
+            _ = self.llm_folder, self.tokenizer
             self._check_prompt()
             self._check_lora()
         if self.recipe.encoder_given:
@@ -249,4 +258,4 @@ class Builder:
         chosen = self.recipe.model
         if chosen.lora is not None:
             with torch.device("meta"):
-                lora.check(load_llm(chosen.llm.path, weights=False), chosen.lora)
+                lora.check(load_llm(self.llm_folder, weights=False), chosen.lora)

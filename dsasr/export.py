@@ -43,6 +43,7 @@ from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
 from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig, load_llm
+from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.tensors import Lazy, write_tensors
 
@@ -145,7 +146,7 @@ def _write(
     build.cmvn.save(folder / "cmvn.json")
     llm = folder / "llm"
     llm.mkdir()
-    _copy_llm(Path(recipe.model.llm.path), Path(recipe.tokenizer_path), llm, dtype)
+    _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
     own = {k: k for k in weights.shapes if k.startswith(("encoder.", "adaptor."))}
     of_llm = [k for k in weights.shapes if k.startswith("llm.") and not lora.is_adapter(k)]
     plain = {k.removeprefix("llm."): k for k in of_llm}
@@ -177,7 +178,8 @@ def _write_adapter(build: Builder, weights: Below, folder: Path, dtype: torch.dt
     if dtype is not None:
         matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}
     # The name alone: where it lies is of no use elsewhere.
-    base = Path(build.recipe.model.llm.path).name
+    path = build.recipe.model.llm.path
+    base = path if is_hub_name(path) else Path(path).name
     lora.save_adapter(folder, build.recipe.model.lora, matrices, base)
 
 

@@ -163,14 +163,6 @@ def _fill(target: Tensor, piece: Tensor) -> None:
         target.data.copy_(piece)
 
 
-def assign(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Fill with the values ``whole``, of which this rank keeps what it holds."""
-    if hasattr(parameter, "ds_tensor"):
-        held = weight(parameter)
-        whole = whole.reshape(-1)[held.start : held.stop]
-    _fill(parameter, whole)
-
-
 def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Copy between two modules' `tensors`, of equal partition layout: no communication."""
     pairs = []

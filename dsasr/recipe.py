@@ -69,7 +69,7 @@ class ModelConfig:
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     sft: SftConfig = field(default_factory=SftConfig)
-    tokenizer: str = ""  # empty: the LLM's folder
+    tokenizer: str = ""  # empty: the language model's folder
     encoder_from: str = ""  # a snapshot's folder to start from; empty: random weights
 
 
@@ -192,10 +192,6 @@ class Recipe:
     @property
     def store_folder(self) -> Path:
         return Path(self.store.path) if self.store.path else Path(self.run) / "snapshots"
-
-    @property
-    def tokenizer_path(self) -> str:
-        return self.model.tokenizer or self.model.llm.path
 
     def encoder_fingerprint(self) -> str:
         """Of all settings that decide what pretraining makes of the encoder."""

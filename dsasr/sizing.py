@@ -12,12 +12,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsasr import flops
+from dsasr.engine import read_ds_config
 from dsasr.errors import UserError
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
@@ -26,7 +28,12 @@ from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
 GB = 1e9
+HELD = ("weights", "gradients", "optimizer", "bucket", "parked", "reserve")
 WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes a parameter in bf16: itself, its gradient, fp32 states
+# DeepSpeed's defaults, in elements: gradients are gathered in a bucket until it is full; a gathered
+# weight is kept where its next use is near, so that the last ones of the forward pass are still
+# there for the backward pass; and so many are gathered ahead.
+BUCKET, REUSE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 FRAMES = 100  # a second of audio in feature frames
 FLAC_BYTES = 16_000  # of a second of 16 kHz speech
 
@@ -54,6 +61,7 @@ class Machine:
     storage: float = 10.0  # GB/s that all GPUs together read from the shards
     latency: float = 20e-6  # s of a collective, and so much again for each doubling of the ranks
     reserve: float = 3.0  # GB that CUDA, NCCL and fragmentation take
+    cpu: bool = False  # no GPU: ranks are processes, and what they do not touch takes no memory
 
     @property
     def world(self) -> int:
@@ -102,6 +110,11 @@ class Step:
     @property
     def peak(self) -> float:
         return sum(self.memory.values())
+
+    @property
+    def held(self) -> float:
+        """GB that are there between steps too."""
+        return sum(self.memory.get(name, 0.0) for name in HELD)
 
     @property
     def bottleneck(self) -> str:
@@ -287,12 +300,14 @@ def _memory(
     at: Mapping[str, float],
     used: list[str],
 ) -> dict[str, float]:
-    """GB of one GPU by part, at the step's fullest moment."""
+    """GB of one GPU (or CPU rank) by part, at the step's fullest moment."""
     world, gb = machine.world, {}
+    wide = 2 if _wide(recipe, machine) else 1  # times the bytes in bf16
+    zero = read_ds_config(recipe.engine.deepspeed).get("zero_optimization", {})
     held = used if recipe.branch != "both" else [*recipe.parts("pretrain"), *recipe.parts("sft")]
-    gb["weights"] = sum(counted[n].parameters for n in held) * WEIGHT / world
+    gb["weights"] = sum(counted[n].parameters for n in held) * WEIGHT * wide / world
     trained = sum(counted[n].parameters for n in stage.trains)
-    gb["gradients"] = trained * GRADIENT / world
+    gb["gradients"] = trained * GRADIENT * wide / world
     gb["optimizer"] = trained * STATES / world
     if recipe.branch == "both" and recipe.engine.park.place not in ("cpu", "disk"):
         other = "sft" if stage.branch == "pretrain" else "pretrain"
@@ -300,13 +315,36 @@ def _memory(
             (sum(counted[n].parameters for n in s.trains) for s in recipe.stages
              if s.branch == other), default=0)  # fmt: skip
         gb["parked"] = most * STATES / world
-    # One piece in use and the next one on its way.
-    gb["gathered"] = max(counted[n].largest for n in used) * WEIGHT * 2
-    gb["activations"] = sum(_activations(recipe, stage, n, counted[n], at[n]) for n in used)
+    bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    filled = min(trained, bucket) * GRADIENT * wide
+    gb["bucket"] = filled if machine.cpu else bucket * GRADIENT * wide
+    # A full bucket is copied for the collective; gloo copies it again.
+    gb["reducing"] = filled * (2 if machine.cpu else 1)
+    gb["gathered"] = _gathered(stage, zero, counted, used) * WEIGHT * wide
+    gb["activations"] = wide * sum(_activations(recipe, stage, n, counted[n], at[n]) for n in used)
     gb["features"] = at["seconds"] * FRAMES * recipe.model.encoder.mels * 4 * 2
     gb = {name: value / GB for name, value in gb.items()}
     gb["reserve"] = machine.reserve
     return gb
+
+
+def _wide(recipe: Recipe, machine: Machine) -> bool:
+    """Whether weights and activations are float32, twice as wide as bf16."""
+    chosen = recipe.engine.precision
+    return chosen == "fp32" or (chosen == "auto" and machine.cpu)
+
+
+def _gathered(
+    stage: StageConfig, zero: Mapping[str, Any], counted: Mapping[str, Part], used: list[str]
+) -> float:
+    """The most parameters that ZeRO-3 holds gathered: those of the end of the forward pass that the
+    backward pass is to use soon, one piece in use, and what is fetched ahead."""
+    near = int(zero.get("stage3_max_reuse_distance", REUSE)) / 2  # there and back
+    ahead = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))
+    reached = sum(counted[n].parameters for n in used if _graph(stage, n))
+    wanted = min(reached, near) + ahead + max(counted[n].largest for n in used)
+    most = int(zero.get("stage3_max_live_parameters", REUSE))
+    return min(sum(counted[n].parameters for n in used), wanted, most)
 
 
 def _activations(recipe: Recipe, stage: StageConfig, name: str, part: Part, count: float) -> float:

@@ -28,7 +28,9 @@ _DROPOUTS = (
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """``pack``: positions a row may hold, 0 for one utterance a row.
+    """``path``: a local Hugging Face folder, or a hub name (`dsasr.model.llm_hub`).
+
+    ``pack``: positions a row may hold, 0 for one utterance a row.
 
     Attention without flash computes whole rows: let ``pack`` be a few times the longest utterance.
     With a flash ``attn`` any ``pack`` above 0 puts the whole batch into one row, without padding.
@@ -36,7 +38,7 @@ class LlmConfig:
     """
 
     path: str = ""
-    weights: bool = True  # False: the folder's config.json alone, weights drawn at random
+    weights: bool = True  # False: the folder's config.json alone, weights drawn from the seed
     pack: int = 0
     attn: str = "sdpa"
     dropout: float = 0.0

@@ -105,6 +105,35 @@ def build_small_lm(config: SmallLmConfig, tokenizer: Tokenizer):
         return Qwen3ForCausalLM(shape).float()
 
 
+def make_random_lm(out: Path, tokenizer_folder: str | Path, width: int, layers: int) -> None:
+    """A folder with an untrained Qwen3 of any size: bf16, two safetensors files, tied embeddings.
+
+    For measurements: shapes as Qwen3's (feed-forward 3x, heads of 64, half as many for keys). The
+    vocabulary is the tokenizer's, whose files are copied in.
+    """
+    config = SmallLmConfig(
+        hidden=width, layers=layers, heads=max(2, width // 64), kv_heads=max(1, width // 128),
+        head_dim=64, ffn=3 * width,
+    )  # fmt: skip
+    llm = build_small_lm(config, load_tokenizer(tokenizer_folder))
+    out.mkdir(parents=True)
+    llm.config.architectures, llm.config.dtype = [type(llm).__name__], torch.bfloat16
+    llm.config.save_pretrained(out)
+    names = sorted(set(llm.state_dict()) - {"lm_head.weight"})
+    files = {n: f"model-{1 + i * 2 // len(names):05d}-of-00002.safetensors"
+             for i, n in enumerate(names)}  # fmt: skip
+    held = llm.state_dict()
+    for file in sorted(set(files.values())):
+        part = {n: held[n].bfloat16() for n in names if files[n] == file}
+        save_file(part, out / file, metadata={"format": "pt"})
+    atomic_write(
+        out / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": files})
+    )
+    for name in _TOKENIZER_FILES:
+        if (Path(tokenizer_folder) / name).is_file():
+            shutil.copyfile(Path(tokenizer_folder) / name, out / name)
+
+
 def lm_batch(
     sequences: Sequence[Sequence[int]], prompt: Sequence[int], end_id: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,58 @@
+"""A language model by hub name: from the library's cache, without a network."""
+
+from __future__ import annotations
+
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+
+from dsasr import recipe
+from dsasr.build import Builder
+from dsasr.errors import UserError
+from dsasr.model.llm_hub import find_llm, is_hub_name
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """The hub's cache, and no way to the hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
+    held = offline / "models--someone--tiny-lm"
+    (held / "refs").mkdir(parents=True)
+    (held / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny.parent / "lm", held / "snapshots" / ("0" * 40))
+    chosen = recipe.load(str(tiny), ["model.llm.path=someone/tiny-lm"])
+    build = Builder(chosen)
+    build.check()
+    assert build.llm_folder == held / "snapshots" / ("0" * 40)
+    wanted = Builder(recipe.load(str(tiny))).speech_llm().state_dict()
+    got = build.speech_llm().state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    assert build.tokenizer.encode("ba do") == Builder(recipe.load(str(tiny))).tokenizer.encode(
+        "ba do"
+    )
+
+
+def test_offline_the_error_names_the_ways_out(offline, tiny):
+    with pytest.raises(UserError) as caught:
+        Builder(recipe.load(str(tiny), ["model.llm.path=someone/other-lm"])).check()
+    told = str(caught.value)
+    assert "\n" not in told and told.startswith("model.llm.path")
+    for way in ("local folder", "hf download someone/other-lm", "huggingface-cli download",
+                "HF_HUB_OFFLINE=1"):  # fmt: skip
+        assert way in told
+
+
+def test_names_and_folders(tmp_path, tiny):
+    assert find_llm(str(tiny.parent / "lm")) == tiny.parent / "lm"
+    assert is_hub_name("Qwen/Qwen3-1.7B") and is_hub_name("gpt2")
+    for path in ("/nowhere/lm", "../lm", "a/b/c", "", "https://huggingface.co/gpt2", str(tmp_path)):
+        assert not is_hub_name(path)
+        with pytest.raises(UserError, match="Hugging Face folder or a hub name"):
+            find_llm(path)

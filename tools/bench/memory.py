@@ -1,0 +1,199 @@
+"""Memory of a rank while it builds a stage's model and makes steps, beside what the plan predicts.
+
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 tools/bench/memory.py --recipe demo --stage joint
+
+Above a baseline, taken when the libraries, the recipe's files and the process group are there:
+
+- ``building``: the most held until the model is there, and ``entering`` until DeepSpeed has it;
+- ``held``: what is resident after the last step, beside the plan's weights, gradients, optimizer
+  states and buckets;
+- ``peak``: the most held during a step, beside the plan's whole (without its reserve).
+
+On a CPU that is the process's resident set (the kernel's high-water mark; freed memory is given
+back before ``held`` is read), on a GPU what torch's allocator has given out. ``--whole`` builds as
+before models were built in slices; ``--llm 1024x20`` puts a language model of that width and depth
+with random weights, two files in bf16 and the recipe's tokenizer, in place of the recipe's. Batches
+are synthetic: ``--batch 8x400x20`` of 8 utterances, 400 frames, 20 tokens. One JSON line is
+appended to results.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import record
+
+from dsasr import budget, engine, kernels, ranks, recipe, sizing
+from dsasr.budget_trial import Shape, status, synthetic_batch
+from dsasr.build import Builder
+from dsasr.data.batching import Batch
+from dsasr.engine import Branch, cutter
+from dsasr.errors import UserError, run_tool
+from dsasr.model.small_lm import make_random_lm
+from dsasr.stages import StageConfig
+
+MB = 1e6
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--whole", action="store_true", help="every rank builds the whole model")
+    parser.add_argument("--llm", default="", metavar="WIDTHxLAYERS")
+    parser.add_argument("--batch", default="4x400x20", metavar="UTTERANCESxFRAMESxTOKENS")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_args()
+
+
+class Memory:
+    """Bytes of this rank above a baseline."""
+
+    def __init__(self):
+        self.gpu = ranks.device().type == "cuda"
+        self.base = 0
+        self.base = self.held()
+        self.reset()
+
+    def held(self) -> int:
+        gc.collect()
+        if self.gpu:
+            torch.cuda.synchronize()
+            return torch.cuda.memory_allocated() - self.base
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        return status("VmRSS") - self.base
+
+    def reset(self) -> None:
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def most(self) -> int:
+        """Since the last reset."""
+        return (torch.cuda.max_memory_allocated() if self.gpu else status("VmHWM")) - self.base
+
+
+def measure(args: argparse.Namespace, chosen: recipe.Recipe, folder: Path) -> dict:
+    stage = budget.stage_of(chosen, args.stage)
+    try:
+        shape = Shape(*(int(x) for x in args.batch.split("x")))
+    except (ValueError, TypeError):
+        raise UserError(f"--batch {args.batch}: give UTTERANCESxFRAMESxTOKENS") from None
+    build = Builder(chosen)
+    sft = stage.branch == "sft"
+    phonemes = 2 if sft else len(build.phonemes)
+    tokens = build.tokenizer.vocab_size if sft else 1
+    batch = synthetic_batch(shape, chosen.model.encoder.mels, phonemes, tokens)
+    warm_up(chosen, stage, batch, folder)
+    memory = Memory()
+    module = build.module(stage.branch, None if args.whole else cutter(chosen.engine))
+    found = {"building": memory.most()}
+    branch = Branch(stage.branch, module, chosen.engine, folder)
+    branch.enter(stage)
+    found |= {"entering": memory.most(), "entered": memory.held()}
+    for number in range(args.steps):
+        memory.reset()
+        branch.step([batch] * stage.accumulate, number)
+    found |= {"peak": memory.most(), "held": memory.held()}
+    return found
+
+
+def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Path) -> None:
+    """What libraries, DeepSpeed and the ranks need once, whatever the model: two steps of the same
+    kinds of layers, one of each, 32 wide."""
+    model = chosen.model
+    small = replace(
+        chosen,
+        model=replace(
+            model,
+            encoder=replace(model.encoder, width=32, heads=2, layers=1, ffn=32),
+            adaptor=replace(model.adaptor, hidden=32),
+            llm=replace(model.llm, path=str(folder / "small"), weights=True),
+        ),
+    )
+    if ranks.main_rank():
+        make_random_lm(folder / "small", Builder(chosen).tokenizer_folder, 32, 1)
+    ranks.barrier()
+    module = Builder(small).module(stage.branch, cutter(chosen.engine))
+    branch = Branch(stage.branch, module, chosen.engine, folder)
+    branch.enter(stage)
+    for number in range(2):
+        branch.step([batch] * stage.accumulate, number)
+    branch.close()
+
+
+def predict(args: argparse.Namespace, chosen: recipe.Recipe) -> tuple[dict[str, float], float]:
+    stage = budget.stage_of(chosen, args.stage)
+    shape = [int(x) for x in args.batch.split("x")]
+    seconds = shape[1] / sizing.FRAMES
+    traffic = sizing.Traffic(seconds, shape[2] / seconds)
+    batch = replace(stage.batch or chosen.data.stream.batch, frames=shape[0] * shape[1],
+                    samples=shape[0], tokens=0)  # fmt: skip
+    stage = replace(stage, batch=batch)
+    machine = sizing.Machine(nodes=1, gpus=ranks.world(), reserve=0.0,
+                             cpu=ranks.device().type == "cpu")  # fmt: skip
+    made = sizing.step(chosen, stage, machine, traffic)
+    total = sum(p.parameters for n, p in sizing.parts(chosen).items()
+                if n in chosen.parts(stage.branch))  # fmt: skip
+    return {n: v * sizing.GB for n, v in made.memory.items()} | {
+        "held": made.held * sizing.GB, "peak": made.peak * sizing.GB}, total  # fmt: skip
+
+
+def main() -> None:
+    args = parse()
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    recipe.quiet()
+    chosen = recipe.load(args.recipe, args.overrides)
+    budget.stage_of(chosen, args.stage)
+    engine.set_threads(chosen.engine)
+    kernels.select(chosen.kernels)
+    engine.init_distributed()
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(ranks.broadcast(own))
+        if args.llm:
+            place = folder / "llm"
+            if ranks.main_rank():
+                width, layers = (int(x) for x in args.llm.split("x"))
+                make_random_lm(place, Builder(chosen).tokenizer_folder, width, layers)
+            ranks.barrier()
+            chosen = recipe.load(args.recipe, [*args.overrides, f"model.llm.path={place}"])
+        # Of this stage's branch alone: the other one is not built here.
+        one = replace(chosen, branch=budget.stage_of(chosen, args.stage).branch)
+        expected, total = predict(args, one)
+        found = ranks.gather(measure(args, one, folder))
+        ranks.barrier()
+    if ranks.main_rank():
+        tell(found, expected, total)
+        record("memory", recipe=args.recipe, stage=args.stage, whole=args.whole, llm=args.llm,
+               batch=args.batch, overrides=args.overrides, ranks=ranks.world(), parameters=total,
+               measured=found, predicted=expected)  # fmt: skip
+    engine.leave_distributed()
+
+
+def tell(found: list[dict], expected: dict, total: int) -> None:
+    print(f"{total / MB:.1f} M parameters; MB of each rank above its baseline")
+    for name in ("building", "entering", "entered", "held", "peak"):
+        cells = " ".join(f"{one[name] / MB:>9.1f}" for one in found)
+        most = max(one[name] for one in found)
+        beside = f"  predicted {expected[name] / MB:.1f}: {expected[name] / most:.3f} of it" if (
+            name in expected) else ""  # fmt: skip
+        print(f"{name:<10} {cells}{beside}")
+    parts = ", ".join(f"{n} {v / MB:.1f}" for n, v in expected.items() if n not in found[0])
+    print(f"predicted: {parts}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
