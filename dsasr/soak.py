@@ -139,7 +139,8 @@ def soak(
     branches = ["pretrain", "sft"] if concurrent else ["both"]
     # A rank may be killed where the others wait for it without a word; the watchdog's limit, and
     # the process group's above it, must end that before patience does.
-    overrides = [f"watchdog.seconds={patience / 4:g}", *overrides]
+    limits = [f"watchdog.{k}={patience / 4:g}" for k in ("seconds", "start_seconds")]
+    overrides = [*limits, *overrides]
     common = ["--recipe", recipe, *overrides]
     tell("the undisturbed run")
     started = time.monotonic()

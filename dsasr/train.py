@@ -51,7 +51,7 @@ def train(run) -> None:
 def main() -> int:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    from dsasr import build, engine, kernels, recipe
+    from dsasr import build, engine, kernels, recipe, watchdog
     from dsasr.run import Run, Stopped
 
     recipe.quiet()
@@ -64,14 +64,17 @@ def main() -> int:
         return 0
     # The watchdog speaks first: it knows more.
     limit = chosen.watchdog.seconds
+    start = watchdog.starting(chosen.watchdog)
     engine.init_distributed(limit + 120 if limit else 0)
     run = None
     try:
         run = Run(chosen)
+        start.cancel()
         train(run)
     except Stopped:
         return 0
     finally:
+        start.cancel()
         if run is not None:
             run.close()
         engine.leave_distributed()

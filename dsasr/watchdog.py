@@ -7,6 +7,9 @@ last note. One of them then prints all notes, and the job ends with exit code `H
 script to requeue it. A rank that is dead or stopped leaves no note, which names it.
 
 Nothing of this needs the process group: that is what hangs.
+
+Before a job's ranks have met there is no folder that is theirs alone: until its first turn each
+rank that waits too long says so itself (`starting`).
 """
 
 from __future__ import annotations
@@ -36,10 +39,37 @@ KEYS = 3  # of a batch's samples, how many are named
 class WatchdogConfig:
     # The longest that one step, one batch of an evaluation or one checkpoint may take; 0: for ever.
     seconds: float = 1800.0
+    # The longest from a rank's start, with its models loaded, to its first step; 0: for ever.
+    start_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
-        if self.seconds < 0:
-            raise UserError("watchdog.seconds must be at least 0")
+        if min(self.seconds, self.start_seconds) < 0:
+            raise UserError("watchdog.seconds and watchdog.start_seconds must be at least 0")
+
+
+def starting(config: WatchdogConfig, stop: Callable[[int], Any] = os._exit) -> threading.Timer:
+    """A timer, to be cancelled, that ends this rank with `HUNG` when it does not get to its first
+    turn: another rank has died, was never started, or cannot be reached."""
+    main, rank, world = threading.get_ident(), *(os.environ.get(k, "?") for k in _OF_LAUNCHER[:2])
+    meeting = ":".join(os.environ.get(k, "?") for k in _OF_LAUNCHER[2:])
+
+    def give_up() -> None:
+        where = f"rank {rank} of {world} on {socket.gethostname()}{_place(main)}"
+        print(
+            f"watchdog: {where}: not started after {config.start_seconds:g} s; did all ranks "
+            f"start, and do they reach {meeting}?",
+            flush=True,
+        )
+        stop(HUNG)
+
+    timer = threading.Timer(config.start_seconds, give_up)
+    timer.daemon = True
+    if config.start_seconds:
+        timer.start()
+    return timer
+
+
+_OF_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsasr.errors import UserError
-from dsasr.watchdog import HUNG, Note, Watchdog, WatchdogConfig, report
+from dsasr.watchdog import HUNG, Note, Watchdog, WatchdogConfig, report, starting
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -110,3 +110,24 @@ def test_a_stopped_rank_ends_the_job_by_name(start, tmp_path):
     assert "stage pretrain, step 2" in told[1]
     assert "last samples train" in told[1] and ".py:" in told[1]
     assert told[-1] == "watchdog: suspected: rank 1"
+
+
+@pytest.mark.launcher
+def test_a_rank_whose_others_never_come_ends_by_itself(start, tmp_path):
+    job = start(f"run={tmp_path / 'run'}", "watchdog.start_seconds=2")
+    job.ranks[1].kill()
+    assert job.ranks[0].wait(120) == HUNG, job.output[-3000:]
+    told = [x for x in job.output.splitlines() if x.startswith("watchdog:")]
+    assert len(told) == 1 and "rank 0 of 2" in told[0] and " at engine.py:" in told[0]
+    asked = f"did all ranks start, and do they reach 127.0.0.1:{job.port}?"
+    assert told[0].endswith(f"not started after 2 s; {asked}")
+
+
+def test_a_rank_that_has_started_is_left_alone():
+    stopped = Stopped()
+    timer = starting(WatchdogConfig(start_seconds=0.2), stopped)
+    timer.cancel()
+    assert not starting(WatchdogConfig(start_seconds=0), stopped).is_alive()
+    assert not stopped.event.wait(0.5)
+    with pytest.raises(UserError, match="start_seconds"):
+        WatchdogConfig(start_seconds=-1)
