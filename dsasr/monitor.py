@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -27,10 +27,11 @@ from dsasr.files import atomic_write
 class MonitorConfig:
     every: int = 10  # steps of a branch between two lines
     tensorboard: bool = True
+    ledger: bool = False  # ledger.jsonl: which samples each step was made of, on all ranks
 
 
 OF_THE_JOB = ("checkpoint", "checkpoint_failed", "checkpoint_passed_over", "resumed", "stopped")
-FILES = ("metrics.jsonl", "events.jsonl")
+METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
 # Curves that TensorBoard is to draw into one chart.
 CHARTS = {
     "encoder": {
@@ -141,17 +142,15 @@ class Monitor:
         self._meters: dict[str, Meter] = {}
         self._began = self._started = time.monotonic()  # of this process, of the run
         self._first: int | None = None
-        self._writer = self._metrics = self._events = None
+        self._writer = None
         self._unwritten = ""  # why the last line could not be written
-        self._lines = dict.fromkeys(FILES, 0)
+        self._files: dict[str, TextIO] = {}
+        self._lines: dict[str, int] = {}
         if ranks.main_rank():
             folder.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
+            for name in (METRICS, EVENTS, *[LEDGER] * config.ledger):
                 self._lines[name] = _cut(folder / name, from_steps, (written or {}).get(name))
-            self._metrics, self._events = (
-                open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
-                for name in FILES
-            )
+                self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -175,6 +174,8 @@ class Monitor:
             self._first = steps - 1
         meter = self._meters.setdefault(report.branch, Meter())
         meter.add(report, wait)
+        if self.config.ledger:
+            self._account(report, steps)
         if not last and (report.step + 1) % self.config.every:
             return None
         line = meter.collect()
@@ -200,17 +201,28 @@ class Monitor:
             for branch, values in held.items():
                 self._meters.setdefault(branch, Meter()).load(values)
 
+    def _account(self, report: StepReport, steps: int) -> None:
+        """Into the ledger: of each rank and micro-batch its epoch and its samples' keys."""
+        samples = ranks.gather([[batch.epoch, list(batch.keys)] for batch in report.batches])
+        head = {"steps": steps, "branch": report.branch, "stage": report.stage}
+        self._append(LEDGER, {**head, "step": report.step + 1, "samples": samples})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if name in self._files:
+            with self._despite_full_disk():
+                self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._files[name].flush()
+                self._lines[name] += 1
+
     def _write(self, head: Mapping[str, Any], line: Mapping[str, float]) -> None:
-        if self._metrics is None:
-            return
-        seconds = round(time.monotonic() - self._started, 3)
-        with self._despite_full_disk():
-            self._metrics.write(json.dumps({**head, "seconds": seconds, **line}) + "\n")
-            self._metrics.flush()
-            self._lines["metrics.jsonl"] += 1
-            if self._writer is not None:
+        self._append(METRICS, {**head, "seconds": self._seconds(), **line})
+        if self._writer is not None:
+            with self._despite_full_disk():
                 for name, value in line.items():
                     self._writer.add_scalar(f"{head['stage']}/{name}", value, head["steps"])
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._started, 3)
 
     @contextmanager
     def _despite_full_disk(self) -> Iterator[None]:
@@ -223,7 +235,7 @@ class Monitor:
                 print(f"— metrics cannot be written: {error}", flush=True)
 
     def _progress(self, report: StepReport, steps: int, line: Mapping[str, float]) -> None:
-        if self._metrics is None:
+        if not ranks.main_rank():
             return
         done = steps - (self._first or 0)
         left = (time.monotonic() - self._began) / max(done, 1) * (self.total_steps - steps)
@@ -244,13 +256,9 @@ class Monitor:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened once: a trigger, a swap, a checkpoint, a stage's end."""
-        if self._events is None:
+        if not ranks.main_rank():
             return
-        seconds = round(time.monotonic() - self._started, 3)
-        with self._despite_full_disk():
-            self._events.write(json.dumps({"event": kind, "seconds": seconds, **fields}) + "\n")
-            self._events.flush()
-            self._lines["events.jsonl"] += 1
+        self._append(EVENTS, {"event": kind, "seconds": self._seconds(), **fields})
         shown = "  ".join(f"{k}={_short(v)}" for k, v in fields.items())
         print(f"— {kind}: {shown}", flush=True)
 
@@ -261,10 +269,9 @@ class Monitor:
                 self._writer.add_text(name, text, steps)
 
     def close(self) -> None:
-        for handle in (self._metrics, self._events, self._writer):
-            if handle is not None:
-                with self._despite_full_disk():
-                    handle.close()
+        for handle in (*self._files.values(), *([self._writer] if self._writer else [])):
+            with self._despite_full_disk():
+                handle.close()
         sys.stdout.flush()
 
 

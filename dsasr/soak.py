@@ -4,7 +4,7 @@ Ranks are started as the launcher would start them and killed with ``kill -9``: 
 of them as a dying node does, after a while or in the middle of something (a save, a swap, a
 published encoder, an evaluation, a stage's start). In the end weights, masters, moments and the
 cursors of the data must equal the uninterrupted run's bit for bit, and so must every line of its
-metrics.
+metrics. The ledger of samples must be the same too, and hold each sample of an epoch once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ import torch
 from dsasr import fragments, history
 from dsasr.errors import UserError
 from dsasr.fragments import FragmentReader
+from dsasr.monitor import LEDGER, METRICS
 
 TRAIN = Path(__file__).parent / "train.py"
 # The moments to kill at, and the line of the log (an expression) that tells of each.
 MOMENTS = {
     "step": r"\[\d+/\d+\] ", "checkpoint": "— checkpoint:", "published": "— published:",
-    "swap": "— swap:", "evaluation": "— stage_end:", "stage": "— stage:", "start": "",
+    "swap": "— swap:", "evaluation": "— (stage_end|evaluated):", "stage": "— stage:", "start": "",
 }  # fmt: skip
 ABSENT = {"pretrain": {"swap"}, "sft": {"published"}, "both": set()}  # from a branch's log
 CLOCK = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on the clock
@@ -140,7 +141,7 @@ def soak(
     # A rank may be killed where the others wait for it without a word; the watchdog's limit, and
     # the process group's above it, must end that before patience does.
     limits = [f"watchdog.{k}={patience / 4:g}" for k in ("seconds", "start_seconds")]
-    overrides = [*limits, *overrides]
+    overrides = [*limits, "monitor.ledger=true", *overrides]
     common = ["--recipe", recipe, *overrides]
     tell("the undisturbed run")
     started = time.monotonic()
@@ -203,6 +204,7 @@ def soak(
     first = branches[0]
     verdict.faults += differences(calm / first if concurrent else calm, place(first))
     if concurrent:
+        verdict.faults += repeated(_lines(place("sft") / LEDGER))
         verdict.faults += repeats(run, recipe, overrides, world, patience)
     return verdict
 
@@ -224,6 +226,28 @@ def differences(calm: Path, run: Path) -> list[str]:
             keys = [k for k in a if a.get(k) != b.get(k)]
             found.append(f"line {number} of the metrics: {', '.join(keys)}")
             break
+    mine, theirs = (_lines(r / LEDGER) for r in (calm, run))
+    if mine != theirs:
+        found.append("the ledger of samples")
+    return found + repeated(theirs)
+
+
+def repeated(ledger: Sequence[dict[str, Any]]) -> list[str]:
+    """Faults of a ledger: a sample twice in an epoch of a stage's data, or, in an epoch that was
+    followed by another, not at all."""
+    epochs: dict[tuple[str, int], Counter] = {}
+    for line in ledger:
+        for of_rank in line["samples"]:
+            for epoch, keys in of_rank:
+                epochs.setdefault((line["stage"], epoch), Counter()).update(keys)
+    found = []
+    for (stage, epoch), held in epochs.items():
+        twice = [key for key, count in held.items() if count > 1]
+        every = {k for (s, _), keys in epochs.items() if s == stage for k in keys}
+        missing = every - held.keys() if (stage, epoch + 1) in epochs else set()
+        for what, keys in (("twice", twice), ("missing", missing)):
+            if keys:
+                found.append(f"{stage}, epoch {epoch}: {len(keys)} samples {what}: {min(keys)} …")
     return found
 
 
@@ -271,5 +295,9 @@ def finished(run: Path) -> bool:
 
 def _trace(run: Path) -> list[dict[str, str]]:
     """The metrics without what a clock said, NaN made comparable."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: repr(v) for k, v in json.loads(x).items() if not CLOCK.search(k)} for x in lines]
+    lines = _lines(run / METRICS)
+    return [{k: repr(v) for k, v in line.items() if not CLOCK.search(k)} for line in lines]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

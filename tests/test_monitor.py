@@ -132,8 +132,9 @@ def test_clock(seconds, shown):
 
 def test_a_full_disk_loses_lines_not_the_run(tmp_path, capsys):
     monitor = Monitor(tmp_path, MonitorConfig(tensorboard=False), 10)
-    whole = monitor._metrics, monitor._events
-    monitor._metrics = monitor._events = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    whole = list(monitor._files.values())
+    full = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    monitor._files = dict.fromkeys(monitor._files, full)
     for _ in range(3):
         monitor.event("drift", cka=0.5)
         monitor.scalars({"stage": "s", "steps": 1}, {"x": 1.0})
@@ -141,3 +142,24 @@ def test_a_full_disk_loses_lines_not_the_run(tmp_path, capsys):
     monitor.close()
     for handle in whole:
         handle.close()
+
+
+def test_the_ledger_keeps_each_steps_samples_and_is_cut_at_a_resume(tmp_path):
+    config = MonitorConfig(every=3, tensorboard=False, ledger=True)
+    monitor = Monitor(tmp_path, config, 10)
+    for step in range(4):
+        monitor.step(report(step, 1.0), step + 1, 0.0)
+        if step == 1:
+            state = monitor.state()
+    monitor.close()
+    assert [x["step"] for x in lines(tmp_path, "ledger")] == [1, 2, 3, 4]
+    monitor = Monitor(tmp_path, config, 10, 2, state["written"])
+    monitor.step(report(2, 1.0), 3, 0.0)
+    monitor.close()
+    held = lines(tmp_path, "ledger")
+    assert [x["steps"] for x in held] == [1, 2, 3]
+    assert held[-1]["samples"] == [[[0, ["", ""]]]] and held[-1]["stage"] == "sft"
+    monitor = Monitor(tmp_path / "without", MonitorConfig(tensorboard=False), 10)
+    monitor.step(report(0, 1.0), 1, 0.0)
+    monitor.close()
+    assert not (tmp_path / "without" / "ledger.jsonl").exists()
