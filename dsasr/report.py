@@ -31,7 +31,9 @@ p, figcaption { color: #555; max-width: 50em; } figure { margin: .6em 0 1.4em; }
 img { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }
-th, td { padding: .35em .8em; text-align: right; border-bottom: 1px solid #e6e6e6; }
+th, td { padding: .35em .6em; text-align: right; border-bottom: 1px solid #e6e6e6; }
+th[colspan] { border: none; padding-bottom: 0; font-weight: 400; color: #777;
+              text-align: center; }
 th { font-weight: 600; border-bottom: 1.5px solid #999; vertical-align: bottom; }
 td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 td small { color: #777; display: block; white-space: nowrap; }
@@ -178,10 +180,11 @@ def systems(runs: Sequence[RunData]) -> str:
     langs = list(
         dict.fromkeys(lang for r in tried for lang in r.trial["conditions"]["clean"]["languages"])
     )
-    head = ["system", *(f"{lang}, clean<br>errors %" for lang in langs)]
-    head += [f"{_said(c)}<br>errors %" for c in conditions if c != "clean"]
-    head += ["clean<br>hallucinated %", "noisy<br>hallucinated %", "non-speech<br>characters/min"]
-    head += ["audio<br>hours", "training<br>time"]
+    noisy = [_said(c) for c in conditions if c != "clean"]
+    head = ["system", *(f"{escape(lang)}, clean" for lang in langs), *noisy]
+    groups = [("", 1), ("errors, %", len(head) - 1), ("hallucinated, %", 2)]
+    groups += [("non-speech", 1), ("cost", 2)]
+    head += ["clean", "noisy", "characters/min", "audio hours", "time"]
     rows = []
     for run in tried:
         held = run.trial["conditions"]
@@ -195,7 +198,8 @@ def systems(runs: Sequence[RunData]) -> str:
         row += [f"{audio_hours(run):.2f}", clock(run.longest)]
         rows.append(row)
     return (
-        _table(head, rows) + "<p>Small print: 95% intervals (bootstrap, Wilson). One run each.</p>"
+        _table(head, rows, groups=groups)
+        + "<p>Small print: 95% intervals (bootstrap, Wilson). One run each.</p>"
     )
 
 
@@ -278,8 +282,17 @@ def examples(runs: Sequence[RunData], most: int = 12) -> str:
     return f"<h2>Hallucinations, examples</h2>{_table(head, rows, 'left')}"
 
 
-def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+def _table(
+    head: Sequence[Any],
+    rows: Sequence[Sequence[Any]],
+    kind: str = "",
+    groups: Sequence[tuple[str, int]] = (),
+) -> str:
+    """``groups``: names over the head's columns, and how many of them each spans."""
+    over = "".join(f'<th colspan="{n}">{name}</th>' for name, n in groups)
     top = "".join(f"<th>{cell}</th>" for cell in head)
+    if over:
+        top = f"{over}</tr><tr>{top}"
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'

@@ -134,6 +134,7 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     assert all(x.startswith("data:image/png;base64,") for x in held.fetched)
     assert not re.search(r"https?://", text)
     said = " ".join(" ".join(held.said).split())
+    assert '<th colspan="2">errors, %</th>' in text  # en and 5 dB
     for wanted in ("10.0", "8.0…13.0", "50.0", "a <b> c", "Before and after", "Who resolves"):
         assert wanted in said
     # 50 characters in 120 s, 1 of 100, 9 of 100; 100 steps of 2 s at 360 h/h.
