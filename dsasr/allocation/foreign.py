@@ -56,7 +56,9 @@ def load(path: str | Path, *, random: bool = False, seed: int = 0) -> ForeignEnc
         Wav2Vec2FeatureExtractor,
         WhisperFeatureExtractor,
     )
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a tool has its own
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no Hugging Face folder: it has no config.json")
