@@ -56,8 +56,10 @@ fi
 
 step "evaluation: unseen sentences by unseen voices"
 python tools/evaluate.py "$run" --data "$corpus/shards/test" --report
+python tools/report.py "$run"
 echo
 echo "Run folder:     $run   (report.json, metrics.jsonl, timeline.png, checkpoints, snapshots)"
+echo "Look at it:     $run/report/index.html   (who resolves what, drift, errors over time)"
 echo "Watch it:       tensorboard --logdir $run/tensorboard"
 echo "Train it again, your way:"
 echo "  ${command[*]/run=$run/run=runs/mine} key=value …"
