@@ -20,6 +20,7 @@ from dsasr.engine import EngineConfig
 from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.noise import SuiteConfig
+from dsasr.evaluation.normalise import check_rules
 from dsasr.model.adaptor import AdaptorConfig
 from dsasr.model.chunks import ChunkConfig
 from dsasr.model.encoder import EncoderConfig
@@ -78,13 +79,21 @@ class EvaluationConfig:
     every: int = 0  # steps of a stage between two evaluations; 0: only at the run's end
     utterances: int = 64  # of the validation set, in each evaluation during training
     samples: int = 3  # reference/hypothesis pairs shown
-    rules: Literal["standard", "plain"] = "standard"  # plain: digit strings stay words
+    # Normalisation of what is scored. plain: digit strings stay words; the path of a Whisper
+    # checkpoint's normalizer.json: standard, and British spellings count as American ones.
+    rules: str = "standard"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     # Hallucinations during training: the suite on so many utterances; 0: not at all.
     suite_utterances: int = 0
     suite: SuiteConfig = field(
         default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
     )
+
+    def __post_init__(self) -> None:
+        try:
+            check_rules(self.rules)
+        except ValueError as error:
+            raise UserError(f"evaluation.{error}") from None
 
 
 @dataclass(frozen=True)

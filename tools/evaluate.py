@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dsasr.errors import run_tool
+from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import recordings, trials
 from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.noise import SuiteConfig
+from dsasr.evaluation.normalise import check_rules
 from dsasr.files import atomic_write
 from dsasr.monitor import clock
 from dsasr.recipe import quiet
@@ -47,6 +48,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--suite", action="store_true",
         help="also made non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rules", help="normalisation: standard, plain (digit strings), or the path of a Whisper "
+        "checkpoint's normalizer.json (default: the recipe's)",
     )  # fmt: skip
     parser.add_argument("--clips", type=int, default=10, help="of each made non-speech sound")
     parser.add_argument("--pairs", type=int, default=5, help="reference/hypothesis pairs to print")
@@ -119,7 +124,11 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     recogniser = Recogniser.from_run(args.run)
     recipe = recogniser.build.recipe
-    rules = recipe.evaluation.rules
+    rules = args.rules or recipe.evaluation.rules
+    try:
+        check_rules(rules)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     held, left_out = recordings.read(
         args.data,
         rate=recipe.data.fbank.rate,

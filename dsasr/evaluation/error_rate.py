@@ -117,7 +117,7 @@ class Scores:
     ``wer``, ``cer`` and ``mer`` are over the languages scored in words, in characters and in mixed
     units (NaN where there are none); ``rate`` is over all, each in its own unit;
     ``character_rate`` counts characters of the normalised text for every language (single spaces
-    included, as in jiwer's CER). ``rules`` names the normalisation (`normalise.normalise`).
+    included, as in jiwer's CER). ``rules`` say the normalisation (`normalise.normalise`).
     """
 
     utterances: list[Utterance] = field(default_factory=list)

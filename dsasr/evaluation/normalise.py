@@ -2,7 +2,8 @@
 
 English follows Whisper's published normaliser (Radford et al. 2022, arXiv 2212.04356, appendix C):
 the class that ``transformers`` ships does the work. Its table of British spellings is a file that
-comes with each Whisper checkpoint (``normalizer.json``); give it to `english` to have it applied.
+comes with each Whisper checkpoint (``normalizer.json``); its path in the place of the rules' name
+has it applied (``evaluation.rules=…/normalizer.json``). Published rates have it.
 
 Mandarin (the rules are ours, the conventions those of the usual CER scripts): NFKC, so that
 full-width forms become half-width; lower case; Arabic numbers become Chinese numerals as they are
@@ -69,19 +70,29 @@ def normalise(text: str, lang: str, rules: str = "standard") -> str:
 
     ``rules="plain"`` applies `basic` whatever the language. Take it for digit strings: Whisper's
     rules join "eight oh nine" to the one word 809, and a word error rate becomes a string error
-    rate. Raises ValueError for other rules.
+    rate. The path of a Whisper checkpoint's ``normalizer.json`` is ``"standard"`` with its table of
+    British spellings. Raises ValueError for other rules.
     """
-    if rules not in RULES:
-        raise ValueError(f"rules must be one of {', '.join(RULES)}, not {rules!r}")
+    check_rules(rules)
+    spelling = rules if rules.endswith(".json") else None
     tag = lang.lower().replace("_", "-")
     base = tag.split("-")[0]
     if rules == "plain":
         return HAN_SPACES.sub("", basic(text))
     if tag in MIXED_LANGS:
-        return mixed(text)
+        return mixed(text, spelling)
     if base in HAN_LANGS:
         return mandarin(text)
-    return english(text) if base == "en" else basic(text)
+    return english(text, spelling) if base == "en" else basic(text)
+
+
+def check_rules(rules: str) -> None:
+    """Raises ValueError unless ``rules`` is one of `RULES` or names a JSON file."""
+    if rules not in RULES and not rules.endswith(".json"):
+        known = ", ".join(RULES)
+        raise ValueError(
+            f"rules must be one of {known} or the path of a normalizer.json, not {rules!r}"
+        )
 
 
 def units(text: str, lang: str, rules: str = "standard") -> list[str]:
@@ -214,8 +225,8 @@ def _group(number: int) -> str:
     return spoken
 
 
-def mixed(text: str) -> str:
-    """Code-switched Mandarin and English: each run by its script's rules.
+def mixed(text: str, spelling: str | None = None) -> str:
+    """Code-switched Mandarin and English: each run by its script's rules (``spelling``: `english`).
 
     A number is Mandarin if a Han character touches it or no Latin word stands next to it.
     """
@@ -235,7 +246,7 @@ def mixed(text: str) -> str:
             runs[-1] = (han, runs[-1][1] + token)
         else:
             runs.append((han, token))
-    parts = [mandarin(run) if han else english(run) for han, run in runs]
+    parts = [mandarin(run) if han else english(run, spelling) for han, run in runs]
     return " ".join(part for part in parts if part)
 
 

@@ -104,6 +104,12 @@ def test_english_spelling_table(tmp_path):
     table.write_text('{"colour": "color"}')
     assert n.english("Colour", str(table)) == "color"
     assert n.english("Colour") == "colour"
+    # As rules: standard, with the table, in code-switched text as well.
+    assert n.normalise("The COLOUR is 2", "en", str(table)) == "the color is 2"
+    assert n.units("我要 colour 2", "zh-en", str(table)) == ["我", "要", "color", "2"]
+    assert n.normalise("2个", "zh", str(table)) == n.normalise("2个", "zh")
+    with pytest.raises(ValueError, match=r"normalizer\.json"):
+        n.normalise("colour", "en", "whisper")
     table.write_text("[]")
     n._english_normaliser.cache_clear()
     n.english.cache_clear()

@@ -54,6 +54,10 @@ def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
     )
     assert 0 <= last["ctc"]["frames"] <= math.log(10) and 0 < last["cka_to_first"] <= 1
     assert "PAI" in done.stdout and "hubert" in done.stdout
+    tokens = tool("allocation.py", run, "--data", data, "--semantic", "token", "--no-random")
+    assert tokens.returncode == 0, tokens.stderr
+    [row] = [json.loads(x) for x in (run / "allocation.jsonl").read_text().splitlines()]
+    assert row["kind"] == "checkpoint" and row["csai"]["frames"] == last["csai"]["frames"]
     assert tool("allocation.py", tmp_path / "hubert", "--data", data).returncode == 2
 
 
@@ -67,6 +71,12 @@ def test_evaluation_with_the_whole_suite_and_against_another(run, tiny, tmp_path
     assert {r["condition"] for r in found["hallucination"]["rows"]} >= {"silence", "cut50", "clean"}
     assert [r["stage"] for r in found["stages"]][-1] == "joint"
     assert (run / "transcripts.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    # What the run transcribes is judged by other rules where they are given.
+    (tmp_path / "normalizer.json").write_text(json.dumps({"ba": "do"}))
+    spelled = tool("evaluate.py", *given[:3], "--rules", tmp_path / "normalizer.json")
+    assert spelled.returncode == 0, spelled.stderr
+    wrong = tool("evaluate.py", *given[:3], "--rules", "whisper")
+    assert wrong.returncode == 2 and "--rules must be one of standard, plain" in wrong.stderr
     again = tool("evaluate.py", *given, "--against", run)
     assert again.returncode == 0, again.stderr
     assert "errors +0.00 (+0.00…+0.00), p 1.000" in again.stdout
