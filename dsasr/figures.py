@@ -78,6 +78,7 @@ def _plain(axis) -> None:
     axis.yaxis.grid(True, color=SOFT)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=9)
+    axis.ticklabel_format(useOffset=False)
 
 
 def save(figure, path: Path) -> Path:
@@ -103,14 +104,15 @@ def _legend(axis, **given) -> None:
 
 
 def _key(figure, runs: Sequence[RunData], styles: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """A legend above the picture: a colour per run, and what line styles and marks mean."""
+    """A legend above the picture: a colour per run, if several, and what styles and marks mean."""
     from matplotlib.lines import Line2D
 
     names = [(r.name, {"color": c}) for r, c in zip(runs, _colours(runs), strict=True)]
-    rows = [*names, *styles]
+    rows = [*(names if len(runs) > 1 else ()), *styles]
+    plain = MUTE if len(runs) > 1 else COLOURS[0]
     if any(run.joint for run in runs):
         rows.append(("joint training begins", {"ls": ":", "lw": 0.9}))
-    lines = [Line2D([], [], label=name, **{"color": MUTE, "lw": 1.3, **how}) for name, how in rows]
+    lines = [Line2D([], [], label=name, **{"color": plain, "lw": 1.3, **how}) for name, how in rows]
     figure.legend(
         handles=lines, loc="outside upper left", ncols=min(len(lines), 5), fontsize=8, frameon=False
     )
@@ -185,6 +187,8 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
                 steps = [0, *(s - start for s, _ in points)]
                 values = [1.0, *(v for _, v in points)]
                 axis.plot(steps, values, ".-", color=colour, lw=1.3, label=run.name)
+        # An encoder that hardly moved is to look like it.
+        axis.set_ylim(min(0.99, axis.get_ylim()[0]), 1.0)
         axis.set_title("through joint training", fontsize=10, loc="left")
         axis.set_xlabel("joint steps")
         axis.set_ylabel("CKA to the encoder before it, 0 to 1")
@@ -411,7 +415,7 @@ def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
             if curves:
                 _mark_joint(axis, run, unit, colour)
         axis.set_ylabel(label, fontsize=9)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(1, axis.get_ylim()[1]))
     seen = {name for run in scored for line in run.valid for name in panels[0][1](line)}
     _key(figure, scored, [(name, {**how, "ms": 4}) for name, how in looks.items() if name in seen])
     axes[-1][0].set_xlim(0, 1.03 * max(run.longest for run in scored) / unit)
