@@ -188,7 +188,8 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
                 values = [1.0, *(v for _, v in points)]
                 axis.plot(steps, values, ".-", color=colour, lw=1.3, label=run.name)
         # An encoder that hardly moved is to look like it.
-        axis.set_ylim(min(0.99, axis.get_ylim()[0]), 1.0)
+        low = min(0.99, axis.get_ylim()[0])
+        axis.set_ylim(low, 1 + 0.03 * (1 - low))
         axis.set_title("through joint training", fontsize=10, loc="left")
         axis.set_xlabel("joint steps")
         axis.set_ylabel("CKA to the encoder before it, 0 to 1")
