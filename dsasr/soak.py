@@ -112,6 +112,27 @@ class Ranks:
         return None if hung else [p.returncode for p in self.processes]
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, of the undisturbed run: to its first step, and of its training for each kill. No
+    kill may wait longer, or the run is over before all are made."""
+
+    begins: float
+    a_kill: float
+
+
+def await_moment(job: Ranks, branch: str, draw: random.Random, pace: Pace) -> str:
+    """Wait until a moment that is drawn has come in ``job``; its name, or ``late``."""
+    moment = draw.choice([m for m in MOMENTS if m not in ABSENT[branch]])
+    if moment == "start":
+        time.sleep(draw.uniform(0, pace.begins))
+    elif not (
+        job.until(MOMENTS["step"], 3 * pace.begins) and job.until(MOMENTS[moment], pace.a_kill)
+    ):
+        moment = "late"
+    return moment
+
+
 def soak(
     recipe: str,
     overrides: Sequence[str],
@@ -153,9 +174,12 @@ def soak(
         if codes != [0] * world:
             raise UserError(f"the undisturbed run failed ({codes}): see {folder}/calm.log")
 
+    pace = Pace(patience, patience)
     if linger:
+        undisturbed.until(MOMENTS["step"], patience)
+        begins = time.monotonic() - started
         settle()
-    length = time.monotonic() - started if linger else 0.0
+        pace = Pace(begins, (time.monotonic() - started - begins) / kills)
 
     def start(branch: str) -> Ranks:
         verdict.starts += 1
@@ -169,13 +193,9 @@ def soak(
     while sum(verdict.kills.values()) < kills and jobs:
         branch = draw.choice(list(jobs))
         job = jobs[branch]
-        moment = draw.choice([m for m in MOMENTS if m not in ABSENT[branch]])
-        if moment == "start":
-            time.sleep(draw.uniform(0, length / 2))
-        elif not job.until(MOMENTS[moment], length * 2 or patience):
-            moment = "late"
+        moment = await_moment(job, branch, draw, pace)
         if linger:
-            time.sleep(draw.choice([0.0, draw.uniform(0, 0.3), draw.uniform(0, length / 5)]))
+            time.sleep(draw.choice([0.0, draw.uniform(0, 0.3), draw.uniform(0, pace.a_kill)]))
         if not job.running:
             if not finished(place(branch)):
                 verdict.faults.append(f"{branch} ended by itself: see {job.log}")
