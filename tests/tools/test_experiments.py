@@ -170,6 +170,7 @@ def test_table_and_figure(results, experiment):
     rows = [line for line in short.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 4 and {row.count("|") for row in rows} == {7}
     assert "errors at 5 dB" in rows[0] and "hallucinated at 0 dB" in rows[0]
+    assert "over seeds and clips, with one seed over clips alone" in short
     assert "(3 seeds)" in rows[2] and "(1 seed)" in rows[-1]
     assert rows[2].endswith("| 0.900 (0.900–0.900) |") and rows[-1].endswith("| – |")
     empty = [*command[:-1], str(results / "none")]

@@ -158,7 +158,7 @@ def tables(systems: dict[str, list[Result]]) -> str:
         rows.append(row + [cell(errors(held, [c])) for c in rest])
     parts += [
         "Errors, % (English in words, Mandarin in characters; at an SNR all together; 95% interval "
-        "over seeds and utterances):",
+        f"over {_drawn(systems)}):",
         markdown(head, rows),
     ]
     rows = [
@@ -211,8 +211,16 @@ def short(systems: dict[str, list[Result]]) -> str:
         row += [cell(hallucinated(held, [worst]), share=True), cell(invented(held), 1, 0)]
         rows.append([*row, ranged(drift(held), 3)])
     alike = f"mean of {counted(next(iter(systems.values())))}" if len(numbers) == 1 else "means"
-    caption = f"{alike}, 95% interval over seeds and clips; CKA: range over seeds."
+    caption = f"{alike}, 95% interval over {_drawn(systems)}; CKA: range over seeds."
     return f"{markdown(head, rows)}\n\n{caption[0].upper()}{caption[1:]}\n"
+
+
+def _drawn(systems: dict[str, list[Result]]) -> str:
+    """What the intervals are over: one seed says nothing of others."""
+    numbers = {len(held) for held in systems.values()}
+    if numbers == {1}:
+        return "clips alone"
+    return "seeds and clips" + (", with one seed over clips alone" if 1 in numbers else "")
 
 
 def _said(condition: str) -> str:
