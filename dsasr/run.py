@@ -27,7 +27,7 @@ from dsasr.recipe import Recipe, changes
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, with_published
 from dsasr.validation import error_rates
 from dsasr.watch import Watch
-from dsasr.watchdog import Watchdog
+from dsasr.watchdog import Watchdog, for_rank
 
 
 class Stopped(Exception):
@@ -37,7 +37,8 @@ class Stopped(Exception):
 class Run:
     """What `train.py` drives. Every public method is collective."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, watchdog: Watchdog | None = None):
+        """``watchdog``: the one that has seen this rank through its start, if there is one."""
         self.recipe = recipe
         self.schedule = recipe.schedule()
         self.build = Builder(recipe)
@@ -55,13 +56,10 @@ class Run:
         self.stage_seconds: dict[str, float] = {}
         self._passed_over: list[str] = []  # newer checkpoints that are not whole, and why
         self._turn_started = time.monotonic()
-        self.watchdog = Watchdog(
-            recipe.folder,
-            recipe.watchdog,
-            ranks.rank(),
-            ranks.world(),
-            ranks.broadcast(f"{time.time_ns()}"),
-        )
+        self.watchdog = watchdog or for_rank(recipe.folder, recipe.watchdog)
+        self.watchdog.agree(ranks.broadcast(f"{time.time_ns()}"))
+        if watchdog is not None:
+            watchdog.at("loading")
         reader = self._resume_from()
         self._keep_recipe()
         self.monitor = Monitor(
@@ -171,6 +169,7 @@ class Run:
     def enter(self, stage: StageConfig) -> Branch:
         """The branch of ``stage``, in that stage; the other branch is parked."""
         self._turn_started = time.monotonic()
+        self.watchdog.at("stage", stage.name)
         branch = self._branch(stage.branch)
         for other in self.branches.values():
             if other is not branch:
@@ -227,6 +226,7 @@ class Run:
 
     def swap(self, branch: Branch, snapshot: Snapshot) -> bool:
         """Put ``snapshot`` into the sft branch; False when it was refused (the log says why)."""
+        self.watchdog.at("swap")
         live = self.branches.get("pretrain")
         self.progress, taken = self.exchange.swap(self.progress, snapshot, branch, live)
         if taken and snapshot.cause == "final" and live is not None:
@@ -240,11 +240,13 @@ class Run:
 
     def drift_cause(self) -> tuple[str | None, dict[str, Any]]:
         """Whether to publish the encoder after this pretrain step, and what was measured."""
+        self.watchdog.at("drift")
         trained = sum(self.stage_seconds.values())
         return self.exchange.drift_cause(self.branches["pretrain"], self.progress, trained)
 
     def publish(self, cause: str, found: Mapping[str, Any]) -> None:
         """Publish the live encoder for the sft branch."""
+        self.watchdog.at("publish")
         live = self.branches["pretrain"]
         self.progress = self.exchange.publish(live, self.progress, cause, found)
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 
 from dsasr.errors import UserError, run_tool
+from dsasr.orphans import end_with_launcher
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +52,7 @@ def train(run) -> None:
 def main() -> int:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    end_with_launcher()
     from dsasr import build, engine, kernels, recipe, watchdog
     from dsasr.run import Run, Stopped
 
@@ -62,21 +64,21 @@ def main() -> int:
     if options.check:
         print("the recipe and its files are in order")
         return 0
+    dog = watchdog.for_rank(chosen.folder, chosen.watchdog)
+    dog.at("start")
     # The watchdog speaks first: it knows more.
-    limit = chosen.watchdog.seconds
-    start = watchdog.starting(chosen.watchdog)
-    engine.init_distributed(limit + 120 if limit else 0)
+    limits = chosen.watchdog.seconds, chosen.watchdog.start_seconds
     run = None
     try:
-        run = Run(chosen)
-        start.cancel()
+        engine.init_distributed(max(limits) + 120 if all(limits) else 0)
+        run = Run(chosen, dog)
         train(run)
     except Stopped:
         return 0
     finally:
-        start.cancel()
         if run is not None:
             run.close()
+        dog.close()
         engine.leave_distributed()
     return 0
 

@@ -6,10 +6,9 @@ that finds so raises an alarm: a folder in the run folder, into which every rank
 last note. One of them then prints all notes, and the job ends with exit code `HUNG`, for the batch
 script to requeue it. A rank that is dead or stopped leaves no note, which names it.
 
-Nothing of this needs the process group: that is what hangs.
-
-Before a job's ranks have met there is no folder that is theirs alone: until its first turn each
-rank that waits too long says so itself (`starting`).
+Nothing of this needs the process group: that is what hangs. Before it is there, while ranks look
+for each other, no name of this start can be agreed on, and an alarm of an earlier start of the same
+run may lie about. Each rank then leaves a mark as it comes up, and believes notes that are younger.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from dsasr.files import atomic_write
 
 T = TypeVar("T")
 HUNG = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
+STARTING = ("start", "loading")  # what a rank does before its first turn
 KEYS = 3  # of a batch's samples, how many are named
 
 
@@ -39,37 +39,16 @@ KEYS = 3  # of a batch's samples, how many are named
 class WatchdogConfig:
     # The longest that one step, one batch of an evaluation or one checkpoint may take; 0: for ever.
     seconds: float = 1800.0
-    # The longest from a rank's start, with its models loaded, to its first step; 0: for ever.
+    # The longest that the ranks may take to find each other, and then to load all; 0: for ever.
     start_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
         if min(self.seconds, self.start_seconds) < 0:
             raise UserError("watchdog.seconds and watchdog.start_seconds must be at least 0")
 
-
-def starting(config: WatchdogConfig, stop: Callable[[int], Any] = os._exit) -> threading.Timer:
-    """A timer, to be cancelled, that ends this rank with `HUNG` when it does not get to its first
-    turn: another rank has died, was never started, or cannot be reached."""
-    main, rank, world = threading.get_ident(), *(os.environ.get(k, "?") for k in _OF_LAUNCHER[:2])
-    meeting = ":".join(os.environ.get(k, "?") for k in _OF_LAUNCHER[2:])
-
-    def give_up() -> None:
-        where = f"rank {rank} of {world} on {socket.gethostname()}{_place(main)}"
-        print(
-            f"watchdog: {where}: not started after {config.start_seconds:g} s; did all ranks "
-            f"start, and do they reach {meeting}?",
-            flush=True,
-        )
-        stop(HUNG)
-
-    timer = threading.Timer(config.start_seconds, give_up)
-    timer.daemon = True
-    if config.start_seconds:
-        timer.start()
-    return timer
-
-
-_OF_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    def limit(self, doing: str) -> float:
+        """Seconds that ``doing`` may take; 0: for ever."""
+        return self.start_seconds if doing in STARTING else self.seconds
 
 
 @dataclass(frozen=True)
@@ -93,7 +72,11 @@ class Note:
 
 
 class Watchdog:
-    """One rank's. ``start`` names this start of the job, the same on all ranks."""
+    """One rank's. ``start`` names this start of the job, the same on all ranks.
+
+    Without it the ranks have yet to find each other (`agree`), and ``since`` tells the alarms of
+    other starts apart.
+    """
 
     def __init__(
         self,
@@ -101,30 +84,49 @@ class Watchdog:
         config: WatchdogConfig,
         rank: int,
         world: int,
-        start: str,
+        start: str | None = None,
         stop: Callable[[int], Any] = os._exit,
     ):
         self.config, self.rank, self.world = config, rank, world
-        self.alarm = folder / "alarms" / start
+        self._alarms = folder / "alarms"
+        self.alarm = self._alarms / (start or "start")
+        self._agreed = start is not None
+        self._born = 0 if self._agreed or not config.start_seconds else self._leave_mark()
         self._stop = stop
         self._main = threading.get_ident()
         self._doing: tuple[str, str, int, tuple[str, ...]] = ("start", "", 0, ())
         self._since = time.monotonic()
-        self._poll = min(max(config.seconds / 20, 0.05), 10.0)
+        limits = [s for s in (config.seconds, config.start_seconds) if s]
+        self._poll = min(max(min(limits, default=0.0) / 20, 0.05), 10.0)
+        self._limited = bool(limits)
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def at(self, doing: str, stage: str = "", step: int = 0, keys: Sequence[str] = ()) -> None:
-        """Note what comes next; between two notes may lie no more than ``config.seconds``.
+        """Note what comes next; between two notes may lie no more than the recipe says.
 
         The first note starts the watch.
         """
         _, old_stage, old_step, old_keys = self._doing
         self._doing = (doing, stage or old_stage, step or old_step, tuple(keys) or old_keys)
         self._since = time.monotonic()
-        if self._thread is None and self.config.seconds:
+        if self._thread is None and self._limited:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+
+    def agree(self, start: str) -> None:
+        """The ranks have found each other: the alarm is this start's from here on."""
+        self.alarm, self._agreed, self._born = self._alarms / start, True, 0
+
+    def _leave_mark(self) -> int:
+        """When this rank came up, by the clock that dates the notes; a folder in need of mending
+        is not the watchdog's to tell."""
+        with contextlib.suppress(OSError):
+            mark = self.alarm / f"up-{self.rank:05d}"
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(mark, str(os.getpid()))
+            return mark.stat().st_mtime_ns
+        return 0
 
     def each(self, items: Iterable[T], doing: str) -> Iterator[T]:
         """``items``, with a note before each."""
@@ -142,8 +144,9 @@ class Watchdog:
             asleep, before = now - before - self._poll, now
             if asleep > max(self._poll, 2.0):
                 self._since += asleep  # the whole process was suspended: no fault of a collective
-            late = time.monotonic() - self._since > self.config.seconds
-            if late or self.alarm.is_dir():
+            limit = self.config.limit(self._doing[0])
+            late = limit > 0 and time.monotonic() - self._since > limit
+            if late or self._raised():
                 # A file system that hangs as well must not keep this rank alive.
                 last = threading.Timer(60.0, self._stop, (HUNG,))
                 last.daemon = True
@@ -155,6 +158,20 @@ class Watchdog:
                     self._stop(HUNG)
                 return
 
+    def _raised(self) -> bool:
+        if self._agreed:
+            return self.alarm.is_dir()
+        with contextlib.suppress(OSError):
+            return bool(self._fresh())
+        return False
+
+    def _fresh(self) -> list[Path]:
+        """The notes of this start."""
+        return [path for path in sorted(self.alarm.glob("rank-*.json")) if self._younger(path)]
+
+    def _younger(self, path: Path) -> bool:
+        return path.is_file() and path.stat().st_mtime_ns >= self._born
+
     def _tell(self) -> None:
         """Leave this rank's note; whoever is first prints all of them."""
         self.alarm.mkdir(parents=True, exist_ok=True)
@@ -163,18 +180,29 @@ class Watchdog:
         grace = time.monotonic() + max(3 * self._poll, 1.0)
         while len(self._notes()) < self.world and time.monotonic() < grace:
             time.sleep(self._poll / 5)
-        try:
-            open(self.alarm / "teller", "x").close()
-        except FileExistsError:
+        if not self._first():
             # The first to leave takes all others with it: not before all is said.
             end = time.monotonic() + 10
-            while not (self.alarm / "report.txt").is_file() and time.monotonic() < end:
+            while not self._younger(self.alarm / "report.txt") and time.monotonic() < end:
                 time.sleep(0.05)
             return
-        lines = report(self._notes(), self.world, self.config.seconds)
+        lines = report(self._notes(), self.world, self.config.limit(self._doing[0]))
+        if not self._agreed and self.world > 1:
+            where = ":".join(os.environ.get(k, "?") for k in ("MASTER_ADDR", "MASTER_PORT"))
+            lines.append(f"the ranks have not met: did all start, and do they reach {where}?")
         print("\n".join(f"watchdog: {line}" for line in lines), flush=True)
         sys.stderr.flush()
         atomic_write(self.alarm / "report.txt", "\n".join(lines) + "\n")
+
+    def _first(self) -> bool:
+        """Whether it is this rank that speaks for all."""
+        if not self._agreed:
+            return self._notes()[0].rank == self.rank
+        try:
+            open(self.alarm / "teller", "x").close()
+        except FileExistsError:
+            return False
+        return True
 
     def _note(self) -> Note:
         doing, stage, step, keys = self._doing
@@ -185,10 +213,20 @@ class Watchdog:
 
     def _notes(self) -> list[Note]:
         found = []
-        for path in sorted(self.alarm.glob("rank-*.json")):
+        for path in self._fresh():
             held = json.loads(path.read_text(encoding="utf-8"))
             found.append(Note(**{**held, "keys": tuple(held["keys"])}))
         return found
+
+
+def for_rank(folder: Path, config: WatchdogConfig) -> Watchdog:
+    """This rank's, while no other has been heard of yet."""
+    return Watchdog(
+        folder,
+        config,
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
 
 
 def report(notes: Sequence[Note], world: int, seconds: float) -> list[str]:
