@@ -23,47 +23,34 @@ import dataclasses
 import datetime
 import functools
 import gc
-import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsasr import hooks, partition, ranks
-from dsasr.config import nearest
 from dsasr.data.batching import Batch
+from dsasr.engine_config import (
+    EngineConfig,
+    nvme_folder,
+    on_nvme,
+    precision,
+    read_ds_config,
+    settings,
+)
 from dsasr.errors import UserError
 from dsasr.fragments import Below, Fragment, FragmentReader, checksum
 from dsasr.model import lora
 from dsasr.model.layerwise import Cut
-from dsasr.parking import ParkConfig, Parking
+from dsasr.parking import Parking
 from dsasr.stages import StageConfig, learning_rate
-
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    deepspeed: str = "zero3"  # a file of ds_configs/ by name, or a path
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    # fp32 products: "medium" lets them pass through bf16 where that is faster. On an AMD EPYC it
-    # takes oneDNN's fp32 in place of MKL's: the same error (2e-7), 215 against 100 GFLOP/s a core.
-    matmul: Literal["highest", "high", "medium"] = "highest"
-    clip: float = 1.0  # global gradient norm; 0: no clipping
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    park: ParkConfig = field(default_factory=ParkConfig)
-
-    def __post_init__(self) -> None:
-        read_ds_config(self.deepspeed)
-        if not all(0 <= b < 1 for b in self.betas):
-            raise UserError("engine.betas must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -81,20 +68,6 @@ class StepReport:
     rates: dict[str, float]
     grad_norm: Tensor | float | None
     batches: tuple[Batch, ...]
-
-
-def read_ds_config(name_or_path: str) -> dict[str, Any]:
-    """A DeepSpeed JSON by packaged name or path."""
-    path = Path(name_or_path)
-    if path.suffix != ".json":
-        path = DS_CONFIGS / f"{name_or_path}.json"
-    if not path.is_file():
-        names = [p.stem for p in DS_CONFIGS.glob("*.json")]
-        raise UserError(f"no DeepSpeed config '{name_or_path}'{nearest(name_or_path, names)}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def init_distributed(limit: float = 0.0) -> None:
@@ -132,14 +105,15 @@ def cutter(config: EngineConfig) -> Cut | None:
     Parameters are cut as `deepspeed.initialize` would cut them, and sent from rank 0 as it would
     send them, but one layer's at a time and before the next layer is there.
     """
-    settings = _settings(config)
-    if settings.get("zero_optimization", {}).get("stage") != 3:
+    # Optimizer states have no part in it, wherever they are to lie.
+    held = settings(config, Path(config.nvme or "."))
+    if held.get("zero_optimization", {}).get("stage") != 3:
         return None
     import deepspeed
 
     # Given a module, even an empty one, it also puts in ZeRO-3's linear function, as initialize
     # does for a model that is not yet cut.
-    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=held)
 
     def cut(parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -149,14 +123,24 @@ def cutter(config: EngineConfig) -> Cut | None:
     return cut
 
 
-def _settings(config: EngineConfig) -> dict[str, Any]:
-    """DeepSpeed's settings, without those of a stage."""
-    return read_ds_config(config.deepspeed) | {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision(config) is torch.bfloat16},
-        "steps_per_print": 1 << 60,
-    }
+def check_disk(config: EngineConfig) -> None:
+    """Raise `UserError` where optimizer states are to lie on a disk and DeepSpeed cannot do it."""
+    if not on_nvme(read_ds_config(config.deepspeed)):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # of compilers and loaders, in as many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"engine.deepspeed={config.deepspeed}: DeepSpeed's async_io cannot be built here "
+            f"({reason}): install libaio-dev and a C++ compiler, or give zero3-offload"
+        ) from None
+    try:
+        Path(config.nvme).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"engine.nvme={config.nvme} cannot be written: {error}") from None
 
 
 def leave_distributed() -> None:
@@ -171,13 +155,6 @@ def set_threads(config: EngineConfig) -> None:
     if ranks.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-
-
-def precision(config: EngineConfig) -> torch.dtype:
-    """The dtype of weights and activations (masters and moments are always fp32)."""
-    if config.precision == "auto":
-        return torch.bfloat16 if ranks.device().type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 class Branch:
@@ -196,6 +173,7 @@ class Branch:
         self._hooks: dict[tuple[str, str], set[int]] = {}
         self._own_encoder: dict[str, Tensor] | None = None
         self._parking = Parking(config.park, name, folder)
+        self._disk = nvme_folder(config, folder, name) if config.nvme else None
         # fp32 masters of parameters that an earlier stage trained and this one does not.
         self._dormant: dict[str, Fragment] = {}
 
@@ -231,7 +209,7 @@ class Branch:
     def _initialise(self, stage: StageConfig, groups: list[dict[str, Any]]):
         import deepspeed
 
-        config = _settings(self.config) | {
+        config = settings(self.config, self._disk) | {
             "gradient_accumulation_steps": stage.accumulate,
             "gradient_clipping": self.config.clip,
         }
@@ -274,7 +252,7 @@ class Branch:
         self._dormant |= masters
         if steps is not None:
             self._states.make_moments(steps)
-        for key, view in self._states.views().items():
+        for key, view in self._states.edited():
             kind = key.partition("/")[0]
             if kind == partition.MASTER and key in self._dormant:
                 dormant = self._dormant.pop(key)
@@ -410,7 +388,7 @@ class Branch:
         if self._states is None or not any(p.requires_grad for p in own.values()):
             return
         self.unpark()
-        for key, view in self._states.views().items():
+        for key, view in self._states.edited():
             kind, _, name = key.partition("/")
             if name not in own:
                 continue
@@ -449,9 +427,10 @@ class Branch:
         partition.refresh_gathered(self.module.parameters())
         if adam_steps:
             self._states.make_moments(adam_steps)
-        for key, view in self._states.views().items():
+        trained = set()
+        for key, view in self._states.edited():
             view.tensor.copy_(below.read(key, view.start, view.stop))
-        trained = {k for k in self._states.views()}
+            trained.add(key)
         for name, parameter in partition.parameters(self.module):
             key = f"{partition.MASTER}/{name}"
             if key in below and key not in trained:
@@ -463,5 +442,7 @@ class Branch:
         """Destroy the engine and free what it held; the module stays."""
         self._leave(carry=False)
         self._parking.close()
+        if self._disk is not None:
+            shutil.rmtree(self._disk, ignore_errors=True)
         self._dormant.clear()
         self.stage = None

@@ -14,6 +14,8 @@ Whole weights are shared out evenly when written, so a folder never holds them t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -189,7 +191,8 @@ def refresh_gathered(held: Iterable[Tensor]) -> None:
 class States:
     """fp32 masters and Adam moments of one DeepSpeed optimizer, by parameter name, as views.
 
-    ``zero`` is DeepSpeed's ZeRO optimizer; its ``optimizer`` the torch one inside.
+    ``zero`` is DeepSpeed's ZeRO optimizer; its ``optimizer`` the torch one inside. Where it keeps
+    them on a disk, a group at a time is read, and written again if it was to be `edited`.
     """
 
     def __init__(self, module: nn.Module, zero):
@@ -239,21 +242,59 @@ class States:
         return 0.0
 
     def views(self) -> dict[str, Fragment]:
-        """``master/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` → this rank's piece."""
+        """``master/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` → this rank's piece.
+
+        Of a group that is on a disk these are copies: change them through `edited`.
+        """
         held = {}
-        for name, shape, start, size, at, flat in self._places():
-            kinds = {MASTER: flat.data, **self.moments(flat)}
-            for kind, tensor in kinds.items():
-                held[f"{kind}/{name}"] = Fragment(shape, start, tensor[at : at + size])
+        for flat, pieces in self._by_flat():
+            with self._at_hand(flat) as borrowed:
+                for key, fragment in self._pieces(flat, pieces):
+                    kept = fragment.tensor.clone() if borrowed else fragment.tensor
+                    held[key] = replace(fragment, tensor=kept)
         return held
+
+    def edited(self) -> Iterator[tuple[str, Fragment]]:
+        """The same as views in every case, to be written to before the next one is asked for."""
+        for flat, pieces in self._by_flat():
+            with self._at_hand(flat, write=True):
+                yield from self._pieces(flat, pieces)
+
+    def _by_flat(self) -> Iterator[tuple[Tensor, list[tuple]]]:
+        groups: dict[int, tuple[Tensor, list[tuple]]] = {}
+        for *place, flat in self._places():
+            groups.setdefault(id(flat), (flat, []))[1].append(place)
+        yield from groups.values()
+
+    def _pieces(self, flat: Tensor, pieces: list[tuple]) -> Iterator[tuple[str, Fragment]]:
+        kinds = {MASTER: flat.data, **self.moments(flat)}
+        for name, shape, start, size, at in pieces:
+            for kind, tensor in kinds.items():
+                yield f"{kind}/{name}", Fragment(shape, start, tensor[at : at + size])
+
+    @contextmanager
+    def _at_hand(self, flat: Tensor, write: bool = False) -> Iterator[bool]:
+        """With the group of ``flat`` in memory; whether it had to be read from a disk for that."""
+        swapper = getattr(self._zero, "optimizer_swapper", None)
+        if swapper is None or flat.numel():
+            yield False
+            return
+        swapper.swap_in_optimizer_state(parameter=flat)
+        try:
+            yield True
+        finally:
+            (swapper.swap_out_optimizer_state if write else swapper.release_swap_buffers)(
+                parameter=flat
+            )
 
     def make_moments(self, steps: float) -> None:
         """Zero moments with ``steps`` on the counter, where Adam has none yet."""
         for flat in self.flats():
             state = self._zero.optimizer.state[flat]
-            for kind in MOMENTS:
-                if kind not in state:
-                    state[kind] = torch.zeros_like(flat.data)
+            with self._at_hand(flat, write=True):
+                for kind in MOMENTS:
+                    if kind not in state:
+                        state[kind] = torch.zeros_like(flat.data)
             fused = any(g.get("fused") for g in self._zero.optimizer.param_groups)
             state["step"] = torch.tensor(
                 float(steps), dtype=torch.float32, device=flat.device if fused else "cpu"

@@ -16,7 +16,7 @@ from dsasr.data.augment import AugmentConfig
 from dsasr.data.phonemes import PhonemizerConfig
 from dsasr.data.stream import DatasetConfig, StreamConfig
 from dsasr.data.text import TextConfig
-from dsasr.engine import EngineConfig
+from dsasr.engine_config import EngineConfig
 from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.noise import SuiteConfig

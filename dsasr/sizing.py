@@ -19,22 +19,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsasr import flops
-from dsasr.engine import read_ds_config
 from dsasr.errors import UserError
+from dsasr.memory_plan import FRAMES, GB, GRADIENT, HELD, STATES, WEIGHT, memory, reached
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
-GB = 1e9
-HELD = ("weights", "gradients", "optimizer", "bucket", "parked", "reserve")
-WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes a parameter in bf16: itself, its gradient, fp32 states
-# DeepSpeed's defaults, in elements: gradients are gathered in a bucket until it is full; a gathered
-# weight is kept where its next use is near, so that the last ones of the forward pass are still
-# there for the backward pass; and so many are gathered ahead.
-BUCKET, REUSE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
-FRAMES = 100  # a second of audio in feature frames
 FLAC_BYTES = 16_000  # of a second of 16 kHz speech
 
 # Published shapes, for a language model whose folder is not at hand.
@@ -78,13 +70,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Part:
-    """One of encoder, ctc, adaptor, llm, lora."""
+    """One of encoder, ctc, adaptor, llm, lora. Values are saved for the backward pass."""
 
     parameters: int
     layers: int
     largest: int  # parameters of the largest piece that ZeRO-3 gathers at once
     shape: flops.LlmShape | None = None  # of the language model
-    saved: float = 0.0  # LoRA: values that all layers save for the backward pass, of one position
+    saved: float = 0.0  # language model, LoRA: values that all layers save, of one position
+    upcast: float = 0.0  # so many more in bf16, where norms save what they take in float32
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,8 @@ class Step:
     @property
     def held(self) -> float:
         """GB that are there between steps too."""
-        return sum(self.memory.get(name, 0.0) for name in HELD)
+        part = sum(self.memory.get(name, 0.0) for name in HELD)
+        return part * self.peak / (self.peak - self.memory.get("heap", 0.0))
 
     @property
     def bottleneck(self) -> str:
@@ -164,7 +158,7 @@ def parts(recipe: Recipe, phonemes: int = 256) -> dict[str, Part]:
         "encoder": Part(_count(encoder), model.encoder.layers, _largest(encoder.blocks)),
         "ctc": Part(head, 1, head),
         "adaptor": Part(_count(adaptor), 1, _count(adaptor)),
-        "llm": Part(_count(llm), chosen.num_hidden_layers, embedding, shape),
+        "llm": Part(_count(llm), shape.layers, embedding, shape, *_llm_saves(chosen, shape)),
         **beside,
     }
 
@@ -182,6 +176,17 @@ def _lora_saves(recipe: Recipe, layer: nn.Linear) -> float:
     return chosen.rank + (layer.out_features if cheap else dropped)
 
 
+def _llm_saves(config: Any, shape: flops.LlmShape) -> tuple[float, float]:
+    """Values that all layers save, of one position, and how many more in bf16; counted on Qwen3 by
+    autograd's hooks (no dropout, fused attention)."""
+    text, width = config.get_text_config(), shape.width
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    attention = shape.attention_width * (1 + heads / text.num_attention_heads)
+    ffn = getattr(text, "intermediate_size", None) or 4 * width
+    saved = 6 * width + 4 * attention + 4 * ffn
+    return shape.layers * saved, shape.layers * (2 * width + attention)
+
+
 def _largest(blocks: nn.ModuleList) -> int:
     return max(_count(block) for block in blocks)
 
@@ -190,7 +195,8 @@ def _largest(blocks: nn.ModuleList) -> int:
 
 
 def positions(recipe: Recipe, stage: StageConfig, traffic: Traffic) -> dict[str, float]:
-    """What one micro-batch of one GPU gives each part to do."""
+    """What one micro-batch of one GPU gives each part to do, in positions; its seconds of
+    audio, and the encoder's frames of one utterance."""
     batch = stage.batch or recipe.data.stream.batch
     seconds = batch.frames / FRAMES
     if batch.tokens and stage.branch == "sft":
@@ -198,14 +204,15 @@ def positions(recipe: Recipe, stage: StageConfig, traffic: Traffic) -> dict[str,
         each = traffic.seconds * (25 / stack + traffic.tokens) + batch.prompt_tokens
         seconds = min(seconds, batch.tokens / each * traffic.seconds)
     utterances = min(seconds / traffic.seconds, batch.samples)
-    seconds = utterances * traffic.seconds
+    seconds, length = utterances * traffic.seconds, traffic.seconds * 25
     if stage.branch == "pretrain":
         views = 2 if (stage.objective or "cr_ctc") == "cr_ctc" else 1
         frames = seconds * 25 * views
-        return {"encoder": frames, "ctc": frames, "seconds": seconds}
+        return {"encoder": frames, "ctc": frames, "seconds": seconds, "length": length}
     speech = seconds * 25 / recipe.model.adaptor.stack
     text = utterances * batch.prompt_tokens + seconds * traffic.tokens
-    found = {"encoder": seconds * 25, "adaptor": speech, "llm": speech + text, "seconds": seconds}
+    found = {"encoder": seconds * 25, "adaptor": speech, "llm": speech + text}
+    found |= {"seconds": seconds, "length": length}
     return found if recipe.model.lora is None else {**found, "lora": speech + text}
 
 
@@ -228,20 +235,20 @@ def step(
     world = machine.world
     share = (world - 1) / world
     gathered = sum(counted[n].parameters for n in used) * WEIGHT
-    reached = [n for n in used if _graph(stage, n)]
-    again = sum(counted[n].parameters for n in reached) * WEIGHT
+    behind = [n for n in used if reached(stage, n)]
+    again = sum(counted[n].parameters for n in behind) * WEIGHT
     reduced = sum(counted[n].parameters for n in used if n in stage.trains) * GRADIENT
     sent = (gathered + again + reduced) * share * stage.accumulate
     speed = (machine.inside if machine.nodes == 1 else machine.network) * GB
     # LoRA is gathered with the layers that it is in.
     layers = {n: counted[n].layers if n != "lora" else 0 for n in used}
-    collectives = sum(layers.values()) + sum(layers[n] for n in reached) * 2
+    collectives = sum(layers.values()) + sum(layers[n] for n in behind) * 2
     waits = machine.latency * (1 + math.log2(world)) if world > 1 else 0.0
     hours = at["seconds"] * stage.accumulate * world / 3600
     return Step(
         stage=stage.name,
         steps=stage.steps,
-        memory=_memory(recipe, stage, machine, counted, at, used),
+        memory=memory(recipe, stage, machine, counted, at, used),
         flops=operations,
         compute=compute,
         traffic=sent,
@@ -250,12 +257,6 @@ def step(
         reading=hours * 3600 * FLAC_BYTES / (machine.storage * GB),
         audio_hours=hours,
     )
-
-
-def _graph(stage: StageConfig, part: str) -> bool:
-    """Whether the backward pass reaches that part."""
-    place = {"encoder": 0, "ctc": 1, "adaptor": 1, "llm": 2, "lora": 2}
-    return place[part] >= min(place[p] for p in stage.trains)
 
 
 def work(
@@ -292,91 +293,6 @@ def work(
     return flops.step(parts, stage.trains, [name for name, on in again.items() if on])
 
 
-def _memory(
-    recipe: Recipe,
-    stage: StageConfig,
-    machine: Machine,
-    counted: Mapping[str, Part],
-    at: Mapping[str, float],
-    used: list[str],
-) -> dict[str, float]:
-    """GB of one GPU (or CPU rank) by part, at the step's fullest moment."""
-    world, gb = machine.world, {}
-    wide = 2 if _wide(recipe, machine) else 1  # times the bytes in bf16
-    zero = read_ds_config(recipe.engine.deepspeed).get("zero_optimization", {})
-    held = used if recipe.branch != "both" else [*recipe.parts("pretrain"), *recipe.parts("sft")]
-    gb["weights"] = sum(counted[n].parameters for n in held) * WEIGHT * wide / world
-    trained = sum(counted[n].parameters for n in stage.trains)
-    gb["gradients"] = trained * GRADIENT * wide / world
-    gb["optimizer"] = trained * STATES / world
-    if recipe.branch == "both" and recipe.engine.park.place not in ("cpu", "disk"):
-        other = "sft" if stage.branch == "pretrain" else "pretrain"
-        most = max(
-            (sum(counted[n].parameters for n in s.trains) for s in recipe.stages
-             if s.branch == other), default=0)  # fmt: skip
-        gb["parked"] = most * STATES / world
-    bucket = int(zero.get("reduce_bucket_size", BUCKET))
-    filled = min(trained, bucket) * GRADIENT * wide
-    gb["bucket"] = filled if machine.cpu else bucket * GRADIENT * wide
-    # A full bucket is copied for the collective; gloo copies it again.
-    gb["reducing"] = filled * (2 if machine.cpu else 1)
-    gb["gathered"] = _gathered(stage, zero, counted, used) * WEIGHT * wide
-    gb["activations"] = wide * sum(_activations(recipe, stage, n, counted[n], at[n]) for n in used)
-    gb["features"] = at["seconds"] * FRAMES * recipe.model.encoder.mels * 4 * 2
-    gb = {name: value / GB for name, value in gb.items()}
-    gb["reserve"] = machine.reserve
-    return gb
-
-
-def _wide(recipe: Recipe, machine: Machine) -> bool:
-    """Whether weights and activations are float32, twice as wide as bf16."""
-    chosen = recipe.engine.precision
-    return chosen == "fp32" or (chosen == "auto" and machine.cpu)
-
-
-def _gathered(
-    stage: StageConfig, zero: Mapping[str, Any], counted: Mapping[str, Part], used: list[str]
-) -> float:
-    """The most parameters that ZeRO-3 holds gathered: those of the end of the forward pass that the
-    backward pass is to use soon, one piece in use, and what is fetched ahead."""
-    near = int(zero.get("stage3_max_reuse_distance", REUSE)) / 2  # there and back
-    ahead = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))
-    reached = sum(counted[n].parameters for n in used if _graph(stage, n))
-    wanted = min(reached, near) + ahead + max(counted[n].largest for n in used)
-    most = int(zero.get("stage3_max_live_parameters", REUSE))
-    return min(sum(counted[n].parameters for n in used), wanted, most)
-
-
-def _activations(recipe: Recipe, stage: StageConfig, name: str, part: Part, count: float) -> float:
-    """Bytes kept for the backward pass (or used by one layer, where there is none): **ours**, by
-    counting what a layer of that kind saves in bf16."""
-    model = recipe.model
-    if name == "encoder":
-        config = model.encoder
-        layer = count * (22 * config.width + 4 * config.ffn) * 2
-        # The first convolution's output, at half the frame rate and half the mels.
-        front = count * 2 * (config.mels / 2) * config.subsample_channels * 2 * 2
-        kept, checkpoint = count * config.width * 2, config.checkpoint
-        cheap = config.recompute == "cheap"
-    elif name == "llm":
-        chosen = llm_config(model.llm.path)
-        layer = count * (14 * chosen.hidden_size + 4 * chosen.intermediate_size) * 2
-        front, kept = 0.0, count * chosen.hidden_size * 2
-        checkpoint, cheap = model.llm.checkpoint, model.llm.recompute == "cheap"
-    elif name == "lora":
-        saved, checkpoint = count * part.saved * 2, model.llm.checkpoint
-        if "lora" not in stage.trains:
-            return 0.0  # the gradient passes through frozen products without what they were given
-        whole = not checkpoint or model.llm.recompute == "cheap"
-        return saved if whole else saved / part.layers
-    else:
-        return count * 4 * model.encoder.width * 2 * 2
-    if not _graph(stage, name):
-        return layer
-    kept = layer / 2 if cheap else kept  # products' results are about half of what a layer saves
-    return front + (kept * part.layers + layer if checkpoint else layer * part.layers)
-
-
 # -- the whole ---------------------------------------------------------------------------------
 
 
@@ -400,7 +316,7 @@ def advice(made: Step, machine: Machine, recipe: Recipe) -> str:
     if made.peak > machine.memory:
         fixed = sum(made.memory[n] for n in ("weights", "gradients", "optimizer"))
         if fixed > machine.memory / 2:
-            return "does not fit: more GPUs, or engine.deepspeed=zero3-offload"
+            return "does not fit: more GPUs, or engine.deepspeed=zero3-offload (or zero3-nvme)"
         over = recipe.model.encoder.checkpoint and recipe.model.llm.checkpoint
         return "does not fit: smaller batch.frames" + (
             "" if over else ", or model.….checkpoint=true"

@@ -60,6 +60,7 @@ def main() -> int:
     chosen = recipe.load(options.recipe, options.overrides)
     engine.set_threads(chosen.engine)
     kernels.select(chosen.kernels)
+    engine.check_disk(chosen.engine)
     build.Builder(chosen).check()
     if options.check:
         print("the recipe and its files are in order")

@@ -9,12 +9,12 @@ Above a baseline, taken when the libraries, the recipe's files and the process g
   states and buckets;
 - ``peak``: the most held during a step, beside the plan's whole (without its reserve).
 
-On a CPU that is the process's resident set (the kernel's high-water mark; freed memory is given
-back before ``held`` is read), on a GPU what torch's allocator has given out. ``--whole`` builds as
-before models were built in slices; ``--llm 1024x20`` puts a language model of that width and depth
-with random weights, two files in bf16 and the recipe's tokenizer, in place of the recipe's. Batches
-are synthetic: ``--batch 8x400x20`` of 8 utterances, 400 frames, 20 tokens. One JSON line is
-appended to results.jsonl.
+On a CPU that is the process's resident set without pages of files, looked at every 5 ms (and freed
+memory is given back before ``held`` is read), on a GPU what torch's allocator has given out.
+``--whole`` builds as before models were built in slices; ``--llm 1024x20`` puts a language model of
+that width and depth with random weights, two files in bf16 and the recipe's tokenizer, in place of
+the recipe's. Batches are synthetic: ``--batch 8x400x20`` of 8 utterances, 400 frames, 20 tokens.
+One JSON line is appended to results.jsonl.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import gc
 import os
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true", help="every rank builds the whole model")
     parser.add_argument("--llm", default="", metavar="WIDTHxLAYERS")
     parser.add_argument("--batch", default="4x400x20", metavar="UTTERANCESxFRAMESxTOKENS")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_args()
@@ -62,7 +63,10 @@ class Memory:
 
     def __init__(self):
         self.gpu = ranks.device().type == "cuda"
-        self.base = 0
+        self.base, self._most, self._over = 0, 0, threading.Event()
+        if not self.gpu:
+            self._watch = threading.Thread(target=self._sample, daemon=True)
+            self._watch.start()
         self.base = self.held()
         self.reset()
 
@@ -73,17 +77,28 @@ class Memory:
             return torch.cuda.memory_allocated() - self.base
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-        return status("VmRSS") - self.base
+        return anonymous() - self.base
 
     def reset(self) -> None:
+        self._most = 0
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
 
     def most(self) -> int:
         """Since the last reset."""
-        return (torch.cuda.max_memory_allocated() if self.gpu else status("VmHWM")) - self.base
+        return (torch.cuda.max_memory_allocated() if self.gpu else self._most) - self.base
+
+    def _sample(self) -> None:
+        while not self._over.wait(0.005):
+            self._most = max(self._most, anonymous())
+
+    def close(self) -> None:
+        self._over.set()
+
+
+def anonymous() -> int:
+    """Resident bytes of this process that no file backs: those, the kernel may drop at any time."""
+    return status("RssAnon") + status("RssShmem")
 
 
 def measure(args: argparse.Namespace, chosen: recipe.Recipe, folder: Path) -> dict:
@@ -108,6 +123,7 @@ def measure(args: argparse.Namespace, chosen: recipe.Recipe, folder: Path) -> di
         memory.reset()
         branch.step([batch] * stage.accumulate, number)
     found |= {"peak": memory.most(), "held": memory.held()}
+    memory.close()
     return found
 
 
