@@ -21,13 +21,14 @@ GB = 1e9
 WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes a parameter in bf16: itself, its gradient, fp32 states
 FRAMES = 100  # a second of audio in feature frames
 # What is there between steps too.
-HELD = ("weights", "gradients", "optimizer", "bucket", "parked", "reserve")
+HELD = ("weights", "gradients", "optimizer", "bucket", "parked", "reserve", "heap")
 # DeepSpeed's defaults, in elements: gradients are gathered in a bucket until it is full; a gathered
 # weight is kept where its next use is near, so that the last ones of the forward pass are still
 # there for the backward pass; and so many are gathered ahead.
 BUCKET, REUSE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
-# On a CPU the C library's heap holds so much beside what is in use (**ours**, measured: 0.08).
-HEAP = 0.08
+# What a CPU rank holds beside that (**ours**, fitted to measured runs): libraries' own buffers, in
+# GB and as a share; and a share of what comes and goes in a step, for the heap's holes.
+BUFFERS, BUFFERS_SHARE, HOLES = 0.04, 0.02, 0.1
 
 
 def memory(
@@ -67,7 +68,9 @@ def memory(
     gb = {name: value / GB for name, value in gb.items()}
     gb["reserve"] = machine.reserve
     if machine.cpu:
-        gb["heap"] = HEAP * sum(gb.values())
+        there = sum(value for name, value in gb.items() if name in HELD)
+        gb["holes"] = HOLES * (sum(gb.values()) - there)
+        gb["heap"] = BUFFERS + BUFFERS_SHARE * there
     return gb
 
 

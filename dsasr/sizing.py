@@ -107,8 +107,7 @@ class Step:
     @property
     def held(self) -> float:
         """GB that are there between steps too."""
-        part = sum(self.memory.get(name, 0.0) for name in HELD)
-        return part * self.peak / (self.peak - self.memory.get("heap", 0.0))
+        return sum(self.memory.get(name, 0.0) for name in HELD)
 
     @property
     def bottleneck(self) -> str:
