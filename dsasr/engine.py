@@ -143,12 +143,6 @@ def check_disk(config: EngineConfig) -> None:
         raise UserError(f"engine.nvme={config.nvme} cannot be written: {error}") from None
 
 
-def leave_distributed() -> None:
-    """Leave the process group, so that its threads end before the process does."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def set_threads(config: EngineConfig) -> None:
     """Share a CPU's cores out over the ranks on this machine, unless OMP_NUM_THREADS says how."""
     torch.set_float32_matmul_precision(config.matmul)

@@ -1,4 +1,5 @@
-"""What ranks say to each other, in the few forms that the project needs; one rank works too.
+"""What ranks say to each other, in the few forms that the project needs, and how they part; one
+rank works too.
 
 Whatever changes what a rank does next goes through `broadcast` or `any_rank`, so that it is decided
 once and every rank makes the same collective calls.
@@ -6,10 +7,13 @@ once and every rank makes the same collective calls.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import sys
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -91,3 +95,26 @@ def sum_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_process(code: int = 0) -> NoReturn:
+    """Leave the process group and end this process; what is registered for its exit is done first.
+
+    The interpreter's own end is left out, as `multiprocessing` leaves it out in its children.
+    A thread of Gloo's lets go of a collective's tensors only after it has told the caller that all
+    is done; where that falls into the interpreter's end, the process aborts (exit code 134) and a
+    finished run counts as a failed one. Leaving the group does not wait for those threads as long
+    as somebody, such as DeepSpeed, holds one of its groups.
+    """
+    leave()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -53,7 +53,7 @@ def main() -> int:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     end_with_launcher()
-    from dsasr import build, engine, kernels, recipe, watchdog
+    from dsasr import build, engine, kernels, ranks, recipe, watchdog
     from dsasr.run import Run, Stopped
 
     recipe.quiet()
@@ -80,7 +80,7 @@ def main() -> int:
         if run is not None:
             run.close()
         dog.close()
-        engine.leave_distributed()
+        ranks.leave()
     return 0
 
 
@@ -95,4 +95,7 @@ def main_once() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main_once))
+    code = run_tool(main_once)
+    from dsasr import ranks
+
+    ranks.end_process(code)

@@ -180,7 +180,7 @@ def main() -> None:
         join(pre, sft, found, folder, fresh)
     if ranks.main_rank():
         (folder / f"{course}.json").write_text(json.dumps(found))
-    engine.leave_distributed()
+    ranks.end_process()
 
 
 main()

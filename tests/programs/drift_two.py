@@ -123,7 +123,7 @@ def main() -> None:
     found["broken"] = repr(monitor.measure(held).cka)
     if ranks.main_rank():
         (folder / "found.json").write_text(json.dumps(found))
-    engine.leave_distributed()
+    ranks.end_process()
 
 
 main()

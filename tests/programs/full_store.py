@@ -6,10 +6,9 @@ Each fails on one rank alone, as it may where ranks are on several machines.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
-from dsasr import fragments, snapshots, train
+from dsasr import fragments, ranks, snapshots, train
 from dsasr.errors import run_tool
 
 FULL = OSError(28, "No space left on device")
@@ -34,4 +33,4 @@ def full_mark(path: Path, data: str) -> None:
 
 fragments.write_file = full_file
 snapshots.atomic_write = full_mark
-sys.exit(run_tool(train.main_once))
+ranks.end_process(run_tool(train.main_once))

@@ -84,7 +84,7 @@ def main() -> None:
         found[case] = {name: compare(chosen, name, Path(out)) for name in names}
     if ranks.main_rank():
         (Path(out) / "found.json").write_text(json.dumps(found))
-    engine.leave_distributed()
+    ranks.end_process()
 
 
 main()

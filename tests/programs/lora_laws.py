@@ -93,7 +93,7 @@ def main() -> None:
     found["other_world"] &= 0 < float(norm) < float("inf")
     if ranks.main_rank():
         (folder / "found.json").write_text(json.dumps(found))
-    engine.leave_distributed()
+    ranks.end_process()
 
 
 main()

@@ -104,7 +104,7 @@ def main() -> None:
     found["left"] = len(list((folder / "disk").rglob("*.swp")))
     if ranks.main_rank():
         (folder / "found.json").write_text(json.dumps(found))
-    engine.leave_distributed()
+    ranks.end_process()
 
 
 main()

@@ -124,7 +124,7 @@ def main() -> None:
     found["next_step"] = max(ranks.gather(step))
     if ranks.main_rank():
         (folder / "found.json").write_text(json.dumps(found))
-    engine.leave_distributed()
+    ranks.end_process()
 
 
 main()

@@ -17,7 +17,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsasr
-from dsasr import engine, recipe
+from dsasr import engine, ranks, recipe
 from dsasr.build import Builder
 from dsasr.engine import Branch
 
@@ -74,7 +74,7 @@ def main() -> None:
             "norm": float(report.grad_norm),
         }
     Path(out).write_text(json.dumps(found))
-    engine.leave_distributed()
+    ranks.end_process()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import argparse
 import ctypes
 import gc
 import os
-import sys
 import tempfile
 import threading
 from contextlib import suppress
@@ -196,7 +195,6 @@ def main() -> None:
         record("memory", recipe=args.recipe, stage=args.stage, whole=args.whole, llm=args.llm,
                batch=args.batch, overrides=args.overrides, ranks=ranks.world(), parameters=total,
                measured=found, predicted=expected)  # fmt: skip
-    engine.leave_distributed()
 
 
 def tell(found: list[dict], expected: dict, total: int) -> None:
@@ -212,4 +210,4 @@ def tell(found: list[dict], expected: dict, total: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    ranks.end_process(run_tool(main))

@@ -354,11 +354,8 @@ def main() -> None:
     engine.set_threads(chosen.engine)
     kernels.select(chosen.kernels)
     engine.init_distributed()
-    try:
-        run(options, chosen)
-    finally:
-        engine.leave_distributed()
+    run(options, chosen)
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    ranks.end_process(run_tool(main))

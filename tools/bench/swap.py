@@ -26,7 +26,6 @@ import argparse
 import gc
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -272,9 +271,8 @@ def main() -> int:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         gc.collect()
-    engine.leave_distributed()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    ranks.end_process(run_tool(main))
