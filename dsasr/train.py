@@ -14,9 +14,12 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(here))
 
 import argparse
+import time
 
 from dsasr.errors import UserError, run_tool
 from dsasr.orphans import end_with_launcher
+
+PATIENCE = 5.0  # seconds in which rank 0 tells a mistake and is gone
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -85,13 +88,17 @@ def main() -> int:
 
 
 def main_once() -> int:
-    """`main`, with a user's mistake told by one rank instead of by all."""
+    """`main`, with a user's mistake told by one rank instead of by all.
+
+    The end of the first rank that ends is everyone's, by the launcher or by Slurm: rank 0 is to
+    speak before. A mistake that rank 0 has no part in is told by the ranks that it stops.
+    """
     try:
         return main()
     except UserError:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        return 2
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE)
+        raise
 
 
 if __name__ == "__main__":
