@@ -1,18 +1,23 @@
 """A run that is killed again and again, against one that is not: law 2 and law 3 under fire.
 
-Ranks are started as the launcher would start them and killed with ``kill -9``: one rank, or all
-of them as a dying node does, after a while or in the middle of something (a save, a swap, a
-published encoder, an evaluation, a stage's start). In the end weights, masters, moments and the
-cursors of the data must equal the uninterrupted run's bit for bit, and so must every line of its
-metrics. The ledger of samples must be the same too, and hold each sample of an epoch once.
+What is killed with ``kill -9``: one rank, all of them as a dying node does, DeepSpeed's launcher,
+or the ``deepspeed`` command above it. Where: at any moment, or while the rank stands still at a
+place of its own choosing (`dsasr.soak_rank`): in its start, between two halves of a save, a swap
+or a publication, in an evaluation … In the end weights, masters, moments and the cursors of the
+data must equal the uninterrupted run's bit for bit, and so must every line of its metrics and of
+its ledger, in which each epoch has each sample exactly once.
+
+Ranks are forked from a process that has imported everything, which makes a start cheap; those
+whose launcher is to be killed are started by it, as a user's are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -24,117 +29,313 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dsasr import fragments, history
+from dsasr import history, recipe, soak_rank
 from dsasr.errors import UserError
-from dsasr.fragments import FragmentReader
-from dsasr.monitor import LEDGER, METRICS
+from dsasr.soak_check import balance, differences, finished, newest_steps, repeated
+from dsasr.soak_rank import Plan
 
-TRAIN = Path(__file__).parent / "train.py"
-# The moments to kill at, and the line of the log (an expression) that tells of each.
-MOMENTS = {
-    "step": r"\[\d+/\d+\] ", "checkpoint": "— checkpoint:", "published": "— published:",
-    "swap": "— swap:", "evaluation": "— (stage_end|evaluated):", "stage": "— stage:", "start": "",
+PROGRAM = Path(__file__).parent / "soak_rank.py"
+TARGETS = ("rank", "node", "rank", "node", "rank", "node", "launcher", "rank", "node", "command")
+# Where to kill, and how often a life may come by before it is killed there. Any: by the clock.
+PLACES = {
+    "save": 4, "swap": 2, "evaluation": 4, "any": 1, "publish": 3, "step": 8, "stage": 2,
+    "start": 3, "drift": 2, "load": 1, "data": 8, "turn": 8,
 }  # fmt: skip
-ABSENT = {"pretrain": {"swap"}, "sft": {"published"}, "both": set()}  # from a branch's log
-CLOCK = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on the clock
+ABSENT = {"pretrain": {"swap"}, "sft": {"publish", "drift"}, "both": set()}
+Card = tuple[str, str]  # whom to kill, and where
 
 
 @dataclass
 class Verdict:
     """What a soak has found. ``faults`` is empty when all is well."""
 
-    kills: Counter = field(default_factory=Counter)  # (moment, target) → how often
+    kills: Counter = field(default_factory=Counter)  # (branch, target, place) → how often
     starts: int = 0
+    steps: int = 0  # of the killed run's ledger, and the samples and whole epochs in it
+    samples: int = 0
+    epochs: int = 0
+    seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
 
+    def by(self, position: int) -> dict[str, int]:
+        """How many kills by branch (0), target (1) or place (2)."""
+        counts: Counter[str] = Counter()
+        for key, number in self.kills.items():
+            counts[key[position]] += number
+        return dict(counts.most_common())
 
-class Ranks:
-    """One job: ``world`` processes of train.py and their common log."""
 
-    def __init__(self, arguments: Sequence[str], world: int, log: Path):
+class Job:
+    """One life of a job: ``world`` ranks, forked or under the launcher, and their common log."""
+
+    def __init__(
+        self, arguments: Sequence[str], world: int, log: Path, plan: Plan, launched: bool = False
+    ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        self.port = port
-        self.log, self.seen = log, log.stat().st_size if log.is_file() else 0
-        with open(log, "ab") as file:
-            self.processes = [
-                subprocess.Popen(
-                    [sys.executable, str(TRAIN), *arguments], stdout=file, stderr=file,
-                    env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-                )
-                for r in range(world)
-            ]  # fmt: skip
+            self.port = probe.getsockname()[1]
+        self.plan, self.world, self.log, self.began = plan, world, log, time.monotonic()
+        self.folder = Path(plan.folder)
+        self.folder.mkdir(parents=True)
+        self._launcher: subprocess.Popen | None = None
+        self._ranks: list = []
+        if launched:
+            self._launch(arguments)
+        else:
+            self._fork(arguments)
 
-    def until(self, expression: str, seconds: float) -> bool:
-        """Wait for a match in what this job logs; False when it ended, or ``seconds`` are over."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            with open(self.log, "rb") as file:
-                file.seek(self.seen)
-                if re.search(expression, file.read().decode("utf-8", "replace")):
-                    return True
-            if not self.running:
-                return False
-            time.sleep(0.02)
-        return False
+    def _fork(self, arguments: Sequence[str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(soak_rank.PRELOAD)
+        shared = {
+            **self.plan.environment(),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_WORLD_SIZE": str(self.world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+        }
+        for rank in range(self.world):
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(
+                target=soak_rank.forked, args=(list(arguments), own, str(self.log))
+            )
+            process.start()
+            self._ranks.append(process)
+
+    def _launch(self, arguments: Sequence[str]) -> None:
+        root = str(Path(__file__).parent.parent)
+        command = [
+            *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(self.world)),
+            *("--master_port", str(self.port), str(PROGRAM), *arguments),
+        ]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        own = {**os.environ, **self.plan.environment(), "PATH": path, "PYTHONPATH": root}
+        with open(self.log, "ab") as file:
+            self._launcher = subprocess.Popen(command, stdout=file, stderr=file, env=own)
+
+    # -- where its ranks are -----------------------------------------------------------------
+
+    def said(self, rank: int) -> tuple[int, int, str] | None:
+        """Process, parent and place of a rank, as it last said; None: not a word yet."""
+        try:
+            words = (self.folder / f"rank-{rank}").read_text(encoding="utf-8").split()
+            return int(words[0]), int(words[1]), words[2]
+        except (OSError, ValueError, IndexError):
+            return None
+
+    @property
+    def halted(self) -> str | None:
+        """The place where a rank stands still."""
+        try:
+            return json.loads((self.folder / "halted").read_text(encoding="utf-8"))["place"]
+        except (OSError, ValueError):
+            return None
+
+    def _processes(self) -> list[int]:
+        """Of the ranks that have said a word."""
+        return [held[0] for r in range(self.world) if (held := self.said(r)) is not None]
 
     @property
     def running(self) -> bool:
-        return any(p.poll() is None for p in self.processes)
+        if self._launcher is not None:
+            return self._launcher.poll() is None or any(map(_alive, self._processes()))
+        return any(p.is_alive() for p in self._ranks)
 
-    def kill(self, chosen: Sequence[int]) -> None:
-        for rank in chosen:
-            if self.processes[rank].poll() is None:
-                self.processes[rank].send_signal(signal.SIGKILL)
+    # -- its end -----------------------------------------------------------------------------
+
+    def kill(self, target: str) -> str:
+        """``kill -9``; returns the place that it fell on."""
+        place = self.halted or (self.said(self.plan.rank) or (0, 0, "start"))[2]
+        if target == "rank":
+            doomed = [self._of(self.plan.rank)]
+        elif target == "node":
+            doomed = [self._of(rank) for rank in range(self.world)]
+        elif target == "launcher":
+            doomed = [held[1] for r in range(self.world) if (held := self.said(r)) is not None][:1]
+        else:
+            doomed = [self._launcher.pid]
+        for process in filter(None, doomed):
+            _kill(process)
+        return place
+
+    def _of(self, rank: int) -> int | None:
+        if self._ranks:
+            return self._ranks[rank].pid
+        held = self.said(rank)
+        return held[0] if held is not None else None
 
     def wait(self, seconds: float) -> list[int] | None:
-        """Exit codes; None when a rank still ran after ``seconds`` (it is killed then)."""
+        """Exit codes; None when something still ran after ``seconds`` (it is killed then)."""
         end, hung = time.monotonic() + seconds, False
-        for process in self.processes:
-            try:
-                process.wait(max(end - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
+        while self.running:
+            if time.monotonic() > end:
                 hung = True
-                process.kill()
-                process.wait()
+                self.kill("node")
+                if self._launcher is not None:
+                    self._launcher.kill()
+            time.sleep(0.02)
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
             left.unlink(missing_ok=True)  # 66 MiB a rank, which killed ones leave behind
-        return None if hung else [p.returncode for p in self.processes]
+        if hung:
+            return None
+        if self._launcher is not None:
+            return [self._launcher.wait()]
+        for process in self._ranks:
+            process.join()
+        return [process.exitcode for process in self._ranks]
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Seconds, of the undisturbed run: to its first step, and of its training for each kill. No
-    kill may wait longer, or the run is over before all are made."""
-
-    begins: float
-    a_kill: float
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
-def await_moment(job: Ranks, branch: str, draw: random.Random, pace: Pace) -> str:
-    """Wait until a moment that is drawn has come in ``job``; its name, or ``late``."""
-    moment = draw.choice([m for m in MOMENTS if m not in ABSENT[branch]])
-    if moment == "start":
-        time.sleep(draw.uniform(0, pace.begins))
-    elif not (
-        job.until(MOMENTS["step"], 3 * pace.begins) and job.until(MOMENTS[moment], pace.a_kill)
-    ):
-        moment = "late"
-    return moment
+def _alive(process: int) -> bool:
+    try:
+        held = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return held.rpartition(")")[2].split()[0] not in "ZX"
+
+
+class Soak:
+    """One soak below ``folder``; `soak` runs it."""
+
+    def __init__(self, name: str, overrides: Sequence[str], folder: Path, world: int, seed: int,
+                 concurrent: bool, patience: float, tell: Callable[[str], Any]):  # fmt: skip
+        # A rank may be killed where the others wait for it without a word; the watchdog's limit,
+        # and the process group's above it, must end that before patience does.
+        given = [f"watchdog.seconds={patience / 4:g}", *overrides, "monitor.ledger=true"]
+        self.arguments = ["--recipe", name, *given]
+        self.recipe = recipe.load(name, given)
+        self.folder, self.world, self.patience, self.tell = folder, world, patience, tell
+        self.calm, self.run = folder / "calm", folder / "killed"
+        self.draw, self.verdict = random.Random(seed), Verdict()
+        self.branches = ["pretrain", "sft"] if concurrent else ["both"]
+        self.concurrent, self._lives = concurrent, 0
+        self.length = 0.0  # seconds, of the undisturbed run
+
+    def place(self, branch: str) -> Path:
+        return self.run if branch == "both" else self.run / branch
+
+    def total(self, branch: str) -> int:
+        """Optimizer steps of a job."""
+        stages = self.recipe.stages
+        return sum(s.steps for s in stages if branch in ("both", s.branch))
+
+    def job(self, name: str, run: Path, *more: str, launched: bool = False, **plan: Any) -> Job:
+        self._lives += 1
+        held = Plan(str(self.folder / "lives" / f"{self._lives:04d}"), **plan)
+        given = [*self.arguments, f"run={run}", *more]
+        return Job(given, self.world, self.folder / f"{name}.log", held, launched)
+
+    def undisturbed(self) -> None:
+        """The run to compare with; of a concurrent soak, its pretrain branch."""
+        began = time.monotonic()
+        job = self.job("calm", self.calm, f"branch={self.branches[0]}")
+        codes = job.wait(self.patience)
+        if codes != [0] * self.world:
+            raise UserError(f"the undisturbed run failed ({codes}): see {self.folder}/calm.log")
+        self.length = time.monotonic() - began
+
+    def start(self, branch: str, cards: Sequence[Card]) -> Job:
+        """The next life of a job, to end as the first of ``cards`` says."""
+        self.verdict.starts += 1
+        name, more = f"killed-{branch}", f"branch={branch}"
+        if not cards:
+            return self.job(name, self.run, more)
+        target, place = cards[0]
+        done, total = newest_steps(self.place(branch)), self.total(branch)
+        # Progress is for all cards, and none may be left when the run is over.
+        rope = max(6, 3 * (total - done) // len(cards))
+        return self.job(
+            name, self.run, more,
+            launched=target in ("launcher", "command"),
+            place=place if place != "any" else "",
+            count=self.draw.randint(1, PLACES.get(place, 1)),
+            limit=min(done + rope, total - 1),
+            rank=self.draw.randrange(self.world),
+        )  # fmt: skip
+
+    def under_fire(self, decks: dict[str, list[Card]]) -> None:
+        """Kill until the decks are through, then let the jobs end."""
+        jobs = {branch: self.start(branch, decks[branch]) for branch in self.branches}
+        moments = {branch: self._moment() for branch in jobs}
+        while jobs:
+            time.sleep(0.01)
+            for branch, job in list(jobs.items()):
+                deck, verdict = decks[branch], self.verdict
+                age = time.monotonic() - job.began
+                by_clock = bool(deck) and deck[0][1] == "any" and age > moments[branch]
+                if deck and (job.halted or by_clock) and job.running:
+                    target = deck.pop(0)[0]
+                    # Also a kill by the clock waits for a launcher's ranks: they are to be orphans.
+                    fell = job.kill(target)
+                    verdict.kills[branch, target, fell] += 1
+                    self.tell(f"kill {sum(verdict.kills.values())}: {branch}, {target}, in {fell}")
+                    if job.wait(self.patience) is None:
+                        fault = f"life {job.folder.name}: hung after a killed {target} in {fell}"
+                        verdict.faults.append(fault)
+                    jobs[branch], moments[branch] = self.start(branch, deck), self._moment()
+                elif not job.running:
+                    codes = job.wait(1.0)
+                    if not finished(self.place(branch)):
+                        verdict.faults.append(f"{branch} ended by itself ({codes}): see {job.log}")
+                    elif deck:
+                        verdict.faults.append(f"{branch} was over with {len(deck)} kills to go")
+                    del jobs[branch]
+                elif age > self.patience:
+                    verdict.faults.append(f"life {job.folder.name} of {branch} never ended")
+                    job.wait(0.0)
+
+    def _moment(self) -> float:
+        return self.draw.uniform(0.0, self.length / 4)
+
+    def compare(self) -> None:
+        first, verdict = self.branches[0], self.verdict
+        for branch in self.branches:
+            if not finished(self.place(branch)):
+                verdict.faults.append(f"{branch} never finished")
+                return
+        self.tell("comparing")
+        calm = self.calm / first if self.concurrent else self.calm
+        verdict.faults += differences(calm, self.place(first))
+        if self.concurrent:
+            again = self.folder / "repeated"
+            job = self.job("repeated", again, *history.overrides(self.run / "sft"))
+            codes = job.wait(self.patience)
+            if codes != [0] * self.world:
+                verdict.faults.append(f"the repeated run failed ({codes}): see {job.log}")
+                return
+            verdict.faults += repeated(again, self.run / "sft")
+        for branch in self.branches:
+            held = balance(self.place(branch), self.recipe)
+            verdict.faults += held.faults
+            verdict.steps += held.steps
+            verdict.samples += held.samples
+            verdict.epochs += held.epochs
+
+
+def deal(branches: Sequence[str], kills: int, draw: random.Random) -> dict[str, list[Card]]:
+    """A deck for each job: all targets and places in turn, shuffled."""
+    decks: dict[str, list[Card]] = {}
+    for number, branch in enumerate(branches):
+        places = [p for p in PLACES if p not in ABSENT[branch]]
+        count = kills // len(branches) + (number < kills % len(branches))
+        targets = [TARGETS[i % len(TARGETS)] for i in range(count)]
+        where = [places[i % len(places)] for i in range(count)]
+        draw.shuffle(targets)
+        draw.shuffle(where)
+        # A launcher is killed above ranks that are there: they must have said where they are.
+        deck = list(zip(targets, where, strict=True))
+        decks[branch] = [
+            (t, "turn" if t in ("launcher", "command") and p == "any" else p) for t, p in deck
+        ]
+    return decks
 
 
 def soak(
-    recipe: str,
+    name: str,
     overrides: Sequence[str],
     folder: Path,
     *,
@@ -143,181 +344,25 @@ def soak(
     seed: int,
     concurrent: bool = False,
     patience: float = 900.0,
-    linger: bool = True,
+    decks: dict[str, list[Card]] | None = None,
     tell: Callable[[str], Any] = print,
 ) -> Verdict:
-    """Train ``recipe`` twice below ``folder``, once undisturbed and once killed ``kills`` times.
+    """Train recipe ``name`` twice below ``folder``, once undisturbed and once killed ``kills``
+    times.
 
     ``concurrent``: as two jobs; the undisturbed run is then of the pretrain branch, and the sft
     branch is held to one job that repeats its swaps. ``patience``: seconds that a job may take to
-    its end, and its ranks to die after a kill. ``linger``: kill also a while after the moment;
-    without, the two runs are trained side by side.
+    its end, and its ranks to die after a kill. ``decks``: whom to kill where, instead of what
+    ``kills`` and ``seed`` deal.
     """
-    verdict, draw = Verdict(), random.Random(seed)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds a soak already, or something else: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    calm, run = folder / "calm", folder / "killed"
-    if calm.exists() or run.exists():
-        raise UserError(f"{folder} holds a soak already: give a new folder")
-    branches = ["pretrain", "sft"] if concurrent else ["both"]
-    # A rank may be killed where the others wait for it without a word; the watchdog's limit, and
-    # the process group's above it, must end that before patience does.
-    limits = [f"watchdog.{k}={patience / 4:g}" for k in ("seconds", "start_seconds")]
-    overrides = [*limits, "monitor.ledger=true", *overrides]
-    common = ["--recipe", recipe, *overrides]
+    began = time.monotonic()
+    one = Soak(name, overrides, folder, world, seed, concurrent, patience, tell)
     tell("the undisturbed run")
-    started = time.monotonic()
-    given = [*common, f"run={calm}", f"branch={branches[0]}"]
-    undisturbed = Ranks(given, world, folder / "calm.log")
-
-    def settle() -> None:
-        codes = undisturbed.wait(patience)
-        if codes != [0] * world:
-            raise UserError(f"the undisturbed run failed ({codes}): see {folder}/calm.log")
-
-    pace = Pace(patience, patience)
-    if linger:
-        undisturbed.until(MOMENTS["step"], patience)
-        begins = time.monotonic() - started
-        settle()
-        pace = Pace(begins, (time.monotonic() - started - begins) / kills)
-
-    def start(branch: str) -> Ranks:
-        verdict.starts += 1
-        given = [*common, f"run={run}", f"branch={branch}"]
-        return Ranks(given, world, folder / f"killed-{branch}.log")
-
-    def place(branch: str) -> Path:
-        return run if branch == "both" else run / branch
-
-    jobs = {branch: start(branch) for branch in branches}
-    while sum(verdict.kills.values()) < kills and jobs:
-        branch = draw.choice(list(jobs))
-        job = jobs[branch]
-        moment = await_moment(job, branch, draw, pace)
-        if linger:
-            time.sleep(draw.choice([0.0, draw.uniform(0, 0.3), draw.uniform(0, pace.a_kill)]))
-        if not job.running:
-            if not finished(place(branch)):
-                verdict.faults.append(f"{branch} ended by itself: see {job.log}")
-            del jobs[branch]
-            continue
-        target = draw.choice(["rank", "node"])
-        job.kill([draw.randrange(world)] if target == "rank" else range(world))
-        verdict.kills[moment, target] += 1
-        tell(f"kill {sum(verdict.kills.values())}/{kills}: {branch}, {target}, {moment}")
-        if job.wait(patience) is None:
-            verdict.faults.append(f"start {verdict.starts}: ranks hung after a killed {target}")
-        jobs[branch] = start(branch)
-    settle()
-    for branch, job in jobs.items():
-        codes = job.wait(patience)
-        if codes != [0] * world:
-            verdict.faults.append(f"the last start of {branch} failed ({codes}): see {job.log}")
-    done = sum(verdict.kills.values())
-    if done < kills:
-        verdict.faults.append(f"over after {done} of {kills} kills: give the recipe more steps")
-    for branch in branches:
-        if not finished(place(branch)):
-            verdict.faults.append(f"{branch} never finished")
-            return verdict
-    tell("comparing")
-    first = branches[0]
-    verdict.faults += differences(calm / first if concurrent else calm, place(first))
-    if concurrent:
-        verdict.faults += repeated(_lines(place("sft") / LEDGER))
-        verdict.faults += repeats(run, recipe, overrides, world, patience)
-    return verdict
-
-
-def differences(calm: Path, run: Path) -> list[str]:
-    """How the end of ``run`` differs from that of ``calm``."""
-    found, one, other = [], _last(calm), _last(run)
-    if one is None or other is None:
-        return [f"{calm if one is None else run} has no whole checkpoint"]
-    for key in ("steps", "progress", "streams", "branches"):
-        if one.manifest[key] != other.manifest[key]:
-            found.append(f"{key} of the last checkpoint")
-    found += _weights(one, other, "")
-    mine, theirs = _trace(calm), _trace(run)
-    if len(mine) != len(theirs):
-        found.append(f"{len(theirs)} lines of metrics instead of {len(mine)}")
-    for number, (a, b) in enumerate(zip(mine, theirs, strict=False), 1):
-        if a != b:
-            keys = [k for k in a if a.get(k) != b.get(k)]
-            found.append(f"line {number} of the metrics: {', '.join(keys)}")
-            break
-    mine, theirs = (_lines(r / LEDGER) for r in (calm, run))
-    if mine != theirs:
-        found.append("the ledger of samples")
-    return found + repeated(theirs)
-
-
-def repeated(ledger: Sequence[dict[str, Any]]) -> list[str]:
-    """Faults of a ledger: a sample twice in an epoch of a stage's data, or, in an epoch that was
-    followed by another, not at all."""
-    epochs: dict[tuple[str, int], Counter] = {}
-    for line in ledger:
-        for of_rank in line["samples"]:
-            for epoch, keys in of_rank:
-                epochs.setdefault((line["stage"], epoch), Counter()).update(keys)
-    found = []
-    for (stage, epoch), held in epochs.items():
-        twice = [key for key, count in held.items() if count > 1]
-        every = {k for (s, _), keys in epochs.items() if s == stage for k in keys}
-        missing = every - held.keys() if (stage, epoch + 1) in epochs else set()
-        for what, keys in (("twice", twice), ("missing", missing)):
-            if keys:
-                found.append(f"{stage}, epoch {epoch}: {len(keys)} samples {what}: {min(keys)} …")
-    return found
-
-
-def _weights(one: FragmentReader, other: FragmentReader, prefix: str) -> list[str]:
-    keys = {k for k in one.shapes if k.startswith(prefix)}
-    if keys != {k for k in other.shapes if k.startswith(prefix)}:
-        return ["the tensors of the last checkpoint"]
-    return [k for k in sorted(keys) if not torch.equal(one.whole(k), other.whole(k))]
-
-
-def repeats(
-    run: Path, recipe: str, overrides: Sequence[str], world: int, patience: float
-) -> list[str]:
-    """Of a concurrent run: whether one job that takes the same encoders at the same steps ends with
-    the same sft weights."""
-    again, log = run.parent / "repeated", run.parent / "repeated.log"
-    given = [*overrides, *history.overrides(run / "sft")]
-    codes = Ranks(["--recipe", recipe, f"run={again}", *given], world, log).wait(patience)
-    if codes != [0] * world:
-        return [f"the repeated run failed ({codes}): see {log}"]
-    one, other = _last(again), _last(run / "sft")
-    if one is None or other is None:
-        return ["a run without a whole checkpoint"]
-    return _weights(one, other, "sft/")
-
-
-def _last(run: Path) -> FragmentReader | None:
-    for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            fragments.verify(path)
-            return FragmentReader(path)
-        except fragments.FragmentError:
-            continue
-    return None
-
-
-def finished(run: Path) -> bool:
-    path = run / "events.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        return bool(lines) and json.loads(lines[-1])["event"] == "finished"
-    except ValueError:
-        return False
-
-
-def _trace(run: Path) -> list[dict[str, str]]:
-    """The metrics without what a clock said, NaN made comparable."""
-    lines = _lines(run / METRICS)
-    return [{k: repr(v) for k, v in line.items() if not CLOCK.search(k)} for line in lines]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    one.undisturbed()
+    one.under_fire(decks or deal(one.branches, kills, one.draw))
+    one.compare()
+    one.verdict.seconds = time.monotonic() - began
+    return one.verdict

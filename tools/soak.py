@@ -2,18 +2,21 @@
 
 python tools/soak.py --recipe mine.yaml --out soak --kills 30 --ranks 2
 python tools/soak.py --recipe mine.yaml --out soak-pair --kills 30 --concurrent
+
+Prints the kills by whom, where and of which job, and one JSON line; the exit code is 1 if anything
+differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dsasr import recipe
 from dsasr.errors import UserError, run_tool
 from dsasr.soak import soak
 
@@ -31,7 +34,6 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if min(args.kills, args.ranks) < 1:
         raise UserError("--kills and --ranks must be at least 1")
-    recipe.load(args.recipe, args.overrides)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where bits can be expected to repeat
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tqdm(total=args.kills, unit="kill") as bar:
@@ -44,14 +46,21 @@ def main() -> int:
             args.recipe, args.overrides, args.out, kills=args.kills, world=args.ranks,
             seed=args.seed, concurrent=args.concurrent, patience=args.patience, tell=tell,
         )  # fmt: skip
-    for (moment, target), count in sorted(verdict.kills.items()):
-        print(f"{count:>4} × {target} at {moment}")
     for fault in verdict.faults:
         print(f"fault: {fault}")
-    kills, end = sum(verdict.kills.values()), "the end is bit for bit that of the undisturbed run"
-    if verdict.faults:
-        end = f"{len(verdict.faults)} faults"
-    print(f"{kills} kills, {verdict.starts} starts: {end}")
+    line = {
+        "mode": "concurrent" if args.concurrent else "colocated",
+        "ranks": args.ranks,
+        "kills": sum(verdict.kills.values()),
+        "starts": verdict.starts,
+        "by_target": verdict.by(1),
+        "by_place": verdict.by(2),
+        "by_job": verdict.by(0),
+        "ledger": {x: getattr(verdict, x) for x in ("steps", "samples", "epochs")},
+        "minutes": round(verdict.seconds / 60, 1),
+        "faults": len(verdict.faults),
+    }
+    print(json.dumps(line))
     return 1 if verdict.faults else 0
 
 
