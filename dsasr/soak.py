@@ -41,6 +41,7 @@ PLACES = {
     "save": 4, "swap": 2, "evaluation": 4, "any": 1, "publish": 3, "step": 8, "stage": 2,
     "start": 3, "drift": 2, "load": 1, "data": 8, "turn": 8,
 }  # fmt: skip
+SELDOM = ("swap", "publish", "drift", "evaluation")
 ABSENT = {"pretrain": {"swap"}, "sft": {"publish", "drift"}, "both": set()}
 Card = tuple[str, str]  # whom to kill, and where
 
@@ -205,7 +206,8 @@ class Soak:
                  concurrent: bool, patience: float, tell: Callable[[str], Any]):  # fmt: skip
         # A rank may be killed where the others wait for it without a word; the watchdog's limit,
         # and the process group's above it, must end that before patience does.
-        given = [f"watchdog.seconds={patience / 4:g}", *overrides, "monitor.ledger=true"]
+        limits = [f"watchdog.{k}={patience / 4:g}" for k in ("seconds", "start_seconds")]
+        given = [*limits, *overrides, "monitor.ledger=true"]
         self.arguments = ["--recipe", name, *given]
         self.recipe = recipe.load(name, given)
         self.folder, self.world, self.patience, self.tell = folder, world, patience, tell
@@ -247,7 +249,7 @@ class Soak:
         target, place = cards[0]
         done, total = newest_steps(self.place(branch)), self.total(branch)
         # Progress is for all cards, and none may be left when the run is over.
-        rope = max(6, 3 * (total - done) // len(cards))
+        rope = max(6, (9 if place in SELDOM else 3) * (total - done) // len(cards))
         return self.job(
             name, self.run, more,
             launched=target in ("launcher", "command"),

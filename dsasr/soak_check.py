@@ -146,16 +146,18 @@ def balance(run: Path, recipe: Recipe) -> Balance:
     for stage in recipe.stages:
         _, datasets = recipe.stream(stage)
         if len(datasets) == 1 and stage.name in of_stage:
-            wanted = _keys(datasets[0].shards) - dropped
-            _epochs(found, stage.name, of_stage[stage.name], wanted)
+            wanted = _keys(datasets[0].shards)
+            _epochs(found, stage.name, of_stage[stage.name], wanted, dropped)
     return found
 
 
-def _epochs(found: Balance, stage: str, epochs: dict[int, Counter], wanted: set[str]) -> None:
+def _epochs(
+    found: Balance, stage: str, epochs: dict[int, Counter], wanted: set[str], dropped: set[str]
+) -> None:
     for epoch, keys in sorted(epochs.items()):
         twice = [key for key, times in keys.items() if times > 1]
         strange = set(keys) - wanted
-        missing = wanted - set(keys) if epoch < max(epochs) else set()
+        missing = wanted - dropped - set(keys) if epoch < max(epochs) else set()
         for what, which in (("twice", twice), ("unknown", strange), ("missing", missing)):
             if which:
                 named = ", ".join(sorted(which)[:3])
