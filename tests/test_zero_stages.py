@@ -13,10 +13,11 @@ from dsasr import fragments
 from dsasr.fragments import FragmentReader
 
 TRAIN = Path(__file__).parent.parent / "dsasr" / "train.py"
-# Six steps of pretraining, ten that train the adaptor alone, eight that train all in three groups.
-SHORT = ["stages.pretrain.steps=6", "stages.align.steps=10", "stages.joint.steps=8",
-         "stages.ia_sft.steps=1", "stages.ia_sft.after_final=0", "drift.mode=final",
-         "stages.joint.warmup=3", "monitor.every=1", "checkpoint.every_steps=4"]  # fmt: skip
+# Four steps of pretraining, eight that train the adaptor alone, one, four that train all parts.
+STAGES = {"pretrain": 4, "align": 8, "ia_sft": 1, "joint": 4}
+SHORT = [*[f"stages.{name}.steps={steps}" for name, steps in STAGES.items()],
+         "stages.pretrain.warmup=0", "stages.ia_sft.after_final=0", "stages.joint.warmup=3",
+         "drift.mode=final", "monitor.every=1", "checkpoint.every_steps=3"]  # fmt: skip
 LEARNT = ("ctc", "nll", "entropy", "accuracy", "grad_norm")
 RATES = ("rate_encoder", "rate_ctc", "rate_adaptor", "rate_llm")
 
@@ -56,38 +57,36 @@ def trained(launch, tiny, tmp_path_factory):
 
 
 @pytest.mark.launcher
-def test_zero_3_goes_on_as_zero_1_or_2_and_back(trained):
+def test_zero_3_goes_on_as_zero_1_and_back(trained):
     whole = trained("three", 3)
-    one = trained("one", 1, whole, 8)
-    back = trained("back", 3, one, 20)
-    two = trained("two", 2, whole, 20)
-    # Frozen is frozen: between 8 and 12 only the adaptor is trained.
-    before, after = at(whole, 8), at(one, 12)
-    frozen = [k for k in before.shapes if "/weight/" in f"/{k}/" and "adaptor" not in k]
-    assert len(frozen) > 10 and any("llm" in k for k in frozen)
-    moved = [k for k in frozen if not torch.equal(before.whole(k), after.whole(k))]
-    assert not moved
-    # A resumed state is the saved one: what was written by one stage is what the next starts from.
-    assert at(one, 20).manifest["branches"] == at(whole, 20).manifest["branches"]
+    one = trained("one", 1, whole, 6)
+    back = trained("back", 3, one, 15)  # in the joint stage
+    # Frozen is frozen: between 6 and 12 only the adaptor is trained.
+    before, after = at(whole, 6), at(one, 12)
+    frozen = [k for k in before.shapes if k.startswith(("sft/encoder.", "sft/llm."))]
+    moves = [k for k in before.shapes if k.startswith("sft/adaptor.")]
+    assert len(frozen) > 10
+    assert all(torch.equal(before.whole(k), after.whole(k)) for k in frozen)
+    assert not any(torch.equal(before.whole(k), after.whole(k)) for k in moves)
     told = lines(whole)
-    assert set(told) == set(range(1, 26))
-    for run, since in ((one, 9), (back, 21), (two, 21)):
+    assert set(told) == set(range(1, 18))
+    for run, since in ((one, 7), (back, 16)):
         found = lines(run)
         assert set(found) == set(told)
-        for steps in range(since, 26):
-            for name in RATES:
+        for steps in range(since, 18):
+            for name in RATES:  # each group's own
                 assert found[steps].get(name) == told[steps].get(name), (run.name, steps, name)
             for name in LEARNT:
+                # ZeRO stages add up the gradient's norm in other orders.
                 mine, theirs = found[steps].get(name), told[steps].get(name)
                 assert mine == pytest.approx(theirs, rel=1e-6), (run.name, steps, name)
-    # A group of its own for each part, with its own rate.
-    assert len({told[22][f"rate_{part}"] for part in ("encoder", "adaptor")}) == 2
-    for run in (one, back, two):
-        assert finest(at(run, 25), at(whole, 25)) < 1e-6
+    assert told[16]["rate_encoder"] < told[16]["rate_adaptor"]
+    for run in (one, back):
+        assert run_apart(at(run, 17), at(whole, 17)) < 1e-6
 
 
-def finest(one: FragmentReader, other: FragmentReader) -> float:
-    """The largest difference between weights of two checkpoints."""
+def run_apart(one: FragmentReader, other: FragmentReader) -> float:
+    """The largest difference between weights, masters and moments of two checkpoints."""
     assert set(one.shapes) == set(other.shapes)
     return max(
         float((one.whole(k).double() - other.whole(k).double()).abs().max()) for k in one.shapes
