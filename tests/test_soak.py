@@ -111,7 +111,7 @@ def test_kills_in_a_save_in_a_swap_and_of_the_launcher(tiny, tmp_path, monkeypat
              "checkpoint.every_steps=3"]  # fmt: skip
     deck = [("rank", "save"), ("launcher", "step"), ("node", "swap")]
     verdict = soak.soak(
-        str(tiny), short, tmp_path / "soak", kills=3, world=2, seed=3, patience=400.0,
+        str(tiny), short, tmp_path / "soak", kills=3, world=2, seed=3,
         decks={"both": deck}, tell=told.append,
     )  # fmt: skip
     assert not verdict.faults, verdict.faults
