@@ -131,4 +131,6 @@ def forked(arguments: Sequence[str], environment: Mapping[str, str], log: str) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    from dsasr import ranks
+
+    ranks.end_process(run_tool(main))

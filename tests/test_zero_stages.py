@@ -11,6 +11,7 @@ import torch
 
 from dsasr import fragments
 from dsasr.fragments import FragmentReader
+from dsasr.snapshots import OWNER
 
 TRAIN = Path(__file__).parent.parent / "dsasr" / "train.py"
 # Four steps of pretraining, eight that train the adaptor alone, one, four that train all parts.
@@ -43,6 +44,7 @@ def trained(launch, tiny, tmp_path_factory):
         folder = here / name
         if source is not None:
             shutil.copytree(source, folder)
+            (folder / "snapshots" / OWNER).unlink()  # the copy is another run
             for path in (folder / "checkpoints").glob("step-*"):
                 if int(path.name[5:]) > steps:
                     shutil.rmtree(path)
@@ -76,10 +78,11 @@ def test_zero_3_goes_on_as_zero_1_and_back(trained):
         for steps in range(since, 18):
             for name in RATES:  # each group's own
                 assert found[steps].get(name) == told[steps].get(name), (run.name, steps, name)
-            for name in LEARNT:
-                # ZeRO stages add up the gradient's norm in other orders.
-                mine, theirs = found[steps].get(name), told[steps].get(name)
-                assert mine == pytest.approx(theirs, rel=1e-6), (run.name, steps, name)
+            # ZeRO stages add up the gradient's norm in other orders.
+            mine, theirs = (
+                {k: x[steps][k] for k in LEARNT if k in x[steps]} for x in (found, told)
+            )
+            assert mine == pytest.approx(theirs, rel=1e-6), (run.name, steps)
     assert told[16]["rate_encoder"] < told[16]["rate_adaptor"]
     for run in (one, back):
         assert run_apart(at(run, 17), at(whole, 17)) < 1e-6
