@@ -43,6 +43,7 @@ from dsasr.engine_config import (
     on_nvme,
     precision,
     read_ds_config,
+    read_gradients_whole,
     settings,
 )
 from dsasr.errors import UserError
@@ -221,6 +222,7 @@ class Branch:
         engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         for buffer, data in buffers:
             buffer.data = data
+        read_gradients_whole(engine.optimizer)
         return engine
 
     def _leave(self, carry: bool = True) -> tuple[dict[str, Fragment], float]:

@@ -92,3 +92,24 @@ def precision(config: EngineConfig) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if ranks.device().type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def read_gradients_whole(zero: Any) -> None:
+    """Make DeepSpeed read gradients from a disk to where they belong; ``zero``: its ZeRO optimizer.
+
+    A gradient's place in its group's locked buffer is any multiple of four bytes, a direct read
+    needs one of 512. DeepSpeed 0.19 takes any part of a locked buffer to be fit for that: the read
+    fails, nothing is said, and the step is taken with what the buffer held. Plain memory it reads
+    by way of an aligned buffer of its own.
+    """
+    swapper = getattr(zero, "optimizer_swapper", None)
+    if swapper is None:
+        return
+    read = swapper._swap_in_pinned_gradients
+
+    def read_plain(aio_handle: Any, parameter: torch.Tensor, gradient_tensor: torch.Tensor) -> None:
+        plain = torch.zeros_like(gradient_tensor, pin_memory=False)
+        read(aio_handle, parameter, plain)
+        gradient_tensor.copy_(plain)
+
+    swapper._swap_in_pinned_gradients = read_plain
