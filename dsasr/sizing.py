@@ -11,33 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dsasr import flops
-from dsasr.errors import UserError
 from dsasr.memory_plan import FRAMES, GB, GRADIENT, HELD, STATES, WEIGHT, memory, reached
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.encoder import Encoder
+from dsasr.model.llm_hub import llm_config
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
 FLAC_BYTES = 16_000  # of a second of 16 kHz speech
-
-# Published shapes, for a language model whose folder is not at hand.
-QWEN3 = {
-    "Qwen3-0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
-                   "intermediate_size": 3072},
-    "Qwen3-1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
-                   "intermediate_size": 6144},
-    "Qwen3-4B": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
-                 "intermediate_size": 9728},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,24 +106,6 @@ class Step:
 
 
 # -- the model ---------------------------------------------------------------------------------
-
-
-def llm_config(path: str):
-    """The language model's config, of its folder or of a known name."""
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        try:
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{folder}/config.json: {reason}") from None
-    if folder.name not in QWEN3:
-        raise UserError(
-            f"model.llm.path: there is no {folder}/config.json; only that file is needed to plan "
-            f"(known without it: {', '.join(QWEN3)})"
-        )
-    shape = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
-    return AutoConfig.for_model("qwen3", tie_word_embeddings=True, **shape, **QWEN3[folder.name])
 
 
 def parts(recipe: Recipe, phonemes: int = 256) -> dict[str, Part]:

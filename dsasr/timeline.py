@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,24 +100,24 @@ def course(schedule: Schedule, triggers: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def part_sizes(recipe: recipes.Recipe) -> dict[str, int]:
-    """Parameters of each part, counted on the meta device; the LLM's from its config.json.
+    """Parameters of each part, counted on the meta device; the LLM's from its settings.
 
     A part whose files are not there yet is left out.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from dsasr.model import lora
     from dsasr.model.adaptor import Adaptor
     from dsasr.model.ctc import CtcHead
     from dsasr.model.encoder import Encoder
+    from dsasr.model.llm_hub import llm_config
 
     sizes = {}
     with torch.device("meta"):
         encoder = Encoder(recipe.model.encoder)
         sizes["encoder"] = _count(encoder)
-        path = Path(recipe.model.llm.path)
-        if (path / "config.json").is_file():
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with suppress(UserError):
+            config = llm_config(recipe.model.llm.path)
             llm = AutoModelForCausalLM.from_config(config)
             sizes["llm"] = _count(llm)
             if recipe.model.lora is not None:

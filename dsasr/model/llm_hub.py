@@ -16,6 +16,15 @@ _WANTED = (
     "*.jinja",
     "merges.txt",
 )
+# Published shapes, for a language model whose folder is not at hand.
+QWEN3 = {
+    "Qwen3-0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "intermediate_size": 3072},
+    "Qwen3-1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "intermediate_size": 6144},
+    "Qwen3-4B": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
+                 "intermediate_size": 9728},
+}  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -53,3 +62,29 @@ def find_llm(path: str) -> Path:
     if not (found / "config.json").is_file():
         raise UserError(f"model.llm.path: the hub's {path} holds no language model (config.json)")
     return found
+
+
+def llm_config(path: str):
+    """The settings of the model of ``model.llm.path``, without its weights and without a network:
+    of the folder, of the hub's model in the cache, or of a known name. `UserError` if it is none.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig
+
+    folder, name = Path(path), Path(path).name
+    if not (folder / "config.json").is_file() and is_hub_name(path):
+        cached = try_to_load_from_cache(path, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if (folder / "config.json").is_file():
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{folder}/config.json: {reason}") from None
+    if name not in QWEN3:
+        raise UserError(
+            f"model.llm.path: there is no {folder}/config.json; only that file is needed to plan "
+            f"(known without it: {', '.join(QWEN3)})"
+        )
+    shape = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
+    return AutoConfig.for_model("qwen3", tie_word_embeddings=True, **shape, **QWEN3[name])

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from dsasr import recipe
+from dsasr import recipe, timeline
 from dsasr.build import Builder
 from dsasr.errors import UserError
 from dsasr.model.llm_hub import find_llm, is_hub_name
@@ -30,6 +30,7 @@ def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
     chosen = recipe.load(str(tiny), ["model.llm.path=someone/tiny-lm"])
     build = Builder(chosen)
     build.check()
+    assert timeline.part_sizes(chosen) == timeline.part_sizes(recipe.load(str(tiny)))
     assert build.llm_folder == held / "snapshots" / ("0" * 40)
     wanted = Builder(recipe.load(str(tiny))).speech_llm().state_dict()
     got = build.speech_llm().state_dict()
