@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(here))
 
 import argparse
+import signal
 import time
 
 from dsasr.errors import UserError, run_tool
@@ -97,6 +98,7 @@ def main_once() -> int:
         return main()
     except UserError:
         if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run takes it for a wish to stop
             time.sleep(PATIENCE)
         raise
 

@@ -69,7 +69,8 @@ def test_a_machine_without_libaio_is_told_so(tmp_path):
 def test_states_on_a_disk_are_those_in_memory(launch, tmp_path):
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("async_io cannot be built here: no libaio")
-    done = launch(Path(__file__).parent / "programs" / "on_disk.py", tmp_path)
+    program = Path(__file__).parent / "programs" / "on_disk.py"
+    done = launch(program, tmp_path, timeout=600)  # async_io may have to be compiled
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert all(found["equal"]) and found["swapped"] == [True, False] and found["files"] > 0
