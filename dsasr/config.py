@@ -87,7 +87,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise UserError(f"{where} must have {len(kinds)} entries, not {len(value)}")
         return origin(
-            _convert(k, v, f"{where}[{i}]")
+            _convert(k, v, _entry(where, i, v))
             for i, (k, v) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict:
@@ -233,6 +233,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _entry(path: str, index: int, value: Any) -> str:
+    """A list's entry as an override would call it: by its name, if it has one."""
+    name = value.get("name") if isinstance(value, Mapping) else None
+    return f"{path}.{name}" if isinstance(name, str) and name else f"{path}[{index}]"
+
+
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """One line per leaf that differs between two plain values: ``a.b: 1 → 2``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -245,6 +251,6 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
         return [
             line
             for i, (a, b) in enumerate(zip(old, new, strict=True))
-            for line in difference(a, b, f"{path}[{i}]")
+            for line in difference(a, b, _entry(path, i, b))
         ]
     return [] if old == new else [f"{path}: {_shown(old)} → {_shown(new)}"]

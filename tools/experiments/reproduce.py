@@ -3,7 +3,9 @@
 python tools/experiments/reproduce.py --set synth --corpus corpus/experiment --runs runs/experiment
 
 A run that was stopped goes on from its checkpoint; its result appears in
-tools/experiments/results/SET/SYSTEM-seedN.json when it is measured, and is not made again.
+tools/experiments/results/SET/SYSTEM-seedN.json when it is measured, and is not made again. The
+first run of system 2 places the phonemes for all: where its folder is gone, as on another machine,
+it is trained anew, and its result left as it is.
 """
 
 from __future__ import annotations
@@ -148,6 +150,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def result_file(args: argparse.Namespace, system: System, seed: int) -> Path:
+    return args.results / args.kind / f"{system.name}-seed{seed}.json"
+
+
 def main() -> int:
     args = parse()
     sizes = SHORT if args.short else SIZES[args.kind]
@@ -156,21 +162,24 @@ def main() -> int:
     if ALIGNER not in chosen and not finished(aligner):
         raise UserError(f"system {ALIGNER.name} must be run first: its CTC head places phonemes")
     order = [(s, seed) for seed in args.seeds for s in sorted(chosen, key=SYSTEMS.index)]
+    missing = [pair for pair in order if not result_file(args, *pair).is_file()]
     args.runs.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     for number, (system, seed) in enumerate(order, 1):
         name = f"{system.name}-seed{seed}"
-        kept = args.results / args.kind / f"{name}.json"
+        kept = result_file(args, system, seed)
         clock = f"{(time.monotonic() - started) / 60:.0f} min"
         head = f"[{number}/{len(order)}] {args.kind} {name} ({clock})"
-        if kept.is_file():
+        run, path = args.runs / name, args.runs / f"{name}.yaml"
+        if kept.is_file() and (run != aligner or finished(run) or not missing):
             print(f"{head}: kept", flush=True)
             continue
         print(f"{head}: training", flush=True)
-        run, path = args.runs / name, args.runs / f"{name}.yaml"
         values = recipe(system, args.kind, sizes, seed, args.corpus, run)
         atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         train(path, run, args.ranks)
+        if kept.is_file():
+            continue
         print(f"{head}: measuring", flush=True)
         measure(run, args.corpus, before_joint(aligner), args)
         found = result(system, args.kind, seed, sizes, run)
