@@ -1,61 +1,21 @@
 """The report's pictures: from plain rows to PNGs. Every axis says its unit.
 
-A run is a `RunData` (`report.collect`); where it holds nothing for a picture, it is left out of
-it, and a picture without any run is not drawn.
+A run that holds nothing for a picture is left out of it; a picture without any run is not drawn.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsasr.files import atomic_path
 from dsasr.pictures import COLOURS, DPI, plot, rate_curves
-from dsasr.stages import Schedule
+from dsasr.run_data import Row, RunData, allocation_rows, before_and_after
 
-Row = dict[str, Any]
 INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
 PHONETIC, SEMANTIC, LANGUAGE = COLOURS[0], COLOURS[3], COLOURS[1]
-
-
-@dataclass
-class RunData:
-    """What a run folder tells. ``looks`` are metrics lines of `watch`, ``valid`` of validation;
-    ``checkpoints`` are rows of tools/allocation.py, ``trial`` is report.json."""
-
-    name: str
-    events: list[Row] = field(default_factory=list)
-    metrics: list[Row] = field(default_factory=list)
-    checkpoints: list[Row] = field(default_factory=list)
-    trial: Row = field(default_factory=dict)
-    schedule: Schedule | None = None
-
-    @property
-    def looks(self) -> list[Row]:
-        return [m for m in self.metrics if m["stage"].startswith("allocation_")]
-
-    @property
-    def valid(self) -> list[Row]:
-        return [m for m in self.metrics if m["stage"].startswith("valid_")]
-
-    @property
-    def drift(self) -> list[Row]:
-        return [m for m in self.metrics if "cka" in m]
-
-    @property
-    def joint(self) -> str | None:
-        """The last stage that trains the encoder with the LLM."""
-        for stage in reversed(self.schedule.stages if self.schedule else ()):
-            if stage.branch == "sft" and "encoder" in stage.trains:
-                return stage.name
-        return None
-
-    @property
-    def longest(self) -> float:
-        return max((m["seconds"] for m in self.metrics), default=0.0)
 
 
 def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 3.2), **given):
@@ -237,33 +197,6 @@ def _mark_joint(axis, run: RunData, unit: float, colour: str) -> None:
         axis.axvline(begun[0] / unit, color=colour, lw=0.9, ls=":")
 
 
-def before_and_after(run: RunData) -> tuple[Row, Row] | None:
-    """The encoder's row before and after joint training: of tools/allocation.py, else of looks."""
-    after = [r for r in run.checkpoints if r.get("stage") == run.joint and run.joint]
-    if after and after[-1].get("encoder"):
-        before = [
-            r
-            for r in run.checkpoints
-            if r["kind"] == "snapshot" and r["name"].endswith(after[-1]["encoder"])
-        ]
-        if before:
-            return _flat(before[-1]), _flat(after[-1])
-    looks = [m for m in run.looks if m["branch"] == "sft" and "pai" in m]
-    late = [m for m in looks if m["stage"] == f"allocation_{run.joint}"]
-    early = [m for m in looks if m["stage"] != f"allocation_{run.joint}"]
-    return (early[-1], late[-1]) if early and late else None
-
-
-def _flat(row: Row) -> Row:
-    """A row of tools/allocation.py with a look's names."""
-    out = {"nse": row["nse"], "name": row["name"]}
-    for key in ("pai", "csai"):
-        held = row[key]
-        out |= {key: held["value"], f"{key}_low": held["low"], f"{key}_high": held["high"]}
-        out[f"{key}_share"] = held["share"]
-    return out
-
-
 def joint(runs: Sequence[RunData], path: Path) -> Path | None:
     """NSE, PAI, CSAI of the encoder before and after joint training (the paper's figure 1)."""
     pairs = [(run.name, found) for run in runs if (found := before_and_after(run))]
@@ -355,23 +288,6 @@ def _percent(share: float) -> str:
     """``12%``; ``3.4%`` below ten, where whole numbers would hide what moves."""
     digits = 1 if 0.05 <= abs(share) < 10 else 0
     return f"{share:.{digits}f}%" if abs(share) >= 0.05 else "0%"
-
-
-def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
-    """A bar per checkpoint of tools/allocation.py, else per look at a stage's end."""
-    rows = []
-    for row in sorted(run.checkpoints, key=lambda row: row["kind"] == "random"):
-        llm = row.get("llm", {})
-        bar = _flat(row) | {"nll_without_audio": llm.get("without_audio")}
-        rows.append(bar | {"nll_with_audio": llm.get("with_audio")})
-        if not prefix:  # a run's own checkpoints need not say whose they are
-            rows[-1]["name"] = row["name"].removeprefix(f"{run.name}/")
-    if not rows:
-        last = {m["stage"]: m for m in run.looks if "pai" in m}
-        for stage, look in last.items():
-            name = stage.removeprefix("allocation_")
-            rows.append({**look, "name": f"{run.name}: {name}" if prefix else f"end of {name}"})
-    return rows
 
 
 CURVES = (

@@ -1,26 +1,22 @@
 """The report of one or more runs: one HTML page that needs no network, and its pictures as PNGs.
 
-`collect` reads run folders (recipe.yaml, events.jsonl, metrics.jsonl; where they are, report.json
-of tools/evaluate.py and allocation.jsonl of tools/allocation.py), `write` draws and writes. What a
-run has not measured is left out and named.
+`dsasr.run_data` reads run folders, `dsasr.figures` draws, `write` puts both on the page. What a run
+has not measured is left out and named.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from dsasr import figures
-from dsasr.errors import UserError
-from dsasr.figures import RunData
 from dsasr.files import atomic_write
 from dsasr.monitor import clock
 from dsasr.pictures import DPI
-from dsasr.recogniser import run_recipe
+from dsasr.run_data import Row, RunData, audio_hours
 
 STYLE = """
 :root { color-scheme: light; }
@@ -39,42 +35,6 @@ td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 td small { color: #777; display: block; white-space: nowrap; }
 .left td, .left th { text-align: left; vertical-align: top; }
 """.strip()
-
-
-def collect(folder: str | Path, name: str = "") -> RunData:
-    """A run folder's data. Raises `UserError` for a folder that is no run's."""
-    folder = Path(folder)
-    recipe = run_recipe(folder)
-    run = RunData(name or folder.resolve().name, schedule=recipe.schedule())
-    run.events, run.metrics = (_lines(folder / f"{n}.jsonl") for n in ("events", "metrics"))
-    if not run.metrics:
-        raise UserError(f"{folder} has no metrics yet: let it train first")
-    run.checkpoints = _lines(folder / "allocation.jsonl")
-    path = folder / "report.json"
-    if path.is_file():
-        run.trial = json.loads(path.read_text(encoding="utf-8"))
-    return run
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; a torn one, the last of a run that goes on, is left out."""
-    found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-    return found
-
-
-def named(folders: Sequence[str | Path]) -> list[RunData]:
-    """`collect` of each, with names that tell them apart."""
-    paths = [Path(f).resolve() for f in folders]
-    names = [p.name for p in paths]
-    if len(set(names)) < len(names):
-        names = [f"{p.parent.name}/{p.name}" for p in paths]
-    return [collect(p, n) for p, n in zip(paths, names, strict=True)]
 
 
 def draw(runs: Sequence[RunData], out: Path) -> dict[str, Path]:
@@ -207,14 +167,14 @@ def _said(condition: str) -> str:
     return f"{condition[3:]} dB" if condition.startswith("snr") else escape(condition)
 
 
-def _span(held: dict[str, Any] | None) -> str:
+def _span(held: Row | None) -> str:
     if not held:
         return "–"
     low, value, high = (100 * held[k] for k in ("low", "rate", "high"))
     return f"{value:.1f}<small>{low:.1f}…{high:.1f}</small>"
 
 
-def _share(cells: Sequence[dict[str, Any]]) -> str:
+def _share(cells: Sequence[Row]) -> str:
     from dsasr.evaluation.hallucination import wilson
 
     count = sum(c["utterances"] for c in cells)
@@ -225,27 +185,9 @@ def _share(cells: Sequence[dict[str, Any]]) -> str:
     return f"{100 * hits / count:.1f}<small>{low:.1f}…{high:.1f}</small>"
 
 
-def _pace(cells: Sequence[dict[str, Any]]) -> str:
+def _pace(cells: Sequence[Row]) -> str:
     seconds = sum(c["seconds"] for c in cells)
     return f"{60 * sum(c['characters'] for c in cells) / seconds:.0f}" if seconds else "–"
-
-
-def audio_hours(run: RunData) -> float:
-    """Hours of (augmented) audio over all steps, from the rate and the time of each line."""
-    total = 0.0
-    for line in run.metrics:
-        if "audio_hours_per_hour" in line:
-            total += line["audio_hours_per_hour"] * line["step_seconds"] * _covered(run, line)
-    return total / 3600
-
-
-def _covered(run: RunData, line: dict[str, Any]) -> int:
-    """Steps since the stage's line before."""
-    before = [
-        m["step"] for m in run.metrics
-        if m["stage"] == line["stage"] and "step" in m and m["step"] < line["step"]
-    ]  # fmt: skip
-    return line["step"] - max(before, default=0)
 
 
 def stages(runs: Sequence[RunData]) -> str:

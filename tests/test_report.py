@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dsasr import figures, report
+from dsasr import figures, report, run_data
 from dsasr.errors import UserError
-from dsasr.figures import RunData
 from dsasr.monitor import add_images
+from dsasr.run_data import RunData
 from dsasr.stages import DriftConfig, Schedule, StageConfig
 
 
@@ -191,7 +191,7 @@ def test_many_runs_have_one_key_and_no_overlapping_names(tmp_path, monkeypatch):
 
 
 def test_before_and_after_joint_prefers_measured_checkpoints():
-    before, after = figures.before_and_after(run())
+    before, after = run_data.before_and_after(run())
     assert before["stage"] == "allocation_ia_sft" and after["pai"] == -0.1
 
     def row(name, kind, value, **more):
@@ -205,13 +205,13 @@ def test_before_and_after_joint_prefers_measured_checkpoints():
             row("first/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100"),
         ]
     )
-    before, after = figures.before_and_after(measured)
+    before, after = run_data.before_and_after(measured)
     assert (before["pai"], after["pai"]) == (2.0, 3.0)
 
 
 def test_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="recipe"):
-        report.named([tmp_path])
+        run_data.named([tmp_path])
 
 
 def test_the_pictures_are_in_tensorboard_too(tmp_path):

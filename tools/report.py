@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsasr import report
+from dsasr import report, run_data
 from dsasr.errors import run_tool
 from dsasr.monitor import add_images
 
@@ -23,7 +23,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     out = args.out or args.runs[0] / "report"
-    runs = report.named(args.runs)
+    runs = run_data.named(args.runs)
     page = report.write(runs, out)
     if not args.no_tensorboard:
         for folder, run in zip(args.runs, runs, strict=True):

@@ -27,7 +27,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 from systems import ALIGNER, SHORT, SIZES, SYSTEMS, Sizes, System, named, recipe
 
-from dsasr import report
+from dsasr import run_data
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import trials
 from dsasr.evaluation.hallucination import units
@@ -97,12 +97,12 @@ def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
 
 def result(system: System, kind: str, seed: int, sizes: Sizes, run: Path) -> dict[str, Any]:
     """All that is kept of a finished and measured run."""
-    data = report.collect(run)
+    data = run_data.collect(run)
     rows = [json.loads(x) for x in (run / "allocation.jsonl").read_text("utf-8").splitlines()]
     before, after = ({k: v for k, v in r.items() if k not in ("run", "data")} for r in rows)
     rules = "plain" if kind == "digits" else "standard"
     found = trials.read(run / "transcripts.jsonl")
-    hours = report.audio_hours(data)
+    hours = run_data.audio_hours(data)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=TOOLS
     ).stdout.strip()

@@ -1,0 +1,154 @@
+"""What a run folder tells, as plain rows, for pictures and for the report's tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsasr.errors import UserError
+from dsasr.recogniser import run_recipe
+from dsasr.stages import Schedule
+
+Row = dict[str, Any]
+
+
+@dataclass
+class RunData:
+    """What a run folder tells. ``looks`` are metrics lines of `watch`, ``valid`` of validation;
+    ``checkpoints`` are rows of tools/allocation.py, ``trial`` is report.json."""
+
+    name: str
+    events: list[Row] = field(default_factory=list)
+    metrics: list[Row] = field(default_factory=list)
+    checkpoints: list[Row] = field(default_factory=list)
+    trial: Row = field(default_factory=dict)
+    schedule: Schedule | None = None
+
+    @property
+    def looks(self) -> list[Row]:
+        return [m for m in self.metrics if m["stage"].startswith("allocation_")]
+
+    @property
+    def valid(self) -> list[Row]:
+        return [m for m in self.metrics if m["stage"].startswith("valid_")]
+
+    @property
+    def drift(self) -> list[Row]:
+        return [m for m in self.metrics if "cka" in m]
+
+    @property
+    def joint(self) -> str | None:
+        """The last stage that trains the encoder with the LLM."""
+        for stage in reversed(self.schedule.stages if self.schedule else ()):
+            if stage.branch == "sft" and "encoder" in stage.trains:
+                return stage.name
+        return None
+
+    @property
+    def longest(self) -> float:
+        return max((m["seconds"] for m in self.metrics), default=0.0)
+
+
+def collect(folder: str | Path, name: str = "") -> RunData:
+    """A run folder's data: recipe.yaml, events.jsonl, metrics.jsonl; where they are, report.json of
+    tools/evaluate.py and allocation.jsonl of tools/allocation.py.
+
+    Raises `UserError` for a folder that is no run's.
+    """
+    folder = Path(folder)
+    recipe = run_recipe(folder)
+    run = RunData(name or folder.resolve().name, schedule=recipe.schedule())
+    run.events, run.metrics = (_lines(folder / f"{n}.jsonl") for n in ("events", "metrics"))
+    if not run.metrics:
+        raise UserError(f"{folder} has no metrics yet: let it train first")
+    run.checkpoints = _lines(folder / "allocation.jsonl")
+    path = folder / "report.json"
+    if path.is_file():
+        run.trial = json.loads(path.read_text(encoding="utf-8"))
+    return run
+
+
+def _lines(path: Path) -> list[Row]:
+    """JSON lines; a torn one, the last of a run that goes on, is left out."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+def named(folders: Sequence[str | Path]) -> list[RunData]:
+    """`collect` of each, with names that tell them apart."""
+    paths = [Path(f).resolve() for f in folders]
+    names = [p.name for p in paths]
+    if len(set(names)) < len(names):
+        names = [f"{p.parent.name}/{p.name}" for p in paths]
+    return [collect(p, n) for p, n in zip(paths, names, strict=True)]
+
+
+def before_and_after(run: RunData) -> tuple[Row, Row] | None:
+    """The encoder's row before and after joint training: of tools/allocation.py, else of looks."""
+    after = [r for r in run.checkpoints if r.get("stage") == run.joint and run.joint]
+    if after and after[-1].get("encoder"):
+        before = [
+            r
+            for r in run.checkpoints
+            if r["kind"] == "snapshot" and r["name"].endswith(after[-1]["encoder"])
+        ]
+        if before:
+            return _flat(before[-1]), _flat(after[-1])
+    looks = [m for m in run.looks if m["branch"] == "sft" and "pai" in m]
+    late = [m for m in looks if m["stage"] == f"allocation_{run.joint}"]
+    early = [m for m in looks if m["stage"] != f"allocation_{run.joint}"]
+    return (early[-1], late[-1]) if early and late else None
+
+
+def _flat(row: Row) -> Row:
+    """A row of tools/allocation.py with a look's names."""
+    out = {"nse": row["nse"], "name": row["name"]}
+    for key in ("pai", "csai"):
+        held = row[key]
+        out |= {key: held["value"], f"{key}_low": held["low"], f"{key}_high": held["high"]}
+        out[f"{key}_share"] = held["share"]
+    return out
+
+
+def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
+    """A bar per checkpoint of tools/allocation.py, else per look at a stage's end."""
+    rows = []
+    for row in sorted(run.checkpoints, key=lambda row: row["kind"] == "random"):
+        llm = row.get("llm", {})
+        bar = _flat(row) | {"nll_without_audio": llm.get("without_audio")}
+        rows.append(bar | {"nll_with_audio": llm.get("with_audio")})
+        if not prefix:  # a run's own checkpoints need not say whose they are
+            rows[-1]["name"] = row["name"].removeprefix(f"{run.name}/")
+    if not rows:
+        last = {m["stage"]: m for m in run.looks if "pai" in m}
+        for stage, look in last.items():
+            name = stage.removeprefix("allocation_")
+            rows.append({**look, "name": f"{run.name}: {name}" if prefix else f"end of {name}"})
+    return rows
+
+
+def audio_hours(run: RunData) -> float:
+    """Hours of (augmented) audio over all steps, from the rate and the time of each line."""
+    total = 0.0
+    for line in run.metrics:
+        if "audio_hours_per_hour" in line:
+            total += line["audio_hours_per_hour"] * line["step_seconds"] * _covered(run, line)
+    return total / 3600
+
+
+def _covered(run: RunData, line: Row) -> int:
+    """Steps since the stage's line before."""
+    before = [
+        m["step"] for m in run.metrics
+        if m["stage"] == line["stage"] and "step" in m and m["step"] < line["step"]
+    ]  # fmt: skip
+    return line["step"] - max(before, default=0)
