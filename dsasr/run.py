@@ -16,10 +16,10 @@ from dsasr.build import Builder
 from dsasr.checkpoint import Checkpoints
 from dsasr.data.bad import BadSampleLog
 from dsasr.data.batching import Batch
-from dsasr.data.stream import Stream
 from dsasr.engine import Branch, StepReport, cutter
 from dsasr.errors import UserError
 from dsasr.exchange import GIVEN, Exchange
+from dsasr.feeds import Feeds
 from dsasr.files import atomic_write
 from dsasr.fragments import FragmentError, FragmentReader
 from dsasr.monitor import Monitor
@@ -46,8 +46,7 @@ class Run:
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
         self.progress = Progress()
         self.branches: dict[str, Branch] = {}
-        self._streams: dict[str, tuple[str, Stream]] = {}
-        self._cursors: dict[str, tuple[str, dict]] = {}
+        self.feeds = Feeds(self.build)
         self._wait = 0.0
         self._signal: int | None = None
         self._finished = False
@@ -150,7 +149,7 @@ class Run:
                 self._branch(name).load(reader, stages.get(entry["stage"]), entry["adam_steps"])
         except FragmentError as error:  # with allow_changed: another model, or another part trains
             raise UserError(f"cannot go on: {error}; give run=FOLDER for a new run") from None
-        self._cursors = {k: (v["stage"], v["state"]) for k, v in held["streams"].items()}
+        self.feeds.load(held["streams"])
         self.stage_seconds = dict(held["stage_seconds"])
         self.monitor.load(held["monitor"])
         self._finished = held["finished"]
@@ -197,17 +196,9 @@ class Run:
     def batches(self, stage: StageConfig) -> list[Batch]:
         """This rank's micro-batches of the next step."""
         started = time.monotonic()
-        held = self._streams.get(stage.branch)
-        if held is None or held[0] != stage.name:
-            if held is not None:
-                held[1].close()
-            name, state = self._cursors.get(stage.branch, ("", None))
-            stream = self.build.train_stream(stage, state if name == stage.name else None)
-            self._streams[stage.branch] = held = (stage.name, stream)
         self.watchdog.at("data", stage.name)
-        batches = [next(held[1]) for _ in range(stage.accumulate)]
+        batches = self.feeds.next(stage)
         self.watchdog.at("step", keys=[key for batch in batches for key in batch.keys])
-        self._cursors[stage.branch] = (stage.name, batches[-1].state)
         self._wait = time.monotonic() - started
         for batch in batches:
             self.bad.add(batch.bad, steps=self.steps, stage=stage.name, epoch=batch.epoch)
@@ -233,9 +224,7 @@ class Run:
             # Nothing needs the pretrain branch any more.
             live.close()
             del self.branches["pretrain"]
-            _, stream = self._streams.pop("pretrain", ("", None))
-            if stream is not None:
-                stream.close()
+            self.feeds.close("pretrain")
         return taken
 
     def drift_cause(self) -> tuple[str | None, dict[str, Any]]:
@@ -377,7 +366,7 @@ class Run:
                 name: {"stage": b.stage.name if b.stage else None, "adam_steps": b.adam_steps()}
                 for name, b in self.branches.items()
             },
-            "streams": {k: {"stage": n, "state": s} for k, (n, s) in self._cursors.items()},
+            "streams": self.feeds.state(),
             "stage_seconds": self.stage_seconds,
             "monitor": self.monitor.state(),
             "bad_samples": self._bad_counts(),
@@ -422,8 +411,7 @@ class Run:
             print(f"timeline.png was not drawn: {error}", flush=True)
 
     def close(self) -> None:
-        for _, stream in self._streams.values():
-            stream.close()
+        self.feeds.close()
         self.watchdog.close()
         self.checkpoints.close()
         self._tell_checkpoints()
