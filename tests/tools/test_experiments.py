@@ -50,6 +50,10 @@ def test_every_recipe_is_sound_and_takes_the_same_sft_steps(experiment):
             after_align = sum(s.steps for n, s in stages.items() if n in ("ia_sft", "joint"))
             assert after_align == sizes.sft + sizes.joint
             assert stages["pretrain"].steps * system.views == sizes.pretrain
+        values = systems.aligner(kind, sizes, Path("corpus"), Path("run"))
+        held = config.build(Recipe, values)
+        assert [s.name for s in held.stages] == ["pretrain"] and held.seed == 0
+        assert held.data.phonemizer.kind != "characters"
     with pytest.raises(UserError, match="no-swap"):
         systems.named("none")
 

@@ -3,9 +3,7 @@
 python tools/experiments/reproduce.py --set synth --corpus corpus/experiment --runs runs/experiment
 
 A run that was stopped goes on from its checkpoint; its result appears in
-tools/experiments/results/SET/SYSTEM-seedN.json when it is measured, and is not made again. The
-first run of system 2 places the phonemes for all: where its folder is gone, as on another machine,
-it is trained anew, and its result left as it is.
+tools/experiments/results/SET/SYSTEM-seedN.json when it is measured, and is not made again.
 """
 
 from __future__ import annotations
@@ -25,7 +23,8 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from systems import ALIGNER, SHORT, SIZES, SYSTEMS, Sizes, System, named, recipe
+import systems
+from systems import SHORT, SIZES, SYSTEMS, Sizes, System, named
 
 from dsasr import run_data
 from dsasr.errors import UserError, run_tool
@@ -38,10 +37,13 @@ TOOLS = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
-def train(path: Path, run: Path, ranks: int) -> None:
-    """Train the recipe in ``path`` to its end, or on from where it stopped."""
+def train(values: dict[str, Any], ranks: int) -> Path:
+    """Train a recipe to its end, or on from where it stopped; returns the run folder."""
+    run = Path(values["run"])
     if finished(run):
-        return
+        return run
+    path = run.with_suffix(".yaml")
+    atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     with socket.create_server(("127.0.0.1", 0)) as free:  # other trainings may hold the usual port
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -51,6 +53,7 @@ def train(path: Path, run: Path, ranks: int) -> None:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code or not finished(run):
         raise UserError(f"training {run} failed: see {run.with_suffix('.log')}")
+    return run
 
 
 def tool(name: str, *arguments: Any) -> None:
@@ -158,30 +161,26 @@ def main() -> int:
     args = parse()
     sizes = SHORT if args.short else SIZES[args.kind]
     chosen = [named(name) for name in args.systems]
-    aligner = args.runs / f"{ALIGNER.name}-seed{args.seeds[0]}"
-    if ALIGNER not in chosen and not finished(aligner):
-        raise UserError(f"system {ALIGNER.name} must be run first: its CTC head places phonemes")
     order = [(s, seed) for seed in args.seeds for s in sorted(chosen, key=SYSTEMS.index)]
-    missing = [pair for pair in order if not result_file(args, *pair).is_file()]
     args.runs.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    aligner = args.runs / "aligner"
+    if not all(result_file(args, *pair).is_file() for pair in order):
+        print(f"{args.kind} aligner", flush=True)
+        train(systems.aligner(args.kind, sizes, args.corpus, aligner), args.ranks)
     for number, (system, seed) in enumerate(order, 1):
         name = f"{system.name}-seed{seed}"
         kept = result_file(args, system, seed)
         clock = f"{(time.monotonic() - started) / 60:.0f} min"
         head = f"[{number}/{len(order)}] {args.kind} {name} ({clock})"
-        run, path = args.runs / name, args.runs / f"{name}.yaml"
-        if kept.is_file() and (run != aligner or finished(run) or not missing):
+        if kept.is_file():
             print(f"{head}: kept", flush=True)
             continue
         print(f"{head}: training", flush=True)
-        values = recipe(system, args.kind, sizes, seed, args.corpus, run)
-        atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-        train(path, run, args.ranks)
-        if kept.is_file():
-            continue
+        recipe = systems.recipe(system, args.kind, sizes, seed, args.corpus, args.runs / name)
+        run = train(recipe, args.ranks)
         print(f"{head}: measuring", flush=True)
-        measure(run, args.corpus, before_joint(aligner), args)
+        measure(run, args.corpus, aligner, args)
         found = result(system, args.kind, seed, sizes, run)
         kept.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(kept, json.dumps(found, ensure_ascii=False) + "\n")
