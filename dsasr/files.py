@@ -53,3 +53,12 @@ def atomic_write(path: str | os.PathLike, data: str | bytes) -> None:
     """Write ``data`` (text as UTF-8) to ``path``, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, cut at line feeds alone.
+
+    ``str.splitlines`` also cuts at U+2028 and others, which a transcript in a JSON line may hold.
+    """
+    text = path.read_text(encoding="utf-8").removesuffix("\n")
+    return text.split("\n") if text else []

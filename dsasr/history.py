@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.errors import UserError, run_tool
+from dsasr.files import text_lines
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The events of a run folder; a torn last line is left out. Raises `UserError`."""
     try:
-        lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = text_lines(folder / "events.jsonl")
     except OSError as error:
         raise UserError(f"{folder} is no run folder: {error.strerror}") from None
     events = []

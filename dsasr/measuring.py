@@ -20,7 +20,7 @@ from dsasr.allocation import alignment, labelling
 from dsasr.allocation.accessible import Accessible, AccessibleConfig, csai, pai, reinitialised
 from dsasr.allocation.cka import cka
 from dsasr.allocation.entropy import Allocation, CtcEntropySums
-from dsasr.allocation.foreign import RATE, ForeignEncoder
+from dsasr.allocation.foreign import ForeignEncoder
 from dsasr.allocation.labelling import Labelled, Numbering
 from dsasr.allocation.nse import nse
 from dsasr.build import Builder
@@ -220,9 +220,10 @@ def probe_set(
 
 def _label(r: Recording, aligner: Subject, x_SE, phonemizer, speaker, number) -> Labelled:
     vocab, seconds = aligner.build.phonemes, aligner.frame_seconds
+    rate = aligner.build.recipe.data.fbank.rate
     words, owners = alignment.words_of(r.text), None
     if r.alignment is not None and r.alignment.get("phonemes"):
-        frames = len(x_SE) if x_SE is not None else round(len(r.wave) / RATE / seconds)
+        frames = len(x_SE) if x_SE is not None else round(len(r.wave) / rate / seconds)
         stored = alignment.read(r.alignment, vocab.encode, frames, seconds)
         placed, symbols = stored.placed, stored.phonemes
         if stored.words is not None:  # what counts as a word is then the alignment's matter

@@ -20,7 +20,7 @@ import torch
 
 from dsasr import ranks
 from dsasr.engine import StepReport
-from dsasr.files import atomic_write
+from dsasr.files import atomic_write, text_lines
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _cut(path: Path, steps: int, written: int | None) -> int:
     if not path.is_file():
         return 0
     kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(text_lines(path)):
         try:
             held = json.loads(line)
         except ValueError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsasr.files import atomic_path
+from dsasr.files import atomic_path, text_lines
 from dsasr.stages import Schedule, learning_rate
 
 COLOURS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a")
@@ -210,4 +210,4 @@ def plot_run(folder: Path) -> Path:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in text_lines(path)]

@@ -14,6 +14,7 @@ from dsasr.evaluation import trials
 from dsasr.evaluation.noise import SuiteConfig
 from dsasr.evaluation.recordings import Recording
 from dsasr.evaluation.trials import Trials
+from dsasr.files import text_lines
 from dsasr.fragments import Below, FragmentError, FragmentReader
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.ranks import device
@@ -89,7 +90,7 @@ def events(folder: Path) -> list[dict]:
     """The run's events, oldest first; a torn last line is left out."""
     path, found = folder / "events.jsonl", []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in text_lines(path):
             try:
                 found.append(json.loads(line))
             except ValueError:

@@ -181,7 +181,9 @@ def _share(cells: Sequence[Row]) -> str:
     if not count:
         return "–"
     hits = sum(c["flagged"] for c in cells)
-    low, high = (100 * x for x in wilson(hits, count))
+    # The same utterances in each condition: they are as many draws as one condition has.
+    draws = max(c["utterances"] for c in cells)
+    low, high = (100 * x for x in wilson(hits / count * draws, draws))
     return f"{100 * hits / count:.1f}<small>{low:.1f}…{high:.1f}</small>"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.errors import UserError
+from dsasr.files import text_lines
 from dsasr.recogniser import run_recipe
 from dsasr.stages import Schedule
 
@@ -26,6 +27,7 @@ class RunData:
     checkpoints: list[Row] = field(default_factory=list)
     trial: Row = field(default_factory=dict)
     schedule: Schedule | None = None
+    folder: str = ""  # its name; rows of tools/allocation.py may be of other runs too
 
     @property
     def looks(self) -> list[Row]:
@@ -61,6 +63,7 @@ def collect(folder: str | Path, name: str = "") -> RunData:
     folder = Path(folder)
     recipe = run_recipe(folder)
     run = RunData(name or folder.resolve().name, schedule=recipe.schedule())
+    run.folder = folder.resolve().name
     run.events, run.metrics = (_lines(folder / f"{n}.jsonl") for n in ("events", "metrics"))
     if not run.metrics:
         raise UserError(f"{folder} has no metrics yet: let it train first")
@@ -75,7 +78,7 @@ def _lines(path: Path) -> list[Row]:
     """JSON lines; a torn one, the last of a run that goes on, is left out."""
     found = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in text_lines(path):
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -94,12 +97,11 @@ def named(folders: Sequence[str | Path]) -> list[RunData]:
 
 def before_and_after(run: RunData) -> tuple[Row, Row] | None:
     """The encoder's row before and after joint training: of tools/allocation.py, else of looks."""
-    after = [r for r in run.checkpoints if r.get("stage") == run.joint and run.joint]
+    own = [r for r in run.checkpoints if not run.folder or Path(r["run"]).name == run.folder]
+    after = [r for r in own if r.get("stage") == run.joint and run.joint]
     if after and after[-1].get("encoder"):
         before = [
-            r
-            for r in run.checkpoints
-            if r["kind"] == "snapshot" and r["name"].endswith(after[-1]["encoder"])
+            r for r in own if r["kind"] == "snapshot" and r["name"].endswith(after[-1]["encoder"])
         ]
         if before:
             return _flat(before[-1]), _flat(after[-1])

@@ -15,6 +15,7 @@ import torch
 from dsasr import fragments
 from dsasr.data.shards import index_path, load_index
 from dsasr.data.sources import Sources
+from dsasr.files import text_lines
 from dsasr.fragments import FragmentReader
 from dsasr.monitor import LEDGER, METRICS
 from dsasr.recipe import Recipe
@@ -86,14 +87,14 @@ def newest_steps(run: Path) -> int:
 
 def finished(run: Path) -> bool:
     try:
-        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = text_lines(run / "events.jsonl")
         return bool(lines) and json.loads(lines[-1])["event"] == "finished"
     except (OSError, ValueError):
         return False
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = text_lines(path) if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 

@@ -16,7 +16,9 @@ and early ones are rough. For numbers to compare, measure afterwards with ``tool
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -139,7 +141,9 @@ class Watch:
         probing: bool,
         last: bool,
     ) -> dict[str, float]:
-        every_NE = torch.cat(list(features.values()))
+        every_NE = torch.cat(list(features.values())) if features else torch.zeros(0, 1)
+        if not len(every_NE) or not bool(every_NE.isfinite().all()):
+            return {"nse": math.nan}  # a broken encoder is the loss's matter to tell
         spectrum = nse(every_NE)
         values = {"nse": spectrum.nse, "effective_rank": spectrum.effective_rank}
         before = self._reference(branch, steps)
@@ -183,6 +187,12 @@ class Watch:
 
     # -- labels ------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _speaker(self):
+        """What speaks single words; made once, for a lexicon takes seconds to read."""
+        phonemizer = build_phonemizer(self.build.recipe.data.phonemizer)
+        return EspeakPhonemizer() if isinstance(phonemizer, StoredPhonemes) else phonemizer
+
     def _place(self, batch: Batch, i: int, log_probs_SP: Tensor) -> list[dict[str, Any]]:
         """Utterance ``i``'s phonemes on its frames, as plain data; nothing if they do not fit."""
         ids = batch.phonemes_BP[i, : int(batch.phoneme_lengths_B[i])].tolist()
@@ -190,10 +200,8 @@ class Watch:
             placed = alignment.align(log_probs_SP, ids)
         except ValueError:
             return []
-        phonemizer = build_phonemizer(self.build.recipe.data.phonemizer)
-        speaker = EspeakPhonemizer() if isinstance(phonemizer, StoredPhonemes) else phonemizer
         symbols = self.build.phonemes.decode(ids)
-        owners = labelling.word_owners(symbols, batch.texts[i], batch.langs[i], speaker)
+        owners = labelling.word_owners(symbols, batch.texts[i], batch.langs[i], self._speaker)
         row = {"key": batch.keys[i], "speaker": batch.speakers[i], "text": batch.texts[i]}
         return [row | {"phonemes": ids, "owners": owners, "positions": placed.positions_S.tolist()}]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsasr import measuring
+from dsasr.data.audio import FbankConfig
 from dsasr.data.phonemes import PhonemeVocab, PhonemizerConfig
 from dsasr.errors import UserError
 from dsasr.evaluation.recordings import Recording
@@ -16,7 +17,7 @@ from dsasr.evaluation.recordings import Recording
 @pytest.fixture
 def aligner():
     """A run without a CTC head, whose frames are 40 ms."""
-    data = SimpleNamespace(phonemizer=PhonemizerConfig(kind="stored"))
+    data = SimpleNamespace(phonemizer=PhonemizerConfig(kind="stored"), fbank=FbankConfig())
     build = SimpleNamespace(
         phonemes=PhonemeVocab.build([list("abcd")]), recipe=SimpleNamespace(data=data)
     )

@@ -196,14 +196,18 @@ def test_before_and_after_joint_prefers_measured_checkpoints():
 
     def row(name, kind, value, **more):
         gain = {"value": value, "low": value, "high": value, "share": 0.5}
-        return {"name": name, "kind": kind, "nse": 0.5, "pai": gain, "csai": gain, **more}
+        held = {"name": name, "run": f"runs/{name.partition('/')[0]}", "kind": kind, "nse": 0.5}
+        return {**held, "pai": gain, "csai": gain, **more}
 
     measured = run(
+        folder="first",
         checkpoints=[
             row("first/encoder-40", "snapshot", 1.0),
             row("first/encoder-100", "snapshot", 2.0),
             row("first/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100"),
-        ]
+            row("other/encoder-100", "snapshot", 7.0),
+            row("other/step-210", "checkpoint", 8.0, stage="joint", encoder="encoder-100"),
+        ],
     )
     before, after = run_data.before_and_after(measured)
     assert (before["pai"], after["pai"]) == (2.0, 3.0)

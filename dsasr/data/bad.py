@@ -11,7 +11,7 @@ from typing import Any
 
 from dsasr.data.plan import Bad
 from dsasr.errors import UserError
-from dsasr.files import atomic_write
+from dsasr.files import atomic_write, text_lines
 
 
 class BadSampleLog:
@@ -47,7 +47,7 @@ class BadSampleLog:
         stem, suffix = self.path.stem, self.path.suffix
         for path in sorted(self.path.parent.glob(f"{stem}*{suffix}")):
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in text_lines(path):
                 try:
                     values = json.loads(line)
                 except ValueError:

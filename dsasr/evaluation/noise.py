@@ -187,11 +187,10 @@ def best_prefix(reference: str, hypothesis: str, lang: str) -> str:
 
     Stands in for what was spoken before a cut, where no alignment says it: a true continuation from
     the language model passes, an invented one is left over. Units by plain rules; ties go to the
-    longer prefix.
+    shorter prefix, for words of another sense, put in the place of words, bring nothing nearer.
     """
     ref, hyp = units(reference, lang, "plain"), units(hypothesis, lang, "plain")
-    sizes = range(len(ref), -1, -1)
-    best = min(sizes, key=lambda size: Levenshtein.distance(ref[:size], hyp))
+    best = min(range(len(ref) + 1), key=lambda size: Levenshtein.distance(ref[:size], hyp))
     return " ".join(ref[:best])
 
 

@@ -7,8 +7,9 @@ has it applied (``evaluation.rules=…/normalizer.json``). Published rates have 
 
 Mandarin (the rules are ours, the conventions those of the usual CER scripts): NFKC, so that
 full-width forms become half-width; lower case; Arabic numbers become Chinese numerals as they are
-read; punctuation goes. 两 counts as 二, 幺 as 一 and 〇 as 零, since an Arabic digit does not say
-which was spoken. Traditional characters are not converted.
+read; punctuation goes. Before 年 four digits are a year and read one by one, two where they can
+hardly count years (0x, 50 to 99). 两 counts as 二, 幺 as 一 and 〇 as 零, since an Arabic digit
+does not say which was spoken. Traditional characters are not converted.
 
 Code-switched text takes each run by its script: Han runs by the Mandarin rules, Latin runs by the
 English ones (`mixed`).
@@ -45,7 +46,7 @@ _DIGITS = "零一二三四五六七八九"
 _NUMBER = re.compile(
     r"(?<![a-z\d.])(?:"
     r"(?P<percent>-?\d+(?:\.\d+)?)%"
-    r"|(?P<year>\d{4}|\d{2})(?=年|[-~至到]\d{4}年)"
+    r"|(?P<year>\d{4}|0\d|[5-9]\d)(?=年|[-~至到]\d{4}年)"
     r"|(?P<over>\d{1,3})/(?P<under>\d{1,3})(?![/\d])"
     r"|(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)(?![:\d])"
     r"|(?P<plain>-?\d+(?:\.\d+)?)"

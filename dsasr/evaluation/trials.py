@@ -26,6 +26,7 @@ from dsasr.evaluation.error_rate import Scores, paired_test
 from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationReport, flags
 from dsasr.evaluation.noise import Case, SuiteConfig, Utterance, best_prefix, suite
 from dsasr.evaluation.recordings import Recording, batches, empty_batch
+from dsasr.files import text_lines
 from dsasr.model.speech_llm import SpeechLLM
 
 PLAIN = SuiteConfig(nonspeech=(), snrs=(), truncations=())  # the recordings as they are
@@ -162,7 +163,7 @@ class Trials:
 def read(path: Path) -> Trials:
     """What `Trials.text` wrote. Raises `UserError`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path)
         return Trials([Trial(**json.loads(line)) for line in lines])
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} holds no transcripts of tools/evaluate.py: {error}") from None

@@ -105,6 +105,8 @@ def test_suite_refuses():
         ("a b c d", "a b c d", "en", "a b c d"),
         ("我们回家吧", "我们", "zh", "我 们"),
         ("", "a", "en", ""),
+        ("the cat sat on the mat", "please bring fresh water home", "en", ""),
+        ("the cat sat on the mat", "the cat please bring water", "en", "the cat"),
     ],
 )
 def test_best_prefix(reference, hypothesis, lang, expected):

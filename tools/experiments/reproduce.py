@@ -30,7 +30,7 @@ from dsasr import run_data
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import trials
 from dsasr.evaluation.hallucination import units
-from dsasr.files import atomic_write
+from dsasr.files import atomic_write, text_lines
 from dsasr.recogniser import events, finished
 
 TOOLS = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
 def result(system: System, kind: str, seed: int, sizes: Sizes, run: Path) -> dict[str, Any]:
     """All that is kept of a finished and measured run."""
     data = run_data.collect(run)
-    rows = [json.loads(x) for x in (run / "allocation.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(x) for x in text_lines(run / "allocation.jsonl")]
     before, after = ({k: v for k, v in r.items() if k not in ("run", "data")} for r in rows)
     rules = "plain" if kind == "digits" else "standard"
     found = trials.read(run / "transcripts.jsonl")
