@@ -1,12 +1,14 @@
-"""Files that appear whole or not at all: written beside their place, fsynced, renamed."""
+"""Files that appear whole or not at all (written beside their place, fsynced, renamed); lines."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def fsync_dir(folder: str | os.PathLike) -> None:
@@ -62,3 +64,15 @@ def text_lines(path: Path) -> list[str]:
     """
     text = path.read_text(encoding="utf-8").removesuffix("\n")
     return text.split("\n") if text else []
+
+
+def json_lines(path: Path) -> list[Any]:
+    """The rows of a file of JSON lines, none where it is missing; torn ones, as of a run that goes
+    on or was killed, are left out."""
+    found = []
+    for line in text_lines(path) if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from dsasr.evaluation import trials
 from dsasr.evaluation.noise import SuiteConfig
 from dsasr.evaluation.recordings import Recording
 from dsasr.evaluation.trials import Trials
-from dsasr.files import text_lines
+from dsasr.files import json_lines
 from dsasr.fragments import Below, FragmentError, FragmentReader
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.ranks import device
@@ -87,15 +86,8 @@ def newest(folder: Path) -> FragmentReader:
 
 
 def events(folder: Path) -> list[dict]:
-    """The run's events, oldest first; a torn last line is left out."""
-    path, found = folder / "events.jsonl", []
-    if path.is_file():
-        for line in text_lines(path):
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-    return found
+    """The run's events, oldest first; torn lines are left out."""
+    return json_lines(folder / "events.jsonl")
 
 
 def finished(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.errors import UserError
-from dsasr.files import text_lines
+from dsasr.files import json_lines
 from dsasr.recogniser import run_recipe
 from dsasr.stages import Schedule
 
@@ -64,26 +64,14 @@ def collect(folder: str | Path, name: str = "") -> RunData:
     recipe = run_recipe(folder)
     run = RunData(name or folder.resolve().name, schedule=recipe.schedule())
     run.folder = folder.resolve().name
-    run.events, run.metrics = (_lines(folder / f"{n}.jsonl") for n in ("events", "metrics"))
+    run.events, run.metrics = (json_lines(folder / f"{n}.jsonl") for n in ("events", "metrics"))
     if not run.metrics:
         raise UserError(f"{folder} has no metrics yet: let it train first")
-    run.checkpoints = _lines(folder / "allocation.jsonl")
+    run.checkpoints = json_lines(folder / "allocation.jsonl")
     path = folder / "report.json"
     if path.is_file():
         run.trial = json.loads(path.read_text(encoding="utf-8"))
     return run
-
-
-def _lines(path: Path) -> list[Row]:
-    """JSON lines; a torn one, the last of a run that goes on, is left out."""
-    found = []
-    if path.is_file():
-        for line in text_lines(path):
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-    return found
 
 
 def named(folders: Sequence[str | Path]) -> list[RunData]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dsasr.files import text_lines
+from dsasr.files import json_lines, text_lines
 
 
 @pytest.mark.parametrize("rows", [[], ["a"], ["a\u2028b", "c\x85d", ""], ["", "e\x0cf"]])
@@ -16,7 +16,8 @@ def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path, rows):
     assert [json.loads(line) for line in text_lines(path)] == rows
 
 
-def test_a_torn_last_line_is_kept_as_it_is(tmp_path):
+def test_a_torn_last_line_is_no_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": ', "utf-8")
     assert text_lines(path) == ['{"a": 1}', '{"a": ']
+    assert json_lines(path) == [{"a": 1}] and json_lines(tmp_path / "none.jsonl") == []

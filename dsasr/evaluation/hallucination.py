@@ -88,6 +88,12 @@ class Flags:
         return kind in self.detail
 
 
+def written(hypothesis: str) -> int:
+    """Characters of words of any script: spaces and punctuation do not count (plain rules)."""
+    # As if Chinese, whatever the language: words of an alphabet come apart into characters.
+    return sum(len(unit) for unit in units(hypothesis, "zh", "plain"))
+
+
 def flags(
     reference: str, hypothesis: str, lang: str, config: HallucinationConfig | None = None
 ) -> Flags:
@@ -232,8 +238,7 @@ class HallucinationReport:
     ) -> int:
         """Count the characters (plain rules, spaces left out) transcribed from ``seconds`` s
         without speech; ``lang`` is the prompt's or corpus's language. Returns them."""
-        # Words of an alphabet and Han alike, whatever the language: a count of characters.
-        characters = sum(len(unit) for unit in units(hypothesis, "zh", "plain"))
+        characters = written(hypothesis)
         cell = self.cells.setdefault((lang, condition), Cell())
         cell.clips += 1
         cell.clips_with_text += characters > 0

@@ -23,7 +23,7 @@ from dsasr.data.audio import Cmvn, FbankConfig
 from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig, Decodes, decode
 from dsasr.evaluation.error_rate import Scores, paired_test
-from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationReport, flags
+from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationReport, flags, written
 from dsasr.evaluation.noise import Case, SuiteConfig, Utterance, best_prefix, suite
 from dsasr.evaluation.recordings import Recording, batches, empty_batch
 from dsasr.files import text_lines
@@ -175,9 +175,11 @@ def compare(a: Trials, b: Trials, rules: str = "standard") -> dict[str, dict[str
     Of error rates a bootstrap over utterances (`error_rate.paired_test`): ``difference`` is
     b's rate less a's. Of hallucinated utterances the exact sign test (McNemar's):
     ``flagged_a``, ``flagged_b`` are counts, ``flagged_p`` two-sided. Raises `UserError` where the
-    cases differ.
+    cases differ or keys repeat.
     """
     named_a, named_b = ({(r.key, r.condition): r for r in t.rows} for t in (a, b))
+    if len(named_a) < len(a.rows) or len(named_b) < len(b.rows):
+        raise UserError("two data sets hold the same keys: evaluate and compare them one by one")
     if [(k, r.reference) for k, r in sorted(named_a.items())] != [
         (k, r.reference) for k, r in sorted(named_b.items())
     ]:
@@ -211,7 +213,7 @@ def sign_test(losses: int, wins: int) -> float:
 def flagged(row: Trial) -> bool:
     """A hallucination on speech, any text on non-speech."""
     if row.reference is None:
-        return bool(row.hypothesis.strip())
+        return written(row.hypothesis) > 0
     return bool(flags(_spoken(row), row.hypothesis, row.lang))
 
 

@@ -82,6 +82,14 @@ def test_paired_comparison_is_by_condition():
     assert found["recorded"]["flagged_p"] == 1.0 and "difference" not in found["cut50"]
     with pytest.raises(UserError, match="other cases"):
         compare(Trials(ROWS), Trials(better[1:]))
+    with pytest.raises(UserError, match="the same keys"):
+        compare(Trials([*ROWS, ROWS[0]]), Trials([*better, better[0]]))
+
+
+@pytest.mark.parametrize(("text", "said"), [("", False), ("。 …", False), ("oh。", True)])
+def test_text_on_nonspeech_is_words_not_punctuation(text, said):
+    row = Trial(**{**vars(ROWS[0]), "reference": None, "hypothesis": text})
+    assert trials.flagged(row) is said
 
 
 def test_sign_test_against_the_binomial():

@@ -29,7 +29,7 @@ from systems import SHORT, SIZES, SYSTEMS, Sizes, System, named
 from dsasr import run_data
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import trials
-from dsasr.evaluation.hallucination import units
+from dsasr.evaluation.hallucination import written
 from dsasr.files import atomic_write, text_lines
 from dsasr.recogniser import events, finished
 
@@ -87,7 +87,7 @@ def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
         scores = {u.key: u.units for u in found.scores(condition, rules).utterances}
         held: dict[str, list] = {"lang": [r.lang for r in rows]}
         if rows[0].reference is None:
-            held["characters"] = [len("".join(units(r.hypothesis, "zh", "plain"))) for r in rows]
+            held["characters"] = [written(r.hypothesis) for r in rows]
             held["seconds"] = [round(r.seconds, 3) for r in rows]
         else:
             held["flagged"] = [int(trials.flagged(r)) for r in rows]
