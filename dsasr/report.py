@@ -7,6 +7,7 @@ has not measured is left out and named.
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -181,8 +182,11 @@ def _share(cells: Sequence[Row]) -> str:
     if not count:
         return "–"
     hits = sum(c["flagged"] for c in cells)
-    # The same utterances in each condition: they are as many draws as one condition has.
-    draws = max(c["utterances"] for c in cells)
+    # The same utterances in each condition, so as many draws as one condition has in all languages.
+    heard = Counter()
+    for cell in cells:
+        heard[cell["condition"]] += cell["utterances"]
+    draws = max(heard.values())
     low, high = (100 * x for x in wilson(hits / count * draws, draws))
     return f"{100 * hits / count:.1f}<small>{low:.1f}…{high:.1f}</small>"
 

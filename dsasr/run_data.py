@@ -85,7 +85,9 @@ def named(folders: Sequence[str | Path]) -> list[RunData]:
 
 def before_and_after(run: RunData) -> tuple[Row, Row] | None:
     """The encoder's row before and after joint training: of tools/allocation.py, else of looks."""
-    own = [r for r in run.checkpoints if not run.folder or Path(r["run"]).name == run.folder]
+    own = [
+        r for r in run.checkpoints if not run.folder or Path(r["run"]).resolve().name == run.folder
+    ]
     after = [r for r in own if r.get("stage") == run.joint and run.joint]
     if after and after[-1].get("encoder"):
         before = [

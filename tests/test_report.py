@@ -12,6 +12,7 @@ import pytest
 
 from dsasr import figures, report, run_data
 from dsasr.errors import UserError
+from dsasr.evaluation.hallucination import wilson
 from dsasr.monitor import add_images
 from dsasr.run_data import RunData
 from dsasr.stages import DriftConfig, Schedule, StageConfig
@@ -244,3 +245,17 @@ def test_a_browser_shows_it(tmp_path):
     # The pictures' own colours are on the page, and its background is white.
     for wanted in ("#3b6ea5", "#d08c2f", "#4f9d69", "#ffffff"):
         assert tuple(bytes.fromhex(wanted[1:])) in colours
+
+
+def test_an_utterance_heard_in_many_conditions_is_one_draw():
+    def cells(conditions):
+        return [
+            {"lang": lang, "condition": c, "utterances": 50, "flagged": 5}
+            for lang in ("en", "zh")
+            for c in conditions
+        ]
+
+    once = report._share(cells(["snr0"]))
+    assert once == report._share(cells(["snr0", "snr5", "snr10"]))
+    low, high = (100 * x for x in wilson(10, 100))
+    assert f"{low:.1f}…{high:.1f}" in once
