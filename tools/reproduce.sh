@@ -2,19 +2,19 @@
 # The experiment: who resolves what, and what it costs in hallucinations. Several systems, the same
 # data and compute, three seeds each (tools/experiments/systems.py), on the CPU.
 #   bash tools/reproduce.sh              hours on two cores; stop and start it as you like
-#   bash tools/reproduce.sh --short      the same steps in a few minutes: shows that it runs, no more
-# Finished runs are kept in tools/experiments/results/. With RECORDINGS=FOLDER (or ../shared/data) the
-# sets en_digits and en_read are run too, systems 1 to 3 with one seed.
+#   bash tools/reproduce.sh --short      two systems, the same steps, in minutes: shows that it runs
+# Finished systems are kept in tools/experiments/results/. With RECORDINGS=FOLDER (or ../shared/data)
+# the sets en_digits and en_read are run too, with one seed. SETS="synth digits" leaves out others.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-hours=2 lm_steps=450 root=corpus/experiment runs=runs/experiment results=tools/experiments/results
-sets="synth digits read" short=() seeds=(1 2 3)
+hours=2 lm_steps=900 root=corpus/experiment runs=runs/experiment results=tools/experiments/results
+sets=${SETS:-synth digits read} short=() seeds=(1 2 3)
 case "${1:-}" in
     "") ;;
     --short)
         hours=0.1 lm_steps=20 root=corpus/experiment-short runs=runs/experiment-short
         results=runs/experiment-short/results sets=synth seeds=(1)
-        short=(--short --limit 8 --clips 1 --probe 24) ;;
+        short=(--short --limit 8 --clips 1 --systems phoneme paper no-joint) ;;
     *) echo "usage: bash tools/reproduce.sh [--short]" >&2; exit 2 ;;
 esac
 source tools/install.sh demo
@@ -52,7 +52,16 @@ for kind in $sets; do
             python tools/train_tokenizer.py "$corpus/text/lm.txt" --out "$corpus/tokenizer"
             python tools/make_lm.py "$corpus/text/lm.txt" --tokenizer "$corpus/tokenizer" \
                 --out "$corpus/lm" --reads espeak --steps "$lm_steps"
-            run synth --seeds "${seeds[@]}" ;;
+            # Probes want more voices than the test set has: other sentences by all of them.
+            probe=$root/probe
+            probes=(--hours 0.4 --test 160) utterances=500
+            [ ${#short[@]} -eq 0 ] || probes=(--hours 0.02 --test 12) utterances=24
+            python tools/synth_corpus.py --out "$probe" --seed 5 --valid 1 --nonspeech 1 --text 100 \
+                "${probes[@]}"
+            python tools/make_shards.py "$probe"/{train,test}.jsonl --out-root "$probe/shards" \
+                --shard-size 250
+            run synth --seeds "${seeds[@]}" --probe "$probe/shards/*/*.tar" \
+                --utterances "$utterances" ;;
         *)
             data=$recordings/en_$kind
             if [ ! -f "$data/train.jsonl" ]; then
@@ -71,7 +80,7 @@ for kind in $sets; do
             python tools/train_tokenizer.py "$corpus/text.txt" --out "$corpus/tokenizer" --size "$words"
             python tools/make_lm.py "$corpus/text.txt" --tokenizer "$corpus/tokenizer" \
                 --out "$corpus/lm" --steps 700 --reads "${sounds[@]}"
-            run "$kind" --seeds 1 --systems phoneme conventional paper ;;
+            run "$kind" --seeds 1 --systems conventional phoneme paper-ctc paper ;;
     esac
 done
 python tools/experiments/summary.py --results "$results"

@@ -13,8 +13,7 @@ import pytest
 from dsasr import config
 from dsasr.errors import UserError
 from dsasr.recipe import Recipe
-from dsasr.stages import Progress
-from dsasr.timeline import simulate
+from dsasr.stages import Progress, Snapshot, with_published
 
 FOLDER = Path(__file__).parent.parent.parent / "tools" / "experiments"
 
@@ -32,49 +31,81 @@ def experiment():
         sys.path.remove(str(FOLDER))
 
 
-def schedule(systems, name: str, sizes=None):
-    system = systems.named(name)
-    sizes = sizes or systems.Sizes(pretrain=200, align=5, sft=60, joint=10, final=20)
-    values = systems.recipe(system, "synth", sizes, 1, Path("corpus"), Path("run"))
-    return config.build(Recipe, values).schedule()
+def small(systems):
+    return systems.Sizes(pretrain=200, align=5, sft=60, joint=10, final=20)
 
 
-def test_every_recipe_is_sound_and_takes_the_same_sft_steps(experiment):
+def places(*names: str) -> tuple[Path, ...]:
+    return tuple(map(Path, names))
+
+
+def test_every_recipe_is_sound_and_makes_the_same_steps(experiment):
     systems, _ = experiment
     for kind, sizes in (*systems.SIZES.items(), ("synth", systems.SHORT)):
+        for chosen in systems.PRETRAININGS:
+            values = systems.pretraining(chosen, kind, sizes, 3, *places("corpus", "run"))
+            held = config.build(Recipe, values)
+            stage = held.schedule().pretrain
+            assert (held.branch, held.seed, stage.steps) == ("pretrain", 3, sizes.pretrain)
+            # The same frames go through the encoder, in one view or two.
+            assert stage.batch.frames * chosen.views == sizes.frames
+            assert (stage.objective == "cr_ctc") == (chosen.views == 2)
         for system in systems.SYSTEMS:
-            values = systems.recipe(system, kind, sizes, 3, Path("corpus"), Path("run"))
+            given = *places("corpus", "run", "store"), [10, sizes.pretrain]
+            values = systems.sft(systems.trained(system), kind, sizes, 3, *given)
             held = config.build(Recipe, values)
             stages = {s.name: s for s in held.stages}
-            assert held.seed == 3 and held.run == "run"
+            assert held.branch == "sft" and held.store.path == "store"
             after_align = sum(s.steps for n, s in stages.items() if n in ("ia_sft", "joint"))
             assert after_align == sizes.sft + sizes.joint
-            assert stages["pretrain"].steps * system.views == sizes.pretrain
-        values = systems.aligner(kind, sizes, Path("corpus"), Path("run"))
+            # An sft job must take the pretraining's encoders for its own.
+            pre = systems.pretraining(system.pretraining, kind, sizes, 3, *places("corpus", "run"))
+            own = config.build(Recipe, pre).encoder_fingerprint()
+            assert held.encoder_fingerprint() == own
+        values = systems.aligner(kind, sizes, *places("corpus", "run"))
         held = config.build(Recipe, values)
-        assert [s.name for s in held.stages] == ["pretrain"] and held.seed == 0
+        assert held.branch == "pretrain" and held.seed == 0
         assert held.data.phonemizer.kind != "characters"
     with pytest.raises(UserError, match="no-swap"):
         systems.named("none")
 
 
+def test_systems_that_share_a_job(experiment):
+    systems, _ = experiment
+    shared = {s.name: systems.trained(s).name for s in systems.SYSTEMS}
+    assert shared.pop("no-joint") == "paper"
+    assert all(name == own for name, own in shared.items())
+    assert systems.before_joint(small(systems)) == 65
+
+
+def taken(schedule, published) -> list[tuple[int, str, int]]:
+    """(sft step, stage, pretrain step) of each encoder that an sft job takes."""
+    found, progress = [], with_published(Progress(), published)
+    while (turn := schedule.at(progress)).kind == "step":
+        if turn.load is not None:
+            found.append((progress.sft, turn.stage.name, turn.load.pretrain))
+        progress = schedule.advance(progress, turn)
+    assert turn.kind == "end"
+    return found
+
+
 def test_when_each_system_takes_which_encoder(experiment):
     systems, _ = experiment
+    steps = [120, 150, 200]
+    published = [Snapshot(str(p), p, "final" if p == 200 else "drift") for p in steps]
 
     def swaps(name):
-        events = simulate(schedule(systems, name), [40, 60])
-        return [(e["stage"], e["pretrain"]) for e in events if e["event"] == "swap"]
+        given = *places("corpus", "run", "store"), steps
+        values = systems.sft(systems.named(name), "synth", small(systems), 1, *given)
+        return taken(config.build(Recipe, values).schedule(), published)
 
-    # Two views halve the pretrain steps: the final encoder is that of step 100.
-    assert swaps("paper")[0] == ("align", 40) and swaps("paper")[-1] == ("ia_sft", 100)
-    assert ("ia_sft", 60) in swaps("paper")
-    assert swaps("no-swap") == [("align", 40), ("joint", 100)]
-    assert swaps("no-joint")[-1] == ("ia_sft", 100)
+    # 30 pretrain steps after the first encoder the second one is there; the final one after 80,
+    # but the last 20 steps of IA-SFT (from 5 + 40 on) wait for it.
+    assert swaps("paper") == [(0, "align", 120), (30, "ia_sft", 150), (65, "joint", 200)]
+    assert swaps("no-swap") == [(0, "align", 120), (65, "joint", 200)]
     # One after the other: pretraining is over before anything else begins.
-    for name in ("conventional", "phoneme"):
-        first = schedule(systems, name)
-        assert first.at(Progress(pretrain=199)).stage.name == "pretrain"
-        assert not first.measures_at(100)
+    for name in ("conventional", "phoneme", "late-joint"):
+        assert swaps(name) == [(0, "align", 200)]
 
 
 def result(system: str, label: str, seed: int, rate: float, loud: int) -> dict:
@@ -86,11 +117,13 @@ def result(system: str, label: str, seed: int, rate: float, loud: int) -> dict:
                             "flagged": [int(e > 5) for e in errors]}  # fmt: skip
     clips["white"] = {"lang": ["en"] * 4, "characters": [loud] * 4, "seconds": [30.0] * 4}
     gain = {"value": 2.0, "low": 1.9, "high": 2.1, "share": 0.5}
-    encoder = {"nse": 0.5, "pai": gain, "csai": gain | {"value": 0.3}, "llm": {"resolved": 1.5}}
+    none = {"value": 0.0, "low": 0.0, "high": 0.0, "share": 0.0, "found": False, "limit": 0.012}
+    csai = none if system == "paper" else gain | {"value": 0.3}
+    encoder = {"nse": 0.5, "pai": gain, "csai": csai, "llm": {"resolved": 1.5}}
     return {
         "set": "synth", "system": system, "label": label, "seed": seed, "clips": clips,
         "before": encoder, "after": encoder, "cka_through_joint": 0.9, "audio_hours": 12.0,
-        "train_seconds": 600.0,
+        "train_seconds": 600.0, "sizes": {"pretrain": 100}, "ctc": 0.5,
     }  # fmt: skip
 
 
@@ -167,6 +200,7 @@ def test_table_and_figure(results, experiment):
     text = (results / "synth.md").read_text()
     assert "| 1 character CTC, joint SFT | 3 |" in text and "| conventional, paper | 3 |" in text
     assert "| 4b the paper's, no joint SFT | 1 |" in text and "| no-joint, paper | 1 |" in text
+    assert "| none found (< 0.012) |" in text and "| 0.30 → 0.30 (+0.00 ± 0.00) |" in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(widths)) > 1 and min(widths) > 3
     assert (results / "synth.png").stat().st_size > 20_000
@@ -176,15 +210,20 @@ def test_table_and_figure(results, experiment):
     assert "errors at 5 dB" in rows[0] and "hallucinated at 0 dB" in rows[0]
     assert "over seeds and clips, with one seed over clips alone" in short
     assert "(3 seeds)" in rows[2] and "(1 seed)" in rows[-1]
-    assert rows[2].endswith("| 0.900 (0.900–0.900) |") and rows[-1].endswith("| – |")
+    drifts = {row.split(" | ")[0].strip("| "): row.split(" | ")[-1].strip("| ") for row in rows}
+    assert drifts["1 character CTC, joint SFT (3 seeds)"] == "0.900 (0.900–0.900)"
+    assert drifts["4b the paper's, no joint SFT (1 seed)"] == "–"
     empty = [*command[:-1], str(results / "none")]
     assert subprocess.run(empty, capture_output=True).returncode == 2
 
 
-def test_results_of_other_test_sets_are_not_mixed(results, experiment):
+def test_results_of_other_test_sets_or_sizes_are_not_mixed(results, experiment):
     _, summary = experiment
     path = results / "synth" / "paper-seed3.json"
     held = json.loads(path.read_text())
+    path.write_text(json.dumps(held | {"sizes": {"pretrain": 200}}))
+    with pytest.raises(UserError, match="mixes sizes"):
+        summary.load(results / "synth")
     held["clips"]["white"]["lang"] = ["en"]
     path.write_text(json.dumps(held))
     with pytest.raises(UserError, match="mixes test sets"):

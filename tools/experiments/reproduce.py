@@ -1,8 +1,8 @@
-"""Run the experiment: every system with every seed, one after another; finished ones are kept.
+"""Run the experiment: every system with every seed, side by side; finished ones are kept.
 
 python tools/experiments/reproduce.py --set synth --corpus corpus/experiment --runs runs/experiment
 
-A run that was stopped goes on from its checkpoint; its result appears in
+A job that was stopped goes on from its checkpoint; a system's result appears in
 tools/experiments/results/SET/SYSTEM-seedN.json when it is measured, and is not made again.
 """
 
@@ -16,7 +16,9 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 import systems
-from systems import SHORT, SIZES, SYSTEMS, Sizes, System, named
+from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, named
 
 from dsasr import run_data
 from dsasr.errors import UserError, run_tool
@@ -37,46 +39,97 @@ TOOLS = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
+# -- commands ----------------------------------------------------------------------------------
+
+
 def train(values: dict[str, Any], ranks: int) -> Path:
-    """Train a recipe to its end, or on from where it stopped; returns the run folder."""
-    run = Path(values["run"])
-    if finished(run):
-        return run
-    path = run.with_suffix(".yaml")
+    """Train a recipe to its end, or on from where it stopped; returns the job's folder."""
+    folder = Path(values["run"]) / values["branch"]
+    if finished(folder):
+        return folder
+    path = folder.parent.with_suffix(".yaml")
     atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     with socket.create_server(("127.0.0.1", 0)) as free:  # other trainings may hold the usual port
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
     launcher += ["--num_gpus", str(ranks), "--master_port", str(port)]
     command = [*launcher, str(TOOLS.parent / "dsasr" / "train.py"), "--recipe", str(path)]
-    with open(run.with_suffix(".log"), "a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code or not finished(run):
-        raise UserError(f"training {run} failed: see {run.with_suffix('.log')}")
-    return run
+    with open(path.with_suffix(".log"), "a", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_one()).returncode
+    if code or not finished(folder):
+        raise UserError(f"training {folder} failed: see {path.with_suffix('.log')}")
+    return folder
 
 
 def tool(name: str, *arguments: Any) -> None:
     command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=_one())
     if done.returncode:
         raise UserError(f"tools/{name} failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
 
-def before_joint(run: Path) -> Path:
-    """The snapshot that the sft branch took last."""
-    taken = [e["snapshot"] for e in events(run) if e["event"] == "swap"]
-    return run / "snapshots" / taken[-1]
+def _one() -> dict[str, str]:
+    """A core for each process: several are at work."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def measure(run: Path, corpus: Path, aligner: Path, args: argparse.Namespace) -> None:
-    """The whole suite, and the encoder before and after joint SFT, into the run folder."""
-    data = [d for d in (corpus / "shards" / "test", corpus / "shards" / "nonspeech") if d.is_dir()]
-    tool("evaluate.py", run, "--data", *data, "--suite", "--report",
-         "--clips", args.clips, "--limit", args.limit)  # fmt: skip
-    tool("allocation.py", before_joint(run), run, "--data", data[0], "--aligner", aligner,
-         "--utterances", args.probe, "--no-control", "--no-random",
-         "--out", run / "allocation.jsonl")  # fmt: skip
+# -- one system --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A system's two job folders, and the checkpoint of the second that it stands for."""
+
+    system: System
+    pretrain: Path
+    sft: Path
+    checkpoint: Path
+
+    def stages(self) -> list[str]:
+        table = [s["name"] for s in data_recipe(self.sft)["stages"]]
+        return [name for name in table if self.system.joint != "none" or name != "joint"]
+
+
+def train_system(args: argparse.Namespace, system: System, seed: int, pretrain: Path) -> Trained:
+    """The sft job of ``system`` on the snapshots of a finished pretraining."""
+    whole = systems.trained(system)
+    published = [e["pretrain"] for e in events(pretrain) if e["event"] == "published"]
+    run, store = args.runs / f"seed{seed}" / whole.name, pretrain.parent / "snapshots"
+    given = (args.kind, args.sizes, seed, args.corpus, run, store, published)
+    folder = train(systems.sft(whole, *given), args.ranks)
+    places = sorted((folder / "checkpoints").glob("step-*"))
+    if system.joint == "none":
+        wanted = f"step-{systems.before_joint(args.sizes):010d}"
+        places = [p for p in places if p.name == wanted]
+        if not places:
+            raise UserError(f"{folder}/checkpoints/{wanted} is missing: delete {folder}")
+    return Trained(system, pretrain, folder, places[-1])
+
+
+def listen(found: Trained, args: argparse.Namespace) -> Path:
+    """The transcripts of the whole suite."""
+    shards = args.corpus / "shards"
+    data = [d for d in (shards / "test", shards / "nonspeech") if d.is_dir()]
+    heard = found.sft.parent.with_name(f"{found.system.name}.heard.jsonl")
+    if not heard.is_file():
+        tool("evaluate.py", found.sft, "--checkpoint", found.checkpoint.name, "--data", *data,
+             "--suite", "--clips", args.clips, "--limit", args.limit, "--out", heard)  # fmt: skip
+    return heard
+
+
+def probe(
+    pretrain: Path, found: Sequence[Trained], aligner: Path, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The allocation row of the final encoder, with which all systems enter joint SFT, and behind
+    it those of the systems."""
+    last = max(pretrain.parent.glob("snapshots/encoder-*"))
+    metrics = pretrain.parent.with_suffix(".allocation.jsonl")
+    data = args.probe or args.corpus / "shards" / "test"
+    tool("allocation.py", last, *(f.checkpoint for f in found), "--data", data,
+         "--aligner", aligner, "--utterances", args.utterances,
+         "--no-control", "--no-random", "--out", metrics)  # fmt: skip
+    rows = [json.loads(line) for line in text_lines(metrics)]
+    return [{k: v for k, v in row.items() if k not in ("run", "data")} for row in rows]
 
 
 def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
@@ -98,43 +151,47 @@ def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
     return out
 
 
-def result(system: System, kind: str, seed: int, sizes: Sizes, run: Path) -> dict[str, Any]:
-    """All that is kept of a finished and measured run."""
-    data = run_data.collect(run)
-    rows = [json.loads(x) for x in text_lines(run / "allocation.jsonl")]
-    before, after = ({k: v for k, v in r.items() if k not in ("run", "data")} for r in rows)
-    rules = "plain" if kind == "digits" else "standard"
-    found = trials.read(run / "transcripts.jsonl")
-    hours = run_data.audio_hours(data)
+def result(
+    found: Trained, before: dict, after: dict, seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """All that is kept of a trained system, its encoder measured before joint SFT and after."""
+    heard = trials.read(listen(found, args))
+    jobs = [run_data.collect(folder) for folder in (found.pretrain, found.sft)]
+    stages = found.stages()
+    jobs = [replace(j, metrics=[m for m in j.metrics if m["stage"] in stages]) for j in jobs]
+    ends = [e for j in jobs for e in j.events if e["event"] == "stage_end"]
+    seconds = {e["name"]: e["stage_seconds"] for e in ends if e["name"] in stages}
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=TOOLS
     ).stdout.strip()
     return {
-        "set": kind,
-        "system": system.name,
-        "label": system.label,
+        "set": args.kind,
+        "system": found.system.name,
+        "label": found.system.label,
         "seed": seed,
         "commit": commit,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "when": time.strftime("%Y-%m-%d"),
-        "sizes": asdict(sizes),
-        "recipe": {k: data_recipe(run)[k] for k in ("stages", "drift")},
-        "train_seconds": data.longest,
-        "stage_seconds": {
-            e["name"]: e["stage_seconds"] for e in data.events if e["event"] == "stage_end"
-        },
-        "audio_hours": hours,
-        "swaps": sum(e["event"] == "swap" for e in data.events),
+        "sizes": asdict(args.sizes),
+        "recipe": {k: data_recipe(found.sft)[k] for k in ("stages", "drift")},
+        "train_seconds": sum(seconds.values()),
+        "stage_seconds": seconds,
+        "audio_hours": sum(map(run_data.audio_hours, jobs)),
+        "swaps": sum(e["event"] == "swap" and e["stage"] in stages for e in jobs[1].events),
+        "ctc": next(m["ctc"] for m in reversed(jobs[0].metrics) if "ctc" in m),
         "before": before,
         "after": after,
         "cka_through_joint": after.get("cka_to_first"),
-        "examples": data.trial["hallucination"]["examples"][:20],
-        "clips": per_clip(found, rules),
+        "examples": [asdict(e) for e in heard.hallucinations().examples[:20]],
+        "clips": per_clip(heard, "plain" if args.kind == "digits" else "standard"),
     }
 
 
 def data_recipe(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+
+
+# -- all of them -------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:
@@ -145,45 +202,78 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--systems", nargs="+", default=[s.name for s in SYSTEMS])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1, help="of each training")
+    parser.add_argument("--jobs", type=int, default=0, help="at once (default: one a core)")
     parser.add_argument("--limit", type=int, default=0, help="test utterances; 0: all")
     parser.add_argument("--clips", type=int, default=10, help="of each non-speech sound")
-    parser.add_argument("--probe", type=int, default=300, help="utterances of the probe set")
+    parser.add_argument("--probe", help="shards of the probe set (default: the test set)")
+    parser.add_argument("--utterances", type=int, default=0, help="of the probe set; 0: all")
     parser.add_argument("--short", action="store_true", help="a few steps a stage: no result")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.sizes = SHORT if args.short else SIZES[args.kind]
+    args.jobs = args.jobs or max(1, (os.cpu_count() or 1) // args.ranks)
+    return args
 
 
 def result_file(args: argparse.Namespace, system: System, seed: int) -> Path:
     return args.results / args.kind / f"{system.name}-seed{seed}.json"
 
 
+def family(
+    args: argparse.Namespace,
+    chosen: Pretraining,
+    users: Sequence[System],
+    seed: int,
+    aligner: Future[Path],
+) -> None:
+    """A pretraining, and the systems that use it; jobs that are done are not done again."""
+    started = time.monotonic()
+
+    def tell(what: str) -> None:
+        minutes = (time.monotonic() - started) / 60
+        print(f"{args.kind} seed {seed}, {chosen.name} ({minutes:.0f} min): {what}", flush=True)
+
+    tell("pretraining")
+    run = args.runs / f"seed{seed}" / chosen.name
+    values = systems.pretraining(chosen, args.kind, args.sizes, seed, args.corpus, run)
+    pretrain = train(values, args.ranks)
+    found = []
+    for system in users:
+        tell(f"{system.name}: training")
+        found.append(train_system(args, system, seed, pretrain))
+    tell("measuring encoders")
+    before, *after = probe(pretrain, found, aligner.result(), args)
+    for one, row in zip(found, after, strict=True):
+        tell(f"{one.system.name}: the suite")
+        path = result_file(args, one.system, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = result(one, before, row, seed, args)
+        atomic_write(path, json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")
+    tell("done")
+
+
 def main() -> int:
     args = parse()
-    sizes = SHORT if args.short else SIZES[args.kind]
     chosen = [named(name) for name in args.systems]
-    order = [(s, seed) for seed in args.seeds for s in sorted(chosen, key=SYSTEMS.index)]
     args.runs.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    aligner = args.runs / "aligner"
-    if not all(result_file(args, *pair).is_file() for pair in order):
-        print(f"{args.kind} aligner", flush=True)
-        train(systems.aligner(args.kind, sizes, args.corpus, aligner), args.ranks)
-    for number, (system, seed) in enumerate(order, 1):
-        name = f"{system.name}-seed{seed}"
-        kept = result_file(args, system, seed)
-        clock = f"{(time.monotonic() - started) / 60:.0f} min"
-        head = f"[{number}/{len(order)}] {args.kind} {name} ({clock})"
-        if kept.is_file():
-            print(f"{head}: kept", flush=True)
-            continue
-        print(f"{head}: training", flush=True)
-        recipe = systems.recipe(system, args.kind, sizes, seed, args.corpus, args.runs / name)
-        run = train(recipe, args.ranks)
-        print(f"{head}: measuring", flush=True)
-        measure(run, args.corpus, aligner, args)
-        found = result(system, args.kind, seed, sizes, run)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(kept, json.dumps(found, ensure_ascii=False) + "\n")
+    families = []
+    for seed in args.seeds:
+        missing = [s for s in chosen if not result_file(args, s, seed).is_file()]
+        for pre in PRETRAININGS:
+            if users := [s for s in missing if s.pretraining == pre]:
+                families.append((pre, users, seed))
+    if not families:
+        return 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        values = systems.aligner(args.kind, args.sizes, args.corpus, args.runs / "aligner")
+        aligner = pool.submit(train, values, args.ranks)
+        made = [aligner, *(pool.submit(family, args, *given, aligner) for given in families)]
+        try:
+            for one in made:
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return 0
 
 

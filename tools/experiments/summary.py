@@ -30,12 +30,12 @@ from dsasr.pictures import COLOURS
 
 RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
-JOINT = {s.name for s in SYSTEMS if s.joint}
+JOINT = {s.name for s in SYSTEMS if s.joint != "none"}
 
 
 def load(folder: Path) -> dict[str, list[Result]]:
     """System → its results by seed, in the order of the table. Raises `UserError` without results,
-    or where they are not of the same test clips."""
+    or where they are not of the same test clips and sizes."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
     if not found:
         raise UserError(f"{folder} holds no results yet: run tools/reproduce.sh")
@@ -44,6 +44,8 @@ def load(folder: Path) -> dict[str, list[Result]]:
         raise UserError(
             f"{folder} mixes test sets: delete the results with other --limit or --clips"
         )
+    if len({json.dumps(r["sizes"], sort_keys=True) for r in found}) > 1:
+        raise UserError(f"{folder} mixes sizes: delete the results that were trained with others")
     return {
         s.name: sorted(held, key=lambda r: r["seed"])
         for s in sorted(SYSTEMS, key=lambda s: s.label)
@@ -125,8 +127,12 @@ def ranged(values: Sequence[float | None], digits: int = 2) -> str:
 
 
 def changed(held: Sequence[Result], metric: str) -> str:
-    """Means before and after joint SFT, and the mean change with its interval over seeds."""
+    """Means before and after joint SFT, and the mean change with its interval over seeds; of what
+    no probe found in any seed, the highest limit of detection."""
     before, after = ([_metric(r[side], metric) for r in held] for side in ("before", "after"))
+    rows = [r[side][metric] for r in held for side in ("before", "after")]
+    if all(isinstance(row, dict) and not row.get("found", True) for row in rows):
+        return f"none found (< {max(row['limit'] for row in rows):.3f})"
     text = f"{np.mean(before):.2f} → {np.mean(after):.2f}"
     gap, half, _ = over_seeds(np.subtract(after, before))
     return text if math.isnan(half) else f"{text} ({gap:+.2f} ± {half:.2f})"
@@ -171,17 +177,18 @@ def tables(systems: dict[str, list[Result]]) -> str:
     parts += ["Hallucinated utterances, %, and text on non-speech (95%):", markdown(head, rows)]
     rows = []
     for held in systems.values():
-        row = [held[0]["label"], str(len(held))]
+        row = [held[0]["label"], str(len(held)), ranged([r["ctc"] for r in held])]
         row += [changed(held, m) for m in ("nse", "pai", "csai")]
         row += [ranged(drift(held), 3)]
         row += [ranged([r["after"].get("llm", {}).get("resolved") for r in held])]
         row += [ranged([r["audio_hours"] for r in held], 1)]
         rows.append([*row, ranged([r["train_seconds"] / 60 for r in held], 1)])
-    head = ["system", "seeds", "NSE", "PAI, nats/frame", "CSAI, nats/frame", "CKA through joint"]
-    head += ["H₀ − H₁, nats/token", "audio-hours", "minutes"]
+    head = ["system", "seeds", "CTC, nats/label", "NSE", "PAI, nats/frame", "CSAI, nats/frame"]
+    head += ["CKA through joint", "H₀ − H₁, nats/token", "audio-hours", "minutes"]
     parts += [
         "The sft branch's encoder before → after joint SFT (mean change ± half its 95% interval "
-        "over seeds); else mean and range over seeds:",
+        "over seeds); else mean and range over seeds. CTC: the training loss at pretraining's end; "
+        "minutes: of all steps, without start, evaluation and checkpoints, beside another job:",
         markdown(head, rows),
     ]
     head, rows = comparisons(systems, snrs)
@@ -232,9 +239,10 @@ def _metric(row: Result, name: str) -> float:
     return held["value"] if isinstance(held, dict) else held
 
 
-PAIRS = (("conventional", "paper"), ("phoneme", "paper"), ("conventional", "phoneme"),
-         ("no-swap", "paper"), ("no-joint", "paper"), ("paper-ctc", "paper"),
-         ("phoneme", "paper-ctc"))  # fmt: skip
+# The whole step from the conventional system to the paper's, then one change at a time.
+PAIRS = (("conventional", "paper"), ("phoneme", "paper"),
+         ("conventional", "phoneme"), ("phoneme", "late-joint"), ("late-joint", "paper-ctc"),
+         ("paper-ctc", "paper"), ("no-swap", "paper"), ("no-joint", "paper"))  # fmt: skip
 
 
 def comparisons(systems: dict[str, list[Result]], snrs: Sequence[str]):
