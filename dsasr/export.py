@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm import tqdm
 
 from dsasr import config, fragments
 from dsasr.build import Builder
@@ -45,6 +44,7 @@ from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig, load_llm
 from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.progress import Bar
 from dsasr.tensors import Lazy, write_tensors
 
 MODEL_TYPE, FORMAT = "dsasr", 1
@@ -150,7 +150,7 @@ def _write(
     own = {k: k for k in weights.shapes if k.startswith(("encoder.", "adaptor."))}
     of_llm = [k for k in weights.shapes if k.startswith("llm.") and not lora.is_adapter(k)]
     plain = {k.removeprefix("llm."): k for k in of_llm}
-    with tqdm(desc="exporting", unit="B", unit_scale=True, total=0) as bar:
+    with Bar(desc="exporting", unit="B", unit_scale=True, total=0) as bar:
         for place, names in ((folder, own), (llm, plain)):
             tensors = {
                 n: _lazy(weights, key, dtype, bar, recipe.model.lora) for n, key in names.items()
@@ -187,7 +187,7 @@ def _lazy(
     weights: Below,
     key: str,
     dtype: torch.dtype | None,
-    bar: tqdm,
+    bar: Bar,
     adapted: lora.LoraConfig | None,
 ) -> Lazy:
     held = weights.read(key, 0, 1).dtype

@@ -16,12 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dsasr import fragments
 from dsasr.comparing import average, compare, opened, weights
 from dsasr.errors import UserError, run_tool
 from dsasr.fragments import FragmentError
+from dsasr.progress import Bar
 
 
 def listing(folders: list[Path]) -> int:
@@ -53,7 +52,7 @@ def differences(one: Path, other: Path, most: int) -> int:
     """A table of what differs; returns 1 if anything does, as cmp does."""
     a, b = opened(one), opened(other)
     total = len({*weights(a), *weights(b)})
-    found = list(tqdm(compare(a, b), desc="comparing", unit="tensor", total=total))
+    found = list(Bar(compare(a, b), desc="comparing", unit="tensor", total=total))
     differing = [d for d in found if d.differing]
     order = sorted(differing, key=lambda d: -math.inf if d.relative is None else -d.relative)
     for d in order[:most]:
@@ -85,7 +84,7 @@ def main() -> int:
     if args.to is None:
         raise UserError("average needs --to FOLDER")
     readers = [opened(path) for path in args.folders]
-    with tqdm(desc="averaging", unit="tensor", total=len(weights(readers[0]))) as bar:
+    with Bar(desc="averaging", unit="tensor", total=len(weights(readers[0]))) as bar:
         average(readers, args.to, lambda _key: bar.update())
     print(f"{args.to}: the mean of {len(readers)} checkpoints")
     return 0

@@ -10,8 +10,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dsasr.data.phonemes import (
     MissingPhonemes,
     PhonemeVocab,
@@ -22,6 +20,7 @@ from dsasr.data.phonemes import (
 from dsasr.data.shards import BadSample, find_tars, read_texts
 from dsasr.data.writing import check_file
 from dsasr.errors import UserError, run_tool
+from dsasr.progress import Bar
 
 
 def main() -> int:
@@ -40,7 +39,7 @@ def main() -> int:
     causes: Counter[str] = Counter()
 
     def sequences():
-        for tar in tqdm(tars, desc="phonemes", unit="shard", delay=1):
+        for tar in Bar(tars, desc="phonemes", unit="shard", delay=1):
             for sample in read_texts(tar):
                 try:
                     if isinstance(sample, BadSample):

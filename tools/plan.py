@@ -11,11 +11,10 @@ import argparse
 import datetime
 import sys
 
-from tqdm import tqdm
-
 from dsasr import budget, recipe, sizing
 from dsasr.data.plan import FRAMES_PER_SECOND
 from dsasr.errors import UserError, run_tool
+from dsasr.progress import Bar
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +72,7 @@ def plan_batch(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
         raise UserError(f"give --memory ≥ 0, --margin in [0, 1) and --most ≥ {budget.ROUND}")
     budget.check(chosen)
     for stage in stages(args, chosen):
-        with tqdm(desc=stage.name, unit="trial", file=sys.stderr) as bar:
+        with Bar(desc=stage.name, unit="trial") as bar:
 
             def tell(trial: budget.Trial, bar=bar) -> None:
                 bar.set_postfix_str(f"{trial.frames} frames {'fit' if trial.fits else 'do not'}")

@@ -6,11 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dsasr import fragments
 from dsasr.errors import UserError, run_tool
 from dsasr.fragments import FragmentError
+from dsasr.progress import Bar
 from dsasr.snapshots import SnapshotStore
 
 
@@ -36,7 +35,7 @@ def verify(store: SnapshotStore) -> int:
     """Compare every file with its sha256; returns how many snapshots are not whole."""
     bad = 0
     names = [m["id"] for m in store.manifests()]
-    for name in tqdm(names, desc="verifying", unit="snapshot", disable=len(names) < 2):
+    for name in Bar(names, desc="verifying", unit="snapshot", disable=len(names) < 2):
         try:
             fragments.verify(store.folder / name)
         except FragmentError as error:

@@ -15,9 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dsasr.errors import UserError, run_tool
+from dsasr.progress import Bar
 from dsasr.soak import soak
 
 
@@ -36,11 +35,11 @@ def main() -> int:
         raise UserError("--kills and --ranks must be at least 1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where bits can be expected to repeat
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tqdm(total=args.kills, unit="kill") as bar:
+    with Bar(total=args.kills, unit="kill") as bar:
 
         def tell(line: str) -> None:
             bar.update(line.startswith("kill "))
-            tqdm.write(line)
+            Bar.write(line)
 
         verdict = soak(
             args.recipe, args.overrides, args.out, kills=args.kills, world=args.ranks,

@@ -7,7 +7,6 @@ ffmpeg -i film.mp4 -f wav - | python tools/transcribe.py models/demo - --format 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import soundfile
 import torch
-from tqdm import tqdm
 
 from dsasr.errors import UserError, run_tool
-from dsasr.files import atomic_write
+from dsasr.files import atomic_write, json_text
+from dsasr.progress import Bar
 from dsasr.recipe import quiet
 from dsasr.transcription import Recognizer, Transcription, audio_files, with_beam
 
@@ -51,7 +50,7 @@ def seconds_of(path: Path | str) -> float:
 
 def shown(done: Transcription, form: str) -> str:
     if form == "jsonl":
-        return json.dumps(done.plain(), ensure_ascii=False) + "\n"
+        return json_text(done.plain()) + "\n"
     return done.srt() if form == "srt" else done.text + "\n"
 
 
@@ -89,7 +88,7 @@ def main() -> int:
 
     def failed(path: str, error: UserError) -> None:
         bad.append(path)
-        tqdm.write(f"left out: {error}", file=sys.stderr)
+        Bar.write(f"left out: {error}", file=sys.stderr)
 
     with tempfile.TemporaryFile() as spool:
         if "-" in sources:
@@ -100,7 +99,7 @@ def main() -> int:
         form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}, {rate_fmt}]"
         if not total:
             form = "{n:.0f} s [{elapsed}]"
-        with tqdm(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
+        with Bar(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
             for done in recognizer.transcribe_all(opened, bar.update, failed):
                 text = shown(done, args.format)
                 if args.out:

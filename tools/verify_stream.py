@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dsasr.data.stream_check import Verdict, draw_case, run_case
 from dsasr.errors import run_tool
+from dsasr.progress import Bar
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     verdict, started = Verdict(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="dsasr-stream-"))
     try:
-        for seed in tqdm(range(args.seed, args.seed + args.cases), unit="case", file=sys.stderr):
+        for seed in Bar(range(args.seed, args.seed + args.cases), unit="case"):
             run_case(draw_case(seed), folder / str(seed), verdict)
             shutil.rmtree(folder / str(seed))
     finally:

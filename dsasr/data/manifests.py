@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dsasr.data.shards import EXTENSIONS
 from dsasr.errors import UserError
+from dsasr.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manif
         raise UserError(f"{path} holds no utterance")
     ids: set[str] = set()
     missing = []
-    for utterance in tqdm(found, desc="checking audio", unit="file", delay=3):
+    for utterance in Bar(found, desc="checking audio", unit="file", delay=3):
         if utterance.id in ids:
             raise UserError(f"{path} has two utterances with the id '{utterance.id}'")
         ids.add(utterance.id)

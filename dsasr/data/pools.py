@@ -10,9 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from dsasr.errors import UserError
+from dsasr.progress import Bar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,11 +33,11 @@ def each(
     count = min(processes or os.cpu_count() or 1, len(items))
     bar = {"total": len(items), "desc": desc, "unit": unit, "delay": 1}
     if count <= 1:
-        yield from tqdm(map(work, items), **bar)
+        yield from Bar(map(work, items), **bar)
         return
     pool = ProcessPoolExecutor(count, initializer=_prepare)
     try:
-        yield from tqdm(pool.map(work, items), **bar)
+        yield from Bar(pool.map(work, items), **bar)
     except BrokenProcessPool:
         raise UserError(
             "a process was killed, for want of memory perhaps: run again with fewer --processes"

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dsasr.data import espeak
 from dsasr.data.phonemes import EspeakPhonemizer
 from dsasr.demo import grammar, speech
 from dsasr.errors import UserError
 from dsasr.files import atomic_write
+from dsasr.progress import Bar
 
 VERSION = 1  # goes up when the same arguments make another corpus
 SUMMARY = "corpus.json"
@@ -190,7 +190,7 @@ def _write_split(
     source = enumerate(held_out(config, split, target) if target else sentences(config, split))
     jobs = ((config.seed, split, number, lang, text) for number, (lang, text) in source)
     total = target or round(config.hours * 3600)
-    bar = tqdm(total=total, desc=split, unit="utt" if target else "s", disable=not progress)
+    bar = Bar(total=total, desc=split, unit="utt" if target else "s", disable=not progress)
     done = False
     with bar:
         while not done:

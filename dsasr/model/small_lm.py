@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from dsasr.data.text import Prompt, Tokenizer, load_tokenizer, normalise_text
 from dsasr.errors import UserError
-from dsasr.files import atomic_write, fsync_dir, fsync_file
+from dsasr.files import atomic_write, fsync_dir, fsync_file, json_text
 from dsasr.model.reading import SpokenFrames, spoken_batch
+from dsasr.progress import Bar
 
 REPORT = "pretraining.json"
 _TOKENIZER_FILES = (
@@ -210,7 +210,7 @@ def pretrain(
     rng = np.random.default_rng(config.seed)
     order: list[int] = []
     losses: list[float] = []
-    bar = tqdm(range(config.steps), desc="language model", unit="step", disable=not progress)
+    bar = Bar(range(config.steps), desc="language model", unit="step", disable=not progress)
     for step in bar:
         if len(order) < config.batch:
             order += rng.permutation(len(sequences)).tolist()
@@ -341,7 +341,7 @@ def _save(llm, tokenizer: Path, out: Path, report: dict) -> None:
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, building / name)
-    atomic_write(building / REPORT, json.dumps(report, indent=1) + "\n")
+    atomic_write(building / REPORT, json_text(report, indent=1) + "\n")
     for path in building.iterdir():
         fsync_file(path)
     shutil.rmtree(out, ignore_errors=True)

@@ -36,7 +36,8 @@ import numpy as np
 import psutil
 import soundfile
 import torch
-from tqdm import tqdm
+
+from dsasr.progress import Bar
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import record
@@ -277,7 +278,7 @@ def main() -> None:
     cases = [(folder, workers) for folder in args.shards for workers in args.workers]
     with (
         tempfile.TemporaryDirectory(prefix="dsasr-loader-") as temporary,
-        tqdm(total=round(60 * args.minutes), unit="s", disable=None) as progress,
+        Bar(total=round(60 * args.minutes), unit="s", disable=None) as progress,
     ):
         for number, (folder, workers) in enumerate(cases):
             sides = _sides(folder, workers, args, Path(temporary) / str(number))

@@ -38,7 +38,6 @@ import torch
 from common import machine, matrix_rate, record
 from marks import Marks, peak, profiled, restart_peak
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dsasr import engine, flops, kernels, ranks, recipe, sizing
@@ -52,6 +51,7 @@ from dsasr.model.encoder import Encoder
 from dsasr.model.llm import embedding_rms
 from dsasr.model.pretrainer import Pretrainer
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.progress import Bar
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
@@ -211,7 +211,7 @@ def measure(
     marks, size = Marks(), stage.accumulate
     groups = [held[i : i + size] for i in range(0, len(held), size)]
     marks.watch(branch)
-    for number, group in enumerate(tqdm(groups, stage.name, leave=False, disable=not _shown())):
+    for number, group in enumerate(Bar(groups, stage.name, leave=False, disable=not _shown())):
         if number == warm_up:
             marks.seconds()  # nothing of the warm-up is left in the queue
             marks.clear()

@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 from common import record
 from torch import nn
-from tqdm import tqdm
 
 from dsasr import engine, ranks
 from dsasr.data.batching import Batch
@@ -43,6 +42,7 @@ from dsasr.errors import run_tool
 from dsasr.model.encoder import Encoder, EncoderConfig
 from dsasr.model.outputs import Outputs
 from dsasr.parking import ParkConfig
+from dsasr.progress import Bar
 from dsasr.snapshots import SnapshotStore
 from dsasr.stages import Snapshot, StageConfig
 
@@ -258,11 +258,11 @@ def main() -> int:
     options = parser.parse_args()
     engine.set_threads(EngineConfig())
     engine.init_distributed()
-    for size in tqdm(options.sizes, unit="size", disable=not ranks.main_rank()):
+    for size in Bar(options.sizes, unit="size", disable=not ranks.main_rank()):
         reason = ranks.broadcast(room(size))
         if reason:
             if ranks.main_rank():
-                tqdm.write(reason)
+                Bar.write(reason)
             continue
         made = tempfile.mkdtemp(dir=options.folder) if ranks.main_rank() else None
         folder = Path(ranks.broadcast(made))
