@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all (written beside their place, fsynced, renamed); lines."""
+"""Files that appear whole or not at all (written beside their place, fsynced, renamed); JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,24 @@ def atomic_write(path: str | os.PathLike, data: str | bytes) -> None:
     """Write ``data`` (text as UTF-8) to ``path``, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def finite(value: Any) -> Any:
+    """``value``, of which lists and dicts are copied, with None for every float that is no number
+    or infinite."""
+    if isinstance(value, dict):
+        return {key: finite(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """``value`` as JSON, which has no NaN and no infinity: both are null.
+
+    ``options`` are `json.dumps`'s.
+    """
+    return json.dumps(finite(value), allow_nan=False, ensure_ascii=False, **options)
 
 
 def text_lines(path: Path) -> list[str]:

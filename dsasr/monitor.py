@@ -20,7 +20,7 @@ import torch
 
 from dsasr import ranks
 from dsasr.engine import StepReport
-from dsasr.files import atomic_write, text_lines
+from dsasr.files import atomic_write, json_text, text_lines
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Monitor:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if name in self._files:
             with self._despite_full_disk():
-                self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._files[name].write(json_text(line) + "\n")
                 self._files[name].flush()
                 self._lines[name] += 1
 

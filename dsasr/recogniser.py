@@ -29,11 +29,14 @@ class Recogniser:
     checkpoint: Path
 
     @classmethod
-    def from_run(cls, folder: str | Path) -> Recogniser:
-        """The newest whole checkpoint of a run folder. Raises `UserError` if there is none."""
+    def from_run(cls, folder: str | Path, checkpoint: str = "") -> Recogniser:
+        """The newest whole checkpoint of a run folder, or that of a name (``step-…``) or a path.
+
+        Raises `UserError` if there is none, or if ``checkpoint`` is missing or torn.
+        """
         folder = Path(folder)
         build = Builder(run_recipe(folder))
-        reader = newest(folder)
+        reader = named(folder, checkpoint) if checkpoint else newest(folder)
         model = build.speech_llm()
         try:
             partition.load_weights(model, Below(reader, "sft/"))
@@ -83,6 +86,22 @@ def newest(folder: Path) -> FragmentReader:
         except FragmentError:
             continue
     raise UserError(f"{folder} has no whole checkpoint yet")
+
+
+def named(folder: Path, checkpoint: str) -> FragmentReader:
+    """A run's checkpoint by its name, or one by its path, when its checksums hold."""
+    own = folder / "checkpoints" / checkpoint
+    path = own if own.is_dir() else Path(checkpoint)
+    if path.is_dir():
+        try:
+            fragments.verify(path)
+            return FragmentReader(path)
+        except FragmentError as error:
+            problem = f"checkpoint {checkpoint} is not whole: {error}"
+    else:
+        problem = f"there is no checkpoint {checkpoint}"
+    held = ", ".join(sorted(p.name for p in (folder / "checkpoints").glob("step-*")))
+    raise UserError(f"{problem}; {folder} has {held or 'none yet'}")
 
 
 def events(folder: Path) -> list[dict]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
-from dsasr.files import json_lines, text_lines
+from dsasr.files import json_lines, json_text, text_lines
 
 
 @pytest.mark.parametrize("rows", [[], ["a"], ["a\u2028b", "c\x85d", ""], ["", "e\x0cf"]])
@@ -21,3 +22,15 @@ def test_a_torn_last_line_is_no_row(tmp_path):
     path.write_text('{"a": 1}\n{"a": ', "utf-8")
     assert text_lines(path) == ['{"a": 1}', '{"a": ']
     assert json_lines(path) == [{"a": 1}] and json_lines(tmp_path / "none.jsonl") == []
+
+
+def test_json_holds_neither_nan_nor_infinity():
+    held = {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf, "d": "∞"}, "e": 2, "f": True}
+    text = json_text(held, indent=1)
+    assert "∞" in text and "\n" in text and held["b"]["c"] == math.inf
+
+    def never(constant):
+        raise AssertionError(constant)
+
+    back = json.loads(text, parse_constant=never)
+    assert back == {"a": [None, [1.5, None]], "b": {"c": None, "d": "∞"}, "e": 2, "f": True}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -163,3 +164,13 @@ def test_the_ledger_keeps_each_steps_samples_and_is_cut_at_a_resume(tmp_path):
     monitor.step(report(0, 1.0), 1, 0.0)
     monitor.close()
     assert not (tmp_path / "without" / "ledger.jsonl").exists()
+
+
+def test_a_value_that_is_no_number_is_null(tmp_path):
+    monitor = Monitor(tmp_path, MonitorConfig(every=1, tensorboard=False), 10)
+    line = monitor.step(report(0, math.nan), 1, 0.0, more={"grad_norm": math.inf})
+    monitor.event("drift", cka=math.nan, steps=1)
+    monitor.close()
+    assert math.isnan(line["nll"])  # who stops the run is told what it is
+    assert lines(tmp_path)[0]["nll"] is None and lines(tmp_path)[0]["grad_norm"] is None
+    assert lines(tmp_path, "events")[0]["cka"] is None

@@ -2,12 +2,12 @@
 
 python tools/evaluate.py runs/demo --data corpus/demo/shards/test
 python tools/evaluate.py runs/demo --data corpus/demo/shards/{test,nonspeech} --suite --report
+python tools/evaluate.py runs/demo --checkpoint step-0000000450 --data … --out early.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import replace
@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import recordings, trials
 from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.noise import SuiteConfig
 from dsasr.evaluation.normalise import check_rules
-from dsasr.files import atomic_write
+from dsasr.files import atomic_write, json_text
 from dsasr.monitor import clock
+from dsasr.progress import Bar
 from dsasr.recipe import quiet
 from dsasr.recogniser import Recogniser, events, finished
 
@@ -42,6 +42,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", nargs="+", help="shards: folders, tars or patterns; samples without text count "
         "as non-speech",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", default="", help="a name below RUN/checkpoints, or a path (default: the "
+        "newest)",
     )  # fmt: skip
     parser.add_argument("--beam", type=int, default=0, help="1 is greedy (default: the recipe's)")
     parser.add_argument("--limit", type=int, default=0, help="utterances, spread over the set")
@@ -68,10 +72,26 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.is_finished and not args.data:
         parser.error("--data is needed")
+    if args.checkpoint and args.report:
+        parser.error("--report speaks of the run's end: write those of a --checkpoint with --out")
     return args
 
 
 UNITS = {"word": "words", "char": "characters", "mixed": "words and characters"}
+
+
+def percent(rate: float | None) -> str:
+    """A fraction in percent; "–" for a rate that does not exist."""
+    return "–" if rate is None else f"{100 * rate:.2f}"
+
+
+def pace(row: dict) -> str:
+    """One row of `Trials.nonspeech` in words."""
+    if not row["clips_with_text"]:
+        return f"0 characters a minute of non-speech (no text in {row['clips']} clips)"
+    span = "" if row["low"] is None else f" ({row['low']:.1f}…{row['high']:.1f})"
+    told = f"{row['rate']:.1f} characters a minute of non-speech{span}"
+    return f"{told}, text in {row['clips_with_text']} of {row['clips']} clips"
 
 
 def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
@@ -79,8 +99,8 @@ def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
     for condition, part in summary["conditions"].items():
         for lang, row in part["languages"].items():
             print(
-                f"{condition:>9} {lang:>6}: {100 * row['rate']:6.2f}% errors "
-                f"({100 * row['low']:.2f}…{100 * row['high']:.2f}) of {row['units']} "
+                f"{condition:>9} {lang:>6}: {percent(row['rate']):>6}% errors "
+                f"({percent(row['low'])}…{percent(row['high'])}) of {row['units']} "
                 f"{UNITS[row['unit']]}: {row['substitutions']} sub, {row['deletions']} del, "
                 f"{row['insertions']} ins"
             )
@@ -89,11 +109,8 @@ def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
         if row["utterances"]:
             kinds = ", ".join(f"{row[k]} {k}" for k in KINDS)
             print(f"{where}: {row['flagged']} of {row['utterances']} hallucinated ({kinds})")
-        if row["clips"]:
-            print(
-                f"{where}: {row['characters_per_minute']:.1f} characters a minute, text in "
-                f"{row['clips_with_text']} of {row['clips']} clips"
-            )
+    for condition, row in summary["hallucination"]["nonspeech"].items():
+        print(f"{condition:>9} {'':>6}: {pace(row)}")
     for example in summary["hallucination"]["examples"][:pairs]:
         head = f"{example['kind']} ({example['condition']}, {example['detail']})"
         print(f"  {head}\n    ref  {example['reference']}\n    hyp  {example['hypothesis']}")
@@ -122,7 +139,7 @@ def main() -> int:
         return 0 if finished(args.run) else 1
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    recogniser = Recogniser.from_run(args.run)
+    recogniser = Recogniser.from_run(args.run, args.checkpoint)
     recipe = recogniser.build.recipe
     rules = args.rules or recipe.evaluation.rules
     try:
@@ -139,7 +156,7 @@ def main() -> int:
     if left_out:
         print(f"left out: {dict(left_out)}")
     config = replace(SuiteConfig(), clips=args.clips) if args.suite else trials.PLAIN
-    bar = partial(tqdm, desc="decoding", unit="batch", delay=2, file=sys.stderr)
+    bar = partial(Bar, desc="decoding", unit="batch", delay=2)
     found = recogniser.hear(held, config, beam=args.beam, progress=bar)
     summary = found.summary(rules)
     tell(found, summary, args.pairs)
@@ -156,8 +173,7 @@ def main() -> int:
         data = args.data[0] if len(args.data) == 1 else args.data
         values = {**summary, "data": data, "beam": args.beam, "stages": rows}
         atomic_write(args.run / TRANSCRIPTS, found.text())
-        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-        atomic_write(args.run / "report.json", text)
+        atomic_write(args.run / "report.json", json_text(values, indent=1) + "\n")
         for name, _, seconds in stages:
             print(f"stage {name:<10} {clock(seconds)}")
     rates = "  ".join(

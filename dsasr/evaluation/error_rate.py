@@ -7,7 +7,7 @@ reference is infinite if there are insertions and NaN if there are none.
 
 Intervals resample utterances (Bisani & Ney 2004, "Bootstrap estimates for confidence intervals in
 ASR performance evaluation"); so does the paired test, which draws the same utterances for both
-systems.
+systems. `ratio_interval` does so for any ratio of sums.
 """
 
 from __future__ import annotations
@@ -213,13 +213,8 @@ class Scores:
         return Scores([u for u in self.utterances if u.lang == lang], self.rules)
 
     def interval(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Interval:
-        """`rate` with a percentile interval over resampled utterances (NaN when empty)."""
-        if not self.utterances:
-            return Interval(math.nan, math.nan, math.nan, level)
-        errors_N, reference_N = _columns(self.utterances)
-        (rates,) = _resample([errors_N], reference_N, draws, seed)
-        low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-        return Interval(self.rate, float(low), float(high), level)
+        """`rate` with its `ratio_interval` over utterances."""
+        return ratio_interval(*_columns(self.utterances), level=level, draws=draws, seed=seed)
 
     def summary(self) -> dict[str, float]:
         """Flat scalars for a log; rates that do not exist are left out."""
@@ -255,6 +250,24 @@ def score(
     for pair in pairs:
         scores.add(*pair)
     return scores
+
+
+def ratio_interval(
+    over_N: np.ndarray,
+    under_N: np.ndarray,
+    *,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Σ ``over_N`` / Σ ``under_N`` of N utterances or clips, with a percentile interval over
+    resampled ones; without anything under, both ends are NaN."""
+    value = _ratio(float(over_N.sum()), float(under_N.sum()))
+    if not under_N.any():
+        return Interval(value, math.nan, math.nan, level)
+    (ratios,) = _resample([over_N], under_N, draws, seed)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high), level)
 
 
 def paired_test(
@@ -307,19 +320,23 @@ def _columns(rows: list[Utterance]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resample(
-    errors: list[np.ndarray], reference_N: np.ndarray, draws: int, seed: int
+    overs: list[np.ndarray], under_N: np.ndarray, draws: int, seed: int
 ) -> list[np.ndarray]:
-    """Rates [draws] per system, the same draw of utterances for each, in bounded memory."""
+    """Ratios [draws] per system, the same draw of utterances for each, in bounded memory.
+
+    A draw with nothing under is counted as if one unit were.
+    """
     rng = np.random.default_rng(seed)
-    size = len(reference_N)
+    size = len(under_N)
     chunk = max(1, 2_000_000 // size)
-    out: list[list[np.ndarray]] = [[] for _ in errors]
+    out: list[list[np.ndarray]] = [[] for _ in overs]
     for start in range(0, draws, chunk):
         picks = rng.integers(0, size, (min(chunk, draws - start), size))
-        total = np.maximum(reference_N[picks].sum(1), 1)
-        for rates, errors_N in zip(out, errors, strict=True):
-            rates.append(errors_N[picks].sum(1) / total)
-    return [np.concatenate(rates) for rates in out]
+        total = under_N[picks].sum(1)
+        total = np.where(total > 0, total, 1)
+        for ratios, over_N in zip(out, overs, strict=True):
+            ratios.append(over_N[picks].sum(1) / total)
+    return [np.concatenate(ratios) for ratios in out]
 
 
 def _row(counts: Counts) -> list[int]:

@@ -17,26 +17,29 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsasr.data.audio import Cmvn, FbankConfig
 from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig, Decodes, decode
-from dsasr.evaluation.error_rate import Scores, paired_test
+from dsasr.evaluation.error_rate import Scores, paired_test, ratio_interval
 from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationReport, flags, written
 from dsasr.evaluation.noise import Case, SuiteConfig, Utterance, best_prefix, suite
 from dsasr.evaluation.recordings import Recording, batches, empty_batch
-from dsasr.files import text_lines
+from dsasr.files import finite, json_text, text_lines
 from dsasr.model.speech_llm import SpeechLLM
 
 PLAIN = SuiteConfig(nonspeech=(), snrs=(), truncations=())  # the recordings as they are
 RECORDED = "recorded"
+ALL = "all"  # no condition's name
 
 
 @dataclass(frozen=True)
 class Trial:
     """One clip's transcript; ``reference`` is None for non-speech, ``entropy`` the mean predictive
-    entropy of its tokens in nats, ``finished`` False where the token limit cut it."""
+    entropy of its tokens in nats (None: not finite), ``finished`` False where the token limit cut
+    it."""
 
     key: str
     condition: str
@@ -44,7 +47,7 @@ class Trial:
     reference: str | None
     hypothesis: str
     seconds: float
-    entropy: float
+    entropy: float | None
     finished: bool
 
 
@@ -135,7 +138,10 @@ class Trials:
         return report
 
     def summary(self, rules: str = "standard") -> dict[str, Any]:
-        """JSON-able: rates in fractions with 95% intervals by condition and language; counts."""
+        """JSON-able: rates in fractions with 95% intervals by condition and language; counts.
+
+        None stands for what does not exist, such as an error rate over references without a unit.
+        """
         out: dict[str, Any] = dict(self.scores(rules=rules).summary())
         out["conditions"] = {}
         for condition in self.conditions():
@@ -149,15 +155,40 @@ class Trials:
                 }
             }
         report = self.hallucinations()
-        rows = [_finite(row) for row in report.rows()]
-        examples = [asdict(e) for e in report.examples]
-        totals = report.summary()
-        out["hallucination"] = {"totals": totals, "rows": rows, "examples": examples}
-        return out
+        out["hallucination"] = {
+            "totals": report.summary(),
+            "rows": list(report.rows()),
+            "nonspeech": self.nonspeech(),
+            "examples": [asdict(e) for e in report.examples],
+        }
+        return finite(out)
+
+    def nonspeech(self) -> dict[str, dict[str, float]]:
+        """Characters a minute transcribed from non-speech, by condition and over `ALL` of them.
+
+        ``rate`` is Σ characters / Σ minutes; ``low`` and ``high`` are its 95% `ratio_interval` over
+        clips (ours). Both are NaN of a single clip and where no clip holds text: all draws would be
+        alike, and the rule of three bounds how often a clip holds text, not how much.
+        """
+        clips = [row for row in self.rows if row.reference is None]
+        found = {}
+        for name in (*dict.fromkeys(row.condition for row in clips), *[ALL] * bool(clips)):
+            held = [row for row in clips if name in (row.condition, ALL)]
+            characters_N = np.array([written(row.hypothesis) for row in held], dtype=np.float64)
+            span = ratio_interval(characters_N, np.array([row.seconds for row in held]) / 60)
+            known = len(held) > 1 and characters_N.any()
+            found[name] = {
+                "rate": span.value,
+                "low": span.low if known else math.nan,
+                "high": span.high if known else math.nan,
+                "clips": len(held),
+                "clips_with_text": int((characters_N > 0).sum()),
+            }
+        return found
 
     def text(self) -> str:
         """JSON lines."""
-        return "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in self.rows)
+        return "".join(json_text(vars(row)) + "\n" for row in self.rows)
 
 
 def read(path: Path) -> Trials:
@@ -196,7 +227,7 @@ def compare(a: Trials, b: Trials, rules: str = "standard") -> dict[str, dict[str
             "flagged_p": sign_test(only_a, only_b),
         }
         scores = a.scores(condition, rules), b.scores(condition, rules)
-        if len(scores[0]):
+        if scores[0].counts.reference:
             row |= asdict(paired_test(*scores))
         out[condition] = row
     return out
@@ -239,8 +270,3 @@ def _rated(scores: Scores) -> dict[str, float]:
         "units": counts.reference,
         "utterances": len(scores),
     }
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

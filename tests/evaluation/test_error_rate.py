@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsasr.evaluation.error_rate import Counts, Scores, count, paired_test, score
+from dsasr.evaluation.error_rate import Counts, Scores, count, paired_test, ratio_interval, score
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "away", "home", "blue"]
 
@@ -134,6 +134,16 @@ def test_interval_covers():
         inside += interval.low <= 0.3 <= interval.high
     assert 85 <= inside <= 100
     assert scores.interval(draws=50, seed=1) == scores.interval(draws=50, seed=1)
+
+
+def test_ratios_of_seconds_are_resampled_like_those_of_units():
+    """Less than one unit under the line is no fault; nothing under it has no interval."""
+    over_N, under_N = np.array([1.0, 0.0, 2.0]), np.array([0.05, 0.05, 0.05])
+    span = ratio_interval(over_N, under_N, draws=500)
+    assert span.value == pytest.approx(20) and span.low <= 10 and span.high == pytest.approx(40)
+    assert span == ratio_interval(over_N, under_N, draws=500)
+    none = ratio_interval(over_N, np.zeros(3))
+    assert math.isinf(none.value) and math.isnan(none.low) and math.isnan(none.high)
 
 
 def test_paired_test_sees_a_difference_and_none():

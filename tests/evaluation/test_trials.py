@@ -65,6 +65,41 @@ def test_summary_by_condition_and_language():
     json.dumps(found, allow_nan=False)
 
 
+def test_a_reference_without_a_unit_has_no_rate():
+    """Insertions into nothing: an infinite share, which JSON has no word for."""
+    held = [row("a", "Um, uh.", "hello there"), row("b", "?!", "")]
+    clean = Trials(held).summary()["conditions"]["clean"]
+    assert clean["units"] == 0 and clean["insertions"] == 2
+    for part in (clean, clean["languages"]["en"]):
+        assert [part[k] for k in ("rate", "low", "high")] == [None] * 3
+    assert "difference" not in compare(Trials(held), Trials(held))["clean"]
+    broken = [Trial(**{**vars(held[0]), "entropy": math.nan})]
+    assert json.loads(Trials(broken).text())["entropy"] is None
+
+
+def test_characters_a_minute_have_an_interval_over_clips():
+    clips = [row(f"n{i}", None, "x" * i, "white", 30.0) for i in range(10)]
+    clips += [row("s0", None, "", "silence", 60.0), row("s1", None, "…", "silence", 60.0)]
+    clips += [row("r", None, "hello", "recorded")]
+    found = Trials([*clips, *ROWS[:2]]).summary()["hallucination"]["nonspeech"]
+    assert list(found) == ["white", "silence", "recorded", "all"]
+    white, silence = found["white"], found["silence"]
+    assert white["rate"] == pytest.approx(45 / 5)
+    # The mean of 10 clips of s.d. √8.25 characters in half a minute, in percentiles.
+    half = 1.96 * 2 * math.sqrt(8.25 / 10)
+    assert white["low"] == pytest.approx(9 - half, abs=0.5)
+    assert white["high"] == pytest.approx(9 + half, abs=0.5)
+    assert (white["clips"], white["clips_with_text"]) == (10, 9)
+    # Clips without any text do not show that there is never any.
+    assert silence == {
+        "rate": 0.0, "low": None, "high": None, "clips": 2, "clips_with_text": 0
+    }  # fmt: skip
+    assert found["recorded"]["rate"] == 150 and found["recorded"]["low"] is None
+    assert found["all"]["rate"] == pytest.approx(50 / (5 + 2 + 2 / 60))
+    assert found["all"]["clips"] == 13 and found["all"]["low"] < found["all"]["high"]
+    assert Trials(ROWS[:2]).summary()["hallucination"]["nonspeech"] == {}
+
+
 def test_rows_survive_their_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(Trials(ROWS).text())
