@@ -7,8 +7,9 @@ Rows are plain JSON: one per checkpoint, in the order given.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from dsasr.allocation import alignment, labelling
 from dsasr.allocation.accessible import Accessible, AccessibleConfig, csai, pai, reinitialised
 from dsasr.allocation.cka import cka
 from dsasr.allocation.entropy import Allocation, CtcEntropySums
-from dsasr.allocation.foreign import ForeignEncoder
+from dsasr.allocation.foreign import RATE, ForeignEncoder
 from dsasr.allocation.labelling import Labelled, Numbering
 from dsasr.allocation.nse import nse
 from dsasr.build import Builder
+from dsasr.data.audio import resample
 from dsasr.data.phonemes import (
     EspeakPhonemizer,
     MissingPhonemes,
@@ -34,6 +36,7 @@ from dsasr.data.phonemes import (
 )
 from dsasr.errors import UserError
 from dsasr.evaluation.recordings import Recording, batches
+from dsasr.files import finite
 from dsasr.fragments import Below, FragmentError, FragmentReader
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoder import Encoder
@@ -41,10 +44,12 @@ from dsasr.model.speech_llm import SpeechLLM
 from dsasr.ranks import device
 from dsasr.recogniser import newest, run_recipe
 
+MOST_SECONDS = 60.0  # of a recording that is measured
+
 
 @dataclass
 class Subject:
-    """A checkpoint that is to be measured. ``about`` joins its row."""
+    """A checkpoint that is to be measured. ``about`` joins its row; ``rate`` is what it reads."""
 
     name: str
     about: dict[str, Any]
@@ -55,6 +60,7 @@ class Subject:
     ctc: CtcHead | None = None
     llm: SpeechLLM | None = None
     foreign: ForeignEncoder | None = None
+    rate: int = RATE
 
 
 # -- opening -----------------------------------------------------------------------------------
@@ -69,10 +75,21 @@ def run_folder(path: Path) -> Path:
     raise UserError(f"{path}: no run's recipe.yaml at or above it")
 
 
+def is_foreign(path: str | Path) -> bool:
+    """Whether it is a Hugging Face encoder's folder, which has a config.json."""
+    return (Path(path) / "config.json").is_file()
+
+
+def longest(paths: Iterable[str | Path]) -> float:
+    """The seconds of audio that all of the checkpoints can read: `MOST_SECONDS` at most."""
+    from dsasr.allocation import foreign
+
+    return min([MOST_SECONDS, *(foreign.longest(path) for path in paths if is_foreign(path))])
+
+
 def open_any(path: str | Path) -> Subject:
-    """What `open_checkpoint` opens, or a Hugging Face encoder's folder (it has a config.json)."""
-    foreign = (Path(path) / "config.json").is_file()
-    return open_foreign(str(path)) if foreign else open_checkpoint(path)
+    """What `open_checkpoint` opens, or a Hugging Face encoder's folder."""
+    return open_foreign(str(path)) if is_foreign(path) else open_checkpoint(path)
 
 
 def open_checkpoint(path: str | Path) -> Subject:
@@ -119,9 +136,10 @@ def _subject(path: Path, reader: FragmentReader, build: Builder) -> Subject:
 
 
 def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) -> Subject:
+    fbank = build.recipe.data.fbank
+
     def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
         found = {}
-        fbank = build.recipe.data.fbank
         with torch.no_grad():
             for batch in batches(recordings, fbank_config=fbank, cmvn=build.cmvn):
                 moved = batch.to(device())
@@ -130,8 +148,8 @@ def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) 
                     found[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
         return found
 
-    seconds = 4 * build.recipe.data.fbank.shift_ms / 1000
-    return Subject(name, about, seconds, encode, build, encoder, head, llm)
+    seconds = 4 * fbank.shift_ms / 1000
+    return Subject(name, about, seconds, encode, build, encoder, head, llm, rate=fbank.rate)
 
 
 def _head(build: Builder, reader: Below) -> CtcHead | None:
@@ -179,11 +197,12 @@ def random_baseline(subject: Subject, *, seed: int = 0) -> Subject:
 
 @dataclass
 class ProbeSet:
-    """Recordings with their labels; ``causes`` counts what had to be left out."""
+    """Recordings at ``rate`` with their labels; ``causes`` counts what had to be left out."""
 
     recordings: list[Recording]
     labels: list[Labelled]
-    causes: dict[str, int] = field(default_factory=dict)
+    causes: Counter[str] = field(default_factory=Counter)
+    rate: int = RATE
 
 
 def probe_set(
@@ -191,31 +210,40 @@ def probe_set(
 ) -> ProbeSet:
     """Label recordings: alignments that the shards hold, else the aligner's forced alignment.
 
-    ``semantic`` is ``word`` or ``token`` (of the run's LLM): the labels S of CSAI. Raises
-    `UserError` if nothing could be labelled.
+    ``semantic`` is ``word`` or ``token`` (of the run's LLM): the labels S of CSAI. What has no
+    text, or the key of an earlier one, is left out. Raises `UserError` if fewer than 3 utterances
+    could be labelled.
     """
     build = aligner.build
     if build is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
-    speech = [r for r in recordings if r.text]
-    features = aligner.encode(speech) if aligner.ctc is not None else {}
+    causes: Counter[str] = Counter()
+    speech: dict[str, Recording] = {}
+    for r in recordings:
+        if r.text and r.key not in speech:
+            speech[r.key] = r
+        else:
+            causes["same_key" if r.text else "no_text"] += 1
+    features = aligner.encode(list(speech.values())) if aligner.ctc is not None else {}
     phonemizer = build_phonemizer(build.recipe.data.phonemizer)
     speaker = EspeakPhonemizer() if isinstance(phonemizer, StoredPhonemes) else phonemizer
-    number, labels, kept, causes = Numbering(), [], [], {}
-    for r in speech:
+    number, labels, kept = Numbering(), [], []
+    for r in speech.values():
         try:
             labels.append(_label(r, aligner, features.get(r.key), phonemizer, speaker, number))
             kept.append(r)
         except (UnknownPhoneme, UnknownWord, MissingPhonemes) as error:
-            cause = type(error).__name__
-            causes[cause] = causes.get(cause, 0) + 1
+            causes[type(error).__name__] += 1
         except ValueError:
-            causes["not_alignable"] = causes.get("not_alignable", 0) + 1
+            causes["not_alignable"] += 1
     if len(kept) < 3:
-        raise UserError(f"only {len(kept)} utterances could be labelled ({causes or 'no text'})")
+        raise UserError(
+            f"only {len(kept)} utterances could be labelled (left out: {dict(causes)}): "
+            "at least 3 are needed"
+        )
     if semantic == "token":
         labels = [_tokens(r, held, build, speaker) for r, held in zip(kept, labels, strict=True)]
-    return ProbeSet(kept, labels, causes)
+    return ProbeSet(kept, labels, causes, build.recipe.data.fbank.rate)
 
 
 def _label(r: Recording, aligner: Subject, x_SE, phonemizer, speaker, number) -> Labelled:
@@ -258,17 +286,25 @@ def measure(
     config: AccessibleConfig,
     reference: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The subject's row, and its features (key → [S, E]) for CKA of later ones."""
+    """The subject's row, and its features (key → [S, E]) for CKA of later ones.
+
+    Raises `UserError` where its frames are not finite, or too few to hold any out.
+    """
     started = time.monotonic()
-    features = subject.encode(probes.recordings)
+    recordings = _at_rate(probes, subject.rate)
+    features = subject.encode(recordings)
     every_NE = torch.cat(list(features.values()))
+    if not bool(every_NE.isfinite().all()):
+        raise UserError(f"{subject.name} gives frames that are not finite: leave it out")
     spectrum = nse(every_NE)
     frames = labelling.frame_set(probes.labels, features, subject.frame_seconds, config.window)
     row: dict[str, Any] = {"name": subject.name, **subject.about}
     row |= {"nse": spectrum.nse, "effective_rank": spectrum.effective_rank}
     row |= {"width": every_NE.shape[1], "frames": spectrum.frames}
-    row["pai"] = _plain(pai(frames, config))
-    row["csai"] = _plain(csai(frames, config))
+    try:
+        row |= {"pai": _plain(pai(frames, config)), "csai": _plain(csai(frames, config))}
+    except ValueError as error:
+        raise UserError(f"{subject.name}: {error}; give more utterances") from None
     if reference is not None and all(
         len(features[k]) == len(reference[k]) for k in features if k in reference
     ):
@@ -277,14 +313,24 @@ def measure(
     if subject.ctc is not None:
         row["ctc"] = asdict(_ctc_entropy(subject.ctc, features))
     if subject.llm is not None:
-        row["llm"] = llm_allocation(subject.llm, subject.build, probes.recordings)
-    row["utterances"] = len(probes.recordings)
+        row["llm"] = llm_allocation(subject.llm, subject.build, recordings)
+    row["utterances"] = len(recordings)
     row["seconds"] = time.monotonic() - started
-    return row, features
+    return finite(row), features
+
+
+def _at_rate(probes: ProbeSet, rate: int) -> list[Recording]:
+    if rate == probes.rate:
+        return probes.recordings
+    return [
+        replace(r, wave=resample(torch.from_numpy(r.wave), probes.rate, rate).numpy())
+        for r in probes.recordings
+    ]
 
 
 def _plain(found: Accessible) -> dict[str, Any]:
-    return asdict(found) | {"share": found.share, "sound": found.sound}
+    more = {"share": found.share, "sound": found.sound, "found": found.found}
+    return finite(asdict(found) | more)
 
 
 @torch.no_grad()
@@ -330,7 +376,8 @@ def llm_allocation(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as text. PAI and CSAI are nats a frame with their 95% interval, shuffled in brackets."""
+    """Rows as text. PAI and CSAI are nats a frame with their 95% interval, shuffled in brackets;
+    ``none (<x)`` where the probe without E won and a gain of x would have stood out."""
     head = ("checkpoint", "NSE", "rank", "PAI", "of H(P)", "CSAI", "of H(S|P)", "CKA", "CTC H",
             "H0", "H1", "H0-H1", "LLM H")  # fmt: skip
     lines = [head, *(_cells(row) for row in rows)]
@@ -352,14 +399,19 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         return "–" if value is None else f"{value:.{digits}f}"
 
     def gain(held: dict[str, Any]) -> str:
+        shuffled = f"[{number(held['shuffled'], 2)}]"
+        if not held.get("found", True):
+            return f"none (<{number(held['limit'])}) {shuffled}"
         mark = "" if held["sound"] else " underfit"
-        span = f"{held['low']:.2f}…{held['high']:.2f}"
-        return f"{held['value']:.3f} {span} [{held['shuffled']:.2f}]{mark}"
+        return f"{held['value']:.3f} {held['low']:.2f}…{held['high']:.2f} {shuffled}{mark}"
+
+    def share(held: dict[str, Any]) -> str:
+        return "–" if held["share"] is None else f"{100 * held['share']:.1f}%"
 
     return (
         row["name"], number(row["nse"]), number(row["effective_rank"], 1),
-        gain(row["pai"]), f"{100 * row['pai']['share']:.1f}%",
-        gain(row["csai"]), f"{100 * row['csai']['share']:.1f}%",
+        gain(row["pai"]), share(row["pai"]),
+        gain(row["csai"]), share(row["csai"]),
         number(row.get("cka_to_first")), number(ctc.get("frames")),
         number(llm.get("without_audio")), number(llm.get("with_audio")),
         number(llm.get("resolved")), number(llm.get("entropy")),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dsasr import measuring
+from dsasr.allocation.accessible import Accessible, AccessibleConfig
 from dsasr.data.audio import FbankConfig
 from dsasr.data.phonemes import PhonemeVocab, PhonemizerConfig
 from dsasr.errors import UserError
@@ -58,3 +63,116 @@ def test_stored_alignments_need_no_ctc_head(aligner):
 def test_without_a_head_or_an_alignment_it_is_refused(aligner):
     with pytest.raises(UserError, match="no CTC head"):
         measuring.probe_set(aligner, [recording(f"u{i}", "今天") for i in range(3)])
+
+
+def test_what_has_no_text_or_a_key_that_was_there_is_counted(aligner):
+    held = [recording(f"u{i % 4}", "今天", phonemes=PHONEMES) for i in range(5)]
+    found = measuring.probe_set(aligner, [*held, recording("u9", "")])
+    assert [r.key for r in found.recordings] == [x.key for x in found.labels]
+    assert len(found.labels) == 4 and found.causes == {"same_key": 1, "no_text": 1}
+    with pytest.raises(UserError, match=r"only 2 utterances.*same_key.*at least 3"):
+        measuring.probe_set(aligner, [held[0], held[1], held[0]])
+
+
+def spoken(aligner, count: int = 12, **given) -> measuring.ProbeSet:
+    rng = np.random.default_rng(0)
+    held = [recording(f"u{i}", "今天", phonemes=PHONEMES) for i in range(count)]
+    held = [replace(r, wave=rng.normal(0, 0.1, 6400).astype(np.float32)) for r in held]
+    return replace(measuring.probe_set(aligner, held), **given)
+
+
+def subject(aligner, encode, **given) -> measuring.Subject:
+    about = {"run": "runs/x", "kind": "checkpoint"}
+    return measuring.Subject(
+        "x", about, 0.04, lambda held: {r.key: encode(r.wave) for r in held}, aligner.build, **given
+    )
+
+
+def spread(wave: np.ndarray) -> torch.Tensor:
+    """Ten frames of four numbers."""
+    return torch.from_numpy(wave[: len(wave) // 40 * 40]).reshape(10, 4, -1).std(-1)
+
+
+def test_a_row_of_few_speakers_has_folds(aligner):
+    config, probes = AccessibleConfig(control=False, draws=20), spoken(aligner, 11)
+    row, features = measuring.measure(subject(aligner, spread), probes, config)
+    assert len(features) == row["utterances"] == row["csai"]["utterances"] == 11
+    assert (row["pai"]["folds"], row["pai"]["split"]) == (4, "speaker")
+    assert row["pai"]["shuffled"] is None and json.loads(json.dumps(row, allow_nan=False)) == row
+    again, _ = measuring.measure(subject(aligner, spread), probes, config, features)
+    assert again["cka_to_first"] == pytest.approx(1)
+    # A constant has no direction, and so no CKA.
+    flat = subject(aligner, lambda wave: torch.ones(10, 4))
+    assert measuring.measure(flat, probes, config, features)[0]["cka_to_first"] is None
+
+
+def test_recordings_reach_an_encoder_at_its_own_rate(aligner):
+    config, heard = AccessibleConfig(control=False, draws=2), []
+
+    def encode(wave):
+        heard.append(len(wave))
+        return spread(wave)
+
+    measuring.measure(subject(aligner, encode), spoken(aligner), config)
+    measuring.measure(subject(aligner, encode), spoken(aligner, rate=8000), config)
+    measuring.measure(subject(aligner, encode, rate=8000), spoken(aligner), config)
+    assert heard == [6400] * 12 + [12800] * 12 + [3200] * 12
+
+
+def test_what_cannot_be_measured_is_refused(aligner):
+    config = AccessibleConfig(control=False)
+    broken = subject(aligner, lambda wave: torch.full((10, 4), math.nan))
+    with pytest.raises(UserError, match="not finite"):
+        measuring.measure(broken, spoken(aligner), config)
+    with pytest.raises(UserError, match="more folds; give more utterances"):
+        measuring.measure(
+            subject(aligner, spread), spoken(aligner, 3), AccessibleConfig(folds=2, control=False)
+        )
+
+
+def test_the_longest_recording_is_what_all_encoders_read(tmp_path):
+    folders = [tmp_path / name for name in ("whisper", "hubert", "run")]
+    for folder in folders:
+        folder.mkdir()
+    whisper = {"model_type": "whisper", "max_source_positions": 50}
+    (folders[0] / "config.json").write_text(json.dumps(whisper))
+    (folders[1] / "config.json").write_text('{"model_type": "hubert"}')
+    assert measuring.longest(folders) == pytest.approx(1.0)
+    assert measuring.longest(folders[1:]) == measuring.MOST_SECONDS
+
+
+def gain(value: float, **given) -> Accessible:
+    numbers = {"low": value - 0.1, "high": value + 0.1, "given": 2.0, "left": 2.0 - value}
+    numbers |= {"shuffled": 0.004, "frames": 90, "utterances": 9, "split": "speaker", **given}
+    return Accessible(value, **numbers)
+
+
+def row(pai: Accessible, csai: Accessible) -> dict:
+    head = {"name": "x", "nse": 0.5, "effective_rank": 3.0}
+    return head | {"pai": measuring._plain(pai), "csai": measuring._plain(csai)}
+
+
+def test_a_row_is_json_and_says_whether_something_was_found():
+    nothing = gain(0.0, low=0.0, high=0.0, shuffled=math.nan, limit=0.0123, folds=4, wins=0)
+    held = row(gain(0.5, limit=0.1), nothing)
+    again = json.loads(json.dumps(held, allow_nan=False))
+    assert again == held
+    assert held["csai"]["shuffled"] is None and held["csai"]["limit"] == 0.0123
+    assert (held["pai"]["found"], held["csai"]["found"]) == (True, False)
+    assert held["csai"]["share"] == 0 and held["pai"]["share"] == 0.25
+    # An entropy of zero has no share, and what no probe could use no limit.
+    assert measuring._plain(gain(0.0, given=0.0, limit=math.nan))["share"] is None
+
+
+def test_the_table_shows_what_was_not_found_and_rows_without_those_keys():
+    nothing = gain(0.0, low=0.0, high=0.0, shuffled=math.nan, limit=0.0123, wins=0)
+    new, bad = row(gain(0.5), nothing), row(gain(-0.5), gain(0.0, given=0.0))
+    old = row(gain(0.5), gain(0.25))
+    for key in ("limit", "folds", "wins", "found"):
+        del old["pai"][key], old["csai"][key]
+    _, *lines = (" ".join(x.split()) for x in measuring.table([new, old, bad]).splitlines())
+    assert "0.500 0.40…0.60 [0.00] 25.0% none (<0.012) [–] 0.0%" in lines[0]
+    assert "0.500 0.40…0.60 [0.00] 25.0% 0.250 0.15…0.35 [0.00] 12.5%" in lines[1]
+    assert "-0.500 -0.60…-0.40 [0.00] underfit -25.0%" in lines[2]
+    rough = row(gain(0.0, wins=0, limit=math.nan), gain(0.5))
+    assert "none (<–)" in measuring.table([rough])

@@ -6,23 +6,27 @@ python tools/allocation.py runs/demo/snapshots/encoder-* runs/demo --data corpus
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dsasr import measuring
 from dsasr.allocation.accessible import AccessibleConfig
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import recordings
-from dsasr.files import atomic_write
+from dsasr.files import atomic_write, json_text
+from dsasr.progress import Bar
 from dsasr.recipe import quiet
 
+Row = dict[str, Any]
 
-def main() -> int:
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "checkpoints", nargs="+",
@@ -36,50 +40,86 @@ def main() -> int:
     parser.add_argument("--utterances", type=int, default=300, help="of the data, 0: all")
     parser.add_argument("--semantic", choices=("word", "token"), default="word", help="CSAI's S")
     parser.add_argument("--width", type=int, default=1024, help="wider features are projected")
+    parser.add_argument(
+        "--folds", type=int, default=0,
+        help="groups of speakers that are held out in turn; each costs its own probes (default: 1 "
+        "with 12 speakers or more, else 4)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-random", action="store_true", help="leave out the random encoder")
     parser.add_argument("--no-control", action="store_true", help="leave out shuffled labels")
     parser.add_argument(
-        "--out", type=Path, help="JSON lines (default: allocation.jsonl in the run)"
-    )
-    args = parser.parse_args()
-    quiet()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    own = [c for c in args.checkpoints if not (Path(c) / "config.json").is_file()]
-    chosen = args.aligner or (own[-1] if own else None)
-    if chosen is None:
-        raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
-    aligner = measuring.open_checkpoint(chosen)
+        "--out", type=Path,
+        help="one file of JSON lines for all (default: each run's rows in its allocation.jsonl, "
+        "those of other encoders in the aligner's)",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def probe_set(args: argparse.Namespace, aligner: measuring.Subject) -> measuring.ProbeSet:
+    """The recordings that every checkpoint can read, labelled; tells what was left out."""
     data = aligner.build.recipe.data
     held, bad = recordings.read(
-        args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances
-    )
+        args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
+        max_seconds=measuring.longest(args.checkpoints),
+    )  # fmt: skip
     probes = measuring.probe_set(aligner, held, args.semantic)
-    left_out = {**bad, **probes.causes}
+    left_out = dict(Counter(bad) + probes.causes)
     speakers = len({r.speaker for r in probes.recordings})
     print(f"{len(probes.recordings)} utterances by {speakers} speakers, labels by {aligner.name}"
           + (f"; left out: {left_out}" if left_out else ""))  # fmt: skip
-    config = AccessibleConfig(max_width=args.width, control=not args.no_control, seed=args.seed)
+    return probes
+
+
+def measure(args: argparse.Namespace, probes: measuring.ProbeSet) -> list[Row]:
+    """A row per checkpoint, each run's and each other architecture's first followed by the same
+    encoder with random weights."""
+    config = AccessibleConfig(
+        max_width=args.width, folds=args.folds, control=not args.no_control, seed=args.seed
+    )
     rows, reference, seen = [], None, set()
-    with tqdm(total=len(args.checkpoints), unit="checkpoint", file=sys.stderr) as bar:
+    with Bar(total=len(args.checkpoints), unit="checkpoint") as bar:
         for place in args.checkpoints:
             subject = measuring.open_any(place)
             row, features = measuring.measure(subject, probes, config, reference)
             rows.append(row)
             reference = reference if reference is not None else features
-            shape = subject.about.get("path", "native"), row["width"]
-            if not args.no_random and shape not in seen:
-                seen.add(shape)
+            kind = subject.about.get("run") or subject.about["path"], row["width"]
+            if not args.no_random and kind not in seen:
+                seen.add(kind)
                 baseline = measuring.random_baseline(subject, seed=args.seed)
                 rows.append(measuring.measure(baseline, probes, config)[0])
             bar.update()
+    return rows
+
+
+def write(rows: Iterable[Row], home: str, data: str, out: Path | None) -> None:
+    """All rows to ``out``, or each to its run's allocation.jsonl; to ``home``'s if it has none."""
+    files: dict[Path, list[Row]] = {}
+    for row in rows:
+        path = out or Path(row.get("run", home)).resolve() / "allocation.jsonl"
+        files.setdefault(path, []).append({**row, "data": data})
+    for path, held in files.items():
+        atomic_write(path, "".join(json_text(row) + "\n" for row in held))
+        print(f"written: {path} ({', '.join(row['name'] for row in held)})")
+
+
+def main() -> int:
+    args = parse()
+    quiet()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    own = [c for c in args.checkpoints if not measuring.is_foreign(c)]
+    chosen = args.aligner or (own[-1] if own else None)
+    if chosen is None:
+        raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
+    aligner = measuring.open_checkpoint(chosen)
+    rows = measure(args, probe_set(args, aligner))
     print(measuring.table(rows))
-    print("PAI, CSAI: nats a frame, 95% interval, [shuffled]; H: nats a token (CTC: frame);")
-    print(f"CKA: to the first; speakers held out: {rows[0]['pai']['split'] == 'speaker'}")
-    out = args.out or measuring.run_folder(Path(chosen)) / "allocation.jsonl"
-    lines = [json.dumps({**row, "data": args.data}, ensure_ascii=False) + "\n" for row in rows]
-    atomic_write(out, "".join(lines))
-    print(f"written: {out}")
+    print("PAI, CSAI: nats a frame, 95% interval, [shuffled], none (<what would have stood out);")
+    by, folds = rows[0]["pai"]["split"], rows[0]["pai"]["folds"]
+    print("H: nats a token (CTC: frame); CKA: to the first; held out: by " + by
+          + (f", in {folds} folds" if folds > 1 else ""))  # fmt: skip
+    write(rows, aligner.about["run"], args.data, args.out)
     return 0
 
 

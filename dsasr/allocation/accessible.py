@@ -11,11 +11,16 @@ context. High CSAI: the encoder carries meaning beyond phonemes, that is, it dri
 metrics' names are the paper's (arXiv 2604.08003), the formulas are ours (method page).
 
 H(P) is estimated as the nll on held-out frames of the training frames' marginal. Held-out speakers
-are no training speakers. The interval resamples held-out utterances. The control ``shuffled`` is
-the same estimate with the rows of E permuted, which unties them from the labels and keeps both
-distributions: it should be about 0. A negative value is an underfit or overfit probe (``sound`` is
-False), not negative information. Compare checkpoints on the same frames, labels and seed, and with
-the random encoder (`reinitialised`).
+are no training speakers; with few speakers each is held out once (cross-fitting, `splits.folds`),
+and the estimate is the mean over all frames. The interval resamples held-out utterances. The
+control ``shuffled`` is the same estimate with the rows of E permuted within each part, which unties
+them from the labels and keeps both distributions: it should be about 0. A negative value is an
+underfit or overfit probe (``sound`` is False), not negative information. Compare checkpoints on the
+same frames, labels and seed, and with the random encoder (`reinitialised`).
+
+Where validation prefers the probe without E, the estimate is exactly 0, and so is its interval.
+That is no certain zero: ``limit`` says what would have stood out (ours). It is half the width of
+the interval of the best probe that does use E: a gain below it could not be told from none.
 """
 
 from __future__ import annotations
@@ -29,7 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsasr.allocation.probes import Frames, Probe, ProbeConfig, Split, fit, projection, split
+from dsasr.allocation.probes import Frames, Probe, ProbeConfig, fit, projection
+from dsasr.allocation.splits import Split, folds
 from dsasr.errors import UserError
 
 
@@ -40,7 +46,11 @@ class AccessibleConfig:
     ``window`` phonemes to each side are CSAI's context; features wider than ``max_width`` are
     projected; at most ``max_frames`` frames are used for PAI and ``semantic_frames`` for CSAI,
     whose many labels cost more (drawn by ``seed``); the ``labels`` most frequent words or tokens
-    are told apart, rarer ones are one label.
+    of the training frames are told apart, rarer ones are one label.
+
+    ``folds`` as in `splits.folds`: 0 takes 1 with 12 speakers or more, else 4 or as many as there
+    are. Probes are fitted anew for each: 4 folds cost 4 times the one, in which 65% of the frames
+    train too.
     """
 
     window: int = 2
@@ -48,6 +58,7 @@ class AccessibleConfig:
     max_frames: int = 200_000
     semantic_frames: int = 50_000
     labels: int = 300
+    folds: int = 0
     control: bool = True
     level: float = 0.95
     draws: int = 1000
@@ -59,6 +70,8 @@ class AccessibleConfig:
             raise UserError("accessible: window must be ≥ 0, the other numbers ≥ 1")
         if min(self.max_frames, self.semantic_frames) < 1:
             raise UserError("accessible: max_frames and semantic_frames must be ≥ 1")
+        if self.folds < 0:
+            raise UserError("accessible: folds must be ≥ 0 (0: by the number of speakers)")
         if not 0 < self.level < 1:
             raise UserError("accessible: level must lie between 0 and 1")
 
@@ -69,7 +82,9 @@ class Accessible:
 
     ``given`` is the entropy before E (H(P), or H_V(S | P)), ``left`` the entropy after it,
     ``share`` = value / given. ``split`` is ``"speaker"`` where held-out speakers are new.
-    ``shuffled`` is NaN if the control was left out.
+    ``shuffled`` is NaN if the control was left out. ``limit``: the gain that would have stood out
+    (the module's text), NaN if no probe could use E. ``wins`` of ``folds`` is in how many of them a
+    probe that uses E won on validation.
     """
 
     value: float
@@ -81,6 +96,14 @@ class Accessible:
     frames: int
     utterances: int
     split: str
+    limit: float = math.nan
+    folds: int = 1
+    wins: int = 1
+
+    @property
+    def found(self) -> bool:
+        """False where the probe without E won in all folds: the value is 0 by decision."""
+        return self.wins > 0
 
     @property
     def share(self) -> float:
@@ -169,9 +192,10 @@ def phoneme_window(positions_N: Tensor, phonemes: Sequence[int], window: int) ->
 def pai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
     """Phonetic accessible information of the frames' features (see the module's text)."""
     config = config or AccessibleConfig()
-    data, parts = _prepare(data, config, config.max_frames)
-    classes = int(data.phoneme_N.max()) + 1
-    return _gain(data, parts, data.phoneme_N, classes, None, config)
+    data, parted = _prepare(data, config, config.max_frames)
+    label_N, classes = data.phoneme_N, int(data.phoneme_N.max()) + 1
+    scored = [_score(data, parts, label_N, classes, None, config) for parts in parted]
+    return _gain(scored, parted, config)
 
 
 def csai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
@@ -183,13 +207,18 @@ def csai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
     middle = data.window_NK.shape[1] // 2
     if middle < config.window:
         raise ValueError(f"the frames hold a window of {middle}, {config.window} is asked for")
-    data, parts = _prepare(data, config, config.semantic_frames)
-    context_NK = data.window_NK[:, middle - config.window : middle + config.window + 1]
-    label_N, classes = frequent(data.word_N, data.word_N[parts.train_N], config.labels)
-    return _gain(data, parts, label_N, classes, context_NK.contiguous(), config)
+    data, parted = _prepare(data, config, config.semantic_frames)
+    context_NK = data.window_NK[:, middle - config.window : middle + config.window + 1].contiguous()
+    scored = []
+    for parts in parted:
+        label_N, classes = frequent(data.word_N, data.word_N[parts.train_N], config.labels)
+        scored.append(_score(data, parts, label_N, classes, context_NK, config))
+    return _gain(scored, parted, config)
 
 
-def _prepare(data: FrameSet, config: AccessibleConfig, most: int) -> tuple[FrameSet, Split]:
+def _prepare(
+    data: FrameSet, config: AccessibleConfig, most: int
+) -> tuple[FrameSet, tuple[Split, ...]]:
     """Draw the frames, project wide features, part the utterances."""
     generator = torch.Generator().manual_seed(config.seed)
     if len(data) > most:
@@ -200,55 +229,92 @@ def _prepare(data: FrameSet, config: AccessibleConfig, most: int) -> tuple[Frame
     if data.x_NE.shape[1] > config.max_width:
         matrix = projection(data.x_NE.shape[1], config.max_width, seed=config.seed)
         data = data.with_features(data.x_NE.float() @ matrix.to(data.x_NE.device))
-    return data, split(data.utterance_N, data.speakers, seed=config.seed)
+    return data, folds(data.utterance_N, data.speakers, count=config.folds, seed=config.seed)
 
 
-def _gain(
+@dataclass(frozen=True)
+class _Scored:
+    """nll in nats, float64 [N], of one fold's held-out frames: without E, with it, of the best
+    probe that uses it, of the control. ``won``: a probe that uses E won on validation."""
+
+    before_N: np.ndarray
+    after_N: np.ndarray
+    tried_N: np.ndarray
+    control_N: np.ndarray
+    utterance_N: np.ndarray
+    won: bool
+
+
+def _score(
     data: FrameSet,
     parts: Split,
     label_N: Tensor,
     classes: int,
     context_NK: Tensor | None,
     config: AccessibleConfig,
-) -> Accessible:
-    """Entropy without E minus entropy with E, on the held-out frames."""
+) -> _Scored:
+    """Fit the probes on one fold's training frames and score them on its held-out frames."""
     symbols = 0 if context_NK is None else int(context_NK.max()) + 1
 
-    def held_out(x_NE: Tensor, start: Probe | None) -> tuple[Tensor, Probe]:
-        """Per-frame nll on the held-out frames of a probe fitted on the others."""
+    def fitted(x_NE: Tensor, start: Probe | None) -> tuple[Probe, Frames]:
         train, valid, test = (
             Frames(x_NE[rows], label_N[rows], None if context_NK is None else context_NK[rows])
             for rows in (parts.train_N, parts.valid_N, parts.test_N)
         )
-        probe = fit(
-            train, valid, classes, context_symbols=symbols, start=start, config=config.probe
-        )
-        return probe.nll(test), probe
+        given = {"context_symbols": symbols, "start": start, "config": config.probe}
+        return fit(train, valid, classes, **given), test
 
-    before, bare = held_out(data.x_NE[:, :0], None)
-    after, _ = held_out(data.x_NE, bare)
-    shuffled = math.nan
+    def nll(probe: Probe, test: Frames) -> np.ndarray:
+        return probe.nll(test).cpu().numpy()
+
+    bare, test = fitted(data.x_NE[:, :0], None)
+    before_N = nll(bare, test)
+    probe, test = fitted(data.x_NE, bare)
+    after_N, won = nll(probe, test), probe.penalty is not None
+    tried_N = after_N if won else np.full_like(after_N, math.nan)
+    if not won and probe.tried is not None:
+        tried_N = nll(probe.tried, test)
+    control_N = np.full_like(after_N, math.nan)
     if config.control:
-        # Within each part, so that no row of one part is seen in another.
-        order = torch.arange(len(data))
-        generator = torch.Generator().manual_seed(config.seed + 1)
-        for rows in (parts.train_N.cpu(), parts.valid_N.cpu(), parts.test_N.cpu()):
-            order[rows] = rows[torch.randperm(len(rows), generator=generator)]
-        control, _ = held_out(data.x_NE[order.to(data.x_NE.device)], bare)
-        shuffled = float(before.mean() - control.mean())
-    gain = (before - after).cpu().numpy()
-    utterance = data.utterance_N[parts.test_N].cpu().numpy()
-    low, high = _interval(gain, utterance, config)
+        order_N = _untied(parts, len(data), config.seed + 1)
+        control_N = nll(*fitted(data.x_NE[order_N.to(data.x_NE.device)], bare))
+    utterance_N = data.utterance_N[parts.test_N].cpu().numpy()
+    return _Scored(before_N, after_N, tried_N, control_N, utterance_N, won)
+
+
+def _untied(parts: Split, frames: int, seed: int) -> Tensor:
+    """Rows in an order drawn within each part, so that no row of one part is seen in another."""
+    order_N = torch.arange(frames)
+    generator = torch.Generator().manual_seed(seed)
+    for rows in (parts.train_N.cpu(), parts.valid_N.cpu(), parts.test_N.cpu()):
+        order_N[rows] = rows[torch.randperm(len(rows), generator=generator)]
+    return order_N
+
+
+def _gain(
+    scored: Sequence[_Scored], parted: Sequence[Split], config: AccessibleConfig
+) -> Accessible:
+    """Entropy without E minus entropy with E, on all held-out frames."""
+
+    def every(name: str) -> np.ndarray:
+        return np.concatenate([getattr(one, name) for one in scored])
+
+    before_N, after_N, utterance_N = every("before_N"), every("after_N"), every("utterance_N")
+    low, high = _interval(before_N - after_N, utterance_N, config)
+    tried_low, tried_high = _interval(before_N - every("tried_N"), utterance_N, config)
     return Accessible(
-        value=float(gain.mean()),
+        value=float((before_N - after_N).mean()),
         low=low,
         high=high,
-        given=float(before.mean()),
-        left=float(after.mean()),
-        shuffled=shuffled,
-        frames=len(gain),
-        utterances=len(np.unique(utterance)),
-        split=parts.by,
+        given=float(before_N.mean()),
+        left=float(after_N.mean()),
+        shuffled=float(before_N.mean() - every("control_N").mean()),
+        frames=len(before_N),
+        utterances=len(np.unique(utterance_N)),
+        split=parted[0].by,
+        limit=(tried_high - tried_low) / 2,
+        folds=len(scored),
+        wins=sum(one.won for one in scored),
     )
 
 

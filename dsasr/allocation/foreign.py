@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dsasr.errors import UserError
 
 RATE = 16000  # all of them read 16 kHz
+WHISPER_STEP = 0.02  # seconds of one of its frames
 WAVES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
 
 
@@ -44,28 +46,39 @@ class ForeignEncoder:
         return self.module(inputs["input_values"].to(device)).last_hidden_state[0].float().cpu()
 
 
+def longest(path: str | Path) -> float:
+    """The seconds of audio that a Hugging Face folder's encoder reads at most: Whisper's 30, else
+    infinity. Raises `UserError` as `load` does; reads no weights."""
+    config = _config(path)
+    return (
+        config.max_source_positions * WHISPER_STEP if config.model_type == "whisper" else math.inf
+    )
+
+
+def _config(path: str | Path):
+    from transformers import AutoConfig
+
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path} is no Hugging Face folder: it has no config.json")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.model_type not in ("whisper", *WAVES):
+        known = ", ".join(WAVES)
+        raise UserError(f"{path} is of type '{config.model_type}': use whisper or one of {known}")
+    return config
+
+
 def load(path: str | Path, *, random: bool = False, seed: int = 0) -> ForeignEncoder:
     """The encoder of a Hugging Face folder (config.json, safetensors); nothing is downloaded.
 
     ``random`` draws the weights anew instead of reading them: the baseline of that architecture.
     Raises `UserError` for a folder that is none, or of an architecture not named here.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        Wav2Vec2FeatureExtractor,
-        WhisperFeatureExtractor,
-    )
+    from transformers import AutoModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a tool has its own
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{path} is no Hugging Face folder: it has no config.json")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    folder, config = Path(path), _config(path)
     kind = config.model_type
-    if kind != "whisper" and kind not in WAVES:
-        raise UserError(f"{path} is of type '{kind}': use whisper or one of {', '.join(WAVES)}")
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -77,7 +90,7 @@ def load(path: str | Path, *, random: bool = False, seed: int = 0) -> ForeignEnc
             raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from None
     known = (folder / "preprocessor_config.json").is_file()
     if kind == "whisper":
-        step = 0.02
+        step = WHISPER_STEP
         extractor = (
             WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
             if known

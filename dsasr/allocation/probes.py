@@ -23,7 +23,7 @@ Cost: a few hundred passes over the training frames at most, 4·N·d·C operatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,7 +67,10 @@ class Frames:
 @dataclass(frozen=True)
 class Probe:
     """A fitted probe. ``penalty`` and ``table_penalty`` are the λ that won for the features and for
-    the context, None where zero weights did. ``iterations`` are L-BFGS steps to this solution."""
+    the context, None where zero weights did. ``iterations`` are L-BFGS steps to this solution.
+
+    ``tried``: where zero weights won over the features, the best probe that does use them.
+    """
 
     bias_C: Tensor
     weight_RC: Tensor
@@ -77,6 +80,7 @@ class Probe:
     penalty: float | None
     table_penalty: float | None
     iterations: int
+    tried: Probe | None = None
 
     @torch.no_grad()
     def nll(self, frames: Frames) -> Tensor:
@@ -148,6 +152,7 @@ def _walk(
 ) -> Probe:
     """From strong to weak penalties on the features' weights, or else on the tables."""
     best, best_nll = start, float(start.nll(valid).mean())
+    tried, tried_nll = None, math.inf
     current, worse = start, 0
     for penalty in config.penalties:
         if features:
@@ -157,13 +162,15 @@ def _walk(
             current = replace(current, table_penalty=penalty)
         current = _descend(x_NR, train, current, config.iterations)
         nll = float(current.nll(valid).mean())
+        if nll < tried_nll:
+            tried, tried_nll = current, nll
         if nll < best_nll:
             best, best_nll, worse = current, nll, 0
         else:
             worse += 1
             if worse >= config.patience:
                 break
-    return best
+    return replace(best, tried=tried) if features and best is start else best
 
 
 def _descend(x_NR: Tensor, train: Frames, start: Probe, iterations: int) -> Probe:
@@ -235,53 +242,6 @@ def _whitener(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     kept = values > 1e-6
     whiten_DR = scale_D[:, None] * vectors[:, kept] / values[kept].sqrt()
     return mean_D.float(), whiten_DR.float()
-
-
-@dataclass(frozen=True)
-class Split:
-    """Row indices of utterance-level parts. ``by`` is ``"speaker"``, or ``"utterance"`` where there
-    were too few speakers to keep the parts speaker-disjoint."""
-
-    train_N: Tensor
-    valid_N: Tensor
-    test_N: Tensor
-    by: str
-
-
-def split(
-    utterance_N: Tensor, speakers: Sequence[str], *, shares=(0.65, 0.1, 0.25), seed: int = 0
-) -> Split:
-    """Part frames into train, validation and test, no speaker in two of them.
-
-    ``utterance_N`` numbers the utterance of each frame, ``speakers[u]`` names its speaker. Speakers
-    are drawn by ``seed`` into the part that lacks the most frames of its share; the same
-    utterances give the same split for every checkpoint. With fewer than 3 speakers the utterances
-    are parted instead, and ``by`` says so. Raises ValueError with fewer than 3 utterances.
-    """
-    sizes = torch.bincount(utterance_N.cpu(), minlength=len(speakers)).tolist()
-    present = [u for u, size in enumerate(sizes) if size]
-    if len(present) < 3:
-        raise ValueError(f"a split needs at least 3 utterances with frames, not {len(present)}")
-    by = "speaker" if len({speakers[u] for u in present}) >= 3 else "utterance"
-    groups: dict[object, list[int]] = {}
-    for u in present:
-        groups.setdefault(speakers[u] if by == "speaker" else u, []).append(u)
-    generator = torch.Generator().manual_seed(seed)
-    names = sorted(groups, key=str)
-    names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
-    total, filled = sum(sizes), [0, 0, 0]
-    part_U = torch.zeros(len(speakers), dtype=torch.int64)
-    for done, name in enumerate(names):
-        left = len(names) - done
-        empty = [part for part in range(3) if not filled[part]]
-        # Each part gets someone, however few there are.
-        parts = empty if left <= len(empty) else range(3)
-        part = max(parts, key=lambda p: shares[p] - filled[p] / total)
-        filled[part] += sum(sizes[u] for u in groups[name])
-        part_U[groups[name]] = part
-    part_N = part_U.to(utterance_N.device)[utterance_N]
-    train_N, valid_N, test_N = ((part_N == p).nonzero()[:, 0] for p in range(3))
-    return Split(train_N, valid_N, test_N, by)
 
 
 def projection(d: int, width: int, *, seed: int = 0) -> Tensor:

@@ -1,5 +1,7 @@
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,7 +52,7 @@ def _features(data, *names):
 def test_one_hot_phonemes():
     data = _features(_corpus(), "phoneme")
     result = a.pai(data, FAST)
-    _, parts = a._prepare(data, FAST, 10**6)
+    _, [parts] = a._prepare(data, FAST, 10**6)
     shares = torch.bincount(data.phoneme_N[parts.test_N]) / len(parts.test_N)
     assert result.value == pytest.approx(torch.special.entr(shares).sum().item(), rel=0.02)
     assert result.share == pytest.approx(1, abs=0.005)
@@ -64,7 +66,7 @@ def test_one_hot_phonemes():
 def test_words_beside_phonemes():
     data = _features(_corpus(), "phoneme", "word")
     result = a.csai(data, FAST)
-    _, parts = a._prepare(data, FAST, 10**6)
+    _, [parts] = a._prepare(data, FAST, 10**6)
     expected = _conditional_entropy(data, parts.test_N)
     assert expected > 0.5
     assert result.value == pytest.approx(expected, rel=0.05)
@@ -105,6 +107,123 @@ def test_shuffled_control_is_nothing():
     assert a.pai(data, config).shuffled == pytest.approx(0, abs=0.01)
     assert a.csai(data, config).shuffled == pytest.approx(0, abs=0.01)
     assert math.isnan(a.pai(data, FAST).shuffled)
+
+
+@pytest.mark.parametrize("speakers", [4, 12])
+def test_the_control_unties_features_from_labels_within_each_part(monkeypatch, speakers):
+    # Column 0 of the features is the row's number; what the probes are given is written down.
+    data = _corpus(speakers=speakers)
+    data = data.with_features(torch.arange(len(data)).float()[:, None])
+    given = []
+
+    def fit(train, valid, classes, *, start=None, **_):
+        probe = SimpleNamespace(penalty=1.0, tried=None)
+        probe.nll = lambda test: given.append((train, valid, test)) or torch.zeros(len(test))
+        return probe
+
+    monkeypatch.setattr(a, "fit", fit)
+    config = a.AccessibleConfig(window=0, draws=2)
+    found = a.pai(data, config)
+    assert len(given) == 3 * found.folds and found.folds == (1 if speakers == 12 else 4)
+    for bare, real, control in zip(given[::3], given[1::3], given[2::3], strict=True):
+        for none, kept, shuffled in zip(bare, real, control, strict=True):
+            rows, drawn = kept.x_ND[:, 0].long(), shuffled.x_ND[:, 0].long()
+            # Labels stay where they are, and each row of the part is there once, nearly all of them
+            # elsewhere.
+            assert torch.equal(kept.label_N, data.phoneme_N[rows])
+            assert torch.equal(none.label_N, kept.label_N)
+            assert torch.equal(shuffled.label_N, kept.label_N)
+            assert torch.equal(drawn.sort().values, rows)
+            assert (drawn == rows).float().mean() < 0.1
+            # What is seen tells the label no more often than chance does.
+            chance = torch.bincount(data.phoneme_N[rows]).float().div(len(rows)).square().sum()
+            agree = (data.phoneme_N[drawn] == kept.label_N).float().mean()
+            assert agree == pytest.approx(chance.item(), abs=0.1)
+
+
+def test_few_speakers_are_all_held_out():
+    data = _features(_corpus(speakers=4), "phoneme", "word")
+    for estimate in (a.pai, a.csai):
+        crossed = estimate(data, FAST)
+        assert (crossed.frames, crossed.utterances) == (len(data), 60)
+        assert (crossed.folds, crossed.wins, crossed.split) == (4, 4, "speaker")
+        assert crossed.share == pytest.approx(1, abs=0.01)
+        one = estimate(data, a.AccessibleConfig(window=0, control=False, draws=100, folds=1))
+        assert one.folds == 1 and one.utterances == 15
+    # The phoneme is seen in 20 to 95% of a voice's frames: what one split finds depends on whose.
+    seen = torch.tensor([0.2, 0.45, 0.7, 0.95])[[int(s[1]) for s in data.speakers]]
+    drawn = torch.rand(len(data), generator=torch.Generator().manual_seed(1))
+    x = one_hot(data.phoneme_N, PHONEMES) * (drawn < seen[data.utterance_N])[:, None]
+    data = data.with_features(x.float())
+    shares = {
+        folds: [
+            a.pai(data, a.AccessibleConfig(control=False, folds=folds, seed=seed)).share
+            for seed in range(4)
+        ]
+        for folds in (0, 1)
+    }
+    assert shares[0] == pytest.approx([0.575] * 4, abs=0.08)
+    assert max(shares[1]) - min(shares[1]) > 0.2
+    assert a.pai(_features(_corpus(speakers=2), "phoneme"), FAST).split == "utterance"
+
+
+def test_nothing_found_says_what_would_have_stood_out():
+    # A penalty too weak for so much noise: validation is sure to prefer the probe without it.
+    data = _features(_corpus(utterances=200, speakers=40), "noise")
+    weak = a.AccessibleConfig(control=False, probe=a.ProbeConfig(penalties=(1e-6,)))
+    nothing = a.pai(data, weak)
+    assert not nothing.found and nothing.sound and nothing.wins == 0
+    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
+    assert 0 < nothing.limit < 0.05
+    # Less data tell less.
+    few = a.pai(_features(_corpus(utterances=40, speakers=40), "noise"), weak)
+    assert not few.found and few.limit > nothing.limit
+    something = a.pai(_features(_corpus(), "phoneme"), FAST)
+    assert something.found and something.wins == 1
+    assert something.limit == pytest.approx((something.high - something.low) / 2)
+    assert math.isnan(a.pai(data.with_features(torch.zeros(len(data), 0)), FAST).limit)
+
+
+def _gains(utterances, frames, between, within, seed=0):
+    """Gains of frames around their utterance's, and the utterances' numbers."""
+    rng = np.random.default_rng(seed)
+    of_utterance = rng.normal(0.3, between, (utterances, 1))
+    gain = of_utterance + rng.normal(0, within, (utterances, frames))
+    return gain.ravel(), np.repeat(np.arange(utterances), frames)
+
+
+def test_the_interval_is_that_of_the_mean_over_utterances():
+    gain, utterance = _gains(400, 10, between=1.0, within=2.0)
+    config = a.AccessibleConfig(draws=4000)
+    low, high = a._interval(gain, utterance, config)
+    # 1.96 standard errors to each side: the variance of an utterance's mean is 1² + 2²/10.
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(1.4 / 400), rel=0.1)
+    assert (high + low) / 2 == pytest.approx(gain.mean(), abs=0.01)
+    narrow = a._interval(gain, utterance, a.AccessibleConfig(draws=4000, level=0.5))
+    assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.674 / 1.96, rel=0.1)
+
+
+def test_more_frames_of_the_same_utterances_are_no_more_evidence():
+    few, many = (_gains(50, frames, between=1.0, within=0.0) for frames in (2, 200))
+    widths = [
+        high - low
+        for low, high in (a._interval(*held, a.AccessibleConfig()) for held in (few, many))
+    ]
+    assert widths[1] == pytest.approx(widths[0], rel=1e-6)
+    assert widths[0] / 2 == pytest.approx(1.96 / math.sqrt(50), rel=0.2)
+
+
+def test_the_interval_covers_what_it_says():
+    config = a.AccessibleConfig(draws=200)
+    held = [a._interval(*_gains(60, 5, 1.0, 0.5, seed), config) for seed in range(400)]
+    assert np.mean([low <= 0.3 <= high for low, high in held]) == pytest.approx(0.94, abs=0.035)
+
+
+def test_long_utterances_weigh_more():
+    # The mean is per frame: of one utterance with 90 frames at 1 and nine with 10 frames at 0.
+    gain, utterance = np.r_[np.ones(90), np.zeros(90)], np.r_[np.zeros(90), np.arange(90) // 10 + 1]
+    low, high = a._interval(gain, utterance.astype(int), a.AccessibleConfig())
+    assert low == 0 and 0.7 < high < 1
 
 
 def test_partial_information():

@@ -1,5 +1,7 @@
 """Hugging Face encoders by path: tiny ones with random weights."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -47,9 +49,22 @@ def test_frames_of_a_second(tmp_path, kind):
     assert other.shape == frames.shape and not torch.equal(other, frames)
 
 
-def test_refusals_name_the_cause(tmp_path):
+def test_whisper_reads_no_more_than_its_window(tmp_path):
+    whisper(tmp_path / "whisper")
+    waves(tmp_path / "hubert", "Hubert")
+    longest = foreign.longest(tmp_path / "whisper")
+    assert longest == pytest.approx(2.0) and foreign.longest(tmp_path / "hubert") == math.inf
+    held = foreign.load(tmp_path / "whisper")
+    wave = np.resize(WAVE, round(longest * foreign.RATE) + 1)
+    assert len(held.frames(wave[:-1])) == 100
+    with pytest.raises(UserError, match="2 s at most"):
+        held.frames(wave)
+
+
+@pytest.mark.parametrize("read", [foreign.load, foreign.longest])
+def test_refusals_name_the_cause(tmp_path, read):
     with pytest.raises(UserError, match="config"):
-        foreign.load(tmp_path)
+        read(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="bert"):
-        foreign.load(tmp_path)
+        read(tmp_path)

@@ -103,35 +103,20 @@ def test_empty_sides_are_refused():
         p.ProbeConfig(penalties=(1e-3, 1e-2))
 
 
-@pytest.mark.parametrize("count", [3, 4, 7, 40])
-def test_split_is_speaker_disjoint(count):
-    speakers = [f"s{u % count}" for u in range(5 * count)]
-    utterance = torch.arange(5 * count).repeat_interleave(torch.arange(5 * count) % 13 + 2)
-    parts = p.split(utterance, speakers)
-    assert parts.by == "speaker"
-    rows = torch.cat([parts.train_N, parts.valid_N, parts.test_N])
-    assert rows.sort().values.tolist() == list(range(len(utterance)))
-    sides = [
-        {speakers[u] for u in utterance[part].tolist()}
-        for part in (parts.train_N, parts.valid_N, parts.test_N)
-    ]
-    assert all(sides)
-    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-    if count == 40:
-        shares = [len(part) / len(utterance) for part in (parts.train_N, parts.valid_N)]
-        assert shares == pytest.approx([0.65, 0.1], abs=0.05)
-    again = p.split(utterance, speakers)
-    assert torch.equal(again.test_N, parts.test_N)
-
-
-def test_split_with_few_speakers():
-    utterance = torch.arange(6).repeat_interleave(4)
-    parts = p.split(utterance, ["a", "b"] * 3)
-    assert parts.by == "utterance"
-    sides = [set(utterance[x].tolist()) for x in (parts.train_N, parts.valid_N, parts.test_N)]
-    assert sum(map(len, sides)) == 6 and all(sides)
-    with pytest.raises(ValueError, match="3 utterances"):
-        p.split(utterance[:8], ["a", "b"])
+def test_the_best_probe_with_features_is_kept_where_none_wins():
+    x = torch.randn(600, 50, generator=_generator())
+    label = torch.randint(0, 3, (600,), generator=_generator(1))
+    train, valid, _ = _thirds(x, label)
+    probe = p.fit(train, valid, 3)
+    assert probe.penalty is None and not probe.weight_RC.any()
+    assert probe.tried.penalty in p.PENALTIES and probe.tried.weight_RC.any()
+    assert probe.tried.nll(valid).mean() >= probe.nll(valid).mean()
+    # Of all that use the features none is better on the validation frames.
+    for penalty in p.PENALTIES:
+        other = p.fit(train, valid, 3, config=p.ProbeConfig(penalties=(penalty,))).tried
+        assert other.nll(valid).mean() > probe.tried.nll(valid).mean() - 1e-4
+    seen = p.fit(*_thirds(torch.nn.functional.one_hot(label, 3).float(), label)[:2], 3)
+    assert seen.penalty is not None and seen.tried is None
 
 
 def test_projection_is_fixed_and_keeps_lengths():
