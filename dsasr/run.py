@@ -194,7 +194,10 @@ class Run:
         return self.branches[name]
 
     def batches(self, stage: StageConfig) -> list[Batch]:
-        """This rank's micro-batches of the next step."""
+        """This rank's micro-batches of the next step; what looks compare with is taken before."""
+        step = self.progress.step if stage.branch == "sft" else self.progress.pretrain
+        # Like looks, that is no time of the stage's.
+        self._turn_started += self.watch.begin(self.branches[stage.branch], step)
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
         batches = self.feeds.next(stage)

@@ -1,13 +1,15 @@
 """Entropy allocation while a run trains: now and then a look at the branch that just stepped.
 
 A look shows the probe set to the branch and measures what is cheap: NSE and effective rank of the
-encoder's frames, CKA to the frames at the end of the stage before (in a first stage, to its first
-look's), predictive entropies, H₀ − H₁. Every so many looks the probes are fitted too (PAI, CSAI),
-on rank 0. Looks change nothing of the run: no random number is drawn and no weight is touched.
+encoder's frames, predictive entropies, H₀ − H₁; in a stage that trains the encoder, CKA to its
+frames before the stage's first step. Every so many looks the probes are fitted too (PAI, CSAI), on
+rank 0, with one fold of speakers held out. Looks change nothing of the run: no random number is
+drawn and no weight is touched.
 
 ``budget`` is the share of the training time that looks may take. Looks within a stage may use half
 of it, the look at a stage's end (before and after joint training) all of it; what does not fit is
-left out and counted (``looks_left_out``). The share that was taken stands in every line.
+left out and counted (``looks_left_out``). What CKA is measured from is always taken, and counts.
+The share that was taken stands in every line.
 
 PAI and CSAI need labels. They come from the CTC head of the pretrain branch at that branch's last
 look with probes, and the sft branch uses the same ones: a run without a pretrain branch has none,
@@ -23,6 +25,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from safetensors.torch import load_file, save
@@ -43,6 +46,7 @@ from dsasr.files import atomic_write
 from dsasr.model.speech_llm import placeholder
 from dsasr.monitor import Monitor
 from dsasr.recipe import WatchConfig
+from dsasr.stages import StageConfig
 
 
 class Watch:
@@ -59,6 +63,28 @@ class Watch:
         self.looks: dict[str, int] = held.get("looks", {})
         self.costs: dict[str, float] = held.get("costs", {})
         self.labels = [_label_from(row) for row in held.get("labels", [])]
+
+    def begin(self, branch: Branch, step: int) -> float:
+        """Before ``step`` of the branch's stage: keep the frames that CKA is measured from.
+
+        They are the encoder's as a stage that trains it finds it, after any swap; of other steps
+        and stages there are none. Taken again, they are the same. Returns the seconds that it took.
+        """
+        if not self.config.every or step or "encoder" not in branch.stage.trains:
+            return 0.0
+        started = time.monotonic()
+        own: dict[str, Tensor] = {}
+        with branch.evaluating() as module:
+            for batch in self._batches(branch.name):
+                own |= _frames(_encoded(module, batch), batch)
+        kept = {k: x.contiguous() for part in ranks.gather(own) for k, x in part.items()}
+        if ranks.main_rank():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self._start_file(branch.stage.name), save(kept))
+        cost = time.monotonic() - started
+        self.seconds += cost
+        self._save()
+        return cost
 
     def look_if_due(self, branch: Branch, report: StepReport, steps: int, trained: float) -> None:
         """Look at ``branch`` after ``report``'s step if it is time; ``trained``: seconds so far."""
@@ -77,7 +103,7 @@ class Watch:
             self._save()
             return
         started = time.monotonic()
-        values = self._look(branch, steps, decided == "probes", last)
+        values = self._look(branch, decided == "probes")
         cost = time.monotonic() - started
         self.seconds += cost
         self.costs[f"{branch.name}/{decided}"] = cost
@@ -103,23 +129,18 @@ class Watch:
 
     # -- looking -----------------------------------------------------------------------------
 
-    def _look(self, branch: Branch, steps: int, probing: bool, last: bool) -> dict[str, float]:
+    def _look(self, branch: Branch, probing: bool) -> dict[str, float]:
         own: dict[str, Tensor] = {}
         spoken: list[dict[str, Any]] = []
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         with branch.evaluating() as module:
             for batch in self._batches(branch.name):
-                # A rank without an utterance of its own must still make the collective calls.
-                pad_id = getattr(module, "pad_id", 0)
-                real = batch if len(batch) else placeholder(batch, module.encoder.cfg.mels, pad_id)
-                moved = real.to(ranks.device())
-                out = module.encoder(moved.features_BTF, moved.feature_lengths_B)
+                out = _encoded(module, batch)
                 posteriors = module.ctc(out.frames_BSE) if branch.name == "pretrain" else None
-                for i, key in enumerate(batch.keys):
-                    length = int(out.lengths_B[i])
-                    own[key] = out.frames_BSE[i, :length].float().cpu()
-                    if probing and posteriors is not None:
-                        spoken += self._place(batch, i, posteriors[i, :length])
+                own |= _frames(out, batch)
+                if probing and posteriors is not None:
+                    for i in range(len(batch)):
+                        spoken += self._place(batch, i, posteriors[i, : int(out.lengths_B[i])])
                 moved = batch.to(ranks.device())
                 for name, found in _losses(module, moved, branch.name):
                     old = sums.get(name, (0.0, 0.0))
@@ -130,55 +151,62 @@ class Watch:
         if not ranks.main_rank():
             return values
         features = {k: x for part in gathered for k, x in sorted(part.items())}
-        return values | self._measure(branch.name, steps, features, placed, probing, last)
+        return values | self._measure(branch.stage, features, placed, probing)
 
     def _measure(
         self,
-        branch: str,
-        steps: int,
+        stage: StageConfig,
         features: dict[str, Tensor],
         placed: list[dict[str, Any]],
         probing: bool,
-        last: bool,
     ) -> dict[str, float]:
+        """What frames tell; what is not finite is left out."""
         every_NE = torch.cat(list(features.values())) if features else torch.zeros(0, 1)
         if not len(every_NE) or not bool(every_NE.isfinite().all()):
-            return {"nse": math.nan}  # a broken encoder is the loss's matter to tell
+            return {}  # a broken encoder is the loss's matter to tell
         spectrum = nse(every_NE)
         values = {"nse": spectrum.nse, "effective_rank": spectrum.effective_rank}
-        before = self._reference(branch, steps)
-        if before.keys() == features.keys():
-            both = torch.cat([before[k] for k in features])
-            values["cka_to_stage_start"] = cka(both, every_NE)
-        if last or not before:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            kept = save({k: x.contiguous() for k, x in features.items()})
-            atomic_write(self.folder / f"{branch}-{steps:010d}.safetensors", kept)
+        before = self._start(stage)
+        # With another world size the probe set may end a batch earlier or later.
+        shared = [k for k in features if k in before]
+        if shared:
+            both = (torch.cat([held[k] for k in shared]) for held in (before, features))
+            values["cka_to_stage_start"] = cka(*both)
         if placed:
             self.labels = self._number(placed)
         held = [x for x in self.labels if x.key in features]
         if probing and len(held) >= 3:
-            seconds = 4 * self.build.recipe.data.fbank.shift_ms / 1000
-            frames = labelling.frame_set(held, features, seconds)
-            most = self.config.frames
-            accessible = AccessibleConfig(
-                max_frames=most, semantic_frames=most, control=False, draws=200
-            )
-            for name, measure in (("pai", pai), ("csai", csai)):
-                try:
-                    found = measure(frames, accessible)
-                except (UserError, ValueError):
-                    continue  # too few frames or speakers to hold any out
-                values |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-                values[f"{name}_share"] = found.share
+            values |= self._probes(held, features)
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _probes(self, held: list[Labelled], features: dict[str, Tensor]) -> dict[str, float]:
+        seconds = 4 * self.build.recipe.data.fbank.shift_ms / 1000
+        frames = labelling.frame_set(held, features, seconds)
+        most = self.config.frames
+        accessible = AccessibleConfig(
+            max_frames=most, semantic_frames=most, folds=1, control=False, draws=200
+        )
+        values = {}
+        for name, measure in (("pai", pai), ("csai", csai)):
+            try:
+                found = measure(frames, accessible)
+            except (UserError, ValueError):
+                continue  # too few frames or speakers to hold any out
+            values |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+            values |= {f"{name}_share": found.share, f"{name}_limit": found.limit}
+            values[f"{name}_found"] = float(found.found)
         return values
 
-    def _reference(self, branch: str, steps: int) -> dict[str, Tensor]:
-        """The frames kept last before ``steps``: a resumed run may have looked beyond."""
-        for path in sorted(self.folder.glob(f"{branch}-*.safetensors"), reverse=True):
-            if int(path.stem.rpartition("-")[2]) < steps:
-                return load_file(path)
-        return {}
+    def _start(self, stage: StageConfig) -> dict[str, Tensor]:
+        """The frames that `begin` kept; none in a stage that does not train the encoder, or whose
+        first step was made without looks."""
+        path = self._start_file(stage.name)
+        if "encoder" not in stage.trains or not path.is_file():
+            return {}
+        return load_file(path)
+
+    def _start_file(self, stage: str) -> Path:
+        return self.folder / f"start-{quote(stage, safe='')}.safetensors"
 
     def _batches(self, branch: str) -> list[Batch]:
         if branch not in self._probe:
@@ -223,6 +251,21 @@ class Watch:
         state |= {"costs": self.costs, "labels": [_label_row(x) for x in self.labels]}
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.folder / "state.json", json.dumps(state))
+
+
+def _encoded(module, batch: Batch):
+    """The encoder's output. A rank without an utterance of its own shows a placeholder, for it must
+    still make the collective calls."""
+    pad_id = getattr(module, "pad_id", 0)
+    real = batch if len(batch) else placeholder(batch, module.encoder.cfg.mels, pad_id)
+    moved = real.to(ranks.device())
+    return module.encoder(moved.features_BTF, moved.feature_lengths_B)
+
+
+def _frames(out, batch: Batch) -> dict[str, Tensor]:
+    """Key → valid frames [S, E], fp32 on the CPU."""
+    lengths = out.lengths_B.tolist()
+    return {k: out.frames_BSE[i, : lengths[i]].float().cpu() for i, k in enumerate(batch.keys)}
 
 
 def _losses(module, batch: Batch, branch: str):
