@@ -85,13 +85,16 @@ def _colours(runs: Sequence[RunData]) -> list[str]:
 # -- pictures ----------------------------------------------------------------------------------
 
 
+LOSSES = (("CTC, nats a label (pretrain)", "ctc"), ("transcript, nats a token (sft)", "nll"))
+
+
 def timeline(run: RunData, path: Path) -> Path | None:
     """Both branches over the run's steps, with triggers, swaps, rates, CKA and losses."""
     if not any(e["event"] == "stage" for e in run.events):
         return None
     losses = {
         label: points
-        for label, key in (("CTC, nats a label (pretrain)", "ctc"), ("nats a token (sft)", "nll"))
+        for label, key in LOSSES
         if (points := [(m["steps"], m[key]) for m in run.metrics if key in m and "step" in m])
     }
     threshold = next((m["cka_threshold"] for m in run.drift), None)
@@ -121,7 +124,8 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
     if panels[0]:
         axis = next(held)
         for run, colour in zip(runs, _colours(runs), strict=True):
-            points = [(e["pretrain"], e["cka"]) for e in run.events if e["event"] == "drift"]
+            drifted = [e for e in run.events if e["event"] == "drift" and "cka" in e]
+            points = [(e["pretrain"], e["cka"]) for e in drifted]
             if points:
                 axis.plot(*zip(*points, strict=True), ".-", color=colour, lw=1.3, label=run.name)
             below = [
@@ -136,7 +140,8 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
             axis.axhline(threshold, color=WARN, ls="--", lw=1, label=f"threshold {threshold:g}")
         axis.set_title("while pretraining (circles: published)", fontsize=10, loc="left")
         axis.set_xlabel("pretraining steps")
-        axis.set_ylabel("CKA to the reference, 0 to 1")
+        axis.set_ylabel("CKA to the reference")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         _legend(axis)
     if panels[1]:
         axis = next(held)
@@ -152,11 +157,13 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_ylim(low, 1 + 0.03 * (1 - low))
         axis.set_title("through joint training", fontsize=10, loc="left")
         axis.set_xlabel("joint steps")
-        axis.set_ylabel("CKA to the encoder before it, 0 to 1")
+        axis.set_ylabel("CKA to the encoder before it")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         _legend(axis)
     return save(figure, path)
 
 
+ENDS = ("low", "high")
 METRICS = (
     ("nse", "NSE, 0 to 1", "spread: normalised spectral entropy"),
     ("pai", "PAI, nats a frame", "phonemes: accessible information"),
@@ -177,8 +184,8 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
                 points = [m for m in run.looks if m["branch"] == branch and key in m]
                 times = [m["seconds"] / unit for m in points]
                 axis.plot(times, [m[key] for m in points], style, marker=".", color=colour, lw=1.3)
-                if points and f"{key}_low" in points[0]:
-                    low, high = ([m[f"{key}_{end}"] for m in points] for end in ("low", "high"))
+                if any(f"{key}_low" in m for m in points):
+                    low, high = ([_of(m, f"{key}_{end}") for m in points] for end in ENDS)
                     axis.fill_between(times, low, high, color=colour, alpha=0.12, lw=0)
             if any(key in m for m in run.looks):
                 _mark_joint(axis, run, unit, colour)
@@ -187,7 +194,8 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_ylabel(label)
         axis.set_xlim(0, 1.03 * max(run.longest for run in runs) / unit)
     shown_runs = [run for run in runs if run.looks]
-    _key(figure, shown_runs, (("live encoder", {"ls": "-"}), ("the sft branch's", {"ls": "--"})))
+    branches = ("pretrain branch's encoder", {"ls": "-"}), ("sft branch's", {"ls": "--"})
+    _key(figure, shown_runs, branches)
     return save(figure, path)
 
 
@@ -204,12 +212,16 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
         return None
     figure, axes = new(1, 3, (9.6, 3.5))
     for axis, (key, label, title) in zip(axes[0], METRICS, strict=True):
-        for side, colour, shift in (("before joint", "#9db8d2", -0.2), ("after", COLOURS[0], 0.2)):
+        for side, colour, shift in (("before", "#9db8d2", -0.2), ("after", COLOURS[0], 0.2)):
             rows = [pair[0 if shift < 0 else 1] for _, pair in pairs]
-            values = [row[key] for row in rows]
+            nothing = [_none_found(row, key) for row in rows]
+            values = [math.nan if n else _of(r, key) for n, r in zip(nothing, rows, strict=True)]
             places = [i + shift for i in range(len(pairs))]
-            bars = axis.bar(places, values, 0.36, color=colour, label=side)
-            if f"{key}_low" in rows[0]:
+            bars = axis.bar(places, values, 0.36, color=colour, label=f"{side} joint training")
+            for place, text in zip(places, nothing, strict=True):
+                axis.annotate(text, (place, 0), (0, 3), rotation=90, fontsize=7, color=MUTE,
+                              textcoords="offset points", ha="center")  # fmt: skip
+            if any(f"{key}_low" in row for row in rows):
                 _whiskers(axis, places, values, rows, key)
                 axis.margins(y=0.15)
             else:
@@ -230,9 +242,23 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
     return save(figure, path)
 
 
+def _of(row: Row, key: str) -> float:
+    """NaN for what was not measured, which no picture shows."""
+    value = row.get(key)
+    return math.nan if value is None else value
+
+
+def _none_found(row: Row, key: str, unit: str = "") -> str:
+    """What a picture says of an estimate that cannot be told from none; "" if it can."""
+    if row.get(f"{key}_found", True):
+        return ""
+    limit = row.get(f"{key}_limit")
+    return "none found" if limit is None else f"none found (< {limit:.2g}{unit})"
+
+
 def _whiskers(axis, places, values, rows: Sequence[Row], key: str) -> None:
-    low = [max(v - r[f"{key}_low"], 0) for v, r in zip(values, rows, strict=True)]
-    high = [max(r[f"{key}_high"] - v, 0) for v, r in zip(values, rows, strict=True)]
+    low = [max(v - _of(r, f"{key}_low"), 0) for v, r in zip(values, rows, strict=True)]
+    high = [max(_of(r, f"{key}_high") - v, 0) for v, r in zip(values, rows, strict=True)]
     axis.errorbar(places, values, [low, high], fmt="none", ecolor=INK, elinewidth=1, capsize=3)
 
 
@@ -247,17 +273,22 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
     places = range(len(rows))
     left, right = axes
     for key, shift, colour, label in (
-        ("pai_share", -0.18, PHONETIC, "phonemes: PAI of H(P)"),
-        ("csai_share", 0.18, SEMANTIC, "words beyond phonemes: CSAI of H(S|P)"),
+        ("pai", -0.18, PHONETIC, "phonemes: PAI of H(P)"),
+        ("csai", 0.18, SEMANTIC, "words beyond phonemes: CSAI of H(S|P)"),
     ):
-        found = [(i, 100 * r[key]) for i, r in enumerate(rows) if r.get(key) is not None]
+        found = [
+            (i + shift, 0.0 if nothing else 100 * r[f"{key}_share"], nothing)
+            for i, r in enumerate(rows)
+            if (nothing := _none_found(r, key, " nats a frame"))
+            or r.get(f"{key}_share") is not None
+        ]
         if found:
-            at, values = zip(*found, strict=True)
-            left.barh([i + shift for i in at], values, 0.34, color=colour, label=label)
-            for i, share in found:
-                # Right of the axis also where the estimate is negative: left are the names.
-                left.annotate(_percent(share), (max(share, 0), i + shift), (3, 0), fontsize=8,
-                              textcoords="offset points", va="center")  # fmt: skip
+            at, values, _ = zip(*found, strict=True)
+            left.barh(at, values, 0.34, color=colour, label=label)
+        for place, share, nothing in found:
+            # Right of the axis also where the estimate is negative: left are the names.
+            left.annotate(nothing or _percent(share), (max(share, 0), place), (3, 0), fontsize=8,
+                          textcoords="offset points", va="center")  # fmt: skip
     left.set_xlabel("share of the entropy that the encoder's frames resolve, %")
     least = min(
         (100 * r[k] for r in rows for k in ("pai_share", "csai_share") if r.get(k)), default=0
@@ -287,7 +318,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
 def _percent(share: float) -> str:
     """``12%``; ``3.4%`` below ten, where whole numbers would hide what moves."""
     digits = 1 if 0.05 <= abs(share) < 10 else 0
-    return f"{share:.{digits}f}%" if abs(share) >= 0.05 else "0%"
+    return f"{share:.{digits}f}%".replace("-", "−") if abs(share) >= 0.05 else "0%"
 
 
 CURVES = (
@@ -306,7 +337,7 @@ def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
     if not scored:
         return None
     panels: list[tuple[str, Callable[[Row], dict[str, float]]]] = [
-        ("error rate, %", lambda m: {held[1]: 100 * m[held[0]] for held in CURVES if held[0] in m}),
+        ("error rate, %", lambda m: {n: 100 * _of(m, k) for k, n, _, _ in CURVES if k in m}),
         ("hallucinated\nutterances, %", lambda m: _named(m, "flagged", "speech", 100)),
         ("text on non-speech,\ncharacters a minute",
          lambda m: _named(m, "characters_per_minute", "non-speech", 1)),

@@ -196,12 +196,12 @@ def plot_run(folder: Path) -> Path:
     ValueError where these cannot be read."""
     events = _read(folder / "events.jsonl")
     metrics = _read(folder / "metrics.jsonl")
-    cka = [(m["steps"], m["cka"]) for m in metrics if "cka" in m]
+    cka = [(m["steps"], m["cka"]) for m in metrics if m.get("cka") is not None]
     threshold = next((m["cka_threshold"] for m in metrics if "cka_threshold" in m), None)
     losses = {
         label: points
         for label, key in (("CTC (pretrain)", "ctc"), ("transcript (sft)", "nll"))
-        if (points := [(m["steps"], m[key]) for m in metrics if key in m])
+        if (points := [(m["steps"], m[key]) for m in metrics if m.get(key) is not None])
     }
     path = folder / "timeline.png"
     title = f"{folder.name}: stages, encoder swaps, drift"

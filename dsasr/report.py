@@ -22,7 +22,7 @@ from dsasr.run_data import Row, RunData, audio_hours
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #2b2b2b; background: #fff;
-       max-width: 1080px; margin: 2.2em auto; padding: 0 1.4em; }
+       max-width: 1160px; margin: 2.2em auto; padding: 0 1.4em; }
 h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.15em; margin: 2.2em 0 .3em; }
 p, figcaption { color: #555; max-width: 50em; } figure { margin: .6em 0 1.4em; }
 img { max-width: 100%; height: auto; }
@@ -35,6 +35,7 @@ th { font-weight: 600; border-bottom: 1.5px solid #999; vertical-align: bottom; 
 td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 td small { color: #777; display: block; white-space: nowrap; }
 .left td, .left th { text-align: left; vertical-align: top; }
+.stages :is(td, th):is(:nth-child(2), :nth-child(4)) { text-align: left; }
 """.strip()
 
 
@@ -61,17 +62,24 @@ def _slug(name: str) -> str:
 
 
 CAPTIONS = {
-    "Course": "Stages of both branches. A dot is a published encoder, an arrow its way into the "
-    "sft branch; grey lines are swaps.",
-    "Drift": "CKA of encoder frames on a fixed set of utterances. Low: the representation moved.",
+    "Course": "Stages of both branches: pretrain trains the encoder by CTC, sft the language model "
+    "behind it. A dot is a published encoder, an arrow its way into the sft branch, with what made "
+    "it go; grey lines are such swaps.",
+    "Drift": "CKA of encoder frames on a fixed set of utterances: 1 where the representation has "
+    "not moved. Left: at each measurement below the threshold an encoder is published.",
     "Entropy over": "Encoder frames of held-out utterances. Low NSE: few directions carry the "
     "variance. PAI: what a linear reader finds about phonemes; CSAI: about words, beyond the "
-    "phonemes around. Bands: 95% bootstrap intervals over utterances. Labels come from the run's "
-    "own CTC head and change with it.",
-    "Before": "The encoder that joint training began with, and what it made of it. Whiskers: 95%.",
-    "Who": "Left: held-out frames, linear readers. Right: what the language model alone leaves "
-    "open (H₀, the whole bar), what the audio resolves of it, and what stays open.",
-    "Errors": "On the validation set while training.",
+    "phonemes around. Below zero: the reader is worse than none. Bands: 95% bootstrap intervals "
+    "over utterances. Labels come from the run's own CTC head and change with it.",
+    "Before": "The encoder that joint training began with, and what it made of it. Whiskers: 95% "
+    "bootstrap intervals over utterances. None found: no reader did better with the "
+    "encoder's frames than without; a gain of the limit given would have stood out.",
+    "Who": "Left: held-out frames, linear readers; H(P) is the entropy of the phonemes, H(S|P) "
+    "that of the words when the phonemes around are known. Right: what the language model alone "
+    "leaves open (H₀, the whole bar), what the audio resolves of it, and what stays open (H₁); no "
+    "bar where no language model was measured. random: an encoder of that shape, untrained.",
+    "Errors": "While training: error rates on the validation set; hallucinations on the suite that "
+    "is made of some of it, all noises together.",
 }
 
 
@@ -133,46 +141,69 @@ def write(runs: Sequence[RunData], out: Path) -> Path:
 
 
 def systems(runs: Sequence[RunData]) -> str:
-    """A row per system: errors with intervals by condition, hallucinations, non-speech."""
-    tried = [run for run in runs if run.trial.get("conditions")]
+    """A row per system: errors with intervals by condition, hallucinations, non-speech, cost."""
+    tried = [run for run in runs if run.trial]
     if not tried:
         return ""
-    conditions = list(dict.fromkeys(c for run in tried for c in run.trial["conditions"]))
-    langs = list(
-        dict.fromkeys(lang for r in tried for lang in r.trial["conditions"]["clean"]["languages"])
-    )
-    noisy = [_said(c) for c in conditions if c != "clean"]
-    head = ["system", *(f"{escape(lang)}, clean" for lang in langs), *noisy]
+    cleans = [run.trial["conditions"].get("clean", {}).get("languages", {}) for run in tried]
+    units = {lang: row["unit"] for clean in cleans for lang, row in clean.items()}
+    conditions = dict.fromkeys(c for run in tried for c in run.trial["conditions"])
+    noisy = [c for c in conditions if c != "clean"]
+    head = ["system", *(f"{escape(lang)} {RATES[unit]}, clean" for lang, unit in units.items())]
+    head += [f"{'all, ' * (len(units) > 1)}{_said(c)}" for c in noisy]
     groups = [("", 1), ("errors, %", len(head) - 1), ("hallucinated, %", 2)]
-    groups += [("non-speech", 1), ("cost", 2)]
-    head += ["clean", "noisy", "characters/min", "audio hours", "time"]
+    groups += [("non-speech", 1), ("training", 2)]
+    head += ["clean", "noisy", "characters a minute", "audio, hours", CLOCKED]
     rows = []
-    for run in tried:
-        held = run.trial["conditions"]
-        clean = held["clean"]["languages"]
-        row = [escape(run.name), *(_span(clean.get(lang)) for lang in langs)]
-        row += [_span(held.get(c)) for c in conditions if c != "clean"]
+    for run, clean in zip(tried, cleans, strict=True):
+        row = [escape(run.name), *(_span(clean.get(lang)) for lang in units)]
+        row += [_span(run.trial["conditions"].get(c)) for c in noisy]
         cells = run.trial["hallucination"]["rows"]
         row += [_share([c for c in cells if c["condition"] == "clean"])]
         row += [_share([c for c in cells if c["condition"].startswith("snr")])]
-        row += [_pace([c for c in cells if c["clips"]])]
-        row += [f"{audio_hours(run):.2f}", clock(run.longest)]
+        row += [_pace(run.trial["hallucination"])]
+        row += [_hours(audio_hours(run)), clock(run.longest)]
         rows.append(row)
-    return (
-        _table(head, rows, groups=groups)
-        + "<p>Small print: 95% intervals (bootstrap, Wilson). One run each.</p>"
-    )
+    untried = ", ".join(escape(run.name) for run in runs if not run.trial)
+    more = f" Not tried yet by tools/evaluate.py … --suite --report: {untried}." if untried else ""
+    table = _table(head, rows, groups=[g for g in groups if g[1]])
+    return f"{table}<p>{escape(SYSTEMS)}{more}</p>"
+
+
+RATES = {"word": "WER", "char": "CER", "mixed": "MER"}
+CLOCKED = "time, [h:]mm:ss"
+SYSTEMS = (
+    "Small print: 95% intervals over utterances or clips (bootstrap; of shares of utterances "
+    "Wilson's); one run each, so that they say nothing of other seeds. WER counts words, CER "
+    "characters, MER words and characters of code-switched speech; all: every language in its own "
+    "unit; dB: signal-to-noise ratio. Hallucinated: utterances with text that was not spoken; "
+    "noisy: at any ratio. Non-speech: what is written a minute of noise, music and silence. Audio: "
+    "what was trained on, counted each time."
+)
 
 
 def _said(condition: str) -> str:
-    return f"{condition[3:]} dB" if condition.startswith("snr") else escape(condition)
+    for start, words in (("snr", "{} dB"), ("cut", "cut to {}%")):
+        if condition.startswith(start):
+            condition = words.format(condition.removeprefix(start))
+    return escape(condition).replace(" ", "&nbsp;")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.{2 if hours < 10 else 1 if hours < 100 else 0}f}"
 
 
 def _span(held: Row | None) -> str:
-    if not held:
+    low, value, high = (held.get(k) if held else None for k in ("low", "rate", "high"))
+    if value is None:
         return "–"
-    low, value, high = (100 * held[k] for k in ("low", "rate", "high"))
-    return f"{value:.1f}<small>{low:.1f}…{high:.1f}</small>"
+    span = () if low is None or high is None else (100 * low, 100 * high)
+    return _estimate(100 * value, *span)
+
+
+def _estimate(value: float, *span: float) -> str:
+    small = f"<small>{'…'.join(f'{end:.1f}' for end in span)}</small>" if span else ""
+    return f"{value:.1f}{small}"
 
 
 def _share(cells: Sequence[Row]) -> str:
@@ -188,12 +219,19 @@ def _share(cells: Sequence[Row]) -> str:
         heard[cell["condition"]] += cell["utterances"]
     draws = max(heard.values())
     low, high = (100 * x for x in wilson(hits / count * draws, draws))
-    return f"{100 * hits / count:.1f}<small>{low:.1f}…{high:.1f}</small>"
+    return _estimate(100 * hits / count, low, high)
 
 
-def _pace(cells: Sequence[Row]) -> str:
-    seconds = sum(c["seconds"] for c in cells)
-    return f"{60 * sum(c['characters'] for c in cells) / seconds:.0f}" if seconds else "–"
+def _pace(held: Row) -> str:
+    """Characters a minute of non-speech; without an interval where none is known."""
+    row = held.get("nonspeech", {}).get("all")
+    if row is None:
+        cells = [c for c in held["rows"] if c["clips"]]
+        seconds = sum(c["seconds"] for c in cells)
+        return _estimate(60 * sum(c["characters"] for c in cells) / seconds) if seconds else "–"
+    if not row["clips_with_text"]:
+        return f"0<small>no text in {row['clips']} clips</small>"
+    return _estimate(row["rate"], *(() if row["low"] is None else (row["low"], row["high"])))
 
 
 def stages(runs: Sequence[RunData]) -> str:
@@ -208,8 +246,9 @@ def stages(runs: Sequence[RunData]) -> str:
             rows.append(
                 [escape(run.name), stage.name, f"{stage.steps:,}", escape(trains), swaps, spent]
             )
-    head = ["run", "stage", "steps", "trains, highest rate", "encoders taken", "time"]
-    return f"<h2>Stages</h2>{_table(head, rows)}"
+    head = ["run", "stage", "steps", "trains, at the highest rate of", "encoders taken", CLOCKED]
+    told = "Encoders taken: how often the stage went on with another one that pretraining published"
+    return f"<h2>Stages</h2>{_table(head, rows, 'stages')}<p>{told}.</p>"
 
 
 def examples(runs: Sequence[RunData], most: int = 12) -> str:
@@ -222,12 +261,18 @@ def examples(runs: Sequence[RunData], most: int = 12) -> str:
                 first.get((e["kind"], e["condition"]), -1) + 1
             )
         for e in sorted(held, key=lambda e: e["again"])[:most]:
-            cells = (run.name, e["kind"], e["condition"], e["reference"] or "–", e["hypothesis"])
-            rows.append([escape(cell) for cell in cells])
+            cells = (e["kind"], e["detail"], e["reference"] or "–", e["hypothesis"])
+            kind, *texts = (escape(cell) for cell in cells)
+            rows.append([escape(run.name), _said(e["condition"]), kind, *texts])
     if not rows:
         return ""
-    head = ["run", "kind", "condition", "reference", "transcript"]
-    return f"<h2>Hallucinations, examples</h2>{_table(head, rows, 'left')}"
+    head = ["run", "condition", "kind", "why", "reference", "transcript"]
+    return (
+        f"<h2>Hallucinations, examples</h2>{_table(head, rows, 'left')}<p>Invented: much longer "
+        "than what was said, and of other words. Loop: the same over and over. Chat: a refusal, an "
+        "assistant's phrase or a subtitle's. Burst: many words on end that were not said. "
+        "Nonspeech: any text where nobody speaks.</p>"
+    )
 
 
 def _table(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.errors import UserError
-from dsasr.files import json_lines
+from dsasr.files import finite, json_lines
 from dsasr.recogniser import run_recipe
 from dsasr.stages import Schedule
 
 Row = dict[str, Any]
+LIMITED = ("found", "limit")  # of an estimate: is there any, and what would have stood out
 
 
 @dataclass
@@ -64,14 +65,25 @@ def collect(folder: str | Path, name: str = "") -> RunData:
     recipe = run_recipe(folder)
     run = RunData(name or folder.resolve().name, schedule=recipe.schedule())
     run.folder = folder.resolve().name
-    run.events, run.metrics = (json_lines(folder / f"{n}.jsonl") for n in ("events", "metrics"))
+    run.events, run.metrics = (_measured(folder / f"{n}.jsonl") for n in ("events", "metrics"))
     if not run.metrics:
         raise UserError(f"{folder} has no metrics yet: let it train first")
-    run.checkpoints = json_lines(folder / "allocation.jsonl")
+    run.checkpoints = _measured(folder / "allocation.jsonl")
     path = folder / "report.json"
     if path.is_file():
-        run.trial = json.loads(path.read_text(encoding="utf-8"))
+        run.trial = finite(json.loads(path.read_text(encoding="utf-8")))
     return run
+
+
+def _measured(path: Path) -> list[Row]:
+    """A file's rows without what is null or no finite number in them: that was not measured."""
+
+    def held(row: Any) -> Any:
+        if not isinstance(row, dict):
+            return row
+        return {key: held(value) for key, value in row.items() if value is not None}
+
+    return [held(finite(row)) for row in json_lines(path)]
 
 
 def named(folders: Sequence[str | Path]) -> list[RunData]:
@@ -86,7 +98,9 @@ def named(folders: Sequence[str | Path]) -> list[RunData]:
 def before_and_after(run: RunData) -> tuple[Row, Row] | None:
     """The encoder's row before and after joint training: of tools/allocation.py, else of looks."""
     own = [
-        r for r in run.checkpoints if not run.folder or Path(r["run"]).resolve().name == run.folder
+        r
+        for r in run.checkpoints
+        if not run.folder or ("run" in r and Path(r["run"]).resolve().name == run.folder)
     ]
     after = [r for r in own if r.get("stage") == run.joint and run.joint]
     if after and after[-1].get("encoder"):
@@ -102,12 +116,14 @@ def before_and_after(run: RunData) -> tuple[Row, Row] | None:
 
 
 def _flat(row: Row) -> Row:
-    """A row of tools/allocation.py with a look's names."""
-    out = {"nse": row["nse"], "name": row["name"]}
+    """A row of tools/allocation.py with a look's names, as far as they were measured.
+
+    Where ``found`` is False, no gain was found, and one of ``limit`` nats would have stood out.
+    """
+    out = {key: row[key] for key in ("nse", "name") if key in row}
     for key in ("pai", "csai"):
-        held = row[key]
-        out |= {key: held["value"], f"{key}_low": held["low"], f"{key}_high": held["high"]}
-        out[f"{key}_share"] = held["share"]
+        names = {"value": key} | {k: f"{key}_{k}" for k in ("low", "high", "share", *LIMITED)}
+        out |= {names[k]: value for k, value in row.get(key, {}).items() if k in names}
     return out
 
 

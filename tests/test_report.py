@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import re
 import shutil
 import subprocess
+import types
 from html.parser import HTMLParser
 
 import pytest
 
-from dsasr import figures, report, run_data
+from dsasr import figures, pictures, report, run_data
 from dsasr.errors import UserError
 from dsasr.evaluation.hallucination import wilson
 from dsasr.monitor import add_images
@@ -139,7 +142,8 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     for wanted in ("10.0", "8.0…13.0", "50.0", "a <b> c", "Before and after", "Who resolves"):
         assert wanted in said
     # 50 characters in 120 s, 1 of 100, 9 of 100; 100 steps of 2 s at 360 h/h.
-    assert "25" in said and "9.0" in said and "20.00" in said
+    assert "25.0" in said and "9.0" in said and "20.0" in said
+    assert "en WER, clean" in said and "by tools/evaluate.py … --suite --report: second." in said
     names = {p.name for p in tmp_path.glob("*.png")}
     assert names == {"timeline-first.png", "timeline-second.png", "cka.png", "metrics.png",
                      "joint.png", "allocation.png", "training.png"}  # fmt: skip
@@ -208,10 +212,78 @@ def test_before_and_after_joint_prefers_measured_checkpoints():
             row("first/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100"),
             row("other/encoder-100", "snapshot", 7.0),
             row("other/step-210", "checkpoint", 8.0, stage="joint", encoder="encoder-100"),
+            {k: v for k, v in row("whisper", "foreign", 9.0).items() if k != "run"},
         ],
     )
     before, after = run_data.before_and_after(measured)
     assert (before["pai"], after["pai"]) == (2.0, 3.0)
+
+
+def test_text_on_nonspeech_has_its_interval_or_says_why_not():
+    held = trial()["hallucination"]
+    assert report._pace(held) == "25.0"  # written before there were intervals
+    clips = {"rate": 25.0, "low": 3.2, "high": 61.72, "clips": 4, "clips_with_text": 2}
+    held["nonspeech"] = {"all": clips}
+    assert report._pace(held) == "25.0<small>3.2…61.7</small>"
+    clips |= {"low": None, "high": None}
+    assert report._pace(held) == "25.0"
+    clips |= {"rate": 0.0, "clips_with_text": 0}
+    assert report._pace(held) == "0<small>no text in 4 clips</small>"
+    assert report._pace({"rows": [], "nonspeech": {}}) == "–"
+
+
+def test_what_is_null_or_infinite_is_shown_as_not_measured(tmp_path, monkeypatch):
+    """In the files of a run, also as older ones spell it: NaN, Infinity."""
+    made, tried = run(), trial()
+    tried["conditions"]["clean"]["languages"]["zh"] = rated(math.inf) | {"unit": "char"}
+    tried["conditions"]["snr5"] |= dict.fromkeys(("rate", "low", "high"))
+    made.metrics.append({**look(211, "sft", "joint", **probes(1.0, 0.1)), "nse": math.nan})
+    made.metrics.append({**made.metrics[0], "steps": 120, "step": 120, "ctc": None})
+    made.metrics.append({**made.metrics[3], "steps": 60, "cka": None})
+    made.events.insert(2, {**made.events[1], "cka": None})
+    gain = {"value": 1.0, "low": None, "high": math.nan, "share": math.nan}
+    row = {"name": "run/a", "run": "run", "kind": "snapshot", "nse": None, "pai": gain}
+    for name, rows in (
+        ("metrics.jsonl", made.metrics),
+        ("events.jsonl", made.events),
+        ("allocation.jsonl", [{**row, "csai": gain}]),
+    ):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "report.json").write_text(json.dumps(tried))
+    recipe = types.SimpleNamespace(schedule=schedule)
+    monkeypatch.setattr(run_data, "run_recipe", lambda folder: recipe)
+    found = run_data.collect(tmp_path)
+    assert len(found.drift) == 1 and "nse" not in found.metrics[-3]
+    text = report.write([found], tmp_path / "report").read_text()
+    assert "<td>–</td>" in text and not re.search(
+        r"\b(nan|inf|None)\b", text.split("<h2>Course")[0]
+    )
+    assert (tmp_path / "report" / "joint.png").is_file()
+    pictures.plot_run(tmp_path)
+
+
+def test_an_estimate_that_is_not_to_be_told_from_none_says_so(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or path)
+
+    def row(name, kind, **more):
+        gain = {"value": 0.4, "low": 0.3, "high": 0.5, "share": 0.5}
+        none = {"value": 0.0, "low": 0.0, "high": 0.0, "share": 0.0, "found": False, "limit": 0.012}
+        own = {"name": f"first/{name}", "run": "runs/first", "kind": kind, "nse": 0.5}
+        return {**own, "pai": gain, "csai": none if kind == "checkpoint" else gain, **more}
+
+    held = [
+        row("encoder-100", "snapshot"),
+        row("step-210", "checkpoint", stage="joint", encoder="encoder-100"),
+    ]
+    assert figures.joint([run(checkpoints=held)], tmp_path / "x.png")
+    assert figures.allocation([run(checkpoints=held)], tmp_path / "x.png")
+    csai = kept[0].axes[2]
+    assert [t.get_text() for t in csai.texts if t.get_text()] == ["none found (< 0.012)"]
+    heights = [bar.get_height() for bar in csai.patches]
+    assert heights[0] == 0.4 and math.isnan(heights[1])
+    told = [t.get_text() for t in kept[1].axes[0].texts]
+    assert told == ["50%", "50%", "50%", "none found (< 0.012 nats a frame)"]
 
 
 def test_no_run_is_refused(tmp_path):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from dsasr.data.writing import shard_summary, write_dataset, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -16,6 +21,17 @@ ROOT = Path(__file__).parent.parent.parent
 def tool(name: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def module(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    held = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(held)
+    return held
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +60,11 @@ def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
         "allocation.py", snapshots[0], run, tmp_path / "hubert", "--data", data, "--out", out
     )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [r["kind"] for r in rows] == ["snapshot", "random", "checkpoint", "foreign", "random"]
-    assert all(0 <= r["nse"] <= 1 and r["effective_rank"] >= 1 for r in rows)
-    last = rows[2]
+    held = rows(out)
+    assert [r["kind"] for r in held] == ["snapshot", "random", "checkpoint", "foreign", "random"]
+    assert all(0 <= r["nse"] <= 1 and r["effective_rank"] >= 1 for r in held)
+    assert {(r["pai"]["folds"], r["pai"]["split"]) for r in held} == {(4, "utterance")}
+    last = held[2]
     assert last["stage"] == "joint" and last["utterances"] == 8
     assert last["llm"]["resolved"] == pytest.approx(
         last["llm"]["without_audio"] - last["llm"]["with_audio"]
@@ -56,9 +73,64 @@ def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
     assert "PAI" in done.stdout and "hubert" in done.stdout
     tokens = tool("allocation.py", run, "--data", data, "--semantic", "token", "--no-random")
     assert tokens.returncode == 0, tokens.stderr
-    [row] = [json.loads(x) for x in (run / "allocation.jsonl").read_text().splitlines()]
+    [row] = rows(run / "allocation.jsonl")
     assert row["kind"] == "checkpoint" and row["csai"]["frames"] == last["csai"]["frames"]
     assert tool("allocation.py", tmp_path / "hubert", "--data", data).returncode == 2
+
+
+@pytest.mark.launcher
+def test_allocation_of_two_runs_on_what_whisper_can_read(run, tiny, tmp_path):
+    """Each run's rows go into its own folder, and all encoders are shown the same recordings."""
+    from transformers import WhisperConfig, WhisperModel
+
+    WhisperModel(
+        WhisperConfig(
+            vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, max_source_positions=50, max_target_positions=16,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )
+    ).save_pretrained(tmp_path / "whisper")  # fmt: skip
+    corpus = module(ROOT / "tests" / "programs" / "tiny.py")
+    rng, samples = np.random.default_rng(1), []
+    for i, count in enumerate((2, 3, 4, 6, 3, 2)):  # six words take 1.25 s, Whisper reads one
+        words = [corpus.WORDS[w] for w in rng.integers(0, 4, count)]
+        samples.append(corpus._packed(f"x{i}", corpus._say(words, rng), words))
+    shard = tmp_path / "data" / "000000.tar"
+    shard.parent.mkdir()
+    write_dataset(shard.parent, [shard_summary(shard, write_shard(shard, samples))], 1)
+    other = shutil.copytree(run, tmp_path / "other")
+    given = [other, run, tmp_path / "whisper", "--data", shard.parent, "--no-control"]
+    done = tool("allocation.py", *given, "--aligner", run)
+    assert done.returncode == 0, done.stderr
+    assert "5 utterances by 1 speakers" in done.stdout and "'too_long': 1" in done.stdout
+    for folder in (run, other):
+        assert f"written: {folder}/allocation.jsonl ({folder.name}/step-" in done.stdout
+    assert [r["kind"] for r in rows(other / "allocation.jsonl")] == ["checkpoint", "random"]
+    held = rows(run / "allocation.jsonl")
+    assert [r["kind"] for r in held] == ["checkpoint", "random", "foreign", "random"]
+    assert {r["utterances"] for r in held} == {5}
+    assert all(r["pai"]["shuffled"] is None for r in held)
+
+
+def test_rows_go_to_their_runs_or_to_one_file(tmp_path, capsys):
+    allocation = module(ROOT / "tools" / "allocation.py")
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    held = [
+        {"name": "first/a", "run": str(first)},
+        {"name": "second/b", "run": f"{first}/../second"},
+        {"name": "whisper", "kind": "foreign"},
+        {"name": "random encoder", "run": str(second), "nse": math.nan},
+    ]
+    allocation.write(held, str(first), "shards", None)
+    assert [r["name"] for r in rows(first / "allocation.jsonl")] == ["first/a", "whisper"]
+    [_, random] = rows(second / "allocation.jsonl")
+    assert (random["name"], random["nse"], random["data"]) == ("random encoder", None, "shards")
+    assert f"{second}/allocation.jsonl (second/b, random encoder)" in capsys.readouterr().out
+    allocation.write(held, str(first), "shards", tmp_path / "all.jsonl")
+    assert [r["name"] for r in rows(tmp_path / "all.jsonl")] == [r["name"] for r in held]
 
 
 @pytest.mark.launcher
