@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsasr import measuring
+from dsasr import measuring, subjects
 from dsasr.allocation.accessible import Accessible, AccessibleConfig
 from dsasr.data.audio import FbankConfig
 from dsasr.data.phonemes import PhonemeVocab, PhonemizerConfig
@@ -26,7 +26,7 @@ def aligner():
     build = SimpleNamespace(
         phonemes=PhonemeVocab.build([list("abcd")]), recipe=SimpleNamespace(data=data)
     )
-    return measuring.Subject("x", {}, 0.04, lambda held: {}, build=build)
+    return subjects.Subject("x", {}, 0.04, lambda held: {}, build=build)
 
 
 def recording(key, text, **alignment):
@@ -81,9 +81,9 @@ def spoken(aligner, count: int = 12, **given) -> measuring.ProbeSet:
     return replace(measuring.probe_set(aligner, held), **given)
 
 
-def subject(aligner, encode, **given) -> measuring.Subject:
+def subject(aligner, encode, **given) -> subjects.Subject:
     about = {"run": "runs/x", "kind": "checkpoint"}
-    return measuring.Subject(
+    return subjects.Subject(
         "x", about, 0.04, lambda held: {r.key: encode(r.wave) for r in held}, aligner.build, **given
     )
 
@@ -137,8 +137,8 @@ def test_the_longest_recording_is_what_all_encoders_read(tmp_path):
     whisper = {"model_type": "whisper", "max_source_positions": 50}
     (folders[0] / "config.json").write_text(json.dumps(whisper))
     (folders[1] / "config.json").write_text('{"model_type": "hubert"}')
-    assert measuring.longest(folders) == pytest.approx(1.0)
-    assert measuring.longest(folders[1:]) == measuring.MOST_SECONDS
+    assert subjects.longest(folders) == pytest.approx(1.0)
+    assert subjects.longest(folders[1:]) == subjects.MOST_SECONDS
 
 
 def gain(value: float, **given) -> Accessible:

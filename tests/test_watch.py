@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsasr import fragments, measuring, recipe
+from dsasr import fragments, recipe, subjects
 from dsasr.allocation.cka import cka
 from dsasr.errors import UserError
 from dsasr.evaluation import recordings
@@ -55,7 +55,7 @@ def test_looks_on_two_ranks_change_nothing_and_are_logged(start, tiny, tmp_path)
     # The joint stage took the final encoder as it began: that is what it is compared with.
     swaps = [json.loads(x) for x in (watched / "events.jsonl").read_text().splitlines()]
     [last] = [x for x in swaps if x["event"] == "swap" and x["stage"] == "joint"]
-    final = measuring.open_checkpoint(watched / "snapshots" / last["snapshot"])
+    final = subjects.open_checkpoint(watched / "snapshots" / last["snapshot"])
     shown = final.encode(recordings.read(str(tiny.parent / "valid"))[0])
     began = load_file(watched / "allocation" / "start-joint.safetensors")
     assert began.keys() == shown.keys()

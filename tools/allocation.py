@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsasr import measuring
+from dsasr import measuring, subjects
 from dsasr.allocation.accessible import AccessibleConfig
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import recordings
@@ -56,12 +56,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def probe_set(args: argparse.Namespace, aligner: measuring.Subject) -> measuring.ProbeSet:
+def probe_set(args: argparse.Namespace, aligner: subjects.Subject) -> measuring.ProbeSet:
     """The recordings that every checkpoint can read, labelled; tells what was left out."""
     data = aligner.build.recipe.data
     held, bad = recordings.read(
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
-        max_seconds=measuring.longest(args.checkpoints),
+        max_seconds=subjects.longest(args.checkpoints),
     )  # fmt: skip
     probes = measuring.probe_set(aligner, held, args.semantic)
     left_out = dict(Counter(bad) + probes.causes)
@@ -80,14 +80,14 @@ def measure(args: argparse.Namespace, probes: measuring.ProbeSet) -> list[Row]:
     rows, reference, seen = [], None, set()
     with Bar(total=len(args.checkpoints), unit="checkpoint") as bar:
         for place in args.checkpoints:
-            subject = measuring.open_any(place)
+            subject = subjects.open_any(place)
             row, features = measuring.measure(subject, probes, config, reference)
             rows.append(row)
             reference = reference if reference is not None else features
             kind = subject.about.get("run") or subject.about["path"], row["width"]
             if not args.no_random and kind not in seen:
                 seen.add(kind)
-                baseline = measuring.random_baseline(subject, seed=args.seed)
+                baseline = subjects.random_baseline(subject, seed=args.seed)
                 rows.append(measuring.measure(baseline, probes, config)[0])
             bar.update()
     return rows
@@ -108,11 +108,11 @@ def main() -> int:
     args = parse()
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    own = [c for c in args.checkpoints if not measuring.is_foreign(c)]
+    own = [c for c in args.checkpoints if not subjects.is_foreign(c)]
     chosen = args.aligner or (own[-1] if own else None)
     if chosen is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
-    aligner = measuring.open_checkpoint(chosen)
+    aligner = subjects.open_checkpoint(chosen)
     rows = measure(args, probe_set(args, aligner))
     print(measuring.table(rows))
     print("PAI, CSAI: nats a frame, 95% interval, [shuffled], none (<what would have stood out);")
