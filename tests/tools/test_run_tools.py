@@ -143,6 +143,17 @@ def test_evaluation_with_the_whole_suite_and_against_another(run, tiny, tmp_path
     assert {r["condition"] for r in found["hallucination"]["rows"]} >= {"silence", "cut50", "clean"}
     assert [r["stage"] for r in found["stages"]][-1] == "joint"
     assert (run / "transcripts.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    sounds = found["hallucination"]["nonspeech"]
+    assert sounds["all"]["clips"] == 4 and sounds["silence"]["low"] is None
+    # The newest checkpoint by its name; what is not the run's end does not go into its report.
+    last = sorted(p.name for p in (run / "checkpoints").glob("step-*"))[-1]
+    named = tool("evaluate.py", *given, "--checkpoint", last, "--out", tmp_path / "named.jsonl")
+    assert named.returncode == 0, named.stderr
+    assert (tmp_path / "named.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    refused = tool("evaluate.py", *given, "--checkpoint", last, "--report")
+    assert refused.returncode == 2 and "--out" in refused.stderr
+    missing = tool("evaluate.py", *given, "--checkpoint", "step-1")
+    assert missing.returncode == 2 and last in missing.stderr
     # What the run transcribes is judged by other rules where they are given.
     (tmp_path / "normalizer.json").write_text(json.dumps({"ba": "do"}))
     spelled = tool("evaluate.py", *given[:3], "--rules", tmp_path / "normalizer.json")
