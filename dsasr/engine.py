@@ -6,7 +6,7 @@ The only importer of deepspeed. How parameter groups are swapped, and why so:
   the same (already partitioned) module with exactly the stage's parts in the optimizer. A parameter
   that is frozen by ``requires_grad`` under one optimizer over everything still moves (its Adam
   moments are stale), and one that is unfrozen later never gets gradients; a new engine has neither
-  fault. fp32 masters are carried over by name, moments on request.
+  fault. fp32 masters are carried over by name, moments on request (`dsasr.masters`).
 - *Between* branches two engines live side by side over disjoint modules, so taking turns costs
   nothing but the parking of fp32 masters and moments (`dsasr.parking`), and neither branch can
   touch a bit of the other's.
@@ -19,7 +19,6 @@ all of it is 0.001% of the training.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import gc
@@ -48,6 +47,7 @@ from dsasr.engine_config import (
 )
 from dsasr.errors import UserError
 from dsasr.fragments import Below, Fragment, FragmentReader, checksum
+from dsasr.masters import Masters
 from dsasr.model import lora
 from dsasr.model.layerwise import Cut
 from dsasr.parking import Parking
@@ -164,13 +164,10 @@ class Branch:
         self.config = config
         self.stage: StageConfig | None = None
         self._engine = None
-        self._states: partition.States | None = None
         self._hooks: dict[tuple[str, str], set[int]] = {}
         self._own_encoder: dict[str, Tensor] | None = None
-        self._parking = Parking(config.park, name, folder)
+        self._masters = Masters(module, precision(config), Parking(config.park, name, folder))
         self._disk = nvme_folder(config, folder, name) if config.nvme else None
-        # fp32 masters of parameters that an earlier stage trained and this one does not.
-        self._dormant: dict[str, Fragment] = {}
 
     # -- stages ------------------------------------------------------------------------------
 
@@ -179,13 +176,14 @@ class Branch:
         if self.stage is not None and stage.name == self.stage.name:
             self.unpark()
             return
-        carried, steps = self._leave()
+        carried, steps = self._masters.leave()
+        self._destroy()
         self.stage = stage
         groups = self._groups(stage)
         self._hooks = hooks.present(self.module)
         self._engine = self._initialise(stage, groups)
-        self._states = partition.States(self.module, self._engine.optimizer)
-        self._restore(carried, steps if stage.keep_moments else None)
+        optimizer = self._engine.optimizer
+        self._masters.enter(optimizer, carried, steps if stage.keep_moments else None)
 
     def _groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         groups = []
@@ -225,41 +223,13 @@ class Branch:
         read_gradients_whole(engine.optimizer)
         return engine
 
-    def _leave(self, carry: bool = True) -> tuple[dict[str, Fragment], float]:
-        """Destroy the engine; returns copies of its masters and moments, and Adam's step count."""
+    def _destroy(self) -> None:
         if self._engine is None:
-            return {}, 0.0
-        if carry:
-            self.unpark()
-        carried = {
-            key: dataclasses.replace(f, tensor=f.tensor.clone())
-            for key, f in (self._states.views() if carry else {}).items()
-        }
-        steps = self._states.steps()
+            return
         self._engine.destroy()
         hooks.remove_since(self.module, self._hooks)
-        self._engine = self._states = None
+        self._engine = None
         gc.collect()
-        return carried, steps
-
-    def _restore(self, carried: dict[str, Fragment], steps: float | None) -> None:
-        """Put carried fp32 values back where this stage trains them; keep the rest dormant."""
-        masters = {k: f for k, f in carried.items() if k.startswith(f"{partition.MASTER}/")}
-        self._dormant |= masters
-        if steps is not None:
-            self._states.make_moments(steps)
-        for key, view in self._states.edited():
-            kind = key.partition("/")[0]
-            if kind == partition.MASTER and key in self._dormant:
-                dormant = self._dormant.pop(key)
-                # Another cut than this engine's (ZeRO-1 and 2 only): the weights have to do.
-                if (dormant.start, dormant.stop) == (view.start, view.stop):
-                    view.tensor.copy_(dormant.tensor)
-            elif kind != partition.MASTER and steps is not None and key in carried:
-                view.tensor.copy_(carried[key].tensor)
-        if precision(self.config) is torch.float32:
-            # The weights are the masters then: nothing is lost by dropping the copies.
-            self._dormant.clear()
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -303,22 +273,15 @@ class Branch:
 
     def park(self) -> int:
         """Move masters and moments to their parking place; returns the bytes moved."""
-        if self._states is None:
-            return 0
-        tensors = {}
-        for index, flat in enumerate(self._states.flats()):
-            tensors[f"{partition.MASTER}.{index}"] = flat
-            for kind, moment in self._states.moments(flat).items():
-                tensors[f"{kind}.{index}"] = moment
-        return self._parking.park(tensors)
+        return self._masters.park()
 
     def unpark(self) -> int:
-        return self._parking.unpark()
+        return self._masters.unpark()
 
     @property
     def parked_bytes(self) -> int:
         """What lies in the parking place at present."""
-        return self._parking.bytes
+        return self._masters.parked_bytes
 
     def load_encoder(self, source: FragmentReader | Branch) -> None:
         """Hot-swap: take the encoder of a published snapshot or of the other branch; collective.
@@ -329,17 +292,13 @@ class Branch:
         that trains it. Raises `FragmentError` on all ranks, with nothing changed, when a snapshot
         is of another architecture, unreadable or not finite.
         """
-        prefix, masters, own = "encoder.", {}, self._encoder()
-        low = precision(self.config) is not torch.float32  # else the weights are the masters
+        own = self._encoder()
         if isinstance(source, Branch):
             partition.copy_weights(source._encoder(), own)
-            masters = source.masters(prefix) if low else {}
         else:
-            partition.replace_weights(self.module, source, prefix)
+            partition.replace_weights(self.module, source, "encoder.")
         partition.refresh_gathered(own.values())
-        self._set_masters(own, masters, source)
-        if low:
-            self._keep_masters(own, masters, source)
+        self._masters.replace(own, source._masters if isinstance(source, Branch) else source)
 
     def _encoder(self) -> dict[str, Tensor]:
         """The encoder's tensors by name; looked up once, for that takes as long as a small swap."""
@@ -347,70 +306,23 @@ class Branch:
             self._own_encoder = partition.tensors(self.module, "encoder.")
         return self._own_encoder
 
-    def _keep_masters(self, held: dict[str, Tensor], masters: dict[str, Fragment], source) -> None:
-        """Masters of what this stage does not train: a later one starts from them, not bf16."""
-        trained = self._states.views() if self._states is not None else {}
-        for name, parameter in held.items():
-            key = f"{partition.MASTER}/{name}"
-            self._dormant.pop(key, None)
-            if key in trained:
-                continue
-            if key in masters:
-                given = masters[key]
-                self._dormant[key] = dataclasses.replace(given, tensor=given.tensor.clone())
-            elif isinstance(source, FragmentReader) and key in source:
-                own = partition.weight(parameter)
-                piece = source.read(key, own.start, own.stop)
-                self._dormant[key] = dataclasses.replace(own, tensor=piece)
-
     def checksum(self, prefix: str = "encoder.") -> str:
         """Of the weights of all ranks, comparable to a snapshot's; collective."""
         return checksum(partition.weights(self.module, prefix))
 
     def masters(self, prefix: str) -> dict[str, Fragment]:
         """This rank's pieces of the fp32 masters, where the branch trains the parameter."""
-        if self._states is None:
-            return {}
-        self.unpark()
-        start = f"{partition.MASTER}/{prefix}"
-        return {k: f for k, f in self._states.views().items() if k.startswith(start)}
-
-    def _set_masters(self, own: dict[str, Tensor], masters: dict[str, Fragment], source) -> None:
-        """Masters of the encoder from the source's, its moments from zero.
-
-        Two ZeRO-1/2 engines may cut their masters at different places; a piece that this rank's
-        source does not hold is taken from the (whole) weights then.
-        """
-        if self._states is None or not any(p.requires_grad for p in own.values()):
-            return
-        self.unpark()
-        for key, view in self._states.edited():
-            kind, _, name = key.partition("/")
-            if name not in own:
-                continue
-            held = masters.get(key)
-            if kind != partition.MASTER:
-                view.tensor.zero_()
-            elif held is not None and (held.start, held.stop) == (view.start, view.stop):
-                view.tensor.copy_(held.tensor)
-            elif isinstance(source, FragmentReader) and key in source:
-                view.tensor.copy_(source.read(key, view.start, view.stop))
-            else:
-                view.tensor.copy_(partition.piece(own[name], view.start, view.stop))
+        return self._masters.trained(prefix)
 
     # -- saving and loading ------------------------------------------------------------------
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's weights, masters and moments, keyed below the branch's name."""
-        self.unpark()
-        held = partition.weights(self.module)
-        held |= self._dormant
-        if self._states is not None:
-            held |= self._states.views()
+        held = partition.weights(self.module) | self._masters.fragments()
         return {f"{self.name}/{key}": fragment for key, fragment in held.items()}
 
     def adam_steps(self) -> float:
-        return self._states.steps() if self._states is not None else 0.0
+        return self._masters.steps()
 
     def load(self, reader: FragmentReader, stage: StageConfig | None, adam_steps: float) -> None:
         """Restore what `fragments` gave, written by any number of ranks; collective."""
@@ -421,24 +333,12 @@ class Branch:
         self.enter(stage)
         partition.load_weights(self.module, below)
         partition.refresh_gathered(self.module.parameters())
-        if adam_steps:
-            self._states.make_moments(adam_steps)
-        trained = set()
-        for key, view in self._states.edited():
-            view.tensor.copy_(below.read(key, view.start, view.stop))
-            trained.add(key)
-        for name, parameter in partition.parameters(self.module):
-            key = f"{partition.MASTER}/{name}"
-            if key in below and key not in trained:
-                low = partition.weight(parameter)
-                piece = below.read(key, low.start, low.stop)
-                self._dormant[key] = dataclasses.replace(low, tensor=piece)
+        self._masters.load(below, adam_steps)
 
     def close(self) -> None:
         """Destroy the engine and free what it held; the module stays."""
-        self._leave(carry=False)
-        self._parking.close()
+        self._masters.close()
+        self._destroy()
         if self._disk is not None:
             shutil.rmtree(self._disk, ignore_errors=True)
-        self._dormant.clear()
         self.stage = None

@@ -8,24 +8,23 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from dsasr import config, ranks
+from dsasr import config, ranks, resume
+from dsasr.branches import Branches
 from dsasr.build import Builder
 from dsasr.checkpoint import Checkpoints
 from dsasr.data.bad import BadSampleLog
 from dsasr.data.batching import Batch
-from dsasr.engine import Branch, StepReport, cutter
+from dsasr.engine import Branch, StepReport
 from dsasr.errors import UserError
 from dsasr.exchange import GIVEN, Exchange
 from dsasr.feeds import Feeds
-from dsasr.files import atomic_write
-from dsasr.fragments import FragmentError, FragmentReader
+from dsasr.fragments import FragmentReader
 from dsasr.monitor import Monitor
-from dsasr.recipe import Recipe, changes
+from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, with_published
-from dsasr.validation import error_rates
+from dsasr.validation import Validation
 from dsasr.watch import Watch
 from dsasr.watchdog import Watchdog, for_rank
 
@@ -45,29 +44,27 @@ class Run:
         self.build.check()
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
         self.progress = Progress()
-        self.branches: dict[str, Branch] = {}
         self.feeds = Feeds(self.build)
         self._wait = 0.0
         self._signal: int | None = None
         self._finished = False
-        self._score: tuple[int, float] = (-1, 0.0)  # steps, and what the evaluation there gave
-        self._best: float | None = None
         self.stage_seconds: dict[str, float] = {}
-        self._passed_over: list[str] = []  # newer checkpoints that are not whole, and why
         self._turn_started = time.monotonic()
         self.watchdog = watchdog or for_rank(recipe.folder, recipe.watchdog)
         self.watchdog.agree(ranks.broadcast(f"{time.time_ns()}"))
         if watchdog is not None:
             watchdog.at("loading")
-        reader = self._resume_from()
-        self._keep_recipe()
+        reader, passed_over = resume.choose(recipe, self.checkpoints)
+        resume.keep_recipe(recipe)
         self.monitor = Monitor(
             recipe.folder,
             recipe.monitor,
             self._total_steps(),
             *((reader.manifest["steps"], reader.manifest["monitor"]["written"]) if reader else ()),
         )
+        self.branches = Branches(recipe, self.build, self.monitor)
         self.exchange = Exchange(recipe, self.build, self.monitor)
+        self.validation = Validation(recipe, self.build, self.monitor)
         self.watch = Watch(
             recipe.allocation, self.build, self.monitor, recipe.folder / "allocation"
         )
@@ -77,7 +74,7 @@ class Run:
         self._bad_told = reader.manifest["bad_samples"] if reader else {}  # by the last line
         # Before any collective call: no rank may write its file while rank 0 cuts it.
         self.bad.resume(self._bad_told, reader.manifest["steps"] if reader else 0)
-        self._begin(reader)
+        self._begin(reader, passed_over)
 
     # -- start, resume -----------------------------------------------------------------------
 
@@ -90,39 +87,7 @@ class Run:
         wanted = {"both": ("pretrain", "sft")}.get(self.recipe.branch, (self.recipe.branch,))
         return sum(s.steps for s in self.recipe.stages if s.branch in wanted)
 
-    def _resume_from(self) -> FragmentReader | None:
-        """The checkpoint to go on from, or None for a fresh start; refuses a changed recipe."""
-        if self.recipe.resume == "never":
-            if self.checkpoints.list():
-                raise UserError(
-                    f"{self.recipe.folder} holds a run already: resume=auto goes on with it, "
-                    "run=FOLDER starts another one"
-                )
-            return None
-        if self.recipe.resume == "auto":
-            reader, self._passed_over = self.checkpoints.newest()
-        else:
-            try:
-                reader = FragmentReader(Path(self.recipe.resume))
-            except FragmentError as error:
-                raise UserError(f"resume={self.recipe.resume}: {error}") from None
-        if reader is not None and not self.recipe.allow_changed:
-            changed = changes(reader.manifest["recipe"], self.recipe)
-            if changed:
-                raise UserError(
-                    f"{self.recipe.folder} was trained with another recipe ({'; '.join(changed)}): "
-                    "give run=FOLDER for a new run, or allow_changed=true to go on regardless"
-                )
-        return reader
-
-    def _keep_recipe(self) -> None:
-        path = self.recipe.folder / "recipe.yaml"
-        try:
-            ranks.by_main(lambda: atomic_write(path, config.dump(self.recipe)))
-        except OSError as error:
-            raise UserError(f"{self.recipe.folder} cannot be written: {error}") from None
-
-    def _begin(self, reader: FragmentReader | None) -> None:
+    def _begin(self, reader: FragmentReader | None, passed_over: list[str]) -> None:
         if self.schedule.pretrain and self.recipe.branch != "sft":
             self.exchange.claim(fresh=reader is None)
         if reader is not None:
@@ -131,7 +96,7 @@ class Run:
         elif self.recipe.encoder_given:
             given = Snapshot(GIVEN, 0, "given")
             self.progress = with_published(self.progress, [given])
-        for reason in self._passed_over:
+        for reason in passed_over:
             self.monitor.event("checkpoint_passed_over", reason=reason, steps=self.steps)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGUSR1, self._on_signal)
@@ -143,17 +108,12 @@ class Run:
         held = reader.manifest
         published = tuple(Snapshot(**s) for s in held["progress"].pop("published"))
         self.progress = Progress(**held["progress"], published=published)
-        stages = {s.name: s for s in self.recipe.stages}
-        try:
-            for name, entry in held["branches"].items():
-                self._branch(name).load(reader, stages.get(entry["stage"]), entry["adam_steps"])
-        except FragmentError as error:  # with allow_changed: another model, or another part trains
-            raise UserError(f"cannot go on: {error}; give run=FOLDER for a new run") from None
+        self.branches.load(reader)
         self.feeds.load(held["streams"])
         self.stage_seconds = dict(held["stage_seconds"])
         self.monitor.load(held["monitor"])
         self._finished = held["finished"]
-        self._best = held.get("best_score")
+        self.validation.best = held.get("best_score")
         self.exchange.load(reader)
 
     # -- turns -------------------------------------------------------------------------------
@@ -169,35 +129,13 @@ class Run:
         """The branch of ``stage``, in that stage; the other branch is parked."""
         self._turn_started = time.monotonic()
         self.watchdog.at("stage", stage.name)
-        branch = self._branch(stage.branch)
-        for other in self.branches.values():
-            if other is not branch:
-                other.park()
-        if branch.stage is None or branch.stage.name != stage.name:
-            started = time.monotonic()
-            branch.enter(stage)
-            self.monitor.event(
-                "stage",
-                name=stage.name,
-                branch=branch.name,
-                steps=self.steps,
-                switch_seconds=time.monotonic() - started,
-            )
-        else:
-            branch.unpark()
-        return branch
-
-    def _branch(self, name: str) -> Branch:
-        if name not in self.branches:
-            module = self.build.module(name, cutter(self.recipe.engine))
-            self.branches[name] = Branch(name, module, self.recipe.engine, self.recipe.folder)
-        return self.branches[name]
+        return self.branches.enter(stage, self.steps)
 
     def batches(self, stage: StageConfig) -> list[Batch]:
         """This rank's micro-batches of the next step; what looks compare with is taken before."""
         step = self.progress.step if stage.branch == "sft" else self.progress.pretrain
         # Like looks, that is no time of the stage's.
-        self._turn_started += self.watch.begin(self.branches[stage.branch], step)
+        self._turn_started += self.watch.begin(self.branches.get(stage.branch), step)
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
         batches = self.feeds.next(stage)
@@ -221,12 +159,11 @@ class Run:
     def swap(self, branch: Branch, snapshot: Snapshot) -> bool:
         """Put ``snapshot`` into the sft branch; False when it was refused (the log says why)."""
         self.watchdog.at("swap")
-        live = self.branches.get("pretrain")
+        live = self.branches.made("pretrain")
         self.progress, taken = self.exchange.swap(self.progress, snapshot, branch, live)
         if taken and snapshot.cause == "final" and live is not None:
             # Nothing needs the pretrain branch any more.
-            live.close()
-            del self.branches["pretrain"]
+            self.branches.close("pretrain")
             self.feeds.close("pretrain")
         return taken
 
@@ -234,12 +171,13 @@ class Run:
         """Whether to publish the encoder after this pretrain step, and what was measured."""
         self.watchdog.at("drift")
         trained = sum(self.stage_seconds.values())
-        return self.exchange.drift_cause(self.branches["pretrain"], self.progress, trained)
+        live = self.branches.get("pretrain")
+        return self.exchange.drift_cause(live, self.progress, trained)
 
     def publish(self, cause: str, found: Mapping[str, Any]) -> None:
         """Publish the live encoder for the sft branch."""
         self.watchdog.at("publish")
-        live = self.branches["pretrain"]
+        live = self.branches.get("pretrain")
         self.progress = self.exchange.publish(live, self.progress, cause, found)
 
     def wait(self) -> None:
@@ -287,8 +225,7 @@ class Run:
 
     def _encoder_line(self, report: StepReport) -> dict[str, float]:
         """Of the sft branch: which encoder it is on; of both: what the other branch has parked."""
-        parked = sum(b.parked_bytes for b in self.branches.values() if b.name != report.branch)
-        values = {"parked_bytes": float(parked)}
+        values = {"parked_bytes": float(self.branches.parked_bytes(beside=report.branch))}
         in_use = [s for s in self.progress.published if s.id == self.progress.in_use]
         if report.branch == "sft" and in_use:
             values["encoder_in_use"] = float(in_use[0].pretrain)
@@ -316,29 +253,17 @@ class Run:
         self.watch.look_if_due(branch, report, self.steps, trained)
         every = self.recipe.evaluation.every
         if every and (report.step + 1) % every == 0:
-            self.evaluate(branch, self.recipe.evaluation.utterances)
+            self._evaluate(branch, self.recipe.evaluation.utterances)
 
-    def evaluate(self, branch: Branch, utterances: int) -> None:
-        """Error rates of ``branch`` on the validation set, into metrics and the log."""
-        started = time.monotonic()
+    def _evaluate(self, branch: Branch, utterances: int) -> None:
         watched = partial(self.watchdog.each, doing="evaluation")
-        values, shown = error_rates(self.recipe, self.build, branch, utterances, watched)
-        stage = branch.stage.name
-        head = {"steps": self.steps, "branch": branch.name, "stage": f"valid_{stage}"}
-        self.monitor.scalars(head, values | {"evaluation_seconds": time.monotonic() - started})
-        if shown:
-            self.monitor.text(f"valid_{stage}", shown, self.steps)
-        self.monitor.event("evaluated", stage=stage, steps=self.steps, **values)
-        score = values.get(self.recipe.checkpoint.best)
-        if score is not None:
-            self._score = (self.steps, score)
-            self._best = score if self._best is None else min(score, self._best)
+        self.validation.evaluate(branch, utterances, self.steps, watched)
 
     # -- saving ------------------------------------------------------------------------------
 
     def save_if_due(self) -> None:
         self._tell_checkpoints()
-        best = self.recipe.checkpoint.keep_best and self._score == (self.steps, self._best)
+        best = self.recipe.checkpoint.keep_best and self.validation.is_best(self.steps)
         if self.checkpoints.due(self.steps) or best:
             self.save(wait=False)
 
@@ -361,24 +286,20 @@ class Run:
         Without ``wait`` it is written while training goes on, and True promises nothing.
         """
         self.watchdog.at("checkpoint")
-        held = {k: f for b in self.branches.values() for k, f in b.fragments().items()}
-        held |= self.exchange.fragments()
+        held = self.branches.fragments() | self.exchange.fragments()
         state = {
             "progress": config.to_plain(self.progress),
-            "branches": {
-                name: {"stage": b.stage.name if b.stage else None, "adam_steps": b.adam_steps()}
-                for name, b in self.branches.items()
-            },
+            "branches": self.branches.state(),
             "streams": self.feeds.state(),
             "stage_seconds": self.stage_seconds,
             "monitor": self.monitor.state(),
             "bad_samples": self._bad_counts(),
             "finished": self._finished,
-            "best_score": self._best,
+            "best_score": self.validation.best,
             **self.exchange.state(),
             "recipe": config.to_plain(self.recipe),
         }
-        score = self._score[1] if self._score[0] == self.steps else None
+        score = self.validation.score(self.steps)
         done = True
         try:
             self.checkpoints.save(self.steps, held, state, score, wait)
@@ -391,9 +312,9 @@ class Run:
         """The end of the schedule: evaluate on the whole validation set and save."""
         if not self._finished:
             self._finished = True
-            for branch in self.branches.values():
+            for branch in self.branches:
                 if branch.stage is not None:
-                    self.evaluate(branch, 0)
+                    self._evaluate(branch, 0)
             if not self.save():
                 raise UserError(
                     f"trained to the end, but {self.checkpoints.folder} cannot be written: make "

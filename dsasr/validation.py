@@ -1,15 +1,55 @@
-"""Error rates of a branch while it trains, on the recipe's validation set."""
+"""Error rates of a branch while it trains, on the recipe's validation set; which was the best."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 
 from dsasr import ranks
 from dsasr.build import Builder
 from dsasr.engine import Branch
 from dsasr.evaluation import recordings, trials, validate
+from dsasr.monitor import Monitor
 from dsasr.recipe import Recipe
+
+
+class Validation:
+    """A run's evaluations, and their scores: lower is better (`CheckpointConfig.best`)."""
+
+    def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
+        self.recipe, self.build, self.monitor = recipe, build, monitor
+        self.best: float | None = None
+        self._last: tuple[int, float] = (-1, 0.0)  # steps, and the score there
+
+    def evaluate(
+        self,
+        branch: Branch,
+        utterances: int,
+        steps: int,
+        watched: Callable[[list], Iterable] = iter,
+    ) -> None:
+        """`error_rates` of ``branch`` into metrics and the log; ``steps``: so many are made."""
+        started = time.monotonic()
+        values, shown = error_rates(self.recipe, self.build, branch, utterances, watched)
+        stage = branch.stage.name
+        head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
+        self.monitor.scalars(head, values | {"evaluation_seconds": time.monotonic() - started})
+        if shown:
+            self.monitor.text(f"valid_{stage}", shown, steps)
+        self.monitor.event("evaluated", stage=stage, steps=steps, **values)
+        score = values.get(self.recipe.checkpoint.best)
+        if score is not None:
+            self._last = (steps, score)
+            self.best = score if self.best is None else min(score, self.best)
+
+    def score(self, steps: int) -> float | None:
+        """Of the evaluation after ``steps`` steps, if there was one."""
+        return self._last[1] if self._last[0] == steps else None
+
+    def is_best(self, steps: int) -> bool:
+        """Whether that evaluation's score is the best so far."""
+        return self._last == (steps, self.best)
 
 
 def error_rates(

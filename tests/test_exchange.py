@@ -53,7 +53,7 @@ def offer(run: Run, number: int, cause: str, seed: int = 0, spoil: str = "") -> 
 
 def in_stage(run: Run, position: int):
     """The sft branch as it is in that stage, without an engine."""
-    branch = run._branch("sft")
+    branch = run.branches.get("sft")
     branch.stage = run.schedule.sft[position]
     return branch
 
@@ -176,7 +176,7 @@ def test_an_encoder_that_cannot_be_published_is_told_with_its_step(
     tiny, tmp_path, monkeypatch, problem
 ):
     run = a_run(tiny, tmp_path / "run")
-    live = run._branch("pretrain")
+    live = run.branches.get("pretrain")
     run.progress = replace(run.progress, pretrain=7, sft=2)
     if problem == "nan":
         next(live.module.parameters()).data.view(-1)[0] = float("nan")
@@ -205,7 +205,7 @@ def test_an_encoder_that_cannot_be_published_is_told_with_its_step(
 
 def test_a_drift_that_is_no_number_is_told_and_publishes_nothing(tiny, tmp_path):
     run = a_run(tiny, tmp_path / "run")
-    live = run._branch("pretrain")
+    live = run.branches.get("pretrain")
     run.progress = replace(run.progress, pretrain=4)
     assert run.drift_cause() == (None, {})
     next(live.module.encoder.parameters()).data.fill_(float("nan"))

@@ -81,7 +81,7 @@ def main() -> None:
             found["equal"].append(losses[0] == losses[1])
             found["equal"].append(same(held(branches["memory"]), held(branches["disk"])))
     found["files"] = len(list((folder / "disk").rglob("*.swp")))
-    empty = [flat.numel() == 0 for flat in branches["disk"]._states.flats()]
+    empty = [flat.numel() == 0 for flat in branches["disk"]._masters.live.flats()]
     found["swapped"] = [any(empty), all(empty)]
     # A checkpoint of the one on the disk, and a swap of the encoder into it.
     fragments.write_folder(folder / "saved", branches["disk"].fragments(), {})

@@ -102,7 +102,7 @@ def main() -> None:
     other.step([batch()], 0)
     moved = other.checksum()
     other.load_encoder(store.open(SNAPSHOT.id))
-    held = other._states.views()
+    held = other._masters.live.views()
     masters, moments = True, True
     for name, parameter in partition.parameters(other.module, "encoder."):
         master = held[f"master/{name}"]
