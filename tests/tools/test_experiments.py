@@ -200,7 +200,7 @@ def test_table_and_figure(results, experiment):
     text = (results / "synth.md").read_text()
     assert "| 1 character CTC, joint SFT | 3 |" in text and "| conventional, paper | 3 |" in text
     assert "| 4b the paper's, no joint SFT | 1 |" in text and "| no-joint, paper | 1 |" in text
-    assert "| none found (< 0.012) |" in text and "| 0.30 → 0.30 (+0.00 ± 0.00) |" in text
+    assert "| none found (< 0.012) |" in text and "| 0.300 → 0.300 (+0.000 ± 0.000) |" in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(widths)) > 1 and min(widths) > 3
     assert (results / "synth.png").stat().st_size > 20_000

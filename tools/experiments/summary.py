@@ -133,9 +133,10 @@ def changed(held: Sequence[Result], metric: str) -> str:
     rows = [r[side][metric] for r in held for side in ("before", "after")]
     if all(isinstance(row, dict) and not row.get("found", True) for row in rows):
         return f"none found (< {max(row['limit'] for row in rows):.3f})"
-    text = f"{np.mean(before):.2f} → {np.mean(after):.2f}"
+    digits = 3 if metric == "csai" else 2
+    text = f"{np.mean(before):.{digits}f} → {np.mean(after):.{digits}f}"
     gap, half, _ = over_seeds(np.subtract(after, before))
-    return text if math.isnan(half) else f"{text} ({gap:+.2f} ± {half:.2f})"
+    return text if math.isnan(half) else f"{text} ({gap:+.{digits}f} ± {half:.{digits}f})"
 
 
 def drift(held: Sequence[Result]) -> list[float]:
@@ -312,8 +313,9 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
         axis.set_xticks(range(len(conditions)), ticks)
         axis.set_xlabel("noise in the test speech: SNR, dB")
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-        axis.set_title(title, fontsize=10, loc="left")
+        # Of few seeds an interval may be many times its value: the curves are to be seen.
+        axis.set_ylim(0, 2 * max(line.get_ydata().max() for line in axis.lines) or 1)
+        axis.set_title(f"{title} (95%, cut at the top)", fontsize=10, loc="left")
     bars(axes[0][2], systems, colours)
     dots(axes[0][3], systems, colours, drift, "drift through joint SFT", "CKA, 0 to 1")
     for axis, (key, label, title) in zip(axes[1], figures.METRICS, strict=False):
