@@ -68,13 +68,24 @@ class Recogniser:
         )
 
 
+def run_folder(path: Path) -> Path:
+    """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
+    for place in (path, *path.resolve().parents[:3]):
+        for folder in (place, place / "pretrain", place / "sft"):
+            if (folder / "recipe.yaml").is_file():
+                return folder
+    raise UserError(f"{path}: no run's recipe.yaml at or above it")
+
+
 def run_recipe(folder: Path) -> Recipe:
-    """The recipe that a run folder was trained with."""
+    """The recipe that a run folder was trained with, as of where the folder is now: `Recipe.folder`
+    is ``folder``, also where it is one of the two of a concurrent run."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
     values = config.read_recipe(str(path))
-    return config.build(Recipe, {**values, "run": str(folder)})
+    run = folder if values.get("branch", "both") == "both" else folder.resolve().parent
+    return config.build(Recipe, {**values, "run": str(run)})
 
 
 def newest(folder: Path) -> FragmentReader:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dsasr.errors import UserError
 from dsasr.files import finite, json_lines
-from dsasr.recogniser import run_recipe
+from dsasr.recogniser import run_folder, run_recipe
 from dsasr.stages import Schedule
 
 Row = dict[str, Any]
@@ -20,12 +20,14 @@ LIMITED = ("found", "limit")  # of an estimate: is there any, and what would hav
 @dataclass
 class RunData:
     """What a run folder tells. ``looks`` are metrics lines of `watch`, ``valid`` of validation;
-    ``checkpoints`` are rows of tools/allocation.py, ``trial`` is report.json."""
+    ``checkpoints`` are rows of tools/allocation.py, ``taken`` those of the job whose snapshots it
+    takes, if another; ``trial`` is report.json."""
 
     name: str
     events: list[Row] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
     checkpoints: list[Row] = field(default_factory=list)
+    taken: list[Row] = field(default_factory=list)
     trial: Row = field(default_factory=dict)
     schedule: Schedule | None = None
     folder: str = ""  # its name; rows of tools/allocation.py may be of other runs too
@@ -69,10 +71,22 @@ def collect(folder: str | Path, name: str = "") -> RunData:
     if not run.metrics:
         raise UserError(f"{folder} has no metrics yet: let it train first")
     run.checkpoints = _measured(folder / "allocation.jsonl")
+    run.taken = _taken(folder, recipe.store_folder)
     path = folder / "report.json"
     if path.is_file():
         run.trial = finite(json.loads(path.read_text(encoding="utf-8")))
     return run
+
+
+def _taken(folder: Path, store: Path) -> list[Row]:
+    """The allocation rows of the run that publishes into ``store``, if it is not ``folder``."""
+    try:
+        publisher = run_folder(store)
+    except UserError:  # encoders from elsewhere, or the store is gone
+        return []
+    if publisher.resolve() == folder.resolve():
+        return []
+    return _measured(publisher / "allocation.jsonl")
 
 
 def _measured(path: Path) -> list[Row]:
@@ -96,7 +110,8 @@ def named(folders: Sequence[str | Path]) -> list[RunData]:
 
 
 def before_and_after(run: RunData) -> tuple[Row, Row] | None:
-    """The encoder's row before and after joint training: of tools/allocation.py, else of looks."""
+    """The encoder's row before and after joint training: of tools/allocation.py, on the same data,
+    else of looks."""
     own = [
         r
         for r in run.checkpoints
@@ -105,8 +120,10 @@ def before_and_after(run: RunData) -> tuple[Row, Row] | None:
     after = [r for r in own if r.get("stage") == run.joint and run.joint]
     if after and after[-1].get("encoder"):
         before = [
-            r for r in own if r["kind"] == "snapshot" and r["name"].endswith(after[-1]["encoder"])
-        ]
+            r for r in (*own, *run.taken)
+            if r["kind"] == "snapshot" and r["name"].endswith(f"/{after[-1]['encoder']}")
+            and r.get("data") == after[-1].get("data")
+        ]  # fmt: skip
         if before:
             return _flat(before[-1]), _flat(after[-1])
     looks = [m for m in run.looks if m["branch"] == "sft" and "pai" in m]

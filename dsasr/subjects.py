@@ -21,7 +21,7 @@ from dsasr.model.ctc import CtcHead
 from dsasr.model.encoder import Encoder
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.ranks import device
-from dsasr.recogniser import newest, run_recipe
+from dsasr.recogniser import newest, run_folder, run_recipe
 
 MOST_SECONDS = 60.0  # of a recording that is measured
 
@@ -40,15 +40,6 @@ class Subject:
     llm: SpeechLLM | None = None
     foreign: ForeignEncoder | None = None
     rate: int = RATE
-
-
-def run_folder(path: Path) -> Path:
-    """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
-    for place in (path, *path.resolve().parents[:3]):
-        for folder in (place, place / "pretrain", place / "sft"):
-            if (folder / "recipe.yaml").is_file():
-                return folder
-    raise UserError(f"{path}: no run's recipe.yaml at or above it")
 
 
 def is_foreign(path: str | Path) -> bool:

@@ -14,7 +14,7 @@ from dsasr import config, fragments, recipe
 from dsasr.build import Builder
 from dsasr.errors import UserError
 from dsasr.fragments import Fragment
-from dsasr.recogniser import Recogniser
+from dsasr.recogniser import Recogniser, run_recipe
 
 ROOT = Path(__file__).parent.parent
 OLD, NEW, TORN = (f"step-{steps:010d}" for steps in (10, 20, 30))
@@ -54,6 +54,17 @@ def test_the_checkpoint_asked_for_is_the_one_loaded(run):
         assert older.checkpoint == run / "checkpoints" / OLD
         pairs = zip(newest.model.parameters(), older.model.parameters(), strict=True)
         assert all(torch.allclose(a, b + 1, atol=1e-5) for a, b in pairs)
+
+
+def test_a_job_of_a_concurrent_run_knows_its_folder_and_the_snapshots(tiny, tmp_path):
+    for branch in ("sft", "pretrain", "both"):
+        chosen = recipe.load(str(tiny), [f"run={tmp_path / 'before'}", f"branch={branch}"])
+        folder = tmp_path / "moved" / branch
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(config.dump(chosen))
+        found = run_recipe(folder)
+        home = folder if branch == "both" else tmp_path / "moved"
+        assert found.folder == folder and found.store_folder == home / "snapshots"
 
 
 def test_a_missing_or_torn_checkpoint_is_refused_by_name(run):

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dsasr import figures, pictures, report, run_data
+from dsasr import config, figures, pictures, recipe, report, run_data
 from dsasr.errors import UserError
 from dsasr.evaluation.hallucination import wilson
 from dsasr.monitor import add_images
@@ -195,14 +195,16 @@ def test_many_runs_have_one_key_and_no_overlapping_names(tmp_path, monkeypatch):
     assert len(kept) == 3 and len(kept[0].axes) == 3
 
 
+def row(name, kind, value, **more):
+    """Of tools/allocation.py."""
+    gain = {"value": value, "low": value, "high": value, "share": 0.5}
+    held = {"name": name, "run": f"runs/{name.partition('/')[0]}", "kind": kind, "nse": 0.5}
+    return {**held, "pai": gain, "csai": gain, **more}
+
+
 def test_before_and_after_joint_prefers_measured_checkpoints():
     before, after = run_data.before_and_after(run())
     assert before["stage"] == "allocation_ia_sft" and after["pai"] == -0.1
-
-    def row(name, kind, value, **more):
-        gain = {"value": value, "low": value, "high": value, "share": 0.5}
-        held = {"name": name, "run": f"runs/{name.partition('/')[0]}", "kind": kind, "nse": 0.5}
-        return {**held, "pai": gain, "csai": gain, **more}
 
     measured = run(
         folder="first",
@@ -217,6 +219,26 @@ def test_before_and_after_joint_prefers_measured_checkpoints():
     )
     before, after = run_data.before_and_after(measured)
     assert (before["pai"], after["pai"]) == (2.0, 3.0)
+
+
+def test_before_and_after_of_a_job_on_the_snapshots_of_another(tiny, tmp_path):
+    held = {
+        "pretrain": [row("pretrain/encoder-40", "snapshot", 1.0, data="test"),
+                     row("pretrain/encoder-100", "snapshot", 2.0, data="test"),
+                     row("pretrain/encoder-100", "snapshot", 9.0, data="other")],
+        "sft": [row("sft/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100",
+                    data="test")],
+    }  # fmt: skip
+    for branch, rows in held.items():
+        folder = tmp_path / "run" / branch
+        folder.mkdir(parents=True)
+        chosen = recipe.load(str(tiny), [f"run={tmp_path / 'run'}", f"branch={branch}"])
+        (folder / "recipe.yaml").write_text(config.dump(chosen))
+        for name, lines in (("metrics", run().metrics), ("allocation", rows)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    before, after = run_data.before_and_after(run_data.collect(tmp_path / "run" / "sft"))
+    assert (before["pai"], after["pai"]) == (2.0, 3.0)
+    assert run_data.collect(tmp_path / "run" / "pretrain").taken == []
 
 
 def test_text_on_nonspeech_has_its_interval_or_says_why_not():
@@ -250,8 +272,8 @@ def test_what_is_null_or_infinite_is_shown_as_not_measured(tmp_path, monkeypatch
     ):
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "report.json").write_text(json.dumps(tried))
-    recipe = types.SimpleNamespace(schedule=schedule)
-    monkeypatch.setattr(run_data, "run_recipe", lambda folder: recipe)
+    stub = types.SimpleNamespace(schedule=schedule, store_folder=tmp_path / "snapshots")
+    monkeypatch.setattr(run_data, "run_recipe", lambda folder: stub)
     found = run_data.collect(tmp_path)
     assert len(found.drift) == 1 and "nse" not in found.metrics[-3]
     text = report.write([found], tmp_path / "report").read_text()
