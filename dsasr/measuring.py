@@ -145,6 +145,7 @@ def measure(
         raise UserError(f"{subject.name} gives frames that are not finite: leave it out")
     spectrum = nse(every_NE)
     frames = labelling.frame_set(probes.labels, features, subject.frame_seconds, config.window)
+    frames = frames.to(device())
     row: dict[str, Any] = {"name": subject.name, **subject.about}
     row |= {"nse": spectrum.nse, "effective_rank": spectrum.effective_rank}
     row |= {"width": every_NE.shape[1], "frames": spectrum.frames}
@@ -224,7 +225,7 @@ def llm_allocation(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as text. PAI and CSAI are nats a frame with their 95% interval, shuffled in brackets;
-    ``none (<x)`` where the probe without E won and a gain of x would have stood out."""
+    ``none (<x)`` where nothing was found and a gain of x would have been."""
     head = ("checkpoint", "NSE", "rank", "PAI", "of H(P)", "CSAI", "of H(S|P)", "CKA", "CTC H",
             "H0", "H1", "H0-H1", "LLM H")  # fmt: skip
     lines = [head, *(_cells(row) for row in rows)]
@@ -247,8 +248,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
     def gain(held: dict[str, Any]) -> str:
         shuffled = f"[{number(held['shuffled'], 2)}]"
-        if not held.get("found", True):
-            return f"none (<{number(held['limit'])}) {shuffled}"
+        if held["sound"] and not held.get("found", True):
+            limit = "" if held["limit"] is None else f" (<{number(held['limit'])})"
+            return f"none{limit} {shuffled}"
         mark = "" if held["sound"] else " underfit"
         return f"{held['value']:.3f} {held['low']:.2f}…{held['high']:.2f} {shuffled}{mark}"
 

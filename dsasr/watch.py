@@ -181,10 +181,10 @@ class Watch:
 
     def _probes(self, held: list[Labelled], features: dict[str, Tensor]) -> dict[str, float]:
         seconds = 4 * self.build.recipe.data.fbank.shift_ms / 1000
-        frames = labelling.frame_set(held, features, seconds)
+        frames = labelling.frame_set(held, features, seconds).to(ranks.device())
         most = self.config.frames
         accessible = AccessibleConfig(
-            max_frames=most, semantic_frames=most, folds=1, control=False, draws=200
+            max_frames=most, semantic_frames=most, folds=1, control=False, draws=200, spikes=()
         )
         values = {}
         for name, measure in (("pai", pai), ("csai", csai)):

@@ -175,4 +175,4 @@ def test_the_table_shows_what_was_not_found_and_rows_without_those_keys():
     assert "0.500 0.40…0.60 [0.00] 25.0% 0.250 0.15…0.35 [0.00] 12.5%" in lines[1]
     assert "-0.500 -0.60…-0.40 [0.00] underfit -25.0%" in lines[2]
     rough = row(gain(0.0, wins=0, limit=math.nan), gain(0.5))
-    assert "none (<–)" in measuring.table([rough])
+    assert "none [0.00]" in measuring.table([rough])

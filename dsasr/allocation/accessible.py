@@ -14,29 +14,42 @@ H(P) is estimated as the nll on held-out frames of the training frames' marginal
 are no training speakers; with few speakers each is held out once (cross-fitting, `splits.folds`),
 and the estimate is the mean over all frames. The interval resamples held-out utterances. The
 control ``shuffled`` is the same estimate with the rows of E permuted within each part, which unties
-them from the labels and keeps both distributions: it should be about 0. A negative value is an
+them from the labels and keeps both distributions: it should be about 0. An interval below 0 is an
 underfit or overfit probe (``sound`` is False), not negative information. Compare checkpoints on the
 same frames, labels and seed, and with the random encoder (`reinitialised`).
 
-Where validation prefers the probe without E, the estimate is exactly 0, and so is its interval.
-That is no certain zero: ``limit`` says what would have stood out (ours). It is half the width of
-the interval of the best probe that does use E: a gain below it could not be told from none.
+Both are lower bounds: probes are fitted to few frames, and what they fail to learn is missing. The
+interval tells other held-out utterances, not other training frames. Where validation prefers the
+probe without E, the estimate is exactly 0, and so is its interval.
+
+An interval that reaches 0, or the control, has found nothing (``found`` is False), which is no
+certain zero. ``limit`` then says what would have stood out (ours), by standard addition, as
+chemists find what an assay can detect: in a share q of the frames a code of the label is set beside
+E, which is worth q·H_V(label | context); the limit is the least of the `SPIKES` that is found in
+each of `DRAWS` draws. (Half the width of the interval of a probe that found nothing would be no
+such limit: a real gain is spread unevenly over utterances, and its interval is wider.)
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsasr.allocation.frames import FrameSet
 from dsasr.allocation.probes import Frames, Probe, ProbeConfig, fit, projection
 from dsasr.allocation.splits import Split, folds
 from dsasr.errors import UserError
+
+SPIKES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+CODE = 16  # dimensions of a label's random code: enough for some hundreds of labels to lie apart
+DRAWS = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,9 @@ class AccessibleConfig:
     ``folds`` as in `splits.folds`: 0 takes 1 with 12 speakers or more, else 4 or as many as there
     are. Probes are fitted anew for each: 4 folds cost 4 times the one, in which 65% of the frames
     train too.
+
+    ``spikes`` are the shares of frames tried for the limit where nothing is found, rising: some 6
+    more fits a fold for 8 of them. Without any there is no limit.
     """
 
     window: int = 2
@@ -63,6 +79,7 @@ class AccessibleConfig:
     level: float = 0.95
     draws: int = 1000
     seed: int = 0
+    spikes: tuple[float, ...] = SPIKES
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
@@ -72,6 +89,8 @@ class AccessibleConfig:
             raise UserError("accessible: max_frames and semantic_frames must be ≥ 1")
         if self.folds < 0:
             raise UserError("accessible: folds must be ≥ 0 (0: by the number of speakers)")
+        if list(self.spikes) != sorted(self.spikes) or not all(0 < q <= 1 for q in self.spikes):
+            raise UserError("accessible: spikes must rise and lie in (0, 1]")
         if not 0 < self.level < 1:
             raise UserError("accessible: level must lie between 0 and 1")
 
@@ -82,9 +101,10 @@ class Accessible:
 
     ``given`` is the entropy before E (H(P), or H_V(S | P)), ``left`` the entropy after it,
     ``share`` = value / given. ``split`` is ``"speaker"`` where held-out speakers are new.
-    ``shuffled`` is NaN if the control was left out. ``limit``: the gain that would have stood out
-    (the module's text), NaN if no probe could use E. ``wins`` of ``folds`` is in how many of them a
-    probe that uses E won on validation.
+    ``shuffled`` is NaN if the control was left out. ``limit``: where nothing was found, the gain
+    that would have stood out (the module's text), infinite if none of the spikes did, NaN if it was
+    not looked for. ``wins`` of ``folds`` is in how many of them a probe that uses E won on
+    validation.
     """
 
     value: float
@@ -102,8 +122,8 @@ class Accessible:
 
     @property
     def found(self) -> bool:
-        """False where the probe without E won in all folds: the value is 0 by decision."""
-        return self.wins > 0
+        """Whether the whole interval lies above 0 and above the control, if there is one."""
+        return self.low > (0.0 if math.isnan(self.shuffled) else max(0.0, self.shuffled))
 
     @property
     def share(self) -> float:
@@ -111,82 +131,8 @@ class Accessible:
 
     @property
     def sound(self) -> bool:
-        """False for a negative estimate, which only says that the probe failed."""
-        return self.value >= 0
-
-
-@dataclass(frozen=True)
-class FrameSet:
-    """Labelled frames of a probe set, on one device.
-
-    x_NE float; phoneme_N int64 ids; window_NK int64, column K//2 being the frame's own phoneme;
-    word_N int64 ids of words or LLM tokens; utterance_N int64 into ``speakers``.
-    """
-
-    x_NE: Tensor
-    phoneme_N: Tensor
-    window_NK: Tensor
-    word_N: Tensor
-    utterance_N: Tensor
-    speakers: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.phoneme_N)
-
-    def with_features(self, x_NE: Tensor) -> FrameSet:
-        """The same frames and labels seen by another encoder. Raises ValueError on other N."""
-        if len(x_NE) != len(self):
-            raise ValueError(f"{len(x_NE)} frames of features for {len(self)} labelled frames")
-        rest = (self.phoneme_N, self.window_NK, self.word_N, self.utterance_N, self.speakers)
-        return FrameSet(x_NE, *rest)
-
-
-class FrameSetBuilder:
-    """Collects utterances into a `FrameSet`; frames in silence are left out (they have no P)."""
-
-    def __init__(self, window: int = 2) -> None:
-        self.window = window
-        self.parts: list[tuple[Tensor, ...]] = []
-        self.speakers: list[str] = []
-
-    def add(
-        self,
-        x_SE: Tensor,
-        positions_S: Tensor,
-        phonemes: Sequence[int],
-        words_S: Tensor,
-        speaker: str,
-    ) -> None:
-        """One utterance: frames, the place of each in ``phonemes`` (−1: silence) and its word id.
-
-        Frames without a word (−1) are left out as well. Raises ValueError on other lengths.
-        """
-        if not len(x_SE) == len(positions_S) == len(words_S):
-            raise ValueError(
-                f"{len(x_SE)} frames, {len(positions_S)} positions, {len(words_S)} words"
-            )
-        keep = (positions_S >= 0) & (words_S >= 0)
-        window_SK = phoneme_window(positions_S[keep], phonemes, self.window)
-        utterance = torch.full((int(keep.sum()),), len(self.speakers), dtype=torch.int64)
-        phoneme_S = window_SK[:, self.window]
-        x = x_SE.detach()[keep.to(x_SE.device)]
-        self.parts.append((x, phoneme_S, window_SK, words_S[keep], utterance))
-        self.speakers.append(speaker)
-
-    def build(self) -> FrameSet:
-        """All that was added, on the features' device. Raises ValueError if that is nothing."""
-        if not self.parts:
-            raise ValueError("no utterance was added")
-        columns = [torch.cat(column) for column in zip(*self.parts, strict=True)]
-        device = columns[0].device
-        return FrameSet(*(column.to(device) for column in columns), tuple(self.speakers))
-
-
-def phoneme_window(positions_N: Tensor, phonemes: Sequence[int], window: int) -> Tensor:
-    """Phoneme ids [N, 2·window + 1] around each place; 0 (the blank's id) beyond either end."""
-    padded = torch.tensor([0] * window + list(phonemes) + [0] * window, dtype=torch.int64)
-    offsets_K = torch.arange(2 * window + 1)
-    return padded[positions_N.cpu()[:, None] + offsets_K]
+        """False where the whole interval lies below 0, which only says that the probe failed."""
+        return self.high >= 0
 
 
 def pai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
@@ -194,8 +140,8 @@ def pai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
     config = config or AccessibleConfig()
     data, parted = _prepare(data, config, config.max_frames)
     label_N, classes = data.phoneme_N, int(data.phoneme_N.max()) + 1
-    scored = [_score(data, parts, label_N, classes, None, config) for parts in parted]
-    return _gain(scored, parted, config)
+    tasks = [_Task(parts, label_N, classes) for parts in parted]
+    return _estimate(data, data.phoneme_N, tasks, config)
 
 
 def csai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
@@ -209,11 +155,11 @@ def csai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
         raise ValueError(f"the frames hold a window of {middle}, {config.window} is asked for")
     data, parted = _prepare(data, config, config.semantic_frames)
     context_NK = data.window_NK[:, middle - config.window : middle + config.window + 1].contiguous()
-    scored = []
+    tasks = []
     for parts in parted:
         label_N, classes = frequent(data.word_N, data.word_N[parts.train_N], config.labels)
-        scored.append(_score(data, parts, label_N, classes, context_NK, config))
-    return _gain(scored, parted, config)
+        tasks.append(_Task(parts, label_N, classes, context_NK))
+    return _estimate(data, data.word_N, tasks, config)
 
 
 def _prepare(
@@ -233,27 +179,70 @@ def _prepare(
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """nll in nats, float64 [N], of one fold's held-out frames: without E, with it, of the best
-    probe that uses it, of the control. ``won``: a probe that uses E won on validation."""
+class _Task:
+    """What probes are to tell in one fold: a label [N] of so many ``classes``, given its context
+    [N, K]."""
 
+    parts: Split
+    label_N: Tensor
+    classes: int
+    context_NK: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """nll in nats, float64 [N], of one fold's held-out frames: without E (by the probe ``bare``),
+    with it, of the control. ``won``: a probe that uses E won on validation."""
+
+    bare: Probe
     before_N: np.ndarray
     after_N: np.ndarray
-    tried_N: np.ndarray
     control_N: np.ndarray
     utterance_N: np.ndarray
     won: bool
 
 
+def _estimate(
+    data: FrameSet, label_N: Tensor, tasks: Sequence[_Task], config: AccessibleConfig
+) -> Accessible:
+    """The gain over all folds; what would have stood out, where there is none. ``label_N`` [N] is
+    what spikes give away."""
+    scored = [_score(data, task, config) for task in tasks]
+    found = _gain(scored, tasks, config)
+    if found.found or not data.x_NE.shape[1] or not config.spikes:
+        return found
+
+    plain = replace(config, control=False)
+
+    def stands_out(share: float, draw: int) -> bool:
+        spiked = _spiked(data, label_N, share, config.seed + draw)
+        pairs = zip(tasks, scored, strict=True)
+        again = [_score(spiked, task, plain, one.bare) for task, one in pairs]
+        return _gain(again, tasks, plain).found
+
+    def seen(share: float) -> bool:
+        return all(stands_out(share, draw) for draw in range(DRAWS))
+
+    least = bisect.bisect_left(config.spikes, True, key=seen)
+    share = config.spikes[least] if least < len(config.spikes) else math.inf
+    return replace(found, limit=share * found.given)
+
+
+def _spiked(data: FrameSet, label_N: Tensor, share: float, seed: int) -> FrameSet:
+    """``data`` with a code of the label beside the features of a share of the frames."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(int(label_N.max()) + 1, CODE, generator=generator)
+    shown_N1 = torch.rand(len(data), 1, generator=generator) < share
+    code_NC = table[label_N.cpu()] * shown_N1
+    return data.with_features(torch.cat([data.x_NE.float(), code_NC.to(data.x_NE.device)], 1))
+
+
 def _score(
-    data: FrameSet,
-    parts: Split,
-    label_N: Tensor,
-    classes: int,
-    context_NK: Tensor | None,
-    config: AccessibleConfig,
+    data: FrameSet, task: _Task, config: AccessibleConfig, bare: Probe | None = None
 ) -> _Scored:
-    """Fit the probes on one fold's training frames and score them on its held-out frames."""
+    """Fit the probes on one fold's training frames and score them on its held-out frames. ``bare``:
+    the one without E, if it was fitted before."""
+    parts, label_N, context_NK = task.parts, task.label_N, task.context_NK
     symbols = 0 if context_NK is None else int(context_NK.max()) + 1
 
     def fitted(x_NE: Tensor, start: Probe | None) -> tuple[Probe, Frames]:
@@ -262,24 +251,21 @@ def _score(
             for rows in (parts.train_N, parts.valid_N, parts.test_N)
         )
         given = {"context_symbols": symbols, "start": start, "config": config.probe}
-        return fit(train, valid, classes, **given), test
+        return fit(train, valid, task.classes, **given), test
 
     def nll(probe: Probe, test: Frames) -> np.ndarray:
         return probe.nll(test).cpu().numpy()
 
-    bare, test = fitted(data.x_NE[:, :0], None)
+    bare, test = fitted(data.x_NE[:, :0], bare)
     before_N = nll(bare, test)
     probe, test = fitted(data.x_NE, bare)
     after_N, won = nll(probe, test), probe.penalty is not None
-    tried_N = after_N if won else np.full_like(after_N, math.nan)
-    if not won and probe.tried is not None:
-        tried_N = nll(probe.tried, test)
     control_N = np.full_like(after_N, math.nan)
     if config.control:
         order_N = _untied(parts, len(data), config.seed + 1)
         control_N = nll(*fitted(data.x_NE[order_N.to(data.x_NE.device)], bare))
     utterance_N = data.utterance_N[parts.test_N].cpu().numpy()
-    return _Scored(before_N, after_N, tried_N, control_N, utterance_N, won)
+    return _Scored(bare, before_N, after_N, control_N, utterance_N, won)
 
 
 def _untied(parts: Split, frames: int, seed: int) -> Tensor:
@@ -292,7 +278,7 @@ def _untied(parts: Split, frames: int, seed: int) -> Tensor:
 
 
 def _gain(
-    scored: Sequence[_Scored], parted: Sequence[Split], config: AccessibleConfig
+    scored: Sequence[_Scored], tasks: Sequence[_Task], config: AccessibleConfig
 ) -> Accessible:
     """Entropy without E minus entropy with E, on all held-out frames."""
 
@@ -301,7 +287,6 @@ def _gain(
 
     before_N, after_N, utterance_N = every("before_N"), every("after_N"), every("utterance_N")
     low, high = _interval(before_N - after_N, utterance_N, config)
-    tried_low, tried_high = _interval(before_N - every("tried_N"), utterance_N, config)
     return Accessible(
         value=float((before_N - after_N).mean()),
         low=low,
@@ -311,8 +296,7 @@ def _gain(
         shuffled=float(before_N.mean() - every("control_N").mean()),
         frames=len(before_N),
         utterances=len(np.unique(utterance_N)),
-        split=parted[0].by,
-        limit=(tried_high - tried_low) / 2,
+        split=tasks[0].parts.by,
         folds=len(scored),
         wins=sum(one.won for one in scored),
     )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dsasr.allocation import alignment
-from dsasr.allocation.accessible import FrameSet, FrameSetBuilder
 from dsasr.allocation.alignment import Alignment
+from dsasr.allocation.frames import FrameSet, FrameSetBuilder
 from dsasr.data.phonemes import MissingPhonemes, Phonemizer, UnknownWord
 from dsasr.errors import UserError
 

@@ -23,7 +23,6 @@ Cost: a few hundred passes over the training frames at most, 4·N·d·C operatio
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,8 +67,6 @@ class Frames:
 class Probe:
     """A fitted probe. ``penalty`` and ``table_penalty`` are the λ that won for the features and for
     the context, None where zero weights did. ``iterations`` are L-BFGS steps to this solution.
-
-    ``tried``: where zero weights won over the features, the best probe that does use them.
     """
 
     bias_C: Tensor
@@ -80,7 +77,6 @@ class Probe:
     penalty: float | None
     table_penalty: float | None
     iterations: int
-    tried: Probe | None = None
 
     @torch.no_grad()
     def nll(self, frames: Frames) -> Tensor:
@@ -152,7 +148,6 @@ def _walk(
 ) -> Probe:
     """From strong to weak penalties on the features' weights, or else on the tables."""
     best, best_nll = start, float(start.nll(valid).mean())
-    tried, tried_nll = None, math.inf
     current, worse = start, 0
     for penalty in config.penalties:
         if features:
@@ -162,15 +157,13 @@ def _walk(
             current = replace(current, table_penalty=penalty)
         current = _descend(x_NR, train, current, config.iterations)
         nll = float(current.nll(valid).mean())
-        if nll < tried_nll:
-            tried, tried_nll = current, nll
         if nll < best_nll:
             best, best_nll, worse = current, nll, 0
         else:
             worse += 1
             if worse >= config.patience:
                 break
-    return replace(best, tried=tried) if features and best is start else best
+    return best
 
 
 def _descend(x_NR: Tensor, train: Frames, start: Probe, iterations: int) -> Probe:

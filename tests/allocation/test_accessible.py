@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 from dsasr.allocation import accessible as a
+from dsasr.allocation.frames import FrameSet, FrameSetBuilder
 from dsasr.errors import UserError
 
 WORDS, PHONEMES = 9, 6
@@ -18,7 +20,7 @@ def _corpus(window=0, utterances=60, speakers=12, seed=0):
     """Random words over six phonemes, each phoneme held for two frames. Features come later."""
     g = torch.Generator().manual_seed(seed)
     lexicon = [torch.randint(1, PHONEMES, (3,), generator=g).tolist() for _ in range(WORDS)]
-    builder = a.FrameSetBuilder(window)
+    builder = FrameSetBuilder(window)
     for u in range(utterances):
         said = (torch.randint(0, WORDS, (8,), generator=g) ** 2 // WORDS).tolist()
         phonemes = [p for w in said for p in lexicon[w]]
@@ -117,12 +119,12 @@ def test_the_control_unties_features_from_labels_within_each_part(monkeypatch, s
     given = []
 
     def fit(train, valid, classes, *, start=None, **_):
-        probe = SimpleNamespace(penalty=1.0, tried=None)
+        probe = SimpleNamespace(penalty=1.0)
         probe.nll = lambda test: given.append((train, valid, test)) or torch.zeros(len(test))
         return probe
 
     monkeypatch.setattr(a, "fit", fit)
-    config = a.AccessibleConfig(window=0, draws=2)
+    config = a.AccessibleConfig(window=0, draws=2, spikes=())
     found = a.pai(data, config)
     assert len(given) == 3 * found.folds and found.folds == (1 if speakers == 12 else 4)
     for bare, real, control in zip(given[::3], given[1::3], given[2::3], strict=True):
@@ -167,21 +169,71 @@ def test_few_speakers_are_all_held_out():
     assert a.pai(_features(_corpus(speakers=2), "phoneme"), FAST).split == "utterance"
 
 
-def test_nothing_found_says_what_would_have_stood_out():
-    # A penalty too weak for so much noise: validation is sure to prefer the probe without it.
+def _planted(seed, share):
+    """Noise and, in a share of the frames, the word; H(S | P) times the share is CSAI."""
+    data = _corpus(utterances=120, speakers=24, seed=seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    shown = torch.rand(len(data), 1, generator=generator) < share
+    word = one_hot(data.word_N, WORDS) * shown
+    return data.with_features(torch.cat([word, torch.randn(len(data), 8, generator=generator)], 1))
+
+
+def test_what_stands_out_is_what_is_planted_above_the_limit():
+    # A penalty too weak for noise, so that none wins; the limit is looked for in the same way.
+    weak = replace(FAST, probe=a.ProbeConfig(penalties=(1e-5,)))
+    none = [a.csai(_planted(seed, 0), weak) for seed in range(6)]
+    assert not any(one.found for one in none)
+    assert {(one.value, one.low, one.high) for one in none} == {(0, 0, 0)}
+    shares = np.array([one.limit / one.given for one in none])
+    assert all(min(abs(share - q) for q in a.SPIKES) < 1e-9 for share in shares)
+    above, below = 2 * np.median(shares), np.median(shares) / 10
+    assert sum(a.csai(_planted(seed, above), weak).found for seed in range(6)) >= 5
+    assert sum(a.csai(_planted(seed, below), weak).found for seed in range(6)) == 0
+
+
+def _diffuse(seed, shift):
+    """Twenty even labels in Gaussian noise, their means ``shift`` apart from 0 in directions of
+    their own: a linear softmax can be the best of all readers. Returns the frames and PAI."""
+    generator = torch.Generator().manual_seed(seed)
+    label_N = torch.randint(0, 20, (4000,), generator=generator)
+    x_NE = torch.randn(4000, 32, generator=generator)
+    x_NE[torch.arange(4000), label_N] += shift
+    logits_NC = shift * x_NE[:, :20] - shift**2 / 2
+    gain = math.log(20) + torch.log_softmax(logits_NC, 1)[torch.arange(4000), label_N].mean().item()
+    utterance_N = torch.arange(4000) // 50
+    speakers = tuple(f"s{u // 2}" for u in range(80))
+    rest = (label_N, label_N[:, None], label_N, utterance_N, speakers)
+    return FrameSet(x_NE, *rest), gain
+
+
+def test_diffuse_gains_above_the_limit_stand_out_and_none_does_not():
+    none = [a.pai(_diffuse(seed, 0)[0], FAST) for seed in range(10)]
+    assert sum(one.found for one in none) <= 1
+    limit = float(np.median([one.limit for one in none if not one.found]))
+    assert 0.005 < limit < 0.3
+    shift = math.sqrt(2 * 1.5 * limit)  # the gain is about shift² / 2 where it is small
+    planted = [_diffuse(seed, shift) for seed in range(10)]
+    assert np.mean([gain for _, gain in planted]) == pytest.approx(1.5 * limit, rel=0.15)
+    found = [a.pai(data, FAST) for data, _ in planted]
+    assert sum(one.found for one in found) >= 8
+    # A lower bound: the probe does not learn all of it from so few frames.
+    assert np.mean([one.value for one in found]) < 1.5 * limit
+
+
+def test_the_limit_where_there_is_none_and_where_nothing_stands_out():
+    weak = replace(FAST, probe=a.ProbeConfig(penalties=(1e-6,)))
     data = _features(_corpus(utterances=200, speakers=40), "noise")
-    weak = a.AccessibleConfig(control=False, probe=a.ProbeConfig(penalties=(1e-6,)))
     nothing = a.pai(data, weak)
-    assert not nothing.found and nothing.sound and nothing.wins == 0
-    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
-    assert 0 < nothing.limit < 0.05
-    # Less data tell less.
+    assert not nothing.found and nothing.sound and 0 < nothing.limit < 0.3
     few = a.pai(_features(_corpus(utterances=40, speakers=40), "noise"), weak)
-    assert not few.found and few.limit > nothing.limit
-    something = a.pai(_features(_corpus(), "phoneme"), FAST)
-    assert something.found and something.wins == 1
-    assert something.limit == pytest.approx((something.high - something.low) / 2)
+    assert not few.found and few.limit > nothing.limit  # less data tell less
+    assert a.pai(data, replace(weak, spikes=(1e-5, 1e-4))).limit == math.inf
+    assert math.isnan(a.pai(data, replace(weak, spikes=())).limit)
     assert math.isnan(a.pai(data.with_features(torch.zeros(len(data), 0)), FAST).limit)
+    something = a.pai(_features(_corpus(), "phoneme"), FAST)
+    assert something.found and something.wins == 1 and math.isnan(something.limit)
+    with pytest.raises(UserError, match="spikes"):
+        a.AccessibleConfig(spikes=(0.2, 0.1))
 
 
 def _gains(utterances, frames, between, within, seed=0):
@@ -253,25 +305,7 @@ def test_rare_labels_are_one():
     assert ids.tolist() == [0, 0, 0, 1, 1, 2, 2] and classes == 3
 
 
-def test_window():
-    places = torch.tensor([0, 2, 3])
-    assert a.phoneme_window(places, [4, 5, 6, 7], 1).tolist() == [[0, 4, 5], [5, 6, 7], [6, 7, 0]]
-
-
-def test_builder_leaves_silence_out():
-    builder = a.FrameSetBuilder(1)
-    positions = torch.tensor([-1, 0, 0, 1])
-    builder.add(torch.arange(4.0)[:, None], positions, [3, 2], torch.tensor([-1, 8, -1, 8]), "x")
-    data = builder.build()
-    assert data.x_NE[:, 0].tolist() == [1, 3]
-    assert data.window_NK.tolist() == [[0, 3, 2], [3, 2, 0]]
-    assert data.word_N.tolist() == [8, 8]
-    with pytest.raises(ValueError, match="4 frames"):
-        builder.add(torch.zeros(4, 1), positions[:3], [3, 2], positions, "x")
-    with pytest.raises(ValueError, match="no utterance"):
-        a.FrameSetBuilder().build()
-    with pytest.raises(ValueError, match="labelled"):
-        data.with_features(torch.zeros(3, 2))
+def test_a_level_of_one_is_refused():
     with pytest.raises(UserError):
         a.AccessibleConfig(level=1.0)
 

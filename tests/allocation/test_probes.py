@@ -103,20 +103,13 @@ def test_empty_sides_are_refused():
         p.ProbeConfig(penalties=(1e-3, 1e-2))
 
 
-def test_the_best_probe_with_features_is_kept_where_none_wins():
+def test_useless_features_lose_to_none():
     x = torch.randn(600, 50, generator=_generator())
     label = torch.randint(0, 3, (600,), generator=_generator(1))
-    train, valid, _ = _thirds(x, label)
-    probe = p.fit(train, valid, 3)
+    probe = p.fit(*_thirds(x, label)[:2], 3)
     assert probe.penalty is None and not probe.weight_RC.any()
-    assert probe.tried.penalty in p.PENALTIES and probe.tried.weight_RC.any()
-    assert probe.tried.nll(valid).mean() >= probe.nll(valid).mean()
-    # Of all that use the features none is better on the validation frames.
-    for penalty in p.PENALTIES:
-        other = p.fit(train, valid, 3, config=p.ProbeConfig(penalties=(penalty,))).tried
-        assert other.nll(valid).mean() > probe.tried.nll(valid).mean() - 1e-4
     seen = p.fit(*_thirds(torch.nn.functional.one_hot(label, 3).float(), label)[:2], 3)
-    assert seen.penalty is not None and seen.tried is None
+    assert seen.penalty is not None and seen.weight_RC.any()
 
 
 def test_projection_is_fixed_and_keeps_lengths():

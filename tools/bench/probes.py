@@ -17,7 +17,8 @@ import time
 import torch
 from common import record
 
-from dsasr.allocation.accessible import AccessibleConfig, FrameSet, pai
+from dsasr.allocation.accessible import AccessibleConfig, pai
+from dsasr.allocation.frames import FrameSet
 from dsasr.errors import run_tool
 
 SPOKEN = 250  # frames of an utterance: ten seconds
@@ -33,7 +34,7 @@ def frames(count: int, width: int, phonemes: int, signal: float, device: str) ->
     utterance_N = torch.arange(count) // SPOKEN
     speakers = tuple(f"s{u % 40}" for u in range(int(utterance_N[-1]) + 1))
     columns = (x_ND, label_N, label_N[:, None], torch.zeros_like(label_N), utterance_N)
-    return FrameSet(*(column.to(device) for column in columns), speakers)
+    return FrameSet(*columns, speakers).to(device)
 
 
 def main() -> int:
