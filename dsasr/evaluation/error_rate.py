@@ -7,7 +7,7 @@ reference is infinite if there are insertions and NaN if there are none.
 
 Intervals resample utterances (Bisani & Ney 2004, "Bootstrap estimates for confidence intervals in
 ASR performance evaluation"); so does the paired test, which draws the same utterances for both
-systems. `ratio_interval` does so for any ratio of sums.
+systems. `ratio_interval` and `paired_ratios` do so for any ratio of sums.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Interval:
 class PairedTest:
     """``b`` against ``a``: ``difference`` = rate(b) − rate(a) with its interval.
 
-    ``p_value`` is two-sided; ``improved`` is the share of draws in which b is strictly better
-    (Bisani & Ney's probability of improvement).
+    ``p_value`` is two-sided; ``improved`` is the share of draws in which b is strictly better, that
+    is lower (Bisani & Ney's probability of improvement).
     """
 
     difference: float
@@ -273,24 +273,43 @@ def ratio_interval(
 def paired_test(
     a: Scores, b: Scores, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> PairedTest:
-    """Paired bootstrap of two systems on the same utterances.
+    """`paired_ratios` of two systems' error rates on the same utterances.
 
-    Pairs are matched by key where all have distinct ones, else by order. The two-sided p-value is
-    twice the smaller tail of the resampled differences at zero, a tie counting to both, with one
-    added to numerator and denominator so that it is never zero. Raises ValueError when the two were
-    not scored on the same references.
+    Pairs are matched by key where all have distinct ones, else by order. Raises ValueError when the
+    two were not scored on the same references.
     """
     rows_a, rows_b = _matched(a, b)
     errors_a, reference_a = _columns(rows_a)
     errors_b, reference_b = _columns(rows_b)
     if not len(rows_a) or not np.array_equal(reference_a, reference_b):
         raise ValueError("the two systems were not scored on the same references")
-    rates_a, rates_b = _resample([errors_a, errors_b], reference_a, draws, seed)
-    delta = rates_b - rates_a
+    return paired_ratios(errors_a, errors_b, reference_a, level=level, draws=draws, seed=seed)
+
+
+def paired_ratios(
+    over_a_N: np.ndarray,
+    over_b_N: np.ndarray,
+    under_N: np.ndarray,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> PairedTest:
+    """Paired bootstrap of Σ ``over_b_N`` / Σ ``under_N`` against a's, over N utterances or clips.
+
+    The two-sided p-value is twice the smaller tail of the resampled differences at zero, a tie
+    counting to both, with one added to numerator and denominator so that it is never zero. A single
+    pair has no spread: of it only the difference is known, the rest is NaN.
+    """
+    difference = _ratio(float(over_b_N.sum() - over_a_N.sum()), float(under_N.sum()))
+    if len(under_N) < 2:
+        return PairedTest(difference, math.nan, math.nan, level, math.nan, math.nan)
+    ratios_a, ratios_b = _resample([over_a_N, over_b_N], under_N, draws, seed)
+    delta = ratios_b - ratios_a
     low, high = np.quantile(delta, [(1 - level) / 2, (1 + level) / 2])
     tail = min((delta <= 0).sum(), (delta >= 0).sum())
     return PairedTest(
-        difference=_ratio(float(errors_b.sum() - errors_a.sum()), float(reference_a.sum())),
+        difference=difference,
         low=float(low),
         high=float(high),
         level=level,

@@ -11,15 +11,16 @@ On speech, an utterance is flagged as
 - ``burst`` (ours): between two agreeing units, a stretch with at least 5 words (8 characters) more
   than in the reference.
 
-On non-speech (ours) any text is wrong: characters per minute of audio, and the share of clips with
-text. Units are words or characters by language, as in `error_rate`, but after `normalise`'s plain
-rules, so that a repeated digit stays repeated.
+On non-speech (ours) any text is wrong, in brackets as well: characters per minute of audio, and the
+share of clips with text. Units are words or characters by language, as in `error_rate`, but after
+`normalise`'s plain rules, so that a repeated digit stays repeated.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -52,11 +53,13 @@ _CHAT = {
     r"|(感谢|谢谢)(您的?)?(观看|收看)|请不吝点赞|订阅.{0,4}频道",
 }
 _CHAT_RULES = {name: re.compile(rule, re.IGNORECASE) for name, rule in _CHAT.items()}
+_BRACKETS = str.maketrans(dict.fromkeys("<>[]()", " "))
 
 
 @dataclass(frozen=True)
 class HallucinationConfig:
-    """The rules' numbers (see the module's text). ``examples`` are kept per kind and condition."""
+    """The rules' numbers (see the module's text). ``examples`` are kept per kind, language
+    and condition."""
 
     length_ratio: float = 1.5
     overlap: float = 0.2
@@ -89,9 +92,14 @@ class Flags:
 
 
 def written(hypothesis: str) -> int:
-    """Characters of words of any script: spaces and punctuation do not count (plain rules)."""
+    """Characters of words of any script: spaces and punctuation do not count (plain rules).
+
+    What stands in brackets counts. Plain rules leave such remarks out, since transcribers differ in
+    them; but on non-speech "[music]" and "(thank you for watching)" are text as well.
+    """
+    opened = unicodedata.normalize("NFKC", hypothesis).translate(_BRACKETS)
     # As if Chinese, whatever the language: words of an alphabet come apart into characters.
-    return sum(len(unit) for unit in units(hypothesis, "zh", "plain"))
+    return sum(len(unit) for unit in units(opened, "zh", "plain"))
 
 
 def flags(
@@ -236,8 +244,8 @@ class HallucinationReport:
     def add_nonspeech(
         self, hypothesis: str, seconds: float, lang: str = "", *, condition: str, key: str = ""
     ) -> int:
-        """Count the characters (plain rules, spaces left out) transcribed from ``seconds`` s
-        without speech; ``lang`` is the prompt's or corpus's language. Returns them."""
+        """Count the characters (`written`) transcribed from ``seconds`` s without speech; ``lang``
+        is the corpus's tag, ``und`` of sounds in no language. Returns them."""
         characters = written(hypothesis)
         cell = self.cells.setdefault((lang, condition), Cell())
         cell.clips += 1
@@ -305,9 +313,8 @@ class HallucinationReport:
             yield {"lang": lang, "condition": condition, **asdict(cell), **extra}
 
     def _keep(self, example: Example) -> None:
-        same = sum(
-            e.kind == example.kind and e.condition == example.condition for e in self.examples
-        )
+        where = example.kind, example.lang, example.condition
+        same = sum((e.kind, e.lang, e.condition) == where for e in self.examples)
         if same < self.config.examples:
             self.examples.append(example)
 

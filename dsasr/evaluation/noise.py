@@ -9,6 +9,7 @@ SNR is 10·log₁₀ of the ratio of mean powers, in dB, over the whole clip.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from dsasr.errors import UserError
 from dsasr.evaluation.normalise import units
 
 _LEVEL = 0.05  # RMS of made sounds: −26 dB of full scale, a usual speech level
+_UNDETERMINED = "und"  # ISO 639-2's tag of what is in no language
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Utterance:
 class Case:
     """One clip to transcribe. ``text`` is None for non-speech; ``seconds`` is its length.
 
-    Of truncated speech ``text`` is the whole reference: judge it against `best_prefix`.
+    Of truncated speech ``text`` is the whole reference: judge it against `best_prefix`. ``lang`` of
+    made non-speech is ``und``, but of babble in one language that language.
     """
 
     key: str
@@ -78,13 +81,14 @@ def suite(
     ``snr20``… and ``cut50`` (percent kept). Babble needs at least one utterance (UserError)."""
     config = config or SuiteConfig()
     speech = [u.wave for u in utterances]
-    langs = sorted({u.lang for u in utterances}) or [""]
+    langs = {u.lang for u in utterances}
     size = round(config.seconds * rate)
     for k, kind in enumerate(config.nonspeech):
+        lang = min(langs) if kind == "babble" and len(langs) == 1 else _UNDETERMINED
         for clip in range(config.clips):
             rng = np.random.default_rng([config.seed, 0, k, clip])
             wave = SOUNDS[kind](size, rate, rng, speech)
-            yield Case(f"{kind}-{clip}", kind, wave, None, langs[clip % len(langs)], size / rate)
+            yield Case(f"{kind}-{clip}", kind, wave, None, lang, size / rate)
     for i, u in enumerate(utterances):
         yield Case(u.key, "clean", u.wave, u.text, u.lang, len(u.wave) / rate)
         # One noise per utterance, the same at each SNR, so that only the level changes.
@@ -97,8 +101,14 @@ def suite(
                 yield Case(u.key, f"snr{snr:g}", wave, u.text, u.lang, len(wave) / rate)
         for share in config.truncations:
             wave = u.wave[: max(1, round(share * len(u.wave)))]
-            condition = f"cut{100 * share:.0f}"
+            condition = f"cut{100 * share:.0f}"  # `kept` reads it
             yield Case(u.key, condition, wave, u.text, u.lang, len(wave) / rate)
+
+
+def kept(condition: str) -> float | None:
+    """The share of an utterance that a condition such as ``cut50`` keeps; None of all others."""
+    match = re.fullmatch(r"cut(\d+)", condition)
+    return int(match[1]) / 100 if match else None
 
 
 def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
@@ -182,16 +192,18 @@ SOUNDS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def best_prefix(reference: str, hypothesis: str, lang: str) -> str:
-    """The start of the reference, in whole units, that the hypothesis is nearest to (ours).
+def best_prefix(reference: str, hypothesis: str, lang: str, share: float) -> str:
+    """The start of the reference that a transcript of the first ``share`` of it is judged against.
 
-    Stands in for what was spoken before a cut, where no alignment says it: a true continuation from
-    the language model passes, an invented one is left over. Units by plain rules; ties go to the
-    shorter prefix, for words of another sense, put in the place of words, bring nothing nearer.
+    Stands in for what was spoken before a cut, where no alignment says it (ours): the longer of two
+    prefixes in whole units by plain rules. One is what the hypothesis is nearest to, the shorter of
+    equals: a true continuation from the language model passes, an invented one is left over. The
+    other is ``share`` of the units, as if each took as long: words heard wrongly are near to no
+    prefix, yet as many as were spoken are not invented.
     """
     ref, hyp = units(reference, lang, "plain"), units(hypothesis, lang, "plain")
     best = min(range(len(ref) + 1), key=lambda size: Levenshtein.distance(ref[:size], hyp))
-    return " ".join(ref[:best])
+    return " ".join(ref[: max(best, round(share * len(ref)))])
 
 
 def _level(wave: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ has it applied (``evaluation.rules=…/normalizer.json``). Published rates have 
 Mandarin (the rules are ours, the conventions those of the usual CER scripts): NFKC, so that
 full-width forms become half-width; lower case; Arabic numbers become Chinese numerals as they are
 read; punctuation goes. Before 年 four digits are a year and read one by one, two where they can
-hardly count years (0x, 50 to 99). 两 counts as 二, 幺 as 一 and 〇 as 零, since an Arabic digit
-does not say which was spoken. Traditional characters are not converted.
+hardly count years (0x, 50 to 99). 3:20 is a time, and what can be none (3:2, 25:21) a ratio. 两
+counts as 二, 幺 as 一, 〇 as 零 and 百分之一百 as 百分之百, since Arabic digits do not say which
+was spoken. Traditional characters are not converted.
 
 Code-switched text takes each run by its script: Han runs by the Mandarin rules, Latin runs by the
 English ones (`mixed`).
@@ -42,6 +43,7 @@ _MIXED_TOKEN = re.compile(
     rf"[{HAN}]+|(?<![A-Za-z])-?\d[\d.,:/%]*(?![A-Za-z])|[^{HAN}\d]+|.", re.DOTALL
 )
 _DIGITS = "零一二三四五六七八九"
+_HUNDRED_PERCENT = re.compile(rf"百分之一百(?![{_DIGITS}十百千万亿]|点[{_DIGITS}])")
 # A digit that ends a Latin name (mp3, b2b) is no number: hence the first guard of each branch.
 _NUMBER = re.compile(
     r"(?<![a-z\d.])(?:"
@@ -49,6 +51,8 @@ _NUMBER = re.compile(
     r"|(?P<year>\d{4}|0\d|[5-9]\d)(?=年|[-~至到]\d{4}年)"
     r"|(?P<over>\d{1,3})/(?P<under>\d{1,3})(?![/\d])"
     r"|(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)(?![:\d])"
+    # 1:10:30 is no ratio, neither as a whole nor its end.
+    r"|(?P<ratio>(?<!\d:)(?!\d{1,2}(?::[0-5]\d){2}(?![:\d]))\d+(?:\.\d+)?(?::\d+(?:\.\d+)?)+)"
     r"|(?P<plain>-?\d+(?:\.\d+)?)"
     r")"
 )
@@ -159,13 +163,16 @@ def mandarin(text: str) -> str:
     text = basic(_NUMBER.sub(_read_number, text))
     text = text.replace("两", "二").replace("幺", "一").replace("〇", "零")
     text = re.sub(rf"(?<![{_DIGITS}百千万亿点])一十", "十", text)
-    return HAN_SPACES.sub("", text)
+    return _HUNDRED_PERCENT.sub("百分之百", HAN_SPACES.sub("", text))
 
 
 def _read_number(match: re.Match[str]) -> str:
     parts = match.groupdict()
     if parts["percent"]:
-        return _negative("百分之" + _decimal(parts["percent"].lstrip("-")), parts["percent"])
+        spoken = _decimal(parts["percent"].lstrip("-"))
+        # Here, not by `_HUNDRED_PERCENT` alone: 100%一定 goes on with what might be a digit.
+        spoken = "百" if spoken == "一百" else spoken
+        return _negative("百分之" + spoken, parts["percent"])
     if parts["year"]:
         return _by_digit(parts["year"])
     if parts["over"]:
@@ -175,6 +182,8 @@ def _read_number(match: re.Match[str]) -> str:
         spoken = "" if minute == "00" else cardinal(int(minute))
         gap = "零" if spoken and minute[0] == "0" else ""
         return f"{cardinal(int(parts['hour']))}点{gap}{spoken}"
+    if parts["ratio"]:
+        return "比".join(map(_decimal, parts["ratio"].split(":")))
     # In 2010-2012 and A-3 the stroke is a dash, not a minus.
     before = match.string[match.start() - 1 : match.start()]
     sign = parts["plain"] if not before.isalnum() else ""

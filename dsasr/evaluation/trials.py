@@ -23,16 +23,22 @@ import torch
 from dsasr.data.audio import Cmvn, FbankConfig
 from dsasr.errors import UserError
 from dsasr.evaluation.decode import DecodeConfig, Decodes, decode
-from dsasr.evaluation.error_rate import Scores, paired_test, ratio_interval
+from dsasr.evaluation.error_rate import (
+    PairedTest,
+    Scores,
+    paired_ratios,
+    paired_test,
+    ratio_interval,
+)
 from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationReport, flags, written
-from dsasr.evaluation.noise import Case, SuiteConfig, Utterance, best_prefix, suite
+from dsasr.evaluation.noise import Case, SuiteConfig, Utterance, best_prefix, kept, suite
 from dsasr.evaluation.recordings import Recording, batches, empty_batch
 from dsasr.files import finite, json_text, text_lines
 from dsasr.model.speech_llm import SpeechLLM
 
 PLAIN = SuiteConfig(nonspeech=(), snrs=(), truncations=())  # the recordings as they are
 RECORDED = "recorded"
-ALL = "all"  # no condition's name
+ALL, NONSPEECH = "all", "nonspeech"  # of several conditions: no condition's name
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class Trials:
         """Error rates under a condition. Cut speech has none: what was spoken is not known."""
         found = Scores(rules=rules)
         for row in self.rows:
-            if row.condition == condition and row.reference and not _is_cut(condition):
+            if row.condition == condition and row.reference and kept(condition) is None:
                 found.add(row.reference, row.hypothesis, row.lang, row.key)
         return found
 
@@ -174,8 +180,8 @@ class Trials:
         found = {}
         for name in (*dict.fromkeys(row.condition for row in clips), *[ALL] * bool(clips)):
             held = [row for row in clips if name in (row.condition, ALL)]
-            characters_N = np.array([written(row.hypothesis) for row in held], dtype=np.float64)
-            span = ratio_interval(characters_N, np.array([row.seconds for row in held]) / 60)
+            characters_N, minutes_N = _characters(held), _minutes(held)
+            span = ratio_interval(characters_N, minutes_N)
             known = len(held) > 1 and characters_N.any()
             found[name] = {
                 "rate": span.value,
@@ -205,7 +211,10 @@ def compare(a: Trials, b: Trials, rules: str = "standard") -> dict[str, dict[str
 
     Of error rates a bootstrap over utterances (`error_rate.paired_test`): ``difference`` is
     b's rate less a's. Of hallucinated utterances the exact sign test (McNemar's):
-    ``flagged_a``, ``flagged_b`` are counts, ``flagged_p`` two-sided. Raises `UserError` where the
+    ``flagged_a``, ``flagged_b`` are counts, ``flagged_p`` two-sided. Of characters a minute of
+    non-speech the same bootstrap over clips: ``characters_difference`` and the other fields of
+    `PairedTest`; where neither wrote any text its interval is NaN, as in `Trials.nonspeech`. All
+    conditions of non-speech together are the last row, `NONSPEECH`. Raises `UserError` where the
     cases differ or keys repeat.
     """
     named_a, named_b = ({(r.key, r.condition): r for r in t.rows} for t in (a, b))
@@ -215,9 +224,16 @@ def compare(a: Trials, b: Trials, rules: str = "standard") -> dict[str, dict[str
         (k, r.reference) for k, r in sorted(named_b.items())
     ]:
         raise UserError("the two systems heard other cases: evaluate both with the same options")
+    pairs_by: dict[str, list[tuple[Trial, Trial]]] = {name: [] for name in a.conditions()}
+    for r in a.rows:
+        pairs_by[r.condition].append((r, named_b[r.key, r.condition]))
+    speechless = [
+        pair for pairs in pairs_by.values() for pair in pairs if pair[0].reference is None
+    ]
+    if speechless:
+        pairs_by[NONSPEECH] = speechless
     out: dict[str, dict[str, float]] = {}
-    for condition in a.conditions():
-        pairs = [(r, named_b[r.key, condition]) for r in a.rows if r.condition == condition]
+    for condition, pairs in pairs_by.items():
         only_a = sum(flagged(x) and not flagged(y) for x, y in pairs)
         only_b = sum(flagged(y) and not flagged(x) for x, y in pairs)
         row: dict[str, float] = {
@@ -229,6 +245,8 @@ def compare(a: Trials, b: Trials, rules: str = "standard") -> dict[str, dict[str
         scores = a.scores(condition, rules), b.scores(condition, rules)
         if scores[0].counts.reference:
             row |= asdict(paired_test(*scores))
+        if clips := [pair for pair in pairs if pair[0].reference is None]:
+            row |= {f"characters_{name}": x for name, x in asdict(_paces(clips)).items()}
         out[condition] = row
     return out
 
@@ -249,13 +267,23 @@ def flagged(row: Trial) -> bool:
 
 
 def _spoken(row: Trial) -> str:
-    if _is_cut(row.condition):
-        return best_prefix(row.reference or "", row.hypothesis, row.lang)
-    return row.reference or ""
+    share, text = kept(row.condition), row.reference or ""
+    return text if share is None else best_prefix(text, row.hypothesis, row.lang, share)
 
 
-def _is_cut(condition: str) -> bool:
-    return condition.startswith("cut")
+def _characters(rows: Iterable[Trial]) -> np.ndarray:
+    return np.array([written(row.hypothesis) for row in rows], dtype=np.float64)
+
+
+def _minutes(rows: Iterable[Trial]) -> np.ndarray:
+    return np.array([row.seconds for row in rows]) / 60
+
+
+def _paces(clips: Sequence[tuple[Trial, Trial]]) -> PairedTest:
+    sides = [_characters(side) for side in zip(*clips, strict=True)]
+    test = paired_ratios(*sides, _minutes(one for one, _ in clips))
+    known = any(side.any() for side in sides)
+    return test if known else replace(test, low=math.nan, high=math.nan)
 
 
 def _rated(scores: Scores) -> dict[str, float]:

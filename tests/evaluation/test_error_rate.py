@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsasr.evaluation.error_rate import Counts, Scores, count, paired_test, ratio_interval, score
+from dsasr.evaluation.error_rate import (
+    Counts,
+    Scores,
+    count,
+    paired_ratios,
+    paired_test,
+    ratio_interval,
+    score,
+)
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "away", "home", "blue"]
 
@@ -125,14 +133,17 @@ def test_empty_scores():
 def test_interval_covers():
     # Errors are Bernoulli per one-word utterance, so that the true spread is known.
     rng = np.random.default_rng(3)
-    inside = 0
+    inside, widths = 0, []
     for trial in range(100):
         wrong = rng.random(80) < 0.3
         scores = score([("a", "b" if w else "a", "de") for w in wrong])
         interval = scores.interval(draws=400, seed=trial)
         assert interval.low <= interval.value <= interval.high
         inside += interval.low <= 0.3 <= interval.high
+        widths.append(interval.high - interval.low)
     assert 85 <= inside <= 100
+    # No wider than that takes: the normal interval of a share of 80.
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / 80), rel=0.05)
     assert scores.interval(draws=50, seed=1) == scores.interval(draws=50, seed=1)
 
 
@@ -164,7 +175,13 @@ def test_paired_p_value_is_uniform_under_the_null():
         a, b = rng.random((2, 60)) < 0.3
         one, two = (score([("a", "b" if w else "a", "de") for w in side]) for side in (a, b))
         small += paired_test(one, two, draws=400, seed=trial).p_value < 0.1
-    assert small <= 20
+    assert 4 <= small <= 20  # 10 expected, with a standard deviation of 3
+
+
+def test_a_single_pair_has_a_difference_and_no_test():
+    test = paired_ratios(np.array([0.0]), np.array([3.0]), np.array([0.5]))
+    assert test.difference == 6
+    assert all(math.isnan(x) for x in (test.low, test.high, test.p_value, test.improved))
 
 
 def test_paired_test_refuses_other_references():

@@ -12,6 +12,7 @@ from dsasr.evaluation.hallucination import (
     overlap,
     repeats,
     wilson,
+    written,
 )
 
 FIVE = "turn on the kitchen light"
@@ -125,6 +126,30 @@ def test_report_counts():
     assert [e.kind for e in report.examples] == ["invented", "nonspeech"]
     rows = list(report.rows())
     assert [(r["lang"], r["condition"]) for r in rows] == sorted(report.cells)
+
+
+def test_examples_of_a_language_are_not_crowded_out_by_another():
+    report = HallucinationReport(HallucinationConfig(examples=2))
+    for _ in range(3):
+        report.add("eight two", "eight two " * 4, "en")
+    report.add("打开厨房的灯", "打开厨房的灯谢谢谢谢谢谢谢谢", "zh")
+    kept = [(e.kind, e.lang) for e in report.examples]
+    assert kept == [(k, la) for la in ("en", "en", "zh") for k in ("loop", "burst")]
+
+
+@pytest.mark.parametrize(
+    ("text", "characters"),
+    [
+        ("[music] [music]", 10),
+        ("(thank you for watching)", 19),
+        ("（笑）好", 2),
+        ("<|endoftext|>", 9),
+        ("你好, ok!", 4),
+        ("[ ] (…) ♪", 0),
+    ],
+)
+def test_written_counts_what_is_in_brackets(text, characters):
+    assert written(text) == characters
 
 
 def test_report_merges_over_ranks():

@@ -74,13 +74,30 @@ def test_suite():
         **dict.fromkeys(("clean", "snr10", "snr0", "cut25"), 4),
     }
     assert all(c.text is None and c.seconds == 0.5 for c in by["music"])
-    assert [c.lang for c in by["silence"]] == ["en", "zh", "en"]
+    # No language is heard in them; the babble is of two.
+    assert {c.lang for kind in n.SOUNDS for c in by[kind]} == {"und"}
     assert [len(c.wave) for c in by["cut25"]] == [1000, 1125, 1250, 1375]
     again = n.suite(_utterances(), config, rate=RATE)
     assert all(np.array_equal(a.wave, b.wave) for a, b in zip(cases, again, strict=True))
     # The same noise at both levels: the noisier clip minus the speech is the louder.
     extra = [_power(by[k][0].wave - by["clean"][0].wave) for k in ("snr10", "snr0")]
     assert extra[1] / extra[0] == pytest.approx(10, rel=0.2)
+
+
+def test_only_babble_of_one_language_has_one():
+    config = n.SuiteConfig(clips=2, seconds=0.5, snrs=(), truncations=())
+    english = [u for u in _utterances() if u.lang == "en"]
+    langs = {c.condition: c.lang for c in n.suite(english, config, rate=RATE)}
+    assert langs == {
+        "silence": "und", "white": "und", "babble": "en", "music": "und", "clean": "en"
+    }  # fmt: skip
+
+
+def test_kept_reads_what_the_suite_names():
+    config = n.SuiteConfig(clips=1, seconds=0.5, snrs=(10.0,), truncations=(0.05, 0.5))
+    found = {c.condition: n.kept(c.condition) for c in n.suite(_utterances(), config, rate=RATE)}
+    cut = {name: share for name, share in found.items() if share is not None}
+    assert cut == {"cut5": 0.05, "cut50": 0.5} and len(found) == 8
 
 
 def test_suite_refuses():
@@ -98,16 +115,18 @@ def test_suite_refuses():
 
 
 @pytest.mark.parametrize(
-    ("reference", "hypothesis", "lang", "expected"),
+    ("reference", "hypothesis", "lang", "nearest", "judged"),
     [
-        ("a b c d", "a b", "en", "a b"),
-        ("a b c d", "", "en", ""),
-        ("a b c d", "a b c d", "en", "a b c d"),
-        ("我们回家吧", "我们", "zh", "我 们"),
-        ("", "a", "en", ""),
-        ("the cat sat on the mat", "please bring fresh water home", "en", ""),
-        ("the cat sat on the mat", "the cat please bring water", "en", "the cat"),
+        ("a b c d", "a b", "en", "a b", "a b"),
+        ("a b c d", "", "en", "", "a b"),
+        ("a b c d", "a b c d", "en", "a b c d", "a b c d"),
+        ("我们回家吧啊", "我们", "zh", "我 们", "我 们 回"),
+        ("", "a", "en", "", ""),
+        ("the cat sat on the mat", "please bring fresh water home", "en", "", "the cat sat"),
+        ("the cat sat on the mat", "the cat please bring water", "en", "the cat", "the cat sat"),
     ],
 )
-def test_best_prefix(reference, hypothesis, lang, expected):
-    assert n.best_prefix(reference, hypothesis, lang) == expected
+def test_best_prefix(reference, hypothesis, lang, nearest, judged):
+    """The nearest prefix alone, and not below half of the units."""
+    assert n.best_prefix(reference, hypothesis, lang, 0.0) == nearest
+    assert n.best_prefix(reference, hypothesis, lang, 0.5) == judged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -115,13 +116,78 @@ def test_paired_comparison_is_by_condition():
     assert found["clean"]["difference"] == pytest.approx(-1 / 6)
     assert found["snr0"]["flagged_a"] == 1 and found["snr0"]["flagged_b"] == 0
     assert found["recorded"]["flagged_p"] == 1.0 and "difference" not in found["cut50"]
+    assert "characters_difference" not in found["clean"]
     with pytest.raises(UserError, match="other cases"):
         compare(Trials(ROWS), Trials(better[1:]))
     with pytest.raises(UserError, match="the same keys"):
         compare(Trials([*ROWS, ROWS[0]]), Trials([*better, better[0]]))
 
 
-@pytest.mark.parametrize(("text", "said"), [("", False), ("。 …", False), ("oh。", True)])
+def test_paired_comparison_of_characters_a_minute():
+    """Two systems that write on all clips: any text or none cannot tell them apart."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(20, 60, 40)
+    one = [
+        row(f"n{i}", None, "x" * k, ("white", "music")[i % 2], 30.0) for i, k in enumerate(sizes)
+    ]
+    two = [
+        Trial(**{**vars(r), "hypothesis": r.hypothesis[: -8 - i % 5]}) for i, r in enumerate(one)
+    ]
+    quiet = [row(f"s{i}", None, "…", "silence", 60.0) for i in range(3)]
+    alone = [row("r", None, "hello", "recorded", 60.0)]
+    a, b = Trials([*ROWS[:2], *one, *quiet, *alone]), Trials([*ROWS[:2], *two, *quiet, *alone])
+    found = compare(a, b)
+    assert list(found) == ["clean", "white", "music", "silence", "recorded", "nonspeech"]
+    white, over = found["white"], found["nonspeech"]
+    assert white["flagged_a"] == white["flagged_b"] == 20 and white["flagged_p"] == 1
+    # From 8 to 12 characters fewer in half a minute, 10 in the mean: −20 ± 1.96 · 2√2 / √20.
+    assert white["characters_difference"] == pytest.approx(-20)
+    half = 1.96 * 2 * math.sqrt(2 / 20)
+    assert white["characters_low"] == pytest.approx(-20 - half, abs=0.3)
+    assert white["characters_high"] == pytest.approx(-20 + half, abs=0.3)
+    assert white["characters_p_value"] < 0.01 and white["characters_improved"] == 1
+    assert over["utterances"] == 44 and over["characters_difference"] == pytest.approx(-400 / 24)
+    assert over["characters_low"] < -400 / 24 < over["characters_high"] < 0
+    # Neither wrote any text, or a single clip was heard: no interval.
+    silence, recorded = found["silence"], found["recorded"]
+    assert silence["characters_difference"] == 0 and silence["characters_p_value"] == 1
+    for part in (silence, recorded):
+        assert math.isnan(part["characters_low"]) and math.isnan(part["characters_high"])
+    assert math.isnan(recorded["characters_p_value"])
+    back = compare(b, a)["white"]
+    assert back["characters_difference"] == pytest.approx(20) and back["characters_improved"] == 0
+    assert not any(name.startswith("characters") for name in found["clean"])
+
+
+def test_words_heard_wrongly_before_a_cut_are_not_invented():
+    text = "turn on the kitchen light and close the bedroom window"
+    assert not trials.flagged(row("a", text, "burn in a chicken fight", "cut50"))
+    # What goes on to the end as the sentence does passes; another end and another sentence do not.
+    assert not trials.flagged(row("a", text, text, "cut50"))
+    for made in (
+        "turn on the kitchen light then we all went home again last night",
+        "yesterday some old friends met near my new harbour house",
+    ):
+        assert trials.flagged(row("a", text, made, "cut50"))
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.7, 1.0])
+def test_substitutions_before_a_cut_are_not_flagged(rate):
+    """Utterances whose first half was heard with other words in the place of words, no more."""
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(500)]
+    for _ in range(100):
+        said = rng.choices(words, k=rng.randint(6, 16))
+        half = said[: round(0.5 * len(said))]
+        heard = [rng.choice(words) if rng.random() < rate else word for word in half]
+        assert not trials.flagged(row("a", " ".join(said), " ".join(heard), "cut50"))
+        made = [*half, *(f"m{i}" for i in range(8))]
+        assert trials.flagged(row("a", " ".join(said), " ".join(made), "cut50"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", False), ("。 …", False), ("oh。", True), ("[music]", True)]
+)
 def test_text_on_nonspeech_is_words_not_punctuation(text, said):
     row = Trial(**{**vars(ROWS[0]), "reference": None, "hypothesis": text})
     assert trials.flagged(row) is said
