@@ -101,7 +101,8 @@ def timeline(run: RunData, path: Path) -> Path | None:
     rates = rate_curves(run.schedule, run.events) if run.schedule else ()
     cka = [(m["steps"], m["cka"]) for m in run.drift]
     title = f"{run.name}: stages, encoders taken, drift"
-    plot(run.events, path, title, cka=cka, threshold=threshold, rates=rates, losses=losses)
+    more = {"clock": "optimizer steps, of each branch its own"} if len(run.jobs) > 1 else {}
+    plot(run.events, path, title, cka=cka, threshold=threshold, rates=rates, losses=losses, **more)
     return path
 
 

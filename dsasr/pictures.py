@@ -48,10 +48,12 @@ def plot(
     threshold: float | None = None,
     rates: Sequence[tuple[str, Sequence[int], Sequence[float]]] = (),
     losses: dict[str, Sequence[tuple[int, float]]] | None = None,
+    clock: str = "optimizer steps of the run, both branches counted",
 ) -> None:
     """Both branches over the run's steps with triggers and swaps; below, what else is given.
 
-    ``rates``: (label, steps, rates) curves; ``losses``: name → (step, value).
+    ``rates``: (label, steps, rates) curves; ``losses``: name → (step, value); ``clock`` says what
+    the steps are.
     """
     import matplotlib
 
@@ -82,7 +84,7 @@ def plot(
             axis.yaxis.grid(True, color="#eeeeee")
             axis.set_axisbelow(True)
     bottom = axes[-1][0]
-    bottom.set_xlabel("optimizer steps of the run, both branches counted")
+    bottom.set_xlabel(clock)
     bottom.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")

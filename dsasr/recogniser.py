@@ -82,7 +82,8 @@ def run_recipe(folder: Path) -> Recipe:
     is ``folder``, also where it is one of the two of a concurrent run."""
     path = folder / "recipe.yaml"
     if not path.is_file():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+        hint = f"; give {folder / 'sft'}" if (folder / "sft" / "recipe.yaml").is_file() else ""
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml{hint}")
     values = config.read_recipe(str(path))
     run = folder if values.get("branch", "both") == "both" else folder.resolve().parent
     return config.build(Recipe, {**values, "run": str(run)})

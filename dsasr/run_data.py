@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ LIMITED = ("found", "limit")  # of an estimate: is there any, and what would hav
 class RunData:
     """What a run folder tells. ``looks`` are metrics lines of `watch`, ``valid`` of validation;
     ``checkpoints`` are rows of tools/allocation.py, ``taken`` those of the job whose snapshots it
-    takes, if another; ``trial`` is report.json."""
+    takes, if another; ``trial`` is report.json. ``jobs`` are the names of its folders: two of a
+    concurrent run, whose ``steps`` and ``seconds`` are each job's own."""
 
     name: str
     events: list[Row] = field(default_factory=list)
@@ -30,7 +31,7 @@ class RunData:
     taken: list[Row] = field(default_factory=list)
     trial: Row = field(default_factory=dict)
     schedule: Schedule | None = None
-    folder: str = ""  # its name; rows of tools/allocation.py may be of other runs too
+    jobs: tuple[str, ...] = ()  # rows of tools/allocation.py may be of other runs too
 
     @property
     def looks(self) -> list[Row]:
@@ -46,8 +47,8 @@ class RunData:
 
     @property
     def joint(self) -> str | None:
-        """The last stage that trains the encoder with the LLM."""
-        for stage in reversed(self.schedule.stages if self.schedule else ()):
+        """The first sft stage that trains the encoder."""
+        for stage in self.schedule.stages if self.schedule else ():
             if stage.branch == "sft" and "encoder" in stage.trains:
                 return stage.name
         return None
@@ -59,14 +60,31 @@ class RunData:
 
 def collect(folder: str | Path, name: str = "") -> RunData:
     """A run folder's data: recipe.yaml, events.jsonl, metrics.jsonl; where they are, report.json of
-    tools/evaluate.py and allocation.jsonl of tools/allocation.py.
+    tools/evaluate.py and allocation.jsonl of tools/allocation.py. A folder of the two jobs of a
+    concurrent run has the data of both.
 
     Raises `UserError` for a folder that is no run's.
     """
     folder = Path(folder)
+    name = name or folder.resolve().name
+    jobs = [folder / branch for branch in ("pretrain", "sft")]
+    if (folder / "recipe.yaml").is_file() or not all((j / "recipe.yaml").is_file() for j in jobs):
+        return _job(folder, name)
+    pretrain, sft = (_job(job, name) for job in jobs)
+    return RunData(
+        name,
+        pretrain.events + sft.events,
+        pretrain.metrics + sft.metrics,
+        pretrain.checkpoints + sft.checkpoints,
+        trial=sft.trial,
+        schedule=replace(sft.schedule, branch="both"),
+        jobs=pretrain.jobs + sft.jobs,
+    )
+
+
+def _job(folder: Path, name: str) -> RunData:
     recipe = run_recipe(folder)
-    run = RunData(name or folder.resolve().name, schedule=recipe.schedule())
-    run.folder = folder.resolve().name
+    run = RunData(name, schedule=recipe.schedule(), jobs=(folder.resolve().name,))
     run.events, run.metrics = (_measured(folder / f"{n}.jsonl") for n in ("events", "metrics"))
     if not run.metrics:
         raise UserError(f"{folder} has no metrics yet: let it train first")
@@ -110,26 +128,26 @@ def named(folders: Sequence[str | Path]) -> list[RunData]:
 
 
 def before_and_after(run: RunData) -> tuple[Row, Row] | None:
-    """The encoder's row before and after joint training: of tools/allocation.py, on the same data,
+    """The encoder's row before and after joint training: of tools/allocation.py, measured alike,
     else of looks."""
-    own = [
-        r
-        for r in run.checkpoints
-        if not run.folder or ("run" in r and Path(r["run"]).resolve().name == run.folder)
-    ]
+    own = [r for r in run.checkpoints if not run.jobs or _folder_name(r) in run.jobs]
     after = [r for r in own if r.get("stage") == run.joint and run.joint]
     if after and after[-1].get("encoder"):
         before = [
             r for r in (*own, *run.taken)
             if r["kind"] == "snapshot" and r["name"].endswith(f"/{after[-1]['encoder']}")
-            and r.get("data") == after[-1].get("data")
+            and r.get("measured") == after[-1].get("measured")
         ]  # fmt: skip
         if before:
             return _flat(before[-1]), _flat(after[-1])
     looks = [m for m in run.looks if m["branch"] == "sft" and "pai" in m]
     late = [m for m in looks if m["stage"] == f"allocation_{run.joint}"]
-    early = [m for m in looks if m["stage"] != f"allocation_{run.joint}"]
+    early = [m for m in looks if late and m["steps"] < late[0]["steps"]]
     return (early[-1], late[-1]) if early and late else None
+
+
+def _folder_name(row: Row) -> str:
+    return Path(row["run"]).resolve().name if "run" in row else ""
 
 
 def _flat(row: Row) -> Row:
@@ -163,17 +181,11 @@ def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
 
 def audio_hours(run: RunData) -> float:
     """Hours of (augmented) audio over all steps, from the rate and the time of each line."""
-    total = 0.0
+    total, last = 0.0, {}
     for line in run.metrics:
         if "audio_hours_per_hour" in line:
-            total += line["audio_hours_per_hour"] * line["step_seconds"] * _covered(run, line)
+            steps = line["step"] - last.get(line["stage"], 0)  # since the stage's line before
+            total += line["audio_hours_per_hour"] * line["step_seconds"] * steps
+        if "step" in line:
+            last[line["stage"]] = line["step"]
     return total / 3600
-
-
-def _covered(run: RunData, line: Row) -> int:
-    """Steps since the stage's line before."""
-    before = [
-        m["step"] for m in run.metrics
-        if m["stage"] == line["stage"] and "step" in m and m["step"] < line["step"]
-    ]  # fmt: skip
-    return line["step"] - max(before, default=0)

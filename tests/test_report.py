@@ -207,7 +207,7 @@ def test_before_and_after_joint_prefers_measured_checkpoints():
     assert before["stage"] == "allocation_ia_sft" and after["pai"] == -0.1
 
     measured = run(
-        folder="first",
+        jobs=("first",),
         checkpoints=[
             row("first/encoder-40", "snapshot", 1.0),
             row("first/encoder-100", "snapshot", 2.0),
@@ -221,24 +221,49 @@ def test_before_and_after_joint_prefers_measured_checkpoints():
     assert (before["pai"], after["pai"]) == (2.0, 3.0)
 
 
+def test_looks_of_a_later_stage_are_not_before_joint_training():
+    made = run()
+    late = look(230, "sft", "context", **probes(7.0, 0.7))
+    made.metrics.append(late)
+    before, after = run_data.before_and_after(made)
+    assert before["stage"] == "allocation_ia_sft" and after["stage"] == "allocation_joint"
+
+
+def test_hours_are_those_of_all_steps_of_each_stage():
+    made = run()
+    assert run_data.audio_hours(made) == pytest.approx(360 * 2 * 100 / 3600)
+    rates = {"audio_hours_per_hour": 36.0, "step_seconds": 1.0}
+    made.metrics.append({"stage": "joint", "branch": "sft", "step": 50, "steps": 200, **rates})
+    assert run_data.audio_hours(made) == pytest.approx(20 + 0.5)
+
+
 def test_before_and_after_of_a_job_on_the_snapshots_of_another(tiny, tmp_path):
     held = {
-        "pretrain": [row("pretrain/encoder-40", "snapshot", 1.0, data="test"),
-                     row("pretrain/encoder-100", "snapshot", 2.0, data="test"),
-                     row("pretrain/encoder-100", "snapshot", 9.0, data="other")],
+        "pretrain": [row("pretrain/encoder-40", "snapshot", 1.0, measured={"data": "test"}),
+                     row("pretrain/encoder-100", "snapshot", 2.0, measured={"data": "test"}),
+                     row("pretrain/encoder-100", "snapshot", 9.0, measured={"data": "other"})],
         "sft": [row("sft/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100",
-                    data="test")],
+                    measured={"data": "test"})],
     }  # fmt: skip
     for branch, rows in held.items():
         folder = tmp_path / "run" / branch
         folder.mkdir(parents=True)
         chosen = recipe.load(str(tiny), [f"run={tmp_path / 'run'}", f"branch={branch}"])
         (folder / "recipe.yaml").write_text(config.dump(chosen))
-        for name, lines in (("metrics", run().metrics), ("allocation", rows)):
+        own = {n: [r for r in getattr(run(), n) if r.get("branch", branch) == branch]
+               for n in ("metrics", "events")}  # fmt: skip
+        for name, lines in (*own.items(), ("allocation", rows)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     before, after = run_data.before_and_after(run_data.collect(tmp_path / "run" / "sft"))
     assert (before["pai"], after["pai"]) == (2.0, 3.0)
     assert run_data.collect(tmp_path / "run" / "pretrain").taken == []
+    both = run_data.collect(tmp_path / "run")
+    before, after = run_data.before_and_after(both)
+    assert (before["pai"], after["pai"]) == (2.0, 3.0)
+    assert both.jobs == ("pretrain", "sft") and len(both.checkpoints) == 4
+    assert {s.branch for s in both.schedule.stages} == {"pretrain", "sft"}
+    page = report.write([both], tmp_path / "report").read_text()
+    assert "Course of run" in page and "Before and after" in page
 
 
 def test_text_on_nonspeech_has_its_interval_or_says_why_not():

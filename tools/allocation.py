@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dsasr import measuring, subjects
 from dsasr.allocation.accessible import AccessibleConfig
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import recordings
-from dsasr.files import atomic_write, json_text
+from dsasr.files import atomic_write, json_lines, json_text
 from dsasr.progress import Bar
 from dsasr.recipe import quiet
 
@@ -46,8 +47,14 @@ def parse() -> argparse.Namespace:
         "with 12 speakers or more, else 4)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-random", action="store_true", help="leave out the random encoder")
-    parser.add_argument("--no-control", action="store_true", help="leave out shuffled labels")
+    parser.add_argument(
+        "--frames", type=int, default=200_000, help="frames for PAI at most; a quarter for CSAI"
+    )
+    for name, what in (
+        ("random", "the same encoder with random weights (all: of each run and architecture)"),
+        ("control", "shuffled labels"),
+    ):
+        parser.add_argument(f"--{name}", choices=("all", "first", "none"), default="all", help=what)
     parser.add_argument(
         "--out", type=Path,
         help="one file of JSON lines for all (default: each run's rows in its allocation.jsonl, "
@@ -75,32 +82,44 @@ def measure(args: argparse.Namespace, probes: measuring.ProbeSet) -> list[Row]:
     """A row per checkpoint, each run's and each other architecture's first followed by the same
     encoder with random weights."""
     config = AccessibleConfig(
-        max_width=args.width, folds=args.folds, control=not args.no_control, seed=args.seed
-    )
+        max_width=args.width, folds=args.folds, seed=args.seed, max_frames=args.frames,
+        semantic_frames=max(1, args.frames // 4),
+    )  # fmt: skip
+
+    def wanted(choice: str, before: object) -> bool:
+        return choice == "all" or (choice == "first" and before is None)
+
     rows, reference, seen = [], None, set()
     with Bar(total=len(args.checkpoints), unit="checkpoint") as bar:
         for place in args.checkpoints:
             subject = subjects.open_any(place)
-            row, features = measuring.measure(subject, probes, config, reference)
+            chosen = replace(config, control=wanted(args.control, reference))
+            row, features = measuring.measure(subject, probes, chosen, reference)
             rows.append(row)
-            reference = reference if reference is not None else features
             kind = subject.about.get("run") or subject.about["path"], row["width"]
-            if not args.no_random and kind not in seen:
+            if kind not in seen and wanted(args.random, reference):
                 seen.add(kind)
                 baseline = subjects.random_baseline(subject, seed=args.seed)
-                rows.append(measuring.measure(baseline, probes, config)[0])
+                rows.append(measuring.measure(baseline, probes, chosen)[0])
+            reference = reference if reference is not None else features
             bar.update()
     return rows
 
 
-def write(rows: Iterable[Row], home: str, data: str, out: Path | None) -> None:
-    """All rows to ``out``, or each to its run's allocation.jsonl; to ``home``'s if it has none."""
+def write(rows: Iterable[Row], home: str, measured: Row, out: Path | None) -> None:
+    """All rows to ``out``, or each to its run's allocation.jsonl; to ``home``'s if it has none.
+
+    Rows of other checkpoints that were ``measured`` in the same way stay there; other rows, which
+    are not to be compared with these, go."""
     files: dict[Path, list[Row]] = {}
     for row in rows:
         path = out or Path(row.get("run", home)).resolve() / "allocation.jsonl"
-        files.setdefault(path, []).append({**row, "data": data})
+        files.setdefault(path, []).append({**row, "measured": measured})
     for path, held in files.items():
-        atomic_write(path, "".join(json_text(row) + "\n" for row in held))
+        new = {row["name"] for row in held}
+        old = [r for r in json_lines(path) if r.get("measured") == measured]
+        kept = [] if out else [r for r in old if r["name"] not in new]
+        atomic_write(path, "".join(json_text(row) + "\n" for row in (*kept, *held)))
         print(f"written: {path} ({', '.join(row['name'] for row in held)})")
 
 
@@ -119,7 +138,11 @@ def main() -> int:
     by, folds = rows[0]["pai"]["split"], rows[0]["pai"]["folds"]
     print("H: nats a token (CTC: frame); CKA: to the first; held out: by " + by
           + (f", in {folds} folds" if folds > 1 else ""))  # fmt: skip
-    write(rows, aligner.about["run"], args.data, args.out)
+    names = ("data", "utterances", "semantic", "width", "frames", "folds", "seed")
+    measured = {name: getattr(args, name) for name in names}
+    home = aligner.about["run"]
+    measured["aligner"] = str(Path(home).resolve().parent / aligner.name)
+    write(rows, home, measured, args.out)
     return 0
 
 

@@ -129,6 +129,10 @@ def against(found: trials.Trials, other: Path, rules: str) -> dict:
         if "difference" in row:
             span = f"{100 * row['low']:+.2f}…{100 * row['high']:+.2f}"
             line += f"; errors {100 * row['difference']:+.2f} ({span}), p {row['p_value']:.3f}"
+        if "characters_difference" in row:
+            span = f"{row['characters_low']:+.1f}…{row['characters_high']:+.1f}"
+            line += f"; characters/min {row['characters_difference']:+.1f} ({span})"
+            line += f", p {row['characters_p_value']:.3f}"
         print(line)
     return tests
 

@@ -71,7 +71,7 @@ def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
     )
     assert 0 <= last["ctc"]["frames"] <= math.log(10) and 0 < last["cka_to_first"] <= 1
     assert "PAI" in done.stdout and "hubert" in done.stdout
-    tokens = tool("allocation.py", run, "--data", data, "--semantic", "token", "--no-random")
+    tokens = tool("allocation.py", run, "--data", data, "--semantic", "token", "--random", "none")
     assert tokens.returncode == 0, tokens.stderr
     [row] = rows(run / "allocation.jsonl")
     assert row["kind"] == "checkpoint" and row["csai"]["frames"] == last["csai"]["frames"]
@@ -100,13 +100,15 @@ def test_allocation_of_two_runs_on_what_whisper_can_read(run, tiny, tmp_path):
     shard.parent.mkdir()
     write_dataset(shard.parent, [shard_summary(shard, write_shard(shard, samples))], 1)
     other = shutil.copytree(run, tmp_path / "other")
-    given = [other, run, tmp_path / "whisper", "--data", shard.parent, "--no-control"]
+    given = [other, run, tmp_path / "whisper", "--data", shard.parent, "--control", "first"]
     done = tool("allocation.py", *given, "--aligner", run)
     assert done.returncode == 0, done.stderr
     assert "5 utterances by 1 speakers" in done.stdout and "'too_long': 1" in done.stdout
     for folder in (run, other):
         assert f"written: {folder}/allocation.jsonl ({folder.name}/step-" in done.stdout
-    assert [r["kind"] for r in rows(other / "allocation.jsonl")] == ["checkpoint", "random"]
+    first = rows(other / "allocation.jsonl")
+    assert [r["kind"] for r in first] == ["checkpoint", "random"]
+    assert all(r["pai"]["shuffled"] is not None for r in first)
     held = rows(run / "allocation.jsonl")
     assert [r["kind"] for r in held] == ["checkpoint", "random", "foreign", "random"]
     assert {r["utterances"] for r in held} == {5}
@@ -124,13 +126,19 @@ def test_rows_go_to_their_runs_or_to_one_file(tmp_path, capsys):
         {"name": "whisper", "kind": "foreign"},
         {"name": "random encoder", "run": str(second), "nse": math.nan},
     ]
-    allocation.write(held, str(first), "shards", None)
+    measured = {"data": "shards"}
+    allocation.write(held, str(first), measured, None)
     assert [r["name"] for r in rows(first / "allocation.jsonl")] == ["first/a", "whisper"]
     [_, random] = rows(second / "allocation.jsonl")
-    assert (random["name"], random["nse"], random["data"]) == ("random encoder", None, "shards")
+    assert (random["name"], random["nse"], random["measured"]) == ("random encoder", None, measured)
     assert f"{second}/allocation.jsonl (second/b, random encoder)" in capsys.readouterr().out
-    allocation.write(held, str(first), "shards", tmp_path / "all.jsonl")
+    allocation.write(held, str(first), measured, tmp_path / "all.jsonl")
     assert [r["name"] for r in rows(tmp_path / "all.jsonl")] == [r["name"] for r in held]
+    # Another checkpoint of the run, measured alike, is beside the first one; otherwise instead.
+    other = {"name": "first/c", "run": str(first)}
+    for way, names in ((measured, ["whisper", "first/a", "first/c"]), ({"data": "x"}, ["first/c"])):
+        allocation.write([other], str(first), way, None)
+        assert sorted(r["name"] for r in rows(first / "allocation.jsonl")) == sorted(names)
 
 
 @pytest.mark.launcher

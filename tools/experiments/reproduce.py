@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,40 @@ sys.path.insert(0, str(Path(__file__).parent))
 import systems
 from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, named
 
-from dsasr import run_data
+from dsasr import config, run_data
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import trials
-from dsasr.evaluation.hallucination import written
+from dsasr.evaluation.hallucination import Example, written
 from dsasr.files import atomic_write, text_lines
-from dsasr.recogniser import events, finished
+from dsasr.recipe import Recipe
+from dsasr.recogniser import events, finished, run_recipe
 
 TOOLS = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+DECIDING = (
+    "seed",
+    "data",
+    "model",
+    "stages",
+    "drift",
+)  # what a finished job must have been made by
 
 
 # -- commands ----------------------------------------------------------------------------------
 
 
 def train(values: dict[str, Any], ranks: int) -> Path:
-    """Train a recipe to its end, or on from where it stopped; returns the job's folder."""
+    """Train a recipe to its end, or on from where it stopped; returns the job's folder.
+
+    Raises `UserError` if the folder holds a run of another recipe, or training fails.
+    """
     folder = Path(values["run"]) / values["branch"]
     if finished(folder):
+        wanted = asdict(config.build(Recipe, values))
+        held = asdict(run_recipe(folder))
+        changed = [k for k in DECIDING if wanted[k] != held[k]]
+        if changed:
+            raise UserError(f"{folder} was trained with other {', '.join(changed)}: delete it")
         return folder
     path = folder.parent.with_suffix(".yaml")
     atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -107,10 +124,11 @@ def train_system(args: argparse.Namespace, system: System, seed: int, pretrain: 
 
 
 def listen(found: Trained, args: argparse.Namespace) -> Path:
-    """The transcripts of the whole suite."""
+    """The transcripts of the whole suite, beside the checkpoint's job, with which they go."""
     shards = args.corpus / "shards"
     data = [d for d in (shards / "test", shards / "nonspeech") if d.is_dir()]
-    heard = found.sft.parent.with_name(f"{found.system.name}.heard.jsonl")
+    suite = f"{found.checkpoint.name}-limit{args.limit}-clips{args.clips}"
+    heard = found.sft / f"{suite}.heard.jsonl"
     if not heard.is_file():
         tool("evaluate.py", found.sft, "--checkpoint", found.checkpoint.name, "--data", *data,
              "--suite", "--clips", args.clips, "--limit", args.limit, "--out", heard)  # fmt: skip
@@ -120,16 +138,16 @@ def listen(found: Trained, args: argparse.Namespace) -> Path:
 def probe(
     pretrain: Path, found: Sequence[Trained], aligner: Path, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """The allocation row of the final encoder, with which all systems enter joint SFT, and behind
-    it those of the systems."""
+    """The allocation row of the final encoder, with which all systems enter joint SFT, that of a
+    random one, and those of the systems. The first two have the control of shuffled labels."""
     last = max(pretrain.parent.glob("snapshots/encoder-*"))
     metrics = pretrain.parent.with_suffix(".allocation.jsonl")
     data = args.probe or args.corpus / "shards" / "test"
     tool("allocation.py", last, *(f.checkpoint for f in found), "--data", data,
          "--aligner", aligner, "--utterances", args.utterances,
-         "--no-control", "--no-random", "--out", metrics)  # fmt: skip
+         "--control", "first", "--random", "first", "--out", metrics)  # fmt: skip
     rows = [json.loads(line) for line in text_lines(metrics)]
-    return [{k: v for k, v in row.items() if k not in ("run", "data")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("run", "measured")} for row in rows]
 
 
 def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
@@ -151,8 +169,17 @@ def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
     return out
 
 
+def varied(examples: Sequence[Example], most: int) -> list[Example]:
+    """At most so many, taken in turn of every kind, condition and language."""
+    groups: dict[tuple[str, ...], list[Example]] = {}
+    for one in examples:
+        groups.setdefault((one.kind, one.condition, one.lang), []).append(one)
+    turns = zip_longest(*groups.values())
+    return [one for turn in turns for one in turn if one is not None][:most]
+
+
 def result(
-    found: Trained, before: dict, after: dict, seed: int, args: argparse.Namespace
+    found: Trained, before: dict, random: dict, after: dict, seed: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """All that is kept of a trained system, its encoder measured before joint SFT and after."""
     heard = trials.read(listen(found, args))
@@ -179,10 +206,11 @@ def result(
         "audio_hours": sum(map(run_data.audio_hours, jobs)),
         "swaps": sum(e["event"] == "swap" and e["stage"] in stages for e in jobs[1].events),
         "ctc": next(m["ctc"] for m in reversed(jobs[0].metrics) if "ctc" in m),
+        "random": random,
         "before": before,
         "after": after,
         "cka_through_joint": after.get("cka_to_first"),
-        "examples": [asdict(e) for e in heard.hallucinations().examples[:20]],
+        "examples": [asdict(e) for e in varied(heard.hallucinations().examples, 40)],
         "clips": per_clip(heard, "plain" if args.kind == "digits" else "standard"),
     }
 
@@ -242,12 +270,12 @@ def family(
         tell(f"{system.name}: training")
         found.append(train_system(args, system, seed, pretrain))
     tell("measuring encoders")
-    before, *after = probe(pretrain, found, aligner.result(), args)
+    before, random, *after = probe(pretrain, found, aligner.result(), args)
     for one, row in zip(found, after, strict=True):
         tell(f"{one.system.name}: the suite")
         path = result_file(args, one.system, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = result(one, before, row, seed, args)
+        kept = result(one, before, random, row, seed, args)
         atomic_write(path, json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")
     tell("done")
 

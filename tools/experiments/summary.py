@@ -169,13 +169,15 @@ def tables(systems: dict[str, list[Result]]) -> str:
         f"over {_drawn(systems)}):",
         markdown(head, rows),
     ]
+    cuts = sorted({c for r in every for c in r["clips"] if c.startswith("cut")})
     rows = [
-        [held[0]["label"], str(len(held)), cell(hallucinated(held, ["clean"]), share=True),
-         *(cell(hallucinated(held, [c]), share=True) for c in snrs), cell(invented(held), 1, 0)]
+        [held[0]["label"], str(len(held)),
+         *(cell(hallucinated(held, [c]), share=True) for c in ["clean", *snrs, *cuts]),
+         cell(invented(held), 1, 0)]
         for held in systems.values()
     ]  # fmt: skip
     head = ["system", "seeds", "clean", *(f"{c[3:]} dB" for c in snrs)]
-    head += ["non-speech, characters/min"]
+    head += [*(f"cut at {c[3:]}%" for c in cuts), "non-speech, characters/min"]
     parts += ["Hallucinated utterances, %, and text on non-speech (95%):", markdown(head, rows)]
     rows = []
     for held in systems.values():
@@ -193,6 +195,8 @@ def tables(systems: dict[str, list[Result]]) -> str:
         "minutes: of all steps, without start, evaluation and checkpoints, beside another job:",
         markdown(head, rows),
     ]
+    if controls := baselines(every):
+        parts.append(controls)
     head, rows = comparisons(systems, snrs)
     if rows:
         count = sum(cell != "–" for row in rows for cell in row[2:])
@@ -202,6 +206,21 @@ def tables(systems: dict[str, list[Result]]) -> str:
             markdown(head, rows),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def baselines(results: Sequence[Result]) -> str:
+    """What the probes find where there is nothing to be found: labels shuffled, a random encoder;
+    means and ranges over the pretrainings that were measured so."""
+    held = [r for r in results if r.get("random")]
+    if not held:
+        return ""
+    said = []
+    for key in ("pai", "csai"):
+        digits = 2 if key == "pai" else 3
+        shuffled = ranged(sorted({r["before"][key]["shuffled"] for r in held}), digits)
+        random = ranged(sorted({r["random"][key]["value"] for r in held}), digits)
+        said.append(f"{key.upper()} {shuffled} with shuffled labels, {random} of a random encoder")
+    return f"Controls, nats/frame: {'; '.join(said)}."
 
 
 def short(systems: dict[str, list[Result]]) -> str:
