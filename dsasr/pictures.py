@@ -129,7 +129,9 @@ def _draw_swaps(axis, events: Sequence[dict[str, Any]], last: int, lanes: int) -
             arrow = {"arrowstyle": "-|>", "color": "#222222", "lw": 1.1}
             axis.annotate("", (at, 0.24), (start, 0.75), arrowprops=arrow)
             if at - labelled > 0.05 * last:
-                axis.text(at, 0.42, f"  {event['cause']}", fontsize=8, va="center")
+                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+                axis.annotate(event["cause"], (at, 0.42), (7, 0), textcoords="offset points",
+                              fontsize=8, va="center", bbox=behind)  # fmt: skip
                 labelled = at
 
 

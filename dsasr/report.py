@@ -87,9 +87,9 @@ CAPTIONS = {
 MAKERS = {
     "Drift": "a schedule with drift measurements",
     "Entropy over training": "training with allocation.every=STEPS",
-    "Before and after joint training": "tools/allocation.py RUN/snapshots/encoder-* RUN --data …, "
-    "or training with allocation.every=STEPS",
-    "Who resolves what": "tools/allocation.py RUN/snapshots/encoder-* RUN --data …",
+    "Before and after joint training": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … "
+    "(of a concurrent run RUN/sft), or training with allocation.every=STEPS",
+    "Who resolves what": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … (or RUN/sft)",
     "Errors and hallucinations against training time": "training with evaluation.every=STEPS",
 }
 

@@ -27,9 +27,10 @@ def main() -> int:
     page = report.write(runs, out)
     if not args.no_tensorboard:
         for folder, run in zip(args.runs, runs, strict=True):
-            if (folder / "tensorboard").is_dir():
-                steps = max((m["steps"] for m in run.metrics), default=0)
-                add_images(folder / "tensorboard", sorted(out.glob("*.png")), steps)
+            steps = max((m["steps"] for m in run.metrics), default=0)
+            for place in (folder, *(folder / job for job in run.jobs)):
+                if (place / "tensorboard").is_dir():
+                    add_images(place / "tensorboard", sorted(out.glob("*.png")), steps)
     print(f"{page}  ({len(list(out.glob('*.png')))} pictures beside it)")
     return 0
 
