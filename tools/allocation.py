@@ -100,7 +100,8 @@ def measure(args: argparse.Namespace, probes: measuring.ProbeSet) -> list[Row]:
             if kind not in seen and wanted(args.random, reference):
                 seen.add(kind)
                 baseline = subjects.random_baseline(subject, seed=args.seed)
-                rows.append(measuring.measure(baseline, probes, chosen)[0])
+                plain = replace(config, control=args.control == "all")
+                rows.append(measuring.measure(baseline, probes, plain)[0])
             reference = reference if reference is not None else features
             bar.update()
     return rows
