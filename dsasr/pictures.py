@@ -11,7 +11,7 @@ from typing import Any
 from dsasr.files import atomic_path, text_lines
 from dsasr.stages import Schedule, learning_rate
 
-COLOURS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a")
+COLOURS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a", "#6b4a2b")
 LINES = ("-", "--", ":", "-.")
 DPI = 140
 

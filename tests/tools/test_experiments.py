@@ -133,7 +133,7 @@ def result(system: str, label: str, seed: int, rate: float, loud: int) -> dict:
     encoder = {"nse": 0.5, "pai": gain, "csai": csai, "llm": {"resolved": 1.5}}
     return {
         "set": "synth", "system": system, "label": label, "seed": seed, "clips": clips,
-        "random": {"pai": gain | {"value": 0.7 + 0.1 * seed}, "csai": none},
+        "random": {"nse": 0.2, "pai": gain | {"value": 0.7 + 0.1 * seed}, "csai": none},
         "before": encoder, "after": encoder, "cka_through_joint": 0.9, "audio_hours": 12.0,
         "train_seconds": 600.0, "sizes": {"pretrain": 100}, "ctc": 0.5,
     }  # fmt: skip
@@ -151,20 +151,22 @@ def results(tmp_path, experiment) -> Path:
 
 
 def test_ratios_and_their_intervals(results, experiment):
+    import resampling
+
     _, summary = experiment
     held = summary.load(results / "synth")
     assert list(held) == ["conventional", "paper"]
     one, two = (summary.errors(held[n], ["clean"]) for n in ("conventional", "paper"))
     assert one[0].shape == (3, 60)
     assert summary.value(one) == pytest.approx(one[0].sum() / 1800)
-    low, high = summary.interval(one)
+    low, high = resampling.interval(one)
     assert low < summary.value(one) < high and high - low < 0.1
     only = summary.errors(held["paper"], ["clean"], "zh")
     assert only[0].shape == (3, 30)
     # An utterance at two SNRs is one draw: the same clips twice narrow nothing.
     pooled = summary.errors(held["paper"], ["clean", "clean"])
     assert pooled[0].shape == (3, 60)
-    assert summary.interval(pooled) == pytest.approx(summary.interval(two))
+    assert resampling.interval(pooled) == pytest.approx(resampling.interval(two))
     flags = summary.hallucinated(held["paper"], ["snr5", "snr0"])
     assert flags[0].shape == (3, 60) and (flags[1] == 2).all()
     # 100 characters in 30 s of each clip.

@@ -9,107 +9,34 @@ test clips, tests are paired (`resampling`); with one seed they say nothing of o
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from resampling import Ratio, interval, over_seeds, paired, value
-from systems import SYSTEMS
+import drawing
+from measured import (
+    Result,
+    counted,
+    drift,
+    errors,
+    hallucinated,
+    invented,
+    langs,
+    load,
+    noisy,
+    reading,
+    span,
+)
+from resampling import Ratio, over_seeds, paired, value
 
-from dsasr import figures
 from dsasr.errors import UserError, run_tool
-from dsasr.evaluation.hallucination import wilson
 from dsasr.files import atomic_write
-from dsasr.pictures import COLOURS
 
 RESULTS = Path(__file__).parent / "results"
-Result = dict[str, Any]
-JOINT = {s.name for s in SYSTEMS if s.joint != "none"}
-
-
-def load(folder: Path) -> dict[str, list[Result]]:
-    """System → its results by seed, in the order of the table. Raises `UserError` without results,
-    or where they are not of the same test clips and sizes."""
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
-    if not found:
-        raise UserError(f"{folder} holds no results yet: run tools/reproduce.sh")
-    heard = {tuple((c, len(r["clips"][c]["lang"])) for c in sorted(r["clips"])) for r in found}
-    if len(heard) > 1:
-        raise UserError(
-            f"{folder} mixes test sets: delete the results with other --limit or --clips"
-        )
-    if len({json.dumps(r["sizes"], sort_keys=True) for r in found}) > 1:
-        raise UserError(f"{folder} mixes sizes: delete the results that were trained with others")
-    return {
-        s.name: sorted(held, key=lambda r: r["seed"])
-        for s in sorted(SYSTEMS, key=lambda s: s.label)
-        if (held := [r for r in found if r["system"] == s.name])
-    }
-
-
-# -- ratios --------------------------------------------------------------------------------------
-
-
-def errors(results: Sequence[Result], conditions: Sequence[str], lang: str | None = None) -> Ratio:
-    """Errors over reference units."""
-    return (
-        _utterances(results, conditions, "errors", lang),
-        _utterances(results, conditions, "units", lang),
-    )
-
-
-def hallucinated(results: Sequence[Result], conditions: Sequence[str]) -> Ratio:
-    """Hallucinated utterances over utterances."""
-    over = _utterances(results, conditions, "flagged", None)
-    return over, np.full_like(over, len(conditions))
-
-
-def invented(results: Sequence[Result]) -> Ratio:
-    """Characters over minutes of non-speech."""
-    kinds = sorted({c for r in results for c, held in r["clips"].items() if "characters" in held})
-
-    def clips(key: str) -> np.ndarray:
-        return np.array([[x for c in kinds for x in r["clips"][c][key]] for r in results], float)
-
-    return clips("characters"), clips("seconds") / 60
-
-
-def _utterances(results, conditions, key: str, lang: str | None) -> np.ndarray:
-    """Sums over conditions, a column per utterance: an utterance at several SNRs is one draw, since
-    its conditions are alike."""
-    rows = []
-    for result in results:
-        held = [result["clips"][c] for c in conditions]
-        keep = [lang in (None, la) for la in held[0]["lang"]]
-        rows.append(np.sum([c[key] for c in held], axis=0)[keep])
-    return np.array(rows, float)
-
-
-# -- table -------------------------------------------------------------------------------------
-
-
-def noisy(results: Sequence[Result]) -> list[str]:
-    """Conditions by falling SNR."""
-    found = {c for r in results for c in r["clips"] if c.startswith("snr")}
-    return sorted(found, key=lambda c: -float(c[3:]))
-
-
-def langs(results: Sequence[Result]) -> list[str]:
-    return sorted(set(results[0]["clips"]["clean"]["lang"]))
-
-
-def span(ratio: Ratio, share: bool = False) -> tuple[float, float]:
-    """The interval of a ratio; of a share of utterances of which none is counted, Wilson's."""
-    low, high = interval(ratio, 1.0 if share else math.inf)
-    if share and not ratio[0].any():
-        high = wilson(0, ratio[0].shape[1])[1]
-    return low, high
 
 
 def cell(ratio: Ratio, factor: float = 100, digits: int = 1, share: bool = False) -> str:
@@ -129,7 +56,7 @@ def ranged(values: Sequence[float | None], digits: int = 2) -> str:
 def changed(held: Sequence[Result], metric: str) -> str:
     """Means before and after joint SFT, and the mean change with its interval over seeds; of what
     no probe found in any seed, the highest limit of detection if there is one for all."""
-    before, after = ([_metric(r[side], metric) for r in held] for side in ("before", "after"))
+    before, after = ([reading(r[side], metric) for r in held] for side in ("before", "after"))
     rows = [r[side][metric] for r in held for side in ("before", "after")]
     if all(isinstance(row, dict) and not row.get("found", True) for row in rows):
         limits = [row["limit"] for row in rows if row["limit"] is not None]
@@ -138,17 +65,6 @@ def changed(held: Sequence[Result], metric: str) -> str:
     text = f"{np.mean(before):.{digits}f} → {np.mean(after):.{digits}f}"
     gap, half, _ = over_seeds(np.subtract(after, before))
     return text if math.isnan(half) else f"{text} ({gap:+.{digits}f} ± {half:.{digits}f})"
-
-
-def drift(held: Sequence[Result]) -> list[float]:
-    """CKA of the encoder through joint SFT, by seed; nothing of a system that skips it."""
-    if held[0]["system"] not in JOINT:
-        return []
-    return [r["cka_through_joint"] for r in held if r["cka_through_joint"] is not None]
-
-
-def counted(held: Sequence[Result]) -> str:
-    return f"{len(held)} seed" + ("s" if len(held) > 1 else "")
 
 
 def tables(systems: dict[str, list[Result]]) -> str:
@@ -255,11 +171,6 @@ def _said(condition: str) -> str:
     return f"at {condition[3:]} dB" if condition.startswith("snr") else condition
 
 
-def _metric(row: Result, name: str) -> float:
-    held = row[name]
-    return held["value"] if isinstance(held, dict) else held
-
-
 # The whole step from the conventional system to the paper's, then one change at a time.
 PAIRS = (("conventional", "paper"), ("phoneme", "paper"),
          ("conventional", "phoneme"), ("phoneme", "late-joint"), ("late-joint", "paper-ctc"),
@@ -308,80 +219,6 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# -- figure ------------------------------------------------------------------------------------
-
-
-def draw(systems: dict[str, list[Result]], path: Path) -> None:
-    """Errors and hallucinations against noise, non-speech, drift, the encoder's metrics, cost."""
-    every = [r for held in systems.values() for r in held]
-    figure, axes = figures.new(2, 4, (15.5, 7.0))
-    conditions = ["clean", *noisy(every)]
-    ticks = ["clean", *(f"{c[3:]}" for c in conditions[1:])]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(systems)}
-    for axis, measure, title, label, share in (
-        (axes[0][0], errors, "errors", "word and character errors, %", False),
-        (axes[0][1], hallucinated, "hallucinations on speech", "utterances, %", True),
-    ):
-        for i, (name, held) in enumerate(systems.items()):
-            ratios = [measure(held, [c]) for c in conditions]
-            spans = np.array([span(r, share) for r in ratios])
-            at = np.arange(len(conditions)) + 0.09 * (i - (len(systems) - 1) / 2)
-            middle = 100 * np.array([value(r) for r in ratios])
-            said = f"{held[0]['label']} ({counted(held)})"
-            axis.plot(at, middle, ".-", lw=1.2, color=colours[name], label=said)
-            axis.vlines(at, 100 * spans[:, 0], 100 * spans[:, 1], color=colours[name], lw=1)
-        axis.set_xticks(range(len(conditions)), ticks)
-        axis.set_xlabel("noise in the test speech: SNR, dB")
-        axis.set_ylabel(label)
-        # Of few seeds an interval may be many times its value: the curves are to be seen.
-        axis.set_ylim(0, 2 * max(line.get_ydata().max() for line in axis.lines) or 1)
-        axis.set_title(f"{title} (95%, cut at the top)", fontsize=10, loc="left")
-    bars(axes[0][2], systems, colours)
-    dots(axes[0][3], systems, colours, drift, "drift through joint SFT", "CKA, 0 to 1")
-    for axis, (key, label, title) in zip(axes[1], figures.METRICS, strict=False):
-        for i, (name, held) in enumerate(systems.items()):
-            pairs = [(_metric(r["before"], key), _metric(r["after"], key)) for r in held]
-            for at, pair in zip(_places(i, len(pairs)), pairs, strict=True):
-                axis.plot([at, at], pair, "-", color=colours[name], lw=1)
-                axis.plot(at, pair[0], "o", mfc="white", mec=colours[name], ms=6)
-                axis.plot(at, pair[1], "o", color=colours[name], ms=6)
-        _by_system(axis, systems, f"{title}\n(open: before joint SFT; a pair per seed)", label)
-    cost = "audio used, augmented\n(a dot per seed)"
-    dots(axes[1][3], systems, colours, lambda held: [r["audio_hours"] for r in held], cost, "hours")
-    axes[1][3].set_ylim(0, 1.08 * max(r["audio_hours"] for r in every))
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
-    figures.save(figure, path)
-
-
-def bars(axis, systems: dict[str, list[Result]], colours: dict[str, str]) -> None:
-    for i, (name, held) in enumerate(systems.items()):
-        ratio = invented(held)
-        axis.bar(i, value(ratio), 0.6, color=colours[name])
-        axis.vlines(i, *span(ratio), color=figures.INK, lw=1)
-    _by_system(axis, systems, "text on non-speech", "characters a minute")
-
-
-def dots(axis, systems, colours, values: Callable[[Sequence[Result]], list[float]], title, label):
-    """A dot per seed."""
-    for i, (name, held) in enumerate(systems.items()):
-        found = values(held)
-        axis.plot(_places(i, len(found)), found, "o", color=colours[name], ms=6)
-    _by_system(axis, systems, title, label)
-
-
-def _places(i: int, count: int) -> np.ndarray:
-    return i + 0.14 * (np.arange(count) - (count - 1) / 2)
-
-
-def _by_system(axis, systems, title: str, label: str) -> None:
-    axis.set_xticks(range(len(systems)), [h[0]["label"].split()[0] for h in systems.values()])
-    axis.set_xlim(-0.6, len(systems) - 0.4)
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.set_ylabel(label)
-    axis.set_xlabel("system")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -394,7 +231,7 @@ def main() -> int:
         systems = load(folder)
         text = tables(systems)
         atomic_write(args.results / f"{folder.name}.md", text)
-        draw(systems, args.results / f"{folder.name}.png")
+        drawing.draw(systems, args.results / f"{folder.name}.png")
         brief.append(f"{folder.name}:\n\n{short(systems)}")
         print(f"== {folder.name}\n\n{text}")
     atomic_write(args.results / "short.md", "\n".join(brief))
