@@ -80,7 +80,7 @@ for kind in $sets; do
             python tools/train_tokenizer.py "$corpus/text.txt" --out "$corpus/tokenizer" --size "$words"
             python tools/make_lm.py "$corpus/text.txt" --tokenizer "$corpus/tokenizer" \
                 --out "$corpus/lm" --steps 700 --reads "${sounds[@]}"
-            run "$kind" --seeds 1 --systems conventional phoneme paper-ctc paper ;;
+            run "$kind" --seeds 1 ;;
     esac
 done
 python tools/experiments/summary.py --results "$results"
