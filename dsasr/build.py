@@ -48,6 +48,11 @@ class Builder:
 
     # -- data --------------------------------------------------------------------------------
 
+    @property
+    def frame_seconds(self) -> float:
+        """Of an encoder frame: four feature frames."""
+        return 4 * self.recipe.data.fbank.shift_ms / 1000
+
     @cached_property
     def cmvn(self) -> Cmvn:
         path = self._file(self.recipe.data.cmvn, "data.cmvn", "make it with tools/cmvn.py")

@@ -115,8 +115,9 @@ def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) 
                     found[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
         return found
 
-    seconds = 4 * fbank.shift_ms / 1000
-    return Subject(name, about, seconds, encode, build, encoder, head, llm, rate=fbank.rate)
+    return Subject(
+        name, about, build.frame_seconds, encode, build, encoder, head, llm, rate=fbank.rate
+    )
 
 
 def _head(build: Builder, reader: Below) -> CtcHead | None:

@@ -35,6 +35,7 @@ from dsasr import ranks
 from dsasr.allocation import alignment, labelling
 from dsasr.allocation.accessible import AccessibleConfig, csai, pai
 from dsasr.allocation.cka import cka
+from dsasr.allocation.entropy import Allocation
 from dsasr.allocation.labelling import Labelled, Numbering
 from dsasr.allocation.nse import nse
 from dsasr.build import Builder
@@ -180,7 +181,7 @@ class Watch:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def _probes(self, held: list[Labelled], features: dict[str, Tensor]) -> dict[str, float]:
-        seconds = 4 * self.build.recipe.data.fbank.shift_ms / 1000
+        seconds = self.build.frame_seconds
         frames = labelling.frame_set(held, features, seconds).to(ranks.device())
         most = self.config.frames
         accessible = AccessibleConfig(
@@ -193,8 +194,7 @@ class Watch:
             except (UserError, ValueError):
                 continue  # too few frames or speakers to hold any out
             values |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            values |= {f"{name}_share": found.share, f"{name}_limit": found.limit}
-            values[f"{name}_found"] = float(found.found)
+            values |= {f"{name}_share": found.share, f"{name}_found": float(found.found)}
         return values
 
     def _start(self, stage: StageConfig) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ class Watch:
         return [row | {"phonemes": ids, "owners": owners, "positions": placed.positions_S.tolist()}]
 
     def _number(self, placed: list[dict[str, Any]]) -> list[Labelled]:
-        number, seconds = Numbering(), 4 * self.build.recipe.data.fbank.shift_ms / 1000
+        number, seconds = Numbering(), self.build.frame_seconds
         found = []
         for row in sorted(placed, key=lambda row: row["key"]):
             positions_S = torch.tensor(row["positions"], dtype=torch.int64)
@@ -283,12 +283,15 @@ def _losses(module, batch: Batch, branch: str):
 
 
 def _means(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Means over all ranks; collective."""
+    """Means over all ranks, of what there was anything of; collective."""
     flat = torch.tensor([[float(a), float(b)] for a, b in sums.values()], dtype=torch.float64)
     summed = ranks.sum_ranks(flat.to(ranks.device())).tolist()
-    means = {n: a / b if b else 0.0 for n, (a, b) in zip(sums, summed, strict=True)}
+    counts = dict(zip(sums, summed, strict=True))
+    means = {n: a / b for n, (a, b) in counts.items() if b}
     if "nll_with_audio" in means:
-        means["resolved"] = means["nll_without_audio"] - means["nll_with_audio"]
+        tokens = int(counts["nll_with_audio"][1])
+        found = Allocation(means["nll_without_audio"], means["nll_with_audio"], tokens)
+        means["resolved"] = found.resolved
     return means
 
 

@@ -10,14 +10,13 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsasr import measuring, subjects
-from dsasr.allocation.accessible import AccessibleConfig
+from dsasr.allocation.accessible import SPIKES, AccessibleConfig
 from dsasr.errors import UserError, run_tool
 from dsasr.evaluation import recordings
 from dsasr.files import atomic_write, json_lines, json_text
@@ -50,11 +49,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--frames", type=int, default=200_000, help="frames for PAI at most; a quarter for CSAI"
     )
-    for name, what in (
-        ("random", "the same encoder with random weights (all: of each run and architecture)"),
-        ("control", "shuffled labels"),
+    for name, default, what in (
+        ("random", "all", "the same encoder with random weights (all: of each architecture)"),
+        ("control", "all", "shuffled labels"),
+        ("limits", "first", "what would have stood out where nothing is found; slow"),
     ):
-        parser.add_argument(f"--{name}", choices=("all", "first", "none"), default="all", help=what)
+        choices = ("all", "first", "none")
+        parser.add_argument(f"--{name}", choices=choices, default=default, help=what)
     parser.add_argument(
         "--out", type=Path,
         help="one file of JSON lines for all (default: each run's rows in its allocation.jsonl, "
@@ -80,28 +81,30 @@ def probe_set(args: argparse.Namespace, aligner: subjects.Subject) -> measuring.
 
 def measure(args: argparse.Namespace, probes: measuring.ProbeSet) -> list[Row]:
     """A row per checkpoint, each run's and each other architecture's first followed by the same
-    encoder with random weights."""
-    config = AccessibleConfig(
-        max_width=args.width, folds=args.folds, seed=args.seed, max_frames=args.frames,
-        semantic_frames=max(1, args.frames // 4),
-    )  # fmt: skip
-
-    def wanted(choice: str, before: object) -> bool:
-        return choice == "all" or (choice == "first" and before is None)
-
+    encoder with random weights. ``first`` in a row is whom its ``cka_to_first`` is to."""
     rows, reference, seen = [], None, set()
+    given = {"max_width": args.width, "folds": args.folds, "seed": args.seed}
+    given |= {"max_frames": args.frames, "semantic_frames": max(1, args.frames // 4)}
+
+    def wanted(choice: str, before: bool) -> bool:
+        return choice == "all" or (choice == "first" and not before)
+
+    def config(control: bool) -> AccessibleConfig:
+        limited = any(row[key]["limit"] for row in rows for key in ("pai", "csai"))
+        spikes = SPIKES if wanted(args.limits, limited) else ()
+        return AccessibleConfig(**given, control=control, spikes=spikes)
+
     with Bar(total=len(args.checkpoints), unit="checkpoint") as bar:
         for place in args.checkpoints:
-            subject = subjects.open_any(place)
-            chosen = replace(config, control=wanted(args.control, reference))
+            subject, later = subjects.open_any(place), bool(rows)
+            chosen = config(wanted(args.control, later))
             row, features = measuring.measure(subject, probes, chosen, reference)
-            rows.append(row)
+            rows.append(row | ({"first": rows[0]["name"]} if "cka_to_first" in row else {}))
             kind = subject.about.get("run") or subject.about["path"], row["width"]
-            if kind not in seen and wanted(args.random, reference):
+            if kind not in seen and wanted(args.random, later):
                 seen.add(kind)
                 baseline = subjects.random_baseline(subject, seed=args.seed)
-                plain = replace(config, control=args.control == "all")
-                rows.append(measuring.measure(baseline, probes, plain)[0])
+                rows.append(measuring.measure(baseline, probes, config(args.control == "all"))[0])
             reference = reference if reference is not None else features
             bar.update()
     return rows
@@ -111,17 +114,18 @@ def write(rows: Iterable[Row], home: str, measured: Row, out: Path | None) -> No
     """All rows to ``out``, or each to its run's allocation.jsonl; to ``home``'s if it has none.
 
     Rows of other checkpoints that were ``measured`` in the same way stay there; other rows, which
-    are not to be compared with these, go."""
+    are not to be compared with these, go, and it is said how many."""
     files: dict[Path, list[Row]] = {}
     for row in rows:
         path = out or Path(row.get("run", home)).resolve() / "allocation.jsonl"
         files.setdefault(path, []).append({**row, "measured": measured})
     for path, held in files.items():
         new = {row["name"] for row in held}
-        old = [r for r in json_lines(path) if r.get("measured") == measured]
-        kept = [] if out else [r for r in old if r["name"] not in new]
+        old = [] if out else [r for r in json_lines(path) if r["name"] not in new]
+        kept = [r for r in old if r.get("measured") == measured]
         atomic_write(path, "".join(json_text(row) + "\n" for row in (*kept, *held)))
-        print(f"written: {path} ({', '.join(row['name'] for row in held)})")
+        gone = f"; {n} measured otherwise left out" if (n := len(old) - len(kept)) else ""
+        print(f"written: {path} ({', '.join(row['name'] for row in held)}{gone})")
 
 
 def main() -> int:

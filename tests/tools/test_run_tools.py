@@ -66,6 +66,10 @@ def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
     assert {(r["pai"]["folds"], r["pai"]["split"]) for r in held} == {(4, "utterance")}
     last = held[2]
     assert last["stage"] == "joint" and last["utterances"] == 8
+    assert last["first"] == held[0]["name"] and "first" not in held[0]
+    # Looked for once, unless nothing can be missed.
+    for key in ("pai", "csai"):
+        assert sum(r[key]["limit"] is not None for r in held) <= 1
     assert last["llm"]["resolved"] == pytest.approx(
         last["llm"]["without_audio"] - last["llm"]["with_audio"]
     )
@@ -138,6 +142,8 @@ def test_rows_go_to_their_runs_or_to_one_file(tmp_path, capsys):
     other = {"name": "first/c", "run": str(first)}
     for way, names in ((measured, ["whisper", "first/a", "first/c"]), ({"data": "x"}, ["first/c"])):
         allocation.write([other], str(first), way, None)
+        told = capsys.readouterr().out
+        assert ("2 measured otherwise left out" in told) == (way != measured)
         assert sorted(r["name"] for r in rows(first / "allocation.jsonl")) == sorted(names)
 
 

@@ -40,13 +40,8 @@ from dsasr.recogniser import events, finished, run_recipe
 TOOLS = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 CONTROLLED = 1  # the seed whose encoders have the probes' controls
-DECIDING = (
-    "seed",
-    "data",
-    "model",
-    "stages",
-    "drift",
-)  # what a finished job must have been made by
+# What a finished job must have been made by.
+DECIDING = ("seed", "data", "model", "stages", "drift")
 
 
 # -- commands ----------------------------------------------------------------------------------

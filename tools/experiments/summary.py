@@ -55,12 +55,12 @@ def ranged(values: Sequence[float | None], digits: int = 2) -> str:
 
 def changed(held: Sequence[Result], metric: str) -> str:
     """Means before and after joint SFT, and the mean change with its interval over seeds; of what
-    no probe found in any seed, the highest limit of detection if there is one for all."""
+    no probe found in any seed, the highest limit of detection that was looked for."""
     before, after = ([reading(r[side], metric) for r in held] for side in ("before", "after"))
     rows = [r[side][metric] for r in held for side in ("before", "after")]
     if all(isinstance(row, dict) and not row.get("found", True) for row in rows):
         limits = [row["limit"] for row in rows if row["limit"] is not None]
-        return "none found" + (f" (< {max(limits):.3f})" if len(limits) == len(rows) else "")
+        return "none found" + (f" (< {max(limits):.3f})" if limits else "")
     digits = 3 if metric == "csai" else 2
     text = f"{np.mean(before):.{digits}f} → {np.mean(after):.{digits}f}"
     gap, half, _ = over_seeds(np.subtract(after, before))
