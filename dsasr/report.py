@@ -72,8 +72,8 @@ CAPTIONS = {
     "phonemes around. Below zero: the reader is worse than none. Bands: 95% bootstrap intervals "
     "over utterances. Labels come from the run's own CTC head and change with it.",
     "Before": "The encoder that joint training began with, and what it made of it. Whiskers: 95% "
-    "bootstrap intervals over utterances. None found: the interval reaches zero; a gain of "
-    "the limit given would have stood out.",
+    "bootstrap intervals over utterances. None found: the interval reaches zero; where a "
+    "limit is given, a gain of it would have stood out.",
     "Who": "Left: held-out frames, linear readers; H(P) is the entropy of the phonemes, H(S|P) "
     "that of the words when the phonemes around are known. Right: what the language model alone "
     "leaves open (H₀, the whole bar), what the audio resolves of it, and what stays open (H₁); no "
