@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     """``dsasr.Recognizer``, imported when it is first asked for."""
     if name == "Recognizer":
-        from dsasr.transcription import Recognizer
+        from dsasr.inference.recognizer import Recognizer
 
         return Recognizer
     raise AttributeError(f"module 'dsasr' has no attribute '{name}'")

@@ -13,25 +13,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsasr import partition, ranks
-from dsasr.data.audio import Cmvn
-from dsasr.data.phonemes import PhonemeVocab, build_phonemizer
-from dsasr.data.samples import TextEncoder
-from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
-from dsasr.data.text import Prompt, Tokenizer, check_tokenizer, load_tokenizer
-from dsasr.errors import UserError
-from dsasr.fragments import MANIFEST
-from dsasr.model import layerwise, lora
+from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint.tensor_fragments import MANIFEST
+from dsasr.data.audio.features import Cmvn
+from dsasr.data.dataloader.collate import TextEncoder
+from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.text.phonemes import PhonemeVocab, build_phonemizer
+from dsasr.data.text.prompt import Prompt, Tokenizer, check_tokenizer, load_tokenizer
+from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptor import Adaptor
-from dsasr.model.encoder import Encoder, reset_layer
-from dsasr.model.layerwise import Cut
+from dsasr.model.ctc_model import Pretrainer
+from dsasr.model.encoders.conformer import Encoder, reset_layer
+from dsasr.model.layerwise_init import Cut
 from dsasr.model.llm import load_llm
 from dsasr.model.llm_hub import find_llm
-from dsasr.model.llm_slices import draw_at_random, load_in_slices
-from dsasr.model.pretrainer import Pretrainer
+from dsasr.model.llm_sharded_load import draw_at_random, load_in_slices
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
+from dsasr.utils import distributed
+from dsasr.utils.errors import UserError
 
 
 def sub_seed(seed: int, purpose: str) -> int:
@@ -116,7 +117,7 @@ class Builder:
             batches, seen = [], 0
             for batch in stream:
                 batches.append(batch)
-                seen += sum(ranks.gather(len(batch))) if utterances else 0
+                seen += sum(distributed.gather(len(batch))) if utterances else 0
                 if utterances and seen >= utterances:
                     break
         return batches
@@ -130,9 +131,9 @@ class Builder:
             text=self.text(phonemes=branch == "pretrain", tokens=branch == "sft"),
             fbank=self.recipe.data.fbank,
             cmvn=self.cmvn,
-            rank=ranks.rank(),
-            world=ranks.world(),
-            device=ranks.device(),
+            rank=distributed.rank(),
+            world=distributed.world(),
+            device=distributed.device(),
             **given,
         )
 
@@ -141,7 +142,7 @@ class Builder:
     def pretrainer(self, cut: Cut | None = None) -> Pretrainer:
         """The pretrain branch, with weights drawn from the recipe's seed.
 
-        With ``cut`` (`dsasr.engine.cutter`) each layer is cut as soon as it is drawn, so that no
+        With ``cut`` (`branch_engine.cutter`) each layer is cut as soon as it is drawn, so that no
         rank holds the whole; the weights are the same. Collective then.
         """
         model = self.recipe.model
@@ -157,7 +158,7 @@ class Builder:
         """The sft branch: a fresh adaptor on the LLM of the recipe; ``cut`` as for `pretrainer`."""
         model = self.recipe.model
         llm, scale = self._llm(cut)
-        vocabulary, width = partition.full_shape(llm.get_input_embeddings().weight)
+        vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
         with torch.device("meta"):
             encoder = Encoder(model.encoder)
@@ -182,7 +183,7 @@ class Builder:
     ) -> nn.Module:
         """Weights from the recipe's seed for a module of ours on the meta device."""
         generator = self._generator(purpose)
-        layerwise.fill(module, lambda layer, _: reset(layer, generator), cut)
+        layerwise_init.fill(module, lambda layer, _: reset(layer, generator), cut)
         return module
 
     def _llm(self, cut: Cut | None) -> tuple[PreTrainedModel, float]:
@@ -241,7 +242,7 @@ class Builder:
                 f"model.encoder.mels is {self.recipe.model.encoder.mels}"
             )
         for datasets in (self.recipe.data.train, self.recipe.data.valid):
-            from dsasr.data.sources import Sources
+            from dsasr.data.shards.storage import Sources
 
             sources = Sources(self.recipe.data.stream.source)
             for dataset in datasets:

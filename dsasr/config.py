@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dsasr.errors import UserError
+from dsasr.utils.errors import UserError
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"

@@ -9,28 +9,28 @@ from pathlib import Path
 from typing import Literal
 
 from dsasr import config
-from dsasr.checkpoint import CheckpointConfig
+from dsasr.checkpoint.manager import CheckpointConfig
 from dsasr.config import nearest
-from dsasr.data.audio import FbankConfig
-from dsasr.data.augment import AugmentConfig
-from dsasr.data.phonemes import PhonemizerConfig
-from dsasr.data.stream import DatasetConfig, StreamConfig
-from dsasr.data.text import TextConfig
-from dsasr.engine_config import EngineConfig
-from dsasr.errors import UserError
+from dsasr.data.audio.augment import AugmentConfig
+from dsasr.data.audio.features import FbankConfig
+from dsasr.data.dataloader.dataloader import DatasetConfig, StreamConfig
+from dsasr.data.text.phonemes import PhonemizerConfig
+from dsasr.data.text.prompt import TextConfig
+from dsasr.engine.config import EngineConfig
 from dsasr.evaluation.decode import DecodeConfig
-from dsasr.evaluation.noise import SuiteConfig
-from dsasr.evaluation.normalise import check_rules
+from dsasr.evaluation.normalize import check_rules
+from dsasr.evaluation.suite import SuiteConfig
+from dsasr.launch.slurm import SlurmConfig
+from dsasr.launch.watchdog import WatchdogConfig
 from dsasr.model.adaptor import AdaptorConfig
-from dsasr.model.chunks import ChunkConfig
-from dsasr.model.encoder import EncoderConfig
+from dsasr.model.ctc_model import PretrainConfig
+from dsasr.model.dynamic_chunks import ChunkConfig
+from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.lora import LoraConfig
-from dsasr.model.pretrainer import PretrainConfig
-from dsasr.monitor import MonitorConfig
-from dsasr.slurm import SlurmConfig
 from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
-from dsasr.watchdog import WatchdogConfig
+from dsasr.tracking.monitor import MonitorConfig
+from dsasr.utils.errors import UserError
 
 SUBSAMPLING = 4  # feature frames to one of the encoder's, whatever its size
 

@@ -2,7 +2,7 @@
 
 Nothing here touches a tensor. `Schedule.at` maps the progress of both branches, and the swaps
 decided so far, to the next turn; `learning_rate` maps a stage's step to its rate. Both are pure, so
-a whole run can be printed, and tested, before any of it is trained (``python -m dsasr.stages``).
+a whole run can be printed, and tested, before any of it is trained (``dsasr timeline``).
 
 Two branches share a run. The *pretrain* branch trains the live encoder and its CTC head; the *sft*
 branch trains adaptor and LLM (and, late, all) on a snapshot of that encoder. The sft branch starts
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dsasr.config import nearest
-from dsasr.data.plan import BatchConfig
-from dsasr.errors import UserError
+from dsasr.data.dataloader.bucketing import BatchConfig
+from dsasr.utils.errors import UserError
 
 Branch = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
@@ -343,12 +343,3 @@ def with_published(progress: Progress, snapshots: Sequence[Snapshot]) -> Progres
     known = {s.id for s in progress.published}
     new = tuple(s for s in snapshots if s.id not in known)
     return replace(progress, published=progress.published + new) if new else progress
-
-
-if __name__ == "__main__":
-    import sys
-
-    from dsasr.errors import run_tool
-    from dsasr.timeline import main
-
-    sys.exit(run_tool(main))

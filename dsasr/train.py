@@ -17,8 +17,8 @@ import argparse
 import signal
 import time
 
-from dsasr.errors import UserError, run_tool
-from dsasr.orphans import end_with_launcher
+from dsasr.launch.orphan_ranks import end_with_launcher
+from dsasr.utils.errors import UserError, run_tool
 
 PATIENCE = 5.0  # seconds in which rank 0 tells a mistake and is gone
 
@@ -57,14 +57,18 @@ def main() -> int:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     end_with_launcher()
-    from dsasr import build, engine, kernels, ranks, recipe, watchdog
-    from dsasr.run import Run, Stopped
+    from dsasr import build, recipe
+    from dsasr.engine import branch_engine
+    from dsasr.kernels import dispatch
+    from dsasr.launch import watchdog
+    from dsasr.training.trainer import Run, Stopped
+    from dsasr.utils import distributed
 
     recipe.quiet()
     chosen = recipe.load(options.recipe, options.overrides)
-    engine.set_threads(chosen.engine)
-    kernels.select(chosen.kernels)
-    engine.check_disk(chosen.engine)
+    branch_engine.set_threads(chosen.engine)
+    dispatch.select(chosen.kernels)
+    branch_engine.check_disk(chosen.engine)
     build.Builder(chosen).check()
     if options.check:
         print("the recipe and its files are in order")
@@ -75,7 +79,7 @@ def main() -> int:
     limits = chosen.watchdog.seconds, chosen.watchdog.start_seconds
     run = None
     try:
-        engine.init_distributed(max(limits) + 120 if all(limits) else 0)
+        branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
         run = Run(chosen, dog)
         train(run)
     except Stopped:
@@ -84,7 +88,7 @@ def main() -> int:
         if run is not None:
             run.close()
         dog.close()
-        ranks.leave()
+        distributed.leave()
     return 0
 
 
@@ -105,6 +109,6 @@ def main_once() -> int:
 
 if __name__ == "__main__":
     code = run_tool(main_once)
-    from dsasr import ranks
+    from dsasr.utils import distributed
 
-    ranks.end_process(code)
+    distributed.end_process(code)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsasr import config
-from dsasr.errors import UserError
+from dsasr.utils.errors import UserError
 
 
 @dataclass(frozen=True)

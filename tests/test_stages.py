@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsasr import recipe
-from dsasr.errors import UserError
 from dsasr.stages import (
     DriftConfig,
     PlannedSwap,
@@ -20,6 +19,7 @@ from dsasr.stages import (
     learning_rate,
     with_published,
 )
+from dsasr.utils.errors import UserError
 
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=20)
 ALIGN = StageConfig("align", "sft", {"adaptor": 1e-3}, steps=4)

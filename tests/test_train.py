@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsasr import train
-from dsasr.errors import UserError
+from dsasr.utils.errors import UserError
 
 TRAIN = Path(__file__).parent.parent / "dsasr" / "train.py"
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from dsasr import measuring, subjects
-from dsasr.allocation.accessible import SPIKES, AccessibleConfig
-from dsasr.errors import UserError, run_tool
-from dsasr.evaluation import recordings
-from dsasr.files import atomic_write, json_lines, json_text
-from dsasr.progress import Bar
+from dsasr.analysis import measure as measures
+from dsasr.analysis import probed_encoders
+from dsasr.entropy_allocation.v_information import SPIKES, AccessibleConfig
+from dsasr.evaluation import test_sets
 from dsasr.recipe import quiet
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.io import atomic_write, json_lines, json_text
+from dsasr.utils.progress import Bar
 
 Row = dict[str, Any]
 
@@ -64,14 +65,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def probe_set(args: argparse.Namespace, aligner: subjects.Subject) -> measuring.ProbeSet:
+def probe_set(args: argparse.Namespace, aligner: probed_encoders.Subject) -> measures.ProbeSet:
     """The recordings that every checkpoint can read, labelled; tells what was left out."""
     data = aligner.build.recipe.data
-    held, bad = recordings.read(
+    held, bad = test_sets.read(
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
-        max_seconds=subjects.longest(args.checkpoints),
+        max_seconds=probed_encoders.longest(args.checkpoints),
     )  # fmt: skip
-    probes = measuring.probe_set(aligner, held, args.semantic)
+    probes = measures.probe_set(aligner, held, args.semantic)
     left_out = dict(Counter(bad) + probes.causes)
     speakers = len({r.speaker for r in probes.recordings})
     print(f"{len(probes.recordings)} utterances by {speakers} speakers, labels by {aligner.name}"
@@ -79,7 +80,7 @@ def probe_set(args: argparse.Namespace, aligner: subjects.Subject) -> measuring.
     return probes
 
 
-def measure(args: argparse.Namespace, probes: measuring.ProbeSet) -> list[Row]:
+def measure(args: argparse.Namespace, probes: measures.ProbeSet) -> list[Row]:
     """A row per checkpoint, each run's and each other architecture's first followed by the same
     encoder with random weights. ``first`` in a row is whom its ``cka_to_first`` is to."""
     rows, reference, seen = [], None, set()
@@ -96,15 +97,15 @@ def measure(args: argparse.Namespace, probes: measuring.ProbeSet) -> list[Row]:
 
     with Bar(total=len(args.checkpoints), unit="checkpoint") as bar:
         for place in args.checkpoints:
-            subject, later = subjects.open_any(place), bool(rows)
+            subject, later = probed_encoders.open_any(place), bool(rows)
             chosen = config(wanted(args.control, later))
-            row, features = measuring.measure(subject, probes, chosen, reference)
+            row, features = measures.measure(subject, probes, chosen, reference)
             rows.append(row | ({"first": rows[0]["name"]} if "cka_to_first" in row else {}))
             kind = subject.about.get("run") or subject.about["path"], row["width"]
             if kind not in seen and wanted(args.random, later):
                 seen.add(kind)
-                baseline = subjects.random_baseline(subject, seed=args.seed)
-                rows.append(measuring.measure(baseline, probes, config(args.control == "all"))[0])
+                baseline = probed_encoders.random_baseline(subject, seed=args.seed)
+                rows.append(measures.measure(baseline, probes, config(args.control == "all"))[0])
             reference = reference if reference is not None else features
             bar.update()
     return rows
@@ -132,13 +133,13 @@ def main() -> int:
     args = parse()
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    own = [c for c in args.checkpoints if not subjects.is_foreign(c)]
+    own = [c for c in args.checkpoints if not probed_encoders.is_foreign(c)]
     chosen = args.aligner or (own[-1] if own else None)
     if chosen is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
-    aligner = subjects.open_checkpoint(chosen)
+    aligner = probed_encoders.open_checkpoint(chosen)
     rows = measure(args, probe_set(args, aligner))
-    print(measuring.table(rows))
+    print(measures.table(rows))
     print("PAI, CSAI: nats a frame, 95% interval, [shuffled], none (<what would have stood out);")
     by, folds = rows[0]["pai"]["split"], rows[0]["pai"]["folds"]
     print("H: nats a token (CTC: frame); CKA: to the first; held out: by " + by

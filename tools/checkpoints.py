@@ -16,11 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-from dsasr import fragments
-from dsasr.comparing import average, compare, opened, weights
-from dsasr.errors import UserError, run_tool
-from dsasr.fragments import FragmentError
-from dsasr.progress import Bar
+from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.merge import average, compare, opened, weights
+from dsasr.checkpoint.tensor_fragments import FragmentError
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.progress import Bar
 
 
 def listing(folders: list[Path]) -> int:
@@ -34,7 +34,7 @@ def listing(folders: list[Path]) -> int:
         for path in sorted(place.glob("step-*")):
             size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
             try:
-                held = fragments.verify(path)
+                held = tensor_fragments.verify(path)
             except FragmentError as error:
                 bad += 1
                 print(f"{path.name}  {size:10.1f} MB  BAD: {error}")

@@ -11,12 +11,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from dsasr.data.audio import CmvnSums, FbankConfig
-from dsasr.data.checking import cmvn_sums
-from dsasr.data.pools import each
-from dsasr.data.shards import find_tars
-from dsasr.data.writing import check_file
-from dsasr.errors import UserError, run_tool
+from dsasr.data.audio.features import CmvnSums, FbankConfig
+from dsasr.data.shards.index import find_tars
+from dsasr.data.shards.process_pool import each
+from dsasr.data.shards.verify import cmvn_sums
+from dsasr.data.shards.writer import check_file
+from dsasr.utils.errors import UserError, run_tool
 
 
 def main() -> int:

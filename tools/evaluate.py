@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from dsasr.errors import UserError, run_tool
-from dsasr.evaluation import recordings, trials
+from dsasr.evaluation import suite_results, test_sets
 from dsasr.evaluation.hallucination import KINDS
-from dsasr.evaluation.noise import SuiteConfig
-from dsasr.evaluation.normalise import check_rules
-from dsasr.files import atomic_write, json_text
-from dsasr.monitor import clock
-from dsasr.progress import Bar
+from dsasr.evaluation.normalize import check_rules
+from dsasr.evaluation.suite import SuiteConfig
+from dsasr.inference.model_from_run import Recogniser, events, finished
 from dsasr.recipe import quiet
-from dsasr.recogniser import Recogniser, events, finished
+from dsasr.tracking.monitor import clock
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.progress import Bar
 
 TRANSCRIPTS = "transcripts.jsonl"
 
@@ -94,7 +94,7 @@ def pace(row: dict) -> str:
     return f"{told}, text in {row['clips_with_text']} of {row['clips']} clips"
 
 
-def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
+def tell(found: suite_results.Trials, summary: dict, pairs: int) -> None:
     """Error rates and hallucinations by condition, and some transcripts."""
     for condition, part in summary["conditions"].items():
         for lang, row in part["languages"].items():
@@ -119,9 +119,9 @@ def tell(found: trials.Trials, summary: dict, pairs: int) -> None:
         print(f"  ref  {row.reference}\n  hyp  {row.hypothesis}")
 
 
-def against(found: trials.Trials, other: Path, rules: str) -> dict:
+def against(found: suite_results.Trials, other: Path, rules: str) -> dict:
     path = other / TRANSCRIPTS if other.is_dir() else other
-    tests = trials.compare(trials.read(path), found, rules)
+    tests = suite_results.compare(suite_results.read(path), found, rules)
     print(f"against {other}: (this less that)")
     for condition, row in tests.items():
         line = f"{condition:>9}: hallucinated {row['flagged_b']:.0f} to {row['flagged_a']:.0f}"
@@ -150,7 +150,7 @@ def main() -> int:
         check_rules(rules)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    held, left_out = recordings.read(
+    held, left_out = test_sets.read(
         args.data,
         rate=recipe.data.fbank.rate,
         text=recipe.data.text,
@@ -159,7 +159,7 @@ def main() -> int:
     )
     if left_out:
         print(f"left out: {dict(left_out)}")
-    config = replace(SuiteConfig(), clips=args.clips) if args.suite else trials.PLAIN
+    config = replace(SuiteConfig(), clips=args.clips) if args.suite else suite_results.PLAIN
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
     found = recogniser.hear(held, config, beam=args.beam, progress=bar)
     summary = found.summary(rules)

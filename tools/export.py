@@ -14,9 +14,9 @@ import torch
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.errors import UserError, run_tool
-from dsasr.export import export_run, newest_checkpoint
+from dsasr.inference.export import export_run, newest_checkpoint
 from dsasr.recipe import Recipe, quiet
+from dsasr.utils.errors import UserError, run_tool
 
 DTYPES = {"as-trained": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

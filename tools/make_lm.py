@@ -10,9 +10,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from dsasr.data.phonemes import PhonemizerConfig, build_phonemizer
-from dsasr.errors import run_tool
-from dsasr.model.small_lm import SmallLmConfig, make_small_lm
+from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
+from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
+from dsasr.utils.errors import run_tool
 
 
 def main() -> None:

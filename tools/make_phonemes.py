@@ -10,17 +10,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from dsasr.data.phonemes import (
+from dsasr.data.shards.index import BadSample, find_tars, read_texts
+from dsasr.data.shards.writer import check_file
+from dsasr.data.text.phonemes import (
     MissingPhonemes,
     PhonemeVocab,
     PhonemizerConfig,
     UnknownWord,
     build_phonemizer,
 )
-from dsasr.data.shards import BadSample, find_tars, read_texts
-from dsasr.data.writing import check_file
-from dsasr.errors import UserError, run_tool
-from dsasr.progress import Bar
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.progress import Bar
 
 
 def main() -> int:

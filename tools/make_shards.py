@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsasr.data.manifests import read_manifest
-from dsasr.data.packing import BAD, PackConfig, pack, shard_size
-from dsasr.errors import UserError, run_tool
+from dsasr.data.shards.manifests import read_manifest
+from dsasr.data.shards.pack import BAD, PackConfig, pack, shard_size
+from dsasr.utils.errors import UserError, run_tool
 
 
 def main() -> int:

@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsasr import report, run_data
-from dsasr.errors import run_tool
-from dsasr.monitor import add_images
+from dsasr.reporting import html_report, run_data
+from dsasr.tracking.monitor import add_images
+from dsasr.utils.errors import run_tool
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out or args.runs[0] / "report"
     runs = run_data.named(args.runs)
-    page = report.write(runs, out)
+    page = html_report.write(runs, out)
     if not args.no_tensorboard:
         for folder, run in zip(args.runs, runs, strict=True):
             steps = max((m["steps"] for m in run.metrics), default=0)

@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsasr import fragments
-from dsasr.errors import UserError, run_tool
-from dsasr.fragments import FragmentError
-from dsasr.progress import Bar
-from dsasr.snapshots import SnapshotStore
+from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.snapshot_store import SnapshotStore
+from dsasr.checkpoint.tensor_fragments import FragmentError
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.progress import Bar
 
 
 def listing(store: SnapshotStore) -> str:
@@ -37,7 +37,7 @@ def verify(store: SnapshotStore) -> int:
     names = [m["id"] for m in store.manifests()]
     for name in Bar(names, desc="verifying", unit="snapshot", disable=len(names) < 2):
         try:
-            fragments.verify(store.folder / name)
+            tensor_fragments.verify(store.folder / name)
         except FragmentError as error:
             bad += 1
             print(f"bad: {error}")

@@ -15,9 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from dsasr.errors import UserError, run_tool
-from dsasr.progress import Bar
-from dsasr.soak import soak
+from dsasr.testing.soak import soak
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.progress import Bar
 
 
 def main() -> int:

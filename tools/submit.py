@@ -15,10 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dsasr import config, recipe, slurm
+from dsasr import config, recipe
 from dsasr.build import Builder
-from dsasr.errors import UserError, run_tool
-from dsasr.files import atomic_write
+from dsasr.launch import slurm
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.io import atomic_write
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from dsasr.demo.corpus import CorpusConfig, make_corpus
-from dsasr.errors import run_tool
+from dsasr.utils.errors import run_tool
 
 
 def main() -> None:

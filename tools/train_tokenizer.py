@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsasr.data.train_tokenizer import train_tokenizer
-from dsasr.errors import run_tool
+from dsasr.data.text.train_tokenizer import train_tokenizer
+from dsasr.utils.errors import run_tool
 
 
 def main() -> None:

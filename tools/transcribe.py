@@ -16,11 +16,11 @@ from pathlib import Path
 import soundfile
 import torch
 
-from dsasr.errors import UserError, run_tool
-from dsasr.files import atomic_write, json_text
-from dsasr.progress import Bar
+from dsasr.inference.recognizer import Recognizer, Transcription, audio_files, with_beam
 from dsasr.recipe import quiet
-from dsasr.transcription import Recognizer, Transcription, audio_files, with_beam
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.progress import Bar
 
 
 def find(names: list[str]) -> list[Path | str]:

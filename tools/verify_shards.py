@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from dsasr.data.checking import check_dataset, verify
-from dsasr.data.shards import find_tars
-from dsasr.data.writing import DATASET
-from dsasr.errors import run_tool
+from dsasr.data.shards.index import find_tars
+from dsasr.data.shards.verify import check_dataset, verify
+from dsasr.data.shards.writer import DATASET
+from dsasr.utils.errors import run_tool
 
 
 def main() -> int:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from dsasr.data.stream_check import Verdict, draw_case, run_case
-from dsasr.errors import run_tool
-from dsasr.progress import Bar
+from dsasr.testing.dataloader_fuzz import Verdict, draw_case, run_case
+from dsasr.utils.errors import run_tool
+from dsasr.utils.progress import Bar
 
 
 def main() -> int:

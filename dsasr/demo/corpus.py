@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dsasr.data import espeak
-from dsasr.data.phonemes import EspeakPhonemizer
+from dsasr.data.text import espeak
+from dsasr.data.text.phonemes import EspeakPhonemizer
 from dsasr.demo import grammar, speech
-from dsasr.errors import UserError
-from dsasr.files import atomic_write
-from dsasr.progress import Bar
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_write
+from dsasr.utils.progress import Bar
 
 VERSION = 1  # goes up when the same arguments make another corpus
 SUMMARY = "corpus.json"

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dsasr.data.scripts import HAN
-from dsasr.demo import lexis
+from dsasr.data.text.scripts import HAN
+from dsasr.demo import vocabulary
 
 LANGS = ("en", "zh", "zh-en")
 SPLITS = ("train", "valid", "test")
@@ -30,12 +30,12 @@ def split_of(text: str) -> str:
 def grammar(lang: str) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """(sentence forms, slot → fillers) of ``lang``, one of `LANGS`."""
     if lang == "en":
-        return lexis.ENGLISH_FORMS, {k: tuple(v) for k, v in lexis.ENGLISH_SLOTS.items()}
-    slots = {k: tuple(v) for k, v in lexis.MANDARIN_SLOTS.items()}
+        return vocabulary.ENGLISH_FORMS, {k: tuple(v) for k, v in vocabulary.ENGLISH_SLOTS.items()}
+    slots = {k: tuple(v) for k, v in vocabulary.MANDARIN_SLOTS.items()}
     if lang == "zh":
-        return lexis.MANDARIN_FORMS, slots
-    english = {f"en_{k}": tuple(v) for k, v in lexis.ENGLISH_SLOTS.items()}
-    return lexis.MIXED_FORMS, slots | english
+        return vocabulary.MANDARIN_FORMS, slots
+    english = {f"en_{k}": tuple(v) for k, v in vocabulary.ENGLISH_SLOTS.items()}
+    return vocabulary.MIXED_FORMS, slots | english
 
 
 def _uses(text: str, slots: dict[str, tuple[str, ...]]) -> Counter:

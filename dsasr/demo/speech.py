@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsasr.data import espeak
-from dsasr.data.scripts import script_runs
+from dsasr.data.text import espeak
+from dsasr.data.text.scripts import script_runs
 
 RATE = 16000
 

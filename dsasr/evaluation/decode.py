@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dsasr import kernels
-from dsasr.data.batching import Batch
-from dsasr.errors import UserError
-from dsasr.model.chunks import Chunk
+from dsasr.data.batch import Batch
+from dsasr.kernels import dispatch
 from dsasr.model.ctc import greedy_phonemes
-from dsasr.model.encoder import valid_frames
-from dsasr.model.pretrainer import Pretrainer
+from dsasr.model.ctc_model import Pretrainer
+from dsasr.model.dynamic_chunks import Chunk
+from dsasr.model.encoders.conformer import valid_frames
 from dsasr.model.speech_llm import SpeechLLM, placeholder
+from dsasr.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Search:
         beat the best of them, or at its limit.
         """
         log_probs = logits_RV.log_softmax(-1)
-        entropies = kernels.softmax_entropy(logits_RV).tolist()
+        entropies = dispatch.softmax_entropy(logits_RV).tolist()
         wide = min(2 * self.cfg.beam, log_probs.shape[1])
         values, tokens = (found.tolist() for found in log_probs.topk(wide))
         found: dict[int, list[tuple[_Beam, int]]] = {}
@@ -283,7 +283,7 @@ def decode_phonemes(
         model.train(training)
     valid_BS = valid_frames(output.lengths_B, log_probs_BSP.shape[1])
     path_BS = log_probs_BSP.amax(-1).masked_fill(~valid_BS, 0.0)
-    entropy_BS = kernels.softmax_entropy(log_probs_BSP)
+    entropy_BS = dispatch.softmax_entropy(log_probs_BSP)
     ids_B = greedy_phonemes(log_probs_BSP, output.lengths_B)
     return [
         Hypothesis(

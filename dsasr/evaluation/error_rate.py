@@ -2,7 +2,7 @@
 
 rate = (S + D + I) / N, with substitutions, deletions and insertions of a minimal edit of the
 reference's N units into the hypothesis (Levenshtein; counted by rapidfuzz, as in jiwer). Text is
-normalised first (`dsasr.evaluation.normalise`). Rates are fractions, not percent; one over an empty
+normalised first (`dsasr.evaluation.normalize`). Rates are fractions, not percent; one over an empty
 reference is infinite if there are insertions and NaN if there are none.
 
 Intervals resample utterances (Bisani & Ney 2004, "Bootstrap estimates for confidence intervals in
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from dsasr.evaluation.normalise import normalise, unit_of, units
+from dsasr.evaluation.normalize import normalise, unit_of, units
 
 
 @dataclass(frozen=True)

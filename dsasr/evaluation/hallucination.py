@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass, field, fields
 
 from rapidfuzz.distance import Levenshtein
 
-from dsasr.errors import UserError
-from dsasr.evaluation.normalise import unit_of, units
+from dsasr.evaluation.normalize import unit_of, units
+from dsasr.utils.errors import UserError
 
 KINDS = ("invented", "loop", "chat", "burst")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsasr import kernels
-from dsasr.errors import UserError
-from dsasr.model.encoder import valid_frames
+from dsasr.kernels import dispatch
+from dsasr.model.encoders.conformer import valid_frames
+from dsasr.utils.errors import UserError
 
 # Root mean square of activation(x) for x ~ N(0, 1).
 _RMS = {"gelu": 0.6521, "silu": 0.5968, "relu": 0.7071}
@@ -80,7 +80,7 @@ class Adaptor(nn.Module):
         valid embeddings are written to its rows ``index_N`` in place, and it is returned. Lengths
         on the CPU spare a GPU the wait for them.
         """
-        embeds, out_lengths_B = kernels.adaptor(
+        embeds, out_lengths_B = dispatch.adaptor(
             frames_BSE,
             lengths_B,
             self.weight1,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
-from dsasr import kernels
-from dsasr.model.encoder import reset_parameters, valid_frames
+from dsasr.kernels import dispatch
+from dsasr.model.encoders.conformer import reset_parameters, valid_frames
 
 BLANK = 0
 
@@ -97,7 +97,7 @@ def consistency_loss(log_probs_BSP: Tensor, others_BSP: Tensor, lengths_B: Tenso
 
 def posterior_entropy(log_probs_BSP: Tensor, lengths_B: Tensor) -> Tensor:
     """Entropy of the posterior summed over the valid frames, in nats; a detached scalar."""
-    frames_BS = kernels.softmax_entropy(log_probs_BSP.detach())
+    frames_BS = dispatch.softmax_entropy(log_probs_BSP.detach())
     return frames_BS.masked_fill(~valid_frames(lengths_B, frames_BS.shape[1]), 0.0).sum()
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dsasr import kernels
-from dsasr.errors import UserError
+from dsasr.kernels import dispatch
+from dsasr.utils.errors import UserError
 
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _DROPOUTS = (
@@ -88,7 +88,7 @@ class EntropyHead(nn.Linear):
         """
         if targets_N is None:
             return F.linear(input, self.weight, self.bias)
-        return kernels.linear_entropy_right(
+        return dispatch.linear_entropy_right(
             input, self.weight, targets_N, bias_V=self.bias, soft_cap=self.soft_cap
         )
 

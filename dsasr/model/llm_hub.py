@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dsasr.errors import UserError
+from dsasr.utils.errors import UserError
 
 # Weights, settings and tokenizer. No code and no pickle is fetched, let alone run.
 _WANTED = (

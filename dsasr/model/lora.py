@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsasr.config import nearest
-from dsasr.errors import UserError
+from dsasr.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dsasr.data.augment import SpecAugmentConfig, spec_augment
-from dsasr.data.batching import Batch, upload
-from dsasr.errors import UserError
-from dsasr.model import lora, recompute
+from dsasr.data.audio.augment import SpecAugmentConfig, spec_augment
+from dsasr.data.batch import Batch, upload
+from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptor import Adaptor
-from dsasr.model.chunks import Chunk, ChunkConfig, draw_chunk
-from dsasr.model.encoder import Encoder, EncoderOutput
+from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
+from dsasr.model.encoders.conformer import Encoder, EncoderOutput
 from dsasr.model.llm import EntropyHead, LlmConfig
 from dsasr.model.outputs import Outputs
-from dsasr.model.randomness import seed_dropout, step_generator
+from dsasr.model.step_rng import seed_dropout, step_generator
+from dsasr.utils.errors import UserError
 
 
 def plan_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
@@ -166,7 +166,7 @@ class SpeechLLM(nn.Module):
             # transformers is renaming it.
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
             enable = getattr(llm, new if hasattr(llm, new) else old)
-            enable(recompute.options(keep=cfg.recompute == "cheap"))
+            enable(activation_checkpointing.options(keep=cfg.recompute == "cheap"))
 
     @property
     def head(self) -> EntropyHead:

@@ -7,11 +7,11 @@ pytest.importorskip("espeakng_loader")
 
 import soundfile
 
-from dsasr.data import espeak
-from dsasr.data.phonemes import EspeakPhonemizer
+from dsasr.data.text import espeak
+from dsasr.data.text.phonemes import EspeakPhonemizer
 from dsasr.demo import speech
 from dsasr.demo.corpus import CorpusConfig, make_corpus, sentences
-from dsasr.errors import UserError
+from dsasr.utils.errors import UserError
 
 SMALL = CorpusConfig(hours=0.01, valid=4, test=8, nonspeech=6, text=200, mixed=0.25, seed=3)
 

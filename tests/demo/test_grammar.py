@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from dsasr.data import espeak
-from dsasr.data.phonemes import EspeakPhonemizer
+from dsasr.data.text import espeak
+from dsasr.data.text.phonemes import EspeakPhonemizer
 from dsasr.demo.grammar import LANGS, SPLITS, Sampler, grammar, split_of, spread, units
 
 needs_espeak = pytest.mark.skipif(not espeak.available(), reason="espeakng-loader not installed")

@@ -5,15 +5,15 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dsasr.data.batching import Batch
-from dsasr.errors import UserError
+from dsasr.data.batch import Batch
 from dsasr.evaluation.decode import DecodeConfig, decode, decode_phonemes
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.chunks import Chunk
-from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.model.ctc_model import PretrainConfig, Pretrainer
+from dsasr.model.dynamic_chunks import Chunk
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
-from dsasr.model.pretrainer import PretrainConfig, Pretrainer
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.utils.errors import UserError
 
 END = 4
 

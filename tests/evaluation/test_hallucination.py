@@ -3,7 +3,6 @@ import math
 
 import pytest
 
-from dsasr.errors import UserError
 from dsasr.evaluation.hallucination import (
     HallucinationConfig,
     HallucinationReport,
@@ -14,6 +13,7 @@ from dsasr.evaluation.hallucination import (
     wilson,
     written,
 )
+from dsasr.utils.errors import UserError
 
 FIVE = "turn on the kitchen light"
 

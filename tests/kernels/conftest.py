@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from dsasr.kernels import head, torch_passes
+from dsasr.kernels import linear_cross_entropy, torch_logit_tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -31,9 +31,9 @@ def implementation(request, monkeypatch):
     name = request.param
     monkeypatch.setenv("DSASR_KERNELS", "triton" if name == "triton" else "torch")
     if name != "torch":
-        monkeypatch.setattr(head, "_SMALL_LOGITS", 0)
-        monkeypatch.setattr(head, "_cut", lambda rows, columns, device: (150, 96))
-        monkeypatch.setattr(torch_passes, "_TILE_LOGITS", 1000)
+        monkeypatch.setattr(linear_cross_entropy, "_SMALL_LOGITS", 0)
+        monkeypatch.setattr(linear_cross_entropy, "_cut", lambda rows, columns, device: (150, 96))
+        monkeypatch.setattr(torch_logit_tiles, "_TILE_LOGITS", 1000)
     return name
 
 

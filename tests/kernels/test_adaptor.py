@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from dsasr import kernels
-from dsasr.kernels import reference
+from dsasr.kernels import dispatch, reference
 
 WITHOUT = ("tiles",)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -54,7 +53,7 @@ def test_equals_the_float64_reference(
         index = torch.randperm(count + 5)[:count]
     options = {"stack": stack, "activation": activation}
     at = index if index is None else index.to(device)
-    out, out_lengths = packed(kernels.adaptor, tensors, lengths, base, at, **options)
+    out, out_lengths = packed(dispatch.adaptor, tensors, lengths, base, at, **options)
     want, want_lengths = packed(reference.adaptor, wide, lengths, base_wide, index, **options)
     assert out.dtype == dtype and error(out, want) < TOLERANCE[dtype]
     assert (
@@ -71,11 +70,11 @@ def test_equals_the_float64_reference(
 
 def test_padding_is_neither_read_nor_given_gradients(implementation, device):
     tensors, lengths, stack = problem("odd", device=device)
-    clean, _ = packed(kernels.adaptor, tensors, lengths, stack=stack)
+    clean, _ = packed(dispatch.adaptor, tensors, lengths, stack=stack)
     with torch.no_grad():
         for row, length in enumerate(lengths.tolist()):
             tensors[0][row, length:] = torch.nan
-    out, _ = packed(kernels.adaptor, tensors, lengths, stack=stack)
+    out, _ = packed(dispatch.adaptor, tensors, lengths, stack=stack)
     assert torch.equal(out, clean)
     grads = gradients(out, tensors)
     assert all(bool(grad.isfinite().all()) for grad in grads)
@@ -85,7 +84,7 @@ def test_padding_is_neither_read_nor_given_gradients(implementation, device):
 
 def test_strided_frames_and_lengths_elsewhere(implementation, device, error):
     tensors, lengths, stack = problem("aligned", device=device)
-    want, _ = packed(kernels.adaptor, tensors, lengths, stack=stack)
+    want, _ = packed(dispatch.adaptor, tensors, lengths, stack=stack)
     (grad_want,) = gradients(want, tensors[:1])
     frames = tensors[0].detach()
     roomy = torch.randn(2, 30, 16, device=device)
@@ -97,7 +96,7 @@ def test_strided_frames_and_lengths_elsewhere(implementation, device, error):
     ):
         strided.requires_grad_()
         out, out_lengths = packed(
-            kernels.adaptor, [strided, *tensors[1:]], lengths.to(device), stack=stack
+            dispatch.adaptor, [strided, *tensors[1:]], lengths.to(device), stack=stack
         )
         assert error(out, want) < 1e-6 and out_lengths.device.type == device
         (got,) = gradients(out, [strided])
@@ -109,24 +108,24 @@ def test_no_bias_frozen_parts_and_no_gradients(implementation, device, error):
     frames, w1, _, w2, _ = tensors
     plain = [frames, w1, None, w2, None]
     want, _ = packed(reference.adaptor, plain, lengths, stack=stack)
-    out, _ = packed(kernels.adaptor, plain, lengths, stack=stack)
+    out, _ = packed(dispatch.adaptor, plain, lengths, stack=stack)
     assert error(out, want) < 1e-6
     for live in (frames, w1, w2):
         given = [x if x is live or x is None else x.detach() for x in plain]
-        out, _ = packed(kernels.adaptor, given, lengths, stack=stack)
+        out, _ = packed(dispatch.adaptor, given, lengths, stack=stack)
         want, _ = packed(reference.adaptor, given, lengths, stack=stack)
         assert error(gradients(out, [live])[0], gradients(want, [live])[0]) < 2e-6
     with torch.no_grad():
-        assert packed(kernels.adaptor, tensors, lengths, stack=stack)[0].grad_fn is None
+        assert packed(dispatch.adaptor, tensors, lengths, stack=stack)[0].grad_fn is None
 
 
 def test_writes_into_the_buffer_given(implementation, device, error):
     tensors, lengths, stack = problem("odd", device=device)
-    want, _ = packed(kernels.adaptor, tensors, lengths, stack=stack)
+    want, _ = packed(dispatch.adaptor, tensors, lengths, stack=stack)
     index = torch.tensor([0, 1, 2, 3, 9, 5, 6], device=device)
     with torch.no_grad():
         buffer = torch.full((10, 7), 4.0, device=device)
-        out, _ = kernels.adaptor(
+        out, _ = dispatch.adaptor(
             tensors[0], lengths, *tensors[1:], stack=stack, out_LD=buffer, index_N=index
         )
     assert out.data_ptr() == buffer.data_ptr()
@@ -139,16 +138,16 @@ def test_gradcheck(monkeypatch):
     tensors, lengths, stack = problem("odd", torch.float64)
 
     def op(frames, *weights):
-        return kernels.adaptor(frames, lengths, *weights, stack=stack, activation="silu")[0]
+        return dispatch.adaptor(frames, lengths, *weights, stack=stack, activation="silu")[0]
 
     assert torch.autograd.gradcheck(op, tensors)
 
 
 def test_a_weight_that_is_released_between_the_passes(implementation, device, error):
     tensors, lengths, stack = problem("odd", device=device)
-    want = gradients(packed(kernels.adaptor, tensors, lengths, stack=stack)[0], tensors)
+    want = gradients(packed(dispatch.adaptor, tensors, lengths, stack=stack)[0], tensors)
     weights = [torch.nn.Parameter(x.detach().clone()) for x in tensors[1:]]
-    out, _ = packed(kernels.adaptor, [tensors[0], *weights], lengths, stack=stack)
+    out, _ = packed(dispatch.adaptor, [tensors[0], *weights], lengths, stack=stack)
     if implementation == "triton":  # torch's own linear layers hold views; deepspeed replaces them
         for weight in weights:
             weight.data = torch.empty(0, device=device)
@@ -162,17 +161,17 @@ def test_what_does_not_fit_is_named():
     tensors, lengths, stack = problem("odd")
     frames, w1, b1, w2, b2 = tensors
     with pytest.raises(ValueError, match=r"need \[B, S, E\]"):
-        kernels.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack + 1)
+        dispatch.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack + 1)
     with pytest.raises(ValueError, match="for 13 frames"):
-        kernels.adaptor(frames, lengths + 1, w1, b1, w2, b2, stack=stack)
+        dispatch.adaptor(frames, lengths + 1, w1, b1, w2, b2, stack=stack)
     with pytest.raises(ValueError, match="gelu, silu, relu"):
-        kernels.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack, activation="tanh")
+        dispatch.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack, activation="tanh")
     with pytest.raises(ValueError, match="belong together"):
-        kernels.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack, out_LD=torch.zeros(9, 7))
+        dispatch.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack, out_LD=torch.zeros(9, 7))
     index = torch.arange(7)
     with pytest.raises(ValueError, match=r"need \[L, 7\]"):
         out = torch.zeros(9, 6)
-        kernels.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack, out_LD=out, index_N=index)
+        dispatch.adaptor(frames, lengths, w1, b1, w2, b2, stack=stack, out_LD=out, index_N=index)
 
 
 @pytest.mark.gpu
@@ -188,7 +187,7 @@ def test_real_shape_on_a_gpu(dtype, error):
     tensors = [x.to(dtype).requires_grad_() for x in tensors]
     lengths = torch.randint(1, 1501, (16,))
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    out, _ = packed(kernels.adaptor, tensors, lengths, stack=4)
+    out, _ = packed(dispatch.adaptor, tensors, lengths, stack=4)
     want, _ = packed(reference.adaptor, wide, lengths.cuda(), stack=4)
     loose = {torch.bfloat16: 1e-2, torch.float32: 1e-4}[dtype]
     assert error(out, want) < loose

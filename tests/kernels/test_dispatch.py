@@ -5,17 +5,17 @@ import sys
 import pytest
 import torch
 
-from dsasr import kernels
-from dsasr.errors import UserError
-from dsasr.kernels.launch import KernelError, launch
+from dsasr.kernels import dispatch
+from dsasr.kernels.kernel_launch import KernelError, launch
+from dsasr.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.delenv("DSASR_KERNELS", raising=False)
-    kernels.select("auto")
+    dispatch.select("auto")
     yield
-    kernels.select("auto")
+    dispatch.select("auto")
 
 
 def program(code, **env):
@@ -28,66 +28,66 @@ def program(code, **env):
 
 
 def test_auto_takes_triton_on_cuda_alone():
-    assert kernels.chosen("linear_entropy", "cpu") == "torch"
-    assert kernels.chosen("linear_entropy", "cuda", torch.float64) == "torch"
-    if kernels.importlib.util.find_spec("triton"):
-        assert kernels.chosen("linear_entropy", "cuda", torch.bfloat16) == "triton"
+    assert dispatch.chosen("linear_entropy", "cpu") == "torch"
+    assert dispatch.chosen("linear_entropy", "cuda", torch.float64) == "torch"
+    if dispatch.importlib.util.find_spec("triton"):
+        assert dispatch.chosen("linear_entropy", "cuda", torch.bfloat16) == "triton"
 
 
 def test_cuda_without_triton_is_an_error(monkeypatch):
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="DSASR_KERNELS=torch"):
-        kernels.chosen("linear_entropy", "cuda")
+        dispatch.chosen("linear_entropy", "cuda")
 
 
 def test_the_environment_outranks_the_recipe(monkeypatch):
-    kernels.select("reference")
-    assert kernels.chosen("adaptor", "cpu") == "reference"
+    dispatch.select("reference")
+    assert dispatch.chosen("adaptor", "cpu") == "reference"
     monkeypatch.setenv("DSASR_KERNELS", "torch")
-    assert kernels.chosen("adaptor", "cpu") == "torch"
+    assert dispatch.chosen("adaptor", "cpu") == "torch"
 
 
 def test_unknown_names_are_refused(monkeypatch):
     with pytest.raises(UserError, match="auto, triton, torch, reference"):
-        kernels.select("cuda")
-    assert kernels.chosen("adaptor", "cpu") == "torch"
+        dispatch.select("cuda")
+    assert dispatch.chosen("adaptor", "cpu") == "torch"
     monkeypatch.setenv("DSASR_KERNELS", "fast")
     with pytest.raises(UserError, match="DSASR_KERNELS='fast'"):
-        kernels.softmax_entropy(torch.zeros(2, 3))
+        dispatch.softmax_entropy(torch.zeros(2, 3))
 
 
 def test_triton_without_a_gpu_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: True)
-    kernels.select("triton")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: True)
+    dispatch.select("triton")
     with pytest.raises(UserError, match="do not run on cpu"):
-        kernels.softmax_entropy(torch.zeros(2, 3))
+        dispatch.softmax_entropy(torch.zeros(2, 3))
     with pytest.raises(UserError, match="no float64"):
-        kernels.chosen("softmax_entropy", "cuda", torch.float64)
+        dispatch.chosen("softmax_entropy", "cuda", torch.float64)
 
 
 def test_the_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="dsasr.kernels"):
         for _ in range(3):
-            kernels.softmax_entropy(torch.zeros(2, 3))
+            dispatch.softmax_entropy(torch.zeros(2, 3))
     assert caplog.messages == ["softmax_entropy on cpu (torch.float32): torch"]
 
 
 def test_reference_is_the_reference(monkeypatch):
-    kernels.select("reference")
+    dispatch.select("reference")
     calls = []
     for name in ("linear_entropy", "softmax_entropy", "adaptor"):
-        original = getattr(kernels.reference, name)
+        original = getattr(dispatch.reference, name)
         monkeypatch.setattr(
-            kernels.reference,
+            dispatch.reference,
             name,
             lambda *a, original=original, name=name, **k: calls.append(name) or original(*a, **k),
         )
     x = torch.randn(4, 3)
-    nll, _ = kernels.linear_entropy(x, x, torch.arange(4))
+    nll, _ = dispatch.linear_entropy(x, x, torch.arange(4))
     assert nll.shape == (4,)
-    kernels.softmax_entropy(x)
-    kernels.adaptor(x[None], torch.tensor([4]), x, None, x.T, None, stack=1)
+    dispatch.softmax_entropy(x)
+    dispatch.adaptor(x[None], torch.tensor([4]), x, None, x.T, None, stack=1)
     assert calls == ["linear_entropy", "softmax_entropy", "softmax_entropy", "adaptor"]
 
 
@@ -116,10 +116,10 @@ def test_a_kernel_that_fails_says_how_to_go_on_without_it():
 
 def test_importing_the_ops_imports_no_triton():
     code = (
-        "import sys; before = 'triton' in sys.modules; import torch, dsasr.kernels;"
+        "import sys; before = 'triton' in sys.modules; import torch, dsasr.kernels.dispatch;"
         "sys.exit(any(name.startswith('dsasr.kernels.triton') for name in sys.modules))"
     )
     assert program(code).returncode == 0
-    blocked = "import sys; sys.modules['triton'] = None; import dsasr.kernels as k, torch;"
+    blocked = "import sys; sys.modules['triton'] = None; import dsasr.kernels.dispatch as k, torch;"
     done = program(blocked + "print(k.softmax_entropy(torch.zeros(1, 2)).item())")
     assert done.stdout.startswith("0.693"), done.stderr

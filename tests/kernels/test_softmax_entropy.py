@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from dsasr import kernels
-from dsasr.kernels import reference
+from dsasr.kernels import dispatch, reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
@@ -14,7 +13,7 @@ def both(logits):
     logits = logits.detach().requires_grad_()
     wide = logits.detach().cpu().double().requires_grad_()
     outputs = []
-    for op, x in ((kernels.softmax_entropy, logits), (reference.softmax_entropy, wide)):
+    for op, x in ((dispatch.softmax_entropy, logits), (reference.softmax_entropy, wide)):
         entropy = op(x)
         torch.manual_seed(5)
         upstream = torch.randn(entropy.shape).to(entropy)
@@ -55,7 +54,7 @@ def test_known_answers(implementation, device):
         device=device,
         requires_grad=True,
     )
-    entropy = kernels.softmax_entropy(logits)
+    entropy = dispatch.softmax_entropy(logits)
     torch.testing.assert_close(
         entropy.detach().cpu(),
         torch.tensor([math.log(4), math.log(2), 0.0, 0.0, math.nan, math.nan]),
@@ -83,7 +82,7 @@ def test_strides_and_inputs_left_alone(implementation, device, error):
         (entropy, entropy_want), (grad, grad_want) = both(logits)
         assert error(entropy, entropy_want) < 1e-6 and error(grad, grad_want) < 2e-6
         assert torch.equal(before, logits)
-    entropy = kernels.softmax_entropy(plain.requires_grad_())
+    entropy = dispatch.softmax_entropy(plain.requires_grad_())
     entropy.mean().backward()  # a gradient of stride 0
     wide = plain.detach().cpu().double().requires_grad_()
     reference.softmax_entropy(wide).mean().backward()
@@ -95,13 +94,13 @@ def test_gradcheck(implementation):
         pytest.skip("the kernels compute in float32")
     torch.manual_seed(0)
     logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(kernels.softmax_entropy, logits)
+    assert torch.autograd.gradcheck(dispatch.softmax_entropy, logits)
 
 
 def test_what_does_not_fit_is_named():
     for wrong in (torch.zeros(3, 0), torch.zeros(()), torch.zeros(3, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match="need floats"):
-            kernels.softmax_entropy(wrong)
+            dispatch.softmax_entropy(wrong)
 
 
 @pytest.mark.gpu
@@ -111,7 +110,7 @@ def test_real_shape_on_a_gpu(dtype, error):
     # 40,000 rows: addresses beyond 2^31.
     rows = 40_000 if dtype == torch.bfloat16 else 2_000
     logits = torch.randn(rows, 151_936, device="cuda", dtype=dtype).requires_grad_()
-    entropy = kernels.softmax_entropy(logits)
+    entropy = dispatch.softmax_entropy(logits)
     entropy.sum().backward()
     wide = logits[-50:].detach().double().requires_grad_()
     want = reference.softmax_entropy(wide)

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsasr.errors import UserError
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.utils.errors import UserError
 
 
 def plain(adaptor, frames_SE):

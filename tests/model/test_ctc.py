@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from dsasr.data.batching import Batch
+from dsasr.data.batch import Batch
 from dsasr.model.ctc import (
     consistency_loss,
     ctc_loss,
@@ -12,8 +12,8 @@ from dsasr.model.ctc import (
     phoneme_errors,
     posterior_entropy,
 )
-from dsasr.model.encoder import Encoder, EncoderConfig
-from dsasr.model.pretrainer import PretrainConfig, Pretrainer
+from dsasr.model.ctc_model import PretrainConfig, Pretrainer
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 
 
 def log_probs(B, S, P, seed=0):

@@ -8,10 +8,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from dsasr import recipe, timeline
+from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.errors import UserError
 from dsasr.model.llm_hub import find_llm, is_hub_name
+from dsasr.planning import timeline
+from dsasr.utils.errors import UserError
 
 
 @pytest.fixture

@@ -13,20 +13,23 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dsasr import config, export, flops, fragments, partition, recipe, sizing, timeline
+from dsasr import config, recipe
 from dsasr.build import Builder
-from dsasr.data.batching import Batch
-from dsasr.errors import UserError
-from dsasr.fragments import Fragment, FragmentReader
+from dsasr.checkpoint import tensor_fragments, zero_partition
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
+from dsasr.data.batch import Batch
+from dsasr.inference import export
+from dsasr.inference.model_from_run import Recogniser
+from dsasr.inference.recognizer import Recognizer
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.lora import LoraConfig
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.recogniser import Recogniser
+from dsasr.planning import cluster_sizing, flops, timeline
 from dsasr.stages import StageConfig
-from dsasr.transcription import Recognizer
+from dsasr.utils.errors import UserError
 
 PROGRAMS = Path(__file__).parent.parent / "programs"
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -113,14 +116,14 @@ def test_without_peft_the_recipe_says_what_to_install(monkeypatch, given):
 
 def test_names_of_the_base_weights_stay_and_the_model_is_the_same_at_first():
     llm, ids = make_llm(), torch.tensor([[5, 9, 3, 7]])
-    plain = dict(partition.parameters(llm))
+    plain = dict(zero_partition.parameters(llm))
     with torch.no_grad():
         before = llm(ids).logits
     lora.inject(llm, LoraConfig(rank=3))
     for name, parameter in lora.adapters(llm):
         generator = torch.Generator().manual_seed(len(name))
         parameter.data.copy_(lora.initial(name, tuple(parameter.shape), generator))
-    named = dict(partition.parameters(llm))
+    named = dict(zero_partition.parameters(llm))
     base = {n: p for n, p in named.items() if not lora.is_adapter(n)}
     assert base.keys() == plain.keys() and all(base[n] is plain[n] for n in plain)
     assert len(named) == len(plain) + 2 * 14
@@ -150,8 +153,8 @@ def test_matrices_do_not_depend_on_each_other_or_the_weights(given):
         assert float(matrix.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.3)
     plain = Builder(dataclasses.replace(chosen, model=dataclasses.replace(
         chosen.model, lora=None), stages=chosen.stages[:2])).speech_llm()  # fmt: skip
-    held = dict(partition.parameters(one))
-    assert all(torch.equal(p, held[n]) for n, p in partition.parameters(plain))
+    held = dict(zero_partition.parameters(one))
+    assert all(torch.equal(p, held[n]) for n, p in zero_partition.parameters(plain))
 
 
 # -- stages ------------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ def test_sizes_work_and_memory_are_counted(given):
     chosen = recipe.load(str(given))
     model = Builder(chosen).speech_llm()
     real = sum(p.numel() for p in lora.part(model, "lora"))
-    counted = sizing.parts(chosen)
+    counted = cluster_sizing.parts(chosen)
     assert counted["lora"].parameters == real == timeline.part_sizes(chosen)["lora"]
     assert counted["llm"].parameters == sum(p.numel() for p in lora.part(model, "llm"))
     shape = flops.LlmShape.of(model.llm)
@@ -285,12 +288,12 @@ def test_sizes_work_and_memory_are_counted(given):
     joint, sizes = chosen.stages[-1], timeline.part_sizes(chosen)
     trained = sizes["encoder"] + sizes["adaptor"] + sizes["lora"]
     assert timeline.memory(chosen, joint, sizes, 1) * 2**30 == 16 * trained + 2 * sizes["llm"]
-    machine = sizing.Machine(nodes=1, gpus=2)
-    step = sizing.step(chosen, joint, machine, counted=counted)
+    machine = cluster_sizing.Machine(nodes=1, gpus=2)
+    step = cluster_sizing.step(chosen, joint, machine, counted=counted)
     assert step.memory["optimizer"] == pytest.approx(12 * trained / 2 / 1e9)
     pretrain = counted["encoder"].parameters + counted["ctc"].parameters
     saved = 14 * (trained + pretrain) + 2 * sizes["llm"]
-    assert sizing.checkpoint_bytes(chosen, counted) == saved
+    assert cluster_sizing.checkpoint_bytes(chosen, counted) == saved
 
 
 def test_the_work_of_a_step_is_torchs(given):
@@ -323,12 +326,12 @@ def write_cut(model, folder: Path, cuts: int, trained: tuple[str, ...]) -> None:
     generator = torch.Generator().manual_seed(7)
     folder.mkdir(parents=True)
     held: list[dict] = [{} for _ in range(cuts)]
-    for name, parameter in partition.parameters(model):
+    for name, parameter in zero_partition.parameters(model):
         flat = parameter.detach().reshape(-1)
         kinds = {name: flat}
         if id(parameter) in training:
             kinds[f"master/{name}"] = flat
-            for kind in partition.MOMENTS:
+            for kind in zero_partition.MOMENTS:
                 kinds[f"{kind}/{name}"] = torch.rand(flat.shape, generator=generator)
         share = -(-flat.numel() // cuts)
         for key, values in kinds.items():
@@ -337,12 +340,14 @@ def write_cut(model, folder: Path, cuts: int, trained: tuple[str, ...]) -> None:
                 held[rank][f"sft/{key}"] = Fragment(
                     tuple(parameter.shape), low, values[low : low + share]
                 )
-    for name, buffer in partition.persistent_buffers(model):
+    for name, buffer in zero_partition.persistent_buffers(model):
         held[0][f"sft/{name}"] = Fragment(tuple(buffer.shape), 0, buffer.reshape(-1))
     files = {f"rank-{r:05d}.safetensors": part for r, part in enumerate(held)}
-    digests = {name: fragments.write_file(folder / name, part) for name, part in files.items()}
-    manifest = {"format": fragments.FORMAT, "steps": 42, "files": digests}
-    (folder / fragments.MANIFEST).write_text(json.dumps(manifest))
+    digests = {
+        name: tensor_fragments.write_file(folder / name, part) for name, part in files.items()
+    }
+    manifest = {"format": tensor_fragments.FORMAT, "steps": 42, "files": digests}
+    (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="module")
@@ -451,11 +456,11 @@ def test_stages_under_zero_3(launch, given, trained, tmp_path):
         assert moved == trains, f"{stage} trains {trains}, and {moved} moved"
     assert found["sharded"] and found["resumed"] and found["continued"] and found["other_world"]
     model = Builder(chosen).speech_llm()
-    wanted = {n for n, _ in partition.parameters(model, "adaptor.")}
+    wanted = {n for n, _ in zero_partition.parameters(model, "adaptor.")}
     wanted |= {f"llm.{n}" for n, _ in lora.adapters(model.llm)}
     assert {name.partition("/")[2] for name in found["optimizer"]} == wanted
     # What two ranks saved in bf16, read by one: the language model's own weights are the folder's.
     reader = FragmentReader(tmp_path / "saved")
-    for name, parameter in partition.parameters(model, "llm."):
+    for name, parameter in zero_partition.parameters(model, "llm."):
         low = parameter.detach().to(torch.bfloat16)
         assert torch.equal(reader.whole(f"sft/{name}"), low) != lora.is_adapter(name), name

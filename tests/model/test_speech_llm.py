@@ -7,13 +7,13 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dsasr.data.batching import Batch
-from dsasr.errors import UserError
+from dsasr.data.batch import Batch
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.chunks import ChunkConfig
-from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.model.dynamic_chunks import ChunkConfig
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import EntropyHead, LlmConfig, embedding_rms, load_llm
 from dsasr.model.speech_llm import SpeechLLM, lay_out, plan_rows, ragged
+from dsasr.utils.errors import UserError
 
 VOCAB, PREFIX, SUFFIX, END = 41, [1, 2], [3], 4
 

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsasr.kernels import triton_passes, triton_stacks
+from dsasr.kernels import triton_adaptor, triton_logit_tiles
 
 FP32, BF16, I64, INT = "*fp32", "*bf16", "*i64", "i32"
 ROW = {"z_ptr": FP32, "z_stride": INT, "columns": INT, "rows": INT, "start": INT, "cap": "fp32"}
@@ -31,22 +31,22 @@ OUT_TABLE = {"out_first_ptr": I64, "out_width_ptr": I64}
 
 CASES = {
     "finish": (
-        triton_passes._update_kernel,
+        triton_logit_tiles._update_kernel,
         {**ROW, **CARRY, "z_ptr": BF16},
         {**NONE, **TILE, "TOTAL": False, "FINISH": True},
     ),
     "update": (
-        triton_passes._update_kernel,
+        triton_logit_tiles._update_kernel,
         {**ROW, **CARRY, **TARGETS},
         {**ALL, **TILE, "TOTAL": True, "FINISH": False},
     ),
     "gradient": (
-        triton_passes._gradient_kernel,
+        triton_logit_tiles._gradient_kernel,
         {**ROW, **FACTORS, **TARGETS},
         {**ALL, **TILE, "ENTROPY": True, "SMOOTH": True},
     ),
     "rows": (
-        triton_stacks._rows_kernel,
+        triton_adaptor._rows_kernel,
         {"a_ptr": BF16, "b_ptr": BF16, "out_ptr": BF16, **TABLE, **FORWARD, **SIZES},
         {
             **PRODUCT,
@@ -58,7 +58,7 @@ CASES = {
         },
     ),
     "rows_back": (
-        triton_stacks._rows_kernel,
+        triton_adaptor._rows_kernel,
         {"a_ptr": BF16, "b_ptr": BF16, "out_ptr": BF16, "b_stride_k": INT, **OUT_TABLE, **SIZES},
         {
             **PRODUCT,
@@ -69,7 +69,7 @@ CASES = {
         },
     ),
     "slope": (
-        triton_stacks._slope_kernel,
+        triton_adaptor._slope_kernel,
         {"before_ptr": BF16, "grad_ptr": BF16, "hidden_ptr": BF16, "count": INT},
         {"KIND": 1, "TILE": 4096},
     ),

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dsasr import engine, ranks
-from dsasr.allocation.cka import cka
-from dsasr.data.batching import Batch
-from dsasr.drift import DriftMonitor
-from dsasr.errors import UserError
-from dsasr.fragments import FragmentReader, write_folder
-from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.checkpoint.tensor_fragments import FragmentReader, write_folder
+from dsasr.data.batch import Batch
+from dsasr.engine import branch_engine
+from dsasr.entropy_allocation.cka import cka
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.stages import DriftConfig
+from dsasr.training.drift import DriftMonitor
+from dsasr.utils import distributed
+from dsasr.utils.errors import UserError
 
 
 class Model(nn.Module):
@@ -74,10 +75,10 @@ def drifted(module: nn.Module, by: float) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[-1])
-    engine.init_distributed()
+    branch_engine.init_distributed()
     # Uneven on purpose: the last rank has no utterance in its second batch.
     every = [batch(0, 3), batch(1, 2), batch(2, 4), batch(3, 0)]
-    mine = every[ranks.rank() :: ranks.world()]
+    mine = every[distributed.rank() :: distributed.world()]
     config = DriftConfig(layers=True)
     monitor, held = DriftMonitor(config, mine), Held()
     before = frames(held.module, every)
@@ -102,7 +103,7 @@ def main() -> None:
     # Resumed with a probe set that ends a batch earlier or later: what both have seen is compared.
     fewer = DriftMonitor(config, [b for b in mine if b.keys[:1] != ("utt/0-0",)])
     fewer.load(FragmentReader(folder / "saved"))
-    more = DriftMonitor(config, [*mine, batch(7 + ranks.rank(), 2)])
+    more = DriftMonitor(config, [*mine, batch(7 + distributed.rank(), 2)])
     more.load(FragmentReader(folder / "saved"))
     found["fewer"], found["more"] = fewer.measure(held).cka, more.measure(held).cka
     found["expected_fewer"] = cka(before[skip:], after[skip:])
@@ -121,9 +122,9 @@ def main() -> None:
     held.module.encoder.reset_parameters(torch.Generator().manual_seed(1))
     next(held.module.parameters()).data.fill_(float("nan"))
     found["broken"] = repr(monitor.measure(held).cka)
-    if ranks.main_rank():
+    if distributed.main_rank():
         (folder / "found.json").write_text(json.dumps(found))
-    ranks.end_process()
+    distributed.end_process()
 
 
 main()

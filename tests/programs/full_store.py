@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dsasr import fragments, ranks, snapshots, train
-from dsasr.errors import run_tool
+from dsasr import train
+from dsasr.checkpoint import snapshot_store, tensor_fragments
+from dsasr.utils import distributed
+from dsasr.utils.errors import run_tool
 
 FULL = OSError(28, "No space left on device")
-write_file, atomic_write = fragments.write_file, snapshots.atomic_write
+write_file, atomic_write = tensor_fragments.write_file, snapshot_store.atomic_write
 
 
 def fails(path: Path, rank: str) -> bool:
@@ -26,11 +28,11 @@ def full_file(path: Path, held: dict) -> str:
 
 
 def full_mark(path: Path, data: str) -> None:
-    if fails(path, "0") and Path(path).name.startswith(snapshots.IN_USE):
+    if fails(path, "0") and Path(path).name.startswith(snapshot_store.IN_USE):
         raise FULL
     atomic_write(path, data)
 
 
-fragments.write_file = full_file
-snapshots.atomic_write = full_mark
-ranks.end_process(run_tool(train.main_once))
+tensor_fragments.write_file = full_file
+snapshot_store.atomic_write = full_mark
+distributed.end_process(run_tool(train.main_once))

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dsasr import engine, fragments, partition, ranks, recipe
+from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.engine import Branch, EngineConfig, cutter
-from dsasr.fragments import FragmentReader
+from dsasr.checkpoint import tensor_fragments, zero_partition
+from dsasr.checkpoint.tensor_fragments import FragmentReader
+from dsasr.engine import branch_engine
+from dsasr.engine.branch_engine import Branch, EngineConfig, cutter
 from dsasr.model import lora
+from dsasr.utils import distributed
 
 PARTS = ("encoder", "adaptor", "llm", "lora")
 
@@ -23,7 +26,7 @@ PARTS = ("encoder", "adaptor", "llm", "lora")
 def weights(branch: Branch) -> dict[str, dict[str, torch.Tensor]]:
     """By part, this rank's slices."""
     held = {part: {} for part in PARTS}
-    for name, fragment in partition.weights(branch.module).items():
+    for name, fragment in zero_partition.weights(branch.module).items():
         part = "lora" if lora.is_adapter(name) else name.partition(".")[0]
         held[part][name] = fragment.tensor.clone()
     return held
@@ -31,7 +34,7 @@ def weights(branch: Branch) -> dict[str, dict[str, torch.Tensor]]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     differ = one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one)
-    return not ranks.any_rank(differ)
+    return not distributed.any_rank(differ)
 
 
 def states(branch: Branch) -> dict[str, torch.Tensor]:
@@ -43,15 +46,15 @@ def sharded(build: Builder) -> bool:
     wanted, equal = dict(lora.adapters(build.speech_llm().llm)), True
     cut = build.speech_llm(cutter(EngineConfig(precision="fp32"))).llm
     for name, parameter in lora.adapters(cut):
-        held = partition.weight(parameter)
+        held = zero_partition.weight(parameter)
         part = wanted[name].detach().reshape(-1)[held.start : held.stop]
         equal &= held.tensor.numel() < wanted[name].numel() and torch.equal(held.tensor, part)
-    return not ranks.any_rank(not equal)
+    return not distributed.any_rank(not equal)
 
 
 def main() -> None:
     given, folder = sys.argv[-2], Path(sys.argv[-1])
-    engine.init_distributed()
+    branch_engine.init_distributed()
     chosen = recipe.load(given)
     build = Builder(chosen)
     stages = {s.name: s for s in chosen.stages}
@@ -71,7 +74,7 @@ def main() -> None:
         moved = sorted(p for p in PARTS if not same(before[p], after[p]))
         found["frozen"][name] = [moved, sorted(stage.trains)]
         if name == "ia_sft":
-            fragments.write_folder(folder / "saved", branch.fragments(), {"steps": number})
+            tensor_fragments.write_folder(folder / "saved", branch.fragments(), {"steps": number})
             kept = states(branch)
             again = Branch("sft", build.speech_llm(), config, folder)
             again.load(FragmentReader(folder / "saved"), stage, branch.adam_steps())
@@ -87,13 +90,13 @@ def main() -> None:
     other.load(reader, stages["ia_sft"], 5.0)
     pieces = other.fragments()
     equal = [torch.equal(f.tensor, reader.read(k, f.start, f.stop)) for k, f in pieces.items()]
-    found["other_world"] = not ranks.any_rank(not all(equal))
+    found["other_world"] = not distributed.any_rank(not all(equal))
     found["optimizer"] = sorted({k.partition("/")[2] for k in pieces if "/exp_avg/" in k})
     norm = other.step([batches[0]], 5).grad_norm
     found["other_world"] &= 0 < float(norm) < float("inf")
-    if ranks.main_rank():
+    if distributed.main_rank():
         (folder / "found.json").write_text(json.dumps(found))
-    ranks.end_process()
+    distributed.end_process()
 
 
 main()

@@ -16,8 +16,8 @@ sys.path[0] = str(ROOT)
 
 
 def main() -> None:
-    from dsasr.run import Run
-    from dsasr.watchdog import Watchdog, WatchdogConfig
+    from dsasr.launch.watchdog import Watchdog, WatchdogConfig
+    from dsasr.training.trainer import Run
 
     save_if_due = Run.save_if_due
 

@@ -13,11 +13,11 @@ import soundfile
 import torch
 import yaml
 
-from dsasr.data.audio import RATE, Cmvn, FbankConfig, fbank
-from dsasr.data.phonemes import PhonemeVocab
-from dsasr.data.train_tokenizer import train_tokenizer
-from dsasr.data.writing import Packed, shard_summary, write_dataset, write_shard
-from dsasr.model.small_lm import SmallLmConfig, make_small_lm
+from dsasr.data.audio.features import RATE, Cmvn, FbankConfig, fbank
+from dsasr.data.shards.writer import Packed, shard_summary, write_dataset, write_shard
+from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.train_tokenizer import train_tokenizer
+from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
 
 WORDS = ("ba", "do", "fi", "gu")
 

@@ -27,8 +27,8 @@ def main() -> None:
 
 
 def hold(step: int, start: int) -> None:
-    from dsasr.files import atomic_write
-    from dsasr.run import Run
+    from dsasr.training.trainer import Run
+    from dsasr.utils.io import atomic_write
 
     save_if_due = Run.save_if_due
 

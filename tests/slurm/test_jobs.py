@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsasr import fragments
+from dsasr.checkpoint import tensor_fragments
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=20")
@@ -36,7 +36,7 @@ def trace(folder: Path) -> list[dict]:
 
 
 def last(folder: Path) -> dict:
-    return fragments.verify(sorted((folder / "checkpoints").glob("step-*"))[-1])
+    return tensor_fragments.verify(sorted((folder / "checkpoints").glob("step-*"))[-1])
 
 
 def told(run: Path) -> str:
@@ -157,7 +157,7 @@ def test_the_asynchronous_pair(jobs):
         assert events(run / branch, "finished"), told(run)
     swap = events(run / "sft", "swap")[-1]
     assert (swap["cause"], swap["pretrain"]) == ("final", 20)
-    manifest = fragments.verify(run / "snapshots" / swap["snapshot"])
+    manifest = tensor_fragments.verify(run / "snapshots" / swap["snapshot"])
     assert manifest["checksum"] == swap["checksum"]
 
 

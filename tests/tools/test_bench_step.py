@@ -52,12 +52,13 @@ def test_batches_are_cut_by_the_recipes_budgets(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import step
 
-    from dsasr import recipe, sizing
+    from dsasr import recipe
+    from dsasr.planning import cluster_sizing
 
     chosen = recipe.load("nim-2.3b")
     stage = next(s for s in chosen.stages if s.name == "joint")
     config = step.batch_config(chosen, stage, small=False)
-    traffic = sizing.Traffic(8.0, 4.0)
+    traffic = cluster_sizing.Traffic(8.0, 4.0)
     held = step.batches(config, 3, traffic, 500, 5)
     assert len(held) == 3
     for batch in held:
@@ -85,9 +86,11 @@ def test_the_papers_size_and_its_work(monkeypatch):
     import step
     import torch
 
-    from dsasr import ranks, recipe, sizing
+    from dsasr import recipe
+    from dsasr.planning import cluster_sizing
+    from dsasr.utils import distributed
 
-    monkeypatch.setattr(ranks, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
     chosen = recipe.load("nim-2.3b", ["engine.precision=bf16"])
     for stage in chosen.stages:
         module = step.build(chosen, stage.branch, small=False)
@@ -95,7 +98,7 @@ def test_the_papers_size_and_its_work(monkeypatch):
         encoder = sum(p.numel() for p in module.encoder.parameters())
         assert 5.5e8 < encoder < 6.5e8
         config = step.batch_config(chosen, stage, small=False)
-        (batch,) = step.batches(config, 1, sizing.Traffic(), 500, 80)
+        (batch,) = step.batches(config, 1, cluster_sizing.Traffic(), 500, 80)
         work, positions = step.work(chosen, stage, module, batch)
         frames = int(((batch.feature_lengths_B + 3) // 4).sum())
         if stage.name == "pretrain":

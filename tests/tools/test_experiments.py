@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from dsasr import config
-from dsasr.errors import UserError
 from dsasr.evaluation.hallucination import Example
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, with_published
+from dsasr.utils.errors import UserError
 
 FOLDER = Path(__file__).parent.parent.parent / "tools" / "experiments"
 

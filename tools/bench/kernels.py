@@ -29,9 +29,8 @@ from torch import Tensor
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import alternate, clock, copy_rate, matrix_rate, median_and_spread, peak_bytes, record
 
-from dsasr import kernels
-from dsasr.errors import UserError, run_tool
-from dsasr.kernels import reference
+from dsasr.kernels import dispatch, reference
+from dsasr.utils.errors import UserError, run_tool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = ("linear_entropy", "softmax_entropy", "adaptor")
@@ -95,7 +94,7 @@ def eager_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tenso
 
 
 def our_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    return kernels.linear_entropy(hidden_ND, weight_VD, targets_N)[0]
+    return dispatch.linear_entropy(hidden_ND, weight_VD, targets_N)[0]
 
 
 def torch_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -156,18 +155,18 @@ def padded_adaptor(frames, lengths, w1, b1, w2, b2, *, stack, index, positions) 
 def our_adaptor(frames, lengths, w1, b1, w2, b2, *, stack, index, positions, name="") -> Tensor:
     """Valid frames alone, straight into the embeddings; ``name`` forces an implementation."""
     if name:
-        kernels.select(name)
+        dispatch.select(name)
     buffer = frames.new_zeros(positions, len(w2))
-    out, _ = kernels.adaptor(
+    out, _ = dispatch.adaptor(
         frames, lengths, w1, b1, w2, b2, stack=stack, out_LD=buffer, index_N=index[0]
     )
-    kernels.select("auto")
+    dispatch.select("auto")
     return out
 
 
 def entropy_sides(device: str) -> dict[str, Side]:
     return {
-        "ours": kernels.softmax_entropy,
+        "ours": dispatch.softmax_entropy,
         "eager": eager_entropy,
         "compile": torch.compile(eager_entropy, dynamic=False),
     }
@@ -323,7 +322,7 @@ def measure(
             op,
             side=name,
             **shape,
-            implementation=kernels.chosen(op, device, DTYPES[shape["dtype"]]),
+            implementation=dispatch.chosen(op, device, DTYPES[shape["dtype"]]),
             rounds=rounds,
             **fields,
             **{k: float(f"{v:.2g}") for k, v in found[name].items()},

@@ -37,16 +37,16 @@ import psutil
 import soundfile
 import torch
 
-from dsasr.progress import Bar
+from dsasr.utils.progress import Bar
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import record
 
-from dsasr.data.audio import FbankConfig, decode, fbank
-from dsasr.data.plan import BatchConfig
-from dsasr.data.stream import DatasetConfig, Stream, StreamConfig
-from dsasr.data.workers import keep_freed_memory
-from dsasr.errors import UserError, run_tool
+from dsasr.data.audio.features import FbankConfig, decode, fbank
+from dsasr.data.dataloader.bucketing import BatchConfig
+from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.workers import keep_freed_memory
+from dsasr.utils.errors import UserError, run_tool
 
 FRAMES = 12_000
 WARM, LAST = 0.3, 0.9  # shares of the audio between which the clock runs

@@ -13,9 +13,9 @@ import torch
 from common import clock
 from torch.profiler import ProfilerActivity, profile
 
-from dsasr import ranks
-from dsasr.data.batching import Batch
-from dsasr.engine import Branch
+from dsasr.data.batch import Batch
+from dsasr.engine.branch_engine import Branch
+from dsasr.utils import distributed
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -27,8 +27,10 @@ class Marks:
     """
 
     def __init__(self):
-        self.gpu = ranks.device().type == "cuda"
-        self.clock = "wall" if ranks.world() > 1 and not self.gpu else clock(ranks.device())
+        self.gpu = distributed.device().type == "cuda"
+        self.clock = (
+            "wall" if distributed.world() > 1 and not self.gpu else clock(distributed.device())
+        )
         self._now = time.process_time if self.clock == "cpu time" else time.perf_counter
         self.steps: list[list[tuple[str, Any]]] = []
 
@@ -104,7 +106,7 @@ def profiled(branch: Branch, group: Sequence[Batch], number: int) -> dict[str, A
 
     On a CPU "waits" are the values asked for, most of them of tensors that would lie on the host.
     """
-    gpu = ranks.device().type == "cuda"
+    gpu = distributed.device().type == "cuda"
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
     with profile(activities=kinds, acc_events=True) as profiler:
         branch.step(group, number)
@@ -122,7 +124,7 @@ def profiled(branch: Branch, group: Sequence[Batch], number: int) -> dict[str, A
 
 def restart_peak() -> None:
     """From here on counts what `peak` gives."""
-    if ranks.device().type == "cuda":
+    if distributed.device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
@@ -130,7 +132,7 @@ def restart_peak() -> None:
 
 def peak() -> int:
     """The most bytes held: of the device, or of this process on a CPU."""
-    if ranks.device().type == "cuda":
+    if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) * 1024

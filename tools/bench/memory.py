@@ -32,14 +32,18 @@ from pathlib import Path
 import torch
 from common import record
 
-from dsasr import budget, engine, kernels, ranks, recipe, sizing
-from dsasr.budget_trial import Shape, status, synthetic_batch
+from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.data.batching import Batch
-from dsasr.engine import Branch, cutter
-from dsasr.errors import UserError, run_tool
-from dsasr.model.small_lm import make_random_lm
+from dsasr.data.batch import Batch
+from dsasr.demo.small_lm import make_random_lm
+from dsasr.engine import branch_engine
+from dsasr.engine.branch_engine import Branch, cutter
+from dsasr.kernels import dispatch
+from dsasr.planning import batch_search, cluster_sizing
+from dsasr.planning.batch_trial import Shape, status, synthetic_batch
 from dsasr.stages import StageConfig
+from dsasr.utils import distributed
+from dsasr.utils.errors import UserError, run_tool
 
 MB = 1e6
 
@@ -61,7 +65,7 @@ class Memory:
     """Bytes of this rank above a baseline."""
 
     def __init__(self):
-        self.gpu = ranks.device().type == "cuda"
+        self.gpu = distributed.device().type == "cuda"
         self.base, self._most, self._over = 0, 0, threading.Event()
         if not self.gpu:
             self._watch = threading.Thread(target=self._sample, daemon=True)
@@ -101,7 +105,7 @@ def anonymous() -> int:
 
 
 def measure(args: argparse.Namespace, chosen: recipe.Recipe, folder: Path) -> dict:
-    stage = budget.stage_of(chosen, args.stage)
+    stage = batch_search.stage_of(chosen, args.stage)
     try:
         shape = Shape(*(int(x) for x in args.batch.split("x")))
     except (ValueError, TypeError):
@@ -139,9 +143,9 @@ def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Pat
             llm=replace(model.llm, path=str(folder / "small"), weights=True),
         ),
     )
-    if ranks.main_rank():
+    if distributed.main_rank():
         make_random_lm(folder / "small", Builder(chosen).tokenizer_folder, 32, 1)
-    ranks.barrier()
+    distributed.barrier()
     module = Builder(small).module(stage.branch, cutter(chosen.engine))
     branch = Branch(stage.branch, module, chosen.engine, folder)
     branch.enter(stage)
@@ -151,20 +155,21 @@ def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Pat
 
 
 def predict(args: argparse.Namespace, chosen: recipe.Recipe) -> tuple[dict[str, float], float]:
-    stage = budget.stage_of(chosen, args.stage)
+    stage = batch_search.stage_of(chosen, args.stage)
     shape = [int(x) for x in args.batch.split("x")]
-    seconds = shape[1] / sizing.FRAMES
-    traffic = sizing.Traffic(seconds, shape[2] / seconds)
+    seconds = shape[1] / cluster_sizing.FRAMES
+    traffic = cluster_sizing.Traffic(seconds, shape[2] / seconds)
     batch = replace(stage.batch or chosen.data.stream.batch, frames=shape[0] * shape[1],
                     samples=shape[0], tokens=0)  # fmt: skip
     stage = replace(stage, batch=batch)
-    machine = sizing.Machine(nodes=1, gpus=ranks.world(), reserve=0.0,
-                             cpu=ranks.device().type == "cpu")  # fmt: skip
-    made = sizing.step(chosen, stage, machine, traffic)
-    total = sum(p.parameters for n, p in sizing.parts(chosen).items()
+    machine = cluster_sizing.Machine(nodes=1, gpus=distributed.world(), reserve=0.0,
+                             cpu=distributed.device().type == "cpu")  # fmt: skip
+    made = cluster_sizing.step(chosen, stage, machine, traffic)
+    total = sum(p.parameters for n, p in cluster_sizing.parts(chosen).items()
                 if n in chosen.parts(stage.branch))  # fmt: skip
-    return {n: v * sizing.GB for n, v in made.memory.items()} | {
-        "held": made.held * sizing.GB, "peak": made.peak * sizing.GB}, total  # fmt: skip
+    gb = cluster_sizing.GB
+    by_part = {n: v * gb for n, v in made.memory.items()}
+    return by_part | {"held": made.held * gb, "peak": made.peak * gb}, total
 
 
 def main() -> None:
@@ -172,29 +177,29 @@ def main() -> None:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     recipe.quiet()
     chosen = recipe.load(args.recipe, args.overrides)
-    budget.stage_of(chosen, args.stage)
-    engine.set_threads(chosen.engine)
-    kernels.select(chosen.kernels)
-    engine.init_distributed()
+    batch_search.stage_of(chosen, args.stage)
+    branch_engine.set_threads(chosen.engine)
+    dispatch.select(chosen.kernels)
+    branch_engine.init_distributed()
     with tempfile.TemporaryDirectory() as own:
-        folder = Path(ranks.broadcast(own))
+        folder = Path(distributed.broadcast(own))
         if args.llm:
             place = folder / "llm"
-            if ranks.main_rank():
+            if distributed.main_rank():
                 width, layers = (int(x) for x in args.llm.split("x"))
                 make_random_lm(place, Builder(chosen).tokenizer_folder, width, layers)
-            ranks.barrier()
+            distributed.barrier()
             chosen = recipe.load(args.recipe, [*args.overrides, f"model.llm.path={place}"])
         # Of this stage's branch alone: the other one is not built here.
-        one = replace(chosen, branch=budget.stage_of(chosen, args.stage).branch)
+        one = replace(chosen, branch=batch_search.stage_of(chosen, args.stage).branch)
         expected, total = predict(args, one)
-        found = ranks.gather(measure(args, one, folder))
-        ranks.barrier()
-    if ranks.main_rank():
+        found = distributed.gather(measure(args, one, folder))
+        distributed.barrier()
+    if distributed.main_rank():
         tell(found, expected, total)
         record("memory", recipe=args.recipe, stage=args.stage, whole=args.whole, llm=args.llm,
-               batch=args.batch, overrides=args.overrides, ranks=ranks.world(), parameters=total,
-               measured=found, predicted=expected)  # fmt: skip
+               batch=args.batch, overrides=args.overrides, ranks=distributed.world(),
+               parameters=total, measured=found, predicted=expected)  # fmt: skip
 
 
 def tell(found: list[dict], expected: dict, total: int) -> None:
@@ -210,4 +215,4 @@ def tell(found: list[dict], expected: dict, total: int) -> None:
 
 
 if __name__ == "__main__":
-    ranks.end_process(run_tool(main))
+    distributed.end_process(run_tool(main))

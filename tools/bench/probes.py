@@ -17,9 +17,9 @@ import time
 import torch
 from common import record
 
-from dsasr.allocation.accessible import AccessibleConfig, pai
-from dsasr.allocation.frames import FrameSet
-from dsasr.errors import run_tool
+from dsasr.entropy_allocation.frame_set import FrameSet
+from dsasr.entropy_allocation.v_information import AccessibleConfig, pai
+from dsasr.utils.errors import run_tool
 
 SPOKEN = 250  # frames of an utterance: ten seconds
 

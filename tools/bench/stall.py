@@ -24,12 +24,13 @@ import torch
 from common import record
 from swap import SIZES, Parts, batch, seconds
 
-from dsasr import engine, ranks
-from dsasr.checkpoint import CheckpointConfig, Checkpoints
-from dsasr.data.batching import Batch
-from dsasr.engine import Branch, EngineConfig
-from dsasr.errors import run_tool
+from dsasr.checkpoint.manager import CheckpointConfig, Checkpoints
+from dsasr.data.batch import Batch
+from dsasr.engine import branch_engine
+from dsasr.engine.branch_engine import Branch, EngineConfig
 from dsasr.stages import StageConfig
+from dsasr.utils import distributed
+from dsasr.utils.errors import run_tool
 
 SHAPES = {**SIZES, 20: (320, 10)}
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 1e-4}, steps=1000)
@@ -70,14 +71,14 @@ def measure(size: int, rounds: int, length: float, folder: Path) -> None:
         taken["write"] += [done.seconds for done in checkpoints.landed()]
     count = sum(p.ds_numel for p in branch.module.parameters())
     saved = sum(f.tensor.numel() * f.tensor.element_size() for f in branch.fragments().values())
-    saved = sum(ranks.gather(saved))
+    saved = sum(distributed.gather(saved))
     branch.close()
-    if ranks.main_rank():
+    if distributed.main_rank():
         middle = {name: statistics.median(values) for name, values in taken.items()}
         record(
             "stall",
             parameters=count,
-            ranks=ranks.world(),
+            ranks=distributed.world(),
             rounds=rounds,
             clock="wall",
             audio_seconds=length,
@@ -96,17 +97,17 @@ def main() -> int:
     parser.add_argument("--folder", help="where to save (default: the temporary folder)")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     options = parser.parse_args()
-    engine.set_threads(EngineConfig())
-    engine.init_distributed()
+    branch_engine.set_threads(EngineConfig())
+    branch_engine.init_distributed()
     for size in options.sizes:
-        made = tempfile.mkdtemp(dir=options.folder) if ranks.main_rank() else None
-        folder = Path(ranks.broadcast(made))
+        made = tempfile.mkdtemp(dir=options.folder) if distributed.main_rank() else None
+        folder = Path(distributed.broadcast(made))
         try:
             measure(size, options.rounds, options.audio, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         gc.collect()
-    engine.leave_distributed()
+    branch_engine.leave_distributed()
     return 0
 
 

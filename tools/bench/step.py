@@ -10,9 +10,10 @@ making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is record
 
 - ``step_ms`` of the slowest rank; ``tokens_per_s``: positions of the language model, or the
   encoder's frames in pretraining, and ``audio_hours_per_gpu_hour``; padding counts in neither
-- ``mfu``: Σ forward and backward FLOPs of `dsasr.flops` / (step · peak). ``peak_from`` says whether
-  the peak is the vendor's for dense bf16 or, of an unknown machine, this run's square matrix
-  product; ``share`` is by the latter everywhere. ``recomputed``: what is done twice, over that sum.
+- ``mfu``: Σ forward and backward FLOPs of `dsasr.planning.flops` / (step · peak). ``peak_from``
+  says whether the peak is the vendor's for dense bf16 or, of an unknown machine, this run's
+  square matrix product; ``share`` is by the latter everywhere. ``recomputed``: what is done twice, over
+  that sum.
 - ``split_ms``: from one mark to the next in the device's queue. Backward times hold what is
   recomputed and, in the last one, DeepSpeed's reduction.
 - of one more step, profiled: ``communication_ms`` of the device, overlapped or not, and ``waits``,
@@ -40,20 +41,24 @@ from marks import Marks, peak, profiled, restart_peak
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from dsasr import engine, flops, kernels, ranks, recipe, sizing
-from dsasr.data.batching import Batch
-from dsasr.data.plan import BatchConfig, bucket_order, cut
-from dsasr.engine import Branch
-from dsasr.errors import UserError, run_tool
+from dsasr import recipe
+from dsasr.data.batch import Batch
+from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, cut
+from dsasr.engine import branch_engine
+from dsasr.engine.branch_engine import Branch
+from dsasr.kernels import dispatch
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
-from dsasr.model.encoder import Encoder
+from dsasr.model.ctc_model import Pretrainer
+from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.llm import embedding_rms
-from dsasr.model.pretrainer import Pretrainer
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.progress import Bar
+from dsasr.planning import cluster_sizing, flops
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
+from dsasr.utils import distributed
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.progress import Bar
 
 STAGES = ("pretrain", "align", "ia_sft", "joint")
 PHONEMES, PHONEME_RATE = 256, 12.0  # vocabulary; spoken in a second
@@ -79,13 +84,13 @@ SMALL_BATCH = {"frames": 3000, "tokens": 900, "samples": 32}
 
 def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
     """The branch's module with random weights, on the device."""
-    model, dtype = chosen.model, engine.precision(chosen.engine)
+    model, dtype = chosen.model, branch_engine.precision(chosen.engine)
     torch.manual_seed(0)
-    with ranks.device():
+    with distributed.device():
         encoder = Encoder(model.encoder)
         if branch == "pretrain":
             return Pretrainer(encoder, PHONEMES, model.pretrain)
-        shape = Qwen3Config(**SMALL_LM) if small else sizing.llm_config(model.llm.path)
+        shape = Qwen3Config(**SMALL_LM) if small else cluster_sizing.llm_config(model.llm.path)
         llm = AutoModelForCausalLM.from_config(
             shape, dtype=dtype, attn_implementation=model.llm.attn
         )
@@ -112,10 +117,10 @@ def batch_config(chosen: Recipe, stage: StageConfig, small: bool) -> BatchConfig
 
 
 def batches(
-    config: BatchConfig, count: int, traffic: sizing.Traffic, vocab: int, mels: int
+    config: BatchConfig, count: int, traffic: cluster_sizing.Traffic, vocab: int, mels: int
 ) -> list[Batch]:
     """``count`` batches of this rank's, as the planner would cut them from such a corpus."""
-    rng = np.random.default_rng(100 + ranks.rank())
+    rng = np.random.default_rng(100 + distributed.rank())
     drawn = rng.lognormal(np.log(traffic.seconds) - 0.18, 0.6, CORPUS)
     frames = (100 * drawn.clip(max(0.5, config.min_seconds), config.max_seconds)).astype(np.int64)
     tokens = np.maximum(1, rng.poisson(frames / 100 * traffic.tokens))
@@ -144,7 +149,7 @@ def _batch(frames: np.ndarray, tokens: np.ndarray, vocab: int, mels: int, number
         phoneme_lengths_B=phoneme_lengths_B,
         tokens_BU=torch.randint(3, vocab, (count, int(token_lengths_B.max()))),
         token_lengths_B=token_lengths_B,
-        keys=tuple(f"{ranks.rank()}-{number}-{i}" for i in range(count)),
+        keys=tuple(f"{distributed.rank()}-{number}-{i}" for i in range(count)),
         shards=texts, texts=texts, langs=texts, speakers=texts,
         durations=tuple((frames / 100).tolist()),
         seed=number, epoch=0, number=number, state={},
@@ -195,8 +200,8 @@ class Limits:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Limits:
-        large = ranks.device().type == "cuda"
-        measured = matrix_rate(8192 if large else 1024, dtype, ranks.device())
+        large = distributed.device().type == "cuda"
+        measured = matrix_rate(8192 if large else 1024, dtype, distributed.device())
         known = [peak for name, peak in PEAKS.items() if large and name in machine()]
         if known and dtype is torch.bfloat16:
             return cls(measured, known[0], "vendor")
@@ -215,7 +220,7 @@ def measure(
         if number == warm_up:
             marks.seconds()  # nothing of the warm-up is left in the queue
             marks.clear()
-            ranks.barrier()
+            distributed.barrier()
             restart_peak()
         marks.step()
         report = branch.step(group, number)
@@ -225,14 +230,14 @@ def measure(
     loss = report.sums["ctc" if stage.branch == "pretrain" else "nll"][0]
     if not torch.isfinite(loss):
         raise RuntimeError(f"{stage.name}: the loss is {loss}")
-    slowest = [max(times) for times in zip(*ranks.gather(whole), strict=True)]
+    slowest = [max(times) for times in zip(*distributed.gather(whole), strict=True)]
     found["seconds"] = slowest
     found["split_ms"] = {name: round(1000 * s, 3) for name, s in parts.items()}
     return found | profiled(branch, groups[-1], len(groups))
 
 
 def _shown() -> bool:
-    return ranks.main_rank() and sys.stderr.isatty()
+    return distributed.main_rank() and sys.stderr.isatty()
 
 
 def line(
@@ -240,7 +245,7 @@ def line(
     found: dict[str, Any], limits: Limits,
 ) -> dict[str, Any]:  # fmt: skip
     """What is recorded of one case; ``held`` are the batches that were timed."""
-    seconds, world = sum(found.pop("seconds")), ranks.world()
+    seconds, world = sum(found.pop("seconds")), distributed.world()
     needed = again = positions = 0.0
     for batch in held:
         parts, here = work(chosen, stage, module, batch)
@@ -268,7 +273,7 @@ def line(
 
 
 def run(options: argparse.Namespace, chosen: Recipe) -> None:
-    dtype = engine.precision(chosen.engine)
+    dtype = branch_engine.precision(chosen.engine)
     limits = Limits.of(dtype)
     stages = {stage.name: stage for stage in chosen.stages if stage.name in options.stages}
     missing = [name for name in options.stages if name not in stages]
@@ -280,11 +285,11 @@ def run(options: argparse.Namespace, chosen: Recipe) -> None:
             middle, fields = case(options, chosen, stage, zero, limits)
             first.setdefault(stage.name, middle)
             over = {f"over_zero{options.zero[0]}": round(middle / first[stage.name], 3)}
-            if ranks.main_rank():
+            if distributed.main_rank():
                 name = "small" if options.small else options.recipe
                 record("step", recipe=name, stage=stage.name, zero=zero, **over, **fields)
             gc.collect()
-            if ranks.device().type == "cuda":
+            if distributed.device().type == "cuda":
                 torch.cuda.empty_cache()
 
 
@@ -299,13 +304,13 @@ def case(
     held = batches(
         batch_config(chosen, stage, options.small),
         unseen + options.rounds * stage.accumulate,
-        sizing.Traffic(options.seconds, options.tokens),
+        cluster_sizing.Traffic(options.seconds, options.tokens),
         vocab,
         chosen.model.encoder.mels,
     )
     settings, dtype = (
         replace(chosen.engine, deepspeed=f"zero{zero}"),
-        engine.precision(chosen.engine),
+        branch_engine.precision(chosen.engine),
     )
     with tempfile.TemporaryDirectory() as folder:
         branch = Branch(stage.branch, module, settings, Path(folder))
@@ -316,9 +321,9 @@ def case(
     middle = statistics.median(times)
     quarters = statistics.quantiles(times, method="inclusive")
     head = {
-        "ranks": ranks.world(),
+        "ranks": distributed.world(),
         "dtype": str(dtype).removeprefix("torch."),
-        "kernels": kernels.chosen("linear_entropy", ranks.device(), dtype),
+        "kernels": dispatch.chosen("linear_entropy", distributed.device(), dtype),
         "rounds": options.rounds,
         "step_ms": round(1000 * middle, 2),
         "spread": round((quarters[2] - quarters[0]) / middle, 3),
@@ -339,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     options = parser.parse_args()
-    options.rounds = options.rounds or (20 if ranks.device().type == "cuda" else 5)
+    options.rounds = options.rounds or (20 if distributed.device().type == "cuda" else 5)
     if options.rounds < 2 or options.warm_up < 1 or min(options.seconds, options.tokens) <= 0:
         raise UserError("--rounds: at least 2; --warm-up: at least 1; the rates above 0")
     return options
@@ -351,11 +356,11 @@ def main() -> None:
     recipe.quiet()
     overrides = [*(SMALL if options.small else ()), *options.overrides]
     chosen = recipe.load(options.recipe, overrides)
-    engine.set_threads(chosen.engine)
-    kernels.select(chosen.kernels)
-    engine.init_distributed()
+    branch_engine.set_threads(chosen.engine)
+    dispatch.select(chosen.kernels)
+    branch_engine.init_distributed()
     run(options, chosen)
 
 
 if __name__ == "__main__":
-    ranks.end_process(run_tool(main))
+    distributed.end_process(run_tool(main))

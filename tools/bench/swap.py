@@ -35,16 +35,17 @@ import torch
 from common import record
 from torch import nn
 
-from dsasr import engine, ranks
-from dsasr.data.batching import Batch
-from dsasr.engine import Branch, EngineConfig
-from dsasr.errors import run_tool
-from dsasr.model.encoder import Encoder, EncoderConfig
+from dsasr.checkpoint.snapshot_store import SnapshotStore
+from dsasr.data.batch import Batch
+from dsasr.engine import branch_engine
+from dsasr.engine.branch_engine import Branch, EngineConfig
+from dsasr.engine.offload import ParkConfig
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.outputs import Outputs
-from dsasr.parking import ParkConfig
-from dsasr.progress import Bar
-from dsasr.snapshots import SnapshotStore
 from dsasr.stages import Snapshot, StageConfig
+from dsasr.utils import distributed
+from dsasr.utils.errors import run_tool
+from dsasr.utils.progress import Bar
 
 SIZES = {  # millions of parameters: width, layers (feed-forward 4x, 64 a head)
     1: (64, 8),
@@ -92,12 +93,12 @@ def batch() -> Batch:
 
 def seconds(run: Callable[[], object]) -> float:
     """The slowest rank's time for what all ranks begin at once."""
-    ranks.barrier()
+    distributed.barrier()
     started = time.perf_counter()
     run()
-    if ranks.device().type == "cuda":
+    if distributed.device().type == "cuda":
         torch.cuda.synchronize()
-    return max(ranks.gather(time.perf_counter() - started))
+    return max(distributed.gather(time.perf_counter() - started))
 
 
 def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -116,7 +117,7 @@ class Floor:
 
     def __init__(self, size: int):
         self.times = max(1, -(-size // MOST))
-        make = {"dtype": torch.uint8, "device": ranks.device()}
+        make = {"dtype": torch.uint8, "device": distributed.device()}
         self.source = torch.randint(0, 255, (size // self.times,), **make)
         self.target = torch.empty_like(self.source)
 
@@ -139,7 +140,7 @@ def measure(size: int, rounds: int, step_seconds: float, folder: Path) -> None:
     gc.collect()
     found |= switches(other, max(rounds // 3, 1))
     other.close()
-    if ranks.main_rank():
+    if distributed.main_rank():
         count = sum(p.ds_numel for p in other.module.encoder.parameters())
         _record(count, found, over, rate, step_seconds)
 
@@ -193,14 +194,14 @@ def _median(run: Callable[[], object], rounds: int) -> float:
 
 def _moved_masters(live: Branch) -> dict:
     """What a hot-swap copies beside the weights: where they are of low precision."""
-    low = engine.precision(live.config) is not torch.float32
+    low = branch_engine.precision(live.config) is not torch.float32
     return live.masters("encoder.") if low else {}
 
 
 def _record(
     count: int, found: dict[str, float | None], over: list[float], rate: float, stated: float
 ) -> None:
-    lowest = 2 * 4 * count / ranks.world() / rate  # of a switch
+    lowest = 2 * 4 * count / distributed.world() / rate  # of a switch
     switch = max(found["switch"], found["switch_back"])
     a_swap = found["publish"] + found["store_swap"] + found["checksum"]
     cost = SWAPS * a_swap + SWITCHES * switch
@@ -212,11 +213,11 @@ def _record(
     record(
         "swap",
         encoder_parameters=count,
-        ranks=ranks.world(),
+        ranks=distributed.world(),
         rounds=len(over),
         clock="wall",
-        precision=str(engine.precision(EngineConfig())).removeprefix("torch."),
-        copy_gb_per_s=round(rate * ranks.world() / 1e9, 2),
+        precision=str(branch_engine.precision(EngineConfig())).removeprefix("torch."),
+        copy_gb_per_s=round(rate * distributed.world() / 1e9, 2),
         **milliseconds,
         hot_swap_over_floor=round(statistics.median(over), 3),
         hot_swap_over_floor_range=[round(min(over), 3), round(max(over), 3)],
@@ -236,8 +237,8 @@ def room(size: int) -> str | None:
     with torch.device("meta"):
         count = sum(p.numel() for p in Parts(width, layers, 4 * width).parameters())
     needed = (32 if size >= LIGHT else 48) * count
-    if ranks.device().type == "cuda":
-        free, needed = torch.cuda.mem_get_info()[0], needed // ranks.world()
+    if distributed.device().type == "cuda":
+        free, needed = torch.cuda.mem_get_info()[0], needed // distributed.world()
     else:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
@@ -256,16 +257,16 @@ def main() -> int:
     parser.add_argument("--folder", help="where stores are made (default: the temporary folder)")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     options = parser.parse_args()
-    engine.set_threads(EngineConfig())
-    engine.init_distributed()
-    for size in Bar(options.sizes, unit="size", disable=not ranks.main_rank()):
-        reason = ranks.broadcast(room(size))
+    branch_engine.set_threads(EngineConfig())
+    branch_engine.init_distributed()
+    for size in Bar(options.sizes, unit="size", disable=not distributed.main_rank()):
+        reason = distributed.broadcast(room(size))
         if reason:
-            if ranks.main_rank():
+            if distributed.main_rank():
                 Bar.write(reason)
             continue
-        made = tempfile.mkdtemp(dir=options.folder) if ranks.main_rank() else None
-        folder = Path(ranks.broadcast(made))
+        made = tempfile.mkdtemp(dir=options.folder) if distributed.main_rank() else None
+        folder = Path(distributed.broadcast(made))
         try:
             measure(size, options.rounds, options.step_seconds, folder)
         finally:
@@ -275,4 +276,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    ranks.end_process(run_tool(main))
+    distributed.end_process(run_tool(main))

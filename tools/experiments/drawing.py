@@ -9,8 +9,8 @@ import numpy as np
 from measured import Result, counted, drift, errors, hallucinated, invented, noisy, reading, span
 from resampling import value
 
-from dsasr import figures
-from dsasr.pictures import COLOURS
+from dsasr.reporting import figures
+from dsasr.tracking.timeline_plot import COLOURS
 
 
 def draw(systems: dict[str, list[Result]], path: Path) -> None:

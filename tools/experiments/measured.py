@@ -12,8 +12,8 @@ import numpy as np
 from resampling import Ratio, interval
 from systems import SYSTEMS
 
-from dsasr.errors import UserError
 from dsasr.evaluation.hallucination import wilson
+from dsasr.utils.errors import UserError
 
 Result = dict[str, Any]
 JOINT = {s.name for s in SYSTEMS if s.joint != "none"}

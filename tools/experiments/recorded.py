@@ -11,8 +11,8 @@ import random
 import sys
 from pathlib import Path
 
-from dsasr.errors import UserError, run_tool
-from dsasr.files import atomic_write
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.io import atomic_write
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

@@ -29,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import systems
 from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, named
 
-from dsasr import config, run_data
-from dsasr.errors import UserError, run_tool
-from dsasr.evaluation import trials
+from dsasr import config
+from dsasr.evaluation import suite_results
 from dsasr.evaluation.hallucination import Example, written
-from dsasr.files import atomic_write, text_lines
+from dsasr.inference.model_from_run import events, finished, run_recipe
 from dsasr.recipe import Recipe
-from dsasr.recogniser import events, finished, run_recipe
+from dsasr.reporting import run_data
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.io import atomic_write, text_lines
 
 TOOLS = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -147,7 +148,7 @@ def probe(
     return [{k: v for k, v in row.items() if k not in ("run", "measured")} for row in rows]
 
 
-def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
+def per_clip(found: suite_results.Trials, rules: str) -> dict[str, dict[str, list]]:
     """What bootstraps need of each clip, by condition, in the order of keys."""
     out: dict[str, dict[str, list]] = {}
     for condition in sorted(found.conditions()):
@@ -158,7 +159,7 @@ def per_clip(found: trials.Trials, rules: str) -> dict[str, dict[str, list]]:
             held["characters"] = [written(r.hypothesis) for r in rows]
             held["seconds"] = [round(r.seconds, 3) for r in rows]
         else:
-            held["flagged"] = [int(trials.flagged(r)) for r in rows]
+            held["flagged"] = [int(suite_results.flagged(r)) for r in rows]
         if scores:
             held["errors"] = [scores[r.key].errors for r in rows]
             held["units"] = [scores[r.key].reference for r in rows]
@@ -184,7 +185,7 @@ def result(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """All that is kept of a trained system, its encoder measured before joint SFT and after."""
-    heard = trials.read(listen(found, args))
+    heard = suite_results.read(listen(found, args))
     jobs = [run_data.collect(folder) for folder in (found.pretrain, found.sft)]
     stages = found.stages()
     jobs = [replace(j, metrics=[m for m in j.metrics if m["stage"] in stages]) for j in jobs]

@@ -33,8 +33,8 @@ from measured import (
 )
 from resampling import Ratio, over_seeds, paired, value
 
-from dsasr.errors import UserError, run_tool
-from dsasr.files import atomic_write
+from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.io import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dsasr.errors import UserError
+from dsasr.utils.errors import UserError
 
 
 @dataclass(frozen=True)

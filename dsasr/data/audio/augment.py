@@ -1,0 +1,249 @@
+"""Augmentation: speed, silence and noise on the audio; SpecAugment on the features.
+
+What happens to a sample is drawn from its seed alone (`draw`), without its audio, so that the
+planner knows its duration beforehand and a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsasr.data.audio.features import RATE, one_thread, resample
+from dsasr.utils.errors import UserError
+
+KINDS = ("babble", "vehicle", "music")  # the paper's
+RECORDED = "recorded"  # noise shards' recordings, one at a time
+MUSIC_RANGE = (110.0, 24)  # lowest root in Hz, and how many semitones upwards there are roots
+
+
+@dataclass(frozen=True)
+class SpecAugmentConfig:
+    """Masks of SpecAugment (Park et al. 2019, arXiv 1904.08779), drawn per utterance.
+
+    Each time mask is at most ``time_width`` frames and ``time_share`` of the utterance wide.
+    """
+
+    freq_masks: int = 2
+    freq_width: int = 27
+    time_masks: int = 2
+    time_width: int = 40
+    time_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.freq_masks, self.freq_width, self.time_masks, self.time_width) < 0:
+            raise UserError("spec: counts and widths of masks must not be negative")
+        if not 0 <= self.time_share <= 1:
+            raise UserError("spec.time_share must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Speed perturbation and noise, with NIM4-ASR's figures (arXiv 2604.18105) as defaults.
+
+    ``noise_share`` of the samples get noise at SNR ~ N(``snr_mean``, ``snr_std``) dB; before it is
+    added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side. ``kinds``
+    are equally likely; name one twice to have it twice as often. "recorded" takes noise as it lies
+    in noise shards.
+    """
+
+    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    noise_share: float = 0.2
+    snr_mean: float = 10.0
+    snr_std: float = 5.0
+    silence: float = 1.0
+    kinds: tuple[str, ...] = field(default=KINDS)
+
+    def __post_init__(self) -> None:
+        if not self.speeds or any(not 0.5 <= s <= 2 for s in self.speeds):
+            raise UserError("augment.speeds: one or more factors between 0.5 and 2")
+        if not 0 <= self.noise_share <= 1 or self.snr_std < 0 or self.silence < 0:
+            raise UserError("augment: noise_share in [0, 1], snr_std ≥ 0, silence ≥ 0")
+        unknown = [k for k in self.kinds if k not in (*KINDS, RECORDED)]
+        if unknown or not self.kinds:
+            raise UserError(f"augment.kinds: choose from {', '.join((*KINDS, RECORDED))}")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What happens to one sample. ``noise`` None: neither silence nor noise. Seconds and dB."""
+
+    speed: float = 1.0
+    noise: str | None = None
+    snr: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    seed: int = 0
+
+    def seconds(self, duration: float) -> float:
+        """The duration after augmentation."""
+        return duration / self.speed + self.before + self.after
+
+
+def draw(cfg: AugmentConfig, seed: int) -> Draw:
+    """The sample's fate; pure and cheap."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    speed = cfg.speeds[int(rng.integers(len(cfg.speeds)))]
+    if rng.random() >= cfg.noise_share:
+        return Draw(speed, seed=seed)
+    return Draw(
+        speed=speed,
+        noise=cfg.kinds[int(rng.integers(len(cfg.kinds)))],
+        snr=float(rng.normal(cfg.snr_mean, cfg.snr_std)),
+        before=float(cfg.silence * rng.beta(1, 3)),
+        after=float(cfg.silence * rng.beta(1, 3)),
+        seed=seed,
+    )
+
+
+@one_thread()
+def apply(
+    wave: Tensor,
+    drawn: Draw,
+    voices: Sequence[Tensor] = (),
+    rate: int = RATE,
+    recorded: Sequence[Tensor] = (),
+) -> Tensor:
+    """``wave`` [n] as ``drawn``: speed, then silence, then noise over all of it.
+
+    ``voices`` are other utterances, for babble; without any it is made from the utterance itself.
+    ``recorded`` is what noise shards hold. Speed is kaldi's: resampling, so that pitch follows.
+    """
+    if drawn.speed != 1.0:
+        wave = resample(wave, round(100 * drawn.speed), 100)
+    if drawn.noise is None or not len(wave):
+        return wave
+    rng = np.random.Generator(np.random.PCG64([drawn.seed & 0xFFFFFFFF, drawn.seed >> 32, 1]))
+    before, after = (torch.zeros(int(s * rate)) for s in (drawn.before, drawn.after))
+    speech_power = float(wave.square().mean())
+    padded = torch.cat((before, wave, after))
+    source = recorded if drawn.noise == RECORDED else (voices or (wave,))
+    noise = make_noise(drawn.noise, len(padded), rng, source, rate)
+    return mix(padded, noise, drawn.snr, speech_power)
+
+
+@one_thread()
+def mix(wave: Tensor, noise: Tensor, snr: float, speech_power: float | None = None) -> Tensor:
+    """``wave`` + ``noise`` [n] at ``snr`` dB; scaled down where the sum would clip.
+
+    ``speech_power`` is the power of the speech without the silence around it.
+    """
+    power = float(wave.square().mean()) if speech_power is None else speech_power
+    noise_power = float(noise.square().mean())
+    if power <= 0 or noise_power <= 0:
+        return wave
+    mixed = torch.add(wave, noise, alpha=(power / (noise_power * 10 ** (snr / 10))) ** 0.5)
+    peak = float(mixed.abs().max())
+    return mixed / peak if peak > 1 else mixed
+
+
+@one_thread()
+def make_noise(
+    kind: str, samples: int, rng: np.random.Generator, sources: Sequence[Tensor], rate: int = RATE
+) -> Tensor:
+    """Noise [samples] of one of `KINDS`, or recorded, from ``rng``; its level means nothing.
+
+    babble: four cuts of ``sources`` at once; recorded: one cut of one of them; vehicle: noise that
+    falls by 6 dB an octave above 60 Hz, with a slow swell; music: decaying chords. Recordings are
+    repeated where they are too short. Raises ValueError if there are none to take from.
+    """
+    if kind == "vehicle":
+        return _vehicle(samples, rng, rate)
+    if kind == "music":
+        return _music(samples, rng, rate)
+    if kind not in ("babble", RECORDED):
+        raise ValueError(f"no noise of kind {kind!r}")
+    usable = [source for source in sources if len(source)]
+    if not usable:
+        raise ValueError(f"{kind} noise needs recordings to take it from")
+    total = torch.zeros(samples)
+    for _ in range(4 if kind == "babble" else 1):
+        _add_cut(total, usable[int(rng.integers(len(usable)))], rng)
+    return total
+
+
+def _add_cut(total: Tensor, source: Tensor, rng: np.random.Generator) -> None:
+    """Add ``source``, from a random place on and round and round, to all of ``total``."""
+    at, place = 0, int(rng.integers(len(source)))
+    while at < len(total):
+        count = min(len(total) - at, len(source) - place)
+        total[at : at + count] += source[place : place + count]
+        at, place = at + count, 0
+
+
+def _vehicle(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
+    size = _fast_size(samples)
+    white = torch.empty(size)  # aligned the same in every process, unlike an array of numpy's
+    rng.standard_normal(dtype=np.float32, out=white.numpy())
+    spectrum = torch.fft.rfft(white) * _slope(size, rate)
+    shaped = torch.fft.irfft(spectrum, n=size)[:samples]
+    turns = float(rng.uniform(0.1, 0.5)) * samples / rate
+    return shaped.mul_(torch.linspace(0, 2 * torch.pi * turns, samples).sin_().mul_(0.3).add_(1))
+
+
+def _fast_size(samples: int) -> int:
+    """The next of eight lengths an octave: few to keep slopes for, and quick to transform."""
+    step = max(1, (1 << samples.bit_length()) // 16)
+    return -(-samples // step) * step
+
+
+@lru_cache(maxsize=64)
+def _slope(size: int, rate: int) -> Tensor:
+    hertz = torch.linspace(0, rate / 2, size // 2 + 1)
+    return (1 + (hertz / 60.0) ** 2).rsqrt()
+
+
+def _music(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
+    length = int(rate * float(rng.uniform(0.25, 0.5)))
+    roots = rng.integers(MUSIC_RANGE[1], size=-(-samples // length))
+    return torch.cat([_chord(int(root), rate)[:length] for root in roots])[:samples]
+
+
+@lru_cache(maxsize=64)
+def _chord(semitones: int, rate: int) -> Tensor:
+    """Half a second [rate / 2] of a major triad with three harmonics a tone, decaying."""
+    times = torch.arange(rate // 2) / rate
+    root = MUSIC_RANGE[0] * 2 ** (semitones / 12)
+    total = torch.zeros(len(times))
+    for step in (0, 4, 7):
+        for harmonic in (1, 2, 3):
+            hertz = root * 2 ** (step / 12) * harmonic
+            total += torch.sin(2 * torch.pi * hertz * times) / harmonic
+    return total * torch.exp(-3 * times)
+
+
+def spec_augment(
+    features_BTF: Tensor, lengths_B: Tensor, cfg: SpecAugmentConfig, generator: torch.Generator
+) -> Tensor:
+    """A copy of ``features_BTF`` with frequency and time masks, zero (the mean, after CMVN) inside.
+
+    The masks depend on ``generator`` and ``lengths_B`` only. With a generator on the CPU they are
+    the same on every device; nothing waits for the device.
+    """
+    count, frames, mels = features_BTF.shape
+    device = features_BTF.device
+    lengths = lengths_B.to(device, non_blocking=True)
+    widths = (lengths.double() * cfg.time_share).long().clamp(max=cfg.time_width)
+    masked_BT = _spans(cfg.time_masks, frames, lengths, widths, generator)
+    full = torch.full((count,), mels, device=device)
+    widths = torch.full((count,), min(cfg.freq_width, mels), device=device)
+    masked_BF = _spans(cfg.freq_masks, mels, full, widths, generator)
+    return features_BTF.masked_fill(masked_BT[:, :, None] | masked_BF[:, None, :], 0.0)
+
+
+def _spans(
+    masks: int, size: int, lengths_B: Tensor, widths_B: Tensor, generator: torch.Generator
+) -> Tensor:
+    """[B, size] True inside ``masks`` spans, each up to ``widths_B`` wide within ``lengths_B``."""
+    count, device = len(lengths_B), lengths_B.device
+    drawn = torch.rand(2, masks, count, 1, generator=generator, device=generator.device)
+    drawn = drawn.to(device, non_blocking=True)
+    width = (drawn[0] * (widths_B[:, None] + 1)).long()
+    start = (drawn[1] * (lengths_B[:, None] - width + 1).clamp_min(1)).long()
+    place = torch.arange(size, device=device)
+    return ((place >= start) & (place < start + width)).any(0)

@@ -1,0 +1,361 @@
+"""Audio to features: decode, resample, kaldi's log-Mel filter banks, mean and variance.
+
+Real-time factors on one core of an AMD EPYC, 40 utterances of Ogg Opus: decode 0.0010, `fbank`
+0.00011, torchaudio's kaldi.fbank 0.00033, kaldi-native-fbank 0.0012 (from Python, frame by frame).
+Against kaldi's definition in float64, over 2.3 million bins of real recordings: 3e-4 at most in
+bins up to 16 nats below their frame's loudest; beyond, where float32 ends, 0.005 at most (kaldi-
+native-fbank 0.006, torchaudio 0.008), and more than 1e-3 in 2 bins of 100,000 (7, 9).
+`fbank_batch`, for features in the training process on any device: 3e-4 up to 12 nats, 0.008
+at most, 6 of 100,000.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_write
+
+RATE = 16_000
+FULL_SCALE = 32_768.0  # kaldi's features are of 16-bit integers
+LOG_FLOOR = torch.finfo(torch.float32).eps
+PREEMPHASIS = 0.97
+MAX_CHANNELS = 64
+MAX_KERNEL = 1 << 19  # the product of reduced sampling rates; 44.1 and 16 kHz make 441 · 160
+BLOCK = 512  # frames
+SHORT = 0.01  # share by which audio may fall short of its header: MP3's is an estimate
+
+
+class AudioError(Exception):
+    """Audio that cannot be used: ``cause`` in short snake_case, ``detail`` for a person."""
+
+    def __init__(self, cause: str, detail: str = ""):
+        super().__init__(cause, detail)
+        self.cause, self.detail = cause, detail
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Audio has the same bits in a worker and in its parent only if threads don't cut its sums.
+
+    Both torch's reductions and MKL's products depend on the number of threads (MKL's not on every
+    processor). Usable as a decorator; costs a few microseconds.
+    """
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
+def decode(
+    data: bytes, *, rate: int = RATE, max_seconds: float = 60.0, cut: bool = False
+) -> Tensor:
+    """WAV, FLAC, Ogg (Vorbis, Opus) or MP3 bytes → float32 mono [n] in [-1, 1] at ``rate``.
+
+    The header is believed only as far as ``max_seconds``: no more is ever decoded, so a file that
+    claims hours, or unpacks to them, costs no memory. What is longer is an error, or with ``cut``
+    ends there. Channels are averaged. Lossy formats may exceed 1 by a little.
+    Raises `AudioError`: decode_error, empty_audio, too_long, nan_audio.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            source = file.samplerate
+            if not 1000 <= source <= 768_000 or file.channels > MAX_CHANNELS:
+                shape = f"sampling rate {source} Hz, {file.channels} channels"
+                raise AudioError("decode_error", shape)
+            most = int(max_seconds * source) + (not cut)
+            mono, claimed = _mono(file, most), file.frames
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
+        raise AudioError("decode_error", getattr(error, "error_string", str(error))) from None
+    if len(mono) >= most and not cut:
+        raise AudioError("too_long", f"more than {max_seconds:g} s")
+    if len(mono) < min(claimed, most) * (1 - SHORT):
+        # libsndfile stops at a damaged page of Ogg or MP3, and calls it the end.
+        raise AudioError("decode_error", f"ends after {len(mono)} of {claimed} samples")
+    if not len(mono):
+        raise AudioError("empty_audio", "no samples")
+    if not np.isfinite(mono).all():
+        raise AudioError("nan_audio", "samples that are not finite")
+    return resample(torch.from_numpy(mono), source, rate)
+
+
+def _mono(file: soundfile.SoundFile, most: int) -> np.ndarray:
+    """Up to ``most`` frames, channels averaged in blocks: a file with many costs no more memory."""
+    if file.channels == 1:
+        return file.read(frames=most, dtype="float32")
+    blocks, held = [], 0
+    while held < most:
+        block = file.read(frames=min(65_536, most - held), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        blocks.append(block.mean(axis=1))
+        held += len(block)
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+@lru_cache(maxsize=64)
+def _resample_kernel(source: int, target: int) -> tuple[Tensor, int, int, int]:
+    """Windowed-sinc polyphase kernel [target', 1, width], reduced rates and padding.
+
+    The kernel grows with the product of the reduced rates. An odd pair, such as 44,056 and 16,000,
+    would take gigabytes: it is replaced by the nearest ratio of numbers up to 1000, which is off
+    by a few millionths, and by 5 in 10,000 for rates that nearly but not quite agree.
+    """
+    ratio = Fraction(source, target)
+    if ratio.numerator * ratio.denominator > MAX_KERNEL:
+        near = min(ratio, 1 / ratio).limit_denominator(1000)
+        ratio = near if ratio < 1 else 1 / near
+    source, target = ratio.numerator, ratio.denominator
+    zeros, rolloff = 6, 0.99
+    base = min(source, target) * rolloff
+    width = math.ceil(zeros * source / base)
+    index = torch.arange(-width, width + source, dtype=torch.float64) / source
+    times = (torch.arange(0, -target, -1, dtype=torch.float64) / target)[:, None] + index
+    times = (times * base).clamp(-zeros, zeros)
+    window = torch.cos(times * math.pi / zeros / 2) ** 2
+    times = times * math.pi
+    sinc = torch.where(times == 0, torch.ones_like(times), torch.sin(times) / times)
+    kernel = sinc * window * (base / source)
+    return kernel[:, None].float(), source, target, width
+
+
+@one_thread()
+def resample(wave: Tensor, source: int, target: int) -> Tensor:
+    """[n] at ``source`` Hz → [⌈n·target/source⌉] at ``target`` Hz, band-limited.
+
+    Hann-windowed sinc interpolation with torchaudio's default parameters (six zero crossings,
+    roll-off 0.99) and its result, with the kernel kept between calls. As a product of overlapping
+    windows it takes a third of a convolution's time and, unlike one, keeps nothing for each length.
+    """
+    if source == target:
+        return wave
+    kernel, reduced, ours, width = _resample_kernel(int(source), int(target))
+    padded = F.pad(wave, (width, width + reduced))
+    out = (padded.unfold(0, kernel.shape[-1], reduced) @ kernel[:, 0].T).reshape(-1)
+    return out[: math.ceil(ours * len(wave) / reduced)]
+
+
+@dataclass(frozen=True)
+class FbankConfig:
+    """kaldi's log-Mel filter banks; times in milliseconds.
+
+    ``dither`` is the standard deviation, of 16-bit steps, of noise added to the audio.
+    """
+
+    mels: int = 80
+    rate: int = RATE
+    frame_ms: float = 25.0
+    shift_ms: float = 10.0
+    dither: float = 0.0
+    low_hz: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.mels < 1 or self.rate < 1000 or not 0 < self.shift_ms <= self.frame_ms:
+            raise UserError("fbank: mels ≥ 1, rate ≥ 1000 and 0 < shift_ms ≤ frame_ms")
+        if self.dither < 0 or not 0 <= self.low_hz < self.rate / 2 or self.shift < 1:
+            raise UserError("fbank: dither ≥ 0, 0 ≤ low_hz < rate / 2 and a shift of ≥ 1 sample")
+
+    @property
+    def window(self) -> int:
+        """Samples of a frame."""
+        return int(self.rate * self.frame_ms * 0.001)
+
+    @property
+    def shift(self) -> int:
+        """Samples between frames."""
+        return int(self.rate * self.shift_ms * 0.001)
+
+    def frames(self, samples: int) -> int:
+        """Frames of so many samples: only whole windows count (kaldi's snip_edges)."""
+        return max(0, 1 + (samples - self.window) // self.shift)
+
+
+@one_thread()
+def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tensor:
+    """[n] in [-1, 1] → log-Mel energies [T, F] float32, kaldi-compatible (povey window).
+
+    ``out_TF`` gives memory for the result, for at least T frames.
+
+    A third of the time of torchaudio's kaldi.fbank, and closer to float64: pre-emphasis is done
+    once on the wave, x[n] − 0.97·x[n−1], and what a frame's own mean m adds to it, 0.03·m, is taken
+    off the frame. Its first sample, which has no neighbour, does not matter: the window is 0 there.
+    """
+    if len(wave) < cfg.window:
+        return torch.zeros(0, cfg.mels)
+    window, _ = _tables(cfg, "cpu")
+    if cfg.dither:
+        # From the audio itself: the same file has the same features, whoever computes them.
+        seeded = torch.Generator().manual_seed(zlib.crc32(wave.numpy().tobytes()))
+        wave = wave + cfg.dither / FULL_SCALE * torch.randn(len(wave), generator=seeded)
+    emphasised = torch.empty_like(wave)
+    emphasised[:1] = wave[:1]
+    torch.sub(wave[1:], wave[:-1], alpha=PREEMPHASIS, out=emphasised[1:])
+    means = wave.unfold(0, cfg.window, cfg.shift).mean(1, keepdim=True).mul_(1 - PREEMPHASIS)
+    frames = emphasised.unfold(0, cfg.window, cfg.shift)
+    if out_TF is None:
+        out_TF = torch.empty(len(frames), cfg.mels)
+    features = out_TF[: len(frames)]
+    scaled = window * FULL_SCALE
+    # Blocks that stay in the processor's cache.
+    padded = torch.zeros(min(len(frames), BLOCK), 1 << (cfg.window - 1).bit_length())
+    power = torch.empty(len(padded), padded.shape[1] // 2 + 1)
+    for first in range(0, len(frames), BLOCK):
+        count = min(BLOCK, len(frames) - first)
+        block = padded[:count, : cfg.window]
+        torch.sub(frames[first : first + count], means[first : first + count], out=block)
+        block.mul_(scaled)
+        squares = torch.view_as_real(torch.fft.rfft(padded[:count])).numpy()
+        np.square(squares, out=squares)
+        np.add(squares[..., 0], squares[..., 1], out=power.numpy()[:count])  # half of torch's time
+        for mels, bins, weights in _bands(cfg):
+            torch.mm(power[:count, bins], weights, out=features[first : first + count, mels])
+    return features.clamp_min_(LOG_FLOOR).log_()
+
+
+@lru_cache(maxsize=8)
+def _bands(cfg: FbankConfig) -> list[tuple[slice, slice, Tensor]]:
+    """The mel weights in four blocks (mels, bins, weights), which leave out most of the zeros."""
+    _, weights = _tables(cfg, "cpu")
+    edges = [round(share * cfg.mels) for share in (0, 0.4, 0.6, 0.8, 1)]
+    blocks = []
+    for first, last in pairwise(edges):
+        used = weights[:, first:last].sum(1).nonzero().flatten().tolist() or [0]
+        if last > first:
+            bins = slice(used[0], used[-1] + 1)
+            blocks.append((slice(first, last), bins, weights[bins, first:last].contiguous()))
+    return blocks
+
+
+@lru_cache(maxsize=8)
+def _tables(cfg: FbankConfig, device: str) -> tuple[Tensor, Tensor]:
+    """The povey window [w] and kaldi's triangular mel weights [bins of the FFT, F]."""
+    window = torch.hann_window(cfg.window, periodic=False, dtype=torch.float64).pow(0.85)
+    size = 1 << (cfg.window - 1).bit_length()
+
+    def mel(hertz):
+        return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
+
+    low, high = mel(cfg.low_hz), mel(cfg.rate / 2)
+    edges = low + (high - low) * torch.arange(cfg.mels + 2, dtype=torch.float64) / (cfg.mels + 1)
+    bins = mel(torch.arange(size // 2, dtype=torch.float64) * cfg.rate / size)[:, None]
+    up = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    down = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    weights = torch.minimum(up, down).clamp_min(0)
+    weights = F.pad(weights, (0, 0, 0, 1))  # kaldi leaves the Nyquist bin out
+    return window.float().to(device), weights.float().to(device)
+
+
+def fbank_batch(waves_BN: Tensor, lengths_B: Tensor, cfg: FbankConfig) -> tuple[Tensor, Tensor]:
+    """Padded waves [B, n] → log-Mel energies [B, T, F] (zero beyond an utterance), their lengths.
+
+    The same features as `fbank` to 1e-3, on the waves' device, in one pass. Raises `UserError` for
+    dither, which only `fbank` does.
+    """
+    if cfg.dither:
+        raise UserError("fbank.dither works only where workers compute the features")
+    window, weights = _tables(cfg, str(waves_BN.device))
+    lengths = torch.div(lengths_B - cfg.window, cfg.shift, rounding_mode="floor") + 1
+    lengths = lengths.clamp_min(0)
+    if waves_BN.shape[1] < cfg.window:
+        return waves_BN.new_zeros(len(waves_BN), 0, cfg.mels), lengths
+    waves = waves_BN * FULL_SCALE
+    means = waves.unfold(1, cfg.window, cfg.shift).mean(-1, keepdim=True)
+    emphasised = torch.cat((waves[:, :1], waves[:, 1:] - PREEMPHASIS * waves[:, :-1]), 1)
+    frames = emphasised.unfold(1, cfg.window, cfg.shift) - (1 - PREEMPHASIS) * means
+    size = 1 << (cfg.window - 1).bit_length()
+    squares = torch.view_as_real(torch.fft.rfft(frames * window, n=size)).square()
+    power = squares[..., 0] + squares[..., 1]
+    features = (power @ weights).clamp_min(LOG_FLOOR).log()
+    beyond = torch.arange(features.shape[1], device=lengths.device) >= lengths[:, None]
+    return features.masked_fill(beyond[..., None], 0.0), lengths
+
+
+class CmvnSums:
+    """Exact sums for the mean and variance of frames; add up over workers with `merge`."""
+
+    def __init__(self, mels: int):
+        self.count = 0
+        self.sum_F = np.zeros(mels)
+        self.square_F = np.zeros(mels)
+
+    def update(self, features_TF: Tensor) -> None:
+        values = features_TF.numpy().astype(np.float64)
+        self.count += len(values)
+        self.sum_F += values.sum(0)
+        self.square_F += np.square(values).sum(0)
+
+    def merge(self, other: CmvnSums) -> None:
+        self.count += other.count
+        self.sum_F += other.sum_F
+        self.square_F += other.square_F
+
+    def result(self) -> Cmvn:
+        """Raises `UserError` if no frame was counted."""
+        if not self.count:
+            raise UserError("no frames to take mean and variance of")
+        mean = self.sum_F / self.count
+        variance = np.maximum(self.square_F / self.count - mean**2, 1e-10)
+        return Cmvn(torch.from_numpy(mean), torch.from_numpy(np.sqrt(variance)), self.count)
+
+
+class Cmvn:
+    """Global mean and standard deviation per mel bin; ``apply`` normalises [.., F]."""
+
+    def __init__(self, mean_F: Tensor, std_F: Tensor, frames: int = 0):
+        self.mean_F, self.std_F, self.frames = mean_F.double(), std_F.double(), frames
+        self._shift, self._scale = self.mean_F.float(), (1.0 / self.std_F).float()
+
+    def apply(self, x_TF: Tensor) -> Tensor:
+        return (x_TF - self._shift.to(x_TF.device)) * self._scale.to(x_TF.device)
+
+    @classmethod
+    def accumulate(cls, features: Iterable[Tensor], mels: int) -> Cmvn:
+        """Of all frames of ``features`` ([T, F] each), in float64."""
+        sums = CmvnSums(mels)
+        for frames in features:
+            sums.update(frames)
+        return sums.result()
+
+    def save(self, path: str | Path) -> None:
+        values = {"version": 1, "frames": self.frames}
+        values |= {"mean": self.mean_F.tolist(), "std": self.std_F.tolist()}
+        atomic_write(path, json.dumps(values))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Cmvn:
+        """Raises `UserError` if the file is not one of ours."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            mean = torch.tensor(values["mean"], dtype=torch.float64)
+            std = torch.tensor(values["std"], dtype=torch.float64)
+            frames = int(values["frames"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is not a CMVN file ({error}): make it with tools/cmvn.py"
+            ) from None
+        finite = bool(mean.isfinite().all() and std.isfinite().all())
+        if mean.shape != std.shape or mean.dim() != 1 or not finite or not bool((std > 0).all()):
+            raise UserError(f"{path} is damaged: make it again with tools/cmvn.py")
+        return cls(mean, std, frames)

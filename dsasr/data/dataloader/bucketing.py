@@ -1,0 +1,380 @@
+"""Which samples make up which batch: a pure function of (seed, epoch, dataset), nothing else.
+
+The epoch's shards are permuted and taken in windows. A window's indexes are loaded (the next
+window's by a background thread), every sample's length after its augmentation draw is computed,
+the samples are bucketed by length, cut into batches under the budgets, and the batches shuffled.
+Neither the world size nor the number of workers enters, so a cursor (epoch, window, batch) and a
+count per dataset resume the run anywhere, on any number of ranks (`dsasr.data.dataloader.sampler`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsasr.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dsasr.data.shards.index import Entry, ShardIndex
+
+FRAMES_PER_SECOND = 100
+LEAST_PADDING_UP_TO = 2048  # samples of a window that is cut for least padding; 10 µs for each
+BATCH_COSTS = (0.15, 0.08, 0.04, 0.02)  # of a budget: the padding that one batch fewer is worth
+PADDING_GOAL = 0.027  # the highest cost that reaches it is taken, else the lowest
+
+Bad = tuple[str, str, str, str]  # cause, shard, key, detail
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What fits into one batch. Budgets count padding; 0 turns one off (not ``frames``).
+
+    ``tokens`` bounds the language model's positions: samples x (``prompt_tokens`` + speech +
+    transcript), speech at one token for ``frames_per_token`` feature frames, the transcript
+    estimated as characters x ``tokens_per_char`` (1 is an upper bound for most alphabets).
+    """
+
+    frames: int = 12_000  # 10 ms feature frames, padding included
+    tokens: int = 0
+    samples: int = 256
+    bucket: float = 0.02  # relative width of a length bucket: about half of it becomes padding
+    min_seconds: float = 0.1
+    max_seconds: float = 40.0
+    prompt_tokens: int = 40
+    frames_per_token: int = 16
+    tokens_per_char: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.samples < 1:
+            raise UserError("batch.frames and batch.samples must be at least 1")
+        if not 0 <= self.bucket <= 1:
+            raise UserError("batch.bucket must lie between 0 and 1 (0.02 is usual)")
+        if self.min_seconds < 0 or self.max_seconds <= self.min_seconds:
+            raise UserError("batch.max_seconds must be larger than batch.min_seconds, which is ≥ 0")
+        if self.frames_per_token < 1 or self.tokens_per_char <= 0 or self.prompt_tokens < 0:
+            raise UserError("batch.frames_per_token and batch.tokens_per_char must be positive")
+
+    def positions(self, frames: np.ndarray, chars: np.ndarray) -> np.ndarray:
+        """What samples take of the language model: prompt, speech, transcript and its end."""
+        speech = -(-frames // self.frames_per_token)
+        transcript = np.ceil(chars * self.tokens_per_char).astype(np.int64)
+        return self.prompt_tokens + speech.astype(np.int64) + transcript + 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream of the mixture: a dataset, or one language of it."""
+
+    name: str
+    shards: Sequence[str]  # URLs or paths; their basenames identify them
+    counts: np.ndarray | None = None  # samples of each shard where dataset.json tells
+    lang: str | None = None
+    weight: float = 1.0
+    reports: bool = True  # what is wrong with a shard; one part of those that share shards
+
+    def fingerprint(self) -> str:
+        """Identity of the shard list; independent of where the shards lie."""
+        digest = hashlib.blake2b(digest_size=8)
+        for shard in self.shards:
+            digest.update(shard.rsplit("/", 1)[-1].encode() + b"\n")
+        if self.counts is not None:
+            digest.update(np.asarray(self.counts, np.int64).tobytes())
+        digest.update((self.lang or "").encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One sample of a batch: where it lies, its randomness, and the frames the plan counted.
+
+    ``plain``: only without augmentation it is within the limits.
+    """
+
+    shard: str
+    entry: Entry
+    seed: int
+    frames: int
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One rank's batch, before any audio is read. Without samples: filler, or only ``bad``."""
+
+    number: int
+    epoch: int
+    dataset: str
+    seed: int
+    samples: tuple[PlannedSample, ...]
+    bad: tuple[Bad, ...] = ()
+
+    def describe(self) -> str:
+        keys = ", ".join(f"{s.entry.key} ({s.shard})" for s in self.samples)
+        return f"batch {self.number} of '{self.dataset}': {keys}"
+
+
+@dataclass
+class Window:
+    """A planned window: sample i of the batch order is row ``rows[i]`` of shard ``slots[i]``."""
+
+    shards: list[str]
+    indexes: list[ShardIndex]
+    slots: np.ndarray
+    rows: np.ndarray
+    seeds: np.ndarray
+    frames: np.ndarray
+    plain: np.ndarray
+    ranges: np.ndarray  # [batches, 2]: first and last+1 of each batch
+    bad: list[Bad] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        # A window whose samples were all dropped still reports them, in one batch without samples.
+        return max(len(self.ranges), int(bool(self.bad)))
+
+    def samples(self, batch: int) -> tuple[PlannedSample, ...]:
+        if batch >= len(self.ranges):
+            return ()
+        first, last = self.ranges[batch].tolist()
+        return tuple(
+            PlannedSample(self.shards[slot], self.indexes[slot].entry(row), seed, frames, plain)
+            for slot, row, seed, frames, plain in zip(
+                self.slots[first:last].tolist(),
+                self.rows[first:last].tolist(),
+                self.seeds[first:last].tolist(),
+                self.frames[first:last].tolist(),
+                self.plain[first:last].tolist(),
+                strict=True,
+            )
+        )
+
+
+def stable_hash(*parts: object) -> int:
+    """63 bits that depend on the parts' JSON only: the same in every process and release."""
+    text = json.dumps(parts, ensure_ascii=True).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """The splitmix64 finaliser (Steele, Lea and Flood 2014) of a uint64 array."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def sample_seeds(
+    seed: int, epoch: int, dataset: str, shard: str, keys: Sequence[str]
+) -> np.ndarray:
+    """One 63-bit seed for each key of a shard: from (seed, epoch, dataset, shard's name, key).
+
+    A sample's randomness depends on no other sample, so a bad neighbour changes nothing for it,
+    nor one that was left out of the index.
+    """
+    base = stable_hash("sample", seed, epoch, dataset, shard.rsplit("/", 1)[-1])
+    digests = (
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for key in keys
+    )
+    hashed = np.frombuffer(b"".join(digests), "<u8")
+    return splitmix64(np.uint64(base) ^ splitmix64(hashed)) >> np.uint64(1)
+
+
+def uniform(seeds: np.ndarray, salt: int) -> np.ndarray:
+    """One float64 in [0, 1) for each seed; different salts give independent draws."""
+    mixed = splitmix64(seeds ^ splitmix64(np.full(1, salt, np.uint64)))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (seconds, seeds) → augmented seconds
+
+
+def bucket_order(
+    frames: np.ndarray, chars: np.ndarray, width: float, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Order in which neighbours have similar length, and within a length bucket similar text.
+
+    Buckets are geometric, ``width`` wide, their edges shifted at random; texts run up in one
+    bucket and down in the next, so that a batch across an edge stays even. Text lengths are
+    jittered by a quarter so that short epochs do not repeat their batches.
+    """
+    shift = rng.random() if rng is not None else 0.0
+    if width > 0:
+        bins = np.floor(np.log(np.maximum(frames, 1)) / np.log1p(width) + shift).astype(np.int64)
+    else:
+        bins = frames.astype(np.int64)
+    texts = np.log1p(chars.astype(np.float64))
+    if rng is not None:
+        texts = texts + 0.25 * rng.random(len(texts))
+    return np.lexsort((np.where(bins & 1, -texts, texts), bins))
+
+
+def cut(frames: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """Ranges [batches, 2] of consecutive samples within every budget.
+
+    Small windows, whose few batches span wide ranges of length, are cut where padding is least
+    (`_cut_least`); large ones greedily, as long as the budgets allow.
+    """
+    tokens = config.positions(frames, chars)
+    ranges: list[tuple[int, int]] = []
+    if len(frames) > LEAST_PADDING_UP_TO:
+        ranges = _cut_greedily(frames, tokens, config)
+    elif len(frames):
+        spans = _spans(frames, tokens, config)
+        for cost in BATCH_COSTS:
+            ranges = _cut_least(spans, cost * config.frames)
+            padded = sum((last - first) * frames[first:last].max() for first, last in ranges)
+            if frames.sum() >= (1 - PADDING_GOAL) * padded:
+                break
+    return np.asarray(ranges, np.int64).reshape(-1, 2)
+
+
+def _cut_greedily(
+    frames: np.ndarray, tokens: np.ndarray, config: BatchConfig
+) -> list[tuple[int, int]]:
+    budget = config.tokens or np.iinfo(np.int64).max
+    ranges: list[tuple[int, int]] = []
+    first = widest = longest = 0
+    for i, (f, t) in enumerate(zip(frames.tolist(), tokens.tolist(), strict=True)):
+        wide, long, count = max(widest, f), max(longest, t), i - first + 1
+        over = count * wide > config.frames or count * long > budget or count > config.samples
+        if over and i > first:
+            ranges.append((first, i))
+            first, wide, long = i, f, t
+        widest, longest = wide, long
+    if len(frames):
+        ranges.append((first, len(frames)))
+    return ranges
+
+
+def _spans(frames: np.ndarray, tokens: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """[N, most] padded frames of the batch from sample i − most + 1 + j to sample i; inf: too much.
+
+    One sample alone always fits. What starts before the first sample counts as if it were there.
+    """
+    count = len(frames)
+    most = min(config.samples, count, max(config.frames // max(int(frames.min()), 1), 1))
+    sizes = np.arange(most, 0, -1)
+
+    def padded(lengths: np.ndarray) -> np.ndarray:
+        rows = np.lib.stride_tricks.sliding_window_view(np.pad(lengths, (most - 1, 0)), most)
+        return np.maximum.accumulate(rows[:, ::-1], axis=1)[:, ::-1] * sizes
+
+    spans = padded(frames).astype(np.float64)
+    over = spans > config.frames
+    if config.tokens:
+        over |= padded(tokens) > config.tokens
+    over[:, -1] = False
+    spans[over] = np.inf
+    return spans
+
+
+def _cut_least(spans: np.ndarray, cost: float) -> list[tuple[int, int]]:
+    """The cut of least (padded frames + ``cost`` for each batch): a shortest path."""
+    count, most = spans.shape
+    price = np.full(most + count, np.inf)  # of what ends before sample i: at i + most − 1
+    price[most - 1] = 0.0
+    origin = []
+    for i in range(count):
+        offers = price[i : i + most] + spans[i]
+        offers += cost
+        best = int(offers.argmin())
+        price[i + most] = offers[best]
+        origin.append(i - most + 1 + best)
+    ranges, last = [], count
+    while last:
+        ranges.append((origin[last - 1], last))
+        last = origin[last - 1]
+    return ranges[::-1]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What shapes the plan besides the data; part of the state's identity."""
+
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    seed: int = 0
+    shuffle: bool = True
+    epochs: int = 0  # 0: endless
+    window: int = 16  # shards, at least
+    window_samples: int = 8192  # samples, at least, where dataset.json tells the counts
+
+
+def limits(seconds: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """0 where a sample is usable, else a key of `VERDICTS`."""
+    frames = np.ceil(seconds * FRAMES_PER_SECOND)
+    verdict = np.zeros(len(seconds), np.int8)
+    verdict[frames > config.frames] = 3
+    if config.tokens:
+        verdict[config.positions(frames, chars) > config.tokens] = 3
+    verdict[seconds > config.max_seconds] = 2
+    verdict[seconds < config.min_seconds] = 1
+    verdict[seconds <= 0] = 4
+    return verdict
+
+
+VERDICTS = {1: "too_short", 2: "too_long", 3: "over_budget", 4: "no_duration"}
+
+
+def plan_window(
+    part: Part,
+    epoch: int,
+    number: int,
+    shards: list[str],
+    indexes: list[ShardIndex],
+    config: PlanConfig,
+    lengths: Lengths | None,
+) -> Window:
+    """Plan one window from its shards' indexes. Pure."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    bad: list[Bad] = []
+    for slot, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
+        keep = np.arange(len(index))
+        if part.lang is not None:
+            keep = np.flatnonzero(index.lang_mask(part.lang))
+        seeds = sample_seeds(config.seed, epoch, part.name, shard, index.keys)[keep]
+        chars = index.chars[keep].astype(np.int64)
+        seconds = index.durations[keep].astype(np.float64)
+        verdict = limits(seconds, chars, config.batch)
+        plain = np.zeros(len(keep), bool)
+        if lengths is not None:
+            # Augmentation that would break a limit is left out, rather than the sample.
+            longer = lengths(seconds, seeds)
+            plain = limits(longer, chars, config.batch) != 0
+            seconds = np.where(plain, seconds, longer)
+        if part.reports:
+            bad += [(b.cause, shard, b.key, b.detail) for b in index.bad]
+        for i in np.flatnonzero(verdict).tolist():
+            entry = index.entry(int(keep[i]))
+            detail = f"{entry.duration:.2f} s, {entry.chars} characters"
+            bad.append((VERDICTS[int(verdict[i])], shard, entry.key, detail))
+        frames = np.ceil(seconds * FRAMES_PER_SECOND).astype(np.int64)
+        good = verdict == 0
+        slots = np.full(len(keep), slot)
+        columns.append(tuple(c[good] for c in (slots, keep, seeds, frames, plain, chars)))
+    slots_n, rows_n, seeds_n, frames_n, plain_n, chars_n = map(
+        np.concatenate, zip(*columns, strict=True)
+    )
+    rng = None
+    if config.shuffle:
+        rng = np.random.default_rng(stable_hash("window", config.seed, part.name, epoch, number))
+    order = bucket_order(frames_n, chars_n, config.batch.bucket, rng)
+    ranges = cut(frames_n[order], chars_n[order], config.batch)
+    if rng is not None:
+        rng.shuffle(ranges)
+    return Window(
+        shards=shards,
+        indexes=indexes,
+        slots=slots_n[order].astype(np.int32),
+        rows=rows_n[order].astype(np.int32),
+        seeds=seeds_n[order],
+        frames=frames_n[order],
+        plain=plain_n[order],
+        ranges=ranges,
+        bad=bad,
+    )

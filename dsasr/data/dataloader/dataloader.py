@@ -1,0 +1,311 @@
+"""The stream: datasets in, one rank's batches out, exactly once, resumable, on any world size.
+
+    stream = Stream(config, datasets=…, text=…, seed=…, rank=…, world=…, state=None)
+    for batch in stream:
+        …                      # batch.state resumes behind this batch's step
+
+The plan (`bucketing`) says what each batch holds; worker processes make the batches
+(`collate`) and hand them over in order (`workers`). All randomness comes from
+the plan, so the batches are the same for any number of workers, and after a worker was killed.
+
+Batches without utterances (no rows; weight 0) come in three ways, all counted on and tested:
+the last step of a finite stream is filled up with them, so that all ranks make the same number of
+steps; all samples of a batch may turn out bad; a window may have no usable sample, and then its one
+batch only reports the bad ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from dsasr.data.audio.augment import RECORDED, AugmentConfig
+from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.batch import Batch
+from dsasr.data.dataloader.augment_params import planned_seconds
+from dsasr.data.dataloader.bucketing import Bad, BatchConfig, Part, PlanConfig, Task
+from dsasr.data.dataloader.collate import Maker, TextEncoder
+from dsasr.data.dataloader.sampler import Planner
+from dsasr.data.dataloader.workers import Payload, WorkerPool, run_here
+from dsasr.data.shards.storage import SourceConfig, Sources
+from dsasr.data.shards.urls import ShardList
+from dsasr.utils.errors import UserError
+
+VOICES = 16  # utterances of the first dataset that babble is cut from
+RECORDINGS = 256  # of the noise shards together, at most
+NOISE_SECONDS = 10.0  # of each recording: 164 MB for all, shared by a rank's workers
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of the mixture.
+
+    ``shards``: a folder with dataset.json, a tar, a glob or brace pattern, or a list of these.
+    ``weight``: its share of the batches, relative to the other datasets'. ``lang``: only this one.
+    """
+
+    name: str
+    shards: str | tuple[str, ...]
+    weight: float = 1.0
+    lang: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise UserError(f"the weight of dataset '{self.name}' must be positive")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How data is read. Per stage or for the whole run."""
+
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    workers: int = 1  # processes; 0 makes batches in the training process
+    prefetch: int = 3  # batches in the making, per worker
+    window: int = 16  # shards shuffled together, at least
+    window_samples: int = 8192  # samples shuffled together, at least, where dataset.json tells
+    shuffle: bool = True
+    temperature: float | None = None  # languages weigh hours^(1/T) instead of as they lie
+    features: Literal["worker", "device"] = "worker"  # where fbank is computed
+    # Shards of noise, for augment.kinds "recorded": one set, several, or each with its weight.
+    noise: str | tuple[str, ...] | dict[str, float] | None = None
+    source: SourceConfig = field(default_factory=SourceConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.prefetch < 1:
+            raise UserError("stream.workers must be ≥ 0 and stream.prefetch ≥ 1")
+        if self.window < 1 or self.window_samples < 1:
+            raise UserError("stream.window and stream.window_samples must be ≥ 1")
+        if self.temperature is not None and self.temperature < 1:
+            raise UserError("stream.temperature must be ≥ 1 (1: in proportion to the hours)")
+        if any(weight <= 0 for weight in self.noise_weights.values()):
+            raise UserError("the weights of stream.noise must be positive")
+
+    @property
+    def noise_weights(self) -> dict[str, float]:
+        """Each set of noise shards with its weight."""
+        if isinstance(self.noise, dict):
+            return self.noise
+        return dict.fromkeys(
+            (self.noise,) if isinstance(self.noise, str) else self.noise or (), 1.0
+        )
+
+
+def make_parts(
+    datasets: Sequence[DatasetConfig],
+    sources: Sources,
+    temperature: float | None = None,
+) -> list[Part]:
+    """The mixture's parts: one for each dataset, or with a temperature T one for each language.
+
+    A language's share of its dataset's weight is hours^(1/T) over the languages' sum (Arivazhagan
+    et al. 2019, arXiv 1907.05019). Raises `UserError` for missing shards or an unknown language.
+    """
+    parts = []
+    for dataset in datasets:
+        found = sources.resolve(dataset.shards)
+        if dataset.lang is not None and found.langs and dataset.lang not in found.langs:
+            known = ", ".join(sorted(found.langs))
+            raise UserError(f"dataset '{dataset.name}' has no '{dataset.lang}', only {known}")
+        if temperature is None or dataset.lang is not None:
+            parts.append(_part(dataset.name, found, dataset.lang, dataset.weight))
+            continue
+        if not found.langs:
+            raise UserError(
+                f"stream.temperature needs the hours of each language: pack '{dataset.name}' with "
+                "tools/make_shards.py, which writes them into dataset.json"
+            )
+        shares = {lang: hours ** (1 / temperature) for lang, hours in found.langs.items() if hours}
+        total = sum(shares.values())
+        for number, (lang, share) in enumerate(sorted(shares.items())):
+            name, weight = f"{dataset.name}/{lang}", dataset.weight * share / total
+            parts.append(_part(name, found, lang, weight, reports=not number))
+    return parts
+
+
+def _part(
+    name: str, found: ShardList, lang: str | None, weight: float, reports: bool = True
+) -> Part:
+    return Part(name, found.shards, found.counts, lang, weight, reports)
+
+
+class Stream(Iterator[Batch]):
+    """One rank's batches. Iterate; ``state()`` is the cursor behind the last batch delivered.
+
+    ``purpose="train"``: endless, shuffled, augmented. ``purpose="eval"``: one epoch, in order of
+    length, not augmented. ``epochs`` overrides how often a stream goes over the data (0: endless).
+    With ``features="device"`` fbank runs on ``device`` in this process and the batch's features
+    lie there. All ranks must pass the same arguments except ``rank``.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        *,
+        datasets: Sequence[DatasetConfig],
+        text: TextEncoder | None = None,
+        fbank: FbankConfig | None = None,
+        cmvn: Cmvn | None = None,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        state: Mapping[str, Any] | None = None,
+        purpose: Literal["train", "eval"] = "train",
+        epochs: int | None = None,
+        device: torch.device | str = "cpu",
+        parts: Sequence[Part] | None = None,
+    ) -> None:
+        train = purpose == "train"
+        self.config, self.device = config, torch.device(device)
+        augment = augment if train else None
+        sources = Sources(config.source)
+        self.maker = Maker(
+            sources=sources,
+            fbank=fbank or FbankConfig(),
+            cmvn=cmvn,
+            augment=augment,
+            text=text or TextEncoder(),
+            max_seconds=config.batch.max_seconds,
+            waves=config.features == "device",
+        )
+        if parts is None:
+            parts = make_parts(datasets, sources, config.temperature)
+        self.bad_noise: list[Bad] = []
+        if augment is not None and augment.noise_share:
+            self._load_noise(augment, parts, sources)
+        plan = PlanConfig(
+            batch=config.batch,
+            seed=seed,
+            shuffle=config.shuffle and train,
+            epochs=(0 if train else 1) if epochs is None else epochs,
+            window=config.window,
+            window_samples=config.window_samples,
+        )
+        self.pool = self._workers()
+        self.planner = Planner(
+            parts,
+            plan,
+            self.maker.load_index,
+            rank=rank,
+            world=world,
+            lengths=None if augment is None else planned_seconds(augment),
+            state=dict(state) if state is not None else None,
+        )
+        self.pending: deque[tuple[Task, dict]] = deque()
+        self.cursor = self.planner.state()
+        self.ended = self.closed = False
+
+    def _load_noise(self, augment: AugmentConfig, parts: Sequence[Part], sources: Sources) -> None:
+        """What noise is made from; read once, before the workers fork, and shared by them."""
+        if "babble" in augment.kinds:
+            # What is bad among these is told when its turn comes.
+            self.maker.voices, _ = self.maker.waves_of(parts[0].shards, VOICES)
+        if RECORDED not in augment.kinds:
+            return
+        weights = self.config.noise_weights
+        if not weights:
+            raise UserError(
+                'augment.kinds names "recorded": say where with stream.noise=FOLDER_OF_SHARDS'
+            )
+        # One recording is as likely as another, so a set's weight is its number of places.
+        places: list[torch.Tensor] = []
+        for name, weight in weights.items():
+            count = max(1, round(RECORDINGS * weight / sum(weights.values())))
+            waves, bad = self.maker.waves_of(sources.resolve(name).shards, count, NOISE_SECONDS)
+            if not waves:
+                raise UserError(f"stream.noise: {name} holds no usable recording")
+            self.bad_noise += bad
+            places += (waves * -(-count // len(waves)))[:count] if len(weights) > 1 else waves
+        self.maker.recorded = places
+
+    def _workers(self) -> WorkerPool | None:
+        # Started before the planner's thread exists: a fork copies no other thread's locks.
+        if not self.config.workers:
+            return None
+        frames = self.config.batch.frames
+        floats = frames * (160 if self.config.features == "device" else self.maker.fbank.mels)
+        slot = 4 * floats + (floats // 4) + (2 << 20)
+        return WorkerPool(self.maker.make, self.config.workers, self.config.prefetch, slot)
+
+    def __next__(self) -> Batch:
+        if self.closed:
+            raise StopIteration
+        started = time.perf_counter()
+        self._fill()
+        if not self.pending:
+            raise StopIteration
+        depth = self.pool.ready if self.pool else 0
+        task, state = self.pending.popleft()
+        payload = self.pool.take() if self.pool else run_here(self.maker.make, task)
+        batch = self._batch(task, state, payload)
+        batch.stats["wait_s"] = time.perf_counter() - started
+        batch.stats["queue"] = depth
+        self.cursor = state
+        # The next task leaves now, so that no worker idles while this batch is consumed.
+        self._fill()
+        return batch
+
+    def _fill(self) -> None:
+        room = self.pool.room if self.pool else 1 - len(self.pending)
+        while room > 0 and not self.ended:
+            task = self.planner.step()
+            if task is None:
+                self.ended = True
+                return
+            self.pending.append((task, self.planner.state()))
+            if self.pool:
+                self.pool.submit(replace(task, bad=()))  # tasks stay small
+            room -= 1
+
+    def _batch(self, task: Task, state: dict, payload: Payload) -> Batch:
+        made = payload.rest
+        features, lengths = payload.array, torch.from_numpy(made.lengths)
+        if self.config.features == "device":
+            features, lengths = self.maker.finish(features, lengths, self.device)
+        return Batch(
+            features_BTF=features,
+            feature_lengths_B=lengths,
+            phonemes_BP=torch.from_numpy(made.phonemes),
+            phoneme_lengths_B=torch.from_numpy(made.phoneme_lengths),
+            tokens_BU=torch.from_numpy(made.tokens),
+            token_lengths_B=torch.from_numpy(made.token_lengths),
+            keys=made.keys,
+            shards=made.shards,
+            texts=made.texts,
+            langs=made.langs,
+            speakers=made.speakers,
+            durations=made.durations,
+            seed=task.seed,
+            epoch=task.epoch,
+            number=task.number,
+            state=state,
+            bad=task.bad + made.bad + (() if task.number else tuple(self.bad_noise)),
+            stats=made.stats,
+        )
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def state(self) -> dict:
+        """The cursor behind the step of the last delivered batch; equal on all ranks."""
+        return self.cursor
+
+    def close(self) -> None:
+        """Stop the workers and the planner's thread."""
+        if not self.closed:
+            self.closed = True
+            if self.pool:
+                self.pool.close()
+            self.planner.close()
+            self.maker.sources.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,395 @@
+"""Where shards lie: local and shared file systems, http(s), s3; a local cache of limited size.
+
+Names are resolved once (globs, braces, dataset folders); bytes are read by range, with time-outs,
+retries and back-off, and what stays unreadable is a `SourceError` that names the URL, the attempts
+and the cause. A network that fails is never a bad sample: dropping what was not read would be a
+silent loss, so the run stops instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import http.client
+import json
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dsasr.data.shards.urls import ShardList, expand_braces, is_pipe, is_remote, joined
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_path
+
+T = TypeVar("T")
+Span = tuple[int, int]  # offset, size
+CHUNK = 1 << 20
+GAP = 8192  # bytes between two members of a remote shard that are cheaper read than skipped
+OPEN_FILES = 64
+STALE = 3600.0  # seconds without a byte after which a part of a download is removed
+CHECKED = 1024  # local shards of a list whose existence is checked at start-up
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """How shards are reached. ``cache_gb`` > 0 keeps whole remote shards in ``cache``."""
+
+    cache: str = ""  # folder; default: $XDG_CACHE_HOME/dsasr or ~/.cache/dsasr
+    cache_gb: float = 0.0
+    timeout: float = 20.0  # seconds without a byte
+    attempts: int = 5
+    backoff: float = 0.5  # seconds before the second attempt; doubles
+    allow_pipe: bool = False  # run the shell commands of pipe: URLs
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.timeout <= 0 or self.backoff < 0 or self.cache_gb < 0:
+            raise UserError("source: attempts ≥ 1, timeout > 0, backoff ≥ 0 and cache_gb ≥ 0")
+
+    def folder(self) -> Path:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(self.cache or os.path.join(base, "dsasr"))
+
+
+class SourceError(Exception):
+    """A shard that could not be read: ``url``, ``attempts`` made, ``cause`` of the last one."""
+
+    def __init__(self, url: str, attempts: int, cause: str) -> None:
+        super().__init__(url, attempts, cause)
+        self.url, self.attempts, self.cause = url, attempts, cause
+
+    def __str__(self) -> str:
+        times = f"{self.attempts} attempt{'s' if self.attempts != 1 else ''}"
+        return f"cannot read {self.url} after {times}: {self.cause}"
+
+
+class Missing(Exception):
+    """The source answered that the thing does not exist."""
+
+
+class Truncated(Exception):
+    """A read past the end of a shard that is shorter than its index says."""
+
+
+class Sources:
+    """Reads names, files and ranges. One instance for each process that reads."""
+
+    def __init__(self, config: SourceConfig | None = None) -> None:
+        self.config = config or SourceConfig()
+        self.files: OrderedDict[str, int] = OrderedDict()
+        self.owner = os.getpid()
+        self.systems: dict[str, Any] = {}
+        self.bytes = 0
+
+    def resolve(self, spec: str | Sequence[str]) -> ShardList:
+        """Shards of a dataset folder, ``dataset.json``, tar, glob or brace pattern, or of a list.
+
+        Raises `UserError` where nothing is found, a shard is missing or named twice.
+        """
+        if not isinstance(spec, str):
+            lists = [self.resolve(one) for one in spec]
+            return joined(lists)
+        spec = spec.removeprefix("file://")
+        if is_pipe(spec):
+            self._check_pipe(spec)
+            return ShardList(list(expand_braces(spec)))
+        if spec.endswith("dataset.json") or (not is_remote(spec) and os.path.isdir(spec)):
+            return self._from_dataset(spec)
+        if is_remote(spec) and spec.endswith("/"):
+            return self._from_dataset(spec)
+        found: list[str] = []
+        for name in expand_braces(spec):
+            if not is_remote(name) and glob.has_magic(name):
+                matches = sorted(glob.glob(name))
+                if not matches:
+                    raise UserError(f"no shard matches '{name}'")
+                found += matches
+            else:
+                found.append(name)
+        local = [name for name in found if not is_remote(name)]
+        for name in local[:: max(1, len(local) // CHECKED)]:
+            if not os.path.isfile(name):
+                raise UserError(f"there is no shard '{name}': check the path in the recipe")
+        if len(set(found)) < len(found):
+            raise UserError(f"'{spec}' names a shard twice")
+        return ShardList(found)
+
+    def _from_dataset(self, spec: str) -> ShardList:
+        path = spec if spec.endswith("dataset.json") else spec.rstrip("/") + "/dataset.json"
+        root = path[: -len("dataset.json")]
+        try:
+            data = json.loads(self.whole(path))
+            names = [shard["name"] for shard in data["shards"]]
+            counts = np.array([shard["samples"] for shard in data["shards"]], np.int32)
+            langs = {lang: float(v["hours"]) for lang, v in data.get("langs", {}).items()}
+            hours = float(data["hours"])
+        except Missing:
+            raise UserError(
+                f"'{spec}' has no dataset.json: pack it with tools/make_shards.py, or name tars"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a dataset.json: {error!r}") from None
+        if any("/" in name or not name.endswith(".tar") for name in names):
+            raise UserError(f"{path} names shards that are not plain *.tar files beside it")
+        return ShardList([root + name for name in names], counts, hours, langs)
+
+    def whole(self, url: str) -> bytes:
+        """A file's content. Raises `Missing` or `SourceError`."""
+        if is_remote(url):
+            return self._retry(url, lambda: self._fetch(url, None, None))
+        try:
+            data = Path(url.removeprefix("file://")).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise Missing(url) from None
+        except OSError as error:
+            raise SourceError(url, 1, str(error)) from None
+        self.bytes += len(data)
+        return data
+
+    def read(self, url: str, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset``. Raises `Truncated` where the shard ends before."""
+        try:
+            if is_remote(url) and not self.config.cache_gb:
+                data = self._retry(url, lambda: self._fetch(url, offset, size))
+            else:
+                data = self.with_local(url, lambda path: self._pread(path, offset, size))
+        except Missing:
+            raise SourceError(url, 1, "it does not exist") from None
+        self.bytes += len(data)
+        if len(data) < size:
+            raise Truncated(f"{len(data)} of {size} bytes at {offset}")
+        return data
+
+    def read_both(self, url: str, one: Span, two: Span) -> tuple[bytes, bytes]:
+        """Two (offset, size) of a shard: in one request where they lie near and it is remote."""
+        first, last = min(one[0], two[0]), max(sum(one), sum(two))
+        distant = is_remote(url) and not self.config.cache_gb
+        if not distant or last - first > one[1] + two[1] + GAP:
+            return self.read(url, *one), self.read(url, *two)
+        data = self.read(url, first, last - first)
+        return tuple(data[at - first : at - first + size] for at, size in (one, two))
+
+    def with_local(self, url: str, act: Callable[[str], T]) -> T:
+        """``act`` on a local file with the whole shard; remote ones are downloaded into the cache.
+
+        Other processes may evict it before ``act`` has opened it: then it is downloaded again.
+        Raises `Missing` or `SourceError`.
+        """
+        cached = is_remote(url) or is_pipe(url)
+
+        def attempt() -> T:
+            try:
+                return act(self._cached(url) if cached else url.removeprefix("file://"))
+            except FileNotFoundError:
+                if not cached:
+                    raise
+                raise OSError("it left the cache at once: raise source.cache_gb") from None
+
+        return self._retry(url, attempt)
+
+    def close(self) -> None:
+        for handle in self.files.values():
+            os.close(handle)
+        self.files.clear()
+
+    def _check_pipe(self, url: str) -> None:
+        if not self.config.allow_pipe:
+            raise UserError(
+                f"'{url}' would run a shell command: set source.allow_pipe=true if that is meant"
+            )
+
+    def _pread(self, path: str, offset: int, size: int) -> bytes:
+        handle = self.files.get(path)
+        if handle is None:
+            handle = os.open(path, os.O_RDONLY)
+            self.files[path] = handle
+            while len(self.files) > OPEN_FILES:
+                os.close(self.files.popitem(last=False)[1])
+        else:
+            self.files.move_to_end(path)
+        try:
+            data = os.pread(handle, size, offset)
+            while len(data) < size:  # a signal or a network file system may cut a read short
+                more = os.pread(handle, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+            return data
+        except OSError:
+            os.close(self.files.pop(path))  # a stale handle: the next attempt opens anew
+            raise
+
+    def _retry(self, url: str, act: Callable[[], T]) -> T:
+        cause = ""
+        for attempt in range(self.config.attempts):
+            if attempt:
+                time.sleep(min(self.config.backoff * 2 ** (attempt - 1), 30.0))
+            try:
+                return act()
+            except (Missing, UserError):
+                raise
+            except urllib.error.HTTPError as error:
+                error.close()
+                if error.code in (404, 410):
+                    raise Missing(url) from None
+                cause = f"HTTP {error.code} {error.reason}"
+                if error.code in (400, 401, 403, 405):
+                    raise SourceError(url, attempt + 1, cause) from None
+            except FileNotFoundError:
+                raise Missing(url) from None
+            except (OSError, http.client.HTTPException, EOFError) as error:
+                cause = f"{type(error).__name__}: {error}"
+        raise SourceError(url, self.config.attempts, cause)
+
+    def _fetch(self, url: str, offset: int | None, size: int | None) -> bytes:
+        pieces = []
+        with contextlib.closing(self._stream(url, offset, size)) as stream:
+            for piece in stream:
+                pieces.append(piece)
+        return b"".join(pieces)
+
+    def _stream(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
+        """The body of a file or range, in pieces; raises EOFError if it ends early."""
+        if url.startswith(("http://", "https://")):
+            yield from self._http(url, offset, size)
+            return
+        system = self._system(url)
+        try:
+            if offset is None:
+                with system.open(url, "rb") as file:
+                    while piece := file.read(CHUNK):
+                        yield piece
+            else:
+                yield system.cat_file(url, start=offset, end=offset + size)
+        except OSError as error:
+            past = error.errno == errno.EINVAL and "range" in str(error).lower()
+            if offset is None or not past:  # else S3's word for a range behind the object's end
+                raise
+        except Exception as error:  # each of fsspec's packages has errors of its own
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def _http(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
+        request = urllib.request.Request(url)
+        if offset is not None:
+            request.add_header("Range", f"bytes={offset}-{offset + size - 1}")
+        try:
+            response = urllib.request.urlopen(request, timeout=self.config.timeout)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # the range starts past the end
+                error.close()
+                return
+            raise
+        with response:
+            if offset is not None and response.status != 206:
+                raise UserError(
+                    f"{url} cannot be read by range (HTTP {response.status}): set source.cache_gb"
+                )
+            expected = response.headers.get("Content-Length")
+            got = 0
+            while piece := response.read(CHUNK):
+                got += len(piece)
+                yield piece
+            if expected is not None and got < int(expected):
+                raise EOFError(f"connection closed after {got} of {expected} bytes")
+
+    def _system(self, url: str) -> Any:
+        """fsspec's file system of a URL's protocol."""
+        protocol = url.split("://", 1)[0]
+        if self.owner != os.getpid():  # a fork copied the connections, but not their threads
+            self.owner, self.systems = os.getpid(), {}
+        if protocol not in self.systems:
+            try:
+                import fsspec
+
+                # Instances are not shared: a parent's may lie in fsspec's own cache after a fork.
+                options: dict[str, Any] = {"skip_instance_cache": True}
+                if protocol in ("s3", "s3a"):
+                    wait = {"read_timeout": self.config.timeout, "connect_timeout": 10}
+                    options["config_kwargs"] = wait | {"retries": {"max_attempts": 1}}
+                self.systems[protocol] = fsspec.filesystem(protocol, **options)
+            except (ImportError, ValueError) as error:
+                raise UserError(f"{protocol}:// needs another package: {error}") from None
+        return self.systems[protocol]
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where whole shards are kept."""
+        return self.config.folder() / "shards"
+
+    def _cached(self, url: str) -> str:
+        folder = self.cache_folder
+        name = hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar"
+        path = folder / name
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / f".{name}.lock"):
+                if not path.is_file():
+                    self._retry(url, lambda: self._download(url, path))
+            self._evict(folder, keep=path)
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return str(path)
+
+    def _download(self, url: str, path: Path) -> None:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            if is_pipe(url):
+                self._check_pipe(url)
+                command = url.removeprefix("pipe:")
+                done = subprocess.run(command, shell=True, stdout=file, check=False)
+                if done.returncode:
+                    raise OSError(f"the command ended with {done.returncode}")
+            else:
+                with contextlib.closing(self._stream(url, None, None)) as stream:
+                    for piece in stream:
+                        file.write(piece)
+                        self.bytes += len(piece)
+
+    def _evict(self, folder: Path, keep: Path) -> None:
+        """Remove the longest unused shards above the limit. Open ones stay readable."""
+        limit = self.config.cache_gb * 1e9
+        if limit <= 0:
+            return
+        lock = folder / ".evict.lock"
+        with _locked(lock):
+            os.utime(lock)
+            now = lock.stat().st_mtime  # by the file system's clock, as the others
+            for torn in folder.glob(".*.tmp"):  # a download's, or of one that was killed
+                with contextlib.suppress(OSError):
+                    if torn.stat().st_mtime < now - STALE:
+                        torn.unlink()
+            held = []
+            for path in folder.glob("*.tar"):
+                with contextlib.suppress(OSError):
+                    stat = path.stat()
+                    held.append((stat.st_mtime_ns, stat.st_size, path))
+            total = sum(size for _, size, _ in held)
+            for _, size, path in sorted(held):
+                if total <= limit:
+                    break
+                if path != keep:
+                    path.unlink(missing_ok=True)
+                    (folder / f".{path.name}.lock").unlink(missing_ok=True)
+                    total -= size
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Closing is not enough: a worker forked meanwhile would hold its copy locked as it lives.
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)

@@ -1,0 +1,73 @@
+"""Names of shards: what is remote, what braces stand for, what a dataset's list holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dsasr.utils.errors import UserError
+
+
+@lru_cache(maxsize=4096)
+def is_remote(url: str) -> bool:
+    return bool(re.match(r"[a-z][a-z0-9+]*://", url)) and not url.startswith("file://")
+
+
+def is_pipe(url: str) -> bool:
+    return url.startswith("pipe:")
+
+
+def expand_braces(text: str) -> Iterator[str]:
+    """``a-{000..002}-{x,y}`` → a-000-x, a-000-y, a-001-x, …; ranges keep their zero padding."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if not match:
+        yield text
+        return
+    head, body, tail = text[: match.start()], match.group(1), text[match.end() :]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+    if span:
+        low, high = int(span[1]), int(span[2])
+        if high < low:
+            raise UserError(f"the range {{{body}}} in '{text}' runs backwards")
+        width = len(span[1]) if span[1].startswith("0") else 0
+        choices: Iterator[str] = (str(i).zfill(width) for i in range(low, high + 1))
+    elif "," in body:
+        choices = iter(body.split(","))
+    else:
+        raise UserError(f"'{{{body}}}' in '{text}' is neither a range (000..009) nor a list (a,b)")
+    for choice in choices:
+        yield from expand_braces(head + choice + tail)
+
+
+@dataclass(frozen=True)
+class ShardList:
+    """A dataset's shards and what its ``dataset.json`` says about them, if it has one."""
+
+    shards: list[str]
+    counts: np.ndarray | None = None  # samples of each
+    hours: float | None = None
+    langs: dict[str, float] | None = None  # hours
+
+
+def joined(lists: Sequence[ShardList]) -> ShardList:
+    """Several lists as one dataset. Raises `UserError` where two shards have the same name."""
+    shards = [shard for one in lists for shard in one.shards]
+    names = [shard.rsplit("/", 1)[-1] for shard in shards]
+    if len(set(shards)) < len(shards):
+        raise UserError("a dataset names the same shard twice")
+    if len(set(names)) < len(names) and len(lists) > 1:
+        raise UserError(
+            "two shards of a dataset have the same file name: make them two datasets of the mixture"
+        )
+    if any(one.counts is None for one in lists):
+        return ShardList(shards)
+    langs: dict[str, float] = {}
+    for one in lists:
+        for lang, hours in (one.langs or {}).items():
+            langs[lang] = langs.get(lang, 0.0) + hours
+    counts = np.concatenate([one.counts for one in lists])
+    return ShardList(shards, counts, sum(one.hours for one in lists), langs)

@@ -1,0 +1,142 @@
+"""Writes shards, their indexes and ``dataset.json``, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsasr.data.shards.index import EXTENSIONS, VERSION, ShardIndex, build_index, index_path
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_path, atomic_write
+
+DATASET = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sample to be written: ``audio`` bytes as they are, ``values`` for the json member."""
+
+    key: str
+    extension: str
+    audio: bytes
+    values: dict[str, Any]
+
+
+def write_tar(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
+    """Write a WebDataset tar, whole or not at all; the same samples give the same bytes.
+
+    Raises `UserError` for samples that no reader could use: an odd or repeated key, no text.
+    """
+    # Here, because it imports torch, which those who only read need not wait for.
+    from webdataset import TarWriter
+
+    # No time and no user of the machine: the same samples give the same bytes.
+    named = {"user": "dsasr", "group": "dsasr", "mode": 0o644, "mtime": 0}
+    with atomic_path(path) as temporary:
+        with (
+            open(temporary, "wb") as file,
+            TarWriter(file, encoder=False, format="PAX_FORMAT", **named) as tar,
+        ):
+            for sample in samples:
+                if sample.key != key_of(sample.key):
+                    raise UserError(f"'{sample.key}' cannot be a key: a dot ends a WebDataset key")
+                if sample.extension not in EXTENSIONS:
+                    raise UserError(f"{sample.key}: '{sample.extension}' is no known audio")
+                try:
+                    data = json.dumps(sample.values, ensure_ascii=False).encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise UserError(f"{sample.key}: its text is not Unicode: {error}") from None
+                tar.write({"__key__": sample.key, sample.extension: sample.audio, "json": data})
+        index = build_index(temporary, str(path))
+        if index.bad:
+            raise UserError(f"not written: {index.bad[0]}")
+    return index
+
+
+def write_shard(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
+    """Write ``path`` and then its index, each whole or not at all. Raises as `write_tar`."""
+    index = write_tar(path, samples)
+    atomic_write(index_path(path), index.dump())
+    return index
+
+
+def key_of(name: str) -> str:
+    """The key of an utterance's id: WebDataset ends keys at a dot, and none is an absolute path.
+
+    Raises `UserError` where nothing that can be a key is left.
+    """
+    key = name.replace(".", "_").lstrip("/")
+    if not key or not key.isprintable():  # lone surrogates and control characters do not print
+        raise UserError(f"the id {name!r} cannot be a key: use printable characters")
+    return key
+
+
+def shard_summary(path: Path, index: ShardIndex) -> dict[str, Any]:
+    """One shard's row of dataset.json, with what is summed over shards."""
+    langs: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    for entry in index:
+        langs[entry.lang] += 1
+        seconds[entry.lang] += entry.duration
+    return {
+        "name": path.name,
+        "samples": len(index),
+        "seconds": round(sum(seconds.values()), 3),
+        "bytes": path.stat().st_size,
+        "langs": {k: [langs[k], round(seconds[k], 3)] for k in sorted(langs)},
+    }
+
+
+def write_dataset(
+    folder: Path, rows: Sequence[Mapping[str, Any]], speakers: int, **more: int
+) -> dict[str, Any]:
+    """``dataset.json``: the shards, counts and hours, over all and by language; and ``more``."""
+    langs: dict[str, list[float]] = {}
+    for row in rows:
+        for lang, (samples, seconds) in row["langs"].items():
+            held = langs.setdefault(lang, [0, 0.0])
+            held[0] += samples
+            held[1] += seconds
+    values = {
+        "version": VERSION,
+        "shards": [{k: v for k, v in row.items() if k != "langs"} for row in rows],
+        "samples": sum(row["samples"] for row in rows),
+        "hours": round(sum(row["seconds"] for row in rows) / 3600, 4),
+        "langs": {
+            lang: {"samples": int(samples), "hours": round(seconds / 3600, 4)}
+            for lang, (samples, seconds) in sorted(langs.items())
+        },
+        "speakers": speakers,
+        **more,
+    }
+    atomic_write(folder / DATASET, json.dumps(values, indent=1, ensure_ascii=False))
+    return values
+
+
+def check_file(path: Path) -> None:
+    """Raises `UserError` where no file can be written, before work is spent on its content."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be written: name a file in a folder of yours")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_dataset(folder: str | os.PathLike) -> dict[str, Any]:
+    """``dataset.json`` of a folder. Raises `UserError`."""
+    path = Path(folder) / DATASET
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["version"] != VERSION:
+            raise ValueError(f"version {values['version']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be used ({error}): pack it with tools/make_shards.py"
+        ) from None
+    return values

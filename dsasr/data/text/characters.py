@@ -1,0 +1,19 @@
+"""Characters in the place of phonemes: the labels of a conventional CTC encoder."""
+
+from __future__ import annotations
+
+from dsasr.data.text.prompt import TextConfig, normalise_text
+
+BOUNDARY = "▁"  # between words
+_RULES = TextConfig(case="lower", punctuation="strip")
+
+
+class CharacterPhonemizer:
+    """Each letter, digit or Han character is a symbol, in lower case and without punctuation; a
+    space, which Han text has none of, is `BOUNDARY`."""
+
+    def phonemes(self, text: str, lang: str = "") -> list[str]:
+        return [BOUNDARY if c == " " else c for c in normalise_text(text, lang, _RULES)]
+
+    def for_sample(self, sample) -> list[str]:
+        return self.phonemes(sample.text, sample.lang)

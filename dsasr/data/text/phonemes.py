@@ -1,0 +1,361 @@
+"""From text to phonemes: espeak-ng, a lexicon, or what the shards store; and their vocabulary.
+
+English and Mandarin share one inventory of IPA symbols. A Mandarin vowel carries its tone as a
+digit (1 high, 2 rising, 3 low, 4 falling, 5 neutral): ``請`` is ``tɕʰ i3 ŋ``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from dsasr.data.text import espeak
+from dsasr.data.text.scripts import HAN, HAN_CHARACTER, script_runs
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_write
+
+BLANK = "<blk>"
+VOCAB_FORMAT = "dsasr-phonemes"
+VOCAB_VERSION = 1
+
+
+class UnknownPhoneme(ValueError):
+    """A phoneme that the vocabulary does not hold; ``symbol`` names it."""
+
+    def __init__(self, symbol: str) -> None:
+        super().__init__(f"phoneme {symbol!r} is not in the vocabulary")
+        self.symbol = symbol
+
+
+class UnknownWord(ValueError):
+    """A word that the phonemizer cannot pronounce; ``word`` names it."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(f"no pronunciation for {word!r}")
+        self.word = word
+
+
+class MissingPhonemes(ValueError):
+    """A sample without stored phonemes where they were to be read from the shards."""
+
+
+@runtime_checkable
+class Phonemizer(Protocol):
+    """What turns text into phonemes. ``for_sample`` is what the data pipeline calls."""
+
+    def phonemes(self, text: str, lang: str) -> list[str]: ...
+
+    def for_sample(self, sample) -> list[str]: ...
+
+
+# ---- espeak-ng
+
+_TONES = {"55": "1", "35": "2", "214": "3", "21": "3", "51": "4", "11": "5", "22": "5"}
+_STRESS = "ˈˌ"
+# espeak-ng writes these Mandarin sounds in IPA with leftovers of its ASCII names.
+_MANDARIN = {
+    "ts.h": "tʂʰ",
+    "ts.": "tʂ",
+    "tsh": "tsʰ",
+    "tɕh": "tɕʰ",
+    "ph": "pʰ",
+    "th": "tʰ",
+    "kh": "kʰ",
+    "s.": "ʂ",
+    "i.": "ɨ",
+    "i̪": "ɿ",
+    "o-": "ɤ",
+    "uo-": "uɤ",
+    "χ": "x",
+    "ŋ-": "ŋ",
+}
+# The syllables -iong, which espeak-ng 1.52 has no rule for: character → onset, tone.
+_IONG = {
+    character: (onset, tone)
+    for characters, onset, tone in (
+        ("兄凶胸匈汹芎", "ɕ", "1"),
+        ("熊雄", "ɕ", "2"),
+        ("穷琼邛茕穹蛩筇跫銎", "tɕʰ", "2"),
+        ("炯窘迥", "tɕ", "3"),
+        ("冂扃", "tɕ", "1"),
+    )
+    for character in characters
+}
+
+
+class EspeakPhonemizer:
+    """espeak-ng's rules and dictionaries; Han runs are read by ``cmn``, all else by ``en-us``.
+
+    ``stress`` keeps the marks ˈ and ˌ in front of English vowels. Results are cached (``cache``
+    texts). Raises `UserError` where espeak-ng is missing, at the first text.
+    """
+
+    def __init__(self, *, english: str = "en-us", stress: bool = False, cache: int = 50_000):
+        self.english, self.stress, self.cache = english, stress, cache
+        self._cached = functools.lru_cache(maxsize=cache)(self._run)
+
+    def __reduce__(self):  # a cache holds no state worth sending to a worker
+        return (
+            functools.partial(
+                EspeakPhonemizer, english=self.english, stress=self.stress, cache=self.cache
+            ),
+            (),
+        )
+
+    def phonemes(self, text: str, lang: str = "") -> list[str]:
+        symbols: list[str] = []
+        for script, run in script_runs(text, lang):
+            symbols += self._cached(run.strip(), script)
+        return symbols
+
+    def for_sample(self, sample) -> list[str]:
+        return self.phonemes(sample.text, sample.lang)
+
+    def _run(self, text: str, script: str) -> tuple[str, ...]:
+        if not text:
+            return ()
+        return tuple(self._mandarin(text) if script == "zh" else self._english(text))
+
+    def _english(self, text: str) -> list[str]:
+        names = espeak.phoneme_names(text, self.english, ipa=True)
+        drop = "" if self.stress else _STRESS
+        symbols = (name.translate(str.maketrans("", "", drop)) for name in names)
+        return [symbol for symbol in symbols if symbol.strip() and symbol[0] != "("]
+
+    def _mandarin(self, text: str) -> list[str]:
+        """IPA for the sounds, the ASCII names for the tones: in IPA, 55 and 51 both print 5."""
+        if len(text) == 1 and text in _IONG:
+            onset, tone = _IONG[text]
+            return [onset, f"iʊ{tone}", "ŋ"]
+        ipa = [name for name in espeak.phoneme_names(text, "cmn", ipa=True) if name != " "]
+        plain = [name for name in espeak.phoneme_names(text, "cmn", ipa=False) if name != " "]
+        # What its Mandarin rules cannot read (熊, 哪儿) espeak-ng spells out by the English ones,
+        # shown as (en)…(cmn): then character by character.
+        broken = any(name.startswith("(") for name in ipa) or len(ipa) != len(plain)
+        if broken and len(text) > 1:
+            return [symbol for character in text for symbol in self._cached(character, "zh")]
+        if broken:
+            raise UnknownWord(text)
+        return [
+            symbol
+            for sound, name in zip(ipa, plain, strict=True)
+            for symbol in _mandarin_symbols(sound, name)
+        ]
+
+
+def _mandarin_symbols(sound: str, name: str) -> list[str]:
+    """One IPA sound with its tone digit, from espeak-ng's two names of it; ong is two sounds."""
+    contour = re.search(r"\d+$", name)
+    sound = sound.strip(_STRESS)
+    tone = _TONES.get(contour.group(), "") if contour else ""
+    if tone and sound[-1] in "0123456789ɜ":  # of the contour IPA prints one digit, and 3 as ɜ
+        sound = sound[:-1]
+    if sound.endswith("nɡ"):
+        return [f"ʊ{tone}", "ŋ"]
+    return [_MANDARIN.get(sound, sound) + tone]
+
+
+# ---- lexicon
+
+_VARIANT = re.compile(r"\(\d+\)$")
+_ARPABET = re.compile(r"^([A-Z]+)[0-2]$")
+_WORD = re.compile(f"[{HAN}]+|(?:[^\\W_{HAN}]|['’])+")
+
+
+class LexiconPhonemizer:
+    """Pronunciations from one or more files: ``word<tab or spaces>phones``, one word a line.
+
+    CMUdict's own files read as they are: ``;;;`` comments, ``#`` remarks, and variants ``(2)``, of
+    which the first wins. ARPAbet stress digits go unless ``stress``; pinyin tones stay. Words are
+    looked up in lower case; a Han run takes the longest entry that fits, again and again.
+    Raises `UserError` for a missing or malformed file, `UnknownWord` for a word that is not there.
+    """
+
+    def __init__(self, paths: str | Path | Sequence[str | Path], *, stress: bool = False) -> None:
+        self.entries: dict[str, tuple[str, ...]] = {}
+        for path in [paths] if isinstance(paths, str | Path) else paths:
+            self._read(Path(path), stress)
+        if not self.entries:
+            raise UserError("a lexicon phonemizer needs a lexicon file: set phonemizer.lexicons")
+        self._longest = max((len(w) for w in self.entries if HAN_CHARACTER.match(w)), default=0)
+
+    def _read(self, path: Path, stress: bool) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"lexicon {path} cannot be read: {error}") from None
+        for number, line in enumerate(lines, 1):
+            line = line.split(" #")[0].strip()
+            if not line or line.startswith((";;;", "#")):
+                continue
+            word, *phones = line.split()
+            if not phones:
+                raise UserError(f"lexicon {path} line {number}: {word!r} has no phonemes")
+            if not stress:
+                phones = [_ARPABET.sub(r"\1", phone) for phone in phones]
+            self.entries.setdefault(_VARIANT.sub("", word).lower(), tuple(phones))
+
+    def phonemes(self, text: str, lang: str = "") -> list[str]:
+        symbols: list[str] = []
+        for match in _WORD.finditer(text):
+            word = match.group().lower().replace("’", "'")
+            if HAN_CHARACTER.match(word):
+                symbols += self._han(word)
+                continue
+            found = self.entries.get(word) or self.entries.get(word.strip("'"))
+            if found:
+                symbols += found
+            elif word.strip("'"):
+                raise UnknownWord(word)
+        return symbols
+
+    def _han(self, run: str) -> list[str]:
+        symbols: list[str] = []
+        start = 0
+        while start < len(run):
+            for length in range(min(self._longest, len(run) - start), 0, -1):
+                found = self.entries.get(run[start : start + length])
+                if found:
+                    symbols += found
+                    start += length
+                    break
+            else:
+                raise UnknownWord(run[start])
+        return symbols
+
+    def for_sample(self, sample) -> list[str]:
+        return self.phonemes(sample.text, sample.lang)
+
+
+# ---- stored
+
+
+class StoredPhonemes:
+    """Phonemes as the shards hold them, in each sample's ``phonemes``.
+
+    A sample without them raises `MissingPhonemes`; so does `phonemes`, as text alone has none.
+    """
+
+    def phonemes(self, text: str, lang: str = "") -> list[str]:
+        raise MissingPhonemes("stored phonemes belong to samples: for new text choose espeak")
+
+    def for_sample(self, sample) -> list[str]:
+        if sample.phonemes is None:
+            raise MissingPhonemes("the sample stores no phonemes")
+        return list(sample.phonemes)
+
+
+@dataclass(frozen=True)
+class PhonemizerConfig:
+    """``kind``: stored, espeak, lexicon or characters (conventional CTC, no phonemes at all);
+    ``lexicons``: files for kind lexicon."""
+
+    kind: str = "stored"
+    lexicons: tuple[str, ...] = ()
+    stress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("stored", "espeak", "lexicon", "characters"):
+            kinds = "stored, espeak, lexicon or characters"
+            raise UserError(f"phonemizer kind {self.kind!r}: use {kinds}")
+        if self.kind == "lexicon" and not self.lexicons:
+            raise UserError("phonemizer kind lexicon needs lexicons=[FILE, …]")
+
+
+def build_phonemizer(config: PhonemizerConfig) -> Phonemizer:
+    """The phonemizer that ``config`` names. Raises `UserError`."""
+    if config.kind == "espeak":
+        return EspeakPhonemizer(stress=config.stress)
+    if config.kind == "lexicon":
+        return LexiconPhonemizer(config.lexicons, stress=config.stress)
+    if config.kind == "characters":
+        from dsasr.data.text.characters import CharacterPhonemizer  # which needs this module
+
+        return CharacterPhonemizer()
+    return StoredPhonemes()
+
+
+# ---- vocabulary
+
+
+class PhonemeVocab:
+    """Symbols and their ids; id 0 is CTC's blank. The order never changes once it is saved."""
+
+    def __init__(self, symbols: Sequence[str]) -> None:
+        """``symbols`` without the blank, in id order from 1 on."""
+        symbols = list(symbols)
+        if len(set(symbols)) != len(symbols) or BLANK in symbols or "" in symbols:
+            raise UserError("phoneme vocabulary: empty, repeated or reserved symbol")
+        self.symbols: tuple[str, ...] = (BLANK, *symbols)
+        self._ids = {symbol: number for number, symbol in enumerate(self.symbols)}
+
+    @classmethod
+    def build(cls, sequences: Iterable[Iterable[str]]) -> PhonemeVocab:
+        """All symbols that occur, in code-point order: whatever the order of the samples."""
+        return cls(sorted({symbol for sequence in sequences for symbol in sequence}))
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, PhonemeVocab) and self.symbols == other.symbols
+
+    def __hash__(self) -> int:
+        return hash(self.symbols)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that two vocabularies share only if they are the same."""
+        return hashlib.sha256("\n".join(self.symbols).encode()).hexdigest()[:12]
+
+    def encode(self, phonemes: Iterable[str]) -> list[int]:
+        """Ids of ``phonemes``. Raises `UnknownPhoneme` with the first symbol that has none."""
+        try:
+            return [self._ids[symbol] for symbol in phonemes]
+        except KeyError as error:
+            raise UnknownPhoneme(error.args[0]) from None
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """Symbols of ``ids``, blanks left out."""
+        return [self.symbols[number] for number in ids if number != 0]
+
+    def save(self, path: str | Path) -> None:
+        document = {
+            "format": VOCAB_FORMAT,
+            "version": VOCAB_VERSION,
+            "fingerprint": self.fingerprint,
+            "symbols": list(self.symbols),
+        }
+        atomic_write(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PhonemeVocab:
+        """Read what `save` wrote. Raises `UserError` if it is missing, torn or of another kind."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError:
+            raise UserError(f"phoneme vocabulary {path} is not there") from None
+        except ValueError:
+            raise UserError(f"phoneme vocabulary {path} is not JSON: build it again") from None
+        if not isinstance(document, dict) or document.get("format") != VOCAB_FORMAT:
+            raise UserError(f"{path} is not a phoneme vocabulary ({VOCAB_FORMAT})")
+        if document.get("version") != VOCAB_VERSION:
+            raise UserError(
+                f"phoneme vocabulary {path} has version {document.get('version')}, "
+                f"this code reads {VOCAB_VERSION}: build it again"
+            )
+        symbols = document.get("symbols")
+        if not isinstance(symbols, list) or symbols[:1] != [BLANK]:
+            raise UserError(f"phoneme vocabulary {path}: symbols must start with {BLANK}")
+        if not all(isinstance(symbol, str) for symbol in symbols):
+            raise UserError(f"phoneme vocabulary {path}: symbols must be strings")
+        vocab = cls(symbols[1:])
+        if document.get("fingerprint") != vocab.fingerprint:
+            raise UserError(f"phoneme vocabulary {path} was edited: fingerprint differs")
+        return vocab

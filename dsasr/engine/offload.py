@@ -1,0 +1,102 @@
+"""Parking: the inactive branch's fp32 masters and Adam moments, out of the way and back bit-equal.
+
+Places: ``keep`` leaves them where they are (fastest; right on a CPU and where memory allows),
+``cpu`` moves them to pinned host memory, ``disk`` to a safetensors file (an NVMe, by path). Only
+the storage behind the tensors goes and comes: DeepSpeed's objects, hooks and groups stay as they
+are, so a parked branch costs nothing to set up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsasr.utils import distributed
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_path
+
+
+@dataclass(frozen=True)
+class ParkConfig:
+    place: Literal["keep", "cpu", "disk"] = "keep"
+    path: str | None = None  # disk: a folder on a fast local disk; None: the run folder
+
+    def __post_init__(self) -> None:
+        if self.path and self.place != "disk":
+            raise UserError(f"engine.park.path is for place=disk, not place={self.place}")
+
+
+class Parking:
+    """Where one branch's tensors go while the other branch trains."""
+
+    def __init__(self, config: ParkConfig, name: str, folder: Path):
+        self.config = config
+        root = Path(config.path) if config.path else folder
+        self._file = root / f"parked-{name}-{distributed.rank():05d}.safetensors"
+        self._parked: dict[str, tuple[Tensor, torch.Size, torch.device]] = {}
+        self._host: dict[str, Tensor] = {}
+
+    @property
+    def parked(self) -> bool:
+        return bool(self._parked)
+
+    @property
+    def bytes(self) -> int:
+        """What is parked at present."""
+        return sum(shape.numel() * t.element_size() for t, shape, _ in self._parked.values())
+
+    def park(self, tensors: Mapping[str, Tensor]) -> int:
+        """Move the storage of ``tensors`` away; returns the bytes moved. No-op for ``keep``."""
+        if self.config.place == "keep" or self.parked or not tensors:
+            return 0
+        moved = sum(t.numel() * t.element_size() for t in tensors.values())
+        if self.config.place == "disk":
+            with atomic_path(self._file) as temporary:
+                save_file({k: t.data.contiguous().cpu() for k, t in tensors.items()}, temporary)
+        else:
+            for key, tensor in tensors.items():
+                host = self._host.get(key)
+                if host is None or host.shape != tensor.shape:
+                    pin = tensor.is_cuda
+                    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+                    self._host[key] = host
+                host.copy_(tensor.data, non_blocking=True)
+            if any(t.is_cuda for t in tensors.values()):
+                torch.cuda.synchronize()
+        for key, tensor in tensors.items():
+            self._parked[key] = (tensor, tensor.shape, tensor.device)
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return moved
+
+    def unpark(self) -> int:
+        """Bring everything back to its own device; returns the bytes moved."""
+        moved = 0
+        if not self.parked:
+            return moved
+        on_disk = self.config.place == "disk"
+        source = safe_open(self._file, framework="pt") if on_disk else None
+        for key, (tensor, shape, device) in self._parked.items():
+            held = source.get_tensor(key) if source is not None else self._host[key]
+            if device.type == "cpu":
+                # The host buffer is taken over rather than copied.
+                tensor.data = held if on_disk else self._host.pop(key)
+            else:
+                tensor.data = held.reshape(shape).to(device, non_blocking=True)
+            moved += tensor.numel() * tensor.element_size()
+        self._parked.clear()
+        if on_disk:
+            self._file.unlink(missing_ok=True)
+        return moved
+
+    def close(self) -> None:
+        """Forget what is parked and remove its file."""
+        self._parked.clear()
+        self._host.clear()
+        self._file.unlink(missing_ok=True)

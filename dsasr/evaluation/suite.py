@@ -1,0 +1,215 @@
+"""The noise suite that a recogniser is tried on: non-speech, noisy speech, truncated speech.
+
+Everything is made from a seed and, for babble and noisy speech, from the caller's own utterances;
+the same seed gives the same suite for every system. Waves are float32 [n], mono, in [−1, 1]. The
+sounds are ours.
+
+SNR is 10·log₁₀ of the ratio of mean powers, in dB, over the whole clip.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from dsasr.evaluation.normalize import units
+from dsasr.utils.errors import UserError
+
+_LEVEL = 0.05  # RMS of made sounds: −26 dB of full scale, a usual speech level
+_UNDETERMINED = "und"  # ISO 639-2's tag of what is in no language
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """``clips`` of ``seconds`` each per non-speech kind; every utterance at every SNR and cut.
+
+    ``truncations`` are the shares of an utterance that are kept; ``noises`` those mixed in.
+    """
+
+    clips: int = 10
+    seconds: float = 10.0
+    nonspeech: tuple[str, ...] = ("silence", "white", "babble", "music")
+    snrs: tuple[float, ...] = (20.0, 10.0, 5.0, 0.0)
+    noises: tuple[str, ...] = ("white", "babble", "music")
+    truncations: tuple[float, ...] = (0.5,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for kind in (*self.nonspeech, *self.noises):
+            if kind not in SOUNDS:
+                raise UserError(f"noise suite: no sound {kind!r}; there are {', '.join(SOUNDS)}")
+        if self.snrs and (not self.noises or "silence" in self.noises):
+            raise UserError("noise suite: snrs need noises, and silence is none")
+        if any(not 0 < share < 1 for share in self.truncations):
+            raise UserError("noise suite: truncations must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Speech to build from."""
+
+    key: str
+    wave: np.ndarray = field(repr=False)
+    text: str
+    lang: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One clip to transcribe. ``text`` is None for non-speech; ``seconds`` is its length.
+
+    Of truncated speech ``text`` is the whole reference: judge it against `best_prefix`. ``lang`` of
+    made non-speech is ``und``, but of babble in one language that language.
+    """
+
+    key: str
+    condition: str
+    wave: np.ndarray = field(repr=False)
+    text: str | None
+    lang: str
+    seconds: float
+
+
+def suite(
+    utterances: Sequence[Utterance], config: SuiteConfig | None = None, *, rate: int = 16000
+) -> Iterator[Case]:
+    """The cases of the suite, in a fixed order; conditions are ``clean``, a sound's name,
+    ``snr20``… and ``cut50`` (percent kept). Babble needs at least one utterance (UserError)."""
+    config = config or SuiteConfig()
+    speech = [u.wave for u in utterances]
+    langs = {u.lang for u in utterances}
+    size = round(config.seconds * rate)
+    for k, kind in enumerate(config.nonspeech):
+        lang = min(langs) if kind == "babble" and len(langs) == 1 else _UNDETERMINED
+        for clip in range(config.clips):
+            rng = np.random.default_rng([config.seed, 0, k, clip])
+            wave = SOUNDS[kind](size, rate, rng, speech)
+            yield Case(f"{kind}-{clip}", kind, wave, None, lang, size / rate)
+    for i, u in enumerate(utterances):
+        yield Case(u.key, "clean", u.wave, u.text, u.lang, len(u.wave) / rate)
+        # One noise per utterance, the same at each SNR, so that only the level changes.
+        rng = np.random.default_rng([config.seed, 1, i])
+        others = speech[:i] + speech[i + 1 :] or speech
+        if config.snrs:
+            noise = SOUNDS[config.noises[i % len(config.noises)]](len(u.wave), rate, rng, others)
+            for snr in config.snrs:
+                wave = mix(u.wave, noise, snr)
+                yield Case(u.key, f"snr{snr:g}", wave, u.text, u.lang, len(wave) / rate)
+        for share in config.truncations:
+            wave = u.wave[: max(1, round(share * len(u.wave)))]
+            condition = f"cut{100 * share:.0f}"  # `kept` reads it
+            yield Case(u.key, condition, wave, u.text, u.lang, len(wave) / rate)
+
+
+def kept(condition: str) -> float | None:
+    """The share of an utterance that a condition such as ``cut50`` keeps; None of all others."""
+    match = re.fullmatch(r"cut(\d+)", condition)
+    return int(match[1]) / 100 if match else None
+
+
+def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
+    """Speech with noise at ``snr`` dB; the sum is scaled down if it would clip, the ratio kept.
+
+    Noise is repeated or cut to the speech's length. A silent side leaves the speech as it is.
+    """
+    noise = np.resize(noise, speech.shape)
+    powers = [float(np.mean(np.square(side, dtype=np.float64))) for side in (speech, noise)]
+    if min(powers) <= 0:
+        return speech.astype(np.float32)
+    gain = np.sqrt(powers[0] / powers[1] / 10 ** (snr / 10))
+    mixed = speech + gain * noise
+    return (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
+
+
+def silence(
+    size: int, rate: int, rng: np.random.Generator, speech: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """What a quiet recorder gives: one bit of dither (±2⁻¹⁵), since exact zeros are rare."""
+    return (rng.integers(-1, 2, size) / 32768).astype(np.float32)
+
+
+def white(
+    size: int, rate: int, rng: np.random.Generator, speech: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """White Gaussian noise."""
+    return _level(rng.standard_normal(size))
+
+
+def babble(
+    size: int, rate: int, rng: np.random.Generator, speech: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """Six voices at once, each utterances on end at equal level, from random places: no word of
+    which is meant to be transcribed. Raises UserError without speech."""
+    if not any(len(wave) for wave in speech):
+        raise UserError("noise suite: babble is made of speech; give utterances or leave it out")
+    waves = [wave for wave in speech if len(wave)]
+    total = np.zeros(size)
+    for _ in range(6):
+        parts, have = [], 0
+        while have < size:
+            wave = _level(waves[rng.integers(len(waves))])
+            parts.append(np.roll(wave, -int(rng.integers(len(wave)))) if not parts else wave)
+            have += len(wave)
+        total += np.concatenate(parts)[:size]
+    return _level(total)
+
+
+def music(
+    size: int, rate: int, rng: np.random.Generator, speech: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """Music-like tones: chords and a melody in a major key, of decaying harmonic notes."""
+    total = np.zeros(size)
+    root = 110 * 2 ** (rng.integers(12) / 12)
+    scale = np.array([0, 2, 4, 5, 7, 9, 11])
+    beat = int(rate * rng.uniform(0.3, 0.6))
+    for number, start in enumerate(range(0, size, beat)):
+        degree = int(rng.integers(7))
+        notes = [scale[rng.integers(7)] + 24]
+        if number % 4 == 0:
+            notes += [
+                scale[(degree + step) % 7] + 12 * ((degree + step) // 7) for step in (0, 2, 4)
+            ]
+        for semitone in notes:
+            seconds = np.arange(min(size - start, 3 * beat)) / rate
+            pitch = root * 2 ** (semitone / 12)
+            decay = np.exp(-4 * seconds) * np.minimum(1, seconds / 0.01)
+            for harmonic in range(1, 6):
+                if harmonic * pitch < rate / 2:
+                    wave = np.sin(2 * np.pi * harmonic * pitch * seconds) * decay / harmonic
+                    total[start : start + len(wave)] += wave
+    return _level(total)
+
+
+SOUNDS: dict[str, Callable[..., np.ndarray]] = {
+    "silence": silence,
+    "white": white,
+    "babble": babble,
+    "music": music,
+}
+
+
+def best_prefix(reference: str, hypothesis: str, lang: str, share: float) -> str:
+    """The start of the reference that a transcript of the first ``share`` of it is judged against.
+
+    Stands in for what was spoken before a cut, where no alignment says it (ours): the longer of two
+    prefixes in whole units by plain rules. One is what the hypothesis is nearest to, the shorter of
+    equals: a true continuation from the language model passes, an invented one is left over. The
+    other is ``share`` of the units, as if each took as long: words heard wrongly are near to no
+    prefix, yet as many as were spoken are not invented.
+    """
+    ref, hyp = units(reference, lang, "plain"), units(hypothesis, lang, "plain")
+    best = min(range(len(ref) + 1), key=lambda size: Levenshtein.distance(ref[:size], hyp))
+    return " ".join(ref[: max(best, round(share * len(ref)))])
+
+
+def _level(wave: np.ndarray) -> np.ndarray:
+    """At the common RMS, peaks kept within [−1, 1]; silence stays."""
+    rms = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64)))) if len(wave) else 0.0
+    if rms <= 0:
+        return wave.astype(np.float32)
+    wave = wave * (_LEVEL / rms)
+    return (wave / max(1.0, float(np.abs(wave).max()))).astype(np.float32)

@@ -1,0 +1,127 @@
+"""A trained recogniser out of a run folder, on one machine and without DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dsasr import config
+from dsasr.build import Builder
+from dsasr.checkpoint import tensor_fragments, zero_partition
+from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.evaluation import suite_results
+from dsasr.evaluation.suite import SuiteConfig
+from dsasr.evaluation.suite_results import Trials
+from dsasr.evaluation.test_sets import Recording
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.recipe import Recipe
+from dsasr.utils.distributed import device
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import json_lines
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A model with all that it needs to read audio and write text."""
+
+    build: Builder
+    model: SpeechLLM
+    checkpoint: Path
+
+    @classmethod
+    def from_run(cls, folder: str | Path, checkpoint: str = "") -> Recogniser:
+        """The newest whole checkpoint of a run folder, or that of a name (``step-…``) or a path.
+
+        Raises `UserError` if there is none, or if ``checkpoint`` is missing or torn.
+        """
+        folder = Path(folder)
+        build = Builder(run_recipe(folder))
+        reader = named(folder, checkpoint) if checkpoint else newest(folder)
+        model = build.speech_llm()
+        try:
+            zero_partition.load_weights(model, Below(reader, "sft/"))
+        except FragmentError as error:
+            raise UserError(f"{reader.folder} holds no recogniser: {error}") from None
+        return cls(build, model.to(device()).eval(), reader.folder)
+
+    def hear(
+        self,
+        recordings: Sequence[Recording],
+        config: SuiteConfig = suite_results.PLAIN,
+        *,
+        beam: int = 0,
+        progress: Callable[[Iterable], Iterable] = lambda items: items,
+    ) -> Trials:
+        """Transcripts of the cases that ``config`` makes of ``recordings``; ``beam`` 0: the
+        recipe's."""
+        recipe = self.build.recipe
+        chosen = recipe.evaluation.decode
+        return suite_results.hear(
+            self.model,
+            suite_results.cases(recordings, config, rate=recipe.data.fbank.rate),
+            self.build.tokenizer,
+            replace(chosen, beam=beam) if beam else chosen,
+            fbank=recipe.data.fbank,
+            cmvn=self.build.cmvn,
+            device=device(),
+            progress=progress,
+        )
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
+    for place in (path, *path.resolve().parents[:3]):
+        for folder in (place, place / "pretrain", place / "sft"):
+            if (folder / "recipe.yaml").is_file():
+                return folder
+    raise UserError(f"{path}: no run's recipe.yaml at or above it")
+
+
+def run_recipe(folder: Path) -> Recipe:
+    """The recipe that a run folder was trained with, as of where the folder is now: `Recipe.folder`
+    is ``folder``, also where it is one of the two of a concurrent run."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        hint = f"; give {folder / 'sft'}" if (folder / "sft" / "recipe.yaml").is_file() else ""
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml{hint}")
+    values = config.read_recipe(str(path))
+    run = folder if values.get("branch", "both") == "both" else folder.resolve().parent
+    return config.build(Recipe, {**values, "run": str(run)})
+
+
+def newest(folder: Path) -> FragmentReader:
+    """The newest checkpoint of a run whose checksums hold."""
+    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            tensor_fragments.verify(path)
+            return FragmentReader(path)
+        except FragmentError:
+            continue
+    raise UserError(f"{folder} has no whole checkpoint yet")
+
+
+def named(folder: Path, checkpoint: str) -> FragmentReader:
+    """A run's checkpoint by its name, or one by its path, when its checksums hold."""
+    own = folder / "checkpoints" / checkpoint
+    path = own if own.is_dir() else Path(checkpoint)
+    if path.is_dir():
+        try:
+            tensor_fragments.verify(path)
+            return FragmentReader(path)
+        except FragmentError as error:
+            problem = f"checkpoint {checkpoint} is not whole: {error}"
+    else:
+        problem = f"there is no checkpoint {checkpoint}"
+    held = ", ".join(sorted(p.name for p in (folder / "checkpoints").glob("step-*")))
+    raise UserError(f"{problem}; {folder} has {held or 'none yet'}")
+
+
+def events(folder: Path) -> list[dict]:
+    """The run's events, oldest first; torn lines are left out."""
+    return json_lines(folder / "events.jsonl")
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run has come to the end of its schedule."""
+    return any(e["event"] == "finished" for e in events(folder))

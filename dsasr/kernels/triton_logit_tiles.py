@@ -1,0 +1,221 @@
+"""The two passes of `torch_passes` as Triton kernels. Imported only where they are used.
+
+One program takes a few rows. In `_update_kernel` it walks along them once, with m, s and t of each
+row in registers; columns beyond the edge are −inf, and add nothing to s or t. Nothing is autotuned:
+a kernel that runs several times for the choice would take a tile into its carry several times.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsasr.kernels.kernel_launch import launch
+
+_NEVER = tl.constexpr(-1000.0)  # as in torch_passes
+_TILE = 8192  # elements a program holds at once
+_WARPS = 8
+
+
+@triton.jit
+def _capped(z, cap):
+    # tanh; e^(2x) may overflow to inf, which is right.
+    return cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * (z / cap))))
+
+
+@triton.jit
+def _update_kernel(
+    z_ptr, z_stride, columns, rows,
+    carry_ptr, carry_stride, out_ptr,
+    targets_ptr, start, bias_ptr, cap,
+    TARGETS: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, TOTAL: tl.constexpr,
+    FINISH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows into the carry; with FINISH, from an empty carry to m, ln s and the entropy."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < rows
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    s = tl.zeros([ROWS], tl.float32)
+    t = tl.zeros([ROWS], tl.float32)
+    picked = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if not FINISH:
+        m = tl.load(carry_ptr + row, mask=real, other=float("-inf"))
+        s = tl.load(carry_ptr + carry_stride + row, mask=real, other=0.0)
+        t = tl.load(carry_ptr + 2 * carry_stride + row, mask=real, other=0.0)
+        picked = tl.load(carry_ptr + 3 * carry_stride + row, mask=real, other=0.0)
+        total = tl.load(carry_ptr + 4 * carry_stride + row, mask=real, other=0.0)
+    if TARGETS:
+        place = tl.load(targets_ptr + row, mask=real, other=-1) - start
+    line = z_ptr + row.to(tl.int64)[:, None] * z_stride
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = column < columns
+        mask = real[:, None] & inside[None, :]
+        z = tl.load(line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            z += tl.load(bias_ptr + column, mask=inside, other=0.0)[None, :]
+        if CAP:
+            z = _capped(z, cap)
+        if TARGETS:
+            picked += tl.sum(tl.where(column[None, :] == place[:, None], z, 0.0), 1)
+        if TOTAL:
+            total += tl.sum(tl.where(mask, z, 0.0), 1)
+        z = tl.where(inside[None, :], z, float("-inf"))
+        top = tl.maximum(m, tl.max(z, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        z -= base[:, None]
+        e = tl.exp(z)
+        shift = tl.maximum(m - base, _NEVER)
+        fade = tl.exp(shift)
+        t = fade * (t + shift * s) + tl.sum(e * tl.maximum(z, _NEVER), 1)
+        s = fade * s + tl.sum(e, 1)
+        m = top
+    if FINISH:
+        log_s = tl.log(s)
+        tl.store(out_ptr + row, m, mask=real)
+        tl.store(out_ptr + rows + row, log_s, mask=real)
+        tl.store(out_ptr + 2 * rows + row, log_s - t / s, mask=real)
+    else:
+        tl.store(carry_ptr + row, m, mask=real)
+        tl.store(carry_ptr + carry_stride + row, s, mask=real)
+        tl.store(carry_ptr + 2 * carry_stride + row, t, mask=real)
+        if TARGETS:
+            tl.store(carry_ptr + 3 * carry_stride + row, picked, mask=real)
+        if TOTAL:
+            tl.store(carry_ptr + 4 * carry_stride + row, total, mask=real)
+
+
+@triton.jit
+def _gradient_kernel(
+    z_ptr, z_stride, columns, rows,
+    factors_ptr, factors_stride, out_ptr, out_stride,
+    targets_ptr, start, bias_ptr, cap,
+    TARGETS: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr,
+    SMOOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = row < rows
+    inside = column < columns
+    mask = real[:, None] & inside[None, :]
+    line = row.to(tl.int64)[:, None]
+    z = tl.load(z_ptr + line * z_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        z += tl.load(bias_ptr + column, mask=inside, other=0.0)[None, :]
+    if CAP:
+        z = _capped(z, cap)
+    m = tl.load(factors_ptr + row, mask=real, other=0.0)
+    log_s = tl.load(factors_ptr + factors_stride + row, mask=real, other=0.0)
+    a = tl.load(factors_ptr + 2 * factors_stride + row, mask=real, other=0.0)
+    base = tl.where(m == float("-inf"), 0.0, m)
+    log_p = z - base[:, None] - log_s[:, None]
+    p = tl.exp(log_p)
+    if ENTROPY:
+        b = tl.load(factors_ptr + 3 * factors_stride + row, mask=real, other=0.0)
+        grad = p * (a[:, None] + b[:, None] * tl.maximum(log_p, _NEVER))
+    else:
+        grad = p * a[:, None]
+    if TARGETS:
+        c = tl.load(factors_ptr + 4 * factors_stride + row, mask=real, other=0.0)
+        place = tl.load(targets_ptr + row, mask=real, other=-1) - start
+        grad -= tl.where(column[None, :] == place[:, None], c[:, None], 0.0)
+    if SMOOTH:
+        k = tl.load(factors_ptr + 5 * factors_stride + row, mask=real, other=0.0)
+        grad -= k[:, None]
+    if CAP:
+        grad *= 1.0 - (z / cap) * (z / cap)
+    out = out_ptr + line * out_stride + column[None, :]
+    tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile: powers of two."""
+    wide = min(_TILE, triton.next_power_of_2(columns))
+    return min(_TILE // wide, 64), wide
+
+
+def update(
+    z_nv: Tensor,
+    carry_5n: Tensor,
+    targets_n: Tensor | None = None,
+    *,
+    start: int = 0,
+    bias_v: Tensor | None = None,
+    soft_cap: float | None = None,
+    total: bool = False,
+    infinite: bool = False,
+    scratch_nv: Tensor | None = None,
+) -> None:
+    """As `torch_passes.update`; z_nv stays as it is, and needs no scratch."""
+    rows, columns = z_nv.shape
+    high, wide = _tile(columns)
+    launch(
+        _update_kernel, (triton.cdiv(rows, high),),
+        z_nv, z_nv.stride(0), columns, rows,
+        carry_5n, carry_5n.stride(0), carry_5n,
+        targets_n, start, bias_v, float(soft_cap or 1.0),
+        TARGETS=targets_n is not None, BIAS=bias_v is not None, CAP=soft_cap is not None,
+        TOTAL=total, FINISH=False, ROWS=high, COLUMNS=wide, num_warps=_WARPS,
+    )  # fmt: skip
+
+
+def gradient(
+    z_nv: Tensor,
+    rows_6n: Tensor,
+    targets_n: Tensor | None = None,
+    *,
+    start: int = 0,
+    bias_v: Tensor | None = None,
+    soft_cap: float | None = None,
+    entropy: bool = True,
+    smooth: bool = False,
+    infinite: bool = False,
+    out_nv: Tensor,
+) -> Tensor:
+    """As `torch_passes.gradient`; z_nv stays as it is, ``out_nv`` may have a lower precision."""
+    rows, columns = z_nv.shape
+    high, wide = _tile(columns)
+    launch(
+        _gradient_kernel, (triton.cdiv(rows, high), triton.cdiv(columns, wide)),
+        z_nv, z_nv.stride(0), columns, rows,
+        rows_6n, rows_6n.stride(0), out_nv, out_nv.stride(0),
+        targets_n, start, bias_v, float(soft_cap or 1.0),
+        TARGETS=targets_n is not None, BIAS=bias_v is not None, CAP=soft_cap is not None,
+        ENTROPY=entropy, SMOOTH=smooth, ROWS=high, COLUMNS=wide, num_warps=_WARPS,
+    )  # fmt: skip
+    return out_nv
+
+
+def row_entropy(logits_NV: Tensor) -> Tensor:
+    """[3, N]: m, ln s and the entropy of each row, in one pass."""
+    logits_NV = _lines(logits_NV)
+    rows, columns = logits_NV.shape
+    high, wide = _tile(columns)
+    out_3N = logits_NV.new_empty(3, rows, dtype=torch.float32)
+    launch(
+        _update_kernel, (triton.cdiv(rows, high),),
+        logits_NV, logits_NV.stride(0), columns, rows,
+        out_3N, 0, out_3N,
+        None, 0, None, 1.0,
+        TARGETS=False, BIAS=False, CAP=False, TOTAL=False, FINISH=True,
+        ROWS=high, COLUMNS=wide, num_warps=_WARPS,
+    )  # fmt: skip
+    return out_3N
+
+
+def row_entropy_gradient(logits_NV: Tensor, saved_3N: Tensor, grad_N: Tensor) -> Tensor:
+    """∂H/∂z = −p (ln p + H), times the upstream gradient, in the logits' dtype."""
+    logits_NV = _lines(logits_NV)
+    m, log_s, entropy_N = saved_3N
+    grad_N = grad_N.float()
+    rows_4N = torch.stack([m, log_s, -grad_N * entropy_N, -grad_N])
+    out_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    return gradient(logits_NV, rows_4N, out_nv=out_NV)
+
+
+def _lines(logits_NV: Tensor) -> Tensor:
+    """With columns side by side; rows may lie anywhere."""
+    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()

@@ -1,0 +1,150 @@
+"""From a recipe to the sbatch command that trains or evaluates it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsasr.utils.errors import UserError
+
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+_TIME = re.compile(r"(\d+-\d{1,2}(:\d\d){0,2}|\d+(:\d\d){0,2})")
+_SET = re.compile(r"(?!\.)[A-Za-z0-9._-]+=\S+")
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    nodes: int = 1
+    gpus: int = 8  # of a node; a rank each
+    ranks: int = 0  # of a node without GPUs (gpus: 0)
+    cpus: int = 8  # of a rank: itself and its data workers
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.gpus < 0 or self.cpus < 1 or self.ranks < 0:
+            raise UserError("slurm: nodes and cpus must be at least 1, gpus and ranks at least 0")
+        if self.gpus and self.ranks not in (0, self.gpus):
+            raise UserError("slurm: ranks is for nodes without GPUs; with GPUs there is one each")
+
+    @property
+    def per_node(self) -> int:
+        return self.gpus or self.ranks or 1
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """``size`` is the job's, or the pretrain component's; ``sft`` is the other component's."""
+
+    size: SizeConfig = field(default_factory=SizeConfig)
+    sft: SizeConfig = field(default_factory=SizeConfig)
+    time: str = "24:00:00"
+    signal: int = 300  # seconds before the time limit at which the run saves and requeues itself
+    partition: str = ""
+    account: str = ""
+    container: str = ""  # FILE.sif for Apptainer, else srun's --container-image
+    mounts: str = ""
+    network: str = ""  # interface of NCCL and Gloo
+    options: tuple[str, ...] = ()  # more of sbatch, such as --qos=high
+
+    def __post_init__(self) -> None:
+        if not _TIME.fullmatch(self.time):
+            raise UserError(f"slurm.time {self.time!r}: give hours:minutes:seconds, in quotes")
+        if self.signal < 1:
+            raise UserError("slurm.signal must be at least a second")
+        for option in self.options:
+            if not option.startswith("--"):
+                raise UserError(f"slurm.options: {option!r} does not begin with --")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A command and the variables that its script reads."""
+
+    command: tuple[str, ...]
+    variables: dict[str, str]
+    plan: tuple[tuple[str, str], ...]  # what to show: (name, value)
+
+
+def train(config: SlurmConfig, run: Path, python: str) -> Submission:
+    """One job in which both branches take turns."""
+    command = [*_job(config, run), *_size(config.size), str(SCRIPTS / "train.sbatch")]
+    plan = [("job", "both branches take turns"), ("size", _shown(config.size))]
+    return _submission(config, run, python, command, plan)
+
+
+def asynchronous(config: SlurmConfig, run: Path, python: str) -> Submission:
+    """One heterogeneous job, a component for each branch."""
+    script = str(SCRIPTS / "async.sbatch")
+    job = _job(config, run)
+    # Of a heterogeneous job each component has limits and a place of its own.
+    own = ("--time=", "--partition=", "--account=", "--signal=")
+    both = [o for o in job if o.startswith(own) or o in config.options]
+    command = [*job, *_size(config.size), ":", *both, *_size(config.sft), script]
+    plan = [("job", "two components that share snapshots"), ("pretrain", _shown(config.size)),
+            ("sft", _shown(config.sft))]  # fmt: skip
+    return _submission(config, run, python, command, plan)
+
+
+def evaluate(config: SlurmConfig, run: Path, python: str, sets: Sequence[str]) -> Submission:
+    """A job array, one task for each ``NAME=SHARDS``."""
+    for one in sets:
+        if not _SET.fullmatch(one):
+            raise UserError(f"'{one}' is not NAME=SHARDS (letters, digits, ._-; no blank)")
+    names = [s.partition("=")[0] for s in sets]
+    if len(set(names)) < len(names):
+        raise UserError("two test sets have the same name")
+    gpu = "1" if config.size.gpus else "0"
+    command = [
+        *(o for o in _job(config, run, "dsasr-eval", "%x-%A-%a.log") if "--signal" not in o),
+        f"--array=0-{len(sets) - 1}",
+        f"--gpus-per-node={gpu}",
+        f"--cpus-per-task={config.size.cpus}",
+        str(SCRIPTS / "eval.sbatch"),
+    ]
+    plan = [("job", f"an array of {len(sets)}: {', '.join(names)}")]
+    return _submission(config, run, python, command, plan, {"DATA": " ".join(sets)})
+
+
+def _submission(
+    config: SlurmConfig,
+    run: Path,
+    python: str,
+    command: Sequence[str],
+    plan: Sequence[tuple[str, str]],
+    more: Mapping[str, str] | None = None,
+) -> Submission:
+    given = {"RUN": str(run), "PYTHON": python, "CONTAINER": config.container}
+    given |= {"MOUNTS": config.mounts, "NETWORK": config.network, **(more or {})}
+    where = f"partition {config.partition or 'default'}, account {config.account or 'default'}"
+    plan = [*plan, ("time", f"{config.time}, saves {config.signal} s before"), ("where", where),
+            ("run folder", str(run)), ("container", config.container)]  # fmt: skip
+    return Submission(
+        tuple(command), {k: v for k, v in given.items() if v}, tuple(row for row in plan if row[1])
+    )
+
+
+def _job(config: SlurmConfig, run: Path, name: str = "dsasr", log: str = "%x-%j.log") -> list[str]:
+    options = ["sbatch", f"--job-name={name}", f"--time={config.time}"]
+    options += [f"--signal=USR1@{config.signal}", f"--output={run}/logs/{log}"]
+    options += [f"--partition={config.partition}"] if config.partition else []
+    options += [f"--account={config.account}"] if config.account else []
+    return [*options, *config.options]
+
+
+def _size(size: SizeConfig) -> list[str]:
+    return [
+        f"--nodes={size.nodes}",
+        f"--ntasks-per-node={size.per_node}",
+        f"--gpus-per-node={size.gpus}",
+        f"--cpus-per-task={size.cpus}",
+    ]
+
+
+def _shown(size: SizeConfig) -> str:
+    kind = "GPU" if size.gpus else "CPU rank"
+    return f"{size.nodes} × {size.per_node} {kind}s, {size.cpus} CPUs each: {size.world} ranks"

@@ -1,0 +1,131 @@
+"""The pretrain branch: encoder and phoneme head under CTC or CR-CTC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dsasr.data.audio.augment import SpecAugmentConfig, spec_augment
+from dsasr.data.batch import Batch
+from dsasr.model.ctc import (
+    CtcHead,
+    consistency_loss,
+    ctc_loss,
+    greedy_phonemes,
+    phoneme_errors,
+    posterior_entropy,
+)
+from dsasr.model.dynamic_chunks import ChunkConfig, draw_chunk
+from dsasr.model.encoders.conformer import Encoder
+from dsasr.model.outputs import Outputs
+from dsasr.model.speech_llm import placeholder
+from dsasr.model.step_rng import seed_dropout, step_generator
+from dsasr.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """``consistency`` weighs CR-CTC's term (the paper: 0.2); 0 is plain CTC, one view, half the
+    time. ``chunks`` None is full context, ``spec`` None no SpecAugment."""
+
+    consistency: float = 0.2
+    spec: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    chunks: ChunkConfig | None = field(default_factory=ChunkConfig)
+
+    def __post_init__(self) -> None:
+        if self.consistency < 0:
+            raise UserError("pretrain consistency must not be negative; 0 turns it off")
+
+
+class Pretrainer(nn.Module):
+    """Encoder and CTC head; ``phonemes`` is the size of the vocabulary, blank included."""
+
+    def __init__(self, encoder: Encoder, phonemes: int, cfg: PretrainConfig):
+        super().__init__()
+        self.encoder = encoder
+        self.ctc = CtcHead(encoder.cfg.width, phonemes)
+        self.cfg = cfg
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew; the same generator state gives the same weights."""
+        self.encoder.reset_parameters(generator)
+        self.ctc.reset_parameters(generator)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """CTC in training mode with its augmentation and chunks, else plain and full context.
+
+        loss, per phoneme: with views a, b of each utterance, (CTC(a) + CTC(b)) / 2 + consistency
+        · ½ Σ_frames [KL(sg(b)‖a) + KL(sg(a)‖b)].
+
+        sums: "ctc" (nats per phoneme), "consistency" (nats per frame), "ctc_entropy" (nats per
+        frame), "ctc_infeasible" (share of utterances with too few frames, left out of the loss);
+        in eval mode also "phoneme_errors" (share of greedy decoding's edits), and the frames.
+
+        A batch without utterances runs every part once, for its collectives, and weighs nothing.
+        In training, seeds torch's global generators from the batch (see `seed_dropout`).
+        """
+        weight = 1.0 if len(batch) else 0.0
+        batch = batch if len(batch) else placeholder(batch, self.encoder.cfg.mels, 0)
+        views_XTF, chunk = [batch.features_BTF], None
+        if self.training:
+            seed_dropout(batch)
+            views_XTF = self._views(batch)
+            if self.cfg.chunks is not None:
+                chunk = draw_chunk(self.cfg.chunks, step_generator(batch, "chunk"))
+        views = len(views_XTF)
+        output = self.encoder(
+            torch.cat(views_XTF) if views > 1 else views_XTF[0],
+            batch.feature_lengths_B.repeat(views),
+            chunk,
+        )
+        log_probs = self.ctc(output.frames_BSE)
+        host = batch.host
+        host_lengths = self.encoder.output_lengths(host.feature_lengths_B), host.phoneme_lengths_B
+        found = ctc_loss(
+            log_probs,
+            output.lengths_B,
+            batch.phonemes_BP.repeat(views, 1),
+            batch.phoneme_lengths_B.repeat(views),
+            host_lengths=tuple(lengths_B.repeat(views) for lengths_B in host_lengths),
+        )
+        phonemes = found.phonemes.clamp_min(1)
+        loss = found.nll_B.sum() / phonemes
+        frames = output.lengths_B.sum()
+        utterances = torch.full_like(frames, len(found.nll_B))
+        sums = {
+            "ctc": (found.nll_B.sum(), found.phonemes),
+            "ctc_entropy": (posterior_entropy(log_probs, output.lengths_B), frames),
+            "ctc_infeasible": ((~found.feasible_B).sum(), utterances),
+        }
+        if views > 1:
+            first, second = log_probs.chunk(2)
+            apart_B = consistency_loss(first, second, output.lengths_B[: len(batch)])
+            # found.phonemes counts both views, apart_B compares them once.
+            loss = loss + self.cfg.consistency * apart_B.sum() / (phonemes / 2)
+            sums["consistency"] = (apart_B.sum(), frames // 2)
+        if not self.training:
+            hypotheses = greedy_phonemes(log_probs, output.lengths_B)
+            edits, total = phoneme_errors(hypotheses, batch.phonemes_BP, batch.phoneme_lengths_B)
+            sums["phoneme_errors"] = (loss.new_tensor(edits), loss.new_tensor(total))
+        return Outputs(
+            loss=loss * weight,
+            sums={
+                name: (total.detach().double() * weight, count.detach().double() * weight)
+                for name, (total, count) in sums.items()
+            },
+            features_BSE=None if self.training else output.frames_BSE.detach(),
+            lengths_B=None if self.training else output.lengths_B,
+        )
+
+    def _views(self, batch: Batch) -> list[Tensor]:
+        """One or two differently masked copies of the features."""
+        if self.cfg.spec is None:
+            # CR-CTC without SpecAugment: the views differ by dropout alone.
+            return [batch.features_BTF] * (2 if self.cfg.consistency else 1)
+        generator = step_generator(batch, "spec")
+        return [
+            spec_augment(batch.features_BTF, batch.feature_lengths_B, self.cfg.spec, generator)
+            for _ in range(2 if self.cfg.consistency else 1)
+        ]

@@ -1,0 +1,47 @@
+"""Dynamic chunks: how much of an utterance an encoder frame sees, drawn anew for each batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsasr.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """How `draw_chunk` draws. Sizes in encoder frames (40 ms), ``left`` in chunks."""
+
+    full_share: float = 0.5  # of the batches: full context
+    min_size: int = 4
+    max_size: int = 25
+    all_left_share: float = 0.5  # of the chunked batches: everything to the left is visible
+    max_left: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_size <= self.max_size or self.max_left < 0:
+            raise UserError(
+                f"chunks of {self.min_size} to {self.max_size} frames with up to {self.max_left}"
+                " on the left: need 1 <= min_size <= max_size and max_left >= 0"
+            )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``size`` encoder frames see each other and ``left`` chunks before them (-1: all)."""
+
+    size: int
+    left: int = -1
+
+
+def draw_chunk(cfg: ChunkConfig, generator: torch.Generator) -> Chunk | None:
+    """Draw a batch's chunk, None for full context (dynamic chunks, arXiv 2012.05481).
+
+    Four numbers are drawn from ``generator`` (on the CPU) whatever comes out of them.
+    """
+    full, size, all_left, left = torch.rand(4, generator=generator).tolist()
+    if full < cfg.full_share:
+        return None
+    frames = cfg.min_size + int(size * (cfg.max_size - cfg.min_size + 1))
+    return Chunk(frames, -1 if all_left < cfg.all_left_share else int(left * (cfg.max_left + 1)))

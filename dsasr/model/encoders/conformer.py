@@ -1,0 +1,373 @@
+"""Conformer encoder in the shape of FireRedASR-AED's, with dynamic chunks.
+
+One mask rule keeps an utterance's result free of the batch that it came in: padded frames are
+zeroed before every convolution over time and hidden from every query. One alignment rule keeps
+streaming exact: output frame s is centred on feature frame 4s and sees features 4s - 3 … 4s + 3, so
+that the frames of a chunk [c·i, c·(i + 1)) see nothing from feature frame 4c·(i + 1) on. **The
+look-ahead beyond a chunk's end is zero frames.**
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsasr.model import activation_checkpointing
+from dsasr.model.dynamic_chunks import Chunk
+from dsasr.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of the encoder; ``ffn`` is absolute, ``kernel`` in encoder frames (40 ms)."""
+
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    ffn: int = 2048
+    kernel: int = 33
+    conv_expansion: int = 1  # width of the depthwise convolution, in encoder widths
+    dropout: float = 0.1
+    attention_dropout: float = 0.0  # on a CPU it costs the fused attention
+    mels: int = 80
+    subsample_channels: int = 32
+    checkpoint: bool = False  # recompute each block in the backward pass
+    recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise UserError(
+                f"encoder width {self.width} over {self.heads} heads: choose heads so that"
+                " width / heads is an even number"
+            )
+        if self.kernel % 2 == 0:
+            raise UserError(f"encoder kernel {self.kernel}: choose an odd number of frames")
+        if self.mels < 7:
+            raise UserError(f"encoder mels {self.mels}: the subsampling needs at least 7")
+        if min(self.width, self.layers, self.ffn, self.conv_expansion) < 1:
+            raise UserError("encoder width, layers, ffn and conv_expansion must be at least 1")
+
+
+class EncoderOutput(NamedTuple):
+    """``frames_BSE`` (zero where padded), their ``lengths_B``, each block's output if asked for.
+
+    A tuple, because ZeRO-3 looks for tensors in tuples only when it hooks a module's output.
+    """
+
+    frames_BSE: Tensor
+    lengths_B: Tensor
+    layers: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What every block of one forward pass shares."""
+
+    cos_S11H: Tensor
+    sin_S11H: Tensor
+    bias: Tensor | None  # 0 or -inf, broadcasts to the scores [B, heads, S, S]; None: all see all
+    padding_BS1: Tensor | None  # bool, True where padded; None: nothing is
+    chunk: Chunk | None
+
+
+def valid_frames(lengths_B: Tensor, frames: int) -> Tensor:
+    """Bool [B, frames], True where an utterance has a frame."""
+    return torch.arange(frames, device=lengths_B.device) < lengths_B.unsqueeze(1)
+
+
+class StridedConv(nn.Conv2d):
+    """3 x 3 convolution, stride 2, over [B, C, T, F]; padded by one zero frame on either side.
+
+    It runs in channels-last memory whatever the layout of its weight (ZeRO-3 hands back plain
+    rows): with one input channel that is 7x faster on a CPU, and cuDNN wants it for bf16.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 3, stride=2, padding=(1, 0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        # A clone, for with one channel `contiguous` takes any layout to be the right one.
+        weight = self.weight.clone(memory_format=torch.channels_last)
+        input = input.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding)
+
+
+class Subsampling(nn.Module):
+    """[B, T, F] features to [B, ceil(T/4), E]: two strided convolutions and a projection."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        channels = cfg.subsample_channels
+        self.conv1 = StridedConv(1, channels)
+        self.conv2 = StridedConv(channels, channels)
+        bins = ((cfg.mels - 1) // 2 - 1) // 2
+        self.project = nn.Linear(bins * channels, cfg.width)
+
+    def forward(self, features_BTF: Tensor, lengths_B: Tensor, padded: bool) -> Tensor:
+        x = features_BTF
+        if padded:
+            x = x.masked_fill(~valid_frames(lengths_B, x.shape[1]).unsqueeze(2), 0.0)
+        x = self.conv1(x.unsqueeze(1))
+        if padded:  # its bias has made something of the zeros
+            valid = valid_frames((lengths_B + 1) // 2, x.shape[2])
+            # A product, in place: masked_fill's gradient would leave the channels-last layout.
+            x = x.mul_(valid[:, None, :, None].to(x.dtype))
+        x = F.relu_(self.conv2(F.relu_(x)))
+        return self.project(x.permute(0, 2, 3, 1).flatten(2))  # a view: channels are last
+
+
+class FeedForward(nn.Module):
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(cfg.width)
+        self.up = nn.Linear(cfg.width, cfg.ffn)
+        self.down = nn.Linear(cfg.ffn, cfg.width)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        return self.dropout(self.down(F.silu(self.up(self.norm(x_BSE)))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with rotary positions, through `scaled_dot_product_attention`.
+
+    FireRedASR and Conformer add learnt relative positions to the scores. Rotary positions
+    (**ours**) are relative too, but live in the queries and keys: nothing is added to the scores,
+    so that the fused kernels apply and the positions can restart inside a pack of utterances.
+    """
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.heads = cfg.heads
+        self.norm = nn.LayerNorm(cfg.width)
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.width)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.attention_dropout = cfg.attention_dropout
+
+    def forward(self, x_BSE: Tensor, context: _Context) -> Tensor:
+        B, S, E = x_BSE.shape
+        qkv = self.qkv(self.norm(x_BSE)).view(B, S, 3, self.heads, E // self.heads)
+        first, second = qkv[:, :, :2].chunk(2, dim=-1)
+        cos, sin = context.cos_S11H, context.sin_S11H
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        query, key = rotated.to(qkv.dtype).permute(2, 0, 3, 1, 4).unbind(0)
+        value = qkv[:, :, 2].transpose(1, 2)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = attend(query, key, value, context.bias, dropout)
+        return self.dropout(self.out(mixed.transpose(1, 2).reshape(B, S, E)))
+
+
+def attend(
+    query_BHSX: Tensor, key_BHSX: Tensor, value_BHSX: Tensor, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """Softmax attention, [B, heads, S, head width]; ``bias`` is added to the scores.
+
+    Short sequences on a CPU take the plain products: as fast as torch's fused kernel there, and
+    three times as fast where the matrix products go through oneDNN, which that kernel calls in
+    small pieces.
+    """
+    S, X = query_BHSX.shape[2:]
+    if query_BHSX.is_cuda or S > 512:
+        return F.scaled_dot_product_attention(
+            query_BHSX, key_BHSX, value_BHSX, attn_mask=bias, dropout_p=dropout
+        )
+    scores = torch.matmul(query_BHSX * X**-0.5, key_BHSX.transpose(-1, -2))
+    if bias is not None:
+        scores = scores.add_(bias)
+    shares = F.dropout(scores.softmax(-1), dropout, dropout > 0)
+    return torch.matmul(shares, value_BHSX)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution over time, [B, S, C] to [B, S, C], same length.
+
+    With a chunk, a frame sees its own chunk and the ``kernel // 2`` frames before it, wherever
+    those lie; frames beyond the chunk's end count as zeros, as those beyond an utterance's end do.
+    """
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[2])
+        nn.init.uniform_(self.weight, -bound, bound, generator=generator)
+        nn.init.uniform_(self.bias, -bound, bound, generator=generator)
+
+    def forward(self, x_BSC: Tensor, chunk: Chunk | None) -> Tensor:
+        half = self.weight.shape[2] // 2
+        if chunk is None or chunk.size >= x_BSC.shape[1]:
+            return self._convolve(x_BSC, half)
+        B, S, C = x_BSC.shape
+        size = chunk.size
+        pieces = -(-S // size)
+        padded = F.pad(x_BSC, (0, 0, half, pieces * size - S))
+        windows = padded.unfold(1, half + size, size).transpose(2, 3)  # [B, pieces, half + size, C]
+        windows = F.pad(windows, (0, 0, 0, half)).flatten(0, 1)
+        # The result is laid out as the device likes it: a copy on some.
+        return self._convolve(windows, 0).reshape(B, pieces * size, C)[:, :S]
+
+    def _convolve(self, x_BSC: Tensor, padding: int) -> Tensor:
+        # Seen as a channels-last image of one row, [B, S, C] needs no transposed copy.
+        image = x_BSC.transpose(1, 2).unsqueeze(2)
+        y = F.conv2d(
+            image,
+            self.weight.unsqueeze(2),
+            self.bias,
+            padding=(0, padding),
+            groups=self.weight.shape[0],
+        )
+        return y.squeeze(2).transpose(1, 2)
+
+
+class ConvModule(nn.Module):
+    """Pointwise, GLU, depthwise, pointwise. LayerNorm between them (FireRedASR's choice too).
+
+    A BatchNorm here would mix utterances, and its running statistics would drift in an encoder
+    that is meant to be frozen.
+    """
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        inner = cfg.width * cfg.conv_expansion
+        self.norm = nn.LayerNorm(cfg.width)
+        self.expand = nn.Linear(cfg.width, 2 * inner)
+        self.depthwise = DepthwiseConv(inner, cfg.kernel)
+        self.inner_norm = nn.LayerNorm(inner)
+        self.contract = nn.Linear(inner, cfg.width)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x_BSE: Tensor, context: _Context) -> Tensor:
+        y = F.glu(self.expand(self.norm(x_BSE)))
+        if context.padding_BS1 is not None:
+            y = y.masked_fill(context.padding_BS1, 0.0)
+        y = self.depthwise(y, context.chunk)
+        return self.dropout(self.contract(F.silu(self.inner_norm(y))))
+
+
+class Block(nn.Module):
+    """FFN/2, attention, convolution, FFN/2, LayerNorm (Conformer, arXiv 2005.08100)."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.ffn1 = FeedForward(cfg)
+        self.attention = SelfAttention(cfg)
+        self.conv = ConvModule(cfg)
+        self.ffn2 = FeedForward(cfg)
+        self.norm = nn.LayerNorm(cfg.width)
+
+    def forward(self, x_BSE: Tensor, context: _Context) -> Tensor:
+        x = torch.add(x_BSE, self.ffn1(x_BSE), alpha=0.5)
+        x = x + self.attention(x, context)
+        x = x + self.conv(x, context)
+        return self.norm(torch.add(x, self.ffn2(x), alpha=0.5))
+
+
+class Encoder(nn.Module):
+    """Log-Mel features at 100 Hz to frames at 25 Hz.
+
+    Built under ``torch.device("meta")`` it takes no memory; `reset_parameters` fills it later.
+    """
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.subsampling = Subsampling(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew; the same generator state gives the same weights."""
+        reset_parameters(self, generator)
+
+    @staticmethod
+    def output_lengths(lengths_B: Tensor) -> Tensor:
+        """Encoder frames of so many feature frames: ceil(ceil(T / 2) / 2)."""
+        return (lengths_B + 3) // 4
+
+    def forward(
+        self,
+        features_BTF: Tensor,
+        lengths_B: Tensor,
+        chunk: Chunk | None = None,
+        layers: bool = False,
+    ) -> EncoderOutput:
+        """Encode ``features_BTF``, of which ``lengths_B`` frames are valid and >= 1.
+
+        Runs in the dtype of the weights. ``chunk=None`` is full context.
+        """
+        # On a GPU the question would stall the queue; there the masks are always applied.
+        padded = lengths_B.device.type != "cpu" or int(lengths_B.min()) < features_BTF.shape[1]
+        dtype = self.subsampling.project.bias.dtype
+        x = self.subsampling(features_BTF.to(dtype), lengths_B, padded)
+        out_lengths_B = self.output_lengths(lengths_B)
+        context = self._context(x, out_lengths_B, chunk, padded)
+        x = self.dropout(x)
+        outputs = []
+        for block in self.blocks:
+            if self.cfg.checkpoint and self.training and torch.is_grad_enabled():
+                x = activation_checkpointing.checkpoint(
+                    block, x, context, keep=self.cfg.recompute == "cheap"
+                )
+            else:
+                x = block(x, context)
+            if layers:
+                outputs.append(x)
+        if context.padding_BS1 is not None:
+            x = x.masked_fill(context.padding_BS1, 0.0)
+        return EncoderOutput(x, out_lengths_B, tuple(outputs))
+
+    def _context(
+        self, x_BSE: Tensor, lengths_B: Tensor, chunk: Chunk | None, padded: bool
+    ) -> _Context:
+        S, device = x_BSE.shape[1], x_BSE.device
+        half = self.cfg.width // self.cfg.heads // 2
+        # Positions and angles in float32 at least: bf16 can't tell frame 300 from 301.
+        dtype = torch.promote_types(x_BSE.dtype, torch.float32)
+        steps = torch.arange(S, device=device)
+        rates = 10000.0 ** (torch.arange(half, device=device, dtype=dtype) / -half)
+        angles = (steps.to(dtype).unsqueeze(1) * rates).view(S, 1, 1, half)
+        visible = padding = None
+        if padded:
+            valid = valid_frames(lengths_B, S)
+            padding = ~valid.unsqueeze(2)
+            visible = valid[:, None, None, :]
+        if chunk is not None and chunk.size < S:
+            index = steps // chunk.size
+            behind = index.unsqueeze(1) - index
+            near = behind >= 0 if chunk.left < 0 else (behind >= 0) & (behind <= chunk.left)
+            visible = near if visible is None else near & visible
+            # A padded frame may have lost all keys; it sees itself rather than making a NaN.
+            visible = visible | torch.eye(S, dtype=torch.bool, device=device)
+        bias = None
+        if visible is not None:
+            bias = torch.zeros_like(visible, dtype=x_BSE.dtype).masked_fill(~visible, -torch.inf)
+        return _Context(angles.cos(), angles.sin(), bias, padding, chunk)
+
+
+def reset_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw the weights of every layer inside ``module`` as torch does, from ``generator``."""
+    for layer in module.modules():
+        reset_layer(layer, generator)
+
+
+def reset_layer(layer: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw the layer's own weights, not those of layers inside it."""
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+        if layer.bias is not None:
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    elif isinstance(layer, nn.LayerNorm):
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    elif isinstance(layer, DepthwiseConv):
+        layer.reset_parameters(generator)

@@ -1,0 +1,32 @@
+"""All randomness of a step derives from its batch's seed."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from dsasr.data.batch import Batch
+
+
+def derive_seed(batch: Batch, purpose: str) -> int:
+    """A 63-bit seed of its own for ``purpose``; differs over ranks even if ``batch.seed`` does not.
+
+    The batch's first key tells the ranks apart: no two hold the same utterance at a step.
+    """
+    first = batch.keys[0] if batch.keys else ""
+    digest = hashlib.blake2b(f"{batch.seed} {purpose} {first}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def step_generator(batch: Batch, purpose: str) -> torch.Generator:
+    """A fresh CPU generator for ``purpose``."""
+    return torch.Generator().manual_seed(derive_seed(batch, purpose))
+
+
+def seed_dropout(batch: Batch) -> None:
+    """Seed torch's global generators, from which dropout draws.
+
+    A step then repeats bit by bit whatever ran before it: a resumed run needs no saved RNG state.
+    """
+    torch.manual_seed(derive_seed(batch, "dropout"))

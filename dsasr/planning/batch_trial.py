@@ -1,0 +1,222 @@
+"""The child of `batch_search`: builds a stage as a run would, steps synthetic batches, tells peaks.
+
+Memory counts as a run's does: a GPU's by what the allocator reserved, a CPU's by the process's
+resident set. A limit below what the machine has is enforced: on a GPU by the allocator's share, on
+a CPU by the kernel (``RLIMIT_DATA``), so that too large a trial ends in this process and not in
+another one's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import tempfile
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsasr.data.batch import Batch
+from dsasr.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dsasr.recipe import Recipe
+    from dsasr.stages import StageConfig
+
+PHONEMES_PER_SECOND = 20  # faster than anyone speaks
+OUT_OF_MEMORY = ("alloc", "out of memory", "not enough memory")  # in torch's and others' messages
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of ``samples`` of ``frames`` each, with ``tokens`` of transcript and end each."""
+
+    samples: int
+    frames: int
+    tokens: int
+
+
+def serve(pipe: Any, log: str, recipe: Recipe, stage: str, memory: int) -> None:
+    """Answer trials until the pipe closes: ("peak", (bytes, seconds)), ("memory", how) …
+
+    What libraries print goes to the file ``log``.
+    """
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    try:
+        trials = Trials(recipe, stage, memory)
+        pipe.send(("ready", (trials.name, trials.memory, trials.held)))
+        while True:
+            try:
+                shapes = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(("peak", trials.peak(shapes)))
+    except UserError as error:
+        pipe.send(("user", str(error)))
+    except BaseException as error:
+        kind = "memory" if is_out_of_memory(error) else "error"
+        with suppress(OSError):
+            pipe.send((kind, "out of memory" if kind == "memory" else traceback.format_exc()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is a way of saying that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(t in text for t in OUT_OF_MEMORY)
+
+
+def synthetic_batch(shape: Shape, mels: int, phonemes: int, tokens: int) -> Batch:
+    """A batch of that shape: noise for features, labels below ``phonemes`` and ``tokens``."""
+    count, frames = shape.samples, shape.frames
+    spoken = max(1, min(frames * PHONEMES_PER_SECOND // 100, frames // 6))
+    labels = torch.arange(spoken) % max(phonemes - 1, 1) + 1  # no two alike beside each other
+    said = max(shape.tokens, 1)
+    generator = torch.Generator().manual_seed(0)
+    empty = ("",) * count
+    return Batch(
+        features_BTF=torch.randn(count, frames, mels, generator=generator),
+        feature_lengths_B=torch.full((count,), frames),
+        phonemes_BP=labels.repeat(count, 1),
+        phoneme_lengths_B=torch.full((count,), spoken),
+        tokens_BU=torch.randint(tokens, (count, said), generator=generator),
+        token_lengths_B=torch.full((count,), said),
+        keys=tuple(f"synthetic-{i}" for i in range(count)),
+        shards=empty,
+        texts=empty,
+        langs=empty,
+        speakers=empty,
+        durations=(frames / 100,) * count,
+        seed=1,
+        epoch=0,
+        number=0,
+        state={},
+    )
+
+
+class Trials:
+    """A stage's branch in its engine, and the other one parked beside it if the job has both."""
+
+    def __init__(self, recipe: Recipe, stage: str, memory: int) -> None:
+        from dsasr.build import Builder
+        from dsasr.engine import branch_engine
+        from dsasr.kernels import dispatch
+        from dsasr.recipe import quiet
+        from dsasr.utils import distributed
+
+        quiet()
+        branch_engine.set_threads(recipe.engine)
+        dispatch.select(recipe.kernels)
+        branch_engine.init_distributed()
+        self.device = distributed.device()
+        self.gpu = self.device.type == "cuda"
+        self.memory = memory or _free(self.device)
+        self.name = torch.cuda.get_device_name(self.device) if self.gpu else "the CPU"
+        self.build, self.folder = Builder(recipe), tempfile.TemporaryDirectory()
+        self.stage = next(s for s in recipe.stages if s.name == stage)
+        self.mels = recipe.model.encoder.mels
+        for other in beside(recipe, self.stage):
+            self._enter(other).park()
+        self.branch = self._enter(self.stage)
+        self.held = self._now()
+        if self.held > self.memory:
+            raise MemoryError
+        self._limit()
+
+    def _enter(self, stage: StageConfig) -> Any:
+        """A branch that has made a small step, so that its optimizer holds its moments."""
+        from dsasr.engine.branch_engine import Branch, cutter
+
+        module = self.build.module(stage.branch, cutter(self.build.recipe.engine))
+        branch = Branch(stage.branch, module, self.build.recipe.engine, Path(self.folder.name))
+        branch.enter(stage)
+        self._step(branch, stage, Shape(1, 64, 4))
+        return branch
+
+    def peak(self, shapes: tuple[Shape, ...]) -> tuple[int, float]:
+        """(the most bytes held over one step of each shape, seconds of the slowest step)."""
+        self._reset()
+        slowest = 0.0
+        for shape in shapes:
+            started = time.perf_counter()
+            self._step(self.branch, self.stage, shape)
+            if self.gpu:
+                torch.cuda.synchronize()
+            slowest = max(slowest, time.perf_counter() - started)
+        return self._most(), slowest
+
+    def _step(self, branch: Any, stage: StageConfig, shape: Shape) -> None:
+        sft = stage.branch == "sft"
+        phonemes = 2 if sft else len(self.build.phonemes)
+        tokens = self.build.tokenizer.vocab_size if sft else 1
+        batch = synthetic_batch(shape, self.mels, phonemes, tokens)
+        branch.step([batch] * stage.accumulate, 0)
+
+    def _limit(self) -> None:
+        """Bound this process's memory from here on.
+
+        The kernel counts what is mapped. DeepSpeed maps gigabytes of buckets that a CPU never
+        touches, so only what comes on top of the present state is bounded, with a quarter of slack
+        for what the heap maps and does not use: the judge is the resident set.
+        """
+        if self.gpu:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.memory / total), self.device)
+            return
+        room = max(int(1.25 * self.memory) - status("VmRSS"), 1 << 20)
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + room, hard))
+
+    def _now(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.gpu else status("VmRSS")
+
+    def _reset(self) -> None:
+        if self.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+
+    def _most(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) if self.gpu else status("VmHWM")
+
+
+def beside(recipe: Recipe, stage: StageConfig) -> list[StageConfig]:
+    """Stages of the other branch that may lie parked beside this one in the same job."""
+    schedule = recipe.schedule()
+    if recipe.branch != "both" or schedule.pretrain is None or not schedule.sft:
+        return []
+    if stage.branch == "pretrain":
+        others = [s for s in schedule.sft if not s.needs_final_encoder]
+        return others[-1:]  # the one that trains most, as stages go
+    return [] if stage.needs_final_encoder else [schedule.pretrain]
+
+
+def status(name: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _free(device: torch.device) -> int:
+    """What is free: of the GPU, or of the machine within its control group's bound."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):
+        bound = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, bound - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return math.floor(free)

@@ -1,0 +1,293 @@
+"""The report of one or more runs: one HTML page that needs no network, and its pictures as PNGs.
+
+`run_data` reads run folders, `figures` draws, `write` puts both on the page. What a run
+has not measured is left out and named.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dsasr.reporting import figures
+from dsasr.reporting.run_data import Row, RunData, audio_hours
+from dsasr.tracking.monitor import clock
+from dsasr.tracking.timeline_plot import DPI
+from dsasr.utils.io import atomic_write
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #2b2b2b; background: #fff;
+       max-width: 1160px; margin: 2.2em auto; padding: 0 1.4em; }
+h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.15em; margin: 2.2em 0 .3em; }
+p, figcaption { color: #555; max-width: 50em; } figure { margin: .6em 0 1.4em; }
+img { max-width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }
+th, td { padding: .35em .6em; text-align: right; border-bottom: 1px solid #e6e6e6; }
+th[colspan] { border: none; padding-bottom: 0; font-weight: 400; color: #777;
+              text-align: center; }
+th { font-weight: 600; border-bottom: 1.5px solid #999; vertical-align: bottom; }
+td:first-child, th:first-child { text-align: left; white-space: nowrap; }
+td small { color: #777; display: block; white-space: nowrap; }
+.left td, .left th { text-align: left; vertical-align: top; }
+.stages :is(td, th):is(:nth-child(2), :nth-child(4)) { text-align: left; }
+""".strip()
+
+
+def draw(runs: Sequence[RunData], out: Path) -> dict[str, Path]:
+    """The pictures that there is data for: title → PNG."""
+    out.mkdir(parents=True, exist_ok=True)
+    made = {
+        f"Course of {run.name}": figures.timeline(run, out / f"timeline-{_slug(run.name)}.png")
+        for run in runs
+    }
+    for title, function, name in (
+        ("Drift", figures.cka, "cka"),
+        ("Entropy over training", figures.over_training, "metrics"),
+        ("Before and after joint training", figures.joint, "joint"),
+        ("Who resolves what", figures.allocation, "allocation"),
+        ("Errors and hallucinations against training time", figures.against_time, "training"),
+    ):
+        made[title] = function(runs, out / f"{name}.png")
+    return {title: path for title, path in made.items() if path is not None}
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+CAPTIONS = {
+    "Course": "Stages of both branches: pretrain trains the encoder by CTC, sft the language model "
+    "behind it. A dot is a published encoder, an arrow its way into the sft branch, with what made "
+    "it go; grey lines are such swaps.",
+    "Drift": "CKA of encoder frames on a fixed set of utterances: 1 where the representation has "
+    "not moved. Left: at each measurement below the threshold an encoder is published.",
+    "Entropy over": "Encoder frames of held-out utterances. Low NSE: few directions carry the "
+    "variance. PAI: what a linear reader finds about phonemes; CSAI: about words, beyond the "
+    "phonemes around. Below zero: the reader is worse than none. Bands: 95% bootstrap intervals "
+    "over utterances. Labels come from the run's own CTC head and change with it.",
+    "Before": "The encoder that joint training began with, and what it made of it. Whiskers: 95% "
+    "bootstrap intervals over utterances. None found: the interval reaches zero; where a "
+    "limit is given, a gain of it would have stood out.",
+    "Who": "Left: held-out frames, linear readers; H(P) is the entropy of the phonemes, H(S|P) "
+    "that of the words when the phonemes around are known. Right: what the language model alone "
+    "leaves open (H₀, the whole bar), what the audio resolves of it, and what stays open (H₁); no "
+    "bar where no language model was measured. random: an encoder of that shape, untrained.",
+    "Errors": "While training: error rates on the validation set; hallucinations on the suite that "
+    "is made of some of it, all noises together.",
+}
+
+
+# What makes a picture that is not there.
+MAKERS = {
+    "Drift": "a schedule with drift measurements",
+    "Entropy over training": "training with allocation.every=STEPS",
+    "Before and after joint training": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … "
+    "(of a concurrent run RUN/sft), or training with allocation.every=STEPS",
+    "Who resolves what": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … (or RUN/sft)",
+    "Errors and hallucinations against training time": "training with evaluation.every=STEPS",
+}
+
+
+def missing(pictures: dict[str, Path]) -> str:
+    """The pictures for which nothing was measured, and what measures it; empty if none."""
+    rows = [[title, escape(maker)] for title, maker in MAKERS.items() if title not in pictures]
+    if not rows:
+        return ""
+    return f"<h2>Not measured</h2>{_table(['picture', 'made by'], rows, 'left')}"
+
+
+def write(runs: Sequence[RunData], out: Path) -> Path:
+    """``index.html`` and the PNGs in ``out``; returns the page's path."""
+    pictures = draw(runs, out)
+    names = ", ".join(run.name for run in runs)
+    parts = [f"<h1>Entropy allocation</h1><p>{escape(names)}</p>"]
+    table = systems(runs)
+    if table:
+        parts.append(f"<h2>Systems</h2>{table}")
+    else:
+        parts.append(
+            "<p>No system has been tried yet: tools/evaluate.py RUN … --suite --report.</p>"
+        )
+    for title, path in pictures.items():
+        caption = next((text for start, text in CAPTIONS.items() if title.startswith(start)), "")
+        data = path.read_bytes()
+        # An inch is an inch in every picture, so that their letters are of one size.
+        width = 96 * int.from_bytes(data[16:20], "big") // DPI
+        parts.append(
+            f'<h2>{escape(title)}</h2><figure><img alt="{escape(title)}" width="{width}" '
+            f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+    parts += [missing(pictures), stages(runs), examples(runs)]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(names)}</title><style>{STYLE}</style></head><body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+    path = out / "index.html"
+    atomic_write(path, page)
+    return path
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def systems(runs: Sequence[RunData]) -> str:
+    """A row per system: errors with intervals by condition, hallucinations, non-speech, cost."""
+    tried = [run for run in runs if run.trial]
+    if not tried:
+        return ""
+    cleans = [run.trial["conditions"].get("clean", {}).get("languages", {}) for run in tried]
+    units = {lang: row["unit"] for clean in cleans for lang, row in clean.items()}
+    conditions = dict.fromkeys(c for run in tried for c in run.trial["conditions"])
+    noisy = [c for c in conditions if c != "clean"]
+    head = ["system", *(f"{escape(lang)} {RATES[unit]}, clean" for lang, unit in units.items())]
+    head += [f"{'all, ' * (len(units) > 1)}{_said(c)}" for c in noisy]
+    groups = [("", 1), ("errors, %", len(head) - 1), ("hallucinated, %", 2)]
+    groups += [("non-speech", 1), ("training", 2)]
+    head += ["clean", "noisy", "characters a minute", "audio, hours", CLOCKED]
+    rows = []
+    for run, clean in zip(tried, cleans, strict=True):
+        row = [escape(run.name), *(_span(clean.get(lang)) for lang in units)]
+        row += [_span(run.trial["conditions"].get(c)) for c in noisy]
+        cells = run.trial["hallucination"]["rows"]
+        row += [_share([c for c in cells if c["condition"] == "clean"])]
+        row += [_share([c for c in cells if c["condition"].startswith("snr")])]
+        row += [_pace(run.trial["hallucination"])]
+        row += [_hours(audio_hours(run)), clock(run.longest)]
+        rows.append(row)
+    untried = ", ".join(escape(run.name) for run in runs if not run.trial)
+    more = f" Not tried yet by tools/evaluate.py … --suite --report: {untried}." if untried else ""
+    table = _table(head, rows, groups=[g for g in groups if g[1]])
+    return f"{table}<p>{escape(SYSTEMS)}{more}</p>"
+
+
+RATES = {"word": "WER", "char": "CER", "mixed": "MER"}
+CLOCKED = "time, [h:]mm:ss"
+SYSTEMS = (
+    "Small print: 95% intervals over utterances or clips (bootstrap; of shares of utterances "
+    "Wilson's); one run each, so that they say nothing of other seeds. WER counts words, CER "
+    "characters, MER words and characters of code-switched speech; all: every language in its own "
+    "unit; dB: signal-to-noise ratio. Hallucinated: utterances with text that was not spoken; "
+    "noisy: at any ratio. Non-speech: what is written a minute of noise, music and silence. Audio: "
+    "what was trained on, counted each time."
+)
+
+
+def _said(condition: str) -> str:
+    for start, words in (("snr", "{} dB"), ("cut", "cut to {}%")):
+        if condition.startswith(start):
+            condition = words.format(condition.removeprefix(start))
+    return escape(condition).replace(" ", "&nbsp;")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.{2 if hours < 10 else 1 if hours < 100 else 0}f}"
+
+
+def _span(held: Row | None) -> str:
+    low, value, high = (held.get(k) if held else None for k in ("low", "rate", "high"))
+    if value is None:
+        return "–"
+    span = () if low is None or high is None else (100 * low, 100 * high)
+    return _estimate(100 * value, *span)
+
+
+def _estimate(value: float, *span: float) -> str:
+    small = f"<small>{'…'.join(f'{end:.1f}' for end in span)}</small>" if span else ""
+    return f"{value:.1f}{small}"
+
+
+def _share(cells: Sequence[Row]) -> str:
+    from dsasr.evaluation.hallucination import wilson
+
+    count = sum(c["utterances"] for c in cells)
+    if not count:
+        return "–"
+    hits = sum(c["flagged"] for c in cells)
+    # The same utterances in each condition, so as many draws as one condition has in all languages.
+    heard = Counter()
+    for cell in cells:
+        heard[cell["condition"]] += cell["utterances"]
+    draws = max(heard.values())
+    low, high = (100 * x for x in wilson(hits / count * draws, draws))
+    return _estimate(100 * hits / count, low, high)
+
+
+def _pace(held: Row) -> str:
+    """Characters a minute of non-speech; without an interval where none is known."""
+    row = held.get("nonspeech", {}).get("all")
+    if row is None:
+        cells = [c for c in held["rows"] if c["clips"]]
+        seconds = sum(c["seconds"] for c in cells)
+        return _estimate(60 * sum(c["characters"] for c in cells) / seconds) if seconds else "–"
+    if not row["clips_with_text"]:
+        return f"0<small>no text in {row['clips']} clips</small>"
+    return _estimate(row["rate"], *(() if row["low"] is None else (row["low"], row["high"])))
+
+
+def stages(runs: Sequence[RunData]) -> str:
+    rows = []
+    for run in runs:
+        ends = {e["name"]: e for e in run.events if e["event"] == "stage_end"}
+        for stage in run.schedule.stages if run.schedule else ():
+            end = ends.get(stage.name)
+            spent = clock(end["stage_seconds"]) if end else "–"
+            trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trains.items())
+            swaps = sum(e["event"] == "swap" and e["stage"] == stage.name for e in run.events)
+            rows.append(
+                [escape(run.name), stage.name, f"{stage.steps:,}", escape(trains), swaps, spent]
+            )
+    head = ["run", "stage", "steps", "trains, at the highest rate of", "encoders taken", CLOCKED]
+    told = "Encoders taken: how often the stage went on with another one that pretraining published"
+    return f"<h2>Stages</h2>{_table(head, rows, 'stages')}<p>{told}.</p>"
+
+
+def examples(runs: Sequence[RunData], most: int = 12) -> str:
+    rows = []
+    for run in runs:
+        held = run.trial.get("hallucination", {}).get("examples", [])
+        first: dict[tuple[str, str], int] = {}  # one of each kind and condition before a second
+        for e in held:
+            e["again"] = first[e["kind"], e["condition"]] = (
+                first.get((e["kind"], e["condition"]), -1) + 1
+            )
+        for e in sorted(held, key=lambda e: e["again"])[:most]:
+            cells = (e["kind"], e["detail"], e["reference"] or "–", e["hypothesis"])
+            kind, *texts = (escape(cell) for cell in cells)
+            rows.append([escape(run.name), _said(e["condition"]), kind, *texts])
+    if not rows:
+        return ""
+    head = ["run", "condition", "kind", "why", "reference", "transcript"]
+    return (
+        f"<h2>Hallucinations, examples</h2>{_table(head, rows, 'left')}<p>Invented: much longer "
+        "than what was said, and of other words. Loop: the same over and over. Chat: a refusal, an "
+        "assistant's phrase or a subtitle's. Burst: many words on end that were not said. "
+        "Nonspeech: any text where nobody speaks.</p>"
+    )
+
+
+def _table(
+    head: Sequence[Any],
+    rows: Sequence[Sequence[Any]],
+    kind: str = "",
+    groups: Sequence[tuple[str, int]] = (),
+) -> str:
+    """``groups``: names over the head's columns, and how many of them each spans."""
+    over = "".join(f'<th colspan="{n}">{name}</th>' for name, n in groups)
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    if over:
+        top = f"{over}</tr><tr>{top}"
+    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )

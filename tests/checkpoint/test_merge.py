@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.merge import average, compare, opened, weights
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
+from dsasr.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def saved(folder: Path, value: float, **more: torch.Tensor) -> FragmentReader:
+    tensors = {"sft/llm.w": torch.full((2, 3), value), "sft/llm.b": torch.arange(3.0), **more}
+    tensors["sft/master/llm.w"] = torch.full((2, 3), 100 * value)
+    tensors["sft/exp_avg/llm.w"] = torch.ones(2, 3)
+    held = {k: Fragment(tuple(t.shape), 0, t.reshape(-1)) for k, t in tensors.items()}
+    tensor_fragments.write_folder(folder, held, {"steps": int(value)})
+    return FragmentReader(folder)
+
+
+def test_the_mean_of_weights_alone(tmp_path):
+    readers = [saved(tmp_path / str(i), v) for i, v in enumerate((1.0, 2.0, 6.0))]
+    made = opened(average(readers, tmp_path / "mean"))
+    assert weights(made) == ["sft/llm.b", "sft/llm.w"] == sorted(made.keys())
+    assert torch.equal(made.whole("sft/llm.w"), torch.full((2, 3), 3.0))
+    assert torch.equal(made.whole("sft/llm.b"), torch.arange(3.0))
+    assert made.manifest["steps"] == 6 and made.manifest["of"] == ["0", "1", "2"]
+
+
+def test_half_precision_is_summed_in_double(tmp_path):
+    low = [torch.full((4,), v, dtype=torch.bfloat16) for v in (256.0, 1.0, 1.0)]
+    readers = [saved(tmp_path / str(i), 1.0, **{"sft/h": t}) for i, t in enumerate(low)]
+    made = opened(average(readers, tmp_path / "mean")).whole("sft/h")
+    assert made.dtype is torch.bfloat16 and torch.equal(made, torch.full((4,), 86.0).bfloat16())
+
+
+def test_other_models_and_torn_ones_are_refused(tmp_path):
+    one = saved(tmp_path / "a", 1.0)
+    other = saved(tmp_path / "b", 1.0, **{"sft/more": torch.ones(2)})
+    with pytest.raises(UserError, match="another model"):
+        average([one, other], tmp_path / "mean")
+    with pytest.raises(UserError, match="at least two"):
+        average([one], tmp_path / "mean")
+    with pytest.raises(UserError, match="exists"):
+        average([one, one], tmp_path / "b")
+    path = tmp_path / "a" / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="altered"):
+        opened(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_differs_and_how_much(tmp_path):
+    one = saved(tmp_path / "a", 2.0, **{"sft/x": torch.ones(2), "sft/y": torch.ones(2)})
+    other = saved(tmp_path / "b", 2.5, **{"sft/x": torch.ones(3), "sft/z": torch.ones(2)})
+    found = {d.key: d for d in compare(one, other)}
+    assert found["sft/llm.b"].differing == 0 and found["sft/llm.b"].relative == 0.0
+    assert found["sft/llm.w"].relative == pytest.approx(0.25)
+    assert found["sft/llm.w"].largest == 0.5 and found["sft/llm.w"].differing == 6
+    assert found["sft/x"].why == "[2] against [3]"
+    assert "only in" in found["sft/y"].why and found["sft/z"].relative is None
+
+
+def test_the_tool(tmp_path):
+    run = tmp_path / "run" / "checkpoints"
+    for step in (1, 2):
+        saved(run / f"step-{step:010d}", float(step))
+
+    def tool(*arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "tools" / "checkpoints.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    steps = sorted(run.iterdir())
+    listed = tool("list", tmp_path / "run")
+    assert listed.returncode == 0 and len(listed.stdout.splitlines()) == 2
+    compared = tool("compare", *steps)
+    assert compared.returncode == 1 and "1 of 2 tensors are equal" in compared.stdout
+    assert tool("average", *steps, "--to", tmp_path / "mean").returncode == 0
+    assert tool("average", *steps).returncode == 2

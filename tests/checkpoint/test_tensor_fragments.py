@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
+
+
+def published(folder, tensors, cuts=(), monkeypatch=None):
+    """Write ``tensors`` as several ranks would, each its own range, one file a rank."""
+    target = folder / "snap"
+    target.mkdir(parents=True)
+    files = {}
+    for rank in range(len(cuts) + 1):
+        held = {}
+        for key, tensor in tensors.items():
+            flat = tensor.reshape(-1)
+            edges = [0, *(min(c, flat.numel()) for c in cuts), flat.numel()]
+            low, high = edges[rank], edges[rank + 1]
+            held[key] = Fragment(tuple(tensor.shape), low, flat[low:high])
+        name = f"rank-{rank:05d}.safetensors"
+        files[name] = tensor_fragments.write_file(target / name, held)
+    manifest = {"format": tensor_fragments.FORMAT, "files": files}
+    (target / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+    return target
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_range_reads_back_from_any_cut(tmp_path_factory, data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=3)))
+    tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    cuts = sorted(data.draw(st.lists(st.integers(0, tensor.numel()), max_size=3)))
+    folder = published(tmp_path_factory.mktemp("f"), {"w": tensor}, cuts)
+    reader = FragmentReader(folder)
+    low = data.draw(st.integers(0, tensor.numel()))
+    high = data.draw(st.integers(low, tensor.numel()))
+    assert torch.equal(reader.read("w", low, high), tensor.reshape(-1)[low:high])
+    assert torch.equal(reader.whole("w"), tensor)
+
+
+def test_written_folder_verifies_and_keeps_dtypes(tmp_path):
+    flat = torch.arange(6, dtype=torch.bfloat16)
+    held = {"a": Fragment((2, 3), 0, flat), "b": Fragment((0,), 0, flat[:0])}
+    tensor_fragments.write_folder(tmp_path / "x", held, {"id": "x"})
+    assert tensor_fragments.verify(tmp_path / "x")["id"] == "x"
+    reader = FragmentReader(tmp_path / "x")
+    assert reader.whole("a").dtype is torch.bfloat16 and reader.whole("b").numel() == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_flipped_bit_and_a_missing_file_are_found(tmp_path):
+    folder = published(tmp_path, {"w": torch.randn(100)}, (50,))
+    path = folder / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FragmentError, match="altered"):
+        tensor_fragments.verify(folder)
+    path.unlink()
+    with pytest.raises(FragmentError, match="lacks"):
+        tensor_fragments.verify(folder)
+    with pytest.raises(FragmentError, match="no readable manifest"):
+        FragmentReader(tmp_path)
+
+
+def test_missing_keys_and_ranges_are_named(tmp_path):
+    folder = published(tmp_path, {"w": torch.randn(10)})
+    reader = FragmentReader(folder)
+    with pytest.raises(FragmentError, match="no 'v'"):
+        reader.read("v", 0, 1)
+    with pytest.raises(FragmentError, match="lacks elements 10 to 12"):
+        reader.read("w", 5, 12)
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
+    held = {"a": Fragment((3,), 0, torch.ones(3))}
+    tensor_fragments.write_folder(tmp_path / "x", held, {"turn": 1})
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_fragments, "write_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        tensor_fragments.write_folder(tmp_path / "x", held, {"turn": 2})
+    assert tensor_fragments.verify(tmp_path / "x")["turn"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_newer_folder_replaces_the_old_one(tmp_path):
+    for turn in (1, 2):
+        held = {"a": Fragment((3,), 0, torch.full((3,), float(turn)))}
+        tensor_fragments.write_folder(tmp_path / "x", held, {"turn": turn})
+    assert torch.equal(FragmentReader(tmp_path / "x").whole("a"), torch.full((3,), 2.0))

@@ -1,0 +1,307 @@
+"""Augmentation: what is drawn, what becomes of the audio, and what the masks cover."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsasr.data.audio.augment import (
+    KINDS,
+    AugmentConfig,
+    Draw,
+    SpecAugmentConfig,
+    apply,
+    draw,
+    make_noise,
+    mix,
+    spec_augment,
+)
+from dsasr.utils.errors import UserError
+
+RATE = 16_000
+
+
+def tone(hertz: float, seconds: float = 1.0) -> torch.Tensor:
+    return 0.3 * torch.sin(2 * torch.pi * hertz * torch.arange(int(seconds * RATE)) / RATE)
+
+
+def peak_hertz(wave: torch.Tensor) -> float:
+    return int(torch.fft.rfft(wave).abs().argmax()) * RATE / len(wave)
+
+
+def decibels(power: torch.Tensor) -> float:
+    return 10 * float(torch.log10(power))
+
+
+# -------------------------------------------------------------------------------------- the draw
+
+
+def test_draws_have_the_methods_distributions():
+    cfg = AugmentConfig()
+    draws = [draw(cfg, seed) for seed in range(20_000)]
+    noisy = [d for d in draws if d.noise]
+    assert len(noisy) / len(draws) == pytest.approx(0.2, abs=0.01)
+    for speed in cfg.speeds:
+        share = sum(d.speed == speed for d in draws) / len(draws)
+        assert share == pytest.approx(1 / 3, abs=0.015)
+    for kind in KINDS:
+        assert sum(d.noise == kind for d in noisy) / len(noisy) == pytest.approx(1 / 3, abs=0.03)
+    snr = np.array([d.snr for d in noisy])
+    assert (snr.mean(), snr.std()) == (pytest.approx(10, abs=0.3), pytest.approx(5, abs=0.3))
+    for side in ("before", "after"):
+        silence = np.array([getattr(d, side) for d in noisy])
+        assert silence.min() >= 0 and silence.max() <= 1
+        # Beta(1, 3): mean 1/4, variance 3/80, distribution 1 − (1 − x)³
+        assert silence.mean() == pytest.approx(1 / 4, abs=0.012)
+        assert silence.var() == pytest.approx(3 / 80, abs=0.004)
+        assert (silence < 0.5).mean() == pytest.approx(7 / 8, abs=0.02)
+    plain = [d for d in draws if not d.noise]
+    assert all(d.before == d.after == 0 for d in plain)
+
+
+def test_a_draw_is_the_seeds_in_any_process():
+    code = (
+        "import json; from dataclasses import astuple; from dsasr.data.audio.augment import *; "
+        "print(json.dumps([astuple(draw(AugmentConfig(), s)) for s in (0, 7, 2**63 - 1)]))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = [draw(AugmentConfig(), s) for s in (0, 7, 2**63 - 1)]
+    assert [Draw(*row) for row in json.loads(told.stdout)] == expected
+
+
+def test_a_draw_is_cheap():
+    cfg, best = AugmentConfig(), 1.0
+    for _ in range(5):
+        started = time.process_time()
+        for seed in range(500):
+            draw(cfg, seed)
+        best = min(best, (time.process_time() - started) / 500)
+    assert best < 1e-4  # 1e-5 on an idle core
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"speeds": ()}, {"speeds": (0.1,)}, {"noise_share": 1.2}, {"snr_std": -1.0},
+     {"silence": -1.0}, {"kinds": ()}, {"kinds": ("rain",)}],
+)  # fmt: skip
+def test_impossible_augmentation_is_refused(bad):
+    with pytest.raises(UserError, match="augment"):
+        AugmentConfig(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"freq_masks": -1}, {"time_share": 1.5}, {"time_width": -1}])
+def test_impossible_masks_are_refused(bad):
+    with pytest.raises(UserError, match="spec"):
+        SpecAugmentConfig(**bad)
+
+
+# ------------------------------------------------------------------------------------- the audio
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.0, 1.1])
+def test_speed_changes_tempo_and_pitch(speed):
+    wave = tone(1000)
+    got = apply(wave, Draw(speed))
+    assert abs(len(got) - RATE / speed) < 1
+    assert peak_hertz(got) == pytest.approx(1000 * speed, abs=2)
+    middle = got[400:-400]
+    assert float(middle.square().mean()) == pytest.approx(0.045, rel=0.01)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**63 - 1), st.integers(1, 30_000))
+def test_the_duration_is_known_beforehand(seed, samples):
+    cfg = AugmentConfig(noise_share=0.7)
+    drawn = draw(cfg, seed)
+    got = apply(tone(200, 2)[:samples], drawn)
+    assert abs(len(got) / RATE - drawn.seconds(samples / RATE)) < 3 / RATE
+    assert got.isfinite().all() and got.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("snr", [-5.0, 10.0, 20.0])
+def test_noise_covers_the_silence_too_at_the_drawn_snr(kind, snr):
+    wave = 0.1 * tone(1000)
+    drawn = Draw(1.0, kind, snr, before=0.5, after=0.25, seed=3)
+    got = apply(wave, drawn, voices=[tone(300, 3)])
+    assert len(got) == int(1.75 * RATE)
+    padded = torch.cat((torch.zeros(8000), wave, torch.zeros(4000)))
+    noise = got - padded
+    assert decibels(wave.square().mean() / noise.square().mean()) == pytest.approx(snr, abs=0.05)
+    assert noise[:8000].abs().max() > 0 and noise[-4000:].abs().max() > 0
+
+
+def test_the_same_draw_gives_the_same_audio_and_another_seed_another():
+    wave = tone(500)
+    for kind in KINDS:
+        first = apply(wave, Draw(0.9, kind, 5, 0.1, 0.2, 2**40 + 1))
+        assert torch.equal(first, apply(wave.clone(), Draw(0.9, kind, 5, 0.1, 0.2, 2**40 + 1)))
+        assert not torch.equal(first, apply(wave, Draw(0.9, kind, 5, 0.1, 0.2, 2**40 + 2)))
+    assert torch.equal(wave, tone(500))  # in place nowhere
+
+
+def test_a_sum_that_would_clip_is_scaled():
+    loud = 3 * tone(1000)
+    got = mix(loud, tone(300), -10.0)
+    assert float(got.abs().max()) == pytest.approx(1.0)
+    assert torch.equal(mix(torch.zeros(9), torch.ones(9), 5.0), torch.zeros(9))  # no speech
+    assert torch.equal(mix(tone(9), torch.zeros(RATE), 5.0), tone(9))  # no noise
+
+
+def test_nothing_and_silence_stay_so():
+    drawn = Draw(1.1, "babble", 5, 0.1, 0.1, 1)
+    assert len(apply(torch.zeros(0), drawn)) == 0
+    assert not apply(torch.zeros(800), drawn).any()
+
+
+def test_recorded_noise_is_taken_as_it_lies():
+    recorded = [torch.arange(1.0, 101.0)]
+    cut = make_noise("recorded", 250, np.random.default_rng(1), recorded)
+    start = int(cut[0]) - 1
+    assert torch.equal(cut, torch.arange(start, start + 250).remainder(100) + 1.0)
+    with pytest.raises(ValueError, match="recordings"):
+        apply(tone(500), Draw(1.0, "recorded", 5, 0, 0, 1))
+    got = apply(tone(500), Draw(1.0, "recorded", 5, 0, 0, 1), recorded=[torch.zeros(0), tone(50)])
+    assert not torch.equal(got, tone(500))
+    assert AugmentConfig(kinds=("recorded", "music")).kinds == ("recorded", "music")
+
+
+def test_babble_is_several_voices():
+    voices = [tone(h, 2) for h in (200, 400, 800, 1600)]
+    spectrum = torch.zeros(RATE // 2 + 1)
+    for seed in range(8):
+        noise = make_noise("babble", RATE, np.random.default_rng(seed), voices)
+        spectrum += torch.fft.rfft(noise).abs()
+    assert sorted(spectrum.topk(4).indices.tolist()) == [200, 400, 800, 1600]
+    with pytest.raises(ValueError, match="no noise"):
+        make_noise("rain", 9, np.random.default_rng(0), voices)
+
+
+def test_vehicle_noise_falls_by_six_decibels_an_octave():
+    noise = make_noise("vehicle", 30 * RATE, np.random.default_rng(0), ())
+    power = torch.fft.rfft(noise).abs().square()
+
+    def band(hertz):
+        per_bin = len(power) / (RATE / 2)
+        return power[int(hertz * per_bin) : int(hertz * 1.1 * per_bin)].mean()
+
+    for hertz in (500, 1000, 2000):
+        assert decibels(band(hertz) / band(2 * hertz)) == pytest.approx(6.0, abs=1.0)
+    assert decibels(band(5) / band(20)) == pytest.approx(0, abs=1.5)
+
+
+def test_music_is_in_tune():
+    noise = make_noise("music", 4 * RATE, np.random.default_rng(2), ())
+    loudest = torch.fft.rfft(noise).abs().topk(12).indices / 4
+    semitones = 12 * torch.log2(loudest / 110)
+    assert (semitones - semitones.round()).abs().max() < 0.35
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 9000), st.integers(0, 99))
+def test_noise_has_the_asked_length_and_power(kind, samples, seed):
+    noise = make_noise(kind, samples, np.random.default_rng(seed), [tone(300)[:77]])
+    assert noise.shape == (samples,) and noise.dtype == torch.float32
+    assert noise.isfinite().all()
+    assert samples < 100 or noise.square().mean() > 0
+
+
+# ------------------------------------------------------------------------------------- the masks
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(0, 90), min_size=1, max_size=5),
+    st.builds(
+        SpecAugmentConfig,
+        freq_masks=st.integers(0, 3),
+        freq_width=st.integers(0, 100),
+        time_masks=st.integers(0, 12),
+        time_width=st.integers(0, 50),
+        time_share=st.floats(0, 1),
+    ),
+    st.integers(0, 999),
+)
+def test_masks_are_rows_and_columns_within_bounds(lengths, cfg, seed):
+    frames, mels = max(lengths) + 3, 80
+    features = torch.rand(len(lengths), frames, mels, generator=generator()) + 1
+    got = spec_augment(features, torch.tensor(lengths), cfg, generator(seed))
+    hit = got == 0
+    assert torch.equal(got[~hit], features[~hit])
+    rows, columns = hit.all(2), hit.all(1)
+    assert torch.equal(hit, rows[:, :, None] | columns[:, None, :])
+    if rows.all(1).any() or columns.all(1).any():
+        return  # all is masked: neither kind can be told apart
+    for i, length in enumerate(lengths):
+        assert not rows[i, length:].any()
+        assert rows[i].sum() <= cfg.time_masks * min(cfg.time_width, int(length * cfg.time_share))
+        assert columns[i].sum() <= cfg.freq_masks * cfg.freq_width
+        edges = (rows[i].int().diff() == 1).sum() + rows[i, 0]
+        assert edges <= cfg.time_masks
+
+
+def test_masks_are_uniform_and_different_for_each_utterance():
+    cfg = SpecAugmentConfig(freq_masks=1, freq_width=27, time_masks=1, time_width=40)
+    features = torch.ones(4000, 300, 80)
+    hit = spec_augment(features, torch.full((4000,), 300), cfg, generator()) == 0
+    columns, rows = hit.all(1), hit.all(2)
+    widths = columns.sum(1)
+    assert (int(widths.min()), int(widths.max())) == (0, 27)
+    assert float(widths.double().mean()) == pytest.approx(13.5, abs=0.5)
+    assert int(rows.sum(1).max()) == 30  # a tenth of 300 frames, before the limit of 40
+    middle = rows[:, 60:240].double().mean(0)
+    assert float(middle.std() / middle.mean()) < 0.15
+    assert len({tuple(row.tolist()) for row in columns[:50]}) > 40
+
+
+def test_masks_are_the_generators_alone():
+    features = torch.randn(3, 100, 80, generator=generator())
+    lengths = torch.tensor([100, 50, 7])
+    first = spec_augment(features, lengths, SpecAugmentConfig(), generator(5))
+    torch.manual_seed(3)
+    assert torch.equal(first, spec_augment(features, lengths, SpecAugmentConfig(), generator(5)))
+    assert not torch.equal(
+        first, spec_augment(features, lengths, SpecAugmentConfig(), generator(6))
+    )
+    two = generator(5)
+    views = [spec_augment(features, lengths, SpecAugmentConfig(), two) for _ in range(2)]
+    assert torch.equal(views[0], first) and not torch.equal(views[0], views[1])
+
+
+def test_an_empty_batch_has_nothing_to_mask():
+    got = spec_augment(
+        torch.zeros(0, 0, 80), torch.zeros(0, dtype=torch.long), SpecAugmentConfig(), generator()
+    )
+    assert got.shape == (0, 0, 80)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_are_the_same_on_a_gpu():
+    features, lengths = torch.ones(5, 200, 80), torch.tensor([200, 150, 90, 3, 0])
+    here = spec_augment(features, lengths, SpecAugmentConfig(), generator(1))
+    there = spec_augment(features.cuda(), lengths, SpecAugmentConfig(), generator(1))
+    assert torch.equal(here, there.cpu())
+
+
+def test_recorded_noise_without_recordings_stops_before_training(tmp_path):
+    from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+    from dsasr.data.shards.writer import Packed, write_shard
+
+    write_shard(tmp_path / "a.tar", [Packed("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})])
+    with pytest.raises(UserError, match="recorded"):
+        Stream(
+            StreamConfig(workers=0),
+            datasets=[DatasetConfig("a", str(tmp_path / "a.tar"))],
+            augment=AugmentConfig(kinds=("recorded",)),
+        )

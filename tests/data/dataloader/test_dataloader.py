@@ -1,0 +1,414 @@
+"""The stream: real shards, real workers, real kills; what is wrong with a sample is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import tarfile
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import torch
+
+from dsasr.data.audio.augment import AugmentConfig
+from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.dataloader.bucketing import BatchConfig
+from dsasr.data.dataloader.collate import TextEncoder
+from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig, make_parts
+from dsasr.data.shards.storage import SourceConfig
+from dsasr.data.text.prompt import TextConfig
+from dsasr.testing.dataloader_fuzz import Verdict, digest, draw_case, run_case
+from dsasr.utils.errors import UserError
+
+RATE = 16_000
+
+
+def wave(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(int(seconds * rate)) * 0.1).astype(np.float32)
+
+
+def encoded(data: np.ndarray, kind: str = "WAV", rate: int = RATE) -> bytes:
+    buffer = io.BytesIO()
+    subtype = "PCM_16" if kind in ("WAV", "FLAC") else None
+    soundfile.write(buffer, data, rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: list[dict]) -> None:
+    """Samples: key, audio bytes, kind, and what goes into the json (``meta``: raw bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for sample in samples:
+            sample = dict(sample)
+            key, audio = sample.pop("key"), sample.pop("audio")
+            kind, meta = sample.pop("kind", "wav"), sample.pop("meta", None)
+            fields = {"text": f"text of {key}", "lang": "en", "speaker": "s1", **sample}
+            meta = json.dumps(fields).encode() if meta is None else meta
+            for extension, data in ((kind, audio), ("json", meta)):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def plain_corpus(folder: Path, sizes: list[int], lang: str = "en", seed: int = 0) -> list[str]:
+    rng, keys = np.random.default_rng(seed), []
+    for number, size in enumerate(sizes):
+        samples = []
+        for _ in range(size):
+            seconds = float(rng.uniform(0.2, 1.0))
+            keys.append(f"{lang}{len(keys):03d}")
+            audio = encoded(wave(seconds, len(keys)))
+            samples.append({"key": keys[-1], "audio": audio, "duration": seconds, "lang": lang})
+        write_tar(folder / f"{lang}-{number:02d}.tar", samples)
+    return keys
+
+
+@pytest.fixture
+def config(tmp_path) -> StreamConfig:
+    return StreamConfig(
+        batch=BatchConfig(frames=400, min_seconds=0.0),
+        workers=0,
+        window=2,
+        window_samples=1,
+        source=SourceConfig(cache=str(tmp_path / "cache")),
+    )
+
+
+def collect(config, folder, **kwargs) -> list:
+    datasets = [DatasetConfig("d", str(folder / "*.tar"))]
+    with Stream(config, datasets=datasets, **{"purpose": "eval", **kwargs}) as stream:
+        return list(stream)
+
+
+def test_an_epoch_holds_every_sample_and_padding_is_zero(tmp_path, config) -> None:
+    keys = plain_corpus(tmp_path / "c", [5, 1, 0, 7])
+    batches = collect(config, tmp_path / "c")
+    assert Counter(k for b in batches for k in b.keys) == Counter(keys)
+    for batch in batches:
+        assert batch.features_BTF.dtype == torch.float32 and batch.features_BTF.shape[2] == 80
+        assert batch.features_BTF.shape[0] * batch.features_BTF.shape[1] <= 400
+        assert batch.feature_lengths_B.max() == batch.features_BTF.shape[1]
+        for row, length in zip(batch.features_BTF, batch.feature_lengths_B, strict=True):
+            assert not row[length:].any() and row[:length].any()
+        assert batch.texts == tuple(f"text of {k}" for k in batch.keys)
+        assert set(batch.langs) == {"en"} and set(batch.speakers) == {"s1"}
+        assert {"decode_s", "feature_s", "bytes", "wait_s", "queue"} <= set(batch.stats)
+        json.dumps(batch.state)
+        assert batch.phonemes_BP.shape == (len(batch), 0) and not batch.phoneme_lengths_B.any()
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig(noise_share=0.5)])
+def test_workers_change_nothing(tmp_path, config, augment) -> None:
+    plain_corpus(tmp_path / "c", [6, 6, 6])
+    runs = [
+        collect(
+            replace(config, workers=n), tmp_path / "c", purpose="train", epochs=2, augment=augment
+        )
+        for n in (0, 1, 2)
+    ]
+    marks = [[digest(b) for b in run] for run in runs]
+    assert marks[0] == marks[1] == marks[2]
+    assert [b.state for b in runs[0]] == [b.state for b in runs[2]]
+    halves: list[dict] = [{}, {}]
+    for batch in runs[0]:
+        halves[batch.epoch].update(zip(batch.keys, batch.durations, strict=True))
+    assert set(halves[0]) == set(halves[1])
+    assert (halves[0] == halves[1]) == (augment is None)
+
+
+def test_batches_are_the_consumers_own(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [12])
+    batches = collect(replace(config, workers=1, prefetch=1), tmp_path / "c")
+    fresh = collect(config, tmp_path / "c")
+    assert [digest(b) for b in batches] == [digest(b) for b in fresh]
+
+
+def test_finite_streams_pad_the_last_step_with_empty_batches(tmp_path, config) -> None:
+    keys = plain_corpus(tmp_path / "c", [5, 4])
+    ranks = [collect(config, tmp_path / "c", rank=r, world=4) for r in range(4)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert Counter(k for bs in ranks for b in bs for k in b.keys) == Counter(keys)
+    empty = [b for bs in ranks for b in bs[-1:] if not len(b)]
+    assert sum(not len(b) for bs in ranks for b in bs) == len(empty) > 0
+    for batch in empty:
+        assert batch.features_BTF.shape == (0, 0, 80) and batch.tokens_BU.shape[0] == 0
+        assert batch.padding_share == 0 and batch.audio_seconds == 0
+
+
+def test_a_killed_worker_is_replaced_mid_stream(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [10, 10])
+    want = [digest(b) for b in collect(config, tmp_path / "c", purpose="train", epochs=1)]
+    got = []
+    datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+    with Stream(replace(config, workers=2), datasets=datasets, epochs=1) as stream:
+        for number, batch in enumerate(stream):
+            got.append(digest(batch))
+            if number in (0, 3):
+                for pid in stream.pool.pids():
+                    with suppress(ProcessLookupError):  # killed before, and not yet missed
+                        os.kill(pid, signal.SIGKILL)
+    assert got == want
+
+
+def test_memory_stays_flat(tmp_path, config) -> None:
+    """A worker's and the consumer's, over epochs of audio that is augmented in every way."""
+    plain_corpus(tmp_path / "c", [20, 20])
+    augment = AugmentConfig(noise_share=0.5)
+    datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+    with Stream(replace(config, workers=1), datasets=datasets, augment=augment) as stream:
+        processes = [psutil.Process(pid) for pid in (os.getpid(), *stream.pool.pids())]
+        held = []
+        for number, _ in zip(range(601), stream, strict=False):
+            if number % 200 == 0:
+                held.append([p.memory_info().rss for p in processes])
+    growth = [(last - early) / 2**20 for early, last in zip(held[1], held[3], strict=True)]
+    assert max(growth) < 8, f"MiB over 400 batches: {growth}"
+
+
+def test_close_leaves_no_process(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [10])
+    stream = Stream(
+        replace(config, workers=2), datasets=[DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+    )
+    next(stream)
+    pids = stream.pool.pids()
+    stream.close()
+    stream.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_batch_that_lost_all_its_samples_is_empty_and_tells(tmp_path, config) -> None:
+    write_tar(
+        tmp_path / "c" / "x-00.tar",
+        [{"key": f"k{i}", "audio": b"nonsense", "duration": 0.5} for i in range(4)],
+    )
+    batches = collect(config, tmp_path / "c")
+    assert [len(b) for b in batches] == [0] * len(batches)
+    assert sorted(key for b in batches for _, _, key, _ in b.bad) == ["k0", "k1", "k2", "k3"]
+
+
+def test_over_long_and_too_short_are_left_out_by_the_plan(tmp_path, config) -> None:
+    samples = [
+        {"key": f"k{i}", "audio": encoded(wave(s)), "duration": s}
+        for i, s in enumerate((0.05, 0.5, 2.5, 6.0))
+    ]
+    write_tar(tmp_path / "c" / "x-00.tar", samples)
+    batch = replace(config.batch, min_seconds=0.1, max_seconds=5.0, frames=200)
+    batches = collect(replace(config, batch=batch), tmp_path / "c")
+    assert [k for b in batches for k in b.keys] == ["k1"]
+    told = {key: cause for b in batches for cause, _, key, _ in b.bad}
+    assert told == {"k0": "too_short", "k2": "over_budget", "k3": "too_long"}
+
+
+class CharTokenizer:
+    """One token for each character."""
+
+    pad_id, end_id = 7, 1
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+
+def test_tokens_end_with_the_end_and_are_padded_with_pad(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [4])
+    text = TextEncoder(tokenizer=CharTokenizer())
+    for batch in collect(config, tmp_path / "c", text=text):
+        for row, length, said in zip(
+            batch.tokens_BU, batch.token_lengths_B, batch.texts, strict=True
+        ):
+            assert row[:length].tolist() == [ord(c) for c in said] + [1]
+            assert (row[length:] == 7).all()
+
+
+def test_samples_without_text_are_kept_if_asked_for(tmp_path, config) -> None:
+    samples = [
+        {"key": key, "audio": encoded(wave(0.5)), "duration": 0.5, "text": text}
+        for key, text in (("mute", ""), ("said", "hi"))
+    ]
+    write_tar(tmp_path / "n" / "n-00.tar", samples)
+    drop = TextEncoder(tokenizer=CharTokenizer())
+    found = collect(config, tmp_path / "n", text=drop)
+    assert [k for b in found for k in b.keys] == ["said"]
+    assert [bad[0] for b in found for bad in b.bad] == ["empty_text"]
+    keep = TextEncoder(TextConfig(empty="keep"), tokenizer=CharTokenizer())
+    rows = {
+        key: row[:length].tolist()
+        for b in collect(config, tmp_path / "n", text=keep)
+        for key, row, length in zip(b.keys, b.tokens_BU, b.token_lengths_B, strict=True)
+    }
+    assert rows == {"mute": [1], "said": [ord("h"), ord("i"), 1]}
+
+
+def test_noise_shards_are_heard(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [6])
+    plain_corpus(tmp_path / "n", [3], "noise", seed=9)
+    augment = AugmentConfig(speeds=(1.0,), noise_share=1.0, silence=0.0, kinds=("recorded",))
+    given = {"purpose": "train", "epochs": 1}
+    with pytest.raises(UserError, match=r"stream\.noise"):
+        collect(config, tmp_path / "c", augment=augment, **given)
+    noisy = replace(config, noise=str(tmp_path / "n" / "*.tar"))
+    runs = [
+        collect(replace(noisy, workers=n), tmp_path / "c", augment=augment, **given) for n in (0, 1)
+    ]
+    assert [digest(b) for b in runs[0]] == [digest(b) for b in runs[1]]
+    clean = collect(config, tmp_path / "c", **given)
+    assert [b.keys for b in clean] == [b.keys for b in runs[0]]
+    for a, b in zip(clean, runs[0], strict=True):
+        assert a.features_BTF.shape == b.features_BTF.shape
+        assert (a.features_BTF - b.features_BTF).abs().mean() > 0.01
+
+
+def test_sets_of_noise_share_by_weight_and_tell_what_is_bad(tmp_path, config, monkeypatch) -> None:
+    """Every set is heard as often as its weight says, long recordings from their beginning."""
+    from dsasr.data.dataloader import dataloader as module
+
+    monkeypatch.setattr(module, "RECORDINGS", 8)
+    plain_corpus(tmp_path / "c", [6])
+    plain_corpus(tmp_path / "cars", [2, 2, 2], "car", seed=9)
+    hum = {"key": "hum", "audio": encoded(wave(14.0)), "duration": 14.0}
+    torn = {"key": "torn", "audio": b"no audio", "duration": 1.0}
+    write_tar(tmp_path / "hums" / "hum-00.tar", [torn, hum])
+    cars, hums = (str(tmp_path / name / "*.tar") for name in ("cars", "hums"))
+    augment = AugmentConfig(noise_share=0.5, kinds=("recorded", "vehicle"))
+    datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+
+    def opened(noise, **given) -> Stream:
+        return Stream(replace(config, noise=noise), datasets=datasets, augment=augment, **given)
+
+    for noise, shares in (
+        ({cars: 3.0, hums: 1.0}, (6, 2)),
+        ((cars, hums), (4, 4)),
+        (cars, (6, 0)),  # one set: each of its recordings once
+    ):
+        with opened(noise) as stream:
+            lengths = [len(w) for w in stream.maker.recorded]
+            long = sum(n == module.NOISE_SECONDS * RATE for n in lengths)
+            assert (len(lengths) - long, long) == shares
+            told = [(cause, key) for cause, _, key, _ in next(stream).bad]
+            assert told == ([("decode_error", "torn")] if long else [])
+            assert not next(stream).bad
+    with opened((cars, hums), rank=1, world=2) as stream:
+        assert not next(stream).bad  # told by one rank
+    with pytest.raises(UserError, match=r"hum-01.*no usable recording"):
+        write_tar(tmp_path / "hums" / "hum-01.tar", [torn])
+        opened((cars, str(tmp_path / "hums" / "hum-01.tar")))
+    with pytest.raises(UserError, match=r"weights of stream\.noise"):
+        replace(config, noise={cars: 0.0})
+
+
+@pytest.mark.parametrize("features", ["worker", "device"])
+def test_cmvn_is_applied_and_padding_stays_zero(tmp_path, config, features) -> None:
+    plain_corpus(tmp_path / "c", [6])
+    cmvn = Cmvn(torch.linspace(1, 9, 80), torch.linspace(0.5, 4, 80))
+    config = replace(config, features=features)
+    pairs = zip(
+        collect(config, tmp_path / "c"), collect(config, tmp_path / "c", cmvn=cmvn), strict=True
+    )
+    for plain, normal in pairs:
+        for i, n in enumerate(plain.feature_lengths_B.tolist()):
+            want = cmvn.apply(plain.features_BTF[i, :n])
+            assert torch.allclose(normal.features_BTF[i, :n], want, atol=1e-6)
+            assert not normal.features_BTF[i, n:].any()
+
+
+@pytest.mark.parametrize("shift", [4.0, 10.0, 20.0])
+def test_any_shift_of_frames(tmp_path, config, shift) -> None:
+    """The plan counts hundredths of a second, whatever the features' rate."""
+    plain_corpus(tmp_path / "c", [6])
+    fbanks = FbankConfig(shift_ms=shift, mels=23)
+    for batch in collect(config, tmp_path / "c", fbank=fbanks):
+        want = [fbanks.frames(round(seconds * RATE)) for seconds in batch.durations]
+        assert batch.feature_lengths_B.tolist() == want and batch.features_BTF.shape[2] == 23
+        for row, length in zip(batch.features_BTF, want, strict=True):
+            assert row[:length].any(1).all() and not row[length:].any()
+
+
+def test_device_features_equal_worker_features(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [6])
+    one = collect(config, tmp_path / "c")
+    two = collect(replace(config, features="device"), tmp_path / "c")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys == b.keys and torch.equal(a.feature_lengths_B, b.feature_lengths_B)
+        assert a.features_BTF.shape == b.features_BTF.shape
+        assert (a.features_BTF - b.features_BTF).abs().max() < 1e-3
+        assert a.durations == b.durations
+
+
+def test_temperature_evens_out_languages(tmp_path, config) -> None:
+    folder = tmp_path / "c"
+    keys = plain_corpus(folder, [16], "en") + plain_corpus(folder, [4], "zh")
+    names = sorted(p.name for p in folder.glob("*.tar"))
+    data = {
+        "version": 1,
+        "shards": [{"name": n, "samples": s} for n, s in zip(names, (16, 4), strict=True)],
+        "samples": 20,
+        "hours": 5.0,
+        "langs": {"en": {"samples": 16, "hours": 4.0}, "zh": {"samples": 4, "hours": 1.0}},
+    }
+    (folder / "dataset.json").write_text(json.dumps(data))
+    datasets = [DatasetConfig("d", str(folder))]
+    from dsasr.data.shards.storage import Sources
+
+    for temperature, share in ((1.0, 0.8), (2.0, 2 / 3), (100.0, 0.5)):
+        parts = make_parts(datasets, Sources(), temperature)
+        assert [p.name for p in parts] == ["d/en", "d/zh"]
+        assert parts[0].weight == pytest.approx(share, abs=0.01)
+    with Stream(replace(config, temperature=2.0), datasets=datasets, purpose="eval") as stream:
+        batches = list(stream)
+    assert Counter(k for b in batches for k in b.keys) == Counter(keys)
+    assert all(len(set(b.langs)) == 1 for b in batches)
+    with pytest.raises(UserError, match="has no 'fr'"):
+        make_parts([DatasetConfig("d", str(folder), lang="fr")], Sources())
+    with pytest.raises(UserError, match="needs the hours"):
+        make_parts([DatasetConfig("d", str(folder / "*.tar"))], Sources(), 2.0)
+
+
+def test_wrong_configs_are_user_errors(tmp_path, config) -> None:
+    for wrong in ({"workers": -1}, {"prefetch": 0}, {"window": 0}, {"temperature": 0.5}):
+        with pytest.raises(UserError):
+            StreamConfig(**wrong)
+    with pytest.raises(UserError, match="weight"):
+        DatasetConfig("d", "x", weight=0.0)
+    with pytest.raises(UserError, match="there is no shard"):
+        Stream(config, datasets=[DatasetConfig("d", str(tmp_path / "none.tar"))])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_histories_lose_and_repeat_nothing(tmp_path, seed) -> None:
+    verdict = Verdict()
+    run_case(draw_case(seed), tmp_path / "case", verdict)
+    assert verdict.clean and verdict.batches > 0, verdict
+
+
+def test_the_drill_notices_what_is_wrong(tmp_path, monkeypatch) -> None:
+    """A stream that forgets its state, or repeats or changes a batch, does not pass."""
+    case = next(c for c in map(draw_case, range(99)) if len(c.legs) > 2 and not c.finite)
+    case = replace(case, legs=[replace(leg, end="close", workers=0) for leg in case.legs])
+    from dsasr.data.dataloader.sampler import Planner
+    from dsasr.testing import dataloader_fuzz
+
+    def broken(self, state):
+        self.number = int(state["number"])  # but not the parts' cursors
+
+    monkeypatch.setattr(Planner, "restore", broken)
+    verdict = Verdict()
+    run_case(case, tmp_path / "one", verdict)
+    assert not verdict.clean and verdict.failed
+    monkeypatch.undo()
+    real = dataloader_fuzz.digest
+    marks = iter(range(10**6))
+    monkeypatch.setattr(dataloader_fuzz, "digest", lambda b: real(b) + str(next(marks)))
+    verdict = Verdict()
+    run_case(case, tmp_path / "two", verdict)
+    assert verdict.mismatched and not verdict.missing and not verdict.repeated

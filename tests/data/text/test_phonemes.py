@@ -1,0 +1,226 @@
+# ruff: noqa: SIM905 - phonemes read better as text
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsasr.data.text import espeak
+from dsasr.data.text.phonemes import (
+    EspeakPhonemizer,
+    LexiconPhonemizer,
+    MissingPhonemes,
+    PhonemeVocab,
+    PhonemizerConfig,
+    StoredPhonemes,
+    UnknownPhoneme,
+    UnknownWord,
+    build_phonemizer,
+)
+from dsasr.utils.errors import UserError
+
+needs_espeak = pytest.mark.skipif(not espeak.available(), reason="espeakng-loader not installed")
+
+
+@needs_espeak
+@pytest.mark.parametrize(
+    ("text", "phonemes"),
+    [
+        ("turn on the lights", "t ɜː n ɔ n ð ə l aɪ t s"),
+        ("请", "tɕʰ i3 ŋ"),
+        ("妈麻马骂吗", "m ɑ1 m ɑ2 m ɑ3 m ɑ4 m ɑ5"),
+        ("知吃是日", "tʂ ɨ1 tʂʰ ɨ1 ʂ ɨ4 ʐ ɨ4"),
+        ("中国", "tʂ ʊ1 ŋ k uo2"),
+        ("绿色", "l y4 s ɤ4"),
+        ("播放 play", "p o1 f ɑ4 ŋ p l eɪ"),
+        ("3点", "s a1 n t iɛ3 n"),
+        # espeak-ng itself spells these out in English.
+        ("穷", "tɕʰ iʊ2 ŋ"),
+        ("你好，世界！", "n i3 x ɑu3 ʂ ɨ4 tɕ iɛ4"),
+        ("", ""),
+        ("…", ""),
+    ],
+)
+def test_espeak_known_answers(text, phonemes):
+    assert EspeakPhonemizer().phonemes(text, "zh") == phonemes.split()
+
+
+@needs_espeak
+def test_espeak_never_leaks_its_markup():
+    phonemizer = EspeakPhonemizer()
+    for text in ("哪儿", "熊猫", "一点儿", "naïve café", "NASA 3.5 $5", "the_under|score"):
+        for symbol in phonemizer.phonemes(text, "zh"):
+            assert not set(symbol) & set("()_|ˈˌ. -"), (text, symbol)
+
+
+@needs_espeak
+def test_espeak_covers_every_common_character():
+    """Level 1 of GB 2312: 3755 characters, each with exactly one tone."""
+    phonemizer = EspeakPhonemizer()
+    codes = [bytes([high, low]) for high in range(0xB0, 0xD8) for low in range(0xA1, 0xFF)]
+    characters = [code.decode("gb2312", "ignore") for code in codes]
+    characters = [character for character in characters if character]
+    assert len(characters) == 3755
+    symbols = set()
+    for character in characters:
+        phonemes = phonemizer.phonemes(character, "zh")
+        symbols.update(phonemes)
+        tones = [symbol for symbol in phonemes if symbol[-1].isdigit()]
+        assert len(tones) == 1, (character, phonemes)
+    assert len(symbols) < 180
+
+
+@needs_espeak
+def test_espeak_stress_is_an_option():
+    assert EspeakPhonemizer(stress=True).phonemes("about", "en") == ["ɐ", "b", "ˈaʊ", "t"]
+    assert EspeakPhonemizer().phonemes("about", "en") == ["ɐ", "b", "aʊ", "t"]
+
+
+@needs_espeak
+def test_espeak_phonemizer_travels_to_workers():
+    copy = pickle.loads(pickle.dumps(EspeakPhonemizer(stress=True)))
+    assert copy.phonemes("about", "en") == ["ɐ", "b", "ˈaʊ", "t"]
+
+
+@needs_espeak
+def test_phonemes_do_not_depend_on_what_was_spoken_before():
+    phonemizer = EspeakPhonemizer(cache=1)
+    before = phonemizer.phonemes("the red apple", "en")
+    espeak.synthesise("你好", "cmn+f3")
+    phonemizer.phonemes("猫", "zh")
+    assert phonemizer.phonemes("the red apple", "en") == before
+
+
+def test_missing_espeak_names_the_fix(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    monkeypatch.setattr(espeak, "_library", None)
+    with pytest.raises(UserError, match=r"pip install.*dsasr\[demo\]"):
+        EspeakPhonemizer().phonemes("hello", "en")
+
+
+@needs_espeak
+def test_unknown_voice():
+    with pytest.raises(UserError, match="no voice"):
+        espeak.phoneme_names("a", "xx-nowhere", ipa=True)
+
+
+LEXICON = """\
+;;; a comment
+HELLO  HH AH0 L OW1
+HELLO(2)  HH EH0 L OW1
+read  R EH1 D # past tense
+don't\tD OW1 N T
+你好 n i3 h ao3
+你 n i3
+好 h ao3
+"""
+
+
+@pytest.fixture
+def lexicon(tmp_path):
+    path = tmp_path / "lexicon.txt"
+    path.write_text(LEXICON, encoding="utf-8")
+    return path
+
+
+def test_lexicon(lexicon):
+    phonemizer = LexiconPhonemizer(lexicon)
+    assert phonemizer.phonemes("Hello, 你好!") == "HH AH L OW n i3 h ao3".split()
+    assert phonemizer.phonemes("don’t 'read'") == "D OW N T R EH D".split()
+    assert phonemizer.phonemes("好你好你") == "h ao3 n i3 h ao3 n i3".split()
+    assert LexiconPhonemizer(lexicon, stress=True).phonemes("hello") == "HH AH0 L OW1".split()
+
+
+def test_lexicon_takes_the_longest_match(tmp_path):
+    path = tmp_path / "l.txt"
+    path.write_text("行 x ing2\n银 y in2\n银行 y in2 h ang2\n", encoding="utf-8")
+    assert LexiconPhonemizer(path).phonemes("银行行") == "y in2 h ang2 x ing2".split()
+
+
+def test_lexicon_errors(lexicon, tmp_path):
+    with pytest.raises(UnknownWord) as caught:
+        LexiconPhonemizer(lexicon).phonemes("hello world")
+    assert caught.value.word == "world"
+    with pytest.raises(UnknownWord) as caught:
+        LexiconPhonemizer(lexicon).phonemes("你坏")
+    assert caught.value.word == "坏"
+    with pytest.raises(UserError, match="cannot be read"):
+        LexiconPhonemizer(tmp_path / "none.txt")
+    (tmp_path / "bad.txt").write_text("word\n")
+    with pytest.raises(UserError, match="line 1"):
+        LexiconPhonemizer(tmp_path / "bad.txt")
+
+
+def test_stored():
+    stored = StoredPhonemes()
+    assert stored.for_sample(SimpleNamespace(phonemes=("a", "b"))) == ["a", "b"]
+    with pytest.raises(MissingPhonemes):
+        stored.for_sample(SimpleNamespace(phonemes=None))
+
+
+def test_build_phonemizer(lexicon):
+    assert isinstance(build_phonemizer(PhonemizerConfig()), StoredPhonemes)
+    config = PhonemizerConfig(kind="lexicon", lexicons=(str(lexicon),))
+    sample = SimpleNamespace(text="hello", lang="en", phonemes=None)
+    assert build_phonemizer(config).for_sample(sample) == "HH AH L OW".split()
+    with pytest.raises(UserError, match="lexicon or characters"):
+        PhonemizerConfig(kind="g2p")
+    with pytest.raises(UserError, match="lexicons"):
+        PhonemizerConfig(kind="lexicon")
+
+
+def test_characters():
+    held = build_phonemizer(PhonemizerConfig("characters"))
+    assert held.phonemes("Don't, go!") == list("don't▁go")
+    assert held.phonemes("我 要 去 Berlin 。", "zh-en") == [*"我要去", "▁", *"berlin"]
+    assert held.phonemes("") == []
+
+
+def test_vocab_order_does_not_depend_on_the_data(tmp_path):
+    one = PhonemeVocab.build([["b", "a"], ["ŋ", "a1"]])
+    two = PhonemeVocab.build([["a1", "ŋ", "a"], ["b"]])
+    assert one.symbols == two.symbols == ("<blk>", "a", "a1", "b", "ŋ")
+    assert one == two and one.fingerprint == two.fingerprint
+    one.save(tmp_path / "v.json")
+    again = PhonemeVocab.load(tmp_path / "v.json")
+    assert again == one and len(again) == 5
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda s: s != "<blk>"), min_size=1))
+def test_vocab_round_trip(symbols):
+    vocab = PhonemeVocab.build([symbols])
+    ids = vocab.encode(symbols)
+    assert 0 not in ids
+    assert vocab.decode([0, *ids, 0]) == symbols
+
+
+def test_vocab_names_what_it_does_not_hold():
+    with pytest.raises(UnknownPhoneme) as caught:
+        PhonemeVocab(["a"]).encode(["a", "ʔ"])
+    assert caught.value.symbol == "ʔ"
+
+
+def test_vocab_refuses_bad_files(tmp_path):
+    path = tmp_path / "v.json"
+    with pytest.raises(UserError, match="not there"):
+        PhonemeVocab.load(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        PhonemeVocab.load(path)
+    PhonemeVocab(["a", "b"]).save(path)
+    good = json.loads(path.read_text())
+    for change, message in (
+        ({"version": 99}, "version 99"),
+        ({"format": "other"}, "not a phoneme vocabulary"),
+        ({"symbols": ["a", "b"]}, "must start"),
+        ({"symbols": ["<blk>", "b", "a"]}, "fingerprint"),
+        ({"symbols": ["<blk>", "a", "a"]}, "repeated"),
+        ({"symbols": ["<blk>", 3]}, "strings"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match=message):
+            PhonemeVocab.load(path)

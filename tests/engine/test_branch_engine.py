@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsasr.engine.branch_engine import read_ds_config
+from dsasr.utils.errors import UserError
+
+PROGRAM = Path(__file__).parents[1] / "programs" / "branch_engine_laws.py"
+
+
+def play(launch, folder, course, deepspeed="zero3", precision="fp32", park="keep"):
+    done = launch(PROGRAM, folder, course, deepspeed, precision, park)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return json.loads((folder / f"{course}.json").read_text())
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize(
+    ("deepspeed", "precision", "park"),
+    [
+        ("zero3", "fp32", "disk"),
+        ("zero3", "bf16", "cpu"),
+        ("persistent", "fp32", "keep"),
+        ("persistent", "bf16", "keep"),
+        ("zero2", "fp32", "disk"),
+    ],
+)
+def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision, park):
+    kept = {"zero3": 0, "persistent": 5, "zero2": 6}[deepspeed]
+    if deepspeed == "persistent":  # small parameters stay gathered on every rank
+        settings = read_ds_config("zero3")
+        assert settings["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100_000
+        deepspeed = tmp_path / "persistent.json"
+        deepspeed.write_text(json.dumps(settings))
+    found = play(launch, tmp_path, "laws", deepspeed, precision, park)
+    # The pretrain branch beside an sft branch, parked and swapped from, is the one alone: bit for
+    # bit in losses, weights, masters and moments.
+    assert found["beside"] == found["alone"]
+    assert found["frozen"], "a frozen part moved, or a trained one did not"
+    assert found["swapped"] and found["resident"] == kept and found["masters"]
+    assert found["saved"] and found["continued"]
+    assert found["rates"] and len(set(found["groups"].values())) == 3
+    assert list(found["groups"]) == ["encoder", "adaptor", "llm"]
+    assert not list(tmp_path.glob("parked-pretrain-*")), "the parking file outlived its use"
+
+
+@pytest.mark.launcher
+def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):
+    found = play(launch, tmp_path, "switches")
+    assert len(set(found["hooks"])) == 1
+    # DeepSpeed's own bookkeeping grows by about 45 KiB a switch; a leaked optimizer of this model
+    # would be 3 MiB a switch.
+    growth = found["rss"][-1] - found["rss"][0]
+    assert growth < 50 * 100 * 1024, f"resident memory grew by {growth / 2**20:.1f} MiB"
+
+
+@pytest.mark.launcher
+def test_an_encoder_is_published_and_loaded_in_each_ranks_own_slices(launch, tmp_path):
+    done = launch(PROGRAM.parent / "sharded_state.py", tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["loaded"] and found["whole"] == 307 * 311
+    # No rank ever holds, or reads, more of a parameter than its half.
+    assert found["slice"] == -(-found["whole"] // 2)
+    assert found["largest_read"] == found["slice"]
+    assert found["loading_bytes"] == 4 * found["slice"]
+    assert found["publishing_bytes"] == 8 * found["slice"], "checksums are made in int64"
+    assert found["read"] == found["encoder"], "every element is read once, by one rank"
+    # Where the encoder trains, its masters follow and its moments, no others, begin again.
+    assert found["moved"] and found["again"] and found["masters"] and found["moments"]
+    assert found["others_kept"] and 0 < found["next_step"] < 0.05
+
+
+def test_ds_configs_are_read_by_name_and_mistakes_are_named(tmp_path):
+    assert read_ds_config("zero3")["zero_optimization"]["stage"] == 3
+    with pytest.raises(UserError, match="did you mean 'zero3'"):
+        read_ds_config("zero33")
+    broken = tmp_path / "x.json"
+    broken.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_ds_config(str(broken))
+
+
+# Functions that ask for values of tensors on the host, or ask only on a CPU. That nothing else of
+# the model's asks a GPU is shown in tests/model/test_waits.py.
+ON_THE_HOST = {
+    "dsasr/model/encoders/conformer.py:forward",
+    "dsasr/model/speech_llm.py:<genexpr>",
+    "dsasr/model/speech_llm.py:<listcomp>",
+    "dsasr/model/speech_llm.py:lay_out",
+    "dsasr/model/speech_llm.py:ragged",
+    "dsasr/kernels/dispatch.py:_check",
+    "dsasr/kernels/dispatch.py:_check_adaptor",
+    # Adam's step count, which a GPU's fused Adam never reads.
+    "deepspeed/runtime/zero/stage3.py:step_with_gradscaler",
+    "deepspeed/runtime/zero/stage_1_and_2.py:_optimizer_step",
+    # Of unpacked rows, once a batch.
+    "transformers/masking_utils.py:find_packed_sequence_indices",
+}
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_a_step_waits_for_the_device_before_the_optimizer_alone(launch, tiny, tmp_path, zero):
+    out = tmp_path / "waits.json"
+    done = launch(PROGRAM.parent / "host_waits.py", tiny, out, zero, ranks=1)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(out.read_text())
+    assert list(found) == ["pretrain", "align", "ia_sft", "joint"]
+    for stage, one in found.items():
+        asked = {k: n for k, n in one["asked"].items() if k not in ON_THE_HOST}
+        # DeepSpeed looks whether the gradient is finite: at all of it, or at each group's and at
+        # what the clipping goes by. The engine does not read the norm again.
+        looks = 1 if zero == "zero3" else one["groups"] + 1
+        assert asked == {"deepspeed/runtime/utils.py:is_invalid_grad_norm": looks}, stage
+        assert 0 < one["norm"] < 100

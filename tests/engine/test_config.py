@@ -1,0 +1,80 @@
+"""Optimizer states on a disk: what the recipe has to say, and what is said where it can't be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from dsasr import recipe
+from dsasr.engine import branch_engine, config
+from dsasr.engine.branch_engine import EngineConfig
+from dsasr.utils.errors import UserError
+
+
+def test_a_disk_is_named_by_the_recipe(tmp_path, tiny):
+    with pytest.raises(UserError, match=r"engine\.nvme=FOLDER"):
+        EngineConfig(deepspeed="zero3-nvme")
+    with pytest.raises(UserError, match="zero3-nvme, not for zero3-offload"):
+        EngineConfig(deepspeed="zero3-offload", nvme="/scratch")
+    given = ["engine.deepspeed=zero3-nvme", f"engine.nvme={tmp_path}"]
+    chosen = recipe.load(str(tiny), given).engine
+    places = [
+        config.nvme_folder(chosen, run, branch)
+        for run in (tmp_path / "a", tmp_path / "b")
+        for branch in ("pretrain", "sft")
+    ]
+    assert len(set(places)) == 4 and all(tmp_path in place.parents for place in places)
+    held = config.settings(chosen, places[0])
+    offload = held["zero_optimization"]["offload_optimizer"]
+    assert offload["device"] == "nvme" and offload["nvme_path"] == str(places[0])
+    assert held["zero_optimization"]["stage"] == 3
+    assert held["aio"]["block_size"] % 4096 == 0
+    # Master, two moments, gradient: a buffer each, or DeepSpeed has nowhere to read them to.
+    assert offload["buffer_count"] >= 4
+    packaged = config.read_ds_config("zero3-nvme")
+    assert "nvme_path" not in packaged["zero_optimization"]["offload_optimizer"]
+
+
+def test_without_async_io_the_error_names_the_ways_out(monkeypatch, tmp_path):
+    def broken(self, verbose=True):
+        raise RuntimeError("Unable to JIT load the async_io op\nin many lines")
+
+    chosen = EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "disk"))
+    monkeypatch.setattr(AsyncIOBuilder, "load", broken)
+    with pytest.raises(UserError) as caught:
+        branch_engine.check_disk(chosen)
+    told = str(caught.value)
+    assert "\n" not in told and "Unable to JIT load the async_io op" in told
+    assert "libaio-dev" in told and "zero3-offload" in told
+    branch_engine.check_disk(EngineConfig())  # needs no disk
+
+    monkeypatch.setattr(AsyncIOBuilder, "load", lambda self, verbose=True: None)
+    branch_engine.check_disk(chosen)
+    assert (tmp_path / "disk").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        branch_engine.check_disk(
+            EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "file" / "x"))
+        )
+
+
+def test_a_machine_without_libaio_is_told_so(tmp_path):
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("async_io can be built here")
+    with pytest.raises(UserError, match="libaio-dev"):
+        branch_engine.check_disk(EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path)))
+
+
+@pytest.mark.launcher
+def test_states_on_a_disk_are_those_in_memory(launch, tmp_path):
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("async_io cannot be built here: no libaio")
+    program = Path(__file__).parents[1] / "programs" / "nvme_offload.py"
+    done = launch(program, tmp_path, timeout=600)  # async_io may have to be compiled
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(found["equal"]) and found["swapped"] == [True, False] and found["files"] > 0
+    assert found["resumed"] and found["continued"] and found["loaded"] and found["left"] == 0

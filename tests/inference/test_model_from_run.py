@@ -1,0 +1,93 @@
+"""A recogniser out of a run folder: the newest checkpoint, or the one that is asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsasr import config, recipe
+from dsasr.build import Builder
+from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.tensor_fragments import Fragment
+from dsasr.inference.model_from_run import Recogniser, run_recipe
+from dsasr.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+OLD, NEW, TORN = (f"step-{steps:010d}" for steps in (10, 20, 30))
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    """Two whole checkpoints, the weights of the first 1 and of the second 2 more than the fresh
+    model's, and a torn third."""
+    folder = tmp_path_factory.mktemp("recogniser") / "run"
+    chosen = recipe.load(str(tiny), [f"run={folder}"])
+    model = Builder(chosen).speech_llm()
+    for more, name in enumerate((OLD, NEW, TORN), 1):
+        place = folder / "checkpoints" / name
+        place.mkdir(parents=True)
+        held = {
+            f"sft/{key}": Fragment(tuple(weight.shape), 0, weight.detach().reshape(-1) + more)
+            for key, weight in model.named_parameters()
+        }
+        files = {
+            "rank-00000.safetensors": tensor_fragments.write_file(
+                place / "rank-00000.safetensors", held
+            )
+        }
+        manifest = {"format": tensor_fragments.FORMAT, "steps": 10 * more, "files": files}
+        (place / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+    with open(place / "rank-00000.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"torn")
+    (folder / "recipe.yaml").write_text(config.dump(chosen))
+    return folder
+
+
+def test_the_checkpoint_asked_for_is_the_one_loaded(run):
+    newest = Recogniser.from_run(run)
+    assert newest.checkpoint.name == NEW
+    for given in (OLD, str(run / "checkpoints" / OLD)):
+        older = Recogniser.from_run(run, given)
+        assert older.checkpoint == run / "checkpoints" / OLD
+        pairs = zip(newest.model.parameters(), older.model.parameters(), strict=True)
+        assert all(torch.allclose(a, b + 1, atol=1e-5) for a, b in pairs)
+
+
+def test_a_job_of_a_concurrent_run_knows_its_folder_and_the_snapshots(tiny, tmp_path):
+    for branch in ("sft", "pretrain", "both"):
+        chosen = recipe.load(str(tiny), [f"run={tmp_path / 'before'}", f"branch={branch}"])
+        folder = tmp_path / "moved" / branch
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(config.dump(chosen))
+        found = run_recipe(folder)
+        home = folder if branch == "both" else tmp_path / "moved"
+        assert found.folder == folder and found.store_folder == home / "snapshots"
+
+
+def test_a_missing_or_torn_checkpoint_is_refused_by_name(run):
+    with pytest.raises(UserError, match=f"no checkpoint step-5; .*{OLD}, {NEW}, {TORN}"):
+        Recogniser.from_run(run, "step-5")
+    with pytest.raises(UserError, match=f"{TORN} is not whole: .*altered.*{OLD}, {NEW}"):
+        Recogniser.from_run(run, TORN)
+
+
+def evaluate(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_evaluation_of_an_earlier_checkpoint(run, tiny, tmp_path):
+    given = [run, "--data", tiny.parent / "valid", "--limit", 2, "--checkpoint", OLD]
+    done = evaluate(*given, "--out", tmp_path / "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoints/{OLD})" in done.stdout
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    refused = evaluate(*given, "--report")
+    assert refused.returncode == 2 and "--out" in refused.stderr
+    assert not (run / "report.json").exists()

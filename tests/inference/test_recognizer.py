@@ -1,0 +1,175 @@
+"""Files to text: order, batches, confidence, formats; the model is a stand-in."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.evaluation.decode import DecodeConfig, Hypothesis
+from dsasr.inference.recognizer import Recognizer, Token
+from dsasr.inference.recognizer import _clock as clock
+from dsasr.inference.segmentation import CutConfig
+from dsasr.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Letters:
+    """A tokenizer of one letter a token; 0 and 1 together are one character of two tokens."""
+
+    end_id = 99
+
+    def decode(self, ids) -> str:
+        text = "".join("\N{REPLACEMENT CHARACTER}" if i == 0 else chr(i) for i in ids)
+        return text.replace("\N{REPLACEMENT CHARACTER}\x01", "é")
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[int]:
+    """Sizes of the batches that were decoded; each piece's text is its length in seconds."""
+    sizes: list[int] = []
+
+    def decode(_model, batch, tokenizer, _config):
+        sizes.append(len(batch))
+        found = []
+        for key, seconds in zip(batch.keys, batch.durations, strict=True):
+            ids = tuple(ord(c) for c in f"{seconds:.1f}")
+            entropies = (*(0.1 * i for i in range(len(ids))), 0.0)
+            found.append(Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies))
+        return found
+
+    monkeypatch.setattr(recognizer, "decode", decode)
+    return sizes
+
+
+@pytest.fixture
+def recognizer() -> Recognizer:
+    cmvn = Cmvn(torch.zeros(80), torch.ones(80))
+    return Recognizer(None, Letters(), FbankConfig(), cmvn, CutConfig(max_seconds=6),
+                      DecodeConfig(), batch_seconds=12)  # fmt: skip
+
+
+def loud(seconds: float) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, int(16000 * seconds)).astype(np.float32)
+
+
+def write(path: Path, *parts: float) -> Path:
+    """Speech and pauses of a second taking turns."""
+    pause = np.zeros(16000, np.float32)
+    wave = np.concatenate([x for s in parts for x in (loud(s), pause)])
+    soundfile.write(path, wave, 16000)
+    return path
+
+
+def test_files_come_in_order_and_short_ones_are_decoded_together(recognizer, batches, tmp_path):
+    paths = [write(tmp_path / f"{i}.wav", *parts) for i, parts in enumerate(
+        [(1.0,), (2.0, 3.0, 5.0), (0.5,), (4.0,)])]  # fmt: skip
+    seen: list[float] = []
+    found = list(recognizer.transcribe_all(paths, seen.append))
+    assert [Path(t.path).name for t in found] == ["0.wav", "1.wav", "2.wav", "3.wav"]
+    texts = [t.text.split() for t in found]
+    assert [len(words) for words in texts] == [1, 3, 1, 1]
+    assert sum(batches) == 6 and max(batches) > 1
+    for transcript in found:
+        for before, after in zip(transcript.segments, transcript.segments[1:], strict=False):
+            assert before.end <= after.start
+    assert 17 < sum(seen) < 25
+
+
+def test_confidence_and_times(recognizer, batches, tmp_path):
+    (segment,) = recognizer.transcribe(write(tmp_path / "a.wav", 2.0)).segments
+    assert segment.start == 0.0 and segment.end == pytest.approx(2.2, abs=0.02)
+    expected = [Token(c, round(math.exp(-0.1 * i), 4)) for i, c in enumerate("2.2")]
+    assert list(segment.tokens) == expected
+    mean = (sum(math.exp(-0.1 * i) for i in range(3)) + 1) / 4
+    assert segment.confidence == pytest.approx(mean, abs=1e-4)
+    assert segment.finished and not segment.no_speech
+
+
+def test_quiet_or_uncertain_is_probably_no_speech(recognizer, batches, monkeypatch, tmp_path):
+    soundfile.write(tmp_path / "hiss.wav", loud(2.0) * 0.015, 16000, subtype="FLOAT")
+    (segment,) = recognizer.transcribe(tmp_path / "hiss.wav").segments
+    assert segment.no_speech and segment.text  # shown by segment, left out of the text
+    assert recognizer.transcribe(tmp_path / "hiss.wav").text == ""
+    unsure = Hypothesis("0", (65, 66), "AB", -9.0, (3.0, 3.0, 3.0))
+    monkeypatch.setattr(recognizer, "decode", lambda *_: [unsure])
+    assert recognizer.transcribe(write(tmp_path / "a.wav", 1.0)).segments[0].no_speech
+
+
+def test_a_character_of_two_tokens_belongs_to_the_second(recognizer):
+    hypothesis = Hypothesis("0", (65, 0, 1, 66), "AéB", -1.0, (0.0, 0.0, 0.0, 0.0, 0.0))
+    assert [t.text for t in recognizer._tokens(hypothesis)] == ["A", "", "é", "B"]
+
+
+def test_subtitles(recognizer, batches, tmp_path):
+    srt = recognizer.transcribe(write(tmp_path / "a.wav", 2.0, 3.0)).srt()
+    first, second = srt.split("\n\n")
+    assert first == "1\n00:00:00,000 --> 00:00:02,200\n2.2"
+    assert second.startswith("2\n00:00:02,8")
+    assert clock(3725.0415) == "01:02:05,042"
+    assert clock(59.9996) == "00:01:00,000"
+
+
+def test_one_bad_file_ends_it_or_is_left_out(recognizer, batches, tmp_path):
+    good, bad = write(tmp_path / "a.wav", 1.0), tmp_path / "b.wav"
+    bad.write_bytes(b"no audio")
+    with pytest.raises(UserError, match=r"b\.wav cannot be read"):
+        list(recognizer.transcribe_all([good, bad]))
+    failures: list[str] = []
+    found = list(recognizer.transcribe_all(
+        [good, bad, good], failed=lambda path, _: failures.append(path)))  # fmt: skip
+    assert len(found) == 2 and all(t.text for t in found) and failures == [str(bad)]
+    silent = tmp_path / "c.wav"
+    soundfile.write(silent, np.zeros(16000), 16000)
+    assert recognizer.transcribe(silent).segments == ()
+
+
+@pytest.fixture
+def tool(recognizer, batches, monkeypatch, capsys):
+    """``tool(*arguments)``: (exit code, what it printed)"""
+    spec = importlib.util.spec_from_file_location("transcribe", ROOT / "tools" / "transcribe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder: recognizer)
+
+    def run(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["transcribe.py", "model", *map(str, arguments)])
+        code = module.run_tool(module.main)
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_the_tool_reads_files_folders_and_standard_input(tool, tmp_path, monkeypatch):
+    folder = tmp_path / "talks"
+    (folder / "deep").mkdir(parents=True)
+    write(folder / "b.flac", 1.0)
+    write(folder / "deep" / "a.wav", 2.0)
+    (folder / "notes.txt").write_text("no audio")
+    code, told = tool(folder, "--quiet")
+    assert code == 0 and [x.split("\t")[0][-6:] for x in told.splitlines()] == ["b.flac", "/a.wav"]
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "b.flac").read_bytes()))
+    )
+    code, told = tool("-", "--quiet", "--format", "jsonl")
+    assert code == 0 and json.loads(told)["path"] == "-"
+    assert json.loads(told)["segments"][0]["tokens"][0]["confidence"] == 1.0
+    out = tmp_path / "out"
+    assert tool(folder, folder / "b.flac", "--format", "srt", "--out", out)[0] == 0
+    assert {p.name for p in out.iterdir()} == {"b.srt", "a.srt", "b-2.srt"}
+    assert tool(folder, "--format", "srt")[0] == 2
+    assert tool(tmp_path / "nothing.wav")[0] == 2
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"no")
+    code, told = tool(bad, folder / "b.flac", "--quiet")
+    assert code == 1 and "b.flac" in told and "bad.wav" not in told

@@ -1,0 +1,144 @@
+"""slurm/async.sbatch without Slurm: what it starts, and what it makes of exits and signals.
+
+tests/slurm/ does it with Slurm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "async.sbatch"
+
+SRUN = """#!/bin/bash
+# Runs the task once, as rank 1 of 16 on the second node, and notes what it was given.
+args=("$@")
+while [[ $1 == --* ]]; do shift; done
+export SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 SLURM_NNODES=2
+{ printf '%s ' "${args[@]}"; echo; } >> $NOTES/srun
+exec "$@"
+"""
+PYTHON = """#!/bin/bash
+trap 'echo stopped >> $NOTES/$branch; exit 0' USR1
+branch=$(printf '%s\\n' "$@" | sed -n 's/^branch=//p')
+run=$(printf '%s\\n' "$@" | sed -n 's/^run=//p')
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > $NOTES/$branch
+for _ in $(seq ${WAIT:-0}); do sleep 0.05; done
+if [[ $branch == "${FAIL:-}" ]]; then exit 3; fi
+mkdir -p "$run/$branch"
+echo '{"event": "finished", "steps": 4}' > "$run/$branch/events.jsonl"
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo "${3}1"; echo "${3}2"; exit; fi
+echo "$*" > $NOTES/scontrol
+kill -TERM -- -$(ps -o pgid= $PPID | tr -d ' ')  # as Slurm ends a job that is requeued
+"""
+
+
+@pytest.fixture
+def begin(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    settings = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "NOTES": str(tmp_path),
+        "SLURM_JOB_ID": "123",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "a",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "b",
+    }
+
+    jobs = []
+
+    def run(**given: str) -> subprocess.Popen:
+        jobs.append(subprocess.Popen(
+            ["bash", str(SCRIPT)], env={**settings, **given}, cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        ))  # fmt: skip
+        return jobs[-1]
+
+    yield run
+    for job in jobs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def test_two_components_with_their_own_rendezvous(begin, tmp_path):
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), OVERRIDES="seed=2 monitor.every=5")
+    told, _ = job.communicate(timeout=30)
+    assert job.returncode == 0 and "pretrain ended with 0" in told and "sft ended with 0" in told
+    for branch, host, port in (("pretrain", "a1", 20123), ("sft", "b1", 20124)):
+        words = (tmp_path / branch).read_text().split()
+        assert words[:6] == ["9", "1", "16", "8", host, str(port)]
+        assert f"branch={branch}" in words and "store.late=wait" in words
+        assert words[-2:] == ["seed=2", "monitor.every=5"]
+    given = (tmp_path / "srun").read_text()
+    assert "--het-group=0" in given and "--het-group=1" in given
+
+
+def requeued(tmp_path) -> list[dict]:
+    assert (tmp_path / "scontrol").read_text() == "requeue 123\n"
+    return [json.loads(x) for x in (tmp_path / "run" / "requeues.jsonl").read_text().splitlines()]
+
+
+def test_a_failed_component_stops_the_other_and_the_job_is_requeued(begin, tmp_path):
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), FAIL="pretrain", WAIT="20")
+    told, _ = job.communicate(timeout=30)
+    assert "pretrain ended with 3" in told and "sft ended with 0" in told
+    assert [(r["job"], r["start"], r["cause"]) for r in requeued(tmp_path)] == [
+        (123, 0, "pretrain ended with 3")
+    ]
+
+
+def test_the_third_failure_in_a_row_ends_the_job(begin, tmp_path):
+    given = {"RECIPE": "demo", "RUN": str(tmp_path / "run"), "FAIL": "sft", "RETRIES": "2"}
+    job = begin(**given)
+    job.communicate(timeout=30)
+    requeued(tmp_path)
+    (tmp_path / "scontrol").unlink()
+    job = begin(**given, SLURM_RESTART_COUNT="1")
+    told, _ = job.communicate(timeout=30)
+    assert job.returncode == 1 and "2 failures in a row" in told
+    assert not (tmp_path / "scontrol").exists()
+
+
+def test_what_slurm_requeued_by_itself_is_noted(begin, tmp_path):
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), SLURM_RESTART_COUNT="1")
+    told, _ = job.communicate(timeout=30)
+    assert job.returncode == 0 and "finished after 1 requeues" in told
+    lines = (tmp_path / "run" / "requeues.jsonl").read_text().splitlines()
+    assert [json.loads(x)["cause"] for x in lines] == [
+        "node failure or preemption: requeued by Slurm"
+    ]
+
+
+def test_the_signal_before_the_time_limit_reaches_both(begin, tmp_path):
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), WAIT="400")
+    end = time.monotonic() + 30
+    while not all((tmp_path / b).is_file() for b in ("sft", "pretrain")):
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)
+    job.communicate(timeout=30)
+    for branch in ("sft", "pretrain"):
+        assert (tmp_path / branch).read_text().endswith("stopped\n")
+    assert [r["cause"] for r in requeued(tmp_path)] == ["signal"]
+
+
+def test_what_is_missing_is_said(begin, tmp_path):
+    job = begin(RUN="x")
+    assert "set RECIPE" in job.communicate(timeout=30)[0] and job.returncode != 0
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), SLURM_SUBMIT_DIR="/tmp")
+    assert "from the dsasr checkout" in job.communicate(timeout=30)[0] and job.returncode == 2

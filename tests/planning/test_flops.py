@@ -1,0 +1,135 @@
+"""Held to torch's own counter on real modules, and to numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dsasr.kernels import reference
+from dsasr.model.ctc import CtcHead
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
+from dsasr.planning import flops
+
+CONVOLUTIONS = ("convolution", "convolution_backward")
+
+
+def counted(run) -> tuple[int, int]:
+    """(all, convolutions alone) as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    by = {str(op).split(".")[-1]: n for op, n in counter.get_flop_counts()["Global"].items()}
+    return counter.get_total_flops(), sum(by.get(name, 0) for name in CONVOLUTIONS)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    shape = Qwen3Config(
+        vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, tie_word_embeddings=True,
+    )  # fmt: skip
+    shape._attn_implementation = "eager"
+    return Qwen3ForCausalLM(shape)
+
+
+@pytest.mark.parametrize("frames", [33, 70, 8])
+def test_encoder(frames):
+    cfg = EncoderConfig(
+        width=12,
+        layers=2,
+        heads=2,
+        ffn=20,
+        kernel=5,
+        conv_expansion=2,
+        mels=15,
+        subsample_channels=3,
+    )
+    encoder, features = Encoder(cfg), torch.randn(3, frames, 15)
+    lengths = torch.full((3,), frames)
+    out = []
+    forward, convolved = counted(lambda: out.append(encoder(features, lengths).frames_BSE))
+    part = flops.encoder(cfg, [frames] * 3)
+    assert part.forward == forward
+    # torch counts the gradient of a depthwise convolution as if it were a dense one.
+    whole, of_convolutions = counted(lambda: out[0].sum().backward())
+    work = flops.step({"encoder": part}, ["encoder"])["encoder"]
+    assert work.forward == forward
+    assert work.backward - (2 * convolved - part.entry) == whole - of_convolutions
+    assert part.entry == 2 * 3 * ((frames + 1) // 2) * 7 * 9 * 3
+
+
+def test_ctc_and_the_encoder_below_it():
+    ctc, frames = CtcHead(12, 7), torch.randn(2, 5, 12, requires_grad=True)
+    part = flops.ctc(12, 7, [20, 17])
+    assert part.forward == counted(lambda: ctc(frames))[0] == 2 * 10 * 12 * 7
+    assert counted(lambda: ctc(frames).sum().backward())[0] == 3 * part.forward
+    parts = {"encoder": flops.encoder(EncoderConfig(), [100]), "ctc": part}
+    # With a frozen encoder only the head's weights have a gradient.
+    head_only = flops.step(parts, ["ctc"])
+    assert head_only["encoder"].backward == 0 and head_only["ctc"].backward == part.linear
+    both = flops.step(parts, ["encoder", "ctc"], recomputed=["encoder"])
+    assert both["ctc"].backward == 2 * part.linear
+    assert both["encoder"].recomputed == parts["encoder"].forward == both["encoder"].forward
+
+
+@pytest.mark.parametrize("trained_below", [True, False])
+def test_adaptor(trained_below):
+    frames = torch.randn(2, 9, 6, requires_grad=trained_below)
+    shapes = ((10, 24), (10,), (8, 10), (8,))
+    weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    lengths = torch.tensor([9, 8])
+
+    def run():
+        # All stacks of both utterances: 3 and, padded, 3.
+        reference.adaptor_padded(frames, lengths, *weights, stack=4)[0].sum().backward()
+
+    part = flops.adaptor(4, 6, 10, 8, [36, 33])
+    below = flops.encoder(EncoderConfig(), [36, 33])
+    trains = ["encoder", "adaptor"] if trained_below else ["adaptor"]
+    work = flops.step({"encoder": below, "adaptor": part}, trains)["adaptor"]
+    assert counted(run)[0] == work.needed
+    assert flops.adaptor(4, 6, 10, 8, [32]).forward == 2 * 2 * (24 * 10 + 10 * 8)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_language_model_and_head(lm, trained):
+    """With a frozen one, gradients pass through to the embeddings (align)."""
+    shape = flops.LlmShape.of(lm)
+    assert (shape.layers, shape.attention_width, shape.width, shape.vocab) == (3, 24, 16, 41)
+    lm.requires_grad_(trained)
+    embeds = torch.randn(2, 11, 16, requires_grad=True)
+
+    def run():
+        hidden = lm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        (hidden.flatten(0, 1)[:7] @ lm.lm_head.weight.T).sum().backward()
+
+    parts = {
+        "adaptor": flops.Part(1.0),
+        "llm": flops.llm(shape, [11, 11], causal=False),
+        "head": flops.head(shape, 7),
+    }
+    trains = ["adaptor", "llm"] if trained else ["adaptor"]
+    work = flops.step(parts, trains, recomputed=["llm"])
+    assert counted(run)[0] == work["llm"].needed + work["head"].needed
+    assert work["llm"].recomputed == parts["llm"].forward
+    assert work["head"].recomputed == parts["head"].forward
+
+
+def test_causal_attention_counts_the_pairs_that_are_seen(lm):
+    shape = flops.LlmShape.of(lm)
+    seen = torch.ones(9, 9).tril().sum() + torch.ones(4, 4).tril().sum()
+    part = flops.llm(shape, [9, 4])
+    assert part.attention == 4 * 3 * 24 * seen and part.linear == 2 * shape.linear * 13
+
+
+def test_the_papers_size():
+    """Six operations a parameter and position, roughly, and attention on top."""
+    cfg = EncoderConfig(width=1280, layers=16, heads=20, ffn=5120, kernel=33)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Encoder(cfg).parameters())
+    part = flops.encoder(cfg, [800])
+    work = flops.step({"encoder": part}, ["encoder"])["encoder"]
+    assert work.needed == pytest.approx(6 * parameters * 200, rel=0.06)
+    assert part.attention / part.forward == pytest.approx(0.013, abs=0.003)
+    assert part.times(3) == flops.encoder(cfg, [800] * 3)

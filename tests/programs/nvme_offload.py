@@ -1,0 +1,112 @@
+"""A branch with optimizer states on a disk beside one with them in memory: the same, bit for bit.
+
+usage: nvme_offload.py OUT; rank 0 writes OUT/found.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dsasr.checkpoint import tensor_fragments, zero_partition
+from dsasr.checkpoint.tensor_fragments import FragmentReader
+from dsasr.data.batch import Batch
+from dsasr.engine import branch_engine
+from dsasr.engine.branch_engine import Branch, EngineConfig
+from dsasr.model.outputs import Outputs
+from dsasr.stages import StageConfig
+from dsasr.utils import distributed
+
+SFT = StageConfig("sft", "sft", {"adaptor": 1e-2, "llm": 1e-3}, steps=9)
+JOINT = StageConfig(
+    "joint", "sft", {"encoder": 1e-3, "adaptor": 1e-2, "llm": 1e-3}, steps=9, keep_moments=True
+)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder = nn.Linear(8, 150_001)
+        self.adaptor = nn.Linear(150_001, 3)  # less than DeepSpeed writes to a disk
+        self.llm = nn.Sequential(nn.Linear(3, 900), nn.Linear(900, 900))
+
+    def forward(self, batch: Batch) -> Outputs:
+        x = self.llm(self.adaptor(self.encoder(batch.features_BTF)) / 100)
+        loss = (x - 1).square().mean()
+        return Outputs(loss, {"nll": (loss.detach(), torch.tensor(1.0))})
+
+
+def batch(number: int) -> Batch:
+    generator = torch.Generator().manual_seed(number * 10 + distributed.rank())
+    none, text = torch.zeros(1, dtype=torch.int64), ("",)
+    features = torch.randn(1, 2, 8, generator=generator)
+    return Batch(
+        *(features, none, none[None], none, none[None], none),
+        *(text, text, text, text, text, (1.0,), number, 0, number, {}),
+    )
+
+
+def held(branch: Branch) -> dict[str, torch.Tensor]:
+    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    differ = one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one)
+    return not distributed.any_rank(differ)
+
+
+def main() -> None:
+    folder = Path(sys.argv[-1])
+    branch_engine.init_distributed()
+    disk = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "disk"))
+    branch_engine.check_disk(disk)
+    branches = {
+        "memory": Branch("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
+        "disk": Branch("sft", Model(), disk, folder),
+    }
+    found: dict = {"equal": [], "files": 0}
+    number = 0
+    for stage in (SFT, JOINT):
+        for branch in branches.values():
+            branch.enter(stage)
+        found["equal"].append(same(held(branches["memory"]), held(branches["disk"])))
+        for _ in range(2):
+            losses = [
+                float(b.step([batch(number)], number).sums["nll"][0]) for b in branches.values()
+            ]
+            number += 1
+            found["equal"].append(losses[0] == losses[1])
+            found["equal"].append(same(held(branches["memory"]), held(branches["disk"])))
+    found["files"] = len(list((folder / "disk").rglob("*.swp")))
+    empty = [flat.numel() == 0 for flat in branches["disk"]._masters.live.flats()]
+    found["swapped"] = [any(empty), all(empty)]
+    # A checkpoint of the one on the disk, and a swap of the encoder into it.
+    tensor_fragments.write_folder(folder / "saved", branches["disk"].fragments(), {})
+    again = Branch("sft", Model(), EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "two")),
+                   folder / "other")  # fmt: skip
+    again.load(FragmentReader(folder / "saved"), JOINT, branches["disk"].adam_steps())
+    found["resumed"] = same(held(branches["disk"]), held(again))
+    one, other = (b.step([batch(99)], 3) for b in (branches["disk"], again))
+    found["continued"] = float(one.sums["nll"][0]) == float(other.sums["nll"][0])
+    found["continued"] &= same(held(branches["disk"]), held(again))
+    branches["disk"].load_encoder(branches["memory"])
+    weights = zero_partition.weights(branches["disk"].module, "encoder.")
+    masters = branches["disk"].masters("encoder.")
+    found["loaded"] = same(
+        {k: f.tensor for k, f in weights.items()},
+        {k.partition("/")[2]: f.tensor for k, f in masters.items()},
+    )
+    for branch in (*branches.values(), again):
+        branch.close()
+    found["left"] = len(list((folder / "disk").rglob("*.swp")))
+    if distributed.main_rank():
+        (folder / "found.json").write_text(json.dumps(found))
+    distributed.end_process()
+
+
+main()

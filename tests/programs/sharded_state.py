@@ -1,0 +1,134 @@
+"""An encoder published and loaded under ZeRO-3, with every tensor that appears counted.
+
+usage: sharded_state.py OUT. Prints nothing; rank 0 writes OUT/found.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint.snapshot_store import SnapshotStore
+from dsasr.checkpoint.tensor_fragments import FragmentReader
+from dsasr.data.batch import Batch
+from dsasr.engine import branch_engine
+from dsasr.engine.branch_engine import Branch, EngineConfig
+from dsasr.model.outputs import Outputs
+from dsasr.stages import Snapshot, StageConfig
+from dsasr.utils import distributed
+
+HEAD = StageConfig("head", "sft", {"llm": 1e-2}, steps=9)
+JOINT = StageConfig("joint", "sft", {"encoder": 1e-2, "llm": 1e-2}, steps=9)
+SNAPSHOT = Snapshot("encoder-1", 1, "drift")
+
+
+class Model(nn.Module):
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        # Large against what ranks tell each other; odd, so that a rank's slice ends in padding.
+        self.encoder = nn.Sequential(nn.Linear(301, 307), nn.Linear(307, 311))
+        self.llm = nn.Linear(311, 3)
+
+    def forward(self, batch: Batch) -> Outputs:
+        x = self.llm(self.encoder(batch.features_BTF))
+        return Outputs(x.square().mean(), {})
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes in any one tensor that an operation takes or gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
+        return result
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(distributed.rank())
+    none, text = torch.zeros(1, 0, dtype=torch.int64), ("",)
+    features, rows = torch.randn(1, 4, 301, generator=generator), torch.zeros(1).long()
+    return Batch(
+        *(features, rows, none, rows, none, rows),
+        *(text, text, text, text, text, (1.0,), 1, 0, 0, {}),
+    )
+
+
+def main() -> None:
+    folder = Path(sys.argv[-1])
+    branch_engine.init_distributed()
+    live = Branch("pretrain", Model(1), EngineConfig(), folder)
+    live.enter(JOINT)
+    other = Branch("sft", Model(2), EngineConfig(), folder)
+    other.enter(HEAD)
+    store = SnapshotStore(folder / "store")
+    slices = [p.ds_tensor.numel() for p in other.module.encoder.parameters()]
+    whole = max(p.ds_numel for p in other.module.encoder.parameters())
+    read: list[int] = []
+    plain = FragmentReader.read
+
+    def counted(self, key: str, start: int, stop: int) -> torch.Tensor:
+        read.append(stop - start)
+        return plain(self, key, start, stop)
+
+    FragmentReader.read = counted
+    with Largest() as publishing:
+        store.publish(live.module, {}, SNAPSHOT, {})
+    with Largest() as loading:
+        other.load_encoder(store.open(SNAPSHOT.id))
+    found = {
+        "whole": whole,
+        "slice": max(slices),
+        "publishing_bytes": max(distributed.gather(publishing.bytes)),
+        "loading_bytes": max(distributed.gather(loading.bytes)),
+        "largest_read": max(distributed.gather(max(read))),
+        "read": sum(distributed.gather(sum(read))),
+        "encoder": sum(p.ds_numel for p in other.module.encoder.parameters()),
+        "loaded": other.checksum() == live.checksum(),
+    }
+    # Into a stage that trains the encoder and has moments of another one.
+    other.enter(JOINT)
+    other.step([batch()], 0)
+    moved = other.checksum()
+    other.load_encoder(store.open(SNAPSHOT.id))
+    held = other._masters.live.views()
+    masters, moments = True, True
+    for name, parameter in zero_partition.parameters(other.module, "encoder."):
+        master = held[f"master/{name}"]
+        masters &= torch.equal(
+            master.tensor, zero_partition.piece(parameter, master.start, master.stop)
+        )
+        moments &= not any(held[f"{kind}/{name}"].tensor.any() for kind in zero_partition.MOMENTS)
+    kept = any(held[f"exp_avg/llm.{n}"].tensor.any() for n in ("weight", "bias"))
+    found |= {
+        "moved": moved != live.checksum(),
+        "again": other.checksum() == live.checksum(),
+        "masters": all(distributed.gather(masters)),
+        "moments": all(distributed.gather(moments)),
+        "others_kept": any(distributed.gather(kept)),
+    }
+    # The next step starts from it: a stale master would put the old encoder back.
+    before = [p.ds_tensor.clone() for p in other.module.encoder.parameters()]
+    other.step([batch()], 1)
+    after = [p.ds_tensor for p in other.module.encoder.parameters()]
+    step = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+    found["next_step"] = max(distributed.gather(step))
+    if distributed.main_rank():
+        (folder / "found.json").write_text(json.dumps(found))
+    distributed.end_process()
+
+
+main()
