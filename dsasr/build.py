@@ -17,12 +17,12 @@ from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.tensor_fragments import MANIFEST
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.dataloader.collate import TextEncoder
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.text.phonemes import PhonemeVocab, build_phonemizer
 from dsasr.data.text.prompt import Prompt, Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptor import Adaptor
-from dsasr.model.ctc_model import Pretrainer
+from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder, reset_layer
 from dsasr.model.layerwise_init import Cut
 from dsasr.model.llm import load_llm
@@ -94,10 +94,12 @@ class Builder:
             tokenizer=self.tokenizer if tokens else None,
         )
 
-    def train_stream(self, stage: StageConfig, state: Mapping[str, Any] | None) -> Stream:
+    def train_stream(
+        self, stage: StageConfig, state: Mapping[str, Any] | None
+    ) -> StreamingDataLoader:
         """The endless stream of a stage, from ``state`` on."""
-        config, datasets = self.recipe.stream(stage)
-        return self._stream(
+        config, datasets = self.recipe.dataloader(stage)
+        return self._dataloader(
             config,
             datasets,
             stage.branch,
@@ -111,9 +113,9 @@ class Builder:
 
         Every rank gets equally many batches; some may hold no utterance.
         """
-        config = replace(self.recipe.data.stream, workers=0)
+        config = replace(self.recipe.data.dataloader, num_workers=0)
         chosen = datasets or self.recipe.data.valid
-        with self._stream(config, chosen, branch, purpose="eval", seed=0) as stream:
+        with self._dataloader(config, chosen, branch, purpose="eval", seed=0) as stream:
             batches, seen = [], 0
             for batch in stream:
                 batches.append(batch)
@@ -122,10 +124,14 @@ class Builder:
                     break
         return batches
 
-    def _stream(
-        self, config: StreamConfig, datasets: tuple[DatasetConfig, ...], branch: str, **given: Any
-    ) -> Stream:
-        return Stream(
+    def _dataloader(
+        self,
+        config: DataLoaderConfig,
+        datasets: tuple[DatasetConfig, ...],
+        branch: str,
+        **given: Any,
+    ) -> StreamingDataLoader:
+        return StreamingDataLoader(
             config,
             datasets=datasets,
             text=self.text(phonemes=branch == "pretrain", tokens=branch == "sft"),
@@ -139,11 +145,11 @@ class Builder:
 
     # -- models ------------------------------------------------------------------------------
 
-    def pretrainer(self, cut: Cut | None = None) -> Pretrainer:
+    def pretrainer(self, cut: Cut | None = None) -> CtcModel:
         """The pretrain branch, with weights drawn from the recipe's seed.
 
-        With ``cut`` (`branch_engine.cutter`) each layer is cut as soon as it is drawn, so that no
-        rank holds the whole; the weights are the same. Collective then.
+        With ``cut`` (`branch_engine.partitioner`) each layer is partitioned as soon as it is drawn,
+        so that no rank holds the whole; the weights are the same. Collective then.
         """
         model = self.recipe.model
         stage = self.recipe.schedule().pretrain
@@ -151,7 +157,7 @@ class Builder:
         if stage is not None and stage.objective == "ctc":
             pretrain = replace(pretrain, consistency=0.0)
         with torch.device("meta"):
-            module = Pretrainer(Encoder(model.encoder), len(self.phonemes), pretrain)
+            module = CtcModel(Encoder(model.encoder), len(self.phonemes), pretrain)
         return self._drawn(module, "pretrain", cut)
 
     def speech_llm(self, cut: Cut | None = None) -> SpeechLLM:
@@ -244,7 +250,7 @@ class Builder:
         for datasets in (self.recipe.data.train, self.recipe.data.valid):
             from dsasr.data.shards.storage import Sources
 
-            sources = Sources(self.recipe.data.stream.source)
+            sources = Sources(self.recipe.data.dataloader.source)
             for dataset in datasets:
                 sources.resolve(dataset.shards)
 
@@ -252,7 +258,7 @@ class Builder:
         """The prompt must not be longer than the token budgets take it for."""
         length = sum(map(len, Prompt.build(self.tokenizer)))
         for stage in self.recipe.schedule().sft:
-            batch = self.recipe.stream(stage)[0].batch
+            batch = self.recipe.dataloader(stage)[0].batch
             if batch.tokens and length > batch.prompt_tokens:
                 raise UserError(
                     f"the prompt has {length} tokens: give stage '{stage.name}' "

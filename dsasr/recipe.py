@@ -13,7 +13,7 @@ from dsasr.checkpoint.manager import CheckpointConfig
 from dsasr.config import nearest
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import FbankConfig
-from dsasr.data.dataloader.dataloader import DatasetConfig, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
 from dsasr.data.text.phonemes import PhonemizerConfig
 from dsasr.data.text.prompt import TextConfig
 from dsasr.engine.config import EngineConfig
@@ -23,7 +23,7 @@ from dsasr.evaluation.suite import SuiteConfig
 from dsasr.launch.slurm import SlurmConfig
 from dsasr.launch.watchdog import WatchdogConfig
 from dsasr.model.adaptor import AdaptorConfig
-from dsasr.model.ctc_model import PretrainConfig
+from dsasr.model.ctc_model import CtcModelConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.llm import LlmConfig
@@ -45,7 +45,7 @@ class DataConfig:
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     text: TextConfig = field(default_factory=TextConfig)
     phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)
-    stream: StreamConfig = field(default_factory=StreamConfig)
+    dataloader: DataLoaderConfig = field(default_factory=DataLoaderConfig)
     # cause → how many samples of a run may be dropped for it; "*": each other cause, "total": all
     bad_limits: dict[str, int] = field(default_factory=dict)
 
@@ -68,7 +68,7 @@ class ModelConfig:
     lora: LoraConfig | None = None  # for stages that train 'lora'
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    pretrain: CtcModelConfig = field(default_factory=CtcModelConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     tokenizer: str = ""  # empty: the language model's folder
     encoder_from: str = ""  # a snapshot's folder to start from; empty: random weights
@@ -108,7 +108,7 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
-class WatchConfig:
+class OnlineProbeConfig:
     """Entropy allocation during training (`watch`). ``every``: steps of a stage between two looks
     (0: none at all); ``probes``: looks of a branch between two with probes (0: never), on at most
     ``frames`` frames; ``utterances`` of the validation set are the probe set; ``budget``: the share
@@ -122,11 +122,9 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         if min(self.every, self.probes) < 0 or self.utterances < 3 or self.frames < 100:
-            raise UserError(
-                "allocation: every and probes must be ≥ 0, utterances ≥ 3, frames ≥ 100"
-            )
+            raise UserError("probe: every and probes must be ≥ 0, utterances ≥ 3, frames ≥ 100")
         if not 0 < self.budget <= 1:
-            raise UserError("allocation.budget must be above 0 and at most 1")
+            raise UserError("probe.budget must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    allocation: WatchConfig = field(default_factory=WatchConfig)
+    probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
     resume: str = "auto"  # auto: the run folder's newest whole checkpoint; never; or a checkpoint
     allow_changed: bool = False  # resume although the recipe is not the run's
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -161,7 +159,10 @@ class Recipe:
                         f"stage '{stage.name}' mixes an unknown dataset '{name}'"
                         f"{nearest(name, names)}"
                     )
-            batch, per_token = self.stream(stage)[0].batch, SUBSAMPLING * self.model.adaptor.stack
+            batch, per_token = (
+                self.dataloader(stage)[0].batch,
+                SUBSAMPLING * self.model.adaptor.stack,
+            )
             if stage.branch == "sft" and batch.tokens and batch.frames_per_token != per_token:
                 raise UserError(
                     f"stage '{stage.name}' counts speech at one token for {batch.frames_per_token} "
@@ -210,10 +211,10 @@ class Recipe:
     def schedule(self) -> Schedule:
         return Schedule(self.stages, self.drift, self.interleave, self.branch)
 
-    def stream(self, stage: StageConfig) -> tuple[StreamConfig, tuple[DatasetConfig, ...]]:
+    def dataloader(self, stage: StageConfig) -> tuple[DataLoaderConfig, tuple[DatasetConfig, ...]]:
         """The stream's settings and the mixture of a stage."""
-        batch = stage.batch or self.data.stream.batch
-        stream = replace(self.data.stream, batch=batch)
+        batch = stage.batch or self.data.dataloader.batch
+        stream = replace(self.data.dataloader, batch=batch)
         if stage.mixture is None:
             return stream, self.data.train
         chosen = tuple(
@@ -226,7 +227,7 @@ class Recipe:
 
 # What may differ between a run and its continuation without changing what is learnt.
 HARMLESS = ("run", "resume", "allow_changed", "monitor", "checkpoint", "evaluation", "store")
-HARMLESS += ("allocation", "slurm", "watchdog")
+HARMLESS += ("probe", "slurm", "watchdog")
 
 
 def load(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:

@@ -21,7 +21,7 @@ from dsasr.config import nearest
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.utils.errors import UserError
 
-Branch = Literal["pretrain", "sft"]
+BranchName = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
     "pretrain": ("encoder", "ctc"),
     "sft": ("encoder", "adaptor", "llm", "lora"),  # lora: where the recipe has model.lora
@@ -39,19 +39,19 @@ class StageConfig:
     """
 
     name: str
-    branch: Branch
+    branch: BranchName
     trains: dict[str, float]
     steps: int
     objective: str = ""  # pretrain: cr_ctc or ctc; sft: ce
-    warmup: int = 0  # steps of linear warm-up
+    warmup_steps: int = 0  # steps of linear warm-up
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    final_rate: float = 0.0  # share of the maximum rate at the end of the decay
+    min_lr_ratio: float = 0.0  # share of the maximum rate at the end of the decay
     weight_decay: float = 0.0
-    accumulate: int = 1  # micro-batches a rank and step
+    grad_accum_steps: int = 1  # micro-batches a rank and step
     batch: BatchConfig | None = None  # None: the recipe's data.batch
     mixture: dict[str, float] | None = None  # data set → weight; None: the data sets' own weights
     swaps: bool = False  # takes newer snapshots while it runs
-    after_final: int = 0  # the last so many steps wait for the final encoder
+    steps_after_final_swap: int = 0  # the last so many steps wait for the final encoder
     keep_moments: bool = False  # take the Adam moments over from the stage before
 
     def __post_init__(self) -> None:
@@ -73,12 +73,14 @@ class StageConfig:
             raise UserError(f"{where} has a negative learning rate")
         if self.steps < 1:
             raise UserError(f"{where} needs steps ≥ 1, not {self.steps}")
-        if not 0 <= self.warmup < self.steps:
-            raise UserError(f"{where}: warmup {self.warmup} must be below its {self.steps} steps")
-        if not 0 <= self.after_final <= self.steps:
-            raise UserError(f"{where}: after_final must lie between 0 and {self.steps}")
-        if self.accumulate < 1:
-            raise UserError(f"{where}: accumulate must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise UserError(
+                f"{where}: warmup_steps {self.warmup_steps} must be below its {self.steps} steps"
+            )
+        if not 0 <= self.steps_after_final_swap <= self.steps:
+            raise UserError(f"{where}: steps_after_final_swap must lie between 0 and {self.steps}")
+        if self.grad_accum_steps < 1:
+            raise UserError(f"{where}: grad_accum_steps must be at least 1")
         if not self.objective:
             object.__setattr__(self, "objective", OBJECTIVES[self.branch][0])
         if self.objective not in OBJECTIVES[self.branch]:
@@ -269,7 +271,7 @@ class Schedule:
         stage, step = stages[at], progress.step
         final = self.finished_pretraining(progress)
         waits_for_final = stage.needs_final_encoder or (
-            stage.after_final and step >= stage.steps - stage.after_final
+            stage.steps_after_final_swap and step >= stage.steps - stage.steps_after_final_swap
         )
         if waits_for_final and not final:
             return Turn("wait", stage, step)
@@ -325,17 +327,17 @@ _LATER = Snapshot("", -1, "later")
 def learning_rate(stage: StageConfig, part: str, step: int) -> float:
     """The rate of ``part`` at ``step`` (from 0) of the stage: linear warm-up, then the decay."""
     peak = stage.trains[part]
-    if step < stage.warmup:
-        return peak * (step + 1) / stage.warmup
-    left = stage.steps - stage.warmup
-    share = (step - stage.warmup) / max(left, 1)
+    if step < stage.warmup_steps:
+        return peak * (step + 1) / stage.warmup_steps
+    left = stage.steps - stage.warmup_steps
+    share = (step - stage.warmup_steps) / max(left, 1)
     if stage.decay == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     elif stage.decay == "linear":
         shape = 1 - min(share, 1.0)
     else:
         return peak
-    return peak * (stage.final_rate + (1 - stage.final_rate) * shape)
+    return peak * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * shape)
 
 
 def with_published(progress: Progress, snapshots: Sequence[Snapshot]) -> Progress:

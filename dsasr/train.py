@@ -61,7 +61,7 @@ def main() -> int:
     from dsasr.engine import branch_engine
     from dsasr.kernels import dispatch
     from dsasr.launch import watchdog
-    from dsasr.training.trainer import Run, Stopped
+    from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
     recipe.quiet()
@@ -80,7 +80,7 @@ def main() -> int:
     run = None
     try:
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
-        run = Run(chosen, dog)
+        run = Trainer(chosen, dog)
         train(run)
     except Stopped:
         return 0

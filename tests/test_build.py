@@ -26,9 +26,9 @@ def batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_features_are_computed_where_the_recipe_says_and_are_the_same(tiny, workers) -> None:
     """By workers or in the training process: `fbank`'s, normalised, to a thousandth."""
-    given = f"data.stream.workers={workers}"
-    one = batches(tiny, "pretrain", 6, given, "data.stream.features=worker")
-    two = batches(tiny, "pretrain", 6, given, "data.stream.features=device")
+    given = f"data.dataloader.num_workers={workers}"
+    one = batches(tiny, "pretrain", 6, given, "data.dataloader.features=worker")
+    two = batches(tiny, "pretrain", 6, given, "data.dataloader.features=device")
     cmvn = Builder(recipe.load(str(tiny))).cmvn
     for a, b in zip(one, two, strict=True):
         assert a.keys == b.keys and torch.equal(a.feature_lengths_B, b.feature_lengths_B)
@@ -64,14 +64,14 @@ def test_a_stages_mixture_has_its_own_weights_and_sets(tiny) -> None:
 
 
 def test_recorded_noise_comes_from_the_recipes_shards(tiny) -> None:
-    noise = f"data.stream.noise={{{tiny.parent / 'valid'}: 1.0}}"
+    noise = f"data.dataloader.noise={{{tiny.parent / 'valid'}: 1.0}}"
     augment = "data.augment={speeds: [1.0], noise_share: 1.0, silence: 0.0, kinds: [recorded]}"
     clean = batches(tiny, "pretrain", 3)
     noisy = batches(tiny, "pretrain", 3, noise, augment)
     assert [b.keys for b in clean] == [b.keys for b in noisy]
     assert all((a.features_BTF - b.features_BTF).abs().mean() > 0.1
                for a, b in zip(clean, noisy, strict=True))  # fmt: skip
-    with pytest.raises(UserError, match=r"stream\.noise"):
+    with pytest.raises(UserError, match=r"dataloader\.noise"):
         batches(tiny, "pretrain", 1, augment)
 
 

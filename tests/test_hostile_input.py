@@ -210,7 +210,7 @@ def test_no_secret_in_logs_run_folders_or_exports(start, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     folder = tmp_path / "run"
     short = ["stages.pretrain.steps=3", "stages.align.steps=1", "stages.joint.steps=1",
-             "stages.ia_sft.steps=3", "stages.ia_sft.after_final=1"]  # fmt: skip
+             "stages.ia_sft.steps=3", "stages.ia_sft.steps_after_final_swap=1"]  # fmt: skip
     job = start(f"run={folder}", *short, world=1)
     assert job.wait() == [0], job.output[-3000:]
     done = subprocess.run(

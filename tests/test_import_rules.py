@@ -135,7 +135,7 @@ def test_no_eval_no_shell_no_unsafe_yaml(path):
             assert dated or called not in clocks, path
             for keyword in node.keywords:
                 shell = keyword.arg == "shell" and ast.unparse(keyword.value) == "True"
-                # pipe: URLs, behind data.stream.source.allow_pipe.
+                # pipe: URLs, behind data.dataloader.source.allow_pipe.
                 assert not shell or path.name == "storage.py", f"{path}: a shell"
                 unsafe = keyword.arg == "weights_only" and ast.unparse(keyword.value) == "False"
                 assert not unsafe, f"{path}: weights_only=False"

@@ -24,7 +24,7 @@ from dsasr.utils.errors import UserError
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=20)
 ALIGN = StageConfig("align", "sft", {"adaptor": 1e-3}, steps=4)
 IA_SFT = StageConfig(
-    "ia_sft", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=10, swaps=True, after_final=3
+    "ia_sft", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=10, swaps=True, steps_after_final_swap=3
 )
 JOINT = StageConfig("joint", "sft", {"encoder": 1e-5, "adaptor": 1e-5, "llm": 1e-5}, steps=3)
 ALL = (PRETRAIN, ALIGN, IA_SFT, JOINT)
@@ -83,7 +83,7 @@ def test_a_trigger_during_alignment_is_taken_when_ia_sft_begins():
 
 def test_interleave_is_a_ratio():
     schedule = Schedule(
-        (replace(PRETRAIN, steps=100), replace(IA_SFT, steps=40, after_final=0)),
+        (replace(PRETRAIN, steps=100), replace(IA_SFT, steps=40, steps_after_final_swap=0)),
         DriftConfig(mode="fixed", swaps=(PlannedSwap(10),)),
         interleave=(2, 1),
     )
@@ -101,16 +101,18 @@ def test_conventional_recipe_runs_one_stage_after_the_other():
 
 
 def test_alignment_with_a_finished_encoder_and_no_pretraining():
-    schedule = Schedule((ALIGN, replace(IA_SFT, after_final=10), JOINT))
+    schedule = Schedule((ALIGN, replace(IA_SFT, steps_after_final_swap=10), JOINT))
     given = with_published(Progress(), [Snapshot("given", 0, "given")])
     turns, swaps, _, end = play(schedule, progress=given)
     assert end == "end" and len(turns) == 17 and swaps == [("given", 0, "align")]
 
 
 def test_joint_with_a_frozen_encoder_and_stages_after_joint():
-    frozen = StageConfig("late", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=5, after_final=5)
+    frozen = StageConfig(
+        "late", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=5, steps_after_final_swap=5
+    )
     context = replace(JOINT, name="context", steps=2)
-    after = replace(frozen, name="after", swaps=True, after_final=0)
+    after = replace(frozen, name="after", swaps=True, steps_after_final_swap=0)
     turns, swaps, _, _ = play(Schedule((PRETRAIN, ALIGN, frozen, JOINT, context, after)), (5,))
     assert steps_of(turns, "context") == [0, 1] and steps_of(turns, "after") == list(range(5))
     # Joint takes the final encoder; nothing replaces the one that it then trains.
@@ -171,7 +173,7 @@ def test_monitoring_follows_the_shares():
 
 
 def test_learning_rate_warms_up_and_decays():
-    stage = StageConfig("s", "sft", {"llm": 2.0}, steps=110, warmup=10, final_rate=0.1)
+    stage = StageConfig("s", "sft", {"llm": 2.0}, steps=110, warmup_steps=10, min_lr_ratio=0.1)
     rates = [learning_rate(stage, "llm", s) for s in range(110)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and rates[10] == 2.0
     assert rates[60] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
@@ -179,7 +181,7 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     flat = replace(stage, decay="constant")
     assert learning_rate(flat, "llm", 109) == 2.0
-    straight = replace(stage, decay="linear", final_rate=0.0)
+    straight = replace(stage, decay="linear", min_lr_ratio=0.0)
     assert learning_rate(straight, "llm", 60) == pytest.approx(1.0)
 
 
@@ -189,11 +191,11 @@ def test_learning_rate_warms_up_and_decays():
         ({"trains": {"adaptr": 1.0}}, "did you mean 'adaptor'"),
         ({"trains": {}}, "trains nothing"),
         ({"steps": 0}, "steps ≥ 1"),
-        ({"warmup": 4}, "below its 4 steps"),
+        ({"warmup_steps": 4}, "below its 4 steps"),
         ({"objective": "ctc"}, "unknown objective"),
-        ({"after_final": 5}, "after_final"),
+        ({"steps_after_final_swap": 5}, "steps_after_final_swap"),
         ({"trains": {"adaptor": -1.0}}, "negative"),
-        ({"accumulate": 0}, "accumulate"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps"),
     ],
 )
 def test_impossible_stages_are_refused(change, words):
@@ -237,7 +239,7 @@ BOTH = "{adaptor: 1.0e-5, llm: 1.0e-5}"
 FOUR = f"""
 - {{name: pretrain, branch: pretrain, trains: {{encoder: 5.0e-4, ctc: 5.0e-4}}, steps: 20}}
 - {{name: align, branch: sft, trains: {{adaptor: 1.0e-3}}, steps: 4}}
-- {{name: ia_sft, branch: sft, trains: {BOTH}, steps: 10, swaps: true, after_final: 3}}
+- {{name: ia_sft, branch: sft, trains: {BOTH}, steps: 10, swaps: true, steps_after_final_swap: 3}}
 - {{name: joint, branch: sft, trains: {{encoder: 1.0e-5, adaptor: 1.0e-5, llm: 1.0e-5}}, steps: 3}}
 """
 FOUR_ROWS = FOUR.strip().splitlines()
@@ -285,7 +287,7 @@ def test_recipe_that_aligns_with_a_finished_encoder(tmp_path):
 
 
 def test_recipe_of_a_joint_stage_with_a_frozen_encoder_and_stages_after_it(tmp_path):
-    frozen = f"- {{name: joint, branch: sft, trains: {BOTH}, steps: 3, after_final: 3}}"
+    frozen = f"- {{name: joint, branch: sft, trains: {BOTH}, steps: 3, steps_after_final_swap: 3}}"
     every = "{encoder: 1.0e-6, adaptor: 1.0e-6, llm: 1.0e-6}"
     context = f"- {{name: context, branch: sft, trains: {every}, steps: 2}}"
     reward = f"- {{name: last, branch: sft, trains: {BOTH}, steps: 2}}"

@@ -20,7 +20,7 @@ def test_a_mistake_is_one_line_of_one_rank_and_exit_code_2(launch, tiny, tmp_pat
     assert done.returncode == 2, done.stdout[-3000:]
     told = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(told) == 1, done.stdout[-3000:]
-    assert "'stages.pretrain.rate' (did you mean 'final_rate'" in told[0]
+    assert "'stages.pretrain.rate' (did you mean 'min_lr_ratio'" in told[0]
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
 
 

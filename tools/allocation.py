@@ -17,8 +17,8 @@ import torch
 
 from dsasr.analysis import measure as measures
 from dsasr.analysis import probed_encoders
-from dsasr.entropy_allocation.v_information import SPIKES, AccessibleConfig
-from dsasr.evaluation import test_sets
+from dsasr.entropy_allocation.v_information import SPIKES, VInformationConfig
+from dsasr.evaluation import eval_sets
 from dsasr.recipe import quiet
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, json_lines, json_text
@@ -65,10 +65,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def probe_set(args: argparse.Namespace, aligner: probed_encoders.Subject) -> measures.ProbeSet:
+def probe_set(
+    args: argparse.Namespace, aligner: probed_encoders.ProbedEncoder
+) -> measures.ProbeSet:
     """The recordings that every checkpoint can read, labelled; tells what was left out."""
     data = aligner.build.recipe.data
-    held, bad = test_sets.read(
+    held, bad = eval_sets.read(
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
         max_seconds=probed_encoders.longest(args.checkpoints),
     )  # fmt: skip
@@ -90,10 +92,10 @@ def measure(args: argparse.Namespace, probes: measures.ProbeSet) -> list[Row]:
     def wanted(choice: str, before: bool) -> bool:
         return choice == "all" or (choice == "first" and not before)
 
-    def config(control: bool) -> AccessibleConfig:
+    def config(control: bool) -> VInformationConfig:
         limited = any(row[key]["limit"] for row in rows for key in ("pai", "csai"))
         spikes = SPIKES if wanted(args.limits, limited) else ()
-        return AccessibleConfig(**given, control=control, spikes=spikes)
+        return VInformationConfig(**given, control=control, spikes=spikes)
 
     with Bar(total=len(args.checkpoints), unit="checkpoint") as bar:
         for place in args.checkpoints:

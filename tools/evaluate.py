@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from dsasr.evaluation import suite_results, test_sets
+from dsasr.evaluation import eval_sets, suite_results
 from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.normalize import check_rules
 from dsasr.evaluation.suite import SuiteConfig
-from dsasr.inference.model_from_run import Recogniser, events, finished
+from dsasr.inference.model_from_run import RunModel, events, finished
 from dsasr.recipe import quiet
 from dsasr.tracking.monitor import clock
 from dsasr.utils.errors import UserError, run_tool
@@ -143,18 +143,18 @@ def main() -> int:
         return 0 if finished(args.run) else 1
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    recogniser = Recogniser.from_run(args.run, args.checkpoint)
+    recogniser = RunModel.from_run(args.run, args.checkpoint)
     recipe = recogniser.build.recipe
     rules = args.rules or recipe.evaluation.rules
     try:
         check_rules(rules)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    held, left_out = test_sets.read(
+    held, left_out = eval_sets.read(
         args.data,
         rate=recipe.data.fbank.rate,
         text=recipe.data.text,
-        source=recipe.data.stream.source,
+        source=recipe.data.dataloader.source,
         limit=args.limit,
     )
     if left_out:

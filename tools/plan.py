@@ -1,7 +1,7 @@
 """Plan a run before it is started: the size of its batches, their padding, a cluster's time.
 
 python tools/plan.py batch --recipe demo --stage pretrain --memory 4
-python tools/plan.py padding --recipe demo data.stream.batch.frames=3000
+python tools/plan.py padding --recipe demo data.dataloader.batch.frames=3000
 python tools/plan.py --recipe nim-2.3b --nodes 8 --gpus 8 --gpu-memory 80
 """
 

@@ -15,7 +15,7 @@ for argument in "$@"; do
                 data.valid.demo-valid.shards=$corpus/shards/valid data.cmvn=$corpus/cmvn.json
                 data.phonemes=$corpus/phonemes.json model.llm.path=$corpus/lm model.tokenizer=$corpus/lm
                 stages.pretrain.steps=60 stages.align.steps=12 stages.ia_sft.steps=60
-                stages.ia_sft.after_final=20 stages.joint.steps=12) ;;
+                stages.ia_sft.steps_after_final_swap=20 stages.joint.steps=12) ;;
         *) echo "usage: bash tools/quickstart.sh [--short] [--fresh]" >&2; exit 2 ;;
     esac
 done

@@ -30,8 +30,8 @@ def schedule_rows(chosen: recipe.Recipe, asynchronous: bool) -> list[tuple[str, 
     for stage in chosen.stages:
         sft = asynchronous and stage.branch == "sft"
         world = (chosen.slurm.sft if sft else chosen.slurm.size).world
-        batch = stage.batch or chosen.data.stream.batch
-        audio = world * stage.accumulate * batch.frames / 100 / 3600
+        batch = stage.batch or chosen.data.dataloader.batch
+        audio = world * stage.grad_accum_steps * batch.frames / 100 / 3600
         trained = "+".join(stage.trains)
         rows.append((stage.name, f"{stage.steps:,} steps, {trained}, ≤ {audio:.2f} h audio a step"))
     return rows

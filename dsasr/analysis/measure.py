@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsasr.analysis.probed_encoders import Subject
+from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.build import Builder
 from dsasr.data.audio.features import resample
 from dsasr.data.text.phonemes import (
@@ -31,8 +31,8 @@ from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.frame_labels import Labelled, Numbering
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.predictive_entropy import Allocation, CtcEntropySums
-from dsasr.entropy_allocation.v_information import Accessible, AccessibleConfig, csai, pai
-from dsasr.evaluation.test_sets import Recording, batches
+from dsasr.entropy_allocation.v_information import VInformation, VInformationConfig, csai, pai
+from dsasr.evaluation.eval_sets import Recording, batches
 from dsasr.model.encoders.pretrained import RATE
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
@@ -53,7 +53,7 @@ class ProbeSet:
 
 
 def probe_set(
-    aligner: Subject, recordings: Sequence[Recording], semantic: str = "word"
+    aligner: ProbedEncoder, recordings: Sequence[Recording], semantic: str = "word"
 ) -> ProbeSet:
     """Label recordings: alignments that the shards hold, else the aligner's forced alignment.
 
@@ -93,7 +93,7 @@ def probe_set(
     return ProbeSet(kept, labels, causes, build.recipe.data.fbank.rate)
 
 
-def _label(r: Recording, aligner: Subject, x_SE, phonemizer, speaker, number) -> Labelled:
+def _label(r: Recording, aligner: ProbedEncoder, x_SE, phonemizer, speaker, number) -> Labelled:
     vocab, seconds = aligner.build.phonemes, aligner.frame_seconds
     rate = aligner.build.recipe.data.fbank.rate
     words, owners = forced_alignment.words_of(r.text), None
@@ -128,9 +128,9 @@ def _tokens(r: Recording, held: Labelled, build: Builder, speaker) -> Labelled:
 
 
 def measure(
-    subject: Subject,
+    subject: ProbedEncoder,
     probes: ProbeSet,
-    config: AccessibleConfig,
+    config: VInformationConfig,
     reference: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The subject's row, and its features (key → [S, E]) for CKA of later ones.
@@ -176,7 +176,7 @@ def _at_rate(probes: ProbeSet, rate: int) -> list[Recording]:
     ]
 
 
-def _plain(found: Accessible) -> dict[str, Any]:
+def _plain(found: VInformation) -> dict[str, Any]:
     more = {"share": found.share, "sound": found.sound, "found": found.found}
     return finite(asdict(found) | more)
 

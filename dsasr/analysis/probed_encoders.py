@@ -14,7 +14,7 @@ from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
 from dsasr.entropy_allocation.v_information import reinitialised
-from dsasr.evaluation.test_sets import Recording, batches
+from dsasr.evaluation.eval_sets import Recording, batches
 from dsasr.inference.model_from_run import newest, run_folder, run_recipe
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder
@@ -27,7 +27,7 @@ MOST_SECONDS = 60.0  # of a recording that is measured
 
 
 @dataclass
-class Subject:
+class ProbedEncoder:
     """A checkpoint that is to be measured. ``about`` joins its row; ``rate`` is what it reads."""
 
     name: str
@@ -54,12 +54,12 @@ def longest(paths: Iterable[str | Path]) -> float:
     return min([MOST_SECONDS, *(pretrained.longest(path) for path in paths if is_foreign(path))])
 
 
-def open_any(path: str | Path) -> Subject:
+def open_any(path: str | Path) -> ProbedEncoder:
     """What `open_checkpoint` opens, or a Hugging Face encoder's folder."""
     return open_foreign(str(path)) if is_foreign(path) else open_checkpoint(path)
 
 
-def open_checkpoint(path: str | Path) -> Subject:
+def open_checkpoint(path: str | Path) -> ProbedEncoder:
     """A run folder (its newest checkpoint), a checkpoint or a snapshot, verified.
 
     A checkpoint's encoder is that of the sft branch if there is one; its CTC head is the pretrain
@@ -78,7 +78,7 @@ def _verified(path: Path) -> FragmentReader:
     return FragmentReader(path)
 
 
-def _subject(path: Path, reader: FragmentReader, build: Builder) -> Subject:
+def _subject(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:
     held = reader.manifest
     about: dict[str, Any] = {"run": str(run_folder(path)), "kind": held["kind"]}
     encoder, head, llm = Encoder(build.recipe.model.encoder), None, None
@@ -102,7 +102,7 @@ def _subject(path: Path, reader: FragmentReader, build: Builder) -> Subject:
     return _native(name, about, build, encoder, head, llm)
 
 
-def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) -> Subject:
+def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) -> ProbedEncoder:
     fbank = build.recipe.data.fbank
 
     def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) 
                     found[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
         return found
 
-    return Subject(
+    return ProbedEncoder(
         name, about, build.frame_seconds, encode, build, encoder, head, llm, rate=fbank.rate
     )
 
@@ -137,7 +137,7 @@ def _stored_head(build: Builder, held: dict[str, Any]) -> CtcHead | None:
         return None  # pruned, or an encoder from elsewhere
 
 
-def open_foreign(path: str, *, random: bool = False) -> Subject:
+def open_foreign(path: str, *, random: bool = False) -> ProbedEncoder:
     """A Hugging Face folder's encoder."""
     from dsasr.model.encoders import pretrained
 
@@ -148,10 +148,10 @@ def open_foreign(path: str, *, random: bool = False) -> Subject:
         return {r.key: held.frames(r.wave) for r in recordings}
 
     about = {"kind": "random" if random else "foreign", "path": str(path)}
-    return Subject(held.name, about, held.frame_seconds, encode, foreign=held)
+    return ProbedEncoder(held.name, about, held.frame_seconds, encode, foreign=held)
 
 
-def random_baseline(subject: Subject, *, seed: int = 0) -> Subject:
+def random_baseline(subject: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
     """The same architecture with random weights."""
     if subject.foreign is not None:
         return open_foreign(subject.about["path"], random=True)

@@ -1,7 +1,7 @@
 """A folder of fragments written while training goes on.
 
-`FolderWrite` copies what is to be written, which is all that the loop waits for, and leaves the
-rest to a thread of each rank. The threads need no collective, so they cannot come between the
+`AsyncFolderWriter` copies what is to be written, which is all that the loop waits for, and leaves
+the rest to a thread of each rank. The threads need no collective, so they cannot come between the
 loop's: a rank's thread leaves a note beside its file, and rank 0's publishes the folder when all
 notes are there. What can fail is told by `wait`.
 """
@@ -24,7 +24,7 @@ from dsasr.utils import distributed
 from dsasr.utils.io import atomic_write
 
 
-class FolderWrite:
+class AsyncFolderWriter:
     """``held`` of all ranks on its way to ``target``. Making one is collective."""
 
     def __init__(self, target: Path, held: Mapping[str, Fragment], info: Mapping[str, Any]):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.async_writer import FolderWrite, remove_remains
+from dsasr.checkpoint.async_writer import AsyncFolderWriter, remove_remains
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -33,7 +33,7 @@ class CheckpointConfig:
     keep_hours: float = 0.0  # also kept: one for each so many hours; 0: none
     keep_best: int = 0  # also kept: so many with the lowest ``best`` of an evaluation
     best: str = "wer"  # a metric of the sft branch's evaluations
-    background: bool = True  # write while training goes on; takes a copy in the host's memory
+    async_write: bool = True  # write while training goes on; takes a copy in the host's memory
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -53,14 +53,14 @@ class Landed:
     failure: str | None
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run, in ``folder``."""
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder = Path(folder)
         self.config = config
         self._saved_at = time.monotonic()
-        self._write: FolderWrite | None = None
+        self._write: AsyncFolderWriter | None = None
         self._steps, self._stall, self._told = 0, 0.0, False
         self._landed: list[Landed] = []  # on rank 0: not yet asked for
         self._marks: dict[str, tuple[float, float]] = {}  # of a checkpoint: (saved, score)
@@ -96,13 +96,13 @@ class Checkpoints:
         if distributed.main_rank() and self.folder.is_dir():
             remove_remains(self.folder)
         try:
-            self._write = FolderWrite(target, held, info)
+            self._write = AsyncFolderWriter(target, held, info)
         except OSError as error:
             self._landed.append(Landed(target, steps, 0.0, 0.0, str(error)))
             raise
         self._steps, self._told = steps, False
         self._stall = time.monotonic() - started
-        if (wait or not self.config.background) and (failure := self._settle()):
+        if (wait or not self.config.async_write) and (failure := self._settle()):
             raise OSError(failure)
         return target
 

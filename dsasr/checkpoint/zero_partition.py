@@ -1,6 +1,6 @@
 """Where a parameter's weights and optimizer states lie on this rank, under any ZeRO stage.
 
-Everything that reads or writes them (parking, hot-swap, snapshots, checkpoints) goes through the
+Everything that reads or writes them (offloader, hot-swap, snapshots, checkpoints) goes through the
 views given here, one `Fragment` a parameter and kind of state, so that none of it depends on
 DeepSpeed's layout:
 

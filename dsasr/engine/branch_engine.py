@@ -1,4 +1,4 @@
-"""One DeepSpeed engine a branch: enter a stage, make a step, park, take another encoder.
+"""One DeepSpeed engine a branch: enter a stage, make a step, offload, take another encoder.
 
 The only importer of deepspeed. How parameter groups are swapped, and why so:
 
@@ -8,7 +8,7 @@ The only importer of deepspeed. How parameter groups are swapped, and why so:
   moments are stale), and one that is unfrozen later never gets gradients; a new engine has neither
   fault. fp32 masters are carried over by name, moments on request (`master_weights`).
 - *Between* branches two engines live side by side over disjoint modules, so taking turns costs
-  nothing but the parking of fp32 masters and moments (`offload`), and neither branch can
+  nothing but offloading fp32 masters and moments (`offload`), and neither branch can
   touch a bit of the other's.
 
 Measured by ``tools/bench/swap.py`` on two CPU ranks (tools/experiments/LOG.md), encoders of 12 to
@@ -47,8 +47,8 @@ from dsasr.engine.config import (
     read_gradients_whole,
     settings,
 )
-from dsasr.engine.master_weights import Masters
-from dsasr.engine.offload import Parking
+from dsasr.engine.master_weights import MasterWeights
+from dsasr.engine.offload import StateOffloader
 from dsasr.model import lora
 from dsasr.model.layerwise_init import Cut
 from dsasr.stages import StageConfig, learning_rate
@@ -68,7 +68,7 @@ class StepReport:
     stage: str
     step: int
     sums: dict[str, tuple[Tensor, Tensor]]
-    rates: dict[str, float]
+    lrs: dict[str, float]
     grad_norm: Tensor | float | None
     batches: tuple[Batch, ...]
 
@@ -102,7 +102,7 @@ def init_distributed(limit: float = 0.0) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def cutter(config: EngineConfig) -> Cut | None:
+def partitioner(config: EngineConfig) -> Cut | None:
     """What builds a model in slices (`dsasr.model.layerwise_init`); None under ZeRO-1 and 2.
 
     Parameters are cut as `deepspeed.initialize` would cut them, and sent from rank 0 as it would
@@ -154,8 +154,8 @@ def set_threads(config: EngineConfig) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
 
-class Branch:
-    """A module, whole or cut already (`cutter`), and the DeepSpeed engine of its stage."""
+class BranchEngine:
+    """A module, whole or cut already (`partitioner`), and the DeepSpeed engine of its stage."""
 
     def __init__(self, name: str, module: nn.Module, config: EngineConfig, folder: Path):
         self.name = name
@@ -168,7 +168,9 @@ class Branch:
         self._engine = None
         self._hooks: dict[tuple[str, str], set[int]] = {}
         self._own_encoder: dict[str, Tensor] | None = None
-        self._masters = Masters(module, precision(config), Parking(config.park, name, folder))
+        self._masters = MasterWeights(
+            module, precision(config), StateOffloader(config.offload, name, folder)
+        )
         self._disk = nvme_folder(config, folder, name) if config.nvme else None
 
     # -- stages ------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ class Branch:
     def enter(self, stage: StageConfig) -> None:
         """Make exactly the stage's parts trainable. No-op unless the stage changed; collective."""
         if self.stage is not None and stage.name == self.stage.name:
-            self.unpark()
+            self.reload()
             return
         carried, steps = self._masters.leave()
         self._destroy()
@@ -205,8 +207,8 @@ class Branch:
         import deepspeed
 
         config = settings(self.config, self._disk) | {
-            "gradient_accumulation_steps": stage.accumulate,
-            "gradient_clipping": self.config.clip,
+            "gradient_accumulation_steps": stage.grad_accum_steps,
+            "gradient_clipping": self.config.max_grad_norm,
         }
         optimizer = torch.optim.AdamW(
             groups,
@@ -236,15 +238,15 @@ class Branch:
     # -- steps -------------------------------------------------------------------------------
 
     def step(self, batches: Sequence[Batch], step: int) -> StepReport:
-        """One optimizer step from this rank's ``accumulate`` micro-batches; collective.
+        """One optimizer step from this rank's ``grad_accum_steps`` micro-batches; collective.
 
         The model seeds all its randomness (dropout, masks, chunks) from the batch, so that a
         resumed run repeats an uninterrupted one bit for bit.
         """
-        assert self.stage is not None and len(batches) == self.stage.accumulate
-        rates = {part: learning_rate(self.stage, part, step) for part in self.stage.trains}
-        for group, rate in zip(self._optimizer_groups(), rates.values(), strict=True):
-            group["lr"] = rate
+        assert self.stage is not None and len(batches) == self.stage.grad_accum_steps
+        lrs = {part: learning_rate(self.stage, part, step) for part in self.stage.trains}
+        for group, lr in zip(self._optimizer_groups(), lrs.values(), strict=True):
+            group["lr"] = lr
         self.module.train()
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in batches:
@@ -255,7 +257,7 @@ class Branch:
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + total, old[1] + count)
         norm = self._engine.get_global_grad_norm()
-        return StepReport(self.name, self.stage.name, step, sums, rates, norm, tuple(batches))
+        return StepReport(self.name, self.stage.name, step, sums, lrs, norm, tuple(batches))
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         return self._engine.optimizer.optimizer.param_groups
@@ -271,21 +273,21 @@ class Branch:
         finally:
             self.module.train(training)
 
-    # -- parking and swapping ----------------------------------------------------------------
+    # -- offload and swap ------------------------------------------------------------------
 
-    def park(self) -> int:
-        """Move masters and moments to their parking place; returns the bytes moved."""
-        return self._masters.park()
+    def offload(self) -> int:
+        """Move masters and moments to where they are offloaded to; returns the bytes moved."""
+        return self._masters.offload()
 
-    def unpark(self) -> int:
-        return self._masters.unpark()
+    def reload(self) -> int:
+        return self._masters.reload()
 
     @property
-    def parked_bytes(self) -> int:
-        """What lies in the parking place at present."""
-        return self._masters.parked_bytes
+    def offloaded_bytes(self) -> int:
+        """What lies in the offload place at present."""
+        return self._masters.offloaded_bytes
 
-    def load_encoder(self, source: FragmentReader | Branch) -> None:
+    def load_encoder(self, source: FragmentReader | BranchEngine) -> None:
         """Hot-swap: take the encoder of a published snapshot or of the other branch; collective.
 
         From a snapshot each rank reads only the slices that it holds; from a branch of the same job
@@ -295,12 +297,12 @@ class Branch:
         is of another architecture, unreadable or not finite.
         """
         own = self._encoder()
-        if isinstance(source, Branch):
+        if isinstance(source, BranchEngine):
             zero_partition.copy_weights(source._encoder(), own)
         else:
             zero_partition.replace_weights(self.module, source, "encoder.")
         zero_partition.refresh_gathered(own.values())
-        self._masters.replace(own, source._masters if isinstance(source, Branch) else source)
+        self._masters.replace(own, source._masters if isinstance(source, BranchEngine) else source)
 
     def _encoder(self) -> dict[str, Tensor]:
         """The encoder's tensors by name; looked up once, for that takes as long as a small swap."""

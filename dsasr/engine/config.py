@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from dsasr.config import nearest
-from dsasr.engine.offload import ParkConfig
+from dsasr.engine.offload import OffloadConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
@@ -25,10 +25,10 @@ class EngineConfig:
     # fp32 products: "medium" lets them pass through bf16 where that is faster. On an AMD EPYC it
     # takes oneDNN's fp32 in place of MKL's: the same error (2e-7), 215 against 100 GFLOP/s a core.
     matmul: Literal["highest", "high", "medium"] = "highest"
-    clip: float = 1.0  # global gradient norm; 0: no clipping
+    max_grad_norm: float = 1.0  # global gradient norm; 0: no clipping
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
-    park: ParkConfig = field(default_factory=ParkConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     nvme: str | None = (
         None  # zero3-nvme: a folder on each machine's own disk, for masters and moments
     )

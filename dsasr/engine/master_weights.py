@@ -1,9 +1,9 @@
 """A branch's fp32 masters and Adam moments, through all that replaces what holds them.
 
 An engine lasts a stage, an encoder until the next swap, a process until it is stopped; masters go
-on. A parameter's is *live* where the stage trains it: the optimizer's own, in place or parked. It
-is *dormant* where only an earlier stage did: kept here, so that a later one starts from it and not
-from rounded weights. (fp32 weights are the masters; none is dormant beside them.)
+on. A parameter's is *live* where the stage trains it: the optimizer's own, in place or offloaded.
+It is *dormant* where only an earlier stage did: kept here, so that a later one starts from it and
+not from rounded weights. (fp32 weights are the masters; none is dormant beside them.)
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader
-from dsasr.engine.offload import Parking
+from dsasr.engine.offload import StateOffloader
 
 
-class Masters:
+class MasterWeights:
     """Of ``module``, whose weights are of ``dtype``."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, parking: Parking):
-        self._module, self._parking = module, parking
+    def __init__(self, module: nn.Module, dtype: torch.dtype, offloader: StateOffloader):
+        self._module, self._offloader = module, offloader
         self._low = dtype is not torch.float32
         self.live: zero_partition.States | None = None
         self._dormant: dict[str, Fragment] = {}
 
-    # -- parking -----------------------------------------------------------------------------
+    # -- offload ------------------------------------------------------------------------------
 
-    def park(self) -> int:
-        """Move the live ones to their parking place; returns the bytes moved."""
+    def offload(self) -> int:
+        """Move the live ones to where they are offloaded to; returns the bytes moved."""
         if self.live is None:
             return 0
         tensors = {}
@@ -39,15 +39,15 @@ class Masters:
             tensors[f"{zero_partition.MASTER}.{index}"] = flat
             for kind, moment in self.live.moments(flat).items():
                 tensors[f"{kind}.{index}"] = moment
-        return self._parking.park(tensors)
+        return self._offloader.offload(tensors)
 
-    def unpark(self) -> int:
-        return self._parking.unpark()
+    def reload(self) -> int:
+        return self._offloader.reload()
 
     @property
-    def parked_bytes(self) -> int:
-        """What lies in the parking place at present."""
-        return self._parking.bytes
+    def offloaded_bytes(self) -> int:
+        """What lies in the offload place at present."""
+        return self._offloader.bytes
 
     # -- another engine ----------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class Masters:
         """Copies of an engine's masters and moments, which is to go, and Adam's step count."""
         if self.live is None:
             return {}, 0.0
-        self.unpark()
+        self.reload()
         views, steps = self.live.views(), self.live.steps()
         self.live = None
         return {k: _copy(f) for k, f in views.items()}, steps
@@ -83,15 +83,15 @@ class Masters:
 
     # -- other weights -----------------------------------------------------------------------
 
-    def replace(self, own: Mapping[str, Tensor], source: Masters | FragmentReader) -> None:
+    def replace(self, own: Mapping[str, Tensor], source: MasterWeights | FragmentReader) -> None:
         """Take ``source``'s masters of the weights ``own``, which have been replaced by its own.
 
         The moments of live ones begin again from zero.
         """
-        reader = None if isinstance(source, Masters) else source
+        reader = None if isinstance(source, MasterWeights) else source
         given = source.trained() if reader is None and self._low else {}
         if self.live is not None and any(p.requires_grad for p in own.values()):
-            self.unpark()
+            self.reload()
             self._refill(own, given, reader)
         if self._low:
             self._lay_by(own, given, reader)
@@ -143,14 +143,14 @@ class Masters:
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's pieces of all masters and moments."""
-        self.unpark()
+        self.reload()
         return self._dormant | (self.live.views() if self.live is not None else {})
 
     def trained(self, prefix: str = "") -> dict[str, Fragment]:
         """This rank's pieces of the live masters."""
         if self.live is None:
             return {}
-        self.unpark()
+        self.reload()
         start = f"{zero_partition.MASTER}/{prefix}"
         return {k: f for k, f in self.live.views().items() if k.startswith(start)}
 
@@ -172,9 +172,9 @@ class Masters:
                 self._dormant[key] = _read(reader, key, parameter)
 
     def close(self) -> None:
-        """Forget them all, the parked ones too."""
+        """Forget them all, the offloaded ones too."""
         self.live = None
-        self._parking.close()
+        self._offloader.close()
         self._dormant.clear()
 
 

@@ -3,7 +3,7 @@
 Places: ``keep`` leaves them where they are (fastest; right on a CPU and where memory allows),
 ``cpu`` moves them to pinned host memory, ``disk`` to a safetensors file (an NVMe, by path). Only
 the storage behind the tensors goes and comes: DeepSpeed's objects, hooks and groups stay as they
-are, so a parked branch costs nothing to set up again.
+are, so a offloaded branch costs nothing to set up again.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from dsasr.utils.io import atomic_path
 
 
 @dataclass(frozen=True)
-class ParkConfig:
-    place: Literal["keep", "cpu", "disk"] = "keep"
+class OffloadConfig:
+    device: Literal["none", "cpu", "disk"] = "none"
     path: str | None = None  # disk: a folder on a fast local disk; None: the run folder
 
     def __post_init__(self) -> None:
-        if self.path and self.place != "disk":
-            raise UserError(f"engine.park.path is for place=disk, not place={self.place}")
+        if self.path and self.device != "disk":
+            raise UserError(f"engine.offload.path is for device=disk, not device={self.device}")
 
 
-class Parking:
+class StateOffloader:
     """Where one branch's tensors go while the other branch trains."""
 
-    def __init__(self, config: ParkConfig, name: str, folder: Path):
+    def __init__(self, config: OffloadConfig, name: str, folder: Path):
         self.config = config
         root = Path(config.path) if config.path else folder
-        self._file = root / f"parked-{name}-{distributed.rank():05d}.safetensors"
+        self._file = root / f"offloaded-{name}-{distributed.rank():05d}.safetensors"
         self._parked: dict[str, tuple[Tensor, torch.Size, torch.device]] = {}
         self._host: dict[str, Tensor] = {}
 
     @property
-    def parked(self) -> bool:
+    def offloaded(self) -> bool:
         return bool(self._parked)
 
     @property
     def bytes(self) -> int:
-        """What is parked at present."""
+        """What is offloaded at present."""
         return sum(shape.numel() * t.element_size() for t, shape, _ in self._parked.values())
 
-    def park(self, tensors: Mapping[str, Tensor]) -> int:
+    def offload(self, tensors: Mapping[str, Tensor]) -> int:
         """Move the storage of ``tensors`` away; returns the bytes moved. No-op for ``keep``."""
-        if self.config.place == "keep" or self.parked or not tensors:
+        if self.config.device == "none" or self.offloaded or not tensors:
             return 0
         moved = sum(t.numel() * t.element_size() for t in tensors.values())
-        if self.config.place == "disk":
+        if self.config.device == "disk":
             with atomic_path(self._file) as temporary:
                 save_file({k: t.data.contiguous().cpu() for k, t in tensors.items()}, temporary)
         else:
@@ -75,12 +75,12 @@ class Parking:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return moved
 
-    def unpark(self) -> int:
+    def reload(self) -> int:
         """Bring everything back to its own device; returns the bytes moved."""
         moved = 0
-        if not self.parked:
+        if not self.offloaded:
             return moved
-        on_disk = self.config.place == "disk"
+        on_disk = self.config.device == "disk"
         source = safe_open(self._file, framework="pt") if on_disk else None
         for key, (tensor, shape, device) in self._parked.items():
             held = source.get_tensor(key) if source is not None else self._host[key]
@@ -96,7 +96,7 @@ class Parking:
         return moved
 
     def close(self) -> None:
-        """Forget what is parked and remove its file."""
+        """Forget what is offloaded and remove its file."""
         self._parked.clear()
         self._host.clear()
         self._file.unlink(missing_ok=True)

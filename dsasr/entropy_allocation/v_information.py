@@ -53,7 +53,7 @@ DRAWS = 2
 
 
 @dataclass(frozen=True)
-class AccessibleConfig:
+class VInformationConfig:
     """How PAI and CSAI are estimated; to be the same for all checkpoints that are compared.
 
     ``window`` phonemes to each side are CSAI's context; features wider than ``max_width`` are
@@ -96,7 +96,7 @@ class AccessibleConfig:
 
 
 @dataclass(frozen=True)
-class Accessible:
+class VInformation:
     """An estimate in nats per frame with its bootstrap interval.
 
     ``given`` is the entropy before E (H(P), or H_V(S | P)), ``left`` the entropy after it,
@@ -135,21 +135,21 @@ class Accessible:
         return self.high >= 0
 
 
-def pai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
+def pai(data: FrameSet, config: VInformationConfig | None = None) -> VInformation:
     """Phonetic accessible information of the frames' features (see the module's text)."""
-    config = config or AccessibleConfig()
+    config = config or VInformationConfig()
     data, parted = _prepare(data, config, config.max_frames)
     label_N, classes = data.phoneme_N, int(data.phoneme_N.max()) + 1
     tasks = [_Task(parts, label_N, classes) for parts in parted]
     return _estimate(data, data.phoneme_N, tasks, config)
 
 
-def csai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
+def csai(data: FrameSet, config: VInformationConfig | None = None) -> VInformation:
     """Conditional semantic accessible information (see the module's text).
 
     The window is the middle of the frame set's. Raises ValueError if that one is narrower.
     """
-    config = config or AccessibleConfig()
+    config = config or VInformationConfig()
     middle = data.window_NK.shape[1] // 2
     if middle < config.window:
         raise ValueError(f"the frames hold a window of {middle}, {config.window} is asked for")
@@ -163,7 +163,7 @@ def csai(data: FrameSet, config: AccessibleConfig | None = None) -> Accessible:
 
 
 def _prepare(
-    data: FrameSet, config: AccessibleConfig, most: int
+    data: FrameSet, config: VInformationConfig, most: int
 ) -> tuple[FrameSet, tuple[Split, ...]]:
     """Draw the frames, project wide features, part the utterances."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -203,8 +203,8 @@ class _Scored:
 
 
 def _estimate(
-    data: FrameSet, label_N: Tensor, tasks: Sequence[_Task], config: AccessibleConfig
-) -> Accessible:
+    data: FrameSet, label_N: Tensor, tasks: Sequence[_Task], config: VInformationConfig
+) -> VInformation:
     """The gain over all folds; what would have stood out, where there is none. ``label_N`` [N] is
     what spikes give away."""
     scored = [_score(data, task, config) for task in tasks]
@@ -238,7 +238,7 @@ def _spiked(data: FrameSet, label_N: Tensor, share: float, seed: int) -> FrameSe
 
 
 def _score(
-    data: FrameSet, task: _Task, config: AccessibleConfig, bare: Probe | None = None
+    data: FrameSet, task: _Task, config: VInformationConfig, bare: Probe | None = None
 ) -> _Scored:
     """Fit the probes on one fold's training frames and score them on its held-out frames. ``bare``:
     the one without E, if it was fitted before."""
@@ -278,8 +278,8 @@ def _untied(parts: Split, frames: int, seed: int) -> Tensor:
 
 
 def _gain(
-    scored: Sequence[_Scored], tasks: Sequence[_Task], config: AccessibleConfig
-) -> Accessible:
+    scored: Sequence[_Scored], tasks: Sequence[_Task], config: VInformationConfig
+) -> VInformation:
     """Entropy without E minus entropy with E, on all held-out frames."""
 
     def every(name: str) -> np.ndarray:
@@ -287,7 +287,7 @@ def _gain(
 
     before_N, after_N, utterance_N = every("before_N"), every("after_N"), every("utterance_N")
     low, high = _interval(before_N - after_N, utterance_N, config)
-    return Accessible(
+    return VInformation(
         value=float((before_N - after_N).mean()),
         low=low,
         high=high,
@@ -303,7 +303,7 @@ def _gain(
 
 
 def _interval(
-    gain_N: np.ndarray, utterance_N: np.ndarray, config: AccessibleConfig
+    gain_N: np.ndarray, utterance_N: np.ndarray, config: VInformationConfig
 ) -> tuple[float, float]:
     """Percentile bootstrap of the mean per frame over whole utterances."""
     _, inverse = np.unique(utterance_N, return_inverse=True)

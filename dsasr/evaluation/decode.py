@@ -1,4 +1,4 @@
-"""Transcripts from a `SpeechLLM`, batched, by greedy or beam search; phonemes from a `Pretrainer`.
+"""Transcripts from a `SpeechLLM`, batched, by greedy or beam search; phonemes from a `CtcModel`.
 
 Under ZeRO-3 every forward pass gathers weights from all ranks, so that no rank may stop before the
 others: `decode` asks ``any_rank`` before each step and, when its own utterances are done or it has
@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from dsasr.data.batch import Batch
 from dsasr.kernels import dispatch
 from dsasr.model.ctc import greedy_phonemes
-from dsasr.model.ctc_model import Pretrainer
+from dsasr.model.ctc_model import CtcModel
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.conformer import valid_frames
 from dsasr.model.speech_llm import SpeechLLM, placeholder
@@ -269,7 +269,7 @@ def _hypothesis(key: str, beam: _Beam, tokenizer: Decodes) -> Hypothesis:
 
 @torch.no_grad()
 def decode_phonemes(
-    model: Pretrainer, batch: Batch, symbols: Sequence[str], chunk: Chunk | None = None
+    model: CtcModel, batch: Batch, symbols: Sequence[str], chunk: Chunk | None = None
 ) -> list[Hypothesis]:
     """The CTC head's best path: ``text`` is the phonemes' ``symbols``, ``logprob`` that of the
     path, and ``token_entropies`` are per encoder frame (40 ms)."""

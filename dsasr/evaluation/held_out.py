@@ -14,7 +14,7 @@ import torch
 from dsasr.data.batch import Batch
 from dsasr.evaluation.decode import DecodeConfig, Decodes, decode
 from dsasr.evaluation.error_rate import Scores
-from dsasr.model.ctc_model import Pretrainer
+from dsasr.model.ctc_model import CtcModel
 from dsasr.model.speech_llm import SpeechLLM
 
 
@@ -82,7 +82,7 @@ def transcribe(
 
 @torch.no_grad()
 def phoneme_error_rate(
-    model: Pretrainer,
+    model: CtcModel,
     batches: Iterable[Batch],
     *,
     device: torch.device,

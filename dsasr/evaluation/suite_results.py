@@ -29,9 +29,9 @@ from dsasr.evaluation.error_rate import (
     paired_test,
     ratio_interval,
 )
+from dsasr.evaluation.eval_sets import Recording, batches, empty_batch
 from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationReport, flags, written
 from dsasr.evaluation.suite import Case, SuiteConfig, Utterance, best_prefix, kept, suite
-from dsasr.evaluation.test_sets import Recording, batches, empty_batch
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import finite, json_text, text_lines

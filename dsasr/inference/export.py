@@ -140,7 +140,7 @@ def _write(
         prompt=PromptIds(tuple(prefix), tuple(suffix)),
         fbank=recipe.data.fbank,
         decode=recipe.evaluation.decode,
-        max_seconds=recipe.data.stream.batch.max_seconds,
+        max_seconds=recipe.data.dataloader.batch.max_seconds,
         steps=int(reader.manifest.get("steps", 0)),
     )
     atomic_write(folder / "config.json", json.dumps(config.to_plain(chosen), indent=1) + "\n")

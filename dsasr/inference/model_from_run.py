@@ -11,9 +11,9 @@ from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
 from dsasr.evaluation import suite_results
+from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.suite import SuiteConfig
 from dsasr.evaluation.suite_results import Trials
-from dsasr.evaluation.test_sets import Recording
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.utils.distributed import device
@@ -22,7 +22,7 @@ from dsasr.utils.io import json_lines
 
 
 @dataclass(frozen=True)
-class Recogniser:
+class RunModel:
     """A model with all that it needs to read audio and write text."""
 
     build: Builder
@@ -30,7 +30,7 @@ class Recogniser:
     checkpoint: Path
 
     @classmethod
-    def from_run(cls, folder: str | Path, checkpoint: str = "") -> Recogniser:
+    def from_run(cls, folder: str | Path, checkpoint: str = "") -> RunModel:
         """The newest whole checkpoint of a run folder, or that of a name (``step-…``) or a path.
 
         Raises `UserError` if there is none, or if ``checkpoint`` is missing or torn.

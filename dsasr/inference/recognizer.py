@@ -14,7 +14,7 @@ from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
 from dsasr.data.batch import Batch
 from dsasr.data.text.prompt import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis, decode
-from dsasr.inference.segmentation import CutConfig, Piece, pieces
+from dsasr.inference.segmentation import Piece, SegmentationConfig, pieces
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
@@ -97,7 +97,7 @@ class Recognizer:
     tokenizer: Tokenizer
     fbank: FbankConfig
     cmvn: Cmvn
-    cut: CutConfig
+    cut: SegmentationConfig
     decode: DecodeConfig
     no_speech: NoSpeechConfig = NoSpeechConfig()
     batch_seconds: float = 240.0  # of padded audio, decoded together
@@ -113,16 +113,16 @@ class Recognizer:
         folder = Path(folder)
         if is_export(folder):
             held = load_export(folder)
-            cut = CutConfig(max_seconds=held.config.max_seconds)
+            cut = SegmentationConfig(max_seconds=held.config.max_seconds)
             model = held.model.to(device())
             return cls(model, held.tokenizer, held.config.fbank, held.cmvn, cut, held.config.decode)
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder} is neither an exported model nor a run folder")
-        from dsasr.inference.model_from_run import Recogniser
+        from dsasr.inference.model_from_run import RunModel
 
-        found = Recogniser.from_run(folder)
+        found = RunModel.from_run(folder)
         data, build = found.build.recipe.data, found.build
-        cut = CutConfig(max_seconds=data.stream.batch.max_seconds)
+        cut = SegmentationConfig(max_seconds=data.dataloader.batch.max_seconds)
         chosen = build.recipe.evaluation.decode
         return cls(found.model, build.tokenizer, data.fbank, build.cmvn, cut, chosen)
 

@@ -21,7 +21,7 @@ _FLOOR = 1e-10  # of power: -100 dB
 
 
 @dataclass(frozen=True)
-class CutConfig:
+class SegmentationConfig:
     """All values **ours**."""
 
     max_seconds: float = 30.0  # no piece is longer
@@ -48,13 +48,15 @@ class Piece:
         return len(self.wave) / RATE
 
 
-def pieces(source: str | Path | BinaryIO, config: CutConfig | None = None) -> Iterator[Piece]:
+def pieces(
+    source: str | Path | BinaryIO, config: SegmentationConfig | None = None
+) -> Iterator[Piece]:
     """The pieces of an audio file (whatever libsndfile reads: WAV, FLAC, Ogg, Opus, MP3 …).
 
     Together they cover all that is not silence, in order and without overlap. Raises `UserError`
     for what is no audio; of a damaged file, after the pieces before the damage.
     """
-    config = config or CutConfig()
+    config = config or SegmentationConfig()
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
     try:
         with soundfile.SoundFile(source) as file:
@@ -66,7 +68,7 @@ def pieces(source: str | Path | BinaryIO, config: CutConfig | None = None) -> It
         raise UserError(f"{name} cannot be read as audio: {reason}") from None
 
 
-def _cut(file: soundfile.SoundFile, config: CutConfig, name: str) -> Iterator[Piece]:
+def _cut(file: soundfile.SoundFile, config: SegmentationConfig, name: str) -> Iterator[Piece]:
     rate, held, start = file.samplerate, np.zeros(0, np.float32), 0  # start: in samples
     most, over = int(config.max_seconds * rate), False
     while not over or len(held):
@@ -98,7 +100,9 @@ def _power(wave: np.ndarray, rate: int) -> np.ndarray:
     return power
 
 
-def _next(held: np.ndarray, rate: int, config: CutConfig, over: bool) -> tuple[int, int, int]:
+def _next(
+    held: np.ndarray, rate: int, config: SegmentationConfig, over: bool
+) -> tuple[int, int, int]:
     """The next piece's range in ``held``, and how much of it is then done with (more than 0).
 
     The piece ends at the first pause; without one, at the quietest place of the second half of

@@ -26,7 +26,7 @@ from dsasr.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class CtcModelConfig:
     """``consistency`` weighs CR-CTC's term (the paper: 0.2); 0 is plain CTC, one view, half the
     time. ``chunks`` None is full context, ``spec`` None no SpecAugment."""
 
@@ -39,10 +39,10 @@ class PretrainConfig:
             raise UserError("pretrain consistency must not be negative; 0 turns it off")
 
 
-class Pretrainer(nn.Module):
+class CtcModel(nn.Module):
     """Encoder and CTC head; ``phonemes`` is the size of the vocabulary, blank included."""
 
-    def __init__(self, encoder: Encoder, phonemes: int, cfg: PretrainConfig):
+    def __init__(self, encoder: Encoder, phonemes: int, cfg: CtcModelConfig):
         super().__init__()
         self.encoder = encoder
         self.ctc = CtcHead(encoder.cfg.width, phonemes)

@@ -51,7 +51,7 @@ def fill(module: nn.Module, draw: Draw, cut: Cut | None = None) -> None:
             cut(list(fresh.values()))
 
 
-def cut_all(module: nn.Module, cut: Cut) -> None:
+def partition_all(module: nn.Module, cut: Cut) -> None:
     """Cut a module that is whole, layer by layer; collective."""
     for layer in module.modules():
         cut([p for p in layer._parameters.values() if p is not None])

@@ -42,7 +42,7 @@ class LlmConfig:
     pack: int = 0
     attn: str = "sdpa"
     dropout: float = 0.0
-    checkpoint: bool = False  # recompute each layer in the backward pass
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass
     recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
 
     def __post_init__(self) -> None:

@@ -157,7 +157,7 @@ def _whole(folder, cut, attn, dropout, adapt, draw_adapter) -> tuple[PreTrainedM
         adapt(llm)
         _draw_adapters(dict(lora.adapters(llm)), draw_adapter)
     rms = float(llm.get_input_embeddings().weight.detach().float().square().mean().sqrt())
-    layerwise_init.cut_all(llm, cut)
+    layerwise_init.partition_all(llm, cut)
     return llm, distributed.broadcast(rms)
 
 

@@ -162,7 +162,7 @@ class SpeechLLM(nn.Module):
         EntropyHead.replace(llm)
         self._lora = [p for _, p in lora.adapters(llm)]
         self._lora_dropouts = lora.dropouts(llm)
-        if cfg.checkpoint:
+        if cfg.activation_checkpointing:
             # transformers is renaming it.
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
             enable = getattr(llm, new if hasattr(llm, new) else old)
@@ -249,7 +249,7 @@ class SpeechLLM(nn.Module):
             if part.training == training:
                 continue
             part.train(training)
-            if part is self.llm and self.training and self.cfg.checkpoint:
+            if part is self.llm and self.training and self.cfg.activation_checkpointing:
                 # Gradients still pass through it. Its layers recompute only in training mode; the
                 # dropouts inside them stay in eval mode.
                 for layer in part.modules():

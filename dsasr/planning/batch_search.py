@@ -1,8 +1,8 @@
 """The largest batch budget that fits a memory: worst-case batches, stepped in a child process.
 
 The child builds what the stage will hold (its branch with DeepSpeed's engine, and the other branch
-parked beside it where the recipe has both in one job) and makes whole optimizer steps. Running out
-of memory may end the child in any way; the parent takes that for an answer and starts another.
+offloaded beside it where the recipe has both in one job) and makes whole optimizer steps. Running
+out of memory may end the child in any way; the parent takes that for an answer and starts another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsasr.build import Builder, sub_seed
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.dataloader.augment_params import planned_seconds
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig, PlanConfig
-from dsasr.data.dataloader.collate import Maker, TextEncoder
+from dsasr.data.dataloader.collate import BatchMaker, TextEncoder
 from dsasr.data.dataloader.dataloader import make_parts
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.shards.storage import Sources
@@ -66,27 +66,27 @@ class Found:
 
 def outlook(recipe: Recipe, stage: StageConfig, most_shards: int = SHARDS) -> Forecast:
     """The forecast of one epoch of a stage's mixture."""
-    stream, datasets = recipe.stream(stage)
-    sources = Sources(stream.source)
+    loader, datasets = recipe.dataloader(stage)
+    sources = Sources(loader.source)
     augment = recipe.data.augment
-    maker = Maker(
+    maker = BatchMaker(
         sources=sources,
         fbank=FbankConfig(),
         cmvn=None,
         augment=None,
         text=TextEncoder(),
-        max_seconds=stream.batch.max_seconds,
+        max_seconds=loader.batch.max_seconds,
         waves=False,
     )
     plan = PlanConfig(
-        batch=stream.batch,
+        batch=loader.batch,
         seed=sub_seed(recipe.seed, f"stream {stage.name}"),
-        shuffle=stream.shuffle,
-        window=stream.window,
-        window_samples=stream.window_samples,
+        shuffle=loader.shuffle,
+        window=loader.window,
+        window_samples=loader.window_samples,
     )
     lengths = None if augment is None else planned_seconds(augment)
-    parts = make_parts(datasets, sources, stream.temperature)
+    parts = make_parts(datasets, sources, loader.temperature)
     return forecast(parts, plan, maker.load_index, lengths, most_shards)
 
 
@@ -253,7 +253,7 @@ def probe(
     Raises `UserError` where the stage itself does not fit.
     """
     told = outlook(recipe, stage)
-    base, sft = recipe.stream(stage)[0].batch, stage.branch == "sft"
+    base, sft = recipe.dataloader(stage)[0].batch, stage.branch == "sft"
     if sft:
         base = replace(base, frames_per_token=SUBSAMPLING * recipe.model.adaptor.stack)
     child, trials = Child(recipe, stage.name, memory), []

@@ -103,7 +103,7 @@ def synthetic_batch(shape: Shape, mels: int, phonemes: int, tokens: int) -> Batc
 
 
 class Trials:
-    """A stage's branch in its engine, and the other one parked beside it if the job has both."""
+    """A stage's branch in its engine, and the other one offloaded beside it if the job has both."""
 
     def __init__(self, recipe: Recipe, stage: str, memory: int) -> None:
         from dsasr.build import Builder
@@ -124,7 +124,7 @@ class Trials:
         self.stage = next(s for s in recipe.stages if s.name == stage)
         self.mels = recipe.model.encoder.mels
         for other in beside(recipe, self.stage):
-            self._enter(other).park()
+            self._enter(other).offload()
         self.branch = self._enter(self.stage)
         self.held = self._now()
         if self.held > self.memory:
@@ -133,10 +133,12 @@ class Trials:
 
     def _enter(self, stage: StageConfig) -> Any:
         """A branch that has made a small step, so that its optimizer holds its moments."""
-        from dsasr.engine.branch_engine import Branch, cutter
+        from dsasr.engine.branch_engine import BranchEngine, partitioner
 
-        module = self.build.module(stage.branch, cutter(self.build.recipe.engine))
-        branch = Branch(stage.branch, module, self.build.recipe.engine, Path(self.folder.name))
+        module = self.build.module(stage.branch, partitioner(self.build.recipe.engine))
+        branch = BranchEngine(
+            stage.branch, module, self.build.recipe.engine, Path(self.folder.name)
+        )
         branch.enter(stage)
         self._step(branch, stage, Shape(1, 64, 4))
         return branch
@@ -158,7 +160,7 @@ class Trials:
         phonemes = 2 if sft else len(self.build.phonemes)
         tokens = self.build.tokenizer.vocab_size if sft else 1
         batch = synthetic_batch(shape, self.mels, phonemes, tokens)
-        branch.step([batch] * stage.accumulate, 0)
+        branch.step([batch] * stage.grad_accum_steps, 0)
 
     def _limit(self) -> None:
         """Bound this process's memory from here on.
@@ -190,7 +192,7 @@ class Trials:
 
 
 def beside(recipe: Recipe, stage: StageConfig) -> list[StageConfig]:
-    """Stages of the other branch that may lie parked beside this one in the same job."""
+    """Stages of the other branch that may lie offloaded beside this one in the same job."""
     schedule = recipe.schedule()
     if recipe.branch != "both" or schedule.pretrain is None or not schedule.sft:
         return []

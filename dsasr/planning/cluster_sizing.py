@@ -142,7 +142,7 @@ def _lora_saves(recipe: Recipe, layer: nn.Linear) -> float:
     and a mask of half its bytes; where products are kept, B's result."""
     chosen, llm = recipe.model.lora, recipe.model.llm
     dropped = 1.5 * layer.in_features if chosen.dropout else 0.0
-    cheap = llm.checkpoint and llm.recompute == "cheap"
+    cheap = llm.activation_checkpointing and llm.recompute == "cheap"
     return chosen.rank + (layer.out_features if cheap else dropped)
 
 
@@ -167,7 +167,7 @@ def _largest(blocks: nn.ModuleList) -> int:
 def positions(recipe: Recipe, stage: StageConfig, traffic: Traffic) -> dict[str, float]:
     """What one micro-batch of one GPU gives each part to do, in positions; its seconds of
     audio, and the encoder's frames of one utterance."""
-    batch = stage.batch or recipe.data.stream.batch
+    batch = stage.batch or recipe.data.dataloader.batch
     seconds = batch.frames / FRAMES
     if batch.tokens and stage.branch == "sft":
         stack = recipe.model.adaptor.stack
@@ -198,7 +198,7 @@ def step(
     at = positions(recipe, stage, traffic)
     used = [name for name in recipe.parts(stage.branch) if name in at]
     done = work(recipe, stage, traffic, counted["llm"].shape).values()
-    operations = stage.accumulate * sum(w.needed + w.recomputed for w in done)
+    operations = stage.grad_accum_steps * sum(w.needed + w.recomputed for w in done)
     compute = operations / (machine.rate * 1e12)
     # ZeRO-3 gathers every weight for the forward and again for the backward pass, and reduces the
     # gradients of what is trained.
@@ -208,13 +208,13 @@ def step(
     behind = [n for n in used if reached(stage, n)]
     again = sum(counted[n].parameters for n in behind) * WEIGHT
     reduced = sum(counted[n].parameters for n in used if n in stage.trains) * GRADIENT
-    sent = (gathered + again + reduced) * share * stage.accumulate
+    sent = (gathered + again + reduced) * share * stage.grad_accum_steps
     speed = (machine.inside if machine.nodes == 1 else machine.network) * GB
     # LoRA is gathered with the layers that it is in.
     layers = {n: counted[n].layers if n != "lora" else 0 for n in used}
     collectives = sum(layers.values()) + sum(layers[n] for n in behind) * 2
     waits = machine.latency * (1 + math.log2(world)) if world > 1 else 0.0
-    hours = at["seconds"] * stage.accumulate * world / 3600
+    hours = at["seconds"] * stage.grad_accum_steps * world / 3600
     return Step(
         stage=stage.name,
         steps=stage.steps,
@@ -223,7 +223,7 @@ def step(
         compute=compute,
         traffic=sent,
         network=sent / speed,
-        latency=collectives * stage.accumulate * waits,
+        latency=collectives * stage.grad_accum_steps * waits,
         reading=hours * 3600 * FLAC_BYTES / (machine.storage * GB),
         audio_hours=hours,
     )
@@ -233,7 +233,7 @@ def work(
     recipe: Recipe, stage: StageConfig, traffic: Traffic, shape: flops.LlmShape | None
 ) -> dict[str, flops.Work]:
     """What one micro-batch of one GPU costs each part: so many average utterances."""
-    model, batch = recipe.model, stage.batch or recipe.data.stream.batch
+    model, batch = recipe.model, stage.batch or recipe.data.dataloader.batch
     width, frames = model.encoder.width, [traffic.seconds * FRAMES]
     at = positions(recipe, stage, traffic)
     if stage.branch == "pretrain":
@@ -255,8 +255,8 @@ def work(
             "head": flops.head(shape, tokens + 1),
         }
     again = {
-        "encoder": model.encoder.checkpoint and model.encoder.recompute == "all",
-        "llm": model.llm.checkpoint and model.llm.recompute == "all",
+        "encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all",
+        "llm": model.llm.activation_checkpointing and model.llm.recompute == "all",
     }
     again["lora"] = again["llm"]
     parts = {name: part.times(utterances) for name, part in one.items()}
@@ -287,12 +287,15 @@ def advice(made: Step, machine: Machine, recipe: Recipe) -> str:
         fixed = sum(made.memory[n] for n in ("weights", "gradients", "optimizer"))
         if fixed > machine.memory / 2:
             return "does not fit: more GPUs, or engine.deepspeed=zero3-offload (or zero3-nvme)"
-        over = recipe.model.encoder.checkpoint and recipe.model.llm.checkpoint
+        over = (
+            recipe.model.encoder.activation_checkpointing
+            and recipe.model.llm.activation_checkpointing
+        )
         return "does not fit: smaller batch.frames" + (
-            "" if over else ", or model.….checkpoint=true"
+            "" if over else ", or model.….activation_checkpointing=true"
         )
     if made.bottleneck == "storage":
-        return "data.stream.source.cache_gb: keep the shards on the nodes' own disks"
+        return "data.dataloader.source.cache_gb: keep the shards on the nodes' own disks"
     if made.bottleneck == "products":
         # **Ours**: beyond this a step's gradient is clean, and more audio in it is wasted.
         much = made.audio_hours > 32

@@ -21,7 +21,7 @@ GB = 1e9
 WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes a parameter in bf16: itself, its gradient, fp32 states
 FRAMES = 100  # a second of audio in feature frames
 # What is there between steps too.
-HELD = ("weights", "gradients", "optimizer", "bucket", "parked", "reserve", "heap")
+HELD = ("weights", "gradients", "optimizer", "bucket", "offloaded", "reserve", "heap")
 # DeepSpeed's defaults, in elements: gradients are gathered in a bucket until it is full; a gathered
 # weight is kept where its next use is near, so that the last ones of the forward pass are still
 # there for the backward pass; and so many are gathered ahead.
@@ -53,8 +53,8 @@ def memory(
     if machine.cpu or not away:
         gb["gradients"] = trained * GRADIENT * wide / world
         gb["optimizer"] = trained * STATES / world
-        if recipe.branch == "both" and recipe.engine.park.place not in ("cpu", "disk"):
-            gb["parked"] = _trained_beside(recipe, stage, counted) * STATES / world
+        if recipe.branch == "both" and recipe.engine.offload.device not in ("cpu", "disk"):
+            gb["offloaded"] = _trained_beside(recipe, stage, counted) * STATES / world
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
     filled = min(trained, bucket) * GRADIENT * wide
     # It is there whole; on a CPU only what is touched takes memory.
@@ -129,13 +129,17 @@ def activations(
         layer = (19 + masks) * config.width + 4 * config.ffn
         if machine.cpu and length <= 512:
             layer += config.heads * length  # plain attention, which keeps its shares
-        kept, checkpoint, cheap = config.width, config.checkpoint, config.recompute == "cheap"
+        kept, checkpoint, cheap = (
+            config.width,
+            config.activation_checkpointing,
+            config.recompute == "cheap",
+        )
     elif name == "llm":
         layer = (part.saved + (0.0 if float32 else part.upcast)) / part.layers
         front, kept = 0.0, part.shape.width
-        checkpoint, cheap = model.llm.checkpoint, model.llm.recompute == "cheap"
+        checkpoint, cheap = model.llm.activation_checkpointing, model.llm.recompute == "cheap"
     elif name == "lora":
-        saved, checkpoint = count * part.saved * size, model.llm.checkpoint
+        saved, checkpoint = count * part.saved * size, model.llm.activation_checkpointing
         if "lora" not in stage.trains:
             return 0.0  # the gradient passes through frozen products without what they were given
         whole = not checkpoint or model.llm.recompute == "cheap"

@@ -27,7 +27,7 @@ from dsasr.stages import (
     learning_rate,
     with_published,
 )
-from dsasr.tracking.timeline_plot import plot, rate_curves
+from dsasr.tracking.timeline_plot import lr_curves, plot
 from dsasr.utils.errors import UserError
 
 
@@ -84,8 +84,13 @@ def shrink(schedule: Schedule, most: int = 20_000) -> tuple[Schedule, int]:
 
 def _shorter(stage: StageConfig, by: int) -> StageConfig:
     steps = max(1, stage.steps // by)
-    warmup = min(stage.warmup // by, max(steps - 1, 0))
-    return replace(stage, steps=steps, warmup=warmup, after_final=stage.after_final // by)
+    warmup = min(stage.warmup_steps // by, max(steps - 1, 0))
+    return replace(
+        stage,
+        steps=steps,
+        warmup_steps=warmup,
+        steps_after_final_swap=stage.steps_after_final_swap // by,
+    )
 
 
 def course(schedule: Schedule, triggers: Sequence[int]) -> list[dict[str, Any]]:
@@ -156,7 +161,7 @@ def memory(
         total += low * sum(sizes[p] for p in parts)
         if own:
             total += (low + 12) * sum(sizes[p] for p in stage.trains)
-        elif recipe.engine.park.place == "keep":
+        elif recipe.engine.offload.device == "none":
             rows = [s for s in recipe.stages if s.branch == branch]
             total += 12 * max((sum(sizes[p] for p in s.trains) for s in rows), default=0)
     return total / ranks / 2**30
@@ -193,8 +198,8 @@ def table(recipe: recipes.Recipe, ranks: int = 8) -> str:
 
 
 def _group(stage: StageConfig, part: str, sizes: dict[str, int]) -> str:
-    middle = (stage.warmup + stage.steps) // 2
-    marks = sorted({0, stage.warmup, middle, stage.steps - 1})
+    middle = (stage.warmup_steps + stage.steps) // 2
+    marks = sorted({0, stage.warmup_steps, middle, stage.steps - 1})
     rates = ", ".join(f"{learning_rate(stage, part, m):.1e} at {m:,}" for m in marks)
     return f"    trains   {part:<8}{_short(sizes.get(part)):>8}   rate {rates}"
 
@@ -205,8 +210,8 @@ def _encoder_note(schedule: Schedule, stage: StageConfig) -> str:
     if stage.needs_final_encoder:
         return "; starts from the final encoder"
     notes = ["takes newer encoders while it runs" if stage.swaps else "keeps its encoder"]
-    if stage.after_final and schedule.pretrain is not None:
-        notes.append(f"the last {stage.after_final:,} steps wait for the final one")
+    if stage.steps_after_final_swap and schedule.pretrain is not None:
+        notes.append(f"the last {stage.steps_after_final_swap:,} steps wait for the final one")
     return "; " + "; ".join(notes)
 
 
@@ -289,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(describe(events, shrink(schedule)[1]))
     if options.plot:
         title = f"{options.recipe}: planned stages and encoder swaps"
-        plot(events, options.plot, title, rates=rate_curves(schedule, events))
+        plot(events, options.plot, title, lrs=lr_curves(schedule, events))
         print(f"picture: {options.plot}")
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.reporting.run_data import Row, RunData, allocation_rows, before_and_after
-from dsasr.tracking.timeline_plot import COLOURS, DPI, plot, rate_curves
+from dsasr.tracking.timeline_plot import COLOURS, DPI, lr_curves, plot
 from dsasr.utils.io import atomic_path
 
 INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
@@ -98,11 +98,11 @@ def timeline(run: RunData, path: Path) -> Path | None:
         if (points := [(m["steps"], m[key]) for m in run.metrics if key in m and "step" in m])
     }
     threshold = next((m["cka_threshold"] for m in run.drift), None)
-    rates = rate_curves(run.schedule, run.events) if run.schedule else ()
+    lrs = lr_curves(run.schedule, run.events) if run.schedule else ()
     cka = [(m["steps"], m["cka"]) for m in run.drift]
     title = f"{run.name}: stages, encoders taken, drift"
     more = {"clock": "optimizer steps, of each branch its own"} if len(run.jobs) > 1 else {}
-    plot(run.events, path, title, cka=cka, threshold=threshold, rates=rates, losses=losses, **more)
+    plot(run.events, path, title, cka=cka, threshold=threshold, lrs=lrs, losses=losses, **more)
     return path
 
 

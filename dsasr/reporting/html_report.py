@@ -86,9 +86,9 @@ CAPTIONS = {
 # What makes a picture that is not there.
 MAKERS = {
     "Drift": "a schedule with drift measurements",
-    "Entropy over training": "training with allocation.every=STEPS",
+    "Entropy over training": "training with probe.every=STEPS",
     "Before and after joint training": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … "
-    "(of a concurrent run RUN/sft), or training with allocation.every=STEPS",
+    "(of a concurrent run RUN/sft), or training with probe.every=STEPS",
     "Who resolves what": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … (or RUN/sft)",
     "Errors and hallucinations against training time": "training with evaluation.every=STEPS",
 }

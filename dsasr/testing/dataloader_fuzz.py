@@ -27,7 +27,7 @@ from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.storage import SourceConfig
 
 RATE = 16_000
@@ -143,17 +143,17 @@ def _add_sample(tar: tarfile.TarFile, key: str, rng: np.random.Generator) -> Non
 
 def open_stream(
     case: Case, folder: Path, rank: int, world: int, workers: int, state: dict | None
-) -> Stream:
+) -> StreamingDataLoader:
     """One rank's stream over the case's corpus."""
-    config = StreamConfig(
+    config = DataLoaderConfig(
         batch=BatchConfig(frames=case.frames, samples=6, min_seconds=0.0),
-        workers=workers,
+        num_workers=workers,
         prefetch=2,
         window=case.window,
         window_samples=1,
         source=SourceConfig(cache=str(folder / "cache")),
     )
-    return Stream(
+    return StreamingDataLoader(
         config,
         datasets=[
             DatasetConfig(name, str(folder / name / "*.tar"), weight=weight)

@@ -145,7 +145,7 @@ def balance(run: Path, recipe: Recipe) -> Balance:
             found.faults.append(f"the ledger of stage {stage.name} lacks steps, or has some twice")
     dropped = {bad["key"] for bad in _read(run / "bad_samples.jsonl") if "key" in bad}
     for stage in recipe.stages:
-        _, datasets = recipe.stream(stage)
+        _, datasets = recipe.dataloader(stage)
         if len(datasets) == 1 and stage.name in of_stage:
             wanted = _keys(datasets[0].shards)
             _epochs(found, stage.name, of_stage[stage.name], wanted, dropped)

@@ -110,8 +110,10 @@ def install(halts: Halts) -> None:
 
     Watchdog.at = at
     branch_engine.init_distributed = halts.around(branch_engine.init_distributed, "start")
-    branch_engine.Branch.load = halts.around(branch_engine.Branch.load, "load")
-    branch_engine.Branch.load_encoder = halts.around(branch_engine.Branch.load_encoder, "swap")
+    branch_engine.BranchEngine.load = halts.around(branch_engine.BranchEngine.load, "load")
+    branch_engine.BranchEngine.load_encoder = halts.around(
+        branch_engine.BranchEngine.load_encoder, "swap"
+    )
     tensor_fragments.write_file = halts.around(tensor_fragments.write_file, _written)
     tensor_fragments.replace_folder = halts.around(tensor_fragments.replace_folder, _written)
 

@@ -179,7 +179,7 @@ class Monitor:
         if not last and (report.step + 1) % self.config.every:
             return None
         line = meter.collect()
-        line |= {f"rate_{part}": rate for part, rate in report.rates.items()}
+        line |= {f"lr_{part}": lr for part, lr in report.lrs.items()}
         if report.grad_norm is not None:
             line["grad_norm"] = float(report.grad_norm)
         line |= more or {}

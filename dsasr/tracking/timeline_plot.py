@@ -46,21 +46,21 @@ def plot(
     *,
     cka: Sequence[tuple[int, float]] = (),
     threshold: float | None = None,
-    rates: Sequence[tuple[str, Sequence[int], Sequence[float]]] = (),
+    lrs: Sequence[tuple[str, Sequence[int], Sequence[float]]] = (),
     losses: dict[str, Sequence[tuple[int, float]]] | None = None,
     clock: str = "optimizer steps of the run, both branches counted",
 ) -> None:
     """Both branches over the run's steps with triggers and swaps; below, what else is given.
 
-    ``rates``: (label, steps, rates) curves; ``losses``: name → (step, value); ``clock`` says what
-    the steps are.
+    ``lrs``: (label, steps, learning rates) curves; ``losses``: name → (step, value); ``clock`` says
+    what the steps are.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = ["bars"] + ["rates"] * bool(rates) + ["cka"] * bool(cka) + ["losses"] * bool(losses)
+    panels = ["bars"] + ["lrs"] * bool(lrs) + ["cka"] * bool(cka) + ["losses"] * bool(losses)
     heights = [1.5 if p == "bars" else 1.2 for p in panels]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(11, 1.5 * sum(heights) + 0.8), sharex=True, squeeze=False,
@@ -69,8 +69,8 @@ def plot(
     held = dict(zip(panels, axes[:, 0], strict=True))
     _draw_bars(held["bars"], events, title)
     marks = [e["steps"] for e in events if e["event"] == "swap"]
-    if rates:
-        _draw_rates(held["rates"], rates)
+    if lrs:
+        _draw_lrs(held["lrs"], lrs)
     if cka:
         _draw_cka(held["cka"], cka, threshold)
     if losses:
@@ -135,17 +135,17 @@ def _draw_swaps(axis, events: Sequence[dict[str, Any]], last: int, lanes: int) -
                 labelled = at
 
 
-def _draw_rates(axis, rates) -> None:
+def _draw_lrs(axis, lrs) -> None:
     colours: dict[str, str] = {}
     drawn: dict[str, int] = {}
-    for label, steps, values in rates:
+    for label, steps, values in lrs:
         stage = label.partition(":")[0]
         colour = colours.setdefault(stage, COLOURS[len(colours) % len(COLOURS)])
         drawn[stage] = drawn.get(stage, -1) + 1
         style = LINES[drawn[stage] % len(LINES)]
         axis.plot(steps, values, color=colour, ls=style, lw=1.3, label=label)
     axis.set_yscale("log")
-    largest = max((max(values) for _, _, values in rates if len(values)), default=1.0)
+    largest = max((max(values) for _, _, values in lrs if len(values)), default=1.0)
     axis.set_ylim(largest * 1e-4, largest * 2)
     axis.set_ylabel("learning rate")
     axis.legend(fontsize=8, loc="lower left", framealpha=0.9, edgecolor="none")
@@ -171,7 +171,7 @@ def _draw_losses(axis, losses: dict[str, Sequence[tuple[int, float]]]) -> None:
     axis.legend(fontsize=8, frameon=False)
 
 
-def rate_curves(
+def lr_curves(
     schedule: Schedule, events: Sequence[dict[str, Any]], points: int = 200
 ) -> list[tuple[str, list[int], list[float]]]:
     """Each group's rate over the run's steps; a stage's steps are spread over its span.
@@ -183,7 +183,7 @@ def rate_curves(
         stage = stages[span.name]
         count = min(points, stage.steps)
         own = sorted({*(i * (stage.steps - 1) // max(count - 1, 1) for i in range(count))})
-        own = sorted({*own, min(stage.warmup, stage.steps - 1)})
+        own = sorted({*own, min(stage.warmup_steps, stage.steps - 1)})
         wide = (span.stop - span.start) / max(stage.steps - 1, 1)
         at = [round(span.start + s * wide) for s in own]
         alike: dict[float, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The branches of a run: one in its turn, the other parked beside it."""
+"""The branches of a run: one in its turn, the other offloaded beside it."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from typing import Any
 
 from dsasr.build import Builder
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
-from dsasr.engine.branch_engine import Branch, cutter
+from dsasr.engine.branch_engine import BranchEngine, partitioner
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.tracking.monitor import Monitor
 from dsasr.utils.errors import UserError
 
 
-class Branches:
+class BranchSwitcher:
     """Those made so far; each is made when it is first needed. Every method is collective."""
 
     def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
         self.recipe, self.build, self.monitor = recipe, build, monitor
-        self._made: dict[str, Branch] = {}
+        self._made: dict[str, BranchEngine] = {}
 
-    def __iter__(self) -> Iterator[Branch]:
+    def __iter__(self) -> Iterator[BranchEngine]:
         return iter(self._made.values())
 
-    def made(self, name: str) -> Branch | None:
+    def made(self, name: str) -> BranchEngine | None:
         """That branch, if it is there."""
         return self._made.get(name)
 
-    def get(self, name: str) -> Branch:
+    def get(self, name: str) -> BranchEngine:
         """That branch, made if it is not there yet."""
         if name not in self._made:
-            module = self.build.module(name, cutter(self.recipe.engine))
-            self._made[name] = Branch(name, module, self.recipe.engine, self.recipe.folder)
+            module = self.build.module(name, partitioner(self.recipe.engine))
+            self._made[name] = BranchEngine(name, module, self.recipe.engine, self.recipe.folder)
         return self._made[name]
 
-    def enter(self, stage: StageConfig, steps: int) -> Branch:
-        """The branch of ``stage``, in that stage; the other branch is parked.
+    def enter(self, stage: StageConfig, steps: int) -> BranchEngine:
+        """The branch of ``stage``, in that stage; the other branch is offloaded.
 
         ``steps``: optimizer steps that the run has made, for the log.
         """
         branch = self.get(stage.branch)
         for other in self:
             if other is not branch:
-                other.park()
+                other.offload()
         if branch.stage is None or branch.stage.name != stage.name:
             started = time.monotonic()
             branch.enter(stage)
@@ -56,12 +56,12 @@ class Branches:
                 switch_seconds=time.monotonic() - started,
             )
         else:
-            branch.unpark()
+            branch.reload()
         return branch
 
-    def parked_bytes(self, beside: str) -> int:
-        """What the other branches of the one called ``beside`` have parked."""
-        return sum(b.parked_bytes for b in self if b.name != beside)
+    def offloaded_bytes(self, beside: str) -> int:
+        """What the other branches of the one called ``beside`` have offloaded."""
+        return sum(b.offloaded_bytes for b in self if b.name != beside)
 
     def close(self, name: str) -> None:
         """Nothing needs that branch any more."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.engine.branch_engine import Branch
+from dsasr.engine.branch_engine import BranchEngine
 from dsasr.entropy_allocation.cka import LayerCka
 from dsasr.model.speech_llm import placeholder
 from dsasr.stages import DriftConfig
@@ -55,13 +55,13 @@ class DriftMonitor:
     def has_reference(self) -> bool:
         return distributed.any_rank(bool(self._reference))
 
-    def take_reference(self, branch: Branch) -> None:
+    def take_reference(self, branch: BranchEngine) -> None:
         """Make the branch's present encoder the reference."""
         started = time.monotonic()
         self._reference = self._features(branch)
         self.seconds += time.monotonic() - started
 
-    def measure(self, branch: Branch) -> Drift:
+    def measure(self, branch: BranchEngine) -> Drift:
         """CKA between the branch's present encoder and the reference, over what both have seen.
 
         After a resume with another world size the probe set may end a batch earlier or later.
@@ -80,7 +80,7 @@ class DriftMonitor:
         self.seconds += seconds
         return Drift(values[-1], tuple(values[:-1]), sums.layers[-1].frames, seconds)
 
-    def _features(self, branch: Branch) -> dict[str, list[Tensor]]:
+    def _features(self, branch: BranchEngine) -> dict[str, list[Tensor]]:
         """Key → valid frames [S, E] (fp32, CPU): layers' if asked for, the output's last."""
         found: dict[str, list[Tensor]] = {}
         with branch.evaluating() as module:

@@ -20,7 +20,7 @@ from dsasr.build import Builder
 from dsasr.checkpoint.snapshot_store import DriftTrigger, SnapshotStore
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER, agree
-from dsasr.engine.branch_engine import Branch
+from dsasr.engine.branch_engine import BranchEngine
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, with_published
 from dsasr.tracking.monitor import Monitor
@@ -31,7 +31,7 @@ from dsasr.utils.errors import UserError
 GIVEN = "given"
 
 
-class Exchange:
+class EncoderSwap:
     """A run's side of its `SnapshotStore`. Every public method is collective."""
 
     def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
@@ -97,7 +97,7 @@ class Exchange:
     # -- giving ------------------------------------------------------------------------------
 
     def drift_cause(
-        self, branch: Branch, progress: Progress, trained_seconds: float
+        self, branch: BranchEngine, progress: Progress, trained_seconds: float
     ) -> tuple[str | None, dict[str, Any]]:
         """Whether to publish ``branch``'s encoder after this pretrain step, and what was measured.
 
@@ -119,7 +119,7 @@ class Exchange:
                 cause = "drift"
         return cause, found
 
-    def _measure(self, branch: Branch, progress: Progress, trained_seconds: float) -> float:
+    def _measure(self, branch: BranchEngine, progress: Progress, trained_seconds: float) -> float:
         drift = self._probe().measure(branch)
         spent, threshold = self._probe().seconds, self.recipe.drift.threshold
         share = spent / (spent + trained_seconds)
@@ -145,7 +145,7 @@ class Exchange:
         return self._drift
 
     def publish(
-        self, branch: Branch, progress: Progress, cause: str, found: Mapping[str, Any]
+        self, branch: BranchEngine, progress: Progress, cause: str, found: Mapping[str, Any]
     ) -> Progress:
         """Publish ``branch``'s encoder for the sft branch; a drifted one becomes the reference."""
         at = progress.pretrain
@@ -230,7 +230,11 @@ class Exchange:
     # -- taking ------------------------------------------------------------------------------
 
     def swap(
-        self, progress: Progress, snapshot: Snapshot, branch: Branch, live: Branch | None
+        self,
+        progress: Progress,
+        snapshot: Snapshot,
+        branch: BranchEngine,
+        live: BranchEngine | None,
     ) -> tuple[Progress, bool]:
         """Put ``snapshot`` into ``branch``: from the live branch if that is it, else the store.
 
@@ -271,7 +275,7 @@ class Exchange:
         self.monitor.text("encoder", f"{snapshot.id} ({snapshot.cause})", progress.steps)
         return progress, True
 
-    def _check(self, branch: Branch, snapshot: Snapshot) -> str | None:
+    def _check(self, branch: BranchEngine, snapshot: Snapshot) -> str | None:
         """The checksum of the branch's encoder over all ranks: the snapshot's, or it stops."""
         if snapshot.id == GIVEN:
             return None
@@ -306,7 +310,7 @@ class Exchange:
         rest = tuple(s for s in progress.published if s.id != snapshot.id)
         return replace(progress, published=rest)
 
-    def _load_given(self, branch: Branch) -> None:
+    def _load_given(self, branch: BranchEngine) -> None:
         folder = Path(self.recipe.model.encoder_from)
         try:
             branch.load_encoder(agree(lambda: FragmentReader(folder)))
@@ -333,7 +337,7 @@ class Exchange:
         self._last_nll = nll
 
 
-def _low_precision(branch: Branch) -> bool:
+def _low_precision(branch: BranchEngine) -> bool:
     weight = next(branch.module.parameters())
     return any(
         key.startswith(f"{MASTER}/") and fragment.tensor.dtype != weight.dtype

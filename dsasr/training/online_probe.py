@@ -34,15 +34,15 @@ from torch import Tensor
 from dsasr.build import Builder
 from dsasr.data.batch import Batch
 from dsasr.data.text.phonemes import EspeakPhonemizer, StoredPhonemes, build_phonemizer
-from dsasr.engine.branch_engine import Branch, StepReport
+from dsasr.engine.branch_engine import BranchEngine, StepReport
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.frame_labels import Labelled, Numbering
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.predictive_entropy import Allocation
-from dsasr.entropy_allocation.v_information import AccessibleConfig, csai, pai
+from dsasr.entropy_allocation.v_information import VInformationConfig, csai, pai
 from dsasr.model.speech_llm import placeholder
-from dsasr.recipe import WatchConfig
+from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
 from dsasr.tracking.monitor import Monitor
 from dsasr.utils import distributed
@@ -50,10 +50,10 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
 
-class Watch:
+class OnlineProbe:
     """Looks at branches; every call is collective. What it keeps lies in ``folder``."""
 
-    def __init__(self, config: WatchConfig, build: Builder, monitor: Monitor, folder: Path):
+    def __init__(self, config: OnlineProbeConfig, build: Builder, monitor: Monitor, folder: Path):
         self.config, self.build, self.monitor, self.folder = config, build, monitor, folder
         self._probe: dict[str, list[Batch]] = {}
         held: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class Watch:
         self.costs: dict[str, float] = held.get("costs", {})
         self.labels = [_label_from(row) for row in held.get("labels", [])]
 
-    def begin(self, branch: Branch, step: int) -> float:
+    def begin(self, branch: BranchEngine, step: int) -> float:
         """Before ``step`` of the branch's stage: keep the frames that CKA is measured from.
 
         They are the encoder's as a stage that trains it finds it, after any swap; of other steps
@@ -87,7 +87,9 @@ class Watch:
         self._save()
         return cost
 
-    def look_if_due(self, branch: Branch, report: StepReport, steps: int, trained: float) -> None:
+    def look_if_due(
+        self, branch: BranchEngine, report: StepReport, steps: int, trained: float
+    ) -> None:
         """Look at ``branch`` after ``report``'s step if it is time; ``trained``: seconds so far."""
         if not self.config.every:
             return
@@ -130,7 +132,7 @@ class Watch:
 
     # -- looking -----------------------------------------------------------------------------
 
-    def _look(self, branch: Branch, probing: bool) -> dict[str, float]:
+    def _look(self, branch: BranchEngine, probing: bool) -> dict[str, float]:
         own: dict[str, Tensor] = {}
         spoken: list[dict[str, Any]] = []
         sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -184,7 +186,7 @@ class Watch:
         seconds = self.build.frame_seconds
         frames = frame_labels.frame_set(held, features, seconds).to(distributed.device())
         most = self.config.frames
-        accessible = AccessibleConfig(
+        accessible = VInformationConfig(
             max_frames=most, semantic_frames=most, folds=1, control=False, draws=200, spikes=()
         )
         values = {}

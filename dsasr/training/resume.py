@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsasr import config
-from dsasr.checkpoint.manager import Checkpoints
+from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.recipe import Recipe, changes
 from dsasr.utils import distributed
@@ -13,7 +13,9 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
 
-def choose(recipe: Recipe, checkpoints: Checkpoints) -> tuple[FragmentReader | None, list[str]]:
+def choose(
+    recipe: Recipe, checkpoints: CheckpointManager
+) -> tuple[FragmentReader | None, list[str]]:
     """The checkpoint to go on from, and why not from newer ones; None: a fresh start. Collective.
 
     Raises `UserError` where there is none to be read, none is to be there, or another recipe's is.
@@ -29,7 +31,9 @@ def choose(recipe: Recipe, checkpoints: Checkpoints) -> tuple[FragmentReader | N
     return reader, passed_over
 
 
-def _find(recipe: Recipe, checkpoints: Checkpoints) -> tuple[FragmentReader | None, list[str]]:
+def _find(
+    recipe: Recipe, checkpoints: CheckpointManager
+) -> tuple[FragmentReader | None, list[str]]:
     if recipe.resume == "auto":
         return checkpoints.newest()
     if recipe.resume != "never":

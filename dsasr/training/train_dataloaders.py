@@ -6,16 +6,16 @@ from typing import Any
 
 from dsasr.build import Builder
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.dataloader import Stream
+from dsasr.data.dataloader.dataloader import StreamingDataLoader
 from dsasr.stages import StageConfig
 
 
-class Feeds:
+class TrainDataLoaders:
     """At most one open stream a branch; another stage of the branch opens its own."""
 
     def __init__(self, build: Builder):
         self._build = build
-        self._open: dict[str, tuple[str, Stream]] = {}  # branch: stage, its stream
+        self._open: dict[str, tuple[str, StreamingDataLoader]] = {}  # branch: stage, its stream
         self._cursors: dict[str, tuple[str, dict]] = {}  # branch: stage, where its stream stands
 
     def next(self, stage: StageConfig) -> list[Batch]:
@@ -26,7 +26,7 @@ class Feeds:
             name, state = self._cursors.get(stage.branch, ("", None))
             stream = self._build.train_stream(stage, state if name == stage.name else None)
             self._open[stage.branch] = held = (stage.name, stream)
-        batches = [next(held[1]) for _ in range(stage.accumulate)]
+        batches = [next(held[1]) for _ in range(stage.grad_accum_steps)]
         self._cursors[stage.branch] = (stage.name, batches[-1].state)
         return batches
 

@@ -12,20 +12,20 @@ from typing import Any
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint.manager import Checkpoints
+from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bad_samples import BadSampleLog
-from dsasr.engine.branch_engine import Branch, StepReport
+from dsasr.engine.branch_engine import BranchEngine, StepReport
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, with_published
 from dsasr.tracking.monitor import Monitor
 from dsasr.training import resume
-from dsasr.training.branch_switcher import Branches
-from dsasr.training.encoder_swap import GIVEN, Exchange
-from dsasr.training.online_probe import Watch
-from dsasr.training.train_dataloaders import Feeds
+from dsasr.training.branch_switcher import BranchSwitcher
+from dsasr.training.encoder_swap import GIVEN, EncoderSwap
+from dsasr.training.online_probe import OnlineProbe
+from dsasr.training.train_dataloaders import TrainDataLoaders
 from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -35,7 +35,7 @@ class Stopped(Exception):
     """The run was asked to stop; its checkpoint is written."""
 
 
-class Run:
+class Trainer:
     """What `train.py` drives. Every public method is collective."""
 
     def __init__(self, recipe: Recipe, watchdog: Watchdog | None = None):
@@ -44,9 +44,9 @@ class Run:
         self.schedule = recipe.schedule()
         self.build = Builder(recipe)
         self.build.check()
-        self.checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
+        self.checkpoints = CheckpointManager(recipe.folder / "checkpoints", recipe.checkpoint)
         self.progress = Progress()
-        self.feeds = Feeds(self.build)
+        self.feeds = TrainDataLoaders(self.build)
         self._wait = 0.0
         self._signal: int | None = None
         self._finished = False
@@ -64,11 +64,11 @@ class Run:
             self._total_steps(),
             *((reader.manifest["steps"], reader.manifest["monitor"]["written"]) if reader else ()),
         )
-        self.branches = Branches(recipe, self.build, self.monitor)
-        self.exchange = Exchange(recipe, self.build, self.monitor)
+        self.branches = BranchSwitcher(recipe, self.build, self.monitor)
+        self.exchange = EncoderSwap(recipe, self.build, self.monitor)
         self.validation = Validation(recipe, self.build, self.monitor)
-        self.watch = Watch(
-            recipe.allocation, self.build, self.monitor, recipe.folder / "allocation"
+        self.watch = OnlineProbe(
+            recipe.probe, self.build, self.monitor, recipe.folder / "allocation"
         )
         self.bad = BadSampleLog(
             recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=distributed.rank()
@@ -127,8 +127,8 @@ class Run:
             self.progress = self.exchange.poll(self.progress)
         return self.schedule.at(self.progress)
 
-    def enter(self, stage: StageConfig) -> Branch:
-        """The branch of ``stage``, in that stage; the other branch is parked."""
+    def enter(self, stage: StageConfig) -> BranchEngine:
+        """The branch of ``stage``, in that stage; the other branch is offloaded."""
         self._turn_started = time.monotonic()
         self.watchdog.at("stage", stage.name)
         return self.branches.enter(stage, self.steps)
@@ -158,7 +158,7 @@ class Run:
 
     # -- encoders ----------------------------------------------------------------------------
 
-    def swap(self, branch: Branch, snapshot: Snapshot) -> bool:
+    def swap(self, branch: BranchEngine, snapshot: Snapshot) -> bool:
         """Put ``snapshot`` into the sft branch; False when it was refused (the log says why)."""
         self.watchdog.at("swap")
         live = self.branches.made("pretrain")
@@ -226,8 +226,8 @@ class Run:
         return dict(sorted(counts.items()))
 
     def _encoder_line(self, report: StepReport) -> dict[str, float]:
-        """Of the sft branch: which encoder it is on; of both: what the other branch has parked."""
-        values = {"parked_bytes": float(self.branches.parked_bytes(beside=report.branch))}
+        """The sft branch's encoder in use; for both, the bytes that the other branch offloaded."""
+        values = {"offloaded_bytes": float(self.branches.offloaded_bytes(beside=report.branch))}
         in_use = [s for s in self.progress.published if s.id == self.progress.in_use]
         if report.branch == "sft" and in_use:
             values["encoder_in_use"] = float(in_use[0].pretrain)
@@ -250,14 +250,14 @@ class Run:
                 raise UserError("stopped by a signal, and the checkpoint could not be written")
             raise Stopped
 
-    def evaluate_if_due(self, branch: Branch, report: StepReport) -> None:
+    def evaluate_if_due(self, branch: BranchEngine, report: StepReport) -> None:
         trained = sum(self.stage_seconds.values())
         self.watch.look_if_due(branch, report, self.steps, trained)
         every = self.recipe.evaluation.every
         if every and (report.step + 1) % every == 0:
             self._evaluate(branch, self.recipe.evaluation.utterances)
 
-    def _evaluate(self, branch: Branch, utterances: int) -> None:
+    def _evaluate(self, branch: BranchEngine, utterances: int) -> None:
         watched = partial(self.watchdog.each, doing="evaluation")
         self.validation.evaluate(branch, utterances, self.steps, watched)
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from dsasr.build import Builder
-from dsasr.engine.branch_engine import Branch
-from dsasr.evaluation import held_out, suite_results, test_sets
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.evaluation import eval_sets, held_out, suite_results
 from dsasr.recipe import Recipe
 from dsasr.tracking.monitor import Monitor
 from dsasr.utils import distributed
@@ -24,7 +24,7 @@ class Validation:
 
     def evaluate(
         self,
-        branch: Branch,
+        branch: BranchEngine,
         utterances: int,
         steps: int,
         watched: Callable[[list], Iterable] = iter,
@@ -55,7 +55,7 @@ class Validation:
 def error_rates(
     recipe: Recipe,
     build: Builder,
-    branch: Branch,
+    branch: BranchEngine,
     utterances: int,
     watched: Callable[[list], Iterable] = iter,
 ) -> tuple[dict[str, float], str]:
@@ -98,11 +98,11 @@ def _hallucinations(recipe: Recipe, build: Builder, module) -> dict[str, float]:
     chosen, data = recipe.evaluation, recipe.data
     if not chosen.suite_utterances or not data.valid:
         return {}
-    held, _ = test_sets.read(
+    held, _ = eval_sets.read(
         [s for d in data.valid for s in ([d.shards] if isinstance(d.shards, str) else d.shards)],
         rate=data.fbank.rate,
         text=data.text,
-        source=data.stream.source,
+        source=data.dataloader.source,
         limit=chosen.suite_utterances,
     )
     found = suite_results.hear(

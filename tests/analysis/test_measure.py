@@ -14,8 +14,8 @@ import torch
 from dsasr.analysis import measure, probed_encoders
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig
-from dsasr.entropy_allocation.v_information import Accessible, AccessibleConfig
-from dsasr.evaluation.test_sets import Recording
+from dsasr.entropy_allocation.v_information import VInformation, VInformationConfig
+from dsasr.evaluation.eval_sets import Recording
 from dsasr.utils.errors import UserError
 
 
@@ -26,7 +26,7 @@ def aligner():
     build = SimpleNamespace(
         phonemes=PhonemeVocab.build([list("abcd")]), recipe=SimpleNamespace(data=data)
     )
-    return probed_encoders.Subject("x", {}, 0.04, lambda held: {}, build=build)
+    return probed_encoders.ProbedEncoder("x", {}, 0.04, lambda held: {}, build=build)
 
 
 def recording(key, text, **alignment):
@@ -81,9 +81,9 @@ def spoken(aligner, count: int = 12, **given) -> measure.ProbeSet:
     return replace(measure.probe_set(aligner, held), **given)
 
 
-def subject(aligner, encode, **given) -> probed_encoders.Subject:
+def subject(aligner, encode, **given) -> probed_encoders.ProbedEncoder:
     about = {"run": "runs/x", "kind": "checkpoint"}
-    return probed_encoders.Subject(
+    return probed_encoders.ProbedEncoder(
         "x", about, 0.04, lambda held: {r.key: encode(r.wave) for r in held}, aligner.build, **given
     )
 
@@ -94,7 +94,7 @@ def spread(wave: np.ndarray) -> torch.Tensor:
 
 
 def test_a_row_of_few_speakers_has_folds(aligner):
-    config, probes = AccessibleConfig(control=False, draws=20), spoken(aligner, 11)
+    config, probes = VInformationConfig(control=False, draws=20), spoken(aligner, 11)
     row, features = measure.measure(subject(aligner, spread), probes, config)
     assert len(features) == row["utterances"] == row["csai"]["utterances"] == 11
     assert (row["pai"]["folds"], row["pai"]["split"]) == (4, "speaker")
@@ -107,7 +107,7 @@ def test_a_row_of_few_speakers_has_folds(aligner):
 
 
 def test_recordings_reach_an_encoder_at_its_own_rate(aligner):
-    config, heard = AccessibleConfig(control=False, draws=2), []
+    config, heard = VInformationConfig(control=False, draws=2), []
 
     def encode(wave):
         heard.append(len(wave))
@@ -120,13 +120,13 @@ def test_recordings_reach_an_encoder_at_its_own_rate(aligner):
 
 
 def test_what_cannot_be_measured_is_refused(aligner):
-    config = AccessibleConfig(control=False)
+    config = VInformationConfig(control=False)
     broken = subject(aligner, lambda wave: torch.full((10, 4), math.nan))
     with pytest.raises(UserError, match="not finite"):
         measure.measure(broken, spoken(aligner), config)
     with pytest.raises(UserError, match="more folds; give more utterances"):
         measure.measure(
-            subject(aligner, spread), spoken(aligner, 3), AccessibleConfig(folds=2, control=False)
+            subject(aligner, spread), spoken(aligner, 3), VInformationConfig(folds=2, control=False)
         )
 
 
@@ -141,13 +141,13 @@ def test_the_longest_recording_is_what_all_encoders_read(tmp_path):
     assert probed_encoders.longest(folders[1:]) == probed_encoders.MOST_SECONDS
 
 
-def gain(value: float, **given) -> Accessible:
+def gain(value: float, **given) -> VInformation:
     numbers = {"low": value - 0.1, "high": value + 0.1, "given": 2.0, "left": 2.0 - value}
     numbers |= {"shuffled": 0.004, "frames": 90, "utterances": 9, "split": "speaker", **given}
-    return Accessible(value, **numbers)
+    return VInformation(value, **numbers)
 
 
-def row(pai: Accessible, csai: Accessible) -> dict:
+def row(pai: VInformation, csai: VInformation) -> dict:
     head = {"name": "x", "nse": 0.5, "effective_rank": 3.0}
     return head | {"pai": measure._plain(pai), "csai": measure._plain(csai)}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsasr.checkpoint import async_writer, tensor_fragments
-from dsasr.checkpoint.manager import CheckpointConfig, Checkpoints, kept_by
+from dsasr.checkpoint.manager import CheckpointConfig, CheckpointManager, kept_by
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.utils.errors import UserError
 
@@ -17,7 +17,7 @@ def held(value: float, size: int = 10) -> dict[str, Fragment]:
 
 
 def test_the_newest_whole_one_is_chosen_and_the_others_named(tmp_path):
-    saved = Checkpoints(tmp_path, CheckpointConfig(keep=3))
+    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=3))
     for step in (5, 10, 15):
         saved.save(step, held(float(step)), {"progress": step})
     reader, passed_over = saved.newest()
@@ -30,14 +30,14 @@ def test_the_newest_whole_one_is_chosen_and_the_others_named(tmp_path):
 
 
 def test_old_ones_go_only_after_the_new_one_is_there(tmp_path):
-    saved = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=2))
     for step in range(1, 5):
         saved.save(step, held(step), {})
     assert [p.name[-1] for p in saved.list()] == ["3", "4"]
 
 
 def test_a_full_disk_keeps_the_last_good_one(tmp_path):
-    saved = Checkpoints(tmp_path, CheckpointConfig(keep=1, every_minutes=1))
+    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=1, every_minutes=1))
     saved.save(1, held(1.0), {})
     saved._saved_at = time.monotonic() - 100
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -55,11 +55,11 @@ def test_a_full_disk_keeps_the_last_good_one(tmp_path):
 
 
 def test_due_by_steps_and_by_time(tmp_path):
-    by_steps = Checkpoints(tmp_path, CheckpointConfig(every_steps=4, every_minutes=0))
+    by_steps = CheckpointManager(tmp_path, CheckpointConfig(every_steps=4, every_minutes=0))
     assert [s for s in range(1, 13) if by_steps.due(s)] == [4, 8, 12]
-    never = Checkpoints(tmp_path, CheckpointConfig(every_steps=0, every_minutes=0))
+    never = CheckpointManager(tmp_path, CheckpointConfig(every_steps=0, every_minutes=0))
     assert not any(never.due(s) for s in range(1, 100))
-    by_time = Checkpoints(tmp_path, CheckpointConfig(every_minutes=1))
+    by_time = CheckpointManager(tmp_path, CheckpointConfig(every_minutes=1))
     assert not by_time.due(1)
     by_time._saved_at -= 61
     assert by_time.due(1)
@@ -68,7 +68,7 @@ def test_due_by_steps_and_by_time(tmp_path):
 
 
 def test_an_empty_folder_has_nothing_to_resume(tmp_path):
-    assert Checkpoints(tmp_path / "none", CheckpointConfig()).newest() == (None, [])
+    assert CheckpointManager(tmp_path / "none", CheckpointConfig()).newest() == (None, [])
 
 
 # -- while training goes on --------------------------------------------------------------------
@@ -86,7 +86,7 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(tensor_fragments, "write_file", slowly)
 
 
-def until_landed(saved: Checkpoints):
+def until_landed(saved: CheckpointManager):
     end = time.monotonic() + 30
     while not (found := saved.landed()):
         assert time.monotonic() < end
@@ -95,7 +95,7 @@ def until_landed(saved: Checkpoints):
 
 
 def test_training_waits_for_a_copy_and_not_for_the_disk(tmp_path, slow_disk):
-    saved = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=1))
     weights = torch.ones(1000)
     started = time.monotonic()
     target = saved.save(1, {"w": Fragment((1000,), 0, weights)}, {"list": [1]}, wait=False)
@@ -110,7 +110,7 @@ def test_training_waits_for_a_copy_and_not_for_the_disk(tmp_path, slow_disk):
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path, slow_disk):
-    saved = Checkpoints(tmp_path, CheckpointConfig(keep=5))
+    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=5))
     for step in (1, 2):
         saved.save(step, held(step), {}, wait=False)
     assert [p.name[-1] for p in saved.list()] == ["1"]
@@ -120,14 +120,14 @@ def test_the_next_one_waits_for_the_one_before(tmp_path, slow_disk):
 
 
 def test_a_run_that_ends_badly_still_gets_what_was_being_written(tmp_path, slow_disk):
-    saved = Checkpoints(tmp_path, CheckpointConfig())
+    saved = CheckpointManager(tmp_path, CheckpointConfig())
     saved.save(1, held(1), {}, wait=False)
     saved.close()
     assert saved.newest()[0].manifest["steps"] == 1 and saved.landed()[0].failure is None
 
 
 def test_a_disk_that_is_full_in_the_background_is_told_later(tmp_path, monkeypatch):
-    saved = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=1))
     saved.save(1, held(1), {})
 
     def full(*_args):
@@ -149,7 +149,7 @@ def test_remains_of_killed_jobs_go(tmp_path):
     remains = tmp_path / ".step-0000000009.tmp"
     remains.mkdir()
     (remains / "rank-00000.safetensors").write_bytes(b"half")
-    saved = Checkpoints(tmp_path, CheckpointConfig())
+    saved = CheckpointManager(tmp_path, CheckpointConfig())
     assert saved.list() == [] and saved.newest() == (None, [])
     saved.save(1, held(1), {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000001"]
@@ -157,10 +157,10 @@ def test_remains_of_killed_jobs_go(tmp_path):
 
 def test_another_rank_that_cannot_write_leaves_nothing(tmp_path, monkeypatch):
     """Rank 0 of two, with the other's note written here."""
-    monkeypatch.setattr(async_writer.ranks, "world", lambda: 2)
-    monkeypatch.setattr(async_writer.ranks, "broadcast", lambda value: value)
-    monkeypatch.setattr(async_writer.ranks, "gather", lambda value: [value, None])
-    write = async_writer.FolderWrite(tmp_path / "step-1", held(1), {})
+    monkeypatch.setattr(async_writer.distributed, "world", lambda: 2)
+    monkeypatch.setattr(async_writer.distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(async_writer.distributed, "gather", lambda value: [value, None])
+    write = async_writer.AsyncFolderWriter(tmp_path / "step-1", held(1), {})
     note = tmp_path / ".step-1.tmp" / "rank-00001.note"
     note.write_text('{"name": "rank-00001.safetensors", "failure": "rank 1: No space left"}')
     with pytest.raises(OSError, match="rank 1: No space left"):
@@ -190,16 +190,16 @@ def test_kept_by_number_hours_and_score():
 
 def test_the_best_one_survives_on_disk_and_over_a_restart(tmp_path):
     config = CheckpointConfig(keep=1, keep_best=1)
-    saved = Checkpoints(tmp_path, config)
+    saved = CheckpointManager(tmp_path, config)
     for step, score in ((1, 0.5), (2, 0.2), (3, None), (4, 0.4)):
         saved.save(step, held(step), {}, score)
     assert [p.name[-1] for p in saved.list()] == ["2", "4"]
-    Checkpoints(tmp_path, config).save(5, held(5), {}, 0.3)
+    CheckpointManager(tmp_path, config).save(5, held(5), {}, 0.3)
     assert [p.name[-1] for p in saved.list()] == ["2", "5"]
 
 
 def test_a_deleted_shard_and_a_flipped_bit_leave_the_one_before(tmp_path):
-    saved = Checkpoints(tmp_path, CheckpointConfig(keep=4))
+    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=4))
     for step in (1, 2, 3):
         saved.save(step, held(step), {})
     path = tmp_path / "step-0000000003" / "rank-00000.safetensors"

@@ -50,10 +50,11 @@ def test_real_recordings_train_without_a_dropped_sample(tmp_path, recordings, na
         "data.phonemes=phonemes.json", "data.phonemizer.kind=espeak",
         "data.train.demo.shards=shards/train",
         "data.valid.demo-valid.shards=shards/valid", "model.tokenizer=lm", "model.llm.path=lm",
-        "model.encoder.layers=1", "stages.ia_sft.after_final=2", "drift.probe_utterances=4",
-        "data.stream.batch.frames=6000", "data.stream.batch.max_seconds=25",
+        "model.encoder.layers=1", "stages.ia_sft.steps_after_final_swap=2",
+        "drift.probe_utterances=4",
+        "data.dataloader.batch.frames=6000", "data.dataloader.batch.max_seconds=25",
         *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
-        *(f"stages.{stage}.warmup=2" for stage in STEPS),
+        *(f"stages.{stage}.warmup_steps=2" for stage in STEPS),
     )  # fmt: skip
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
     assert {line["stage"] for line in lines} >= set(STEPS)

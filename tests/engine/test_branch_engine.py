@@ -11,15 +11,15 @@ from dsasr.utils.errors import UserError
 PROGRAM = Path(__file__).parents[1] / "programs" / "branch_engine_laws.py"
 
 
-def play(launch, folder, course, deepspeed="zero3", precision="fp32", park="keep"):
-    done = launch(PROGRAM, folder, course, deepspeed, precision, park)
+def play(launch, folder, course, deepspeed="zero3", precision="fp32", offload="keep"):
+    done = launch(PROGRAM, folder, course, deepspeed, precision, offload)
     assert done.returncode == 0, done.stdout[-3000:]
     return json.loads((folder / f"{course}.json").read_text())
 
 
 @pytest.mark.launcher
 @pytest.mark.parametrize(
-    ("deepspeed", "precision", "park"),
+    ("deepspeed", "precision", "offload"),
     [
         ("zero3", "fp32", "disk"),
         ("zero3", "bf16", "cpu"),
@@ -28,7 +28,7 @@ def play(launch, folder, course, deepspeed="zero3", precision="fp32", park="keep
         ("zero2", "fp32", "disk"),
     ],
 )
-def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision, park):
+def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision, offload):
     kept = {"zero3": 0, "persistent": 5, "zero2": 6}[deepspeed]
     if deepspeed == "persistent":  # small parameters stay gathered on every rank
         settings = read_ds_config("zero3")
@@ -36,16 +36,16 @@ def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100_000
         deepspeed = tmp_path / "persistent.json"
         deepspeed.write_text(json.dumps(settings))
-    found = play(launch, tmp_path, "laws", deepspeed, precision, park)
-    # The pretrain branch beside an sft branch, parked and swapped from, is the one alone: bit for
-    # bit in losses, weights, masters and moments.
+    found = play(launch, tmp_path, "laws", deepspeed, precision, offload)
+    # The pretrain branch beside an sft branch, offloaded and swapped from, is the one alone: bit
+    # for bit in losses, weights, masters and moments.
     assert found["beside"] == found["alone"]
     assert found["frozen"], "a frozen part moved, or a trained one did not"
     assert found["swapped"] and found["resident"] == kept and found["masters"]
     assert found["saved"] and found["continued"]
-    assert found["rates"] and len(set(found["groups"].values())) == 3
+    assert found["lrs"] and len(set(found["groups"].values())) == 3
     assert list(found["groups"]) == ["encoder", "adaptor", "llm"]
-    assert not list(tmp_path.glob("parked-pretrain-*")), "the parking file outlived its use"
+    assert not list(tmp_path.glob("offloaded-pretrain-*")), "the offload file outlived its use"
 
 
 @pytest.mark.launcher

@@ -13,8 +13,8 @@ from torch import nn
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import Below, FragmentReader
 from dsasr.checkpoint.zero_partition import tensors
-from dsasr.engine.master_weights import Masters
-from dsasr.engine.offload import ParkConfig, Parking
+from dsasr.engine.master_weights import MasterWeights
+from dsasr.engine.offload import OffloadConfig, StateOffloader
 
 
 class Zero:
@@ -42,12 +42,12 @@ def model(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return nn.ModuleDict({"encoder": nn.Linear(5, 7), "llm": nn.Linear(3, 4)}).to(dtype)
 
 
-def masters(module: nn.Module, folder, place: str = "keep") -> Masters:
+def masters(module: nn.Module, folder, place: str = "none") -> MasterWeights:
     dtype = next(module.parameters()).dtype
-    return Masters(module, dtype, Parking(ParkConfig(place), "sft", folder))
+    return MasterWeights(module, dtype, StateOffloader(OffloadConfig(place), "sft", folder))
 
 
-def values(held: Masters, prefix: str = "") -> dict[str, torch.Tensor]:
+def values(held: MasterWeights, prefix: str = "") -> dict[str, torch.Tensor]:
     return {k: f.tensor.clone() for k, f in held.fragments().items() if k.startswith(prefix)}
 
 
@@ -55,7 +55,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def switch(held: Masters, part: nn.Module, moments: bool = False, cut: int = 0) -> Zero:
+def switch(held: MasterWeights, part: nn.Module, moments: bool = False, cut: int = 0) -> Zero:
     """To an engine that trains ``part``; its optimizer."""
     carried, steps = held.leave()
     zero = Zero(part.parameters(), cut)
@@ -67,7 +67,7 @@ def switch(held: Masters, part: nn.Module, moments: bool = False, cut: int = 0) 
 def test_a_stage_that_does_not_train_them_loses_no_bit(tmp_path, moments):
     module = model()
     held = masters(module, tmp_path)
-    assert held.leave() == ({}, 0.0) and held.fragments() == {} and held.park() == 0
+    assert held.leave() == ({}, 0.0) and held.fragments() == {} and held.offload() == 0
     zero = switch(held, module)
     zero.step()
     assert held.steps() == 1.0
@@ -155,15 +155,19 @@ def test_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_parked_ones_come_back_when_they_are_asked_for(tmp_path, place):
+def test_offloaded_ones_come_back_when_they_are_asked_for(tmp_path, place):
     module = model()
     held = masters(module, tmp_path, place)
     zero = switch(held, module)
     zero.step()
     before = values(held)
-    assert held.park() == held.parked_bytes == 3 * 4 * sum(p.numel() for p in module.parameters())
+    assert (
+        held.offload()
+        == held.offloaded_bytes
+        == 3 * 4 * sum(p.numel() for p in module.parameters())
+    )
     assert zero.flat.numel() == 0
-    assert same(values(held), before) and held.parked_bytes == 0
-    held.park()
+    assert same(values(held), before) and held.offloaded_bytes == 0
+    held.offload()
     held.close()
     assert held.live is None and held.fragments() == {} and not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from dsasr.entropy_allocation.frame_set import FrameSet, FrameSetBuilder
 from dsasr.utils.errors import UserError
 
 WORDS, PHONEMES = 9, 6
-FAST = a.AccessibleConfig(window=0, control=False, draws=100)
+FAST = a.VInformationConfig(window=0, control=False, draws=100)
 
 
 def _corpus(window=0, utterances=60, speakers=12, seed=0):
@@ -78,11 +78,11 @@ def test_words_beside_phonemes():
 
 def test_the_window_takes_what_context_gives():
     data = _features(_corpus(window=2), "phoneme", "word")
-    narrow, wide = (a.csai(data, a.AccessibleConfig(window=w, control=False)) for w in (0, 2))
+    narrow, wide = (a.csai(data, a.VInformationConfig(window=w, control=False)) for w in (0, 2))
     assert wide.given < narrow.given - 0.3
     assert wide.value < narrow.value - 0.3
     with pytest.raises(ValueError, match="window of 2"):
-        a.csai(data, a.AccessibleConfig(window=3))
+        a.csai(data, a.VInformationConfig(window=3))
 
 
 def test_white_noise():
@@ -98,14 +98,14 @@ def test_useless_features_do_not_hide_the_context():
     data = _corpus(window=2, utterances=40)
     g = torch.Generator().manual_seed(4)
     data = data.with_features(torch.randn(len(data), 200, generator=g))
-    result = a.csai(data, a.AccessibleConfig(control=False))
+    result = a.csai(data, a.VInformationConfig(control=False))
     assert result.given < 0.3
     assert result.value == pytest.approx(0, abs=0.03)
 
 
 def test_shuffled_control_is_nothing():
     data = _features(_corpus(utterances=400, speakers=40), "phoneme", "word")
-    config = a.AccessibleConfig(window=0)
+    config = a.VInformationConfig(window=0)
     assert a.pai(data, config).shuffled == pytest.approx(0, abs=0.01)
     assert a.csai(data, config).shuffled == pytest.approx(0, abs=0.01)
     assert math.isnan(a.pai(data, FAST).shuffled)
@@ -124,7 +124,7 @@ def test_the_control_unties_features_from_labels_within_each_part(monkeypatch, s
         return probe
 
     monkeypatch.setattr(a, "fit", fit)
-    config = a.AccessibleConfig(window=0, draws=2, spikes=())
+    config = a.VInformationConfig(window=0, draws=2, spikes=())
     found = a.pai(data, config)
     assert len(given) == 3 * found.folds and found.folds == (1 if speakers == 12 else 4)
     for bare, real, control in zip(given[::3], given[1::3], given[2::3], strict=True):
@@ -150,7 +150,7 @@ def test_few_speakers_are_all_held_out():
         assert (crossed.frames, crossed.utterances) == (len(data), 60)
         assert (crossed.folds, crossed.wins, crossed.split) == (4, 4, "speaker")
         assert crossed.share == pytest.approx(1, abs=0.01)
-        one = estimate(data, a.AccessibleConfig(window=0, control=False, draws=100, folds=1))
+        one = estimate(data, a.VInformationConfig(window=0, control=False, draws=100, folds=1))
         assert one.folds == 1 and one.utterances == 15
     # The phoneme is seen in 20 to 95% of a voice's frames: what one split finds depends on whose.
     seen = torch.tensor([0.2, 0.45, 0.7, 0.95])[[int(s[1]) for s in data.speakers]]
@@ -159,7 +159,7 @@ def test_few_speakers_are_all_held_out():
     data = data.with_features(x.float())
     shares = {
         folds: [
-            a.pai(data, a.AccessibleConfig(control=False, folds=folds, seed=seed)).share
+            a.pai(data, a.VInformationConfig(control=False, folds=folds, seed=seed)).share
             for seed in range(4)
         ]
         for folds in (0, 1)
@@ -233,7 +233,7 @@ def test_the_limit_where_there_is_none_and_where_nothing_stands_out():
     something = a.pai(_features(_corpus(), "phoneme"), FAST)
     assert something.found and something.wins == 1 and math.isnan(something.limit)
     with pytest.raises(UserError, match="spikes"):
-        a.AccessibleConfig(spikes=(0.2, 0.1))
+        a.VInformationConfig(spikes=(0.2, 0.1))
 
 
 def _gains(utterances, frames, between, within, seed=0):
@@ -246,12 +246,12 @@ def _gains(utterances, frames, between, within, seed=0):
 
 def test_the_interval_is_that_of_the_mean_over_utterances():
     gain, utterance = _gains(400, 10, between=1.0, within=2.0)
-    config = a.AccessibleConfig(draws=4000)
+    config = a.VInformationConfig(draws=4000)
     low, high = a._interval(gain, utterance, config)
     # 1.96 standard errors to each side: the variance of an utterance's mean is 1² + 2²/10.
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(1.4 / 400), rel=0.1)
     assert (high + low) / 2 == pytest.approx(gain.mean(), abs=0.01)
-    narrow = a._interval(gain, utterance, a.AccessibleConfig(draws=4000, level=0.5))
+    narrow = a._interval(gain, utterance, a.VInformationConfig(draws=4000, level=0.5))
     assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.674 / 1.96, rel=0.1)
 
 
@@ -259,14 +259,14 @@ def test_more_frames_of_the_same_utterances_are_no_more_evidence():
     few, many = (_gains(50, frames, between=1.0, within=0.0) for frames in (2, 200))
     widths = [
         high - low
-        for low, high in (a._interval(*held, a.AccessibleConfig()) for held in (few, many))
+        for low, high in (a._interval(*held, a.VInformationConfig()) for held in (few, many))
     ]
     assert widths[1] == pytest.approx(widths[0], rel=1e-6)
     assert widths[0] / 2 == pytest.approx(1.96 / math.sqrt(50), rel=0.2)
 
 
 def test_the_interval_covers_what_it_says():
-    config = a.AccessibleConfig(draws=200)
+    config = a.VInformationConfig(draws=200)
     held = [a._interval(*_gains(60, 5, 1.0, 0.5, seed), config) for seed in range(400)]
     assert np.mean([low <= 0.3 <= high for low, high in held]) == pytest.approx(0.94, abs=0.035)
 
@@ -274,7 +274,7 @@ def test_the_interval_covers_what_it_says():
 def test_long_utterances_weigh_more():
     # The mean is per frame: of one utterance with 90 frames at 1 and nine with 10 frames at 0.
     gain, utterance = np.r_[np.ones(90), np.zeros(90)], np.r_[np.zeros(90), np.arange(90) // 10 + 1]
-    low, high = a._interval(gain, utterance.astype(int), a.AccessibleConfig())
+    low, high = a._interval(gain, utterance.astype(int), a.VInformationConfig())
     assert low == 0 and 0.7 < high < 1
 
 
@@ -289,10 +289,10 @@ def test_partial_information():
 
 def test_wide_features_are_projected():
     data = _features(_corpus(), "phoneme", "noise")
-    narrow = a.AccessibleConfig(window=0, control=False, max_width=12)
+    narrow = a.VInformationConfig(window=0, control=False, max_width=12)
     assert a._prepare(data, narrow, 10**6)[0].x_NE.shape[1] == 12
     assert a.pai(data, narrow).value < a.pai(data, FAST).value
-    few = a.AccessibleConfig(max_frames=800, semantic_frames=500, control=False)
+    few = a.VInformationConfig(max_frames=800, semantic_frames=500, control=False)
     assert a.pai(data, few).frames > a.csai(_features(_corpus(2), "phoneme"), few).frames
     first, _ = a._prepare(data, few, 500)
     assert len(first) == 500
@@ -307,7 +307,7 @@ def test_rare_labels_are_one():
 
 def test_a_level_of_one_is_refused():
     with pytest.raises(UserError):
-        a.AccessibleConfig(level=1.0)
+        a.VInformationConfig(level=1.0)
 
 
 def test_reinitialised():

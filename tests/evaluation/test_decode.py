@@ -8,7 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dsasr.data.batch import Batch
 from dsasr.evaluation.decode import DecodeConfig, decode, decode_phonemes
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.ctc_model import PretrainConfig, Pretrainer
+from dsasr.model.ctc_model import CtcModel, CtcModelConfig
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
@@ -181,7 +181,7 @@ def test_streaming_changes_what_the_encoder_sees():
 def test_phonemes_are_the_best_path():
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12))
-    model = Pretrainer(encoder, 5, PretrainConfig()).double()
+    model = CtcModel(encoder, 5, CtcModelConfig()).double()
     torch.nn.init.normal_(model.ctc.project.weight)
     batch = make_batch(90, 33)
     found = decode_phonemes(model, batch, ["<blk>", "a", "b", "c", "d"])

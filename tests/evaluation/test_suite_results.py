@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dsasr.evaluation import suite_results
+from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.suite import SuiteConfig
 from dsasr.evaluation.suite_results import Trial, Trials, compare, sign_test
-from dsasr.evaluation.test_sets import Recording
 from dsasr.utils.errors import UserError
 
 

@@ -22,7 +22,7 @@ from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.safetensors_writer import Lazy, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.inference import export
-from dsasr.inference.model_from_run import Recogniser
+from dsasr.inference.model_from_run import RunModel
 from dsasr.inference.recognizer import Recognizer
 from dsasr.utils.errors import UserError
 
@@ -70,7 +70,7 @@ def tone(seconds: float = 1.2, rate: int = 16000) -> np.ndarray:
 
 
 def test_the_way_back_is_bit_equal(run, exported, tmp_path):
-    ours = Recogniser.from_run(run).model
+    ours = RunModel.from_run(run).model
     back = export.load_export(exported).model
     state, other = ours.state_dict(), back.state_dict()
     assert state.keys() == other.keys()
@@ -93,7 +93,7 @@ def test_the_language_model_is_plain_qwen3_to_transformers(run, exported):
     )
     assert isinstance(llm, Qwen3ForCausalLM)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    ours = Recogniser.from_run(run).model.llm
+    ours = RunModel.from_run(run).model.llm
     ids = torch.tensor([[5, 9, 3, 7]])
     with torch.no_grad():
         assert torch.equal(llm(ids).logits, ours.eval()(ids).logits)
@@ -101,7 +101,7 @@ def test_the_language_model_is_plain_qwen3_to_transformers(run, exported):
 
 def test_automodel_loads_it_without_remote_code(exported):
     code = (
-        "import sys, torch, dsasr.hub\nfrom transformers import AutoModel\n"
+        "import sys, torch, dsasr.inference.hf_auto\nfrom transformers import AutoModel\n"
         f"m = AutoModel.from_pretrained({str(exported)!r}, trust_remote_code=False)\n"
         "print(type(m).__name__, m.parts.config.steps, 'deepspeed' in sys.modules)"
     )

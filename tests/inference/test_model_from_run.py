@@ -14,7 +14,7 @@ from dsasr import config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import Fragment
-from dsasr.inference.model_from_run import Recogniser, run_recipe
+from dsasr.inference.model_from_run import RunModel, run_recipe
 from dsasr.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +50,10 @@ def run(tiny, tmp_path_factory) -> Path:
 
 
 def test_the_checkpoint_asked_for_is_the_one_loaded(run):
-    newest = Recogniser.from_run(run)
+    newest = RunModel.from_run(run)
     assert newest.checkpoint.name == NEW
     for given in (OLD, str(run / "checkpoints" / OLD)):
-        older = Recogniser.from_run(run, given)
+        older = RunModel.from_run(run, given)
         assert older.checkpoint == run / "checkpoints" / OLD
         pairs = zip(newest.model.parameters(), older.model.parameters(), strict=True)
         assert all(torch.allclose(a, b + 1, atol=1e-5) for a, b in pairs)
@@ -72,9 +72,9 @@ def test_a_job_of_a_concurrent_run_knows_its_folder_and_the_snapshots(tiny, tmp_
 
 def test_a_missing_or_torn_checkpoint_is_refused_by_name(run):
     with pytest.raises(UserError, match=f"no checkpoint step-5; .*{OLD}, {NEW}, {TORN}"):
-        Recogniser.from_run(run, "step-5")
+        RunModel.from_run(run, "step-5")
     with pytest.raises(UserError, match=f"{TORN} is not whole: .*altered.*{OLD}, {NEW}"):
-        Recogniser.from_run(run, TORN)
+        RunModel.from_run(run, TORN)
 
 
 def evaluate(*arguments) -> subprocess.CompletedProcess:

@@ -18,7 +18,7 @@ from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.inference.recognizer import Recognizer, Token
 from dsasr.inference.recognizer import _clock as clock
-from dsasr.inference.segmentation import CutConfig
+from dsasr.inference.segmentation import SegmentationConfig
 from dsasr.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -48,14 +48,14 @@ def batches(monkeypatch) -> list[int]:
             found.append(Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies))
         return found
 
-    monkeypatch.setattr(recognizer, "decode", decode)
+    monkeypatch.setattr("dsasr.inference.recognizer.decode", decode)
     return sizes
 
 
 @pytest.fixture
 def recognizer() -> Recognizer:
     cmvn = Cmvn(torch.zeros(80), torch.ones(80))
-    return Recognizer(None, Letters(), FbankConfig(), cmvn, CutConfig(max_seconds=6),
+    return Recognizer(None, Letters(), FbankConfig(), cmvn, SegmentationConfig(max_seconds=6),
                       DecodeConfig(), batch_seconds=12)  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_quiet_or_uncertain_is_probably_no_speech(recognizer, batches, monkeypat
     assert segment.no_speech and segment.text  # shown by segment, left out of the text
     assert recognizer.transcribe(tmp_path / "hiss.wav").text == ""
     unsure = Hypothesis("0", (65, 66), "AB", -9.0, (3.0, 3.0, 3.0))
-    monkeypatch.setattr(recognizer, "decode", lambda *_: [unsure])
+    monkeypatch.setattr("dsasr.inference.recognizer.decode", lambda *_: [unsure])
     assert recognizer.transcribe(write(tmp_path / "a.wav", 1.0)).segments[0].no_speech
 
 

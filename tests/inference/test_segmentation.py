@@ -9,7 +9,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsasr.inference.segmentation import CutConfig, pieces
+from dsasr.inference.segmentation import SegmentationConfig, pieces
 from dsasr.utils.errors import UserError
 
 RATE = 16000
@@ -31,7 +31,7 @@ def hush(seconds: float, rate: int = RATE) -> np.ndarray:
 
 
 def spans(wave: np.ndarray, **given) -> list[tuple[float, float]]:
-    found = list(pieces(audio(wave), CutConfig(**given)))
+    found = list(pieces(audio(wave), SegmentationConfig(**given)))
     return [(round(p.start, 2), round(p.start + p.seconds, 2)) for p in found]
 
 
@@ -58,7 +58,7 @@ def test_without_a_pause_the_quietest_place_is_cut():
 )
 def test_all_speech_lies_in_some_piece_whatever_the_file(parts, rate):
     wave = np.concatenate([(speech if loud else hush)(s, rate) for loud, s in parts])
-    found = list(pieces(audio(wave, rate), CutConfig(max_seconds=5)))
+    found = list(pieces(audio(wave, rate), SegmentationConfig(max_seconds=5)))
     covered = np.zeros(len(wave), bool)
     before = 0.0
     for piece in found:
@@ -96,4 +96,4 @@ def test_what_is_no_audio_is_said():
     with pytest.raises(UserError, match="not finite"):
         list(pieces(buffer))
     with pytest.raises(UserError, match="max_seconds"):
-        CutConfig(max_seconds=0.5)
+        SegmentationConfig(max_seconds=0.5)

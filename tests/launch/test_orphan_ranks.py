@@ -16,7 +16,7 @@ from dsasr.launch import orphan_ranks
 ROOT = str(Path(__file__).parents[2])
 RANK = """
 import os, sys, time
-from dsasr.orphans import end_with_launcher
+from dsasr.launch.orphan_ranks import end_with_launcher
 watching = end_with_launcher()
 print(os.getpid(), watching is not None, flush=True)
 time.sleep(60)

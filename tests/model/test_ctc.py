@@ -12,7 +12,7 @@ from dsasr.model.ctc import (
     phoneme_errors,
     posterior_entropy,
 )
-from dsasr.model.ctc_model import PretrainConfig, Pretrainer
+from dsasr.model.ctc_model import CtcModel, CtcModelConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 
 
@@ -124,7 +124,7 @@ def make_batch(B=3, seed=5, mels=12):
 def pretrainer():
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(width=16, layers=1, heads=2, ffn=32, kernel=5, mels=12))
-    return Pretrainer(encoder, 7, PretrainConfig())
+    return CtcModel(encoder, 7, CtcModelConfig())
 
 
 def mean(outputs, name):
@@ -152,7 +152,7 @@ def test_the_loss_is_made_of_its_sums(pretrainer):
 
 
 def test_plain_ctc_takes_one_view(pretrainer):
-    pretrainer.cfg = PretrainConfig(consistency=0.0, chunks=None)
+    pretrainer.cfg = CtcModelConfig(consistency=0.0, chunks=None)
     outputs = pretrainer(make_batch())
     assert "consistency" not in outputs.sums
     assert float(outputs.sums["ctc"][1]) == 12

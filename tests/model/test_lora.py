@@ -19,7 +19,7 @@ from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.inference import export
-from dsasr.inference.model_from_run import Recogniser
+from dsasr.inference.model_from_run import RunModel
 from dsasr.inference.recognizer import Recognizer
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
@@ -192,7 +192,7 @@ def small_model(dropout: float, checkpoint: bool = False) -> SpeechLLM:
     torch.manual_seed(2)
     encoder = Encoder(EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12))
     adaptor = Adaptor(AdaptorConfig(hidden=10), 12, 16)
-    cfg = LlmConfig(checkpoint=checkpoint)
+    cfg = LlmConfig(activation_checkpointing=checkpoint)
     return SpeechLLM(encoder, adaptor, llm, [1, 2], [3], 0, cfg).double()
 
 
@@ -369,7 +369,7 @@ def logits(llm) -> torch.Tensor:
 
 def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
     """Merged and unmerged agree to 1e-5 of the largest logit in float32."""
-    run = Recogniser.from_run(trained)
+    run = RunModel.from_run(trained)
     ours = run.model.llm
     made = export.export_run(run.build, export.newest_checkpoint(trained), tmp_path / "model")
     llm, report = AutoModelForCausalLM.from_pretrained(
@@ -397,7 +397,7 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
 
 
 def test_rounded_after_the_sum(trained, tmp_path):
-    build = Recogniser.from_run(trained).build
+    build = RunModel.from_run(trained).build
     reader = export.newest_checkpoint(trained)
     made = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
     llm = AutoModelForCausalLM.from_pretrained(made / "llm")
@@ -416,7 +416,7 @@ def test_rounded_after_the_sum(trained, tmp_path):
 def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
     from peft import PeftModel
 
-    run = Recogniser.from_run(trained)
+    run = RunModel.from_run(trained)
     made = export.export_run(
         run.build, export.newest_checkpoint(trained), tmp_path / "model", adapter=True
     )
@@ -428,7 +428,7 @@ def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(trained, tmp_path):
-    build = Recogniser.from_run(trained).build
+    build = RunModel.from_run(trained).build
     reader, chosen = export.newest_checkpoint(trained), build.recipe
     later = StageConfig("late", "sft", {"llm": 1e-4}, steps=3)
     more = Builder(dataclasses.replace(chosen, stages=(*chosen.stages, later)))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.engine.branch_engine import EngineConfig, cutter, read_ds_config
+from dsasr.engine.branch_engine import EngineConfig, partitioner, read_ds_config
 from dsasr.model import layerwise_init
 from dsasr.model.llm import load_llm
 from dsasr.model.llm_sharded_load import TensorFiles, draw_at_random, in_pieces
@@ -86,8 +86,8 @@ def test_models_in_slices_are_the_whole_ones(launch, tiny, tmp_path):
 
 
 def test_zero_1_and_2_build_whole_models():
-    assert cutter(EngineConfig(deepspeed="zero2")) is None
-    assert cutter(EngineConfig(deepspeed="zero1")) is None
+    assert partitioner(EngineConfig(deepspeed="zero2")) is None
+    assert partitioner(EngineConfig(deepspeed="zero1")) is None
 
 
 def test_layers_are_drawn_in_turn_and_shared_weights_once():

@@ -186,7 +186,7 @@ def test_without_audio_the_speech_is_left_out():
     "parts", [("adaptor",), ("adaptor", "llm"), ("encoder", "adaptor", "llm"), ("llm",)]
 )
 def test_gradients_reach_the_trained_parts_only(parts, recompute):
-    config = LlmConfig(checkpoint=bool(recompute), recompute=recompute or "all")
+    config = LlmConfig(activation_checkpointing=bool(recompute), recompute=recompute or "all")
     model = make_model(config, dropout=0.5).train()
     model.requires_grad_(False)
     for part in parts:
@@ -200,7 +200,7 @@ def test_gradients_reach_the_trained_parts_only(parts, recompute):
 
 def test_what_is_recomputed_changes_no_gradient():
     gradients = []
-    for config in (LlmConfig(), LlmConfig(checkpoint=True, recompute="cheap")):
+    for config in (LlmConfig(), LlmConfig(activation_checkpointing=True, recompute="cheap")):
         model = make_model(config).train()
         model(make_batch()).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -210,7 +210,7 @@ def test_what_is_recomputed_changes_no_gradient():
 
 def test_frozen_parts_drop_nothing_out():
     llm = make_llm(attention_dropout=0.5)
-    model = make_model(LlmConfig(checkpoint=True), dropout=0.5, llm=llm)
+    model = make_model(LlmConfig(activation_checkpointing=True), dropout=0.5, llm=llm)
     model.requires_grad_(False)
     model.adaptor.requires_grad_(True)
     quiet = model.eval()(make_batch()).loss

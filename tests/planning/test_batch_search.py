@@ -110,7 +110,7 @@ def test_the_other_branch_lies_beside_where_both_run(tiny) -> None:
 
 @pytest.fixture(scope="module")
 def small(tiny) -> recipe.Recipe:
-    over = ["data.stream.batch.max_seconds=4", "branch=sft", "model.encoder_from=none"]
+    over = ["data.dataloader.batch.max_seconds=4", "branch=sft", "model.encoder_from=none"]
     return recipe.load(str(tiny), over)
 
 

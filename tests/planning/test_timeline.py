@@ -9,13 +9,18 @@ import pytest
 from dsasr import recipe
 from dsasr.planning import timeline
 from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig
-from dsasr.tracking.timeline_plot import plot_run, rate_curves, spans
+from dsasr.tracking.timeline_plot import lr_curves, plot_run, spans
 from dsasr.utils.errors import UserError
 
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=2000)
 ALIGN = StageConfig("align", "sft", {"adaptor": 1e-3}, steps=400)
 IA_SFT = StageConfig(
-    "ia_sft", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=1600, swaps=True, after_final=500
+    "ia_sft",
+    "sft",
+    {"adaptor": 1e-5, "llm": 1e-5},
+    steps=1600,
+    swaps=True,
+    steps_after_final_swap=500,
 )
 JOINT = StageConfig("joint", "sft", {"encoder": 1e-5, "adaptor": 1e-4, "llm": 1e-5}, steps=100)
 ALL = (PRETRAIN, ALIGN, IA_SFT, JOINT)
@@ -40,7 +45,12 @@ def test_a_long_course_is_walked_in_jumps():
     from dataclasses import replace
 
     long = tuple(
-        replace(s, steps=s.steps * 1000, after_final=s.after_final * 1000, warmup=10_000)
+        replace(
+            s,
+            steps=s.steps * 1000,
+            steps_after_final_swap=s.steps_after_final_swap * 1000,
+            warmup_steps=10_000,
+        )
         for s in ALL
     )
     drift = DriftConfig(mode="fixed", swaps=(PlannedSwap(1_010_000), PlannedSwap(1_320_000, 700)))
@@ -64,7 +74,7 @@ def test_the_sft_branch_alone_and_a_given_encoder():
 
 def test_rates_are_drawn_over_the_run_and_equal_groups_once():
     schedule = Schedule(ALL)
-    curves = rate_curves(schedule, timeline.course(schedule, (1010,)))
+    curves = lr_curves(schedule, timeline.course(schedule, (1010,)))
     labels = [label for label, *_ in curves]
     assert labels == [
         "pretrain: encoder, ctc",

@@ -19,8 +19,8 @@ from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, EngineConfig
-from dsasr.engine.offload import ParkConfig
+from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine.offload import OffloadConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -64,7 +64,7 @@ def batch(number: int) -> Batch:
     )
 
 
-def digest(branch: Branch) -> str:
+def digest(branch: BranchEngine) -> str:
     """Of all ranks' weights, masters and moments."""
     own = hashlib.sha256()
     for key, fragment in sorted(branch.fragments().items()):
@@ -73,12 +73,12 @@ def digest(branch: Branch) -> str:
     return " ".join(distributed.gather(own.hexdigest()[:16]))
 
 
-def weights(branch: Branch, part: str) -> dict[str, torch.Tensor]:
+def weights(branch: BranchEngine, part: str) -> dict[str, torch.Tensor]:
     held = zero_partition.weights(branch.module, f"{part}.")
     return {name: fragment.tensor.clone() for name, fragment in held.items()}
 
 
-def resident(branch: Branch) -> dict[str, torch.Tensor]:
+def resident(branch: BranchEngine) -> dict[str, torch.Tensor]:
     """The encoder's parameters that ZeRO keeps whole on every rank, as a step will use them."""
     held = zero_partition.parameters(branch.module, "encoder.")
     return {
@@ -94,20 +94,20 @@ def loss(report) -> str:
     return float(report.sums["nll"][0]).hex()
 
 
-def take_turns(pre: Branch, sft: Branch | None, found: dict) -> None:
+def take_turns(pre: BranchEngine, sft: BranchEngine | None, found: dict) -> None:
     for number in range(12):
         if sft is not None:
-            sft.park()
+            sft.offload()
         pre.enter(PRETRAIN)
-        pre.unpark()
+        pre.reload()
         found["losses"].append(loss(pre.step([batch(number)], number)))
         if sft is None:
             continue
         if number not in (3, 6):
-            pre.park()
+            pre.offload()
         stage = ALIGN if number < 4 else IA_SFT
         sft.enter(stage)
-        sft.unpark()
+        sft.reload()
         if number in (3, 6):
             sft.load_encoder(pre)
             found["swapped"] &= same(weights(sft, "encoder"), weights(pre, "encoder"))
@@ -120,9 +120,9 @@ def take_turns(pre: Branch, sft: Branch | None, found: dict) -> None:
             found["frozen"] &= kept == (part not in stage.trains)
 
 
-def join(pre: Branch, sft: Branch, found: dict, folder: Path, fresh) -> None:
+def join(pre: BranchEngine, sft: BranchEngine, found: dict, folder: Path, fresh) -> None:
     """The joint stage from the live encoder, saved, loaded into a new branch, and stepped."""
-    pre.unpark()
+    pre.reload()
     sft.enter(JOINT)
     sft.load_encoder(pre)
     masters, own = pre.masters("encoder."), sft.masters("encoder.")
@@ -137,11 +137,11 @@ def join(pre: Branch, sft: Branch, found: dict, folder: Path, fresh) -> None:
     found["saved"] = digest(sft) == digest(again)
     one, other = sft.step([batch(9)], 50), again.step([batch(9)], 50)
     found["continued"] = loss(one) == loss(other) and digest(sft) == digest(again)
-    found["rates"] = one.rates == other.rates
+    found["lrs"] = one.lrs == other.lrs
     found["groups"] = {g["name"]: g["lr"] for g in again._optimizer_groups()}
 
 
-def switch(sft: Branch, found: dict) -> None:
+def switch(sft: BranchEngine, found: dict) -> None:
     """Fifty stage switches; memory and hooks after each ten."""
     process = psutil.Process()
     for number in range(52):
@@ -159,13 +159,15 @@ def main() -> None:
     out, course, deepspeed, precision, place = sys.argv[-5:]
     folder = Path(out)
     branch_engine.init_distributed()
-    config = EngineConfig(deepspeed=deepspeed, precision=precision, park=ParkConfig(place=place))
+    config = EngineConfig(
+        deepspeed=deepspeed, precision=precision, offload=OffloadConfig(device=place)
+    )
 
-    def fresh(name: str, parts: tuple[str, ...]) -> Branch:
+    def fresh(name: str, parts: tuple[str, ...]) -> BranchEngine:
         torch.manual_seed(1)
         sizes = {"ctc": (7, 5), "adaptor": (7, 5), "llm": (5, 300)}
         made = {p: encoder() if p == "encoder" else nn.Linear(*sizes[p]) for p in parts}
-        return Branch(name, Toy(made), config, folder)
+        return BranchEngine(name, Toy(made), config, folder)
 
     both = ("encoder", "adaptor", "llm")
     found: dict = {"losses": [], "swapped": True, "frozen": True, "rss": [], "hooks": []}
@@ -179,7 +181,7 @@ def main() -> None:
         found["losses"] = []
         pre, sft = fresh("pretrain", ("encoder", "ctc")), fresh("sft", both)
         take_turns(pre, sft, found)
-        pre.unpark()
+        pre.reload()
         found["beside"] = [found["losses"], digest(pre)]
         join(pre, sft, found, folder, fresh)
     if distributed.main_rank():

@@ -20,7 +20,7 @@ import dsasr
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch
+from dsasr.engine.branch_engine import BranchEngine
 from dsasr.utils import distributed
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique")
@@ -58,7 +58,7 @@ def main() -> None:
     branch_engine.init_distributed()
     build, found = Builder(chosen), {}
     branches = {
-        name: Branch(name, build.module(name), chosen.engine, Path(out).parent)
+        name: BranchEngine(name, build.module(name), chosen.engine, Path(out).parent)
         for name in ("pretrain", "sft")
     }
     for stage in chosen.stages:

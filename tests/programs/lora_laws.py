@@ -16,14 +16,14 @@ from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, EngineConfig, cutter
+from dsasr.engine.branch_engine import BranchEngine, EngineConfig, partitioner
 from dsasr.model import lora
 from dsasr.utils import distributed
 
 PARTS = ("encoder", "adaptor", "llm", "lora")
 
 
-def weights(branch: Branch) -> dict[str, dict[str, torch.Tensor]]:
+def weights(branch: BranchEngine) -> dict[str, dict[str, torch.Tensor]]:
     """By part, this rank's slices."""
     held = {part: {} for part in PARTS}
     for name, fragment in zero_partition.weights(branch.module).items():
@@ -37,14 +37,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return not distributed.any_rank(differ)
 
 
-def states(branch: Branch) -> dict[str, torch.Tensor]:
+def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
     return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
 
 
 def sharded(build: Builder) -> bool:
     """Whether matrices drawn into a model that is never whole are those of the whole one."""
     wanted, equal = dict(lora.adapters(build.speech_llm().llm)), True
-    cut = build.speech_llm(cutter(EngineConfig(precision="fp32"))).llm
+    cut = build.speech_llm(partitioner(EngineConfig(precision="fp32"))).llm
     for name, parameter in lora.adapters(cut):
         held = zero_partition.weight(parameter)
         part = wanted[name].detach().reshape(-1)[held.start : held.stop]
@@ -61,7 +61,7 @@ def main() -> None:
     batches = build.held_out("sft")
     found: dict = {"frozen": {}, "sharded": sharded(build)}
     config = EngineConfig(precision="bf16")
-    branch = Branch("sft", build.speech_llm(), config, folder)
+    branch = BranchEngine("sft", build.speech_llm(), config, folder)
     number = 0
     for name in ("align", "ia_sft", "only", "joint"):
         stage = stages[name]
@@ -76,7 +76,7 @@ def main() -> None:
         if name == "ia_sft":
             tensor_fragments.write_folder(folder / "saved", branch.fragments(), {"steps": number})
             kept = states(branch)
-            again = Branch("sft", build.speech_llm(), config, folder)
+            again = BranchEngine("sft", build.speech_llm(), config, folder)
             again.load(FragmentReader(folder / "saved"), stage, branch.adam_steps())
             found["resumed"] = same(kept, states(again))
             one, other = (b.step([batches[0]], 2) for b in (branch, again))
@@ -85,7 +85,7 @@ def main() -> None:
             again.close()
     branch.close()
     # Written by three ranks, read by two: weights, masters and moments.
-    other = Branch("sft", build.speech_llm(), EngineConfig(precision="fp32"), folder)
+    other = BranchEngine("sft", build.speech_llm(), EngineConfig(precision="fp32"), folder)
     reader = FragmentReader(folder / "cut")
     other.load(reader, stages["ia_sft"], 5.0)
     pieces = other.fragments()

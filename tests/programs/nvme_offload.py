@@ -16,7 +16,7 @@ from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, EngineConfig
+from dsasr.engine.branch_engine import BranchEngine, EngineConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -51,7 +51,7 @@ def batch(number: int) -> Batch:
     )
 
 
-def held(branch: Branch) -> dict[str, torch.Tensor]:
+def held(branch: BranchEngine) -> dict[str, torch.Tensor]:
     return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
 
 
@@ -66,8 +66,8 @@ def main() -> None:
     disk = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "disk"))
     branch_engine.check_disk(disk)
     branches = {
-        "memory": Branch("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
-        "disk": Branch("sft", Model(), disk, folder),
+        "memory": BranchEngine("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
+        "disk": BranchEngine("sft", Model(), disk, folder),
     }
     found: dict = {"equal": [], "files": 0}
     number = 0
@@ -87,8 +87,8 @@ def main() -> None:
     found["swapped"] = [any(empty), all(empty)]
     # A checkpoint of the one on the disk, and a swap of the encoder into it.
     tensor_fragments.write_folder(folder / "saved", branches["disk"].fragments(), {})
-    again = Branch("sft", Model(), EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "two")),
-                   folder / "other")  # fmt: skip
+    two = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "two"))
+    again = BranchEngine("sft", Model(), two, folder / "other")
     again.load(FragmentReader(folder / "saved"), JOINT, branches["disk"].adam_steps())
     found["resumed"] = same(held(branches["disk"]), held(again))
     one, other = (b.step([batch(99)], 3) for b in (branches["disk"], again))

@@ -14,11 +14,11 @@ import torch
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, cutter
+from dsasr.engine.branch_engine import BranchEngine, partitioner
 from dsasr.utils import distributed
 
 
-def held(branch: Branch) -> dict[str, torch.Tensor]:
+def held(branch: BranchEngine) -> dict[str, torch.Tensor]:
     return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
 
 
@@ -44,11 +44,11 @@ def compare(chosen: recipe.Recipe, name: str, folder: Path) -> dict:
     build = Builder(chosen)
     stage = next(s for s in reversed(chosen.stages) if s.branch == name)
     batches = build.held_out(name)
-    cut = Counted(cutter(chosen.engine))
+    cut = Counted(partitioner(chosen.engine))
     whole, slices = build.module(name), build.module(name, cut)
     total = sum(p.numel() for p in whole.parameters())
     buffers = same(dict(whole.named_buffers()), dict(slices.named_buffers()))
-    branches = [Branch(name, module, chosen.engine, folder) for module in (whole, slices)]
+    branches = [BranchEngine(name, module, chosen.engine, folder) for module in (whole, slices)]
     for branch in branches:
         branch.enter(stage)
     started = [held(branch) for branch in branches]

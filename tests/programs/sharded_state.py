@@ -19,7 +19,7 @@ from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, EngineConfig
+from dsasr.engine.branch_engine import BranchEngine, EngineConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import Snapshot, StageConfig
 from dsasr.utils import distributed
@@ -70,9 +70,9 @@ def batch() -> Batch:
 def main() -> None:
     folder = Path(sys.argv[-1])
     branch_engine.init_distributed()
-    live = Branch("pretrain", Model(1), EngineConfig(), folder)
+    live = BranchEngine("pretrain", Model(1), EngineConfig(), folder)
     live.enter(JOINT)
-    other = Branch("sft", Model(2), EngineConfig(), folder)
+    other = BranchEngine("sft", Model(2), EngineConfig(), folder)
     other.enter(HEAD)
     store = SnapshotStore(folder / "store")
     slices = [p.ds_tensor.numel() for p in other.module.encoder.parameters()]

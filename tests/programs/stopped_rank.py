@@ -17,11 +17,11 @@ sys.path[0] = str(ROOT)
 
 def main() -> None:
     from dsasr.launch.watchdog import Watchdog, WatchdogConfig
-    from dsasr.training.trainer import Run
+    from dsasr.training.trainer import Trainer
 
-    save_if_due = Run.save_if_due
+    save_if_due = Trainer.save_if_due
 
-    def then_stop(run: Run) -> None:
+    def then_stop(run: Trainer) -> None:
         save_if_due(run)
         if run.steps == 2:
             dog = run.watchdog
@@ -32,7 +32,7 @@ def main() -> None:
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    Run.save_if_due = then_stop
+    Trainer.save_if_due = then_stop
     runpy.run_path(str(ROOT / "dsasr" / "train.py"), run_name="__main__")
 
 

@@ -81,7 +81,7 @@ def recipe(folder: Path) -> dict:
             "cmvn": str(folder / "cmvn.json"),
             "phonemes": str(folder / "phonemes.json"),
             "augment": {"speeds": [1.0], "noise_share": 0.0},
-            "stream": {"workers": 0, "batch": {"frames": 400, "min_seconds": 0.05}},
+            "dataloader": {"num_workers": 0, "batch": {"frames": 400, "min_seconds": 0.05}},
         },
         "model": {
             "encoder": {"width": 16, "layers": 1, "heads": 2, "ffn": 32, "kernel": 5,
@@ -92,10 +92,10 @@ def recipe(folder: Path) -> dict:
         "drift": {"start": 0.2, "interval": 0.1, "threshold": 0.999, "probe_utterances": 4},
         "stages": [
             {"name": "pretrain", "branch": "pretrain", "trains": {"encoder": 5e-3, "ctc": 5e-3},
-             "steps": 20, "warmup": 2},
+             "steps": 20, "warmup_steps": 2},
             {"name": "align", "branch": "sft", "trains": {"adaptor": 2e-3}, "steps": 4},
             {"name": "ia_sft", "branch": "sft", "trains": both, "steps": 14, "swaps": True,
-             "after_final": 3},
+             "steps_after_final_swap": 3},
             {"name": "joint", "branch": "sft", "trains": {"encoder": 1e-4, **both}, "steps": 4},
         ],
         "monitor": {"every": 3, "tensorboard": False},

@@ -29,7 +29,7 @@ def schedule() -> Schedule:
         (
             StageConfig("pretrain", "pretrain", {"encoder": 1e-3, "ctc": 1e-3}, 100),
             StageConfig("align", "sft", {"adaptor": 1e-3}, 10),
-            StageConfig("ia_sft", "sft", both, 80, swaps=True, after_final=20),
+            StageConfig("ia_sft", "sft", both, 80, swaps=True, steps_after_final_swap=20),
             StageConfig("joint", "sft", {"encoder": 1e-5, **both}, 20),
         ),
         DriftConfig(start=0.3, interval=0.1, threshold=0.95),

@@ -27,12 +27,12 @@ def main() -> None:
 
 
 def hold(step: int, start: int) -> None:
-    from dsasr.training.trainer import Run
+    from dsasr.training.trainer import Trainer
     from dsasr.utils.io import atomic_write
 
-    save_if_due = Run.save_if_due
+    save_if_due = Trainer.save_if_due
 
-    def wait(run: Run) -> None:
+    def wait(run: Trainer) -> None:
         save_if_due(run)
         if run.steps != step:
             return
@@ -43,7 +43,7 @@ def hold(step: int, start: int) -> None:
             time.sleep(0.05)
         run._check_signal()
 
-    Run.save_if_due = wait
+    Trainer.save_if_due = wait
 
 
 if __name__ == "__main__":

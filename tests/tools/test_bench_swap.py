@@ -16,7 +16,7 @@ def test_one_line_a_size_with_floor_and_share(launch, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     (line,) = [json.loads(x) for x in results.read_text().splitlines()]
     assert line["ranks"] == 2 and 0.5e6 < line["encoder_parameters"] < 1.5e6
-    timed = ("hot_swap", "floor", "checksum", "publish", "store_swap", "park", "switch", "step")
+    timed = ("hot_swap", "floor", "checksum", "publish", "store_swap", "offload", "switch", "step")
     assert all(line[f"{name}_ms"] > 0 for name in timed)
     ratio = line["hot_swap_ms"] / line["floor_ms"]
     assert line["hot_swap_over_floor"] == pytest.approx(ratio, rel=0.2, abs=0.1)

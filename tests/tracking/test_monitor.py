@@ -40,11 +40,13 @@ def plain(line):
 def test_a_line_is_the_mean_since_the_last_one(tmp_path, capsys):
     monitor = Monitor(tmp_path, MonitorConfig(every=3, tensorboard=False), 10)
     for step, total in enumerate([1.0, 2.0, 6.0, 7.0]):
-        monitor.step(report(step, total), step + 1, 0.0, last=step == 3, more={"parked_bytes": 9.0})
+        monitor.step(
+            report(step, total), step + 1, 0.0, last=step == 3, more={"offloaded_bytes": 9.0}
+        )
     monitor.close()
     first, second = lines(tmp_path)
     assert first["nll"] == 9 / 6 and second["nll"] == 7 / 2
-    assert first["bad_samples"] == 3 and first["parked_bytes"] == 9 and first["rate_llm"] == 1e-3
+    assert first["bad_samples"] == 3 and first["offloaded_bytes"] == 9 and first["lr_llm"] == 1e-3
     assert first["padding_share"] == pytest.approx(0.25) and second["step"] == 4
     assert first["audio_hours_per_hour"] > 0
     # Three batches of 3 s of audio each.
@@ -108,7 +110,7 @@ def test_tensorboard_holds_cka_threshold_swaps_and_parked_bytes(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monitor = Monitor(tmp_path, MonitorConfig(every=1), 10)
-    monitor.step(report(0, 1.0), 1, 0.0, more={"parked_bytes": 7.0, "encoder_in_use": 5.0})
+    monitor.step(report(0, 1.0), 1, 0.0, more={"offloaded_bytes": 7.0, "encoder_in_use": 5.0})
     head = {"steps": 1, "branch": "pretrain", "stage": "drift"}
     monitor.scalars(head, {"cka": 0.97, "cka_threshold": 0.975, "drift_share": 0.01})
     monitor.scalars(head | {"stage": "encoder"}, {"swap_seconds": 0.1, "in_use": 5})
@@ -119,7 +121,7 @@ def test_tensorboard_holds_cka_threshold_swaps_and_parked_bytes(tmp_path):
     wanted = {"drift/cka", "drift/cka_threshold", "drift/drift_share", "encoder/swap_seconds"}
     wanted |= {"sft/wait_share", "sft/decode_ms_per_s", "sft/feature_ms_per_s"}
     wanted |= {"sft/padding_share", "sft/queue_depth", "sft/bytes_per_second"}
-    wanted |= {"encoder/in_use", "sft/parked_bytes", "sft/encoder_in_use", "sft/nll"}
+    wanted |= {"encoder/in_use", "sft/offloaded_bytes", "sft/encoder_in_use", "sft/nll"}
     assert wanted <= set(held.Tags()["scalars"])
     assert any("encoder" in tag for tag in held.Tags()["tensors"])
 

@@ -14,7 +14,7 @@ from dsasr.checkpoint import snapshot_store, tensor_fragments, zero_partition
 from dsasr.config import fingerprint, to_plain
 from dsasr.stages import Snapshot
 from dsasr.tracking import timeline_plot
-from dsasr.training.trainer import Run
+from dsasr.training.trainer import Trainer
 from dsasr.utils.errors import UserError
 
 
@@ -26,16 +26,16 @@ def events(folder: Path, kind: str) -> list[dict]:
     return [e for e in lines(folder, "events") if e["event"] == kind]
 
 
-def a_run(tiny: Path, folder: Path, *overrides: str) -> Run:
+def a_run(tiny: Path, folder: Path, *overrides: str) -> Trainer:
     # There is no process group here to cut parameters for: ZeRO-2 leaves them whole.
-    return Run(recipe.load(str(tiny), [f"run={folder}", "engine.deepspeed=zero2", *overrides]))
+    return Trainer(recipe.load(str(tiny), [f"run={folder}", "engine.deepspeed=zero2", *overrides]))
 
 
-def opened(tiny: Path, folder: Path, *overrides: str) -> Run:
+def opened(tiny: Path, folder: Path, *overrides: str) -> Trainer:
     return a_run(tiny, folder, "branch=sft", "store.poll_seconds=0", *overrides)
 
 
-def offer(run: Run, number: int, cause: str, seed: int = 0, spoil: str = "") -> None:
+def offer(run: Trainer, number: int, cause: str, seed: int = 0, spoil: str = "") -> None:
     """Publish an encoder as the pretrain job would."""
     module = run.build.pretrainer()
     module.reset_parameters(torch.Generator().manual_seed(seed))
@@ -53,7 +53,7 @@ def offer(run: Run, number: int, cause: str, seed: int = 0, spoil: str = "") -> 
         )
 
 
-def in_stage(run: Run, position: int):
+def in_stage(run: Trainer, position: int):
     """The sft branch as it is in that stage, without an engine."""
     branch = run.branches.get("sft")
     branch.stage = run.schedule.sft[position]
@@ -133,7 +133,7 @@ def test_a_store_of_another_recipe_is_not_published_into(tiny, tmp_path):
     offer(run, 5, "drift")
     run.close()
     with pytest.raises(UserError, match="holds encoders of another recipe"):
-        Run(recipe.load(str(tiny), [f"run={tmp_path / 'run'}", "branch=pretrain"]))
+        Trainer(recipe.load(str(tiny), [f"run={tmp_path / 'run'}", "branch=pretrain"]))
 
 
 # -- what is said in the store and in the log ------------------------------------------------

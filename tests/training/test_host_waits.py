@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, masking_utils
 from dsasr.data.audio.augment import SpecAugmentConfig
 from dsasr.data.batch import Batch, upload
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.ctc_model import PretrainConfig, Pretrainer
+from dsasr.model.ctc_model import CtcModel, CtcModelConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
@@ -80,7 +80,10 @@ def step(model, held: Batch) -> BlockingCopies:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         sums = {}
         for name, (total, count) in outputs.sums.items():
-            sums[name] = (0.0 + total, 0.0 + count)  # as `Branch.step` and the monitor add them
+            sums[name] = (
+                0.0 + total,
+                0.0 + count,
+            )  # as `BranchEngine.step` and the monitor add them
     assert outputs.loss.device.type == "meta" and sums
     assert all(p.grad is not None for p in trained)
     return copies
@@ -98,8 +101,8 @@ def test_pretraining_waits_for_nothing(monkeypatch, utterances, consistency):
     monkeypatch.setattr(F, "ctc_loss", ctc)
     chunks, spec = CHUNKS, SpecAugmentConfig()
     with torch.device("meta"):
-        encoder = Encoder(EncoderConfig(**ENCODER, checkpoint=True))
-        model = Pretrainer(encoder, 9, PretrainConfig(consistency, spec, chunks))
+        encoder = Encoder(EncoderConfig(**ENCODER, activation_checkpointing=True))
+        model = CtcModel(encoder, 9, CtcModelConfig(consistency, spec, chunks))
     copies = step(model, batch(utterances))
     assert copies.copies and not copies.blocking
 
@@ -114,7 +117,8 @@ def speech_llm(stage: str, pack: int, device: str) -> SpeechLLM:
             Encoder(EncoderConfig(**ENCODER)),
             Adaptor(AdaptorConfig(hidden=10), 16, 16),
             Qwen3ForCausalLM(shape),
-            [1, 2], [3], 0, LlmConfig(pack=pack, checkpoint=True), SpecAugmentConfig(), CHUNKS,
+            [1, 2], [3], 0, LlmConfig(pack=pack, activation_checkpointing=True),
+            SpecAugmentConfig(), CHUNKS,
         )  # fmt: skip
     for part in ("encoder", "adaptor", "llm"):
         getattr(model, part).requires_grad_(part in STAGES[stage])

@@ -15,10 +15,10 @@ from dsasr import recipe
 from dsasr.analysis import probed_encoders
 from dsasr.checkpoint import tensor_fragments
 from dsasr.entropy_allocation.cka import cka
-from dsasr.evaluation import test_sets
-from dsasr.recipe import WatchConfig
+from dsasr.evaluation import eval_sets
+from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
-from dsasr.training.online_probe import Watch
+from dsasr.training.online_probe import OnlineProbe
 from dsasr.utils.errors import UserError
 
 
@@ -34,12 +34,15 @@ def weights(folder: Path) -> dict:
 @pytest.mark.launcher
 def test_looks_on_two_ranks_change_nothing_and_are_logged(start, tiny, tmp_path):
     plain, watched = tmp_path / "plain", tmp_path / "watched"
-    late = "stages.ia_sft.swaps=false", "stages.ia_sft.after_final=0"  # the joint stage swaps
+    late = (
+        "stages.ia_sft.swaps=false",
+        "stages.ia_sft.steps_after_final_swap=0",
+    )  # the joint stage swaps
     job = start(f"run={plain}", *late)
     assert set(job.wait()) == {0}, job.output[-3000:]
     job = start(
-        f"run={watched}", *late, "allocation.every=5", "allocation.probes=2",
-        "allocation.budget=1.0", "allocation.utterances=8", "evaluation.suite_utterances=3",
+        f"run={watched}", *late, "probe.every=5", "probe.probes=2",
+        "probe.budget=1.0", "probe.utterances=8", "evaluation.suite_utterances=3",
         "evaluation.every=20", "evaluation.suite.clips=1", "evaluation.suite.seconds=1.0",
     )  # fmt: skip
     assert set(job.wait()) == {0}, job.output[-3000:]
@@ -58,7 +61,7 @@ def test_looks_on_two_ranks_change_nothing_and_are_logged(start, tiny, tmp_path)
     swaps = [json.loads(x) for x in (watched / "events.jsonl").read_text().splitlines()]
     [last] = [x for x in swaps if x["event"] == "swap" and x["stage"] == "joint"]
     final = probed_encoders.open_checkpoint(watched / "snapshots" / last["snapshot"])
-    shown = final.encode(test_sets.read(str(tiny.parent / "valid"))[0])
+    shown = final.encode(eval_sets.read(str(tiny.parent / "valid"))[0])
     began = load_file(watched / "allocation" / "start-joint.safetensors")
     assert began.keys() == shown.keys()
     for key, frames in began.items():
@@ -68,8 +71,8 @@ def test_looks_on_two_ranks_change_nothing_and_are_logged(start, tiny, tmp_path)
     assert valid["hallucination/silence/characters_per_minute"] >= 0
 
 
-def watch(tmp_path, **given) -> Watch:
-    return Watch(WatchConfig(every=1, **given), None, None, tmp_path)
+def watch(tmp_path, **given) -> OnlineProbe:
+    return OnlineProbe(OnlineProbeConfig(every=1, **given), None, None, tmp_path)
 
 
 def test_the_budget_is_kept(tmp_path):
@@ -122,7 +125,7 @@ class Linear:
         return {"a": x[0], "b": x[1, :20]}
 
 
-def looking(tmp_path, **given) -> Watch:
+def looking(tmp_path, **given) -> OnlineProbe:
     held = watch(tmp_path, **given)
     held._probe = {"sft": [Shown()]}
     return held
@@ -160,7 +163,7 @@ def test_a_stage_that_leaves_the_encoder_alone_has_no_cka(tmp_path):
     held, align = looking(tmp_path), Linear("align", "adaptor")
     assert held.begin(align, 0) == 0 and held.seconds == 0 and not list(tmp_path.iterdir())
     assert "cka_to_stage_start" not in held._measure(align.stage, align.frames(), [], False)
-    off = Watch(WatchConfig(every=0), None, None, tmp_path)
+    off = OnlineProbe(OnlineProbeConfig(every=0), None, None, tmp_path)
     assert off.begin(Linear("joint", "encoder"), 0) == 0
 
 
@@ -183,6 +186,6 @@ def test_a_look_that_does_not_fit_is_counted_and_kept(tmp_path):
 
 def test_settings_are_checked(tiny):
     with pytest.raises(UserError, match="budget"):
-        recipe.load(str(tiny), ["allocation.budget=0"])
+        recipe.load(str(tiny), ["probe.budget=0"])
     with pytest.raises(UserError, match="utterances"):
-        recipe.load(str(tiny), ["allocation.utterances=1"])
+        recipe.load(str(tiny), ["probe.utterances=1"])

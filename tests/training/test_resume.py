@@ -8,23 +8,23 @@ import pytest
 import torch
 
 from dsasr import config, recipe
-from dsasr.checkpoint.manager import Checkpoints
+from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.training import resume
 from dsasr.utils.errors import UserError
 
 
-def saved(tiny: Path, folder: Path) -> Checkpoints:
+def saved(tiny: Path, folder: Path) -> CheckpointManager:
     """Two checkpoints of the tiny recipe."""
     chosen = recipe.load(str(tiny), [f"run={folder}", "checkpoint.keep=2"])
-    kept = Checkpoints(folder / "checkpoints", chosen.checkpoint)
+    kept = CheckpointManager(folder / "checkpoints", chosen.checkpoint)
     for steps in (1, 2):
         weights = {"w": Fragment((3,), 0, torch.full((3,), float(steps)))}
         kept.save(steps, weights, {"recipe": config.to_plain(chosen)})
     return kept
 
 
-def choose(tiny: Path, kept: Checkpoints, *overrides: str):
+def choose(tiny: Path, kept: CheckpointManager, *overrides: str):
     chosen = recipe.load(str(tiny), [f"run={kept.folder.parent}", *overrides])
     reader, passed_over = resume.choose(chosen, kept)
     return (reader.manifest["steps"] if reader else None), passed_over
@@ -39,7 +39,7 @@ def test_auto_takes_the_newest_whole_one_and_a_path_takes_that_one(tiny, tmp_pat
     file.write_bytes(file.read_bytes()[:-4])
     steps, passed_over = choose(tiny, kept)
     assert steps == 1 and second.name in passed_over[0]
-    empty = Checkpoints(tmp_path / "none" / "checkpoints", kept.config)
+    empty = CheckpointManager(tmp_path / "none" / "checkpoints", kept.config)
     assert choose(tiny, empty) == choose(tiny, empty, "resume=never") == (None, [])
 
 

@@ -13,7 +13,7 @@ import torch
 from dsasr import recipe
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import FragmentReader
-from dsasr.training.trainer import Run
+from dsasr.training.trainer import Trainer
 from dsasr.utils.errors import UserError
 
 TIMES = ("seconds", "audio_hours_per_hour", "wait_share", "step_seconds", "queue_depth")
@@ -77,7 +77,7 @@ def test_four_stages_with_drift_and_swaps(whole):
     assert reader.manifest["progress"]["in_use"] == "encoder-000000020"
     assert events(whole, "finished") and events(whole, "evaluated")
     lined = [x for x in lines(whole) if x["stage"] == "ia_sft"]
-    assert lined[-1]["encoder_in_use"] == 20.0 and "parked_bytes" in lined[0]
+    assert lined[-1]["encoder_in_use"] == 20.0 and "offloaded_bytes" in lined[0]
     assert (whole / "timeline.png").stat().st_size > 10_000
     assert any((whole / "tensorboard").iterdir())
 
@@ -100,7 +100,7 @@ def test_tensorboard_holds_what_the_log_says(whole):
         tag = "encoder/nll_after" if name == "nll" else "encoder/nll_before"
         assert curves[tag] == [(e["steps"], pytest.approx(e[name])) for e in around] != []
     for stage in ("align", "ia_sft", "joint"):
-        assert {f"{stage}/{n}" for n in ("nll", "parked_bytes", "encoder_in_use")} <= set(curves)
+        assert {f"{stage}/{n}" for n in ("nll", "offloaded_bytes", "encoder_in_use")} <= set(curves)
     assert "encoder/text_summary" in held.Tags()["tensors"]
 
 
@@ -179,11 +179,11 @@ def test_another_model_cannot_go_on_even_if_allowed(whole, start, tmp_path):
 def test_a_used_folder_is_not_overwritten(whole, tiny):
     before = (whole / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="holds a run already"):
-        Run(recipe.load(str(tiny), [f"run={whole}", "resume=never"]))
+        Trainer(recipe.load(str(tiny), [f"run={whole}", "resume=never"]))
     # Another run may not write into its store either.
     other = [f"run={whole.parent / 'other'}", f"store.path={whole / 'snapshots'}"]
     with pytest.raises(UserError, match="has a publisher already"):
-        Run(recipe.load(str(tiny), other))
+        Trainer(recipe.load(str(tiny), other))
     assert (whole / "metrics.jsonl").read_text() == before
 
 

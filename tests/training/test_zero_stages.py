@@ -17,10 +17,11 @@ TRAIN = Path(__file__).parents[2] / "dsasr" / "train.py"
 # Four steps of pretraining, eight that train the adaptor alone, one, four that train all parts.
 STAGES = {"pretrain": 4, "align": 8, "ia_sft": 1, "joint": 4}
 SHORT = [*[f"stages.{name}.steps={steps}" for name, steps in STAGES.items()],
-         "stages.pretrain.warmup=0", "stages.ia_sft.after_final=0", "stages.joint.warmup=3",
+         "stages.pretrain.warmup_steps=0", "stages.ia_sft.steps_after_final_swap=0",
+         "stages.joint.warmup_steps=3",
          "drift.mode=final", "monitor.every=1", "checkpoint.every_steps=3"]  # fmt: skip
 LEARNT = ("ctc", "nll", "entropy", "accuracy", "grad_norm")
-RATES = ("rate_encoder", "rate_ctc", "rate_adaptor", "rate_llm")
+RATES = ("lr_encoder", "lr_ctc", "lr_adaptor", "lr_llm")
 
 
 def lines(folder: Path) -> dict[int, dict]:
@@ -83,7 +84,7 @@ def test_zero_3_goes_on_as_zero_1_and_back(trained):
                 {k: x[steps][k] for k in LEARNT if k in x[steps]} for x in (found, told)
             )
             assert mine == pytest.approx(theirs, rel=1e-6), (run.name, steps)
-    assert told[16]["rate_encoder"] < told[16]["rate_adaptor"]
+    assert told[16]["lr_encoder"] < told[16]["lr_adaptor"]
     for run in (one, back):
         assert run_apart(at(run, 17), at(whole, 17)) < 1e-6
 

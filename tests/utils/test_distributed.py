@@ -15,7 +15,7 @@ LATE = """
 import atexit, os, sys
 import torch
 import torch.distributed as dist
-from dsasr import ranks
+from dsasr.utils import distributed
 
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 group = dist.new_group([0])
@@ -31,8 +31,8 @@ for _ in range(50):
     dist.all_reduce(mine, group=group)
     del mine
 atexit.register(print, "registered")
-ranks.leave = lambda: None
-ranks.end_process(3)
+distributed.leave = lambda: None
+distributed.end_process(3)
 """
 
 

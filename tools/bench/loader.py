@@ -44,7 +44,7 @@ from common import record
 
 from dsasr.data.audio.features import FbankConfig, decode, fbank
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.workers import keep_freed_memory
 from dsasr.utils.errors import UserError, run_tool
 
@@ -60,11 +60,15 @@ Measured = tuple[float, float, float]
 
 def ours(folder: Path, workers: int, epochs: int, device: str = "") -> Batches:
     """Features made by the workers, or on ``device`` in this process."""
-    config = StreamConfig(
-        batch=BatchConfig(frames=FRAMES), workers=workers, features="device" if device else "worker"
+    config = DataLoaderConfig(
+        batch=BatchConfig(frames=FRAMES),
+        num_workers=workers,
+        features="device" if device else "worker",
     )
     datasets = [DatasetConfig("bench", str(folder))]
-    with Stream(config, datasets=datasets, epochs=epochs, device=device or "cpu") as stream:
+    with StreamingDataLoader(
+        config, datasets=datasets, epochs=epochs, device=device or "cpu"
+    ) as stream:
         for batch in stream:
             yield float(batch.feature_lengths_B.sum()) / 100, batch.padding_share
 

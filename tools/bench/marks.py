@@ -14,7 +14,7 @@ from common import clock
 from torch.profiler import ProfilerActivity, profile
 
 from dsasr.data.batch import Batch
-from dsasr.engine.branch_engine import Branch
+from dsasr.engine.branch_engine import BranchEngine
 from dsasr.utils import distributed
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -65,7 +65,7 @@ class Marks:
     def _between(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) / 1000 if self.gpu else end - start
 
-    def watch(self, branch: Branch) -> None:
+    def watch(self, branch: BranchEngine) -> None:
         """Mark the parts of the branch's steps; its stage must have been entered."""
         module = branch.module
         parts = {"encoder": module.encoder}
@@ -101,7 +101,7 @@ class Marks:
             out.register_hook(lambda _: self(f"{name} backward"))
 
 
-def profiled(branch: Branch, group: Sequence[Batch], number: int) -> dict[str, Any]:
+def profiled(branch: BranchEngine, group: Sequence[Batch], number: int) -> dict[str, Any]:
     """Communication and waits of one more step; on a GPU one wait for the device is the profiler's.
 
     On a CPU "waits" are the values asked for, most of them of tensors that would lie on the host.

@@ -37,7 +37,7 @@ from dsasr.build import Builder
 from dsasr.data.batch import Batch
 from dsasr.demo.small_lm import make_random_lm
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, cutter
+from dsasr.engine.branch_engine import BranchEngine, partitioner
 from dsasr.kernels import dispatch
 from dsasr.planning import batch_search, cluster_sizing
 from dsasr.planning.batch_trial import Shape, status, synthetic_batch
@@ -117,14 +117,14 @@ def measure(args: argparse.Namespace, chosen: recipe.Recipe, folder: Path) -> di
     batch = synthetic_batch(shape, chosen.model.encoder.mels, phonemes, tokens)
     warm_up(chosen, stage, batch, folder)
     memory = Memory()
-    module = build.module(stage.branch, None if args.whole else cutter(chosen.engine))
+    module = build.module(stage.branch, None if args.whole else partitioner(chosen.engine))
     found = {"building": memory.most()}
-    branch = Branch(stage.branch, module, chosen.engine, folder)
+    branch = BranchEngine(stage.branch, module, chosen.engine, folder)
     branch.enter(stage)
     found |= {"entering": memory.most(), "entered": memory.held()}
     for number in range(args.steps):
         memory.reset()
-        branch.step([batch] * stage.accumulate, number)
+        branch.step([batch] * stage.grad_accum_steps, number)
     found |= {"peak": memory.most(), "held": memory.held()}
     memory.close()
     return found
@@ -146,11 +146,11 @@ def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Pat
     if distributed.main_rank():
         make_random_lm(folder / "small", Builder(chosen).tokenizer_folder, 32, 1)
     distributed.barrier()
-    module = Builder(small).module(stage.branch, cutter(chosen.engine))
-    branch = Branch(stage.branch, module, chosen.engine, folder)
+    module = Builder(small).module(stage.branch, partitioner(chosen.engine))
+    branch = BranchEngine(stage.branch, module, chosen.engine, folder)
     branch.enter(stage)
     for number in range(2):
-        branch.step([batch] * stage.accumulate, number)
+        branch.step([batch] * stage.grad_accum_steps, number)
     branch.close()
 
 
@@ -159,7 +159,7 @@ def predict(args: argparse.Namespace, chosen: recipe.Recipe) -> tuple[dict[str, 
     shape = [int(x) for x in args.batch.split("x")]
     seconds = shape[1] / cluster_sizing.FRAMES
     traffic = cluster_sizing.Traffic(seconds, shape[2] / seconds)
-    batch = replace(stage.batch or chosen.data.stream.batch, frames=shape[0] * shape[1],
+    batch = replace(stage.batch or chosen.data.dataloader.batch, frames=shape[0] * shape[1],
                     samples=shape[0], tokens=0)  # fmt: skip
     stage = replace(stage, batch=batch)
     machine = cluster_sizing.Machine(nodes=1, gpus=distributed.world(), reserve=0.0,

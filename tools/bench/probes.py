@@ -18,7 +18,7 @@ import torch
 from common import record
 
 from dsasr.entropy_allocation.frame_set import FrameSet
-from dsasr.entropy_allocation.v_information import AccessibleConfig, pai
+from dsasr.entropy_allocation.v_information import VInformationConfig, pai
 from dsasr.utils.errors import run_tool
 
 SPOKEN = 250  # frames of an utterance: ten seconds
@@ -47,7 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     data = frames(args.frames, args.width, args.phonemes, args.signal, args.device)
     for control in (False, True):
-        config = AccessibleConfig(
+        config = VInformationConfig(
             max_frames=args.frames, max_width=args.width, control=control, draws=200
         )
         started, before = time.monotonic(), _cpu()

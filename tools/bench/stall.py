@@ -24,10 +24,10 @@ import torch
 from common import record
 from swap import SIZES, Parts, batch, seconds
 
-from dsasr.checkpoint.manager import CheckpointConfig, Checkpoints
+from dsasr.checkpoint.manager import CheckpointConfig, CheckpointManager
 from dsasr.data.batch import Batch
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, EngineConfig
+from dsasr.engine.branch_engine import BranchEngine, EngineConfig
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import run_tool
@@ -46,15 +46,15 @@ def audio(length: float) -> Batch:
     )
 
 
-def save(checkpoints: Checkpoints, branch: Branch, steps: int) -> None:
+def save(checkpoints: CheckpointManager, branch: BranchEngine, steps: int) -> None:
     checkpoints.save(steps, branch.fragments(), {}, wait=False)
 
 
 def measure(size: int, rounds: int, length: float, folder: Path) -> None:
     width, layers = SHAPES[size]
-    branch = Branch("pretrain", Parts(width, layers, 0), EngineConfig(), folder)
+    branch = BranchEngine("pretrain", Parts(width, layers, 0), EngineConfig(), folder)
     branch.enter(PRETRAIN)
-    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=1))
+    checkpoints = CheckpointManager(folder / "checkpoints", CheckpointConfig(keep=1))
     fed, steps = audio(length), 0
     taken: dict[str, list[float]] = {"step": [], "stall": [], "beside": [], "write": []}
 

@@ -5,15 +5,15 @@
 
 Weights and features are random; the recipe gives the shapes. Durations are drawn (lognormal, mean
 --seconds, spread 0.6), transcripts at --tokens a second, and cut into batches by the recipe's own
-budgets, padding and all. The step is `Branch.step`, as a run makes it; what is not in it is the
-making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is recorded:
+budgets, padding and all. The step is `BranchEngine.step`, as a run makes it; what is not in it is
+the making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is recorded:
 
 - ``step_ms`` of the slowest rank; ``tokens_per_s``: positions of the language model, or the
   encoder's frames in pretraining, and ``audio_hours_per_gpu_hour``; padding counts in neither
 - ``mfu``: Σ forward and backward FLOPs of `dsasr.planning.flops` / (step · peak). ``peak_from``
   says whether the peak is the vendor's for dense bf16 or, of an unknown machine, this run's
-  square matrix product; ``share`` is by the latter everywhere. ``recomputed``: what is done twice, over
-  that sum.
+  square matrix product; ``share`` is by the latter everywhere. ``recomputed``: what is done twice,
+  over that sum.
 - ``split_ms``: from one mark to the next in the device's queue. Backward times hold what is
   recomputed and, in the last one, DeepSpeed's reduction.
 - of one more step, profiled: ``communication_ms`` of the device, overlapped or not, and ``waits``,
@@ -45,11 +45,11 @@ from dsasr import recipe
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, cut
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch
+from dsasr.engine.branch_engine import BranchEngine
 from dsasr.kernels import dispatch
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
-from dsasr.model.ctc_model import Pretrainer
+from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.llm import embedding_rms
 from dsasr.model.speech_llm import SpeechLLM
@@ -67,9 +67,10 @@ CORPUS = 2000  # utterances that batches are cut from
 # Dense bf16, as the vendor gives it. Longest name first.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 SMALL = (
-    "model.encoder={width: 96, layers: 2, heads: 4, ffn: 384, kernel: 15, checkpoint: true}",
+    "model.encoder={width: 96, layers: 2, heads: 4, ffn: 384, kernel: 15}",
+    "model.encoder.activation_checkpointing=true",
     "model.adaptor={stack: 4, hidden: 128}",
-    "model.llm={path: small, pack: 256, checkpoint: true}",
+    "model.llm={path: small, pack: 256, activation_checkpointing: true}",
 )
 SMALL_LM = {
     "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
@@ -89,7 +90,7 @@ def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
     with distributed.device():
         encoder = Encoder(model.encoder)
         if branch == "pretrain":
-            return Pretrainer(encoder, PHONEMES, model.pretrain)
+            return CtcModel(encoder, PHONEMES, model.pretrain)
         shape = Qwen3Config(**SMALL_LM) if small else cluster_sizing.llm_config(model.llm.path)
         llm = AutoModelForCausalLM.from_config(
             shape, dtype=dtype, attn_implementation=model.llm.attn
@@ -112,7 +113,7 @@ def prompt(config: BatchConfig) -> tuple[list[int], list[int]]:
 
 
 def batch_config(chosen: Recipe, stage: StageConfig, small: bool) -> BatchConfig:
-    config = chosen.stream(stage)[0].batch
+    config = chosen.dataloader(stage)[0].batch
     return replace(config, **SMALL_BATCH) if small else config
 
 
@@ -162,7 +163,7 @@ def work(
     """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
     model, frames = chosen.model, batch.feature_lengths_B.tolist()
     width = model.encoder.width
-    again = {"encoder": model.encoder.checkpoint and model.encoder.recompute == "all"}
+    again = {"encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all"}
     if stage.branch == "pretrain":
         frames = frames * (2 if model.pretrain.consistency else 1)
         parts = {
@@ -184,7 +185,9 @@ def work(
             "head": flops.head(shape, int(batch.token_lengths_B.sum())),
         }
         positions = sum(lengths)
-        again["llm"] = again["lora"] = model.llm.checkpoint and model.llm.recompute == "all"
+        again["llm"] = again["lora"] = (
+            model.llm.activation_checkpointing and model.llm.recompute == "all"
+        )
     recomputed = [name for name, on in again.items() if on]
     return flops.step(parts, stage.trains, recomputed), positions
 
@@ -209,11 +212,11 @@ class Limits:
 
 
 def measure(
-    branch: Branch, stage: StageConfig, held: Sequence[Batch], warm_up: int
+    branch: BranchEngine, stage: StageConfig, held: Sequence[Batch], warm_up: int
 ) -> dict[str, Any]:
-    """Time ``held``, ``stage.accumulate`` batches a step, but for the first ``warm_up`` steps."""
+    """Time ``held``, ``stage.grad_accum_steps`` a step, but for the first ``warm_up`` steps."""
     branch.enter(stage)
-    marks, size = Marks(), stage.accumulate
+    marks, size = Marks(), stage.grad_accum_steps
     groups = [held[i : i + size] for i in range(0, len(held), size)]
     marks.watch(branch)
     for number, group in enumerate(Bar(groups, stage.name, leave=False, disable=not _shown())):
@@ -300,10 +303,10 @@ def case(
     # A module of its own: ZeRO-3 leaves partitioned weights behind.
     module = build(chosen, stage.branch, options.small)
     vocab = module.head.out_features if stage.branch == "sft" else 4
-    unseen = options.warm_up * stage.accumulate
+    unseen = options.warm_up * stage.grad_accum_steps
     held = batches(
         batch_config(chosen, stage, options.small),
-        unseen + options.rounds * stage.accumulate,
+        unseen + options.rounds * stage.grad_accum_steps,
         cluster_sizing.Traffic(options.seconds, options.tokens),
         vocab,
         chosen.model.encoder.mels,
@@ -313,7 +316,7 @@ def case(
         branch_engine.precision(chosen.engine),
     )
     with tempfile.TemporaryDirectory() as folder:
-        branch = Branch(stage.branch, module, settings, Path(folder))
+        branch = BranchEngine(stage.branch, module, settings, Path(folder))
         found = measure(branch, stage, held, options.warm_up)
         times = found["seconds"]
         fields = line(chosen, stage, module, held[unseen:], options.rounds, found, limits)

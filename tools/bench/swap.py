@@ -8,7 +8,7 @@ by the wall clock, as the slowest rank's time:
   bytes on all ranks at once; ``checksum``: the look that follows every swap of a run.
 - ``publish`` into a store, and ``store_swap``: from there into the sft branch, with sha256 and
   finiteness checks.
-- ``park``: masters and moments of the pretrain branch to host memory and back.
+- ``offload``: masters and moments of the pretrain branch to host memory and back.
 - ``step``: one optimizer step of the pretrain branch on four seconds of audio a rank, which is far
   less than a real batch, so that the share of time found from it is too high rather than too low.
 - ``switch``: the sft branch from the align stage (adaptor) to the joint one (encoder and all) and
@@ -16,8 +16,8 @@ by the wall clock, as the slowest rank's time:
 
 The share counts the method's schedule: three encoders published, swapped and checked, four stages
 entered, over 7.3 M steps. From 300 M on the pretrain branch holds its encoder without masters and
-moments, which a hot-swap does not touch, to fit in 20 GiB; ``park`` and ``step`` are left out, and
-the share is at --step-seconds. One JSON line a size is appended to results.jsonl.
+moments, which a hot-swap does not touch, to fit in 20 GiB; ``offload`` and ``step`` are left out,
+and the share is at --step-seconds. One JSON line a size is appended to results.jsonl.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from torch import nn
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.data.batch import Batch
 from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import Branch, EngineConfig
-from dsasr.engine.offload import ParkConfig
+from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine.offload import OffloadConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import Snapshot, StageConfig
@@ -133,8 +133,8 @@ class Floor:
 
 def measure(size: int, rounds: int, step_seconds: float, folder: Path) -> None:
     width, layers = SIZES[size]
-    config = EngineConfig(park=ParkConfig("cpu"))
-    other = Branch("sft", Parts(width, layers, 4 * width), config, folder)
+    config = EngineConfig(offload=OffloadConfig("cpu"))
+    other = BranchEngine("sft", Parts(width, layers, 4 * width), config, folder)
     other.enter(ALIGN)
     found, over, rate = beside_live(size, other, rounds, folder)
     gc.collect()
@@ -146,13 +146,13 @@ def measure(size: int, rounds: int, step_seconds: float, folder: Path) -> None:
 
 
 def beside_live(
-    size: int, other: Branch, rounds: int, folder: Path
+    size: int, other: BranchEngine, rounds: int, folder: Path
 ) -> tuple[dict[str, float | None], list[float], float]:
     """Seconds by name, the hot-swaps over their floors, and a rank's copy rate in bytes/s."""
     width, layers = SIZES[size]
     light, few = size >= LIGHT, max(rounds // 3, 1)
-    found: dict[str, float | None] = {"step": None, "park": None}
-    live = Branch("pretrain", Parts(width, layers, 8 if light else 0), other.config, folder)
+    found: dict[str, float | None] = {"step": None, "offload": None}
+    live = BranchEngine("pretrain", Parts(width, layers, 8 if light else 0), other.config, folder)
     live.enter(HEAD_ONLY if light else PRETRAIN)
     if not light:  # before anything else: Adam's moments are there then
         found["step"] = _median(lambda: live.step([batch()], 0), 2)
@@ -165,12 +165,14 @@ def beside_live(
     found |= {name: statistics.median(values) for name, values in swap.items()}
     found |= through_store(live, other, few, folder)
     if not light:
-        found["park"] = _median(lambda: (live.park(), live.unpark()), few)
+        found["offload"] = _median(lambda: (live.offload(), live.reload()), few)
     live.close()
     return found, over, floor.bytes / found["floor"]
 
 
-def through_store(live: Branch, other: Branch, rounds: int, folder: Path) -> dict[str, float]:
+def through_store(
+    live: BranchEngine, other: BranchEngine, rounds: int, folder: Path
+) -> dict[str, float]:
     store, snapshot = SnapshotStore(folder / "store"), Snapshot("encoder-1", 1, "drift")
     found = {"publish": seconds(lambda: store.publish(live.module, {}, snapshot, {}))}
     found["store_swap"] = _median(lambda: other.load_encoder(store.open(snapshot.id)), rounds)
@@ -179,7 +181,7 @@ def through_store(live: Branch, other: Branch, rounds: int, folder: Path) -> dic
     return found
 
 
-def switches(other: Branch, rounds: int) -> dict[str, float]:
+def switches(other: BranchEngine, rounds: int) -> dict[str, float]:
     """From align to joint and back, after one turn that does not count."""
     there, back = [], []
     for _ in range(rounds + 1):
@@ -192,7 +194,7 @@ def _median(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(alternate({"it": run}, rounds)["it"])
 
 
-def _moved_masters(live: Branch) -> dict:
+def _moved_masters(live: BranchEngine) -> dict:
     """What a hot-swap copies beside the weights: where they are of low precision."""
     low = branch_engine.precision(live.config) is not torch.float32
     return live.masters("encoder.") if low else {}

@@ -122,18 +122,21 @@ def stages(system: System, sizes: Sizes) -> list[dict[str, Any]]:
     pre = system.pretraining
     batch = {"frames": sizes.frames // pre.views, "max_seconds": 12}
     pretrain = {"name": "pretrain", "branch": "pretrain", "steps": sizes.pretrain}
-    pretrain |= {"warmup": sizes.pretrain // 40, "trains": PRETRAIN, "batch": batch}
+    pretrain |= {"warmup_steps": sizes.pretrain // 40, "trains": PRETRAIN, "batch": batch}
     pretrain["objective"] = "cr_ctc" if pre.views == 2 else "ctc"
     rest = [{"name": "align", "trains": {"adaptor": 1.0e-3}, "steps": sizes.align}]
     if system.joint == "whole":
         rest += [{"name": "joint", "trains": CONVENTIONAL, "steps": sizes.sft + sizes.joint}]
     else:
-        given = {"swaps": system.swaps, "after_final": sizes.final if system.swaps else 0}
+        given = {
+            "swaps": system.swaps,
+            "steps_after_final_swap": sizes.final if system.swaps else 0,
+        }
         rest += [{"name": "ia_sft", "trains": SFT, "steps": sizes.sft, **given}]
         rest += [{"name": "joint", "trains": LATE, "steps": sizes.joint}]
     batch = {"frames": sizes.sft_frames, "max_seconds": 12}
     common = {"branch": "sft", "batch": batch}
-    sft = [{**s, **common, "warmup": min(20, s["steps"] // 4)} for s in rest]
+    sft = [{**s, **common, "warmup_steps": min(20, s["steps"] // 4)} for s in rest]
     return [pretrain, *sft]
 
 

@@ -96,7 +96,7 @@ class TextEncoder:
 
 
 @dataclass
-class Made:
+class CollatedBatch:
     """What a worker hands over beside the array: everything of a batch that is not features."""
 
     lengths: np.ndarray  # [B] frames, or samples of audio where features are made on the device
@@ -154,7 +154,7 @@ def _shrunk(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return flat.reshape(shape)
 
 
-class Maker:
+class BatchMaker:
     """Makes batches from tasks. Forked into the workers; holds no state that a batch depends on."""
 
     def __init__(
@@ -175,7 +175,7 @@ class Maker:
         if cmvn is not None:
             self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
-    def make(self, task: Task, allocate: Allocate) -> tuple[np.ndarray, Made]:
+    def make(self, task: Task, allocate: Allocate) -> tuple[np.ndarray, CollatedBatch]:
         """A task's padded array, [B, T, F] features or [B, n] audio, and the rest of its batch.
 
         Bad samples are left out and named. Raises `SourceError` where a shard cannot be read.
@@ -213,10 +213,10 @@ class Maker:
         longest = max(map(self.fbank.frames, lengths), default=0)
         return len(task.samples), longest, self.fbank.mels
 
-    def _made(self, rows: list[_Row], bad: list[Bad], stats: dict[str, float]) -> Made:
+    def _made(self, rows: list[_Row], bad: list[Bad], stats: dict[str, float]) -> CollatedBatch:
         phonemes, phoneme_lengths = pad([row.phonemes for row in rows])
         tokens, token_lengths = pad([row.tokens for row in rows], self.text.pad_id)
-        return Made(
+        return CollatedBatch(
             lengths=np.array([len(row.features) for row in rows], np.int64),
             phonemes=phonemes,
             phoneme_lengths=phoneme_lengths,

@@ -29,8 +29,8 @@ from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.augment_params import planned_seconds
 from dsasr.data.dataloader.bucketing import Bad, BatchConfig, Part, PlanConfig, Task
-from dsasr.data.dataloader.collate import Maker, TextEncoder
-from dsasr.data.dataloader.sampler import Planner
+from dsasr.data.dataloader.collate import BatchMaker, TextEncoder
+from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.dataloader.workers import Payload, WorkerPool, run_here
 from dsasr.data.shards.storage import SourceConfig, Sources
 from dsasr.data.shards.urls import ShardList
@@ -60,11 +60,11 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class DataLoaderConfig:
     """How data is read. Per stage or for the whole run."""
 
     batch: BatchConfig = field(default_factory=BatchConfig)
-    workers: int = 1  # processes; 0 makes batches in the training process
+    num_workers: int = 1  # processes; 0 makes batches in the training process
     prefetch: int = 3  # batches in the making, per worker
     window: int = 16  # shards shuffled together, at least
     window_samples: int = 8192  # samples shuffled together, at least, where dataset.json tells
@@ -76,14 +76,14 @@ class StreamConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.prefetch < 1:
-            raise UserError("stream.workers must be ≥ 0 and stream.prefetch ≥ 1")
+        if self.num_workers < 0 or self.prefetch < 1:
+            raise UserError("dataloader.num_workers must be ≥ 0 and dataloader.prefetch ≥ 1")
         if self.window < 1 or self.window_samples < 1:
-            raise UserError("stream.window and stream.window_samples must be ≥ 1")
+            raise UserError("dataloader.window and dataloader.window_samples must be ≥ 1")
         if self.temperature is not None and self.temperature < 1:
-            raise UserError("stream.temperature must be ≥ 1 (1: in proportion to the hours)")
+            raise UserError("dataloader.temperature must be ≥ 1 (1: in proportion to the hours)")
         if any(weight <= 0 for weight in self.noise_weights.values()):
-            raise UserError("the weights of stream.noise must be positive")
+            raise UserError("the weights of dataloader.noise must be positive")
 
     @property
     def noise_weights(self) -> dict[str, float]:
@@ -116,8 +116,8 @@ def make_parts(
             continue
         if not found.langs:
             raise UserError(
-                f"stream.temperature needs the hours of each language: pack '{dataset.name}' with "
-                "tools/make_shards.py, which writes them into dataset.json"
+                f"dataloader.temperature needs the hours of each language: pack "
+                f"'{dataset.name}' with tools/make_shards.py, which writes them into dataset.json"
             )
         shares = {lang: hours ** (1 / temperature) for lang, hours in found.langs.items() if hours}
         total = sum(shares.values())
@@ -133,7 +133,7 @@ def _part(
     return Part(name, found.shards, found.counts, lang, weight, reports)
 
 
-class Stream(Iterator[Batch]):
+class StreamingDataLoader(Iterator[Batch]):
     """One rank's batches. Iterate; ``state()`` is the cursor behind the last batch delivered.
 
     ``purpose="train"``: endless, shuffled, augmented. ``purpose="eval"``: one epoch, in order of
@@ -144,7 +144,7 @@ class Stream(Iterator[Batch]):
 
     def __init__(
         self,
-        config: StreamConfig,
+        config: DataLoaderConfig,
         *,
         datasets: Sequence[DatasetConfig],
         text: TextEncoder | None = None,
@@ -164,7 +164,7 @@ class Stream(Iterator[Batch]):
         self.config, self.device = config, torch.device(device)
         augment = augment if train else None
         sources = Sources(config.source)
-        self.maker = Maker(
+        self.maker = BatchMaker(
             sources=sources,
             fbank=fbank or FbankConfig(),
             cmvn=cmvn,
@@ -187,7 +187,7 @@ class Stream(Iterator[Batch]):
             window_samples=config.window_samples,
         )
         self.pool = self._workers()
-        self.planner = Planner(
+        self.planner = BatchSampler(
             parts,
             plan,
             self.maker.load_index,
@@ -210,7 +210,7 @@ class Stream(Iterator[Batch]):
         weights = self.config.noise_weights
         if not weights:
             raise UserError(
-                'augment.kinds names "recorded": say where with stream.noise=FOLDER_OF_SHARDS'
+                'augment.kinds names "recorded": say where with dataloader.noise=FOLDER_OF_SHARDS'
             )
         # One recording is as likely as another, so a set's weight is its number of places.
         places: list[torch.Tensor] = []
@@ -218,19 +218,19 @@ class Stream(Iterator[Batch]):
             count = max(1, round(RECORDINGS * weight / sum(weights.values())))
             waves, bad = self.maker.waves_of(sources.resolve(name).shards, count, NOISE_SECONDS)
             if not waves:
-                raise UserError(f"stream.noise: {name} holds no usable recording")
+                raise UserError(f"dataloader.noise: {name} holds no usable recording")
             self.bad_noise += bad
             places += (waves * -(-count // len(waves)))[:count] if len(weights) > 1 else waves
         self.maker.recorded = places
 
     def _workers(self) -> WorkerPool | None:
         # Started before the planner's thread exists: a fork copies no other thread's locks.
-        if not self.config.workers:
+        if not self.config.num_workers:
             return None
         frames = self.config.batch.frames
         floats = frames * (160 if self.config.features == "device" else self.maker.fbank.mels)
         slot = 4 * floats + (floats // 4) + (2 << 20)
-        return WorkerPool(self.maker.make, self.config.workers, self.config.prefetch, slot)
+        return WorkerPool(self.maker.make, self.config.num_workers, self.config.prefetch, slot)
 
     def __next__(self) -> Batch:
         if self.closed:
@@ -288,7 +288,7 @@ class Stream(Iterator[Batch]):
             stats=made.stats,
         )
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> StreamingDataLoader:
         return self
 
     def state(self) -> dict:
@@ -304,7 +304,7 @@ class Stream(Iterator[Batch]):
             self.planner.close()
             self.maker.sources.close()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> StreamingDataLoader:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,7 +15,7 @@ from dsasr.data.dataloader.bucketing import (
     Part,
     PlanConfig,
 )
-from dsasr.data.dataloader.sampler import Planner
+from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.shards.index import ShardIndex
 
 PERCENTILE = 99.0  # of batches whose language-model positions fit the forecast's share of frames
@@ -46,7 +46,7 @@ def forecast(
 ) -> Forecast:
     """Plan one epoch of ``parts`` (of up to ``most_shards`` shards each, evenly chosen; 0: all)."""
     chosen = [_thinned(part, most_shards) for part in parts]
-    planner = Planner(chosen, replace(config, epochs=1), load, lengths=lengths)
+    planner = BatchSampler(chosen, replace(config, epochs=1), load, lengths=lengths)
     rows: list[tuple[int, int, int, int, int]] = []  # samples, frames, longest, positions, most
     all_frames: list[np.ndarray] = []
     left_out: Counter[str] = Counter()

@@ -116,7 +116,7 @@ class PartPlan:
             self.upcoming = (following, self.pool.submit(self.build, *following))
 
 
-class Planner:
+class BatchSampler:
     """Deals the mixture's global batches to the ranks; keeps the cursor.
 
     The next batch comes from the part with the smallest (delivered + 1/2) / weight (Webster's

@@ -36,7 +36,7 @@ class EncoderConfig:
     attention_dropout: float = 0.0  # on a CPU it costs the fused attention
     mels: int = 80
     subsample_channels: int = 32
-    checkpoint: bool = False  # recompute each block in the backward pass
+    activation_checkpointing: bool = False  # recompute each block in the backward pass
     recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
 
     def __post_init__(self) -> None:
@@ -313,7 +313,7 @@ class Encoder(nn.Module):
         x = self.dropout(x)
         outputs = []
         for block in self.blocks:
-            if self.cfg.checkpoint and self.training and torch.is_grad_enabled():
+            if self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x = activation_checkpointing.checkpoint(
                     block, x, context, keep=self.cfg.recompute == "cheap"
                 )

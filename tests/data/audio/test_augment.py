@@ -295,13 +295,17 @@ def test_masks_are_the_same_on_a_gpu():
 
 
 def test_recorded_noise_without_recordings_stops_before_training(tmp_path):
-    from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+    from dsasr.data.dataloader.dataloader import (
+        DataLoaderConfig,
+        DatasetConfig,
+        StreamingDataLoader,
+    )
     from dsasr.data.shards.writer import Packed, write_shard
 
     write_shard(tmp_path / "a.tar", [Packed("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})])
     with pytest.raises(UserError, match="recorded"):
-        Stream(
-            StreamConfig(workers=0),
+        StreamingDataLoader(
+            DataLoaderConfig(num_workers=0),
             datasets=[DatasetConfig("a", str(tmp_path / "a.tar"))],
             augment=AugmentConfig(kinds=("recorded",)),
         )

@@ -18,7 +18,7 @@ from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.dataloader.bad_samples import BadSampleLog
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import TextEncoder
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.storage import SourceConfig
 from dsasr.data.text.phonemes import PhonemeVocab, StoredPhonemes
 from dsasr.utils.errors import UserError
@@ -114,9 +114,9 @@ def corpus(folder: Path, faults: dict[str, list[tuple[str, bytes]]]) -> Path:
 
 def delivered(folder: Path, tmp_path: Path, workers: int = 0, **more) -> tuple[dict, list]:
     """key → the sample's features, text and labels; and what was bad. One augmented epoch."""
-    config = StreamConfig(
+    config = DataLoaderConfig(
         batch=BatchConfig(frames=600, max_seconds=7.0),
-        workers=workers,
+        num_workers=workers,
         source=SourceConfig(cache=str(tmp_path / "cache" / folder.name)),
     )
     vocab = PhonemeVocab.build([["a", "b"]])
@@ -127,7 +127,7 @@ def delivered(folder: Path, tmp_path: Path, workers: int = 0, **more) -> tuple[d
         "epochs": 1,
     }
     rows, bad = {}, []
-    with Stream(replace(config, **more), **given) as stream:
+    with StreamingDataLoader(replace(config, **more), **given) as stream:
         for batch in stream:
             bad += batch.bad
             for i, key in enumerate(batch.keys):

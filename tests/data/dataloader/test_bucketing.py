@@ -26,7 +26,7 @@ from dsasr.data.dataloader.bucketing import (
     stable_hash,
     uniform,
 )
-from dsasr.data.dataloader.sampler import Planner
+from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.utils.errors import UserError
 
 
@@ -84,7 +84,7 @@ def keys(tasks) -> Counter:
 def drain(parts, config, load, world, state=None, steps=None, **kwargs):
     """Run all ranks in step; their tasks in global order and the state behind them."""
     planners = [
-        Planner(parts, config, load, rank=r, world=world, state=state, **kwargs)
+        BatchSampler(parts, config, load, rank=r, world=world, state=state, **kwargs)
         for r in range(world)
     ]
     tasks = []
@@ -266,7 +266,7 @@ def test_languages_of_one_dataset_are_streams_of_their_own() -> None:
 
 def test_a_language_that_no_shard_has_is_an_error_not_a_loop() -> None:
     corpus = Corpus([3, 3])
-    planner = Planner([corpus.part("x", lang="fr")], replace(FINITE, epochs=0), corpus)
+    planner = BatchSampler([corpus.part("x", lang="fr")], replace(FINITE, epochs=0), corpus)
     with pytest.raises(UserError, match="no samples in language 'fr'"):
         planner.step()
 
@@ -287,14 +287,14 @@ def test_resume_refuses_another_dataset_or_another_plan() -> None:
     _, state = drain([corpus.part()], replace(FINITE, epochs=0), corpus, 1, None, 1)
     more = Corpus([9, 9, 9])
     with pytest.raises(UserError, match="dataset 'a' is not the one"):
-        Planner([more.part()], replace(FINITE, epochs=0), more, state=state)
+        BatchSampler([more.part()], replace(FINITE, epochs=0), more, state=state)
     with pytest.raises(UserError, match="batch budgets"):
-        Planner([corpus.part()], replace(FINITE, epochs=0, seed=8), corpus, state=state)
+        BatchSampler([corpus.part()], replace(FINITE, epochs=0, seed=8), corpus, state=state)
     with pytest.raises(UserError, match="version"):
-        Planner([corpus.part()], FINITE, corpus, state={**state, "version": 99})
+        BatchSampler([corpus.part()], FINITE, corpus, state={**state, "version": 99})
     moved = [re.sub("^/data", "s3://bucket", s) for s in corpus.part().shards]
     part = replace(corpus.part(), shards=moved)
-    Planner([part], replace(FINITE, epochs=0), corpus, state=state)
+    BatchSampler([part], replace(FINITE, epochs=0), corpus, state=state)
 
 
 def test_state_is_small_whatever_the_data() -> None:
@@ -334,7 +334,7 @@ def test_bad_arguments_are_user_errors() -> None:
         ([Part("e", [])], {}, "has no shards"),
     ):
         with pytest.raises(UserError, match=message):
-            Planner(parts, FINITE, corpus, **kwargs)
+            BatchSampler(parts, FINITE, corpus, **kwargs)
     with pytest.raises(UserError, match="bucket"):
         BatchConfig(bucket=2.0)
 
@@ -349,15 +349,15 @@ def test_a_hundred_thousand_shards_start_quickly_in_little_memory(tmp_path) -> N
     code = textwrap.dedent("""
         import json, resource, sys, time
         sys.path.insert(0, sys.argv[1])
-        import test_plan as t
-        from dsasr.data.plan import PlanConfig
-        from dsasr.data.planner import Planner
-        from dsasr.data.sources import Sources
-        from dsasr.data.stream import DatasetConfig, make_parts
+        import test_bucketing as t
+        from dsasr.data.dataloader.bucketing import PlanConfig
+        from dsasr.data.dataloader.sampler import BatchSampler
+        from dsasr.data.shards.storage import Sources
+        from dsasr.data.dataloader.dataloader import DatasetConfig, make_parts
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         before, started = peak(), time.perf_counter()
         parts = make_parts([DatasetConfig("big", sys.argv[2])], Sources())
-        planner = Planner(parts, PlanConfig(seed=1), lambda s: t.FakeIndex(s, 1000), world=8)
+        planner = BatchSampler(parts, PlanConfig(seed=1), lambda s: t.FakeIndex(s, 1000), world=8)
         assert planner.step().samples and len(parts[0].shards) == 100_000
         seconds = time.perf_counter() - started
         planner.close()

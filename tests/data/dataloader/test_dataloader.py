@@ -22,7 +22,12 @@ from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import TextEncoder
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig, make_parts
+from dsasr.data.dataloader.dataloader import (
+    DataLoaderConfig,
+    DatasetConfig,
+    StreamingDataLoader,
+    make_parts,
+)
 from dsasr.data.shards.storage import SourceConfig
 from dsasr.data.text.prompt import TextConfig
 from dsasr.testing.dataloader_fuzz import Verdict, digest, draw_case, run_case
@@ -73,10 +78,10 @@ def plain_corpus(folder: Path, sizes: list[int], lang: str = "en", seed: int = 0
 
 
 @pytest.fixture
-def config(tmp_path) -> StreamConfig:
-    return StreamConfig(
+def config(tmp_path) -> DataLoaderConfig:
+    return DataLoaderConfig(
         batch=BatchConfig(frames=400, min_seconds=0.0),
-        workers=0,
+        num_workers=0,
         window=2,
         window_samples=1,
         source=SourceConfig(cache=str(tmp_path / "cache")),
@@ -85,7 +90,7 @@ def config(tmp_path) -> StreamConfig:
 
 def collect(config, folder, **kwargs) -> list:
     datasets = [DatasetConfig("d", str(folder / "*.tar"))]
-    with Stream(config, datasets=datasets, **{"purpose": "eval", **kwargs}) as stream:
+    with StreamingDataLoader(config, datasets=datasets, **{"purpose": "eval", **kwargs}) as stream:
         return list(stream)
 
 
@@ -111,7 +116,11 @@ def test_workers_change_nothing(tmp_path, config, augment) -> None:
     plain_corpus(tmp_path / "c", [6, 6, 6])
     runs = [
         collect(
-            replace(config, workers=n), tmp_path / "c", purpose="train", epochs=2, augment=augment
+            replace(config, num_workers=n),
+            tmp_path / "c",
+            purpose="train",
+            epochs=2,
+            augment=augment,
         )
         for n in (0, 1, 2)
     ]
@@ -127,7 +136,7 @@ def test_workers_change_nothing(tmp_path, config, augment) -> None:
 
 def test_batches_are_the_consumers_own(tmp_path, config) -> None:
     plain_corpus(tmp_path / "c", [12])
-    batches = collect(replace(config, workers=1, prefetch=1), tmp_path / "c")
+    batches = collect(replace(config, num_workers=1, prefetch=1), tmp_path / "c")
     fresh = collect(config, tmp_path / "c")
     assert [digest(b) for b in batches] == [digest(b) for b in fresh]
 
@@ -149,7 +158,7 @@ def test_a_killed_worker_is_replaced_mid_stream(tmp_path, config) -> None:
     want = [digest(b) for b in collect(config, tmp_path / "c", purpose="train", epochs=1)]
     got = []
     datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
-    with Stream(replace(config, workers=2), datasets=datasets, epochs=1) as stream:
+    with StreamingDataLoader(replace(config, num_workers=2), datasets=datasets, epochs=1) as stream:
         for number, batch in enumerate(stream):
             got.append(digest(batch))
             if number in (0, 3):
@@ -164,7 +173,9 @@ def test_memory_stays_flat(tmp_path, config) -> None:
     plain_corpus(tmp_path / "c", [20, 20])
     augment = AugmentConfig(noise_share=0.5)
     datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
-    with Stream(replace(config, workers=1), datasets=datasets, augment=augment) as stream:
+    with StreamingDataLoader(
+        replace(config, num_workers=1), datasets=datasets, augment=augment
+    ) as stream:
         processes = [psutil.Process(pid) for pid in (os.getpid(), *stream.pool.pids())]
         held = []
         for number, _ in zip(range(601), stream, strict=False):
@@ -176,8 +187,8 @@ def test_memory_stays_flat(tmp_path, config) -> None:
 
 def test_close_leaves_no_process(tmp_path, config) -> None:
     plain_corpus(tmp_path / "c", [10])
-    stream = Stream(
-        replace(config, workers=2), datasets=[DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+    stream = StreamingDataLoader(
+        replace(config, num_workers=2), datasets=[DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
     )
     next(stream)
     pids = stream.pool.pids()
@@ -255,11 +266,12 @@ def test_noise_shards_are_heard(tmp_path, config) -> None:
     plain_corpus(tmp_path / "n", [3], "noise", seed=9)
     augment = AugmentConfig(speeds=(1.0,), noise_share=1.0, silence=0.0, kinds=("recorded",))
     given = {"purpose": "train", "epochs": 1}
-    with pytest.raises(UserError, match=r"stream\.noise"):
+    with pytest.raises(UserError, match=r"dataloader\.noise"):
         collect(config, tmp_path / "c", augment=augment, **given)
     noisy = replace(config, noise=str(tmp_path / "n" / "*.tar"))
     runs = [
-        collect(replace(noisy, workers=n), tmp_path / "c", augment=augment, **given) for n in (0, 1)
+        collect(replace(noisy, num_workers=n), tmp_path / "c", augment=augment, **given)
+        for n in (0, 1)
     ]
     assert [digest(b) for b in runs[0]] == [digest(b) for b in runs[1]]
     clean = collect(config, tmp_path / "c", **given)
@@ -283,8 +295,10 @@ def test_sets_of_noise_share_by_weight_and_tell_what_is_bad(tmp_path, config, mo
     augment = AugmentConfig(noise_share=0.5, kinds=("recorded", "vehicle"))
     datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
 
-    def opened(noise, **given) -> Stream:
-        return Stream(replace(config, noise=noise), datasets=datasets, augment=augment, **given)
+    def opened(noise, **given) -> StreamingDataLoader:
+        return StreamingDataLoader(
+            replace(config, noise=noise), datasets=datasets, augment=augment, **given
+        )
 
     for noise, shares in (
         ({cars: 3.0, hums: 1.0}, (6, 2)),
@@ -303,7 +317,7 @@ def test_sets_of_noise_share_by_weight_and_tell_what_is_bad(tmp_path, config, mo
     with pytest.raises(UserError, match=r"hum-01.*no usable recording"):
         write_tar(tmp_path / "hums" / "hum-01.tar", [torn])
         opened((cars, str(tmp_path / "hums" / "hum-01.tar")))
-    with pytest.raises(UserError, match=r"weights of stream\.noise"):
+    with pytest.raises(UserError, match=r"weights of dataloader\.noise"):
         replace(config, noise={cars: 0.0})
 
 
@@ -364,7 +378,9 @@ def test_temperature_evens_out_languages(tmp_path, config) -> None:
         parts = make_parts(datasets, Sources(), temperature)
         assert [p.name for p in parts] == ["d/en", "d/zh"]
         assert parts[0].weight == pytest.approx(share, abs=0.01)
-    with Stream(replace(config, temperature=2.0), datasets=datasets, purpose="eval") as stream:
+    with StreamingDataLoader(
+        replace(config, temperature=2.0), datasets=datasets, purpose="eval"
+    ) as stream:
         batches = list(stream)
     assert Counter(k for b in batches for k in b.keys) == Counter(keys)
     assert all(len(set(b.langs)) == 1 for b in batches)
@@ -375,13 +391,13 @@ def test_temperature_evens_out_languages(tmp_path, config) -> None:
 
 
 def test_wrong_configs_are_user_errors(tmp_path, config) -> None:
-    for wrong in ({"workers": -1}, {"prefetch": 0}, {"window": 0}, {"temperature": 0.5}):
+    for wrong in ({"num_workers": -1}, {"prefetch": 0}, {"window": 0}, {"temperature": 0.5}):
         with pytest.raises(UserError):
-            StreamConfig(**wrong)
+            DataLoaderConfig(**wrong)
     with pytest.raises(UserError, match="weight"):
         DatasetConfig("d", "x", weight=0.0)
     with pytest.raises(UserError, match="there is no shard"):
-        Stream(config, datasets=[DatasetConfig("d", str(tmp_path / "none.tar"))])
+        StreamingDataLoader(config, datasets=[DatasetConfig("d", str(tmp_path / "none.tar"))])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -395,13 +411,13 @@ def test_the_drill_notices_what_is_wrong(tmp_path, monkeypatch) -> None:
     """A stream that forgets its state, or repeats or changes a batch, does not pass."""
     case = next(c for c in map(draw_case, range(99)) if len(c.legs) > 2 and not c.finite)
     case = replace(case, legs=[replace(leg, end="close", workers=0) for leg in case.legs])
-    from dsasr.data.dataloader.sampler import Planner
+    from dsasr.data.dataloader.sampler import BatchSampler
     from dsasr.testing import dataloader_fuzz
 
     def broken(self, state):
         self.number = int(state["number"])  # but not the parts' cursors
 
-    monkeypatch.setattr(Planner, "restore", broken)
+    monkeypatch.setattr(BatchSampler, "restore", broken)
     verdict = Verdict()
     run_case(case, tmp_path / "one", verdict)
     assert not verdict.clean and verdict.failed

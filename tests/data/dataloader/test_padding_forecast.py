@@ -99,7 +99,7 @@ def test_at_most_three_percent_of_the_demo_is_padding() -> None:
     indexes = {p.name: load_index(p) for p in DEMO.glob("*.index.json")}
     shards = sorted(str(p) for p in DEMO.glob("*.tar"))
     for stage in chosen.stages:
-        plan = PlanConfig(batch=chosen.stream(stage)[0].batch, window_samples=8192)
+        plan = PlanConfig(batch=chosen.dataloader(stage)[0].batch, window_samples=8192)
         lengths = planned_seconds(chosen.data.augment)
         part = Part("demo", shards, np.array([len(indexes[_index(s)]) for s in shards]))
         got = forecast([part], plan, lambda shard: indexes[_index(shard)], lengths)

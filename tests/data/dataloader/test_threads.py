@@ -16,7 +16,7 @@ import torch
 from dsasr.data.audio import features
 from dsasr.data.audio.augment import KINDS, RECORDED, AugmentConfig
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.testing.dataloader_fuzz import digest
 
 # What may be cut differently by threads: long sums, transforms, products; every kind of noise.
@@ -51,14 +51,16 @@ def corpus(tmp_path_factory) -> Path:
 
 def made(corpus: Path, workers: int, threads: int, features: str) -> list[str]:
     torch.set_num_threads(threads)
-    config = StreamConfig(
+    config = DataLoaderConfig(
         batch=BatchConfig(frames=2000),
-        workers=workers,
+        num_workers=workers,
         features=features,
         noise=str(corpus / "x.tar"),
     )
     datasets = [DatasetConfig("x", str(corpus / "x.tar"))]
-    with Stream(config, datasets=datasets, augment=AUGMENT, epochs=2, seed=3) as stream:
+    with StreamingDataLoader(
+        config, datasets=datasets, augment=AUGMENT, epochs=2, seed=3
+    ) as stream:
         marks = [digest(batch) for batch in stream]
     assert torch.get_num_threads() == threads, "the training process's threads were taken away"
     return marks

@@ -213,7 +213,7 @@ def test_no_worker_outlives_its_consumer(tmp_path, how) -> None:
         import os, sys, time
         sys.path.insert(0, sys.argv[1])
         import test_workers as t
-        from dsasr.data import workers
+        from dsasr.data.dataloader import workers
         workers.ORPHAN_SECONDS = 0.2
         pool = workers.WorkerPool(t.work, 2, 2, 1 << 16)
         other = workers.WorkerPool(t.work, 1, 1, 1 << 16)  # holds the first one's pipes open

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.storage import Missing, SourceConfig, SourceError, Sources, Truncated
 from dsasr.data.shards.writer import Packed, shard_summary, write_dataset, write_shard
 from dsasr.testing.dataloader_fuzz import digest
@@ -147,12 +147,12 @@ def test_a_stream_from_s3_is_the_stream_from_disk(bucket, tmp_path) -> None:
         bucket.objects[f"b/set/{path.name}"] = path.read_bytes()
     marks, keys = {}, Counter()
     for place in (str(folder), "s3://b/set/"):
-        config = StreamConfig(
+        config = DataLoaderConfig(
             batch=BatchConfig(frames=300),
-            workers=1,
+            num_workers=1,
             source=SourceConfig(cache=str(tmp_path / "cache"), backoff=0.01, timeout=5.0),
         )
-        with Stream(config, datasets=[DatasetConfig("d", place)], epochs=1) as stream:
+        with StreamingDataLoader(config, datasets=[DatasetConfig("d", place)], epochs=1) as stream:
             made = list(stream)
         marks[place] = [digest(b) for b in made]
         keys.update(k for b in made for k in b.keys)

@@ -21,7 +21,7 @@ import pytest
 import soundfile
 
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.storage import (
     Missing,
     SourceConfig,
@@ -310,12 +310,12 @@ def test_a_stream_from_a_bad_server_is_the_stream_from_disk(server, tmp_path, ca
     for place in (f"{folder}/s-{{0..2}}.tar", f"{server.url}/s-{{0..2}}.tar"):
         server.faults = [x for fault in (503, "cut", "drop", "stall") for x in (fault, "", "")]
         given = {"cache": str(tmp_path / "cache"), "backoff": 0.01, "timeout": 0.3}
-        config = StreamConfig(
+        config = DataLoaderConfig(
             batch=BatchConfig(frames=150),
-            workers=2,
+            num_workers=2,
             source=SourceConfig(cache_gb=cache_gb, **given),
         )
-        with Stream(config, datasets=[DatasetConfig("d", place)], epochs=2) as stream:
+        with StreamingDataLoader(config, datasets=[DatasetConfig("d", place)], epochs=2) as stream:
             batches = list(stream)
         marks[place] = [digest(batch) for batch in batches]
         seen = Counter(key for batch in batches for key in batch.keys)

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.dataloader import DatasetConfig, Stream, StreamConfig
+from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.index import build_index, find_tars, read_sample
 from dsasr.data.shards.storage import SourceConfig
 from dsasr.data.shards.writer import Packed, shard_summary, write_dataset, write_shard
@@ -96,11 +96,13 @@ def test_shards_of_shardwriter_are_read_without_an_index(tmp_path: Path) -> None
             extra = {"txt": "words", "cls": 3, "phones.npy": np.zeros(3)}
             writer.write({"__key__": key, form: audio, "json": said, **extra})
     assert not list(tmp_path.glob("*.json"))
-    config = StreamConfig(
-        batch=BatchConfig(frames=300), workers=0, source=SourceConfig(cache=str(tmp_path / "cache"))
+    config = DataLoaderConfig(
+        batch=BatchConfig(frames=300),
+        num_workers=0,
+        source=SourceConfig(cache=str(tmp_path / "cache")),
     )
     datasets = [DatasetConfig("d", str(tmp_path / "train-{0000..0002}.tar"))]
-    with Stream(config, datasets=datasets, purpose="eval") as stream:
+    with StreamingDataLoader(config, datasets=datasets, purpose="eval") as stream:
         batches = list(stream)
     got = {key: text for b in batches for key, text in zip(b.keys, b.texts, strict=True)}
     assert got == {key: text for key, (_, text) in expected.items()}

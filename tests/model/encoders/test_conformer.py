@@ -137,7 +137,7 @@ def test_checkpointing_changes_no_gradient(chunk):
     work = []
     for flag, recompute in ((False, "all"), (True, "all"), (True, "cheap")):
         torch.manual_seed(0)
-        config = dataclasses.replace(CONFIG, checkpoint=flag, recompute=recompute)
+        config = dataclasses.replace(CONFIG, activation_checkpointing=flag, recompute=recompute)
         model = Encoder(config).double()
         torch.manual_seed(1)  # dropout too is repeated
         loss = model(x, lengths, chunk).frames_BSE.square().sum()

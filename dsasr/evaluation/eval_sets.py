@@ -15,7 +15,7 @@ import torch
 
 from dsasr.data.audio.features import AudioError, Cmvn, FbankConfig, decode, fbank
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.collate import Maker, TextEncoder, pad
+from dsasr.data.dataloader.collate import BatchMaker, TextEncoder, pad
 from dsasr.data.shards.index import BadSample, parse_sample
 from dsasr.data.shards.storage import SourceConfig, Sources
 from dsasr.data.text.prompt import TextConfig, normalise_text
@@ -53,7 +53,7 @@ def read(
     and language is among them. Raises `UserError` if nothing is left.
     """
     sources = Sources(source)
-    maker = Maker(
+    maker = BatchMaker(
         sources=sources, fbank=FbankConfig(rate=rate), cmvn=None, augment=None,
         text=TextEncoder(), max_seconds=max_seconds, waves=True,
     )  # fmt: skip

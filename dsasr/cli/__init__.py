@@ -1,0 +1,1 @@
+"""The `dsasr` command: argument parsing only."""
