@@ -1,4 +1,4 @@
-"""dsasr trains LLM-based speech recognisers: Conformer encoder → adaptor → LLM.
+"""dsasr trains LLM-based speech recognizers: Conformer encoder → adaptor → LLM.
 
 Tensors carry their shape as a suffix: B batch, T feature frames, F mel bins, S encoder frames,
 E encoder width, A adaptor frames, D LLM width, L LLM positions, V LLM vocabulary, P phoneme

@@ -79,7 +79,7 @@ class EvaluationConfig:
     every: int = 0  # steps of a stage between two evaluations; 0: only at the run's end
     utterances: int = 64  # of the validation set, in each evaluation during training
     samples: int = 3  # reference/hypothesis pairs shown
-    # Normalisation of what is scored. plain: digit strings stay words; the path of a Whisper
+    # Normalization of what is scored. plain: digit strings stay words; the path of a Whisper
     # checkpoint's normalizer.json: standard, and British spellings count as American ones.
     rules: str = "standard"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -225,7 +225,7 @@ class Recipe:
         return stream, chosen
 
 
-# What may differ between a run and its continuation without changing what is learnt.
+# What may differ between a run and its continuation without changing what is learned.
 HARMLESS = ("run", "resume", "allow_changed", "monitor", "checkpoint", "evaluation", "store")
 HARMLESS += ("probe", "slurm", "watchdog")
 

@@ -1,4 +1,4 @@
-"""Train a recogniser: ``deepspeed dsasr/train.py --recipe demo key=value …``.
+"""Train a recognizer: ``deepspeed dsasr/train.py --recipe demo key=value …``.
 
 One rank works without the launcher: ``python dsasr/train.py --recipe demo``.
 """

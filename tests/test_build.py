@@ -25,7 +25,7 @@ def batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_features_are_computed_where_the_recipe_says_and_are_the_same(tiny, workers) -> None:
-    """By workers or in the training process: `fbank`'s, normalised, to a thousandth."""
+    """By workers or in the training process: `fbank`'s, normalized, to a thousandth."""
     given = f"data.dataloader.num_workers={workers}"
     one = batches(tiny, "pretrain", 6, given, "data.dataloader.features=worker")
     two = batches(tiny, "pretrain", 6, given, "data.dataloader.features=device")

@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
 def probe_set(
     args: argparse.Namespace, aligner: probed_encoders.ProbedEncoder
 ) -> measures.ProbeSet:
-    """The recordings that every checkpoint can read, labelled; tells what was left out."""
+    """The recordings that every checkpoint can read, labeled; tells what was left out."""
     data = aligner.build.recipe.data
     held, bad = eval_sets.read(
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,

@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
         help="also made non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
     )  # fmt: skip
     parser.add_argument(
-        "--rules", help="normalisation: standard, plain (digit strings), or the path of a Whisper "
+        "--rules", help="normalization: standard, plain (digit strings), or the path of a Whisper "
         "checkpoint's normalizer.json (default: the recipe's)",
     )  # fmt: skip
     parser.add_argument("--clips", type=int, default=10, help="of each made non-speech sound")
@@ -143,8 +143,8 @@ def main() -> int:
         return 0 if finished(args.run) else 1
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    recogniser = RunModel.from_run(args.run, args.checkpoint)
-    recipe = recogniser.build.recipe
+    recognizer = RunModel.from_run(args.run, args.checkpoint)
+    recipe = recognizer.build.recipe
     rules = args.rules or recipe.evaluation.rules
     try:
         check_rules(rules)
@@ -161,7 +161,7 @@ def main() -> int:
         print(f"left out: {dict(left_out)}")
     config = replace(SuiteConfig(), clips=args.clips) if args.suite else suite_results.PLAIN
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
-    found = recogniser.hear(held, config, beam=args.beam, progress=bar)
+    found = recognizer.hear(held, config, beam=args.beam, progress=bar)
     summary = found.summary(rules)
     tell(found, summary, args.pairs)
     if args.against:
@@ -183,7 +183,7 @@ def main() -> int:
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
-    print(f"{len(found.rows)} clips: {rates}   ({recogniser.checkpoint})")
+    print(f"{len(found.rows)} clips: {rates}   ({recognizer.checkpoint})")
     return 0
 
 

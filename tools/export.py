@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="", help="step-… or folder; default: newest")
     parser.add_argument("--dtype", choices=DTYPES, default="as-trained")
     parser.add_argument("--adapter", action="store_true",
-                        help="of a run with LoRA: also what it learnt, for peft")  # fmt: skip
+                        help="of a run with LoRA: also what it learned, for peft")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="where files are now, such as model.llm.path=…")  # fmt: skip
     args = parser.parse_intermixed_args()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a trained recogniser: install, make a small bilingual corpus, train, decode, report.
+# From nothing to a trained recognizer: install, make a small bilingual corpus, train, decode, report.
 #   bash tools/quickstart.sh            about 10 minutes on two CPU cores after installation
-#   bash tools/quickstart.sh --short    the same steps in a few minutes, with a poor recogniser
+#   bash tools/quickstart.sh --short    the same steps in a few minutes, with a poor recognizer
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +27,7 @@ started=$SECONDS
 [ -z "$fresh" ] || rm -rf "$corpus" "$run"
 step() { echo; echo "== $1   ($(((SECONDS - started) / 60)):$(printf %02d $(((SECONDS - started) % 60))))"; }
 
-step "speech: synthesising $hours hours in two languages"
+step "speech: synthesizing $hours hours in two languages"
 python tools/synth_corpus.py --out "$corpus" --hours "$hours"
 step "shards: packing it for streaming"
 python tools/make_shards.py "$corpus"/{train,valid,test,nonspeech}.jsonl --out-root "$corpus/shards" \

@@ -1,7 +1,7 @@
 """Entropy allocation of checkpoints: runs', snapshots' and foreign encoders on one probe set.
 
 `dsasr.entropy_allocation` defines the measures, `probed_encoders` opens the
-encoders; here the recordings are labelled and encoded. Rows are plain JSON: one per checkpoint.
+encoders; here the recordings are labeled and encoded. Rows are plain JSON: one per checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dsasr.data.text.phonemes import (
 )
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.entropy_allocation.cka import cka
-from dsasr.entropy_allocation.frame_labels import Labelled, Numbering
+from dsasr.entropy_allocation.frame_labels import Labeled, Numbering
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.predictive_entropy import Allocation, CtcEntropySums
 from dsasr.entropy_allocation.v_information import VInformation, VInformationConfig, csai, pai
@@ -47,7 +47,7 @@ class ProbeSet:
     """Recordings at ``rate`` with their labels; ``causes`` counts what had to be left out."""
 
     recordings: list[Recording]
-    labels: list[Labelled]
+    labels: list[Labeled]
     causes: Counter[str] = field(default_factory=Counter)
     rate: int = RATE
 
@@ -59,7 +59,7 @@ def probe_set(
 
     ``semantic`` is ``word`` or ``token`` (of the run's LLM): the labels S of CSAI. What has no
     text, or the key of an earlier one, is left out. Raises `UserError` if fewer than 3 utterances
-    could be labelled.
+    could be labeled.
     """
     build = aligner.build
     if build is None:
@@ -85,7 +85,7 @@ def probe_set(
             causes["not_alignable"] += 1
     if len(kept) < 3:
         raise UserError(
-            f"only {len(kept)} utterances could be labelled (left out: {dict(causes)}): "
+            f"only {len(kept)} utterances could be labeled (left out: {dict(causes)}): "
             "at least 3 are needed"
         )
     if semantic == "token":
@@ -93,7 +93,7 @@ def probe_set(
     return ProbeSet(kept, labels, causes, build.recipe.data.fbank.rate)
 
 
-def _label(r: Recording, aligner: ProbedEncoder, x_SE, phonemizer, speaker, number) -> Labelled:
+def _label(r: Recording, aligner: ProbedEncoder, x_SE, phonemizer, speaker, number) -> Labeled:
     vocab, seconds = aligner.build.phonemes, aligner.frame_seconds
     rate = aligner.build.recipe.data.fbank.rate
     words, owners = forced_alignment.words_of(r.text), None
@@ -116,7 +116,7 @@ def _label(r: Recording, aligner: ProbedEncoder, x_SE, phonemizer, speaker, numb
     return frame_labels.label(r.key, r.speaker, words, ids, owners, placed, number, seconds)
 
 
-def _tokens(r: Recording, held: Labelled, build: Builder, speaker) -> Labelled:
+def _tokens(r: Recording, held: Labeled, build: Builder, speaker) -> Labeled:
     symbols = build.phonemes.decode(held.phonemes)
     owners = frame_labels.word_owners(symbols, r.text, r.lang, speaker)
     tokenizer = build.tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
-from dsasr.entropy_allocation.v_information import reinitialised
+from dsasr.entropy_allocation.v_information import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batches
 from dsasr.inference.model_from_run import newest, run_folder, run_recipe
 from dsasr.model.ctc import CtcHead
@@ -155,6 +155,6 @@ def random_baseline(subject: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
     """The same architecture with random weights."""
     if subject.foreign is not None:
         return open_foreign(subject.about["path"], random=True)
-    encoder = reinitialised(subject.encoder, seed=seed)
+    encoder = reinitialized(subject.encoder, seed=seed)
     about = {"run": subject.about.get("run", ""), "kind": "random"}
     return _native("random encoder", about, subject.build, encoder)

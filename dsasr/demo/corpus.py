@@ -172,8 +172,8 @@ def make_corpus(
     with _pool(processes or _cores()) as pool:
         for split in grammar.SPLITS:
             rows = _write_split(config, split, out, pool, progress)
-            summary["splits"][split] = _summarise(rows)
-    summary["splits"]["nonspeech"] = _summarise(_write_nonspeech(config, out))
+            summary["splits"][split] = _summarize(rows)
+    summary["splits"]["nonspeech"] = _summarize(_write_nonspeech(config, out))
     atomic_write(summary_path, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     (out / _PARTIAL).unlink()
     return summary
@@ -255,7 +255,7 @@ def _write_text(config: CorpusConfig, out: Path) -> None:
         atomic_write(out / "text" / name, "".join(text + "\n" for _, text in lines))
 
 
-def _summarise(rows: list[dict]) -> dict:
+def _summarize(rows: list[dict]) -> dict:
     """Counts of a split: utterances, hours, speakers, different words and Han characters."""
     words: Counter = Counter()
     han: Counter = Counter()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsasr.data.text.prompt import Prompt, Tokenizer, load_tokenizer, normalise_text
+from dsasr.data.text.prompt import Prompt, Tokenizer, load_tokenizer, normalize_text
 from dsasr.demo.phoneme_prompt import SpokenFrames, spoken_batch
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, json_text
@@ -77,7 +77,7 @@ class SmallLmConfig:
 
 
 def build_small_lm(config: SmallLmConfig, tokenizer: Tokenizer):
-    """A randomly initialised ``Qwen3ForCausalLM`` with tied embeddings, seeded by ``config``.
+    """A randomly initialized ``Qwen3ForCausalLM`` with tied embeddings, seeded by ``config``.
 
     The vocabulary is ``tokenizer``'s, padded to a multiple of 64 rows. Torch's global random state
     is left as it was.
@@ -313,7 +313,7 @@ def _lines(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"text {path} cannot be read: {error}") from None
-    return [normalise_text(line) for line in text.splitlines() if line.strip()]
+    return [normalize_text(line) for line in text.splitlines() if line.strip()]
 
 
 def _fingerprint(config: SmallLmConfig, lines: list[str], held: list[str], tokenizer: Path) -> str:

@@ -89,7 +89,7 @@ def speak(text: str, manner: Manner) -> np.ndarray:
     parts: list[np.ndarray] = []
     for script, run in script_runs(text):
         slow, quick = _SPEED[script]
-        samples, rate = espeak.synthesise(
+        samples, rate = espeak.synthesize(
             run.strip(),
             f"{_LANGUAGE[script]}+{manner.voice}",
             words_per_minute=round(slow + (quick - slow) * manner.speed),

@@ -2,7 +2,7 @@
 
 The only importer of deepspeed. How parameter groups are swapped, and why so:
 
-- *Within* a branch, entering a stage destroys the branch's engine and initialises a new one over
+- *Within* a branch, entering a stage destroys the branch's engine and initializes a new one over
   the same (already partitioned) module with exactly the stage's parts in the optimizer. A parameter
   that is frozen by ``requires_grad`` under one optimizer over everything still moves (its Adam
   moments are stale), and one that is unfrozen later never gets gradients; a new engine has neither
@@ -185,7 +185,7 @@ class BranchEngine:
         self.stage = stage
         groups = self._groups(stage)
         self._hooks = zero_hooks.present(self.module)
-        self._engine = self._initialise(stage, groups)
+        self._engine = self._initialize(stage, groups)
         optimizer = self._engine.optimizer
         self._masters.enter(optimizer, carried, steps if stage.keep_moments else None)
 
@@ -203,7 +203,7 @@ class BranchEngine:
             groups.append({"params": params, "lr": rate, "name": part})
         return groups
 
-    def _initialise(self, stage: StageConfig, groups: list[dict[str, Any]]):
+    def _initialize(self, stage: StageConfig, groups: list[dict[str, Any]]):
         import deepspeed
 
         config = settings(self.config, self._disk) | {

@@ -1,13 +1,13 @@
 """Linear CKA: how far one representation of the same frames has moved from another.
 
-With X [N, d] and Y [N, d'], columns centred (Kornblith et al. 2019, arXiv 1905.00414, the feature
+With X [N, d] and Y [N, d'], columns centered (Kornblith et al. 2019, arXiv 1905.00414, the feature
 form):
 
     CKA(X, Y) = ‖YᵀX‖²_F / (‖XᵀX‖_F · ‖YᵀY‖_F)   ∈ [0, 1], no unit
 
 1 under rotation and isotropic scaling of either side. It equals the Gram form at O(N·d²) instead of
 O(N²·d). Everything it needs is a sum over frames, kept in float64, so that batches, workers and
-ranks add up to the value of one process. The sums are not centred until the end: with column means
+ranks add up to the value of one process. The sums are not centered until the end: with column means
 m times their spread, the value loses about m²·1e-16.
 
 ``unbiased=True`` takes for each HSIC the estimator of Song et al. 2012 (JMLR 13, 1393; used for CKA
@@ -95,8 +95,8 @@ class CkaSums(Sums):
         yy = s["yy"] - torch.outer(s["y"], s["y"]) / n
         xy = s["xy"] - torch.outer(s["x"], s["y"]) / n
         # A spread below the rounding of the raw sums is a constant, not a direction.
-        for centred, raw in ((xx, s["xx"]), (yy, s["yy"])):
-            if float(centred.trace()) <= 1e-12 * float(raw.trace()):
+        for centered, raw in ((xx, s["xx"]), (yy, s["yy"])):
+            if float(centered.trace()) <= 1e-12 * float(raw.trace()):
                 return math.nan
         under = float(xx.norm() * yy.norm())
         return min(1.0, float((xy * xy).sum()) / under) if under > 0 else math.nan

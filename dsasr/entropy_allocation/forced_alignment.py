@@ -85,7 +85,7 @@ def _positions(path: Sequence[int], blank: int) -> list[int]:
 
 
 def fill(positions: Sequence[int], reach: int) -> list[int]:
-    """Give gaps of −1 to the neighbours, ``reach`` frames at most to each (see the module)."""
+    """Give gaps of −1 to the neighbors, ``reach`` frames at most to each (see the module)."""
     out = list(positions)
     at = 0
     while at < len(out):

@@ -33,7 +33,7 @@ class Numbering:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """One utterance's labels: ``positions_S`` the place in ``phonemes`` (−1 silence) and
     ``words_S`` the word's number (−1 none) of each of S cells of ``frame_seconds``."""
 
@@ -77,15 +77,15 @@ def label(
     placed: Alignment,
     number: Numbering,
     frame_seconds: float,
-) -> Labelled:
+) -> Labeled:
     """Labels of one utterance whose phonemes are ``placed``; ``owners`` are indices into ``words``,
     which are told apart by spelling."""
     table = torch.tensor([*(number(word.lower()) for word in words), -1], dtype=torch.int64)
     words_S = table[forced_alignment.word_frames(placed, owners)]
-    return Labelled(key, speaker, tuple(phonemes), placed.positions_S, words_S, frame_seconds)
+    return Labeled(key, speaker, tuple(phonemes), placed.positions_S, words_S, frame_seconds)
 
 
-def label_tokens(held: Labelled, text: str, owners: Sequence[int], ids: Sequence[int], decode):
+def label_tokens(held: Labeled, text: str, owners: Sequence[int], ids: Sequence[int], decode):
     """The same utterance with its LLM tokens in the place of words; ``decode`` is the tokenizer's.
 
     A token's share of its word's frames goes by its characters.
@@ -97,7 +97,7 @@ def label_tokens(held: Labelled, text: str, owners: Sequence[int], ids: Sequence
         words_S, forced_alignment.token_words(text, ids, decode), sizes
     )
     table = torch.tensor([*ids, -1], dtype=torch.int64)
-    return Labelled(
+    return Labeled(
         held.key, held.speaker, held.phonemes, held.positions_S, table[places_S], held.frame_seconds
     )
 
@@ -120,12 +120,12 @@ def to_grid(x_SE: Tensor, frame_seconds: float, cells: int, cell_seconds: float)
 
 
 def frame_set(
-    labels: Iterable[Labelled],
+    labels: Iterable[Labeled],
     features: Mapping[str, Tensor],
     frame_seconds: float,
     window: int = 2,
 ) -> FrameSet:
-    """The labelled frames of an encoder. ``features``: key → [S, E] on the CPU."""
+    """The labeled frames of an encoder. ``features``: key → [S, E] on the CPU."""
     builder = FrameSetBuilder(window)
     for held in labels:
         cells = len(held.positions_S)

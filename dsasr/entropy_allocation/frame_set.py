@@ -1,4 +1,4 @@
-"""The labelled frames of a probe set, as `accessible` takes them."""
+"""The labeled frames of a probe set, as `accessible` takes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FrameSet:
-    """Labelled frames of a probe set, on one device.
+    """Labeled frames of a probe set, on one device.
 
     x_NE float; phoneme_N int64 ids; window_NK int64, column K//2 being the frame's own phoneme;
     word_N int64 ids of words or LLM tokens; utterance_N int64 into ``speakers``.
@@ -34,7 +34,7 @@ class FrameSet:
     def with_features(self, x_NE: Tensor) -> FrameSet:
         """The same frames and labels seen by another encoder. Raises ValueError on other N."""
         if len(x_NE) != len(self):
-            raise ValueError(f"{len(x_NE)} frames of features for {len(self)} labelled frames")
+            raise ValueError(f"{len(x_NE)} frames of features for {len(self)} labeled frames")
         rest = (self.phoneme_N, self.window_NK, self.word_N, self.utterance_N, self.speakers)
         return FrameSet(x_NE, *rest)
 

@@ -1,12 +1,12 @@
-"""Normalised spectral entropy: over how many directions a representation spreads its variance.
+"""Normalized spectral entropy: over how many directions a representation spreads its variance.
 
-λ₁…λ_d are the eigenvalues of the covariance of centred frames X [N, d], p = λ / Σλ:
+λ₁…λ_d are the eigenvalues of the covariance of centered frames X [N, d], p = λ / Σλ:
 
     H = −Σ pᵢ ln pᵢ   (nats)      NSE = H / ln d ∈ [0, 1]      effective rank = exp(H) ∈ [1, d]
 
-The metric's name is the paper's (arXiv 2604.08003), the formula is ours. It normalises eigenvalues,
+The metric's name is the paper's (arXiv 2604.08003), the formula is ours. It normalizes eigenvalues,
 that is variances, as Roy & Vetterli's effective rank does on another matrix; RankMe (arXiv
-2210.02885) normalises singular values and is higher for the same frames. Low: few directions carry
+2210.02885) normalizes singular values and is higher for the same frames. Low: few directions carry
 the variance; high: it is spread out.
 
 With N frames the estimate lies below the truth, for white frames by about d / (2N) nats: compare
@@ -79,7 +79,7 @@ class CovarianceSums(Sums):
 
 
 def spectral_entropy(eigenvalues_D: Tensor) -> float:
-    """−Σ p ln p in nats of eigenvalues normalised to sum one; rounding below zero counts as 0."""
+    """−Σ p ln p in nats of eigenvalues normalized to sum one; rounding below zero counts as 0."""
     p = eigenvalues_D.to(torch.float64).clamp(min=0)
     return float(torch.special.entr(p / p.sum()).sum())
 

@@ -81,7 +81,7 @@ class EntropySums(Sums):
 
 
 def frame_entropy(log_probs_BSP: Tensor) -> Tensor:
-    """Entropy [B, S] in nats of normalised log-probabilities; −inf entries add 0."""
+    """Entropy [B, S] in nats of normalized log-probabilities; −inf entries add 0."""
     return torch.special.entr(log_probs_BSP.float().exp()).sum(-1)
 
 

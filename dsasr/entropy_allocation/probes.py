@@ -4,7 +4,7 @@ A probe models ln q(label | frame) = log_softmax(x W + Σ_k C_k[context_k] + b):
 whitened by the training frames; context [N, K] optional discrete symbols, each
 with its own table of weights (a one-hot without the zeros). Loss: mean nll in nats per frame.
 
-Whitening (centred, each dimension to unit variance, then rotated and scaled to unit covariance;
+Whitening (centered, each dimension to unit variance, then rotated and scaled to unit covariance;
 directions below 1e-6 of the mean variance are dropped) makes the estimate blind to invertible
 linear maps of the features, and lets the descent converge whatever their correlations.
 
@@ -170,13 +170,13 @@ def _descend(x_NR: Tensor, train: Frames, start: Probe, iterations: int) -> Prob
     """L-BFGS from a solution, at the penalties written in it. ``x_NR`` is whitened."""
     bias_C = start.bias_C.clone().requires_grad_()
     weight_RC = start.weight_RC.clone().requires_grad_()
-    penalised = [(weight_RC, start.penalty)] if weight_RC.numel() else []
+    penalized = [(weight_RC, start.penalty)] if weight_RC.numel() else []
     tables_KVC = None
     if start.tables_KVC is not None:
         tables_KVC = start.tables_KVC.clone().requires_grad_()
-        penalised.append((tables_KVC, start.table_penalty))
+        penalized.append((tables_KVC, start.table_penalty))
     optimizer = torch.optim.LBFGS(
-        [bias_C, *(parameter for parameter, _ in penalised)],
+        [bias_C, *(parameter for parameter, _ in penalized)],
         max_iter=iterations,
         max_eval=2 * iterations,
         history_size=10,
@@ -189,7 +189,7 @@ def _descend(x_NR: Tensor, train: Frames, start: Probe, iterations: int) -> Prob
         optimizer.zero_grad()
         logits = _logits(x_NR, train.context_NK, weight_RC, tables_KVC, bias_C)
         loss = F.cross_entropy(logits, train.label_N)
-        loss = loss + sum(0.5 * p.square().sum() * penalty for p, penalty in penalised)
+        loss = loss + sum(0.5 * p.square().sum() * penalty for p, penalty in penalized)
         loss.backward()
         return loss
 
@@ -222,7 +222,7 @@ def _logits(
 
 
 def _whitener(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and the map [d, r] that whitens centred frames; r ≤ d, constants are dropped."""
+    """Mean [d] and the map [d, r] that whitens centered frames; r ≤ d, constants are dropped."""
     if not x_ND.shape[1]:
         return torch.zeros(0, device=x_ND.device), torch.zeros(0, 0, device=x_ND.device)
     chunks = x_ND.split(65536)

@@ -16,7 +16,7 @@ and the estimate is the mean over all frames. The interval resamples held-out ut
 control ``shuffled`` is the same estimate with the rows of E permuted within each part, which unties
 them from the labels and keeps both distributions: it should be about 0. An interval below 0 is an
 underfit or overfit probe (``sound`` is False), not negative information. Compare checkpoints on the
-same frames, labels and seed, and with the random encoder (`reinitialised`).
+same frames, labels and seed, and with the random encoder (`reinitialized`).
 
 Both are lower bounds: probes are fitted to few frames, and what they fail to learn is missing. The
 interval tells other held-out utterances, not other training frames. Where validation prefers the
@@ -329,7 +329,7 @@ def frequent(label_N: Tensor, train_N: Tensor, limit: int) -> tuple[Tensor, int]
     return table[label_N], len(kept) + 1
 
 
-def reinitialised(module: nn.Module, *, seed: int = 0) -> nn.Module:
+def reinitialized(module: nn.Module, *, seed: int = 0) -> nn.Module:
     """A copy of an encoder with random weights: the baseline for PAI and CSAI.
 
     Submodules with ``reset_parameters`` are reset; other matrices are drawn normal at their own

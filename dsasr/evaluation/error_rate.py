@@ -2,7 +2,7 @@
 
 rate = (S + D + I) / N, with substitutions, deletions and insertions of a minimal edit of the
 reference's N units into the hypothesis (Levenshtein; counted by rapidfuzz, as in jiwer). Text is
-normalised first (`dsasr.evaluation.normalize`). Rates are fractions, not percent; one over an empty
+normalized first (`dsasr.evaluation.normalize`). Rates are fractions, not percent; one over an empty
 reference is infinite if there are insertions and NaN if there are none.
 
 Intervals resample utterances (Bisani & Ney 2004, "Bootstrap estimates for confidence intervals in
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from dsasr.evaluation.normalize import normalise, unit_of, units
+from dsasr.evaluation.normalize import normalize, unit_of, units
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Counts:
 
 
 def count(reference: list[str] | str, hypothesis: list[str] | str) -> Counts:
-    """`Counts` between two sequences of units, no normalisation applied."""
+    """`Counts` between two sequences of units, no normalization applied."""
     tally = {"replace": 0, "delete": 0, "insert": 0}
     for edit in Levenshtein.editops(reference, hypothesis):
         tally[edit.tag] += 1
@@ -58,7 +58,7 @@ def count(reference: list[str] | str, hypothesis: list[str] | str) -> Counts:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One scored pair: ``units`` in its language's unit, ``characters`` over the normalised text.
+    """One scored pair: ``units`` in its language's unit, ``characters`` over the normalized text.
 
     ``key`` may be empty; the paired test then relies on the order of the pairs.
     """
@@ -116,8 +116,8 @@ class Scores:
 
     ``wer``, ``cer`` and ``mer`` are over the languages scored in words, in characters and in mixed
     units (NaN where there are none); ``rate`` is over all, each in its own unit;
-    ``character_rate`` counts characters of the normalised text for every language (single spaces
-    included, as in jiwer's CER). ``rules`` say the normalisation (`normalise.normalise`).
+    ``character_rate`` counts characters of the normalized text for every language (single spaces
+    included, as in jiwer's CER). ``rules`` say the normalization (`normalize.normalize`).
     """
 
     utterances: list[Utterance] = field(default_factory=list)
@@ -129,7 +129,7 @@ class Scores:
         row = Utterance(
             lang=lang,
             units=count(*(units(*side) for side in sides)),
-            characters=count(*(normalise(*side) for side in sides)),
+            characters=count(*(normalize(*side) for side in sides)),
             key=key,
         )
         self.utterances.append(row)

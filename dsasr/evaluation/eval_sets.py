@@ -1,7 +1,7 @@
 """Recordings of a test set as they lie in the shards, also those without text, and their batches.
 
 Training streams drop a sample without text: there is nothing to learn from it. A test wants it:
-what a recogniser writes there was made up. Nothing is augmented or shuffled here.
+what a recognizer writes there was made up. Nothing is augmented or shuffled here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import BatchMaker, TextEncoder, pad
 from dsasr.data.shards.index import BadSample, parse_sample
 from dsasr.data.shards.storage import SourceConfig, Sources
-from dsasr.data.text.prompt import TextConfig, normalise_text
+from dsasr.data.text.prompt import TextConfig, normalize_text
 from dsasr.utils.errors import UserError
 
 
@@ -72,7 +72,7 @@ def read(
         except (BadSample, AudioError) as error:
             causes[error.cause] += 1
             continue
-        words = normalise_text(sample.text, sample.lang, text)
+        words = normalize_text(sample.text, sample.lang, text)
         labels = sample.phonemes, sample.alignment
         found.append(Recording(sample.key, wave, words, sample.lang, sample.speaker, *labels))
     if not found:

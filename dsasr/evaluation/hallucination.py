@@ -13,7 +13,7 @@ On speech, an utterance is flagged as
 
 On non-speech (ours) any text is wrong, in brackets as well: characters per minute of audio, and the
 share of clips with text. Units are words or characters by language, as in `error_rate`, but after
-`normalise`'s plain rules, so that a repeated digit stays repeated.
+`normalize`'s plain rules, so that a repeated digit stays repeated.
 """
 
 from __future__ import annotations

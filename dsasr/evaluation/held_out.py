@@ -38,7 +38,7 @@ class Transcripts:
     rows: list[Transcript] = field(default_factory=list)
 
     def scores(self, rules: str = "standard") -> Scores:
-        """Error rates over the utterances with a reference, by the rules of `normalise`."""
+        """Error rates over the utterances with a reference, by the rules of `normalize`."""
         scores = Scores(rules=rules)
         for row in self.rows:
             if row.reference:

@@ -1,6 +1,6 @@
 """Text as it is scored: what two transcribers may write differently is made equal first.
 
-English follows Whisper's published normaliser (Radford et al. 2022, arXiv 2212.04356, appendix C):
+English follows Whisper's published normalizer (Radford et al. 2022, arXiv 2212.04356, appendix C):
 the class that ``transformers`` ships does the work. Its table of British spellings is a file that
 comes with each Whisper checkpoint (``normalizer.json``); its path in the place of the rules' name
 has it applied (``evaluation.rules=…/normalizer.json``). Published rates have it.
@@ -70,7 +70,7 @@ def unit_of(lang: str) -> str:
     return "char" if tag.split("-")[0] in CHAR_LANGS else "word"
 
 
-def normalise(text: str, lang: str, rules: str = "standard") -> str:
+def normalize(text: str, lang: str, rules: str = "standard") -> str:
     """The scored form of ``text``: words parted by single spaces (see the module's text).
 
     ``rules="plain"`` applies `basic` whatever the language. Take it for digit strings: Whisper's
@@ -105,7 +105,7 @@ def units(text: str, lang: str, rules: str = "standard") -> list[str]:
 
     A Latin word or a number inside character-scored text is one unit, as in the usual CER scripts.
     """
-    text = normalise(text, lang, rules)
+    text = normalize(text, lang, rules)
     return text.split() if unit_of(lang) == "word" else _UNIT.findall(text)
 
 
@@ -113,7 +113,7 @@ def basic(text: str) -> str:
     """Lower case, NFKC, no punctuation or symbols, single spaces: for languages without rules.
 
     Bracketed remarks (``[noise]``, ``<unk>``, ``(laughs)``) go with their brackets, as in Whisper's
-    basic normaliser; an apostrophe within a word stays.
+    basic normalizer; an apostrophe within a word stays.
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     text = re.sub(r"[<\[][^>\]]*[>\]]|\([^)]*\)", " ", text)
@@ -123,7 +123,7 @@ def basic(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _english_normaliser(spelling: str | None):
+def _english_normalizer(spelling: str | None):
     # Here and not above: importing transformers takes seconds, and Mandarin does not need it.
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
@@ -145,7 +145,7 @@ def english(text: str, spelling: str | None = None) -> str:
     ``spelling`` is the path of a Whisper checkpoint's ``normalizer.json`` (British → American).
     """
     text = unicodedata.normalize("NFKC", text).replace("’", "'")
-    return _english_normaliser(spelling)(text).strip()
+    return _english_normalizer(spelling)(text).strip()
 
 
 @functools.lru_cache(maxsize=8192)

@@ -1,4 +1,4 @@
-"""The noise suite that a recogniser is tried on: non-speech, noisy speech, truncated speech.
+"""The noise suite that a recognizer is tried on: non-speech, noisy speech, truncated speech.
 
 Everything is made from a seed and, for babble and noisy speech, from the caller's own utterances;
 the same seed gives the same suite for every system. Waves are float32 [n], mono, in [−1, 1]. The

@@ -1,4 +1,4 @@
-"""A recogniser on trial: clean, noisy, cut and speechless audio, with every transcript kept.
+"""A recognizer on trial: clean, noisy, cut and speechless audio, with every transcript kept.
 
 `cases` says what is played, `hear` decodes it, `Trials` holds the rows and sums them up: error
 rates with intervals, hallucinations, each by language and condition; `compare` is the paired test

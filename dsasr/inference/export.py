@@ -1,4 +1,4 @@
-"""A trained recogniser as a folder that leaves the building, and back.
+"""A trained recognizer as a folder that leaves the building, and back.
 
 ::
 
@@ -6,7 +6,7 @@
     DIR/cmvn.json            mean and standard deviation per mel bin
     DIR/model.safetensors    encoder.… and adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
-    DIR/adapter/             on request, of a run with LoRA: what it learnt, as a folder of peft's
+    DIR/adapter/             on request, of a run with LoRA: what it learned, as a folder of peft's
 
 LoRA matrices are merged into the language model's weights (`dsasr.model.lora`): in float32, then
 rounded to what is written. Logits of both agree to 1e-5 of the largest in float32; in bfloat16,
@@ -100,17 +100,17 @@ def export_run(
     dtype: torch.dtype | None = None,
     adapter: bool = False,
 ) -> Path:
-    """Write the recogniser in checkpoint ``reader`` to the new folder ``target``.
+    """Write the recognizer in checkpoint ``reader`` to the new folder ``target``.
 
     ``dtype`` rounds the weights; None keeps them as they are. ``adapter`` writes LoRA matrices by
-    themselves too. Raises `UserError` if the checkpoint holds no recogniser or ``target`` exists.
+    themselves too. Raises `UserError` if the checkpoint holds no recognizer or ``target`` exists.
     It appears by rename, whole or not at all.
     """
     if target.exists():
         raise UserError(f"{target} exists: give a new folder")
     weights = Below(reader, "sft/")
     if not any(key.startswith("llm.") for key in weights.shapes):
-        raise UserError(f"{reader.folder} holds no recogniser: its sft branch has not begun")
+        raise UserError(f"{reader.folder} holds no recognizer: its sft branch has not begun")
     _check_lora(build, weights, adapter)
     staging = target.parent / f".{target.name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
@@ -264,7 +264,7 @@ def is_export(folder: Path) -> bool:
 def read_config(folder: Path) -> ExportConfig:
     """``config.json`` of an export; `UserError` if it is none, or of another version."""
     if not is_export(folder):
-        raise UserError(f"{folder} is no exported recogniser: make one with tools/export.py")
+        raise UserError(f"{folder} is no exported recognizer: make one with tools/export.py")
     held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if held.get("format") != FORMAT:
         raise UserError(f"{folder} is of format {held.get('format')!r}, this code reads {FORMAT}")
@@ -274,7 +274,7 @@ def read_config(folder: Path) -> ExportConfig:
 
 
 def load_export(folder: str | Path, attn: str = "sdpa") -> Parts:
-    """The recogniser of an exported folder, on the CPU and in eval mode, in float32."""
+    """The recognizer of an exported folder, on the CPU and in eval mode, in float32."""
     folder = Path(folder)
     chosen = read_config(folder)
     llm = load_llm(folder / "llm", attn=attn)

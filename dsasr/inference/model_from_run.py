@@ -1,4 +1,4 @@
-"""A trained recogniser out of a run folder, on one machine and without DeepSpeed."""
+"""A trained recognizer out of a run folder, on one machine and without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunModel:
         try:
             zero_partition.load_weights(model, Below(reader, "sft/"))
         except FragmentError as error:
-            raise UserError(f"{reader.folder} holds no recogniser: {error}") from None
+            raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
         return cls(build, model.to(device()).eval(), reader.folder)
 
     def hear(

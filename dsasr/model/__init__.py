@@ -1,1 +1,1 @@
-"""The recogniser's parts: encoder, CTC head, adaptor, and the language model that they feed."""
+"""The recognizer's parts: encoder, CTC head, adaptor, and the language model that they feed."""

@@ -1,4 +1,4 @@
-"""Phoneme head, CTC and consistency-regularised CTC (CR-CTC, arXiv 2410.05101).
+"""Phoneme head, CTC and consistency-regularized CTC (CR-CTC, arXiv 2410.05101).
 
 Both losses are sums over utterances divided by the number of phonemes, so that utterances weigh by
 what they hold and the balance between the two terms is the paper's (which also sums both).
@@ -40,7 +40,7 @@ class CtcLoss:
     """``nll_B`` in nats (0 where infeasible), ``feasible_B``, and the labels' ``lengths_B``.
 
     An utterance is infeasible if it has fewer frames than its phonemes need (one each, and one
-    blank between equal neighbours): its likelihood is 0. It is left out of the loss and counted.
+    blank between equal neighbors): its likelihood is 0. It is left out of the loss and counted.
     """
 
     nll_B: Tensor

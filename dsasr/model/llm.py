@@ -167,7 +167,7 @@ def embedding_rms(llm: PreTrainedModel) -> float:
     """Root mean square of the token embeddings as the first layer sees them.
 
     Where the weights are not at hand (meta device, or partitioned by ZeRO-3), the standard
-    deviation that the model's config initialises them with.
+    deviation that the model's config initializes them with.
     """
     embed = llm.get_input_embeddings()
     weight = embed.weight.detach()

@@ -5,7 +5,7 @@ gets its weights from the folder's safetensors files, a tensor at a time (`layer
 Values are those of `load_llm`, which holds the model whole.
 
 Where a folder's tensors are not the model's one by one (transformers renames or joins those of some
-architectures, and unpacks quantised ones), it is loaded whole and then cut; `in_pieces` tells.
+architectures, and unpacks quantized ones), it is loaded whole and then cut; `in_pieces` tells.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _fill_buffers(
 ) -> None:
     """Buffers of a model on the meta device: tables by the layers' own rules, the rest from files.
 
-    As transformers does it: with every weight marked as done, initialising fills buffers alone.
+    As transformers does it: with every weight marked as done, initializing fills buffers alone.
     """
     for parameter in llm.parameters():
         parameter._is_hf_initialized = True

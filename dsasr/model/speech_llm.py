@@ -131,7 +131,7 @@ def lay_out(
 
 
 class SpeechLLM(nn.Module):
-    """A speech recogniser around a Hugging Face causal LM.
+    """A speech recognizer around a Hugging Face causal LM.
 
     A part without a trainable parameter runs in eval mode (no dropout), and the encoder without a
     graph, whatever mode the whole is in. LoRA matrices belong to the language model, but for their

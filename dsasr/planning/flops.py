@@ -5,7 +5,7 @@ softmaxes, losses and the optimizer (below one percent at the sizes that matter)
 the utterances' own, so padding is no work. In causal attention a position sees (L + 1) / 2 others
 on average, itself counted; dynamic chunks count as full context (1% of an encoder's work at 8 s).
 
-Model FLOP utilisation as PaLM has it (arXiv 2204.02311, appendix B), with less counted (**ours**:
+Model FLOP utilization as PaLM has it (arXiv 2204.02311, appendix B), with less counted (**ours**:
 no padding, no unseen pair, no gradient that no parameter needs):
 
     MFU = Σ_parts (forward + backward) / (seconds · peak FLOP/s)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.reporting.run_data import Row, RunData, allocation_rows, before_and_after
-from dsasr.tracking.timeline_plot import COLOURS, DPI, lr_curves, plot
+from dsasr.tracking.timeline_plot import COLORS, DPI, lr_curves, plot
 from dsasr.utils.io import atomic_path
 
 INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
-PHONETIC, SEMANTIC, LANGUAGE = COLOURS[0], COLOURS[3], COLOURS[1]
+PHONETIC, SEMANTIC, LANGUAGE = COLORS[0], COLORS[3], COLORS[1]
 
 
 def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 3.2), **given):
@@ -64,12 +64,12 @@ def _legend(axis, **given) -> None:
 
 
 def _key(figure, runs: Sequence[RunData], styles: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """A legend above the picture: a colour per run, if several, and what styles and marks mean."""
+    """A legend above the picture: a color per run, if several, and what styles and marks mean."""
     from matplotlib.lines import Line2D
 
-    names = [(r.name, {"color": c}) for r, c in zip(runs, _colours(runs), strict=True)]
+    names = [(r.name, {"color": c}) for r, c in zip(runs, _colors(runs), strict=True)]
     rows = [*(names if len(runs) > 1 else ()), *styles]
-    plain = MUTE if len(runs) > 1 else COLOURS[0]
+    plain = MUTE if len(runs) > 1 else COLORS[0]
     if any(run.joint for run in runs):
         rows.append(("joint training begins", {"ls": ":", "lw": 0.9}))
     lines = [Line2D([], [], label=name, **{"color": plain, "lw": 1.3, **how}) for name, how in rows]
@@ -78,8 +78,8 @@ def _key(figure, runs: Sequence[RunData], styles: Sequence[tuple[str, dict[str, 
     )
 
 
-def _colours(runs: Sequence[RunData]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+def _colors(runs: Sequence[RunData]) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(runs))]
 
 
 # -- pictures ----------------------------------------------------------------------------------
@@ -124,18 +124,18 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
     held = iter(axes[0])
     if panels[0]:
         axis = next(held)
-        for run, colour in zip(runs, _colours(runs), strict=True):
+        for run, color in zip(runs, _colors(runs), strict=True):
             drifted = [e for e in run.events if e["event"] == "drift" and "cka" in e]
             points = [(e["pretrain"], e["cka"]) for e in drifted]
             if points:
-                axis.plot(*zip(*points, strict=True), ".-", color=colour, lw=1.3, label=run.name)
+                axis.plot(*zip(*points, strict=True), ".-", color=color, lw=1.3, label=run.name)
             below = [
                 (e["pretrain"], e["cka"])
                 for e in run.events
                 if e["event"] == "published" and e.get("cka") is not None
             ]
             if below:
-                axis.plot(*zip(*below, strict=True), "o", ms=7, mfc="none", mec=colour)
+                axis.plot(*zip(*below, strict=True), "o", ms=7, mfc="none", mec=color)
         threshold = next((m["cka_threshold"] for run in runs for m in run.drift), None)
         if threshold is not None:
             axis.axhline(threshold, color=WARN, ls="--", lw=1, label=f"threshold {threshold:g}")
@@ -146,13 +146,13 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
         _legend(axis)
     if panels[1]:
         axis = next(held)
-        for run, colour in zip(runs, _colours(runs), strict=True):
+        for run, color in zip(runs, _colors(runs), strict=True):
             points = through[run.name]
             if points:
                 start = next(e["steps"] for e in run.events if e.get("name") == run.joint)
                 steps = [0, *(s - start for s, _ in points)]
                 values = [1.0, *(v for _, v in points)]
-                axis.plot(steps, values, ".-", color=colour, lw=1.3, label=run.name)
+                axis.plot(steps, values, ".-", color=color, lw=1.3, label=run.name)
         # An encoder that hardly moved is to look like it.
         low = min(0.99, axis.get_ylim()[0])
         axis.set_ylim(low, 1 + 0.03 * (1 - low))
@@ -166,7 +166,7 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
 
 ENDS = ("low", "high")
 METRICS = (
-    ("nse", "NSE, 0 to 1", "spread: normalised spectral entropy"),
+    ("nse", "NSE, 0 to 1", "spread: normalized spectral entropy"),
     ("pai", "PAI, nats a frame", "phonemes: accessible information"),
     ("csai", "CSAI, nats a frame", "words beyond phonemes"),
 )
@@ -180,16 +180,16 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
     unit, word = clocked(runs)
     figure, axes = new(1, len(shown), (3.9 * len(shown), 3.7))
     for axis, (key, label, title) in zip(axes[0], shown, strict=True):
-        for run, colour in zip(runs, _colours(runs), strict=True):
+        for run, color in zip(runs, _colors(runs), strict=True):
             for branch, style in (("pretrain", "-"), ("sft", "--")):
                 points = [m for m in run.looks if m["branch"] == branch and key in m]
                 times = [m["seconds"] / unit for m in points]
-                axis.plot(times, [m[key] for m in points], style, marker=".", color=colour, lw=1.3)
+                axis.plot(times, [m[key] for m in points], style, marker=".", color=color, lw=1.3)
                 if any(f"{key}_low" in m for m in points):
                     low, high = ([_of(m, f"{key}_{end}") for m in points] for end in ENDS)
-                    axis.fill_between(times, low, high, color=colour, alpha=0.12, lw=0)
+                    axis.fill_between(times, low, high, color=color, alpha=0.12, lw=0)
             if any(key in m for m in run.looks):
-                _mark_joint(axis, run, unit, colour)
+                _mark_joint(axis, run, unit, color)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(f"training time, {word}")
         axis.set_ylabel(label)
@@ -200,10 +200,10 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
     return save(figure, path)
 
 
-def _mark_joint(axis, run: RunData, unit: float, colour: str) -> None:
+def _mark_joint(axis, run: RunData, unit: float, color: str) -> None:
     begun = [e["seconds"] for e in run.events if e["event"] == "stage" and e["name"] == run.joint]
     if begun:
-        axis.axvline(begun[0] / unit, color=colour, lw=0.9, ls=":")
+        axis.axvline(begun[0] / unit, color=color, lw=0.9, ls=":")
 
 
 def joint(runs: Sequence[RunData], path: Path) -> Path | None:
@@ -213,12 +213,12 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
         return None
     figure, axes = new(1, 3, (9.6, 3.5))
     for axis, (key, label, title) in zip(axes[0], METRICS, strict=True):
-        for side, colour, shift in (("before", "#9db8d2", -0.2), ("after", COLOURS[0], 0.2)):
+        for side, color, shift in (("before", "#9db8d2", -0.2), ("after", COLORS[0], 0.2)):
             rows = [pair[0 if shift < 0 else 1] for _, pair in pairs]
             nothing = [_none_found(row, key) for row in rows]
             values = [math.nan if n else _of(r, key) for n, r in zip(nothing, rows, strict=True)]
             places = [i + shift for i in range(len(pairs))]
-            bars = axis.bar(places, values, 0.36, color=colour, label=f"{side} joint training")
+            bars = axis.bar(places, values, 0.36, color=color, label=f"{side} joint training")
             for place, text in zip(places, nothing, strict=True):
                 axis.annotate(text, (place, 0), (0, 3), rotation=90, fontsize=7, color=MUTE,
                               textcoords="offset points", ha="center")  # fmt: skip
@@ -273,7 +273,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
     figure, (axes,) = new(1, 2, (10.5, height), sharey=True)
     places = range(len(rows))
     left, right = axes
-    for key, shift, colour, label in (
+    for key, shift, color, label in (
         ("pai", -0.18, PHONETIC, "phonemes: PAI of H(P)"),
         ("csai", 0.18, SEMANTIC, "words beyond phonemes: CSAI of H(S|P)"),
     ):
@@ -285,7 +285,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
         ]
         if found:
             at, values, _ = zip(*found, strict=True)
-            left.barh(at, values, 0.34, color=colour, label=label)
+            left.barh(at, values, 0.34, color=color, label=label)
         for place, share, nothing in found:
             # Right of the axis also where the estimate is negative: left are the names.
             left.annotate(nothing or _percent(share), (max(share, 0), place), (3, 0), fontsize=8,
@@ -332,7 +332,7 @@ CURVES = (
 def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
     """Error rates and hallucinations on the validation set by training time.
 
-    Colours tell runs apart, or the rates of a single run.
+    Colors tell runs apart, or the rates of a single run.
     """
     scored = [r for r in runs if any("wer" in m or "cer" in m for m in r.valid)]
     if not scored:
@@ -348,21 +348,19 @@ def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
     figure, axes = new(len(panels), 1, (8.6, 1.5 + 1.7 * len(panels)), sharex=True)
     looks = {name: {"ls": style, "marker": mark} for _, name, style, mark in CURVES}
     if len(scored) == 1:
-        looks = {
-            n: {**how, "color": c} for (n, how), c in zip(looks.items(), COLOURS, strict=False)
-        }
+        looks = {n: {**how, "color": c} for (n, how), c in zip(looks.items(), COLORS, strict=False)}
     for axis, (label, values) in zip(axes[:, 0], panels, strict=True):
-        for run, colour in zip(runs, _colours(runs), strict=True):
+        for run, color in zip(runs, _colors(runs), strict=True):
             curves: dict[str, list[tuple[float, float]]] = {}
             for line in run.valid:
                 for name, value in values(line).items():
                     if math.isfinite(value):
                         curves.setdefault(name, []).append((line["seconds"] / unit, value))
             for name, points in curves.items():
-                how = {"color": colour, "marker": "o", "ls": "-"} | looks.get(name, {})
+                how = {"color": color, "marker": "o", "ls": "-"} | looks.get(name, {})
                 axis.plot(*zip(*points, strict=True), ms=4, lw=1.3, clip_on=False, **how)
             if curves:
-                _mark_joint(axis, run, unit, colour)
+                _mark_joint(axis, run, unit, color)
         axis.set_ylabel(label, fontsize=9)
         axis.set_ylim(0, max(1, axis.get_ylim()[1]))
     seen = {name for run in scored for line in run.valid for name in panels[0][1](line)}

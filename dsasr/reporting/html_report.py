@@ -64,7 +64,7 @@ def _slug(name: str) -> str:
 CAPTIONS = {
     "Course": "Stages of both branches: pretrain trains the encoder by CTC, sft the language model "
     "behind it. A dot is a published encoder, an arrow its way into the sft branch, with what made "
-    "it go; grey lines are such swaps.",
+    "it go; gray lines are such swaps.",
     "Drift": "CKA of encoder frames on a fixed set of utterances: 1 where the representation has "
     "not moved. Left: at each measurement below the threshold an encoder is published.",
     "Entropy over": "Encoder frames of held-out utterances. Low NSE: few directions carry the "

@@ -1,7 +1,7 @@
 """What a run says of itself: metrics.jsonl and events.jsonl always, TensorBoard, a progress line.
 
 Only rank 0 writes. Sums over ranks are made when a line is due, not every step, so that a step
-needs no synchronisation with the host.
+needs no synchronization with the host.
 """
 
 from __future__ import annotations

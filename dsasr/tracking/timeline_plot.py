@@ -11,7 +11,7 @@ from typing import Any
 from dsasr.stages import Schedule, learning_rate
 from dsasr.utils.io import atomic_path, text_lines
 
-COLOURS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a", "#6b4a2b")
+COLORS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a", "#6b4a2b")
 LINES = ("-", "--", ":", "-.")
 DPI = 140
 
@@ -97,7 +97,7 @@ def _draw_bars(axis, events: Sequence[dict[str, Any]], title: str) -> None:
     lanes = ["sft", "pretrain"] if any(s.branch == "pretrain" for s in held) else ["sft"]
     for i, span in enumerate(held):
         lane, width = lanes.index(span.branch), span.stop - span.start
-        axis.barh(lane, width, left=span.start, height=0.46, color=COLOURS[i % len(COLOURS)])
+        axis.barh(lane, width, left=span.start, height=0.46, color=COLORS[i % len(COLORS)])
         middle = (span.start + span.stop) / 2
         if width > 0.012 * last * len(span.name):
             axis.text(middle, lane, span.name, ha="center", va="center", color="white", fontsize=9)
@@ -116,7 +116,7 @@ def _draw_bars(axis, events: Sequence[dict[str, Any]], title: str) -> None:
 def _draw_swaps(axis, events: Sequence[dict[str, Any]], last: int, lanes: int) -> None:
     """A published encoder is a dot on the pretrain bar, its way into the sft branch an arrow."""
     made: dict[str, int] = {}
-    labelled = -last
+    labeled = -last
     for event in events:
         if event["event"] == "published":
             made[event["snapshot"]] = event["steps"]
@@ -128,22 +128,22 @@ def _draw_swaps(axis, events: Sequence[dict[str, Any]], last: int, lanes: int) -
             start = made.get(event["snapshot"], at) if lanes == 2 else at
             arrow = {"arrowstyle": "-|>", "color": "#222222", "lw": 1.1}
             axis.annotate("", (at, 0.24), (start, 0.75), arrowprops=arrow)
-            if at - labelled > 0.05 * last:
+            if at - labeled > 0.05 * last:
                 behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
                 axis.annotate(event["cause"], (at, 0.42), (7, 0), textcoords="offset points",
                               fontsize=8, va="center", bbox=behind)  # fmt: skip
-                labelled = at
+                labeled = at
 
 
 def _draw_lrs(axis, lrs) -> None:
-    colours: dict[str, str] = {}
+    colors: dict[str, str] = {}
     drawn: dict[str, int] = {}
     for label, steps, values in lrs:
         stage = label.partition(":")[0]
-        colour = colours.setdefault(stage, COLOURS[len(colours) % len(COLOURS)])
+        color = colors.setdefault(stage, COLORS[len(colors) % len(COLORS)])
         drawn[stage] = drawn.get(stage, -1) + 1
         style = LINES[drawn[stage] % len(LINES)]
-        axis.plot(steps, values, color=colour, ls=style, lw=1.3, label=label)
+        axis.plot(steps, values, color=color, ls=style, lw=1.3, label=label)
     axis.set_yscale("log")
     largest = max((max(values) for _, _, values in lrs if len(values)), default=1.0)
     axis.set_ylim(largest * 1e-4, largest * 2)
@@ -152,7 +152,7 @@ def _draw_lrs(axis, lrs) -> None:
 
 
 def _draw_cka(axis, cka, threshold: float | None) -> None:
-    axis.plot(*zip(*cka, strict=True), marker=".", color=COLOURS[0], lw=1.2)
+    axis.plot(*zip(*cka, strict=True), marker=".", color=COLORS[0], lw=1.2)
     if threshold is not None:
         axis.axhline(threshold, color="#b03a2e", ls="--", lw=1)
         below = [point for point in cka if point[1] < threshold]
@@ -165,7 +165,7 @@ def _draw_cka(axis, cka, threshold: float | None) -> None:
 
 def _draw_losses(axis, losses: dict[str, Sequence[tuple[int, float]]]) -> None:
     for number, (name, points) in enumerate(losses.items()):
-        axis.plot(*zip(*points, strict=True), color=COLOURS[number], lw=1.2, label=name)
+        axis.plot(*zip(*points, strict=True), color=COLORS[number], lw=1.2, label=name)
     axis.set_ylabel("loss, nats")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8, frameon=False)

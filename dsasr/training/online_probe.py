@@ -37,7 +37,7 @@ from dsasr.data.text.phonemes import EspeakPhonemizer, StoredPhonemes, build_pho
 from dsasr.engine.branch_engine import BranchEngine, StepReport
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.entropy_allocation.cka import cka
-from dsasr.entropy_allocation.frame_labels import Labelled, Numbering
+from dsasr.entropy_allocation.frame_labels import Labeled, Numbering
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.predictive_entropy import Allocation
 from dsasr.entropy_allocation.v_information import VInformationConfig, csai, pai
@@ -182,7 +182,7 @@ class OnlineProbe:
             values |= self._probes(held, features)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _probes(self, held: list[Labelled], features: dict[str, Tensor]) -> dict[str, float]:
+    def _probes(self, held: list[Labeled], features: dict[str, Tensor]) -> dict[str, float]:
         seconds = self.build.frame_seconds
         frames = frame_labels.frame_set(held, features, seconds).to(distributed.device())
         most = self.config.frames
@@ -235,7 +235,7 @@ class OnlineProbe:
         row = {"key": batch.keys[i], "speaker": batch.speakers[i], "text": batch.texts[i]}
         return [row | {"phonemes": ids, "owners": owners, "positions": placed.positions_S.tolist()}]
 
-    def _number(self, placed: list[dict[str, Any]]) -> list[Labelled]:
+    def _number(self, placed: list[dict[str, Any]]) -> list[Labeled]:
         number, seconds = Numbering(), self.build.frame_seconds
         found = []
         for row in sorted(placed, key=lambda row: row["key"]):
@@ -297,11 +297,11 @@ def _means(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     return means
 
 
-def _label_row(held: Labelled) -> dict[str, Any]:
+def _label_row(held: Labeled) -> dict[str, Any]:
     row = asdict(held)
     return row | {"positions_S": held.positions_S.tolist(), "words_S": held.words_S.tolist()}
 
 
-def _label_from(row: dict[str, Any]) -> Labelled:
+def _label_from(row: dict[str, Any]) -> Labeled:
     tensors = {k: torch.tensor(row[k], dtype=torch.int64) for k in ("positions_S", "words_S")}
-    return Labelled(**{**row, **tensors, "phonemes": tuple(row["phonemes"])})
+    return Labeled(**{**row, **tensors, "phonemes": tuple(row["phonemes"])})

@@ -75,7 +75,7 @@ def test_packing_tells_what_it_left_out(tmp_path):
     assert f"1 left out, see {tmp_path}/out/bad_samples.jsonl" in told
     bad = json.loads((tmp_path / "out" / "bad_samples.jsonl").read_text())
     assert (bad["cause"], bad["key"], bad["detail"]) == (
-        "decode_error", "a-1", "Format not recognised.",
+        "decode_error", "a-1", "Format not recognized.",
     )  # fmt: skip
 
 

@@ -129,9 +129,9 @@ def test_config_errors(bad):
 def test_every_voice_exists_and_is_in_one_split():
     names = [name for voices in speech.VOICES.values() for name in voices]
     assert len(set(names)) == len(names)
-    plain, rate = espeak.synthesise("one two", "en-us")
+    plain, rate = espeak.synthesize("one two", "en-us")
     for name in names:
-        wave, _ = espeak.synthesise("one two", f"en-us+{name}")
+        wave, _ = espeak.synthesize("one two", f"en-us+{name}")
         assert 0.3 < len(wave) / rate < 2
         # espeak-ng falls back to the plain voice where it does not know a variant.
         assert len(wave) != len(plain) or not np.array_equal(wave, plain), name

@@ -1,4 +1,4 @@
-"""Labelled frames: windows of phonemes, silence, and what is refused."""
+"""Labeled frames: windows of phonemes, silence, and what is refused."""
 
 import pytest
 import torch
@@ -23,5 +23,5 @@ def test_builder_leaves_silence_out():
         builder.add(torch.zeros(4, 1), positions[:3], [3, 2], positions, "x")
     with pytest.raises(ValueError, match="no utterance"):
         FrameSetBuilder().build()
-    with pytest.raises(ValueError, match="labelled"):
+    with pytest.raises(ValueError, match="labeled"):
         data.with_features(torch.zeros(3, 2))

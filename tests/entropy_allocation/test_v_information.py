@@ -310,7 +310,7 @@ def test_a_level_of_one_is_refused():
         a.VInformationConfig(level=1.0)
 
 
-def test_reinitialised():
+def test_reinitialized():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -320,11 +320,11 @@ def test_reinitialised():
 
     odd = Odd()
     before = torch.get_rng_state()
-    random = a.reinitialised(odd, seed=1)
+    random = a.reinitialized(odd, seed=1)
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(random.linear.weight, odd.linear.weight)
     assert not torch.equal(random.matrix, odd.matrix)
     assert random.matrix.std().item() == pytest.approx(3, rel=0.1)
     assert torch.equal(random.scale, odd.scale)
-    assert torch.equal(random.matrix, a.reinitialised(odd, seed=1).matrix)
+    assert torch.equal(random.matrix, a.reinitialized(odd, seed=1).matrix)
     assert not any(q.requires_grad for q in random.parameters()) and odd.scale.requires_grad

@@ -119,13 +119,13 @@ def test_english_spelling_table(tmp_path):
     assert n.english("Colour", str(table)) == "color"
     assert n.english("Colour") == "colour"
     # As rules: standard, with the table, in code-switched text as well.
-    assert n.normalise("The COLOUR is 2", "en", str(table)) == "the color is 2"
+    assert n.normalize("The COLOUR is 2", "en", str(table)) == "the color is 2"
     assert n.units("我要 colour 2", "zh-en", str(table)) == ["我", "要", "color", "2"]
-    assert n.normalise("2个", "zh", str(table)) == n.normalise("2个", "zh")
+    assert n.normalize("2个", "zh", str(table)) == n.normalize("2个", "zh")
     with pytest.raises(ValueError, match=r"normalizer\.json"):
-        n.normalise("colour", "en", "whisper")
+        n.normalize("colour", "en", "whisper")
     table.write_text("[]")
-    n._english_normaliser.cache_clear()
+    n._english_normalizer.cache_clear()
     n.english.cache_clear()
     with pytest.raises(UserError, match="JSON object"):
         n.english("Colour", str(table))
@@ -178,7 +178,7 @@ def test_basic_keeps_other_scripts():
 @settings(max_examples=100)
 @given(st.text(max_size=40), st.sampled_from(["en", "zh", "zh-en", "de", "ja"]))
 def test_any_text_is_scored(text, lang):
-    out = n.normalise(text, lang)
+    out = n.normalize(text, lang)
     assert out == out.strip()
     assert "".join(n.units(text, lang)).replace(" ", "") == out.replace(" ", "")
 

@@ -148,7 +148,7 @@ def test_what_cannot_be_exported_or_loaded_is_said(run, exported, tmp_path):
         export.export_run(build, export.newest_checkpoint(run), exported)
     with pytest.raises(UserError, match="no whole checkpoint"):
         export.newest_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="no exported recogniser"):
+    with pytest.raises(UserError, match="no exported recognizer"):
         export.load_export(tmp_path)
     with pytest.raises(UserError, match="neither an exported model nor a run"):
         Recognizer.from_pretrained(tmp_path)

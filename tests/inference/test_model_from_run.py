@@ -1,4 +1,4 @@
-"""A recogniser out of a run folder: the newest checkpoint, or the one that is asked for."""
+"""A recognizer out of a run folder: the newest checkpoint, or the one that is asked for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OLD, NEW, TORN = (f"step-{steps:010d}" for steps in (10, 20, 30))
 def run(tiny, tmp_path_factory) -> Path:
     """Two whole checkpoints, the weights of the first 1 and of the second 2 more than the fresh
     model's, and a torn third."""
-    folder = tmp_path_factory.mktemp("recogniser") / "run"
+    folder = tmp_path_factory.mktemp("recognizer") / "run"
     chosen = recipe.load(str(tiny), [f"run={folder}"])
     model = Builder(chosen).speech_llm()
     for more, name in enumerate((OLD, NEW, TORN), 1):

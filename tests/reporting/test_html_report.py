@@ -364,10 +364,10 @@ def test_a_browser_shows_it(tmp_path):
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     image = Image.open(shot).convert("RGB")
     assert image.size == (1100, 3600)
-    colours = {colour for _, colour in image.getcolors(1 << 24)}
-    # The pictures' own colours are on the page, and its background is white.
+    colors = {color for _, color in image.getcolors(1 << 24)}
+    # The pictures' own colors are on the page, and its background is white.
     for wanted in ("#3b6ea5", "#d08c2f", "#4f9d69", "#ffffff"):
-        assert tuple(bytes.fromhex(wanted[1:])) in colours
+        assert tuple(bytes.fromhex(wanted[1:])) in colors
 
 
 def test_an_utterance_heard_in_many_conditions_is_one_draw():

@@ -211,7 +211,7 @@ class Cluster:
         """
         end = time.monotonic() + seconds
         while (state := self.show(job, "JobState")) not in (
-            "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
+            "COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
         ) and not until():  # fmt: skip
             if time.monotonic() > end:
                 pytest.fail(f"job {job} is still {state}\n{self.run('squeue')}")

@@ -1,4 +1,4 @@
-"""train.py that waits after a given step until it is killed or signalled.
+"""train.py that waits after a given step until it is killed or signaled.
 
 A drill that kills a job "at step 16" cannot miss its moment so, however fast or slow the machine.
 ``HOLD="5 16"``: the job's first start waits after step 5, the second after step 16, later ones

@@ -41,7 +41,7 @@ def last_checkpoint(folder: Path) -> Path:
     return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
 
-def learnt(folder: Path) -> list[tuple]:
+def learned(folder: Path) -> list[tuple]:
     """What the pretrain branch's lines say of its learning."""
     kept = ("step", "ctc", "consistency", "grad_norm")
     return [tuple(x[k] for k in kept) for x in lines(folder) if x["stage"] == "pretrain"]
@@ -213,14 +213,14 @@ def test_a_full_store_costs_swaps_not_the_run(whole, launch, tiny, tmp_path):
     assert len(refused) >= 2 and refused[-1]["steps"] == 20
     assert all("rank 1" in e["reason"] and "snapshot" in e for e in refused)
     assert not list((folder / "snapshots").glob("encoder-*"))
-    # With room again it goes on, and what pretraining learnt is what it would have been.
+    # With room again it goes on, and what pretraining learned is what it would have been.
     again = launch(program.parent.parent.parent / "dsasr/train.py", "--recipe", tiny,
                    f"run={folder}")  # fmt: skip
     assert again.returncode == 0, again.stdout[-3000:]
     assert events(folder, "resumed") and events(folder, "swap")[-1]["cause"] == "final"
     assert events(folder, "finished")
 
-    assert learnt(folder) == learnt(whole)
+    assert learned(folder) == learned(whole)
     one, other = (
         tensor_fragments.read_manifest(r / "snapshots/encoder-000000020") for r in (folder, whole)
     )
@@ -238,7 +238,7 @@ def test_pretraining_alone_and_a_reader_whose_marks_fail(whole, launch, tiny, tm
                   f"store.path={store}")  # fmt: skip
     assert made.returncode == 0, made.stdout[-3000:]
     # Beside an sft branch, with swaps, pretraining is what it is alone, bit for bit.
-    assert learnt(tmp_path / "a" / "pretrain") == learnt(whole)
+    assert learned(tmp_path / "a" / "pretrain") == learned(whole)
     final = "encoder-000000020"
     one = tensor_fragments.read_manifest(store / final)
     other = tensor_fragments.read_manifest(whole / "snapshots" / final)

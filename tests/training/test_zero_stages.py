@@ -20,7 +20,7 @@ SHORT = [*[f"stages.{name}.steps={steps}" for name, steps in STAGES.items()],
          "stages.pretrain.warmup_steps=0", "stages.ia_sft.steps_after_final_swap=0",
          "stages.joint.warmup_steps=3",
          "drift.mode=final", "monitor.every=1", "checkpoint.every_steps=3"]  # fmt: skip
-LEARNT = ("ctc", "nll", "entropy", "accuracy", "grad_norm")
+LEARNED = ("ctc", "nll", "entropy", "accuracy", "grad_norm")
 RATES = ("lr_encoder", "lr_ctc", "lr_adaptor", "lr_llm")
 
 
@@ -81,7 +81,7 @@ def test_zero_3_goes_on_as_zero_1_and_back(trained):
                 assert found[steps].get(name) == told[steps].get(name), (run.name, steps, name)
             # ZeRO stages add up the gradient's norm in other orders.
             mine, theirs = (
-                {k: x[steps][k] for k in LEARNT if k in x[steps]} for x in (found, told)
+                {k: x[steps][k] for k in LEARNED if k in x[steps]} for x in (found, told)
             )
             assert mine == pytest.approx(theirs, rel=1e-6), (run.name, steps)
     assert told[16]["lr_encoder"] < told[16]["lr_adaptor"]

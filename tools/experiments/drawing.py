@@ -10,7 +10,7 @@ from measured import Result, counted, drift, errors, hallucinated, invented, noi
 from resampling import value
 
 from dsasr.reporting import figures
-from dsasr.tracking.timeline_plot import COLOURS
+from dsasr.tracking.timeline_plot import COLORS
 
 
 def draw(systems: dict[str, list[Result]], path: Path) -> None:
@@ -19,7 +19,7 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
     figure, axes = figures.new(2, 4, (15.5, 7.0))
     conditions = ["clean", *noisy(every)]
     ticks = ["clean", *(f"{c[3:]}" for c in conditions[1:])]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(systems)}
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(systems)}
     for axis, measure, title, label, share in (
         (axes[0][0], errors, "errors", "word and character errors, %", False),
         (axes[0][1], hallucinated, "hallucinations on speech", "utterances, %", True),
@@ -32,8 +32,8 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
             at = np.arange(len(conditions)) + 0.09 * (i - (len(systems) - 1) / 2)
             middle = 100 * np.array([value(r) for r in ratios])
             said = f"{held[0]['label']} ({counted(held)})"
-            axis.plot(at, middle, ".-", lw=1.2, color=colours[name], label=said)
-            axis.vlines(at, 100 * spans[:, 0], 100 * spans[:, 1], color=colours[name], lw=1)
+            axis.plot(at, middle, ".-", lw=1.2, color=colors[name], label=said)
+            axis.vlines(at, 100 * spans[:, 0], 100 * spans[:, 1], color=colors[name], lw=1)
         axis.set_xticks(range(len(conditions)), ticks)
         axis.set_xlabel("noise in the test speech: SNR, dB")
         axis.set_ylabel(label)
@@ -41,15 +41,15 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
         top = 2 * max(line.get_ydata().max() for line in axis.lines)
         axis.set_ylim(0, top or 110 * highest)
         axis.set_title(f"{title} (95%, cut at the top)", fontsize=10, loc="left")
-    bars(axes[0][2], systems, colours)
-    dots(axes[0][3], systems, colours, drift, "drift through joint SFT", "CKA, 0 to 1")
+    bars(axes[0][2], systems, colors)
+    dots(axes[0][3], systems, colors, drift, "drift through joint SFT", "CKA, 0 to 1")
     for axis, (key, label, title) in zip(axes[1], figures.METRICS, strict=False):
         for i, (name, held) in enumerate(systems.items()):
             pairs = [(reading(r["before"], key), reading(r["after"], key)) for r in held]
             for at, pair in zip(_places(i, len(pairs)), pairs, strict=True):
-                axis.plot([at, at], pair, "-", color=colours[name], lw=1)
-                axis.plot(at, pair[0], "o", mfc="white", mec=colours[name], ms=6)
-                axis.plot(at, pair[1], "o", color=colours[name], ms=6)
+                axis.plot([at, at], pair, "-", color=colors[name], lw=1)
+                axis.plot(at, pair[0], "o", mfc="white", mec=colors[name], ms=6)
+                axis.plot(at, pair[1], "o", color=colors[name], ms=6)
         untrained = [reading(r["random"], key) for r in every if r.get("random")]
         if untrained:
             level = np.mean(untrained)
@@ -58,26 +58,26 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
             axis.annotate("random encoder", (1, level), (0, 3), ha="right", fontsize=8, **place)
         _by_system(axis, systems, f"{title}\n(open: before joint SFT; a pair per seed)", label)
     cost = "audio used, augmented\n(a dot per seed)"
-    dots(axes[1][3], systems, colours, lambda held: [r["audio_hours"] for r in held], cost, "hours")
+    dots(axes[1][3], systems, colors, lambda held: [r["audio_hours"] for r in held], cost, "hours")
     axes[1][3].set_ylim(0, 1.08 * max(r["audio_hours"] for r in every))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     figures.save(figure, path)
 
 
-def bars(axis, systems: dict[str, list[Result]], colours: dict[str, str]) -> None:
+def bars(axis, systems: dict[str, list[Result]], colors: dict[str, str]) -> None:
     for i, (name, held) in enumerate(systems.items()):
         ratio = invented(held)
-        axis.bar(i, value(ratio), 0.6, color=colours[name])
+        axis.bar(i, value(ratio), 0.6, color=colors[name])
         axis.vlines(i, *span(ratio), color=figures.INK, lw=1)
     _by_system(axis, systems, "text on non-speech", "characters a minute")
 
 
-def dots(axis, systems, colours, values: Callable[[Sequence[Result]], list[float]], title, label):
+def dots(axis, systems, colors, values: Callable[[Sequence[Result]], list[float]], title, label):
     """A dot per seed."""
     for i, (name, held) in enumerate(systems.items()):
         found = values(held)
-        axis.plot(_places(i, len(found)), found, "o", color=colours[name], ms=6)
+        axis.plot(_places(i, len(found)), found, "o", color=colors[name], ms=6)
     _by_system(axis, systems, title, label)
 
 

@@ -200,7 +200,7 @@ def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tenso
 
     A third of the time of torchaudio's kaldi.fbank, and closer to float64: pre-emphasis is done
     once on the wave, x[n] − 0.97·x[n−1], and what a frame's own mean m adds to it, 0.03·m, is taken
-    off the frame. Its first sample, which has no neighbour, does not matter: the window is 0 there.
+    off the frame. Its first sample, which has no neighbor, does not matter: the window is 0 there.
     """
     if len(wave) < cfg.window:
         return torch.zeros(0, cfg.mels)
@@ -209,11 +209,11 @@ def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tenso
         # From the audio itself: the same file has the same features, whoever computes them.
         seeded = torch.Generator().manual_seed(zlib.crc32(wave.numpy().tobytes()))
         wave = wave + cfg.dither / FULL_SCALE * torch.randn(len(wave), generator=seeded)
-    emphasised = torch.empty_like(wave)
-    emphasised[:1] = wave[:1]
-    torch.sub(wave[1:], wave[:-1], alpha=PREEMPHASIS, out=emphasised[1:])
+    emphasized = torch.empty_like(wave)
+    emphasized[:1] = wave[:1]
+    torch.sub(wave[1:], wave[:-1], alpha=PREEMPHASIS, out=emphasized[1:])
     means = wave.unfold(0, cfg.window, cfg.shift).mean(1, keepdim=True).mul_(1 - PREEMPHASIS)
-    frames = emphasised.unfold(0, cfg.window, cfg.shift)
+    frames = emphasized.unfold(0, cfg.window, cfg.shift)
     if out_TF is None:
         out_TF = torch.empty(len(frames), cfg.mels)
     features = out_TF[: len(frames)]
@@ -282,8 +282,8 @@ def fbank_batch(waves_BN: Tensor, lengths_B: Tensor, cfg: FbankConfig) -> tuple[
         return waves_BN.new_zeros(len(waves_BN), 0, cfg.mels), lengths
     waves = waves_BN * FULL_SCALE
     means = waves.unfold(1, cfg.window, cfg.shift).mean(-1, keepdim=True)
-    emphasised = torch.cat((waves[:, :1], waves[:, 1:] - PREEMPHASIS * waves[:, :-1]), 1)
-    frames = emphasised.unfold(1, cfg.window, cfg.shift) - (1 - PREEMPHASIS) * means
+    emphasized = torch.cat((waves[:, :1], waves[:, 1:] - PREEMPHASIS * waves[:, :-1]), 1)
+    frames = emphasized.unfold(1, cfg.window, cfg.shift) - (1 - PREEMPHASIS) * means
     size = 1 << (cfg.window - 1).bit_length()
     squares = torch.view_as_real(torch.fft.rfft(frames * window, n=size)).square()
     power = squares[..., 0] + squares[..., 1]
@@ -321,7 +321,7 @@ class CmvnSums:
 
 
 class Cmvn:
-    """Global mean and standard deviation per mel bin; ``apply`` normalises [.., F]."""
+    """Global mean and standard deviation per mel bin; ``apply`` normalizes [.., F]."""
 
     def __init__(self, mean_F: Tensor, std_F: Tensor, frames: int = 0):
         self.mean_F, self.std_F, self.frames = mean_F.double(), std_F.double(), frames

@@ -160,7 +160,7 @@ def stable_hash(*parts: object) -> int:
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The splitmix64 finaliser (Steele, Lea and Flood 2014) of a uint64 array."""
+    """The splitmix64 finalizer (Steele, Lea and Flood 2014) of a uint64 array."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -173,7 +173,7 @@ def sample_seeds(
 ) -> np.ndarray:
     """One 63-bit seed for each key of a shard: from (seed, epoch, dataset, shard's name, key).
 
-    A sample's randomness depends on no other sample, so a bad neighbour changes nothing for it,
+    A sample's randomness depends on no other sample, so a bad neighbor changes nothing for it,
     nor one that was left out of the index.
     """
     base = stable_hash("sample", seed, epoch, dataset, shard.rsplit("/", 1)[-1])
@@ -197,7 +197,7 @@ Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (seconds, seeds) →
 def bucket_order(
     frames: np.ndarray, chars: np.ndarray, width: float, rng: np.random.Generator | None
 ) -> np.ndarray:
-    """Order in which neighbours have similar length, and within a length bucket similar text.
+    """Order in which neighbors have similar length, and within a length bucket similar text.
 
     Buckets are geometric, ``width`` wide, their edges shifted at random; texts run up in one
     bucket and down in the next, so that a batch across an edge stays even. Text lengths are

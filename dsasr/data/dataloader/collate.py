@@ -1,7 +1,7 @@
 """A planned sample becomes features and labels; a task becomes a batch's arrays.
 
 Runs in worker processes. Everything random comes from the sample's planned seed, so a sample is
-the same whoever makes it and whatever became of its neighbours. What is wrong with a sample is
+the same whoever makes it and whatever became of its neighbors. What is wrong with a sample is
 counted by cause and named; the rest of its batch is not touched.
 """
 
@@ -48,7 +48,7 @@ from dsasr.data.text.phonemes import (
     UnknownPhoneme,
     UnknownWord,
 )
-from dsasr.data.text.prompt import TextConfig, Tokenizer, normalise_text
+from dsasr.data.text.prompt import TextConfig, Tokenizer, normalize_text
 from dsasr.utils.io import atomic_write
 
 FRAME_SLACK = 10  # frames by which a sample may exceed its plan: rounding of durations and speeds
@@ -68,12 +68,12 @@ class TextEncoder:
         return self.tokenizer.pad_id if self.tokenizer is not None else 0
 
     def encode(self, sample: Sample) -> tuple[str, list[int], list[int]]:
-        """(normalised text, phoneme ids, transcript tokens + end_id). Raises `BadSample`."""
+        """(normalized text, phoneme ids, transcript tokens + end_id). Raises `BadSample`."""
 
         def bad(cause: str, detail: str) -> BadSample:
             return BadSample(cause, sample.shard, sample.key, detail)
 
-        text = normalise_text(sample.text, sample.lang, self.config)
+        text = normalize_text(sample.text, sample.lang, self.config)
         if not text and (self.config is None or self.config.empty == "drop"):
             raise bad("empty_text", repr(sample.text[:40]))
         phonemes: list[int] = []
@@ -131,7 +131,7 @@ class _Row:
     shard: str
     lang: str
     speaker: str
-    features: Tensor  # [T, F] normalised, or [n] audio where features are made on the device
+    features: Tensor  # [T, F] normalized, or [n] audio where features are made on the device
     seconds: float
     text: str
     phonemes: list[int]

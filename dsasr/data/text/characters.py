@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsasr.data.text.prompt import TextConfig, normalise_text
+from dsasr.data.text.prompt import TextConfig, normalize_text
 
 BOUNDARY = "▁"  # between words
 _RULES = TextConfig(case="lower", punctuation="strip")
@@ -13,7 +13,7 @@ class CharacterPhonemizer:
     space, which Han text has none of, is `BOUNDARY`."""
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
-        return [BOUNDARY if c == " " else c for c in normalise_text(text, lang, _RULES)]
+        return [BOUNDARY if c == " " else c for c in normalize_text(text, lang, _RULES)]
 
     def for_sample(self, sample) -> list[str]:
         return self.phonemes(sample.text, sample.lang)

@@ -140,7 +140,7 @@ def phoneme_names(text: str, voice: str, *, ipa: bool) -> list[str]:
     return names
 
 
-def synthesise(
+def synthesize(
     text: str, voice: str, *, words_per_minute: int = 175, pitch: int = 50, pitch_range: int = 50
 ) -> tuple[np.ndarray, int]:
     """Speak ``text``: int16 samples [n] (mono) and their rate in Hz.

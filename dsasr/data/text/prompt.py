@@ -21,7 +21,7 @@ META_NAME = "dsasr_tokenizer.json"
 META_FORMAT = "dsasr-tokenizer"
 META_VERSION = 1
 
-# ---- normalisation
+# ---- normalization
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class TextConfig:
             raise UserError(f"text.empty {self.empty!r}: use drop or keep")
 
 
-def normalise_text(text: str, lang: str = "", config: TextConfig | None = None) -> str:
+def normalize_text(text: str, lang: str = "", config: TextConfig | None = None) -> str:
     """The training target for ``text``: NFKC, single spaces, none between Han characters.
 
     Control characters become spaces. Case and punctuation as ``config`` says; an apostrophe within
-    a word is no punctuation. Not the normalisation for scoring, which forgives more.
+    a word is no punctuation. Not the normalization for scoring, which forgives more.
     """
     config = config or TextConfig()
     as_is = config.case == "keep" and config.punctuation == "keep"
@@ -265,7 +265,7 @@ _MARKER = re.compile(r"(<\|[a-z_]+\|>)")
 class Prompt:
     """Qwen's chat form around the speech (NIM4-ASR, arXiv 2604.18105).
 
-    Instruction, then speech, then hints: a streaming recogniser computes the part before the
+    Instruction, then speech, then hints: a streaming recognizer computes the part before the
     speech once and appends to it. The whole sequence is
     ``prefix + speech embeddings + suffix + transcript + end_id``.
     """

@@ -67,7 +67,7 @@ def _read(files: Sequence[str | Path]) -> Iterable[str]:
             with open(path, encoding="utf-8") as lines:
                 for line in lines:
                     if line.strip():
-                        yield texts.normalise_text(line)
+                        yield texts.normalize_text(line)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"text {path} cannot be read: {error}") from None
 

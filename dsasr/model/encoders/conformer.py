@@ -2,8 +2,8 @@
 
 One mask rule keeps an utterance's result free of the batch that it came in: padded frames are
 zeroed before every convolution over time and hidden from every query. One alignment rule keeps
-streaming exact: output frame s is centred on feature frame 4s and sees features 4s - 3 … 4s + 3, so
-that the frames of a chunk [c·i, c·(i + 1)) see nothing from feature frame 4c·(i + 1) on. **The
+streaming exact: output frame s is centered on feature frame 4s and sees features 4s - 3 … 4s + 3, so that
+the frames of a chunk [c·i, c·(i + 1)) see nothing from feature frame 4c·(i + 1) on. **The
 look-ahead beyond a chunk's end is zero frames.**
 """
 
@@ -136,7 +136,7 @@ class FeedForward(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention with rotary positions, through `scaled_dot_product_attention`.
 
-    FireRedASR and Conformer add learnt relative positions to the scores. Rotary positions
+    FireRedASR and Conformer add learned relative positions to the scores. Rotary positions
     (**ours**) are relative too, but live in the queries and keys: nothing is added to the scores,
     so that the fused kernels apply and the positions can restart inside a pack of utterances.
     """

@@ -192,8 +192,8 @@ def kaldi_float64(wave: torch.Tensor, cfg: FbankConfig) -> torch.Tensor:
         frame = frame - 0.97 * np.concatenate((frame[:1], frame[:-1]))
         power = np.abs(np.fft.rfft(frame * window, size)[: size // 2]) ** 2
         row = []
-        for left, centre, right in zip(edges, edges[1:], edges[2:], strict=False):
-            weight = np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
+        for left, center, right in zip(edges, edges[1:], edges[2:], strict=False):
+            weight = np.minimum((bins - left) / (center - left), (right - bins) / (right - center))
             row.append(power @ weight.clip(0))
         rows.append(np.log(np.maximum(row, np.finfo(np.float32).eps)))
     return torch.from_numpy(np.array(rows).reshape(-1, cfg.mels))

@@ -303,7 +303,7 @@ def test_state_is_small_whatever_the_data() -> None:
     assert len(json.dumps(state)) < 400
 
 
-def test_sample_seeds_depend_on_the_key_not_on_its_neighbours() -> None:
+def test_sample_seeds_depend_on_the_key_not_on_its_neighbors() -> None:
     keys = [f"k{i}" for i in range(10)]
     ten, five = (sample_seeds(1, 0, "a", "/x/s.tar", keys[::n]) for n in (1, 2))
     assert (ten[::2] == five).all()

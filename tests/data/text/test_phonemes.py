@@ -88,7 +88,7 @@ def test_espeak_phonemizer_travels_to_workers():
 def test_phonemes_do_not_depend_on_what_was_spoken_before():
     phonemizer = EspeakPhonemizer(cache=1)
     before = phonemizer.phonemes("the red apple", "en")
-    espeak.synthesise("你好", "cmn+f3")
+    espeak.synthesize("你好", "cmn+f3")
     phonemizer.phonemes("猫", "zh")
     assert phonemizer.phonemes("the red apple", "en") == before
 

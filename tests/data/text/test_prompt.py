@@ -15,7 +15,7 @@ from dsasr.data.text.prompt import (
     Tokenizer,
     check_tokenizer,
     load_tokenizer,
-    normalise_text,
+    normalize_text,
 )
 from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.utils.errors import UserError
@@ -140,7 +140,7 @@ def test_trained_tokenizer_has_words_and_characters_as_tokens(trained):
 @settings(max_examples=50)
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zs"])))
 def test_trained_tokenizer_encodes_anything(trained_tokenizer, text):
-    text = normalise_text(text)
+    text = normalize_text(text)
     ids = trained_tokenizer.encode(text)
     decoded = trained_tokenizer.decode(ids)
     # Spaces at script boundaries follow a convention of their own; nothing else may change.
@@ -276,15 +276,15 @@ def test_hints_come_after_the_speech_and_forge_nothing(hugging_face):
         ("!?", TextConfig(punctuation="strip"), ""),
     ],
 )
-def test_normalise_text(text, config, result):
-    assert normalise_text(text, "", config) == result
+def test_normalize_text(text, config, result):
+    assert normalize_text(text, "", config) == result
 
 
 @given(st.text())
-def test_normalise_text_is_idempotent(text):
+def test_normalize_text_is_idempotent(text):
     config = TextConfig(case="lower", punctuation="strip")
-    once = normalise_text(text, "", config)
-    assert normalise_text(once, "", config) == once
+    once = normalize_text(text, "", config)
+    assert normalize_text(once, "", config) == once
 
 
 def test_text_config_errors():

@@ -69,7 +69,7 @@ def test_left_chunks_limit_attention(encoder):
     frames = encoder(x, lengths, Chunk(2, left=1)).frames_BSE
     (gradient,) = torch.autograd.grad(frames[0, 9].square().sum(), x)
     seen = gradient[0].abs().sum(1).nonzero()
-    # Two layers of one chunk each: chunk 4 reaches chunk 2, whose first frame is 4, centred on 16.
+    # Two layers of one chunk each: chunk 4 reaches chunk 2, whose first frame is 4, centered on 16.
     assert (int(seen.min()), int(seen.max())) == (13, 39)
 
 
