@@ -2,8 +2,8 @@
 
 One mask rule keeps an utterance's result free of the batch that it came in: padded frames are
 zeroed before every convolution over time and hidden from every query. One alignment rule keeps
-streaming exact: output frame s is centered on feature frame 4s and sees features 4s - 3 … 4s + 3, so that
-the frames of a chunk [c·i, c·(i + 1)) see nothing from feature frame 4c·(i + 1) on. **The
+streaming exact: output frame s is centered on feature frame 4s and sees features 4s - 3 … 4s + 3,
+so that the frames of a chunk [c·i, c·(i + 1)) see nothing from feature frame 4c·(i + 1) on. **The
 look-ahead beyond a chunk's end is zero frames.**
 """
 
