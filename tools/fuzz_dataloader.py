@@ -1,6 +1,6 @@
 """Drill the stream: drawn shards, ranks, workers, kills and new world sizes; all zero is right.
 
-    python tools/verify_stream.py --cases 200
+    python tools/fuzz_dataloader.py --cases 200
 
 Every case compares each batch, bit by bit, with an uninterrupted run, and each finished epoch with
 the plain list of keys. Prints one JSON line; the exit code is 1 if anything was wrong.

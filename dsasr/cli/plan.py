@@ -1,26 +1,50 @@
 """Plan a run before it is started: the size of its batches, their padding, a cluster's time.
 
-python tools/plan.py batch --recipe demo --stage pretrain --memory 4
-python tools/plan.py padding --recipe demo data.dataloader.batch.frames=3000
-python tools/plan.py --recipe nim-2.3b --nodes 8 --gpus 8 --gpu-memory 80
+examples:
+  dsasr plan cluster --recipe nim-2.3b --nodes 8 --gpus 8 --gpu-memory 80
+  dsasr plan batch --recipe demo --stage pretrain --memory 4
+  dsasr plan padding --recipe demo data.dataloader.batch.frames=3000
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dsasr import recipe
-from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
-from dsasr.planning import batch_search, cluster_sizing
-from dsasr.utils.errors import UserError, run_tool
+from dsasr.cli.arguments import add_recipe, command_parser
+from dsasr.utils.errors import UserError
 from dsasr.utils.progress import Bar
 
+if TYPE_CHECKING:
+    from dsasr.recipe import Recipe
+    from dsasr.stages import StageConfig
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    from dsasr.planning.cluster_sizing import Machine, Traffic
+
+    parser = command_parser(__name__, __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    cluster = commands.add_parser(
+        "cluster", help="memory of a GPU, time and traffic of a step, GPU-hours, from shapes alone"
+    )
+    cluster.set_defaults(run=plan_cluster)
+    default = Machine()
+    for name, value, text in (
+        ("--gpu-memory", default.memory, "GB of a GPU"),
+        ("--rate", default.rate, "TFLOP/s that a GPU sustains; 0: measured on this machine"),
+        ("--inside", default.inside, "GB/s of a GPU inside a node"),
+        ("--network", default.network, "GB/s of a GPU between nodes"),
+        ("--storage", default.storage, "GB/s that all GPUs together read from the shards"),
+        ("--utterance", Traffic().seconds, "seconds of an average utterance"),
+        ("--tokens", Traffic().tokens, "transcript tokens a second"),
+    ):
+        cluster.add_argument(name, type=float, default=value, help=f"{text} ({value:g})")
+    cluster.add_argument("--nodes", type=int, default=default.nodes)
+    cluster.add_argument("--gpus", type=int, default=default.gpus, help="of a node")
+    cluster.add_argument("--start", default="", help="the day it begins, as 2026-01-31; today")
     batch = commands.add_parser(
         "batch", help="the largest frame and token budget that fits the memory, by trying"
     )
@@ -40,122 +64,75 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     padding.add_argument(
         "--shards", type=int, default=0, help="of each dataset, evenly chosen; 0: all"
     )
-    cluster = commands.add_parser(
-        "cluster", help="memory of a GPU, time and traffic of a step, GPU-hours, from shapes alone"
-    )
-    cluster.set_defaults(run=plan_cluster)
-    given = cluster_sizing.Machine()
-    for name, value, text in (
-        ("--gpu-memory", given.memory, "GB of a GPU"),
-        ("--rate", given.rate, "TFLOP/s that a GPU sustains; 0: measured on this machine"),
-        ("--inside", given.inside, "GB/s of a GPU inside a node"),
-        ("--network", given.network, "GB/s of a GPU between nodes"),
-        ("--storage", given.storage, "GB/s that all GPUs together read from the shards"),
-        ("--utterance", cluster_sizing.Traffic().seconds, "seconds of an average utterance"),
-        ("--tokens", cluster_sizing.Traffic().tokens, "transcript tokens a second"),
-    ):
-        cluster.add_argument(name, type=float, default=value, help=f"{text} ({value:g})")
-    cluster.add_argument("--nodes", type=int, default=given.nodes)
-    cluster.add_argument("--gpus", type=int, default=given.gpus, help="of a node")
-    cluster.add_argument("--start", default="", help="the day it begins, as 2026-01-31; today")
-    for command in (batch, padding, cluster):
-        command.add_argument("--recipe", required=True, help="a packaged name, or a YAML file")
+    for command in (cluster, batch, padding):
+        add_recipe(command)
         command.add_argument("--stage", help="default: every stage in turn")
-        command.add_argument("overrides", nargs="*", metavar="key=value")
-    given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0].startswith("--") and given[0] != "--help":
-        given = ["cluster", *given]  # the plan that most want
-    return parser.parse_args(given)
+    return parser.parse_args(arguments)
 
 
-def plan_batch(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
-    if args.memory < 0 or not 0 <= args.margin < 1 or args.most < batch_search.ROUND:
-        raise UserError(f"give --memory ≥ 0, --margin in [0, 1) and --most ≥ {batch_search.ROUND}")
-    batch_search.check(chosen)
-    for stage in stages(args, chosen):
-        with Bar(desc=stage.name, unit="trial") as bar:
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
 
-            def tell(trial: batch_search.Trial, bar=bar) -> None:
-                bar.set_postfix_str(f"{trial.frames} frames {'fit' if trial.fits else 'do not'}")
-                bar.update()
+    from dsasr import recipe
+    from dsasr.planning import batch_search
 
-            found = batch_search.probe(
-                chosen, stage, memory=round(args.memory * batch_search.GIB), margin=args.margin,
-                most=args.most, tell=tell,
-            )  # fmt: skip
-        print(batch_search.table(found), end="\n\n")
+    cfg = recipe.load(args.recipe, args.overrides)
+    stages = [batch_search.stage_of(cfg, args.stage)] if args.stage else list(cfg.stages)
+    args.run(args, cfg, stages)
 
 
-def plan_padding(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
-    print(f"{'stage':<12} {'samples':>9} {'hours':>8} {'batches':>8} {'longest':>8} "
-          f"{'filled':>7} {'padding':>8}  left out")  # fmt: skip
-    for stage in stages(args, chosen):
-        told = batch_search.outlook(chosen, stage, args.shards)
-        causes = ", ".join(f"{cause} {n}" for cause, n in told.left_out.most_common())
-        print(f"{stage.name:<12} {told.samples:>9} {told.hours:>8.2f} {told.batches:>8} "
-              f"{told.longest / FRAMES_PER_SECOND:>6.1f} s {told.fill:>7.1%} {told.padding:>8.2%}"
-              f"  {causes or '-'}")  # fmt: skip
+def plan_cluster(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
+    from dsasr.planning.cluster_sizing import Machine, Traffic, measured_rate
+    from dsasr.planning.cluster_table import cluster_plan
 
-
-def plan_cluster(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
     if (
         min(args.nodes, args.gpus) < 1
         or min(args.inside, args.network, args.storage, args.utterance) <= 0
     ):
         raise UserError("give at least one node and GPU, and rates above 0")
-    machine = cluster_sizing.Machine(
-        args.nodes, args.gpus, args.gpu_memory, args.rate or cluster_sizing.measured_rate(),
-        args.inside, args.network, storage=args.storage,
+    machine = Machine(
+        args.nodes, args.gpus, args.gpu_memory, args.rate or measured_rate(), args.inside,
+        args.network, storage=args.storage,
     )  # fmt: skip
-    traffic = cluster_sizing.Traffic(args.utterance, args.tokens)
     try:
         start = datetime.date.fromisoformat(args.start) if args.start else datetime.date.today()
     except ValueError:
         raise UserError(f"--start {args.start}: give a day as 2026-01-31") from None
-    counted = cluster_sizing.parts(chosen)
-    shown = ", ".join(f"{n} {p.parameters / 1e6:,.1f} M" for n, p in counted.items())
-    print(f"parameters: {shown}")
-    print(f"{machine.nodes} x {machine.gpus} GPUs of {machine.memory:g} GB at "
-          f"{machine.rate:.3g} TFLOP/s\n")  # fmt: skip
-    made = [cluster_sizing.step(chosen, s, machine, traffic, counted) for s in stages(args, chosen)]
-    names = list(dict.fromkeys(name for one in made for name in one.memory))
-    print(f"{'GB of a GPU':<12} {'all':>7} " + " ".join(f"{n:>11}" for n in names))
-    for one in made:
-        cells = " ".join(f"{one.memory.get(n, 0.0):>11.2f}" for n in names)
-        print(f"{one.stage:<12} {one.peak:>7.1f} {cells}")
-    print(f"\n{'stage':<12} {'steps':>10} {'s/step':>8} {'products':>9} {'network':>8} "
-          f"{'GB sent':>8} {'h audio':>8} {'days':>7} {'GPU-hours':>10}  limited by")  # fmt: skip
-    total = 0.0
-    for one in made:
-        hours = one.steps * one.seconds / 3600
-        total += hours
-        print(f"{one.stage:<12} {one.steps:>10,} {one.seconds:>8.3f} {one.compute:>9.3f} "
-              f"{one.network:>8.3f} {one.traffic / 1e9:>8.1f} {one.audio_hours:>8.2f} "
-              f"{hours / 24:>7.1f} {hours * machine.world:>10,.0f}  {one.bottleneck}")  # fmt: skip
-    end = start + datetime.timedelta(hours=total)
-    saved = cluster_sizing.checkpoint_bytes(chosen, counted) / 1e9
-    whole = f"{total / 24:,.1f} days, {total * machine.world:,.0f} GPU-hours"
-    print(f"\nfrom {start} to {end}: {whole}; a checkpoint is {saved:.1f} GB")
-    longest = max(made, key=lambda one: one.steps * one.seconds).stage
-    stage = next(s for s in chosen.stages if s.name == longest)
-    print(f"\nstage {longest} by size\n{'GPUs':>5} {'GB':>6} {'s/step':>8} {'h audio/step':>13} "
-          f"{'h audio/GPU-h':>14}  {'limited by':<10}  change")  # fmt: skip
-    for size in cluster_sizing.layouts(machine):
-        one = cluster_sizing.step(chosen, stage, size, traffic, counted)
-        speed = one.audio_hours / (one.seconds * size.world / 3600)
-        print(f"{size.world:>5} {one.peak:>6.1f} {one.seconds:>8.3f} {one.audio_hours:>13.1f} "
-              f"{speed:>14,.0f}  {one.bottleneck:<10}  "
-              f"{cluster_sizing.advice(one, size, chosen)}")  # fmt: skip
+    traffic = Traffic(args.utterance, args.tokens)
+    for line in cluster_plan(cfg, stages, machine, traffic, start):
+        print(line)
 
 
-def stages(args: argparse.Namespace, chosen: recipe.Recipe) -> list:
-    return [batch_search.stage_of(chosen, args.stage)] if args.stage else list(chosen.stages)
+def plan_batch(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
+    from dsasr.planning import batch_search
+
+    if args.memory < 0 or not 0 <= args.margin < 1 or args.most < batch_search.ROUND:
+        raise UserError(f"give --memory ≥ 0, --margin in [0, 1) and --most ≥ {batch_search.ROUND}")
+    batch_search.check(cfg)
+    for stage in stages:
+        with Bar(desc=stage.name, unit="trial") as bar:
+
+            def show(trial: batch_search.Trial, bar: Bar = bar) -> None:
+                bar.set_postfix_str(f"{trial.frames} frames {'fit' if trial.fits else 'do not'}")
+                bar.update()
+
+            result = batch_search.probe(
+                cfg, stage, memory=round(args.memory * batch_search.GIB), margin=args.margin,
+                most=args.most, tell=show,
+            )  # fmt: skip
+        print(batch_search.table(result), end="\n\n")
 
 
-def main() -> None:
-    args = parse()
-    args.run(args, recipe.load(args.recipe, args.overrides))
+def plan_padding(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
+    from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
+    from dsasr.planning import batch_search
 
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    print(f"{'stage':<12} {'samples':>9} {'hours':>8} {'batches':>8} {'longest':>8} "
+          f"{'filled':>7} {'padding':>8}  left out")  # fmt: skip
+    for stage in stages:
+        forecast = batch_search.outlook(cfg, stage, args.shards)
+        causes = ", ".join(f"{cause} {n}" for cause, n in forecast.left_out.most_common())
+        longest = forecast.longest / FRAMES_PER_SECOND
+        print(f"{stage.name:<12} {forecast.samples:>9} {forecast.hours:>8.2f} "
+              f"{forecast.batches:>8} {longest:>6.1f} s {forecast.fill:>7.1%} "
+              f"{forecast.padding:>8.2%}  {causes or '-'}")  # fmt: skip

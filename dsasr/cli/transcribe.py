@@ -1,80 +1,46 @@
 """Transcribe audio with an exported model or a run: files, folders, or standard input.
 
-python tools/transcribe.py models/demo talk.mp3 interviews/ --format srt --out subtitles
-ffmpeg -i film.mp4 -f wav - | python tools/transcribe.py models/demo - --format jsonl
+The exit code is 1 if a file could not be read.
+
+examples:
+  dsasr transcribe models/demo talk.mp3 interviews/ --format srt --out subtitles
+  ffmpeg -i film.mp4 -f wav - | dsasr transcribe models/demo - --format jsonl
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import soundfile
-import torch
-
-from dsasr.inference.recognizer import Recognizer, Transcription, audio_files, with_beam
-from dsasr.recipe import quiet
-from dsasr.utils.errors import UserError, run_tool
+from dsasr.cli.arguments import command_parser
+from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, json_text
 from dsasr.utils.progress import Bar
 
-
-def find(names: list[str]) -> list[Path | str]:
-    """Files in the order given, folders replaced by what they hold."""
-    found: list[Path | str] = []
-    for name in names:
-        if name == "-":
-            found.append(name)
-        elif Path(name).is_dir():
-            found += audio_files(Path(name))
-        elif Path(name).is_file():
-            found.append(Path(name))
-        else:
-            raise UserError(f"there is no {name}")
-    if found.count("-") > 1:
-        raise UserError("standard input can be read only once")
-    return found
+if TYPE_CHECKING:
+    from dsasr.inference.recognizer import Transcription
 
 
-def seconds_of(path: Path | str) -> float:
-    """By the header; 0 where there is none to believe."""
-    try:
-        return 0.0 if path == "-" else soundfile.info(str(path)).duration
-    except (soundfile.LibsndfileError, RuntimeError):
-        return 0.0
-
-
-def shown(done: Transcription, form: str) -> str:
-    if form == "jsonl":
-        return json_text(done.plain()) + "\n"
-    return done.srt() if form == "srt" else done.text + "\n"
-
-
-def target(out: Path, path: str, form: str, taken: set[Path]) -> Path:
-    """A name of its own in ``out`` for the transcript of ``path``."""
-    stem = "stdin" if path == "-" else Path(path).stem
-    ending = {"text": "txt"}.get(form, form)
-    name, number = out / f"{stem}.{ending}", 1
-    while name in taken:
-        number += 1
-        name = out / f"{stem}-{number}.{ending}"
-    taken.add(name)
-    return name
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_parser(__name__, __doc__)
     parser.add_argument("model", type=Path, help="an exported folder, or a run folder")
     parser.add_argument("audio", nargs="+", help="files, folders, or - for standard input")
     parser.add_argument("--format", choices=("text", "jsonl", "srt"), default="text")
     parser.add_argument("--out", type=Path, help="a folder: one file for each audio file")
     parser.add_argument("--beam", type=int, default=1, help="1 is greedy")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+
+    import torch
+
+    from dsasr.inference.recognizer import Recognizer, with_beam
+    from dsasr.recipe import quiet
+
     sources = find(args.audio)
     if args.format == "srt" and len(sources) > 1 and not args.out:
         raise UserError("subtitles of several files need --out FOLDER")
@@ -83,7 +49,7 @@ def main() -> int:
         torch.set_num_threads(os.cpu_count() or 1)
     recognizer = with_beam(Recognizer.from_pretrained(args.model), args.beam)
     several = len(sources) > 1 and not args.out and args.format == "text"
-    taken: set[Path] = set()
+    written: set[Path] = set()
     bad: list[str] = []
 
     def failed(path: str, error: UserError) -> None:
@@ -100,16 +66,61 @@ def main() -> int:
         if not total:
             form = "{n:.0f} s [{elapsed}]"
         with Bar(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
-            for done in recognizer.transcribe_all(opened, bar.update, failed):
-                text = shown(done, args.format)
+            for transcription in recognizer.transcribe_all(opened, bar.update, failed):
+                text = formatted(transcription, args.format)
                 if args.out:
-                    atomic_write(target(args.out, done.path, args.format, taken), text)
+                    path = target(args.out, transcription.path, args.format, written)
+                    atomic_write(path, text)
                 else:
                     with bar.external_write_mode():
-                        sys.stdout.write(f"{done.path}\t{text}" if several else text)
+                        head = f"{transcription.path}\t" if several else ""
+                        sys.stdout.write(head + text)
                         sys.stdout.flush()
     return 1 if bad else 0
 
 
-if __name__ == "__main__":
-    sys.exit(run_tool(main))
+def find(names: Sequence[str]) -> list[Path | str]:
+    """Files in the order given, folders replaced by the audio files below them."""
+    from dsasr.inference.recognizer import audio_files
+
+    sources: list[Path | str] = []
+    for name in names:
+        if name == "-":
+            sources.append(name)
+        elif Path(name).is_dir():
+            sources += audio_files(Path(name))
+        elif Path(name).is_file():
+            sources.append(Path(name))
+        else:
+            raise UserError(f"there is no {name}")
+    if sources.count("-") > 1:
+        raise UserError("standard input can be read only once")
+    return sources
+
+
+def seconds_of(path: Path | str) -> float:
+    """By the header; 0 where there is none, or none that can be believed."""
+    import soundfile
+
+    try:
+        return 0.0 if path == "-" else soundfile.info(str(path)).duration
+    except (soundfile.LibsndfileError, RuntimeError):
+        return 0.0
+
+
+def formatted(transcription: Transcription, form: str) -> str:
+    if form == "jsonl":
+        return json_text(transcription.plain()) + "\n"
+    return transcription.srt() if form == "srt" else transcription.text + "\n"
+
+
+def target(out: Path, path: str, form: str, written: set[Path]) -> Path:
+    """A new name in ``out`` for the transcript of ``path``; it is added to ``written``."""
+    stem = "stdin" if path == "-" else Path(path).stem
+    ending = {"text": "txt"}.get(form, form)
+    name, number = out / f"{stem}.{ending}", 1
+    while name in written:
+        number += 1
+        name = out / f"{stem}-{number}.{ending}"
+    written.add(name)
+    return name

@@ -28,21 +28,21 @@ def run(cwd: Path, script: str, *arguments) -> str:
 def test_real_recordings_train_without_a_dropped_sample(tmp_path, recordings, name):
     pytest.importorskip("espeakng_loader")
     run(
-        tmp_path, "tools/make_shards.py", recordings / name / "train.jsonl",
+        tmp_path, "dsasr data make-shards", recordings / name / "train.jsonl",
         recordings / name / "valid.jsonl", "--out-root", "shards",
     )  # fmt: skip
     for split in ("train", "valid"):
-        assert "bad: none" in run(tmp_path, "tools/verify_shards.py", f"shards/{split}")
-    run(tmp_path, "tools/cmvn.py", "shards/train", "--out", "cmvn.json")
+        assert "bad: none" in run(tmp_path, "dsasr data verify", f"shards/{split}")
+    run(tmp_path, "dsasr data cmvn", "shards/train", "--out", "cmvn.json")
     run(
-        tmp_path, "tools/make_phonemes.py", "shards/train", "--out", "phonemes.json",
+        tmp_path, "dsasr data phonemes", "shards/train", "--out", "phonemes.json",
         *("--kind", "espeak"),
     )  # fmt: skip
     rows = (recordings / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "text.txt").write_text("\n".join(json.loads(row)["text"] for row in rows))
-    run(tmp_path, "tools/train_tokenizer.py", "text.txt", "--out", "tokenizer", "--size", 1800)
+    run(tmp_path, "dsasr data tokenizer", "text.txt", "--out", "tokenizer", "--size", 1800)
     run(
-        tmp_path, "tools/make_lm.py", "text.txt", "--tokenizer", "tokenizer", "--out", "lm",
+        tmp_path, "dsasr demo lm", "text.txt", "--tokenizer", "tokenizer", "--out", "lm",
         *("--steps", 2, "--hidden", 32, "--ffn", 64),
     )  # fmt: skip
     run(

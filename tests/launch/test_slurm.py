@@ -1,4 +1,4 @@
-"""What tools/submit.py would submit; the Slurm scripts' own text."""
+"""What `dsasr submit` would submit; the Slurm scripts' own text."""
 
 from __future__ import annotations
 
