@@ -30,6 +30,7 @@ CHATTER = re.compile(
     r"|^\[\d+/\d+\] (c\+\+|nvcc)|Loading weights:"
 )
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # found before any fork
 
 
 def run(
@@ -150,5 +151,5 @@ def _grandchildren(process: int) -> list[int]:
 def _end_with_parent() -> None:
     """In the launcher's process: end when ``dsasr train`` is killed with ``kill -9``; the ranks
     then end by themselves (`orphan_ranks`)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _PRCTL is not None:
+        _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
