@@ -56,12 +56,12 @@ class Builder:
 
     @cached_property
     def cmvn(self) -> Cmvn:
-        path = self._file(self.recipe.data.cmvn, "data.cmvn", "make it with tools/cmvn.py")
+        path = self._file(self.recipe.data.cmvn, "data.cmvn", "make it with `dsasr data cmvn`")
         return Cmvn.load(path)
 
     @cached_property
     def phonemes(self) -> PhonemeVocab:
-        hint = "make it with tools/make_phonemes.py"
+        hint = "make it with `dsasr data phonemes`"
         return PhonemeVocab.load(self._file(self.recipe.data.phonemes, "data.phonemes", hint))
 
     @cached_property

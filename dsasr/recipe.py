@@ -39,8 +39,8 @@ SUBSAMPLING = 4  # feature frames to one of the encoder's, whatever its size
 class DataConfig:
     train: tuple[DatasetConfig, ...]
     valid: tuple[DatasetConfig, ...]
-    cmvn: str  # from tools/cmvn.py
-    phonemes: str  # the phoneme vocabulary, from tools/make_phonemes.py
+    cmvn: str  # from `dsasr data cmvn`
+    phonemes: str  # the phoneme vocabulary, from `dsasr data phonemes`
     fbank: FbankConfig = field(default_factory=FbankConfig)
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -147,7 +147,7 @@ class Recipe:
     allow_changed: bool = False  # resume although the recipe is not the run's
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)  # for tools/submit.py
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)  # for `dsasr submit`
 
     def __post_init__(self) -> None:
         self.schedule()

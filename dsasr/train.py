@@ -1,6 +1,7 @@
-"""Train a recognizer: ``deepspeed dsasr/train.py --recipe demo key=value …``.
+"""Train a recognizer: one rank, as ``dsasr train`` starts it.
 
-One rank works without the launcher: ``python dsasr/train.py --recipe demo``.
+``deepspeed dsasr/train.py --recipe demo key=value …`` starts the same ranks with DeepSpeed's own
+output; ``python dsasr/train.py --recipe demo`` trains on one rank without a launcher.
 """
 
 import os
@@ -53,8 +54,8 @@ def train(run) -> None:
     run.finish()
 
 
-def main() -> int:
-    options = parse()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     end_with_launcher()
     from dsasr import build, recipe

@@ -12,13 +12,13 @@ PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 REQUEUES=$RUN/requeues.jsonl
 LOGS=$RUN/logs
-[[ -f $CODE/dsasr/train.py ]] || { echo "error: call sbatch from the dsasr checkout" >&2; exit 2; }
 mkdir -p "$LOGS"
 
 # The code and the recipe that a job starts with are those that it goes on with after a requeue.
 if ((RESTARTS == 0)) || [[ ! -d $RUN/code ]]; then
   copy=$(mktemp -d "$RUN/.code-XXXXXX.tmp")
-  for part in dsasr ds_configs slurm tools; do
+  for part in dsasr ds_configs slurm; do
+    [[ $SCRIPTS == "$CODE/slurm" || $part == dsasr ]] || continue  # installed: all is in dsasr
     (cd "$CODE" && find "$part" -name __pycache__ -prune -o -type f -print0) |
       tar -C "$CODE" --null -T - -cf - | tar -C "$copy" -xf -
   done

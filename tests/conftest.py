@@ -1,8 +1,10 @@
-"""What all tests share: the shared recordings, and programs started by the deepspeed launcher."""
+"""What all tests share: recordings, commands, and programs started by the deepspeed launcher."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import signal
 import socket
@@ -23,6 +25,24 @@ def recordings() -> Path:
     if not RECORDINGS.is_dir():
         pytest.skip("no real recordings beside this checkout")
     return RECORDINGS
+
+
+@pytest.fixture(scope="session")
+def command():
+    """``command("data", "verify", …)``: a `dsasr` command in this process, which has torch already;
+    returns its exit code and what it printed."""
+    from dsasr.cli.main import main
+
+    def run(*words) -> subprocess.CompletedProcess:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main([str(word) for word in words])
+            except SystemExit as end:  # argparse
+                code = end.code
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+    return run
 
 
 def free_port() -> int:

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -203,7 +201,7 @@ def test_a_decompression_bomb_costs_no_memory():
 
 
 @pytest.mark.launcher
-def test_no_secret_in_logs_run_folders_or_exports(start, tmp_path, monkeypatch):
+def test_no_secret_in_logs_run_folders_or_exports(start, tmp_path, monkeypatch, command):
     secrets = {"HF_TOKEN": "hf_s3cr3tvalue", "AWS_SECRET_ACCESS_KEY": "aws-s3cr3tvalue",
                "MY_MARKER": "marker-s3cr3tvalue"}  # fmt: skip
     for name, value in secrets.items():
@@ -213,10 +211,7 @@ def test_no_secret_in_logs_run_folders_or_exports(start, tmp_path, monkeypatch):
              "stages.ia_sft.steps=3", "stages.ia_sft.steps_after_final_swap=1"]  # fmt: skip
     job = start(f"run={folder}", *short, world=1)
     assert job.wait() == [0], job.output[-3000:]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "export.py", folder, "--to", tmp_path / "model"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = command("export", folder, "--to", tmp_path / "model")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model" / "config.json").is_file()
     told = (job.output + done.stdout + done.stderr).encode()

@@ -12,9 +12,9 @@ export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 corpus=corpus/digits run=runs/digits
 started=$SECONDS
 mkdir -p "$corpus"
-python tools/make_shards.py "$data/train.jsonl" "$data/test.jsonl" --out-root "$corpus/shards" --shard-size 100
-[ -f "$corpus/cmvn.json" ] || python tools/cmvn.py "$corpus/shards/train" --out "$corpus/cmvn.json"
-[ -f "$corpus/phonemes.json" ] || python tools/make_phonemes.py "$corpus/shards/train" \
+dsasr data make-shards "$data/train.jsonl" "$data/test.jsonl" --out-root "$corpus/shards" --shard-size 100
+[ -f "$corpus/cmvn.json" ] || dsasr data cmvn "$corpus/shards/train" --out "$corpus/cmvn.json"
+[ -f "$corpus/phonemes.json" ] || dsasr data phonemes "$corpus/shards/train" \
     --out "$corpus/phonemes.json" --kind lexicon --lexicon dsasr/recipes/digits.lexicon
 # The language model's text: digit strings at random, and none of the recordings' own transcripts.
 [ -f "$corpus/text.txt" ] || python - > "$corpus/text.txt" <<'PY'
@@ -24,14 +24,10 @@ draw = random.Random(0)
 for _ in range(20_000):
     print(" ".join(draw.choices(words, k=draw.randint(2, 9))))
 PY
-python tools/train_tokenizer.py "$corpus/text.txt" --out "$corpus/tokenizer" --size 320
-python tools/make_lm.py "$corpus/text.txt" --tokenizer "$corpus/tokenizer" --out "$corpus/lm" \
+dsasr data tokenizer "$corpus/text.txt" --out "$corpus/tokenizer" --size 320
+dsasr demo lm "$corpus/text.txt" --tokenizer "$corpus/tokenizer" --out "$corpus/lm" \
     --steps 700 --reads lexicon --lexicon dsasr/recipes/digits.lexicon
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -eq 0 ]; then
-    export DS_ACCELERATOR=cpu
-    gpus=2
-fi
-deepspeed --num_gpus "$gpus" dsasr/train.py --recipe digits "run=$run" "$@" 2>&1 | python tools/filter_log.py
-python tools/evaluate.py "$run" --data "$corpus/shards/test" --report
+dsasr train --recipe digits --ranks "$((gpus ? gpus : 2))" "run=$run" "$@"
+dsasr evaluate "$run" --data "$corpus/shards/test" --report
 echo "Time: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"

@@ -28,35 +28,31 @@ started=$SECONDS
 step() { echo; echo "== $1   ($(((SECONDS - started) / 60)):$(printf %02d $(((SECONDS - started) % 60))))"; }
 
 step "speech: synthesizing $hours hours in two languages"
-python tools/synth_corpus.py --out "$corpus" --hours "$hours"
+dsasr demo corpus --out "$corpus" --hours "$hours"
 step "shards: packing it for streaming"
-python tools/make_shards.py "$corpus"/{train,valid,test,nonspeech}.jsonl --out-root "$corpus/shards" \
+dsasr data make-shards "$corpus"/{train,valid,test,nonspeech}.jsonl --out-root "$corpus/shards" \
     --shard-size 250
-[ -f "$corpus/cmvn.json" ] || python tools/cmvn.py "$corpus/shards/train" --out "$corpus/cmvn.json"
+[ -f "$corpus/cmvn.json" ] || dsasr data cmvn "$corpus/shards/train" --out "$corpus/cmvn.json"
 [ -f "$corpus/phonemes.json" ] || \
-    python tools/make_phonemes.py "$corpus/shards/train" --out "$corpus/phonemes.json"
+    dsasr data phonemes "$corpus/shards/train" --out "$corpus/phonemes.json"
 step "text: tokenizer and a small language model"
-python tools/train_tokenizer.py "$corpus/text/lm.txt" --out "$corpus/tokenizer"
-python tools/make_lm.py "$corpus/text/lm.txt" --heldout "$corpus/text/lm_heldout.txt" \
+dsasr data tokenizer "$corpus/text/lm.txt" --out "$corpus/tokenizer"
+dsasr demo lm "$corpus/text/lm.txt" --heldout "$corpus/text/lm_heldout.txt" \
     --tokenizer "$corpus/tokenizer" --out "$corpus/lm" --reads espeak --steps "$lm_steps"
 
 step "training: pretrain, align, IA-SFT and joint under ZeRO-3"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -eq 0 ]; then
-    export DS_ACCELERATOR=cpu
-    gpus=2
-fi
-command=(deepspeed --num_gpus "$gpus" dsasr/train.py --recipe demo "run=$run" "${overrides[@]}")
-if python tools/evaluate.py "$run" --is-finished; then
+command=(dsasr train --recipe demo --ranks "$((gpus ? gpus : 2))" "run=$run" "${overrides[@]}")
+if dsasr evaluate "$run" --is-finished; then
     echo "$run is trained already (--fresh starts again)"
 else
     echo "${command[*]}"
-    "${command[@]}" 2>&1 | python tools/filter_log.py
+    "${command[@]}"
 fi
 
 step "evaluation: unseen sentences by unseen voices"
-python tools/evaluate.py "$run" --data "$corpus/shards/test" --report
-python tools/report.py "$run"
+dsasr evaluate "$run" --data "$corpus/shards/test" --report
+dsasr report "$run"
 echo
 echo "Run folder:     $run   (report.json, metrics.jsonl, timeline.png, checkpoints, snapshots)"
 echo "Look at it:     $run/report/index.html   (who resolves what, drift, errors over time)"

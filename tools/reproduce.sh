@@ -22,14 +22,14 @@ export DS_ACCELERATOR=cpu GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 recordings=${RECORDINGS:-../shared/data}
 
 # shards, features, both label vocabularies, tokenizer and language model of one corpus
-prepare() {  # corpus, kind of phonemes, options of make_phonemes and make_lm
+prepare() {  # corpus, kind of phonemes, options of dsasr data phonemes
     local corpus=$1 kind=$2
     shift 2
-    [ -f "$corpus/cmvn.json" ] || python tools/cmvn.py "$corpus/shards/train" --out "$corpus/cmvn.json"
+    [ -f "$corpus/cmvn.json" ] || dsasr data cmvn "$corpus/shards/train" --out "$corpus/cmvn.json"
     [ -f "$corpus/phonemes.json" ] || \
-        python tools/make_phonemes.py "$corpus/shards/train" --out "$corpus/phonemes.json" --kind "$kind" "$@"
+        dsasr data phonemes "$corpus/shards/train" --out "$corpus/phonemes.json" --kind "$kind" "$@"
     [ -f "$corpus/characters.json" ] || \
-        python tools/make_phonemes.py "$corpus/shards/train" --out "$corpus/characters.json" --kind characters
+        dsasr data phonemes "$corpus/shards/train" --out "$corpus/characters.json" --kind characters
 }
 
 run() {  # set, further options
@@ -45,20 +45,20 @@ for kind in $sets; do
         synth)
             small=()
             [ ${#short[@]} -eq 0 ] || small=(--valid 12 --test 24 --nonspeech 4 --text 600)
-            python tools/synth_corpus.py --out "$corpus" --hours "$hours" "${small[@]}"
-            python tools/make_shards.py "$corpus"/{train,valid,test,nonspeech}.jsonl \
+            dsasr demo corpus --out "$corpus" --hours "$hours" "${small[@]}"
+            dsasr data make-shards "$corpus"/{train,valid,test,nonspeech}.jsonl \
                 --out-root "$corpus/shards" --shard-size 250
             prepare "$corpus" stored
-            python tools/train_tokenizer.py "$corpus/text/lm.txt" --out "$corpus/tokenizer"
-            python tools/make_lm.py "$corpus/text/lm.txt" --tokenizer "$corpus/tokenizer" \
+            dsasr data tokenizer "$corpus/text/lm.txt" --out "$corpus/tokenizer"
+            dsasr demo lm "$corpus/text/lm.txt" --tokenizer "$corpus/tokenizer" \
                 --out "$corpus/lm" --reads espeak --steps "$lm_steps"
             # Probes want more voices than the test set has: other sentences by all of them.
             probe=$root/probe
             probes=(--hours 0.4 --test 160) utterances=500
             [ ${#short[@]} -eq 0 ] || probes=(--hours 0.02 --test 12) utterances=24
-            python tools/synth_corpus.py --out "$probe" --seed 5 --valid 1 --nonspeech 1 --text 100 \
+            dsasr demo corpus --out "$probe" --seed 5 --valid 1 --nonspeech 1 --text 100 \
                 "${probes[@]}"
-            python tools/make_shards.py "$probe"/{train,test}.jsonl --out-root "$probe/shards" \
+            dsasr data make-shards "$probe"/{train,test}.jsonl --out-root "$probe/shards" \
                 --shard-size 250
             run synth --seeds "${seeds[@]}" --probe "$probe/shards/*/*.tar" \
                 --utterances "$utterances" ;;
@@ -69,7 +69,7 @@ for kind in $sets; do
                 continue
             fi
             python tools/experiments/recorded.py "$kind" "$data" "$corpus"
-            python tools/make_shards.py "$corpus"/{train,valid,test}.jsonl --out-root "$corpus/shards" \
+            dsasr data make-shards "$corpus"/{train,valid,test}.jsonl --out-root "$corpus/shards" \
                 --shard-size 100
             if [ "$kind" = digits ]; then
                 sounds=(lexicon --lexicon dsasr/recipes/digits.lexicon) words=320
@@ -77,8 +77,8 @@ for kind in $sets; do
                 sounds=(espeak) words=1000
             fi
             prepare "$corpus" "${sounds[@]}"
-            python tools/train_tokenizer.py "$corpus/text.txt" --out "$corpus/tokenizer" --size "$words"
-            python tools/make_lm.py "$corpus/text.txt" --tokenizer "$corpus/tokenizer" \
+            dsasr data tokenizer "$corpus/text.txt" --out "$corpus/tokenizer" --size "$words"
+            dsasr demo lm "$corpus/text.txt" --tokenizer "$corpus/tokenizer" \
                 --out "$corpus/lm" --steps 700 --reads "${sounds[@]}"
             run "$kind" --seeds 1 ;;
     esac

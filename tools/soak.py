@@ -1,9 +1,9 @@
-"""Kill a run again and again, and compare its end with that of an undisturbed one, bit for bit.
+"""Kill a run again and again; compare its end with that of an undisturbed run, bit for bit.
 
 python tools/soak.py --recipe mine.yaml --out soak --kills 30 --ranks 2
 python tools/soak.py --recipe mine.yaml --out soak-pair --kills 30 --concurrent
 
-Prints the kills by whom, where and of which job, and one JSON line; the exit code is 1 if anything
+Prints the kills by target, place and job, and one JSON line; the exit code is 1 if anything
 differs.
 """
 
@@ -22,7 +22,7 @@ from dsasr.utils.progress import Bar
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", required=True, help="a short one: it is trained all over again")
+    parser.add_argument("--recipe", required=True, help="a short one: it is trained several times")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--ranks", type=int, default=2)

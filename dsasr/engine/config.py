@@ -14,8 +14,9 @@ from dsasr.config import nearest
 from dsasr.engine.offload import OffloadConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
+from dsasr.utils.packaged import packaged_folder
 
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+DS_CONFIGS = packaged_folder("ds_configs")
 
 
 @dataclass(frozen=True)

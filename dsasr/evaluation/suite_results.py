@@ -203,7 +203,7 @@ def read(path: Path) -> Trials:
         lines = text_lines(path)
         return Trials([Trial(**json.loads(line)) for line in lines])
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no transcripts of tools/evaluate.py: {error}") from None
+        raise UserError(f"{path} holds no transcripts of `dsasr evaluate`: {error}") from None
 
 
 def compare(a: Trials, b: Trials, rules: str = "standard") -> dict[str, dict[str, float]]:

@@ -264,7 +264,7 @@ def is_export(folder: Path) -> bool:
 def read_config(folder: Path) -> ExportConfig:
     """``config.json`` of an export; `UserError` if it is none, or of another version."""
     if not is_export(folder):
-        raise UserError(f"{folder} is no exported recognizer: make one with tools/export.py")
+        raise UserError(f"{folder} is no exported recognizer: make one with `dsasr export`")
     held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if held.get("format") != FORMAT:
         raise UserError(f"{folder} is of format {held.get('format')!r}, this code reads {FORMAT}")

@@ -104,7 +104,7 @@ class Recognizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Recognizer:
-        """Of an exported folder (tools/export.py), or of a run folder.
+        """Of an exported folder (`dsasr export`), or of a run folder.
 
         Raises `UserError` if it is neither.
         """

@@ -46,11 +46,11 @@ def end_with_parents(stop: Callable[[int], Any] = os._exit) -> threading.Thread:
 def parents() -> tuple[int, int]:
     """This process's parent, and above it the ``deepspeed`` command, or 0."""
     parent = os.getppid()
-    above = _parent_of(parent)
+    above = parent_of(parent)
     return parent, above if "deepspeed" in _command(above) else 0
 
 
-def _parent_of(process: int) -> int:
+def parent_of(process: int) -> int:
     try:
         held = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:  # no Linux, or gone

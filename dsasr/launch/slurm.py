@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsasr.utils.errors import UserError
+from dsasr.utils.packaged import CODE, packaged_folder
 
-SCRIPTS = Path(__file__).parents[2] / "slurm"
+SCRIPTS = packaged_folder("slurm")
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d\d){0,2}|\d+(:\d\d){0,2})")
 _SET = re.compile(r"(?!\.)[A-Za-z0-9._-]+=\S+")
 
@@ -81,9 +82,9 @@ def asynchronous(config: SlurmConfig, run: Path, python: str) -> Submission:
     """One heterogeneous job, a component for each branch."""
     script = str(SCRIPTS / "async.sbatch")
     job = _job(config, run)
-    # Of a heterogeneous job each component has limits and a place of its own.
-    own = ("--time=", "--partition=", "--account=", "--signal=")
-    both = [o for o in job if o.startswith(own) or o in config.options]
+    # Each component of a heterogeneous job has its own limits, partition and account.
+    each = ("--time=", "--partition=", "--account=", "--signal=")
+    both = [o for o in job if o.startswith(each) or o in config.options]
     command = [*job, *_size(config.size), ":", *both, *_size(config.sft), script]
     plan = [("job", "two components that share snapshots"), ("pretrain", _shown(config.size)),
             ("sft", _shown(config.sft))]  # fmt: skip
@@ -92,9 +93,9 @@ def asynchronous(config: SlurmConfig, run: Path, python: str) -> Submission:
 
 def evaluate(config: SlurmConfig, run: Path, python: str, sets: Sequence[str]) -> Submission:
     """A job array, one task for each ``NAME=SHARDS``."""
-    for one in sets:
-        if not _SET.fullmatch(one):
-            raise UserError(f"'{one}' is not NAME=SHARDS (letters, digits, ._-; no blank)")
+    for test_set in sets:
+        if not _SET.fullmatch(test_set):
+            raise UserError(f"'{test_set}' is not NAME=SHARDS (letters, digits, ._-; no blank)")
     names = [s.partition("=")[0] for s in sets]
     if len(set(names)) < len(names):
         raise UserError("two test sets have the same name")
@@ -116,15 +117,18 @@ def _submission(
     python: str,
     command: Sequence[str],
     plan: Sequence[tuple[str, str]],
-    more: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> Submission:
-    given = {"RUN": str(run), "PYTHON": python, "CONTAINER": config.container}
-    given |= {"MOUNTS": config.mounts, "NETWORK": config.network, **(more or {})}
+    variables = {"CODE": str(CODE), "RUN": str(run), "PYTHON": python}
+    variables |= {"CONTAINER": config.container, "MOUNTS": config.mounts}
+    variables |= {"NETWORK": config.network, **(extra or {})}
     where = f"partition {config.partition or 'default'}, account {config.account or 'default'}"
     plan = [*plan, ("time", f"{config.time}, saves {config.signal} s before"), ("where", where),
             ("run folder", str(run)), ("container", config.container)]  # fmt: skip
     return Submission(
-        tuple(command), {k: v for k, v in given.items() if v}, tuple(row for row in plan if row[1])
+        tuple(command),
+        {k: v for k, v in variables.items() if v},
+        tuple(row for row in plan if row[1]),
     )
 
 

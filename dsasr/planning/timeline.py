@@ -1,12 +1,11 @@
 """What a recipe will do, before any of it is done: stages, groups, rates, swaps, memory a rank.
 
-``python -m dsasr.stages --recipe R [--plot FILE]``. The same picture, drawn from a run's own
-events, is the run folder's ``timeline.png`` (`dsasr.tracking.timeline_plot`).
+``dsasr timeline`` prints it. The same picture, drawn from a run's own events, is the run folder's
+``timeline.png`` (`dsasr.tracking.timeline_plot`).
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -27,7 +26,6 @@ from dsasr.stages import (
     learning_rate,
     with_published,
 )
-from dsasr.tracking.timeline_plot import lr_curves, plot
 from dsasr.utils.errors import UserError
 
 
@@ -260,48 +258,3 @@ def describe(events: Sequence[dict[str, Any]], within: int = 1) -> str:
             what = f"{event['stage']} takes the encoder of pretrain step {event['pretrain']:,}"
         lines.append(f"{event['steps']:>12,}  {what}")
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dsasr timeline", description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", required=True, help="a packaged recipe's name, or a YAML file")
-    parser.add_argument("--ranks", type=int, default=8, help="ranks that share the memory")
-    parser.add_argument(
-        "--triggers", type=int, nargs="*", default=None, metavar="STEP",
-        help="pretrain steps at which CKA is assumed to fall below the threshold (default: 50.5%% "
-        "and 66%% of pretraining, as in the paper's run)",
-    )  # fmt: skip
-    parser.add_argument("--plot", type=Path, help="write the timeline as a PNG")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
-    if options.plot and options.plot.suffix != ".png":
-        raise UserError(f"--plot {options.plot}: give a name that ends in .png")
-    recipe = recipes.load(options.recipe, options.overrides)
-    schedule = recipe.schedule()
-    triggers = options.triggers
-    if triggers is None:
-        total = schedule.pretrain_steps()
-        triggers = [round(0.505 * total), round(0.66 * total)] if recipe.drift.mode == "cka" else []
-    events = course(schedule, triggers)
-    print(table(recipe, options.ranks))
-    print(rule(schedule))
-    if schedule.pretrain is not None and recipe.branch == "both":
-        p, s = recipe.interleave
-        print(f"turns: {p} pretrain : {s} sft while both branches run")
-    if triggers:
-        shown = ", ".join(f"{t:,}" for t in triggers)
-        print(f"\nassumed: CKA falls below the threshold at pretrain steps {shown} (--triggers)")
-    print(describe(events, shrink(schedule)[1]))
-    if options.plot:
-        title = f"{options.recipe}: planned stages and encoder swaps"
-        plot(events, options.plot, title, lrs=lr_curves(schedule, events))
-        print(f"picture: {options.plot}")
-    return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    from dsasr.utils.errors import run_tool
-
-    sys.exit(run_tool(main))

@@ -87,9 +87,9 @@ CAPTIONS = {
 MAKERS = {
     "Drift": "a schedule with drift measurements",
     "Entropy over training": "training with probe.every=STEPS",
-    "Before and after joint training": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … "
+    "Before and after joint training": "dsasr probe RUN/snapshots/encoder-* RUN --data … "
     "(of a concurrent run RUN/sft), or training with probe.every=STEPS",
-    "Who resolves what": "tools/allocation.py RUN/snapshots/encoder-* RUN --data … (or RUN/sft)",
+    "Who resolves what": "dsasr probe RUN/snapshots/encoder-* RUN --data … (or RUN/sft)",
     "Errors and hallucinations against training time": "training with evaluation.every=STEPS",
 }
 
@@ -111,9 +111,7 @@ def write(runs: Sequence[RunData], out: Path) -> Path:
     if table:
         parts.append(f"<h2>Systems</h2>{table}")
     else:
-        parts.append(
-            "<p>No system has been tried yet: tools/evaluate.py RUN … --suite --report.</p>"
-        )
+        parts.append("<p>No system has been tried yet: dsasr evaluate RUN … --suite --report.</p>")
     for title, path in pictures.items():
         caption = next((text for start, text in CAPTIONS.items() if title.startswith(start)), "")
         data = path.read_bytes()
@@ -165,7 +163,7 @@ def systems(runs: Sequence[RunData]) -> str:
         row += [_hours(audio_hours(run)), clock(run.longest)]
         rows.append(row)
     untried = ", ".join(escape(run.name) for run in runs if not run.trial)
-    more = f" Not tried yet by tools/evaluate.py … --suite --report: {untried}." if untried else ""
+    more = f" Not tried yet by dsasr evaluate … --suite --report: {untried}." if untried else ""
     table = _table(head, rows, groups=[g for g in groups if g[1]])
     return f"{table}<p>{escape(SYSTEMS)}{more}</p>"
 

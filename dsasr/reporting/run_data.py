@@ -20,7 +20,7 @@ LIMITED = ("found", "limit")  # of an estimate: is there any, and what would hav
 @dataclass
 class RunData:
     """What a run folder tells. ``looks`` are metrics lines of `watch`, ``valid`` of validation;
-    ``checkpoints`` are rows of tools/allocation.py, ``taken`` those of the job whose snapshots it
+    ``checkpoints`` are rows of `dsasr probe`, ``taken`` those of the job whose snapshots it
     takes, if another; ``trial`` is report.json. ``jobs`` are the names of its folders: two of a
     concurrent run, whose ``steps`` and ``seconds`` are each job's own."""
 
@@ -31,7 +31,7 @@ class RunData:
     taken: list[Row] = field(default_factory=list)
     trial: Row = field(default_factory=dict)
     schedule: Schedule | None = None
-    jobs: tuple[str, ...] = ()  # rows of tools/allocation.py may be of other runs too
+    jobs: tuple[str, ...] = ()  # rows of `dsasr probe` may be of other runs too
 
     @property
     def looks(self) -> list[Row]:
@@ -60,7 +60,7 @@ class RunData:
 
 def collect(folder: str | Path, name: str = "") -> RunData:
     """A run folder's data: recipe.yaml, events.jsonl, metrics.jsonl; where they are, report.json of
-    tools/evaluate.py and allocation.jsonl of tools/allocation.py. A folder of the two jobs of a
+    `dsasr evaluate` and allocation.jsonl of `dsasr probe`. A folder of the two jobs of a
     concurrent run has the data of both.
 
     Raises `UserError` for a folder that is no run's.
@@ -128,7 +128,7 @@ def named(folders: Sequence[str | Path]) -> list[RunData]:
 
 
 def before_and_after(run: RunData) -> tuple[Row, Row] | None:
-    """The encoder's row before and after joint training: of tools/allocation.py, measured alike,
+    """The encoder's row before and after joint training: of `dsasr probe`, measured alike,
     else of looks."""
     own = [r for r in run.checkpoints if not run.jobs or _folder_name(r) in run.jobs]
     after = [r for r in own if r.get("stage") == run.joint and run.joint]
@@ -151,7 +151,7 @@ def _folder_name(row: Row) -> str:
 
 
 def _flat(row: Row) -> Row:
-    """A row of tools/allocation.py with a look's names, as far as they were measured.
+    """A row of `dsasr probe` with a look's names, as far as they were measured.
 
     Where ``found`` is False, no gain was found, and one of ``limit`` nats would have stood out.
     """
@@ -163,7 +163,7 @@ def _flat(row: Row) -> Row:
 
 
 def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
-    """A bar per checkpoint of tools/allocation.py, else per look at a stage's end."""
+    """A bar per checkpoint of `dsasr probe`, else per look at a stage's end."""
     rows = []
     for row in sorted(run.checkpoints, key=lambda row: row["kind"] == "random"):
         llm = row.get("llm", {})

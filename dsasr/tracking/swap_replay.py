@@ -7,15 +7,12 @@ fast two jobs went, can so be repeated bit for bit.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.errors import UserError
 from dsasr.utils.io import text_lines
 
 
@@ -50,17 +47,3 @@ def overrides(folder: Path) -> list[str]:
     if not held:
         raise UserError(f"{folder} has swapped no encoder yet: there is no history to repeat")
     return ["branch=both", "drift.mode=fixed", f"drift.swaps={json.dumps(held)}"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsasr.tracking.swap_replay", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("run", type=Path, help="the run folder (of a concurrent run: RUN/sft)")
-    options = parser.parse_args(arguments)
-    print(" ".join(shlex.quote(o) for o in overrides(options.run)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

@@ -13,7 +13,7 @@ The share that was taken stands in every line.
 
 PAI and CSAI need labels. They come from the CTC head of the pretrain branch at that branch's last
 look with probes, and the sft branch uses the same ones: a run without a pretrain branch has none,
-and early ones are rough. For numbers to compare, measure afterwards with ``tools/allocation.py``.
+and early ones are rough. For numbers to compare, measure afterwards with ``dsasr probe``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,21 +63,3 @@ def test_what_differs_and_how_much(tmp_path):
     assert found["sft/llm.w"].largest == 0.5 and found["sft/llm.w"].differing == 6
     assert found["sft/x"].why == "[2] against [3]"
     assert "only in" in found["sft/y"].why and found["sft/z"].relative is None
-
-
-def test_the_tool(tmp_path):
-    run = tmp_path / "run" / "checkpoints"
-    for step in (1, 2):
-        saved(run / f"step-{step:010d}", float(step))
-
-    def tool(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "tools" / "checkpoints.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-    steps = sorted(run.iterdir())
-    listed = tool("list", tmp_path / "run")
-    assert listed.returncode == 0 and len(listed.stdout.splitlines()) == 2
-    compared = tool("compare", *steps)
-    assert compared.returncode == 1 and "1 of 2 tensors are equal" in compared.stdout
-    assert tool("average", *steps, "--to", tmp_path / "mean").returncode == 0
-    assert tool("average", *steps).returncode == 2

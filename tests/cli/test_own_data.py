@@ -14,48 +14,46 @@ ROOT = Path(__file__).parents[2]
 STEPS = {"pretrain": 6, "align": 4, "ia_sft": 6, "joint": 4}
 
 
-def run(cwd: Path, script: str, *arguments) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}"
-    return done.stdout
-
-
 @pytest.mark.parametrize("name", ["en_read", "zh_words"])
-def test_real_recordings_train_without_a_dropped_sample(tmp_path, recordings, name):
+def test_real_recordings_train_without_a_dropped_sample(
+    tmp_path, recordings, name, command, monkeypatch
+):
     pytest.importorskip("espeakng_loader")
-    run(
-        tmp_path, "tools/make_shards.py", recordings / name / "train.jsonl",
-        recordings / name / "valid.jsonl", "--out-root", "shards",
-    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+
+    def dsasr(*words) -> str:
+        done = command(*words)
+        assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    manifests = [recordings / name / f"{split}.jsonl" for split in ("train", "valid")]
+    dsasr("data", "make-shards", *manifests, "--out-root", "shards")
     for split in ("train", "valid"):
-        assert "bad: none" in run(tmp_path, "tools/verify_shards.py", f"shards/{split}")
-    run(tmp_path, "tools/cmvn.py", "shards/train", "--out", "cmvn.json")
-    run(
-        tmp_path, "tools/make_phonemes.py", "shards/train", "--out", "phonemes.json",
-        *("--kind", "espeak"),
-    )  # fmt: skip
-    rows = (recordings / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        assert "bad: none" in dsasr("data", "verify", f"shards/{split}")
+    dsasr("data", "cmvn", "shards/train", "--out", "cmvn.json")
+    dsasr("data", "phonemes", "shards/train", "--out", "phonemes.json", "--kind", "espeak")
+    rows = manifests[0].read_text(encoding="utf-8").splitlines()
     (tmp_path / "text.txt").write_text("\n".join(json.loads(row)["text"] for row in rows))
-    run(tmp_path, "tools/train_tokenizer.py", "text.txt", "--out", "tokenizer", "--size", 1800)
-    run(
-        tmp_path, "tools/make_lm.py", "text.txt", "--tokenizer", "tokenizer", "--out", "lm",
+    dsasr("data", "tokenizer", "text.txt", "--out", "tokenizer", "--size", 1800)
+    dsasr(
+        "demo", "lm", "text.txt", "--tokenizer", "tokenizer", "--out", "lm",
         *("--steps", 2, "--hidden", 32, "--ffn", 64),
     )  # fmt: skip
-    run(
-        tmp_path, "dsasr/train.py", "--recipe", "demo", "run=run", "data.cmvn=cmvn.json",
-        "data.phonemes=phonemes.json", "data.phonemizer.kind=espeak",
-        "data.train.demo.shards=shards/train",
-        "data.valid.demo-valid.shards=shards/valid", "model.tokenizer=lm", "model.llm.path=lm",
-        "model.encoder.layers=1", "stages.ia_sft.steps_after_final_swap=2",
-        "drift.probe_utterances=4",
-        "data.dataloader.batch.frames=6000", "data.dataloader.batch.max_seconds=25",
-        *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
-        *(f"stages.{stage}.warmup_steps=2" for stage in STEPS),
+    done = subprocess.run(
+        [
+            sys.executable, ROOT / "dsasr" / "train.py", "--recipe", "demo", "run=run",
+            "data.cmvn=cmvn.json", "data.phonemes=phonemes.json", "data.phonemizer.kind=espeak",
+            "data.train.demo.shards=shards/train", "data.valid.demo-valid.shards=shards/valid",
+            "model.tokenizer=lm", "model.llm.path=lm", "model.encoder.layers=1",
+            "stages.ia_sft.steps_after_final_swap=2", "drift.probe_utterances=4",
+            "data.dataloader.batch.frames=6000", "data.dataloader.batch.max_seconds=25",
+            *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
+            *(f"stages.{stage}.warmup_steps=2" for stage in STEPS),
+        ],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
     assert {line["stage"] for line in lines} >= set(STEPS)
     assert all(line.get("bad_samples", 0) == 0 for line in lines)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,17 +75,12 @@ def test_a_missing_or_torn_checkpoint_is_refused_by_name(run):
         RunModel.from_run(run, TORN)
 
 
-def evaluate(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_evaluation_of_an_earlier_checkpoint(run, tiny, tmp_path):
-    given = [run, "--data", tiny.parent / "valid", "--limit", 2, "--checkpoint", OLD]
-    done = evaluate(*given, "--out", tmp_path / "rows.jsonl")
+def test_evaluation_of_an_earlier_checkpoint(run, tiny, tmp_path, command):
+    arguments = [run, "--data", tiny.parent / "valid", "--limit", 2, "--checkpoint", OLD]
+    done = command("evaluate", *arguments, "--out", tmp_path / "rows.jsonl")
     assert done.returncode == 0, done.stderr
     assert f"checkpoints/{OLD})" in done.stdout
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
-    refused = evaluate(*given, "--report")
+    refused = command("evaluate", *arguments, "--report")
     assert refused.returncode == 2 and "--out" in refused.stderr
     assert not (run / "report.json").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
@@ -135,41 +134,37 @@ def test_one_bad_file_ends_it_or_is_left_out(recognizer, batches, tmp_path):
 
 
 @pytest.fixture
-def tool(recognizer, batches, monkeypatch, capsys):
-    """``tool(*arguments)``: (exit code, what it printed)"""
-    spec = importlib.util.spec_from_file_location("transcribe", ROOT / "tools" / "transcribe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def transcribe(recognizer, batches, monkeypatch, command):
+    """``transcribe(*arguments)``: exit code and output of ``dsasr transcribe`` with this model."""
     monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder: recognizer)
 
     def run(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["transcribe.py", "model", *map(str, arguments)])
-        code = module.run_tool(module.main)
-        return code, capsys.readouterr().out
+        done = command("transcribe", "model", *arguments)
+        return done.returncode, done.stdout
 
     return run
 
 
-def test_the_tool_reads_files_folders_and_standard_input(tool, tmp_path, monkeypatch):
+def test_the_command_reads_files_folders_and_standard_input(transcribe, tmp_path, monkeypatch):
     folder = tmp_path / "talks"
     (folder / "deep").mkdir(parents=True)
     write(folder / "b.flac", 1.0)
     write(folder / "deep" / "a.wav", 2.0)
     (folder / "notes.txt").write_text("no audio")
-    code, told = tool(folder, "--quiet")
+    code, told = transcribe(folder, "--quiet")
     assert code == 0 and [x.split("\t")[0][-6:] for x in told.splitlines()] == ["b.flac", "/a.wav"]
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "b.flac").read_bytes()))
     )
-    code, told = tool("-", "--quiet", "--format", "jsonl")
+    code, told = transcribe("-", "--quiet", "--format", "jsonl")
     assert code == 0 and json.loads(told)["path"] == "-"
     assert json.loads(told)["segments"][0]["tokens"][0]["confidence"] == 1.0
     out = tmp_path / "out"
-    assert tool(folder, folder / "b.flac", "--format", "srt", "--out", out)[0] == 0
+    assert transcribe(folder, folder / "b.flac", "--format", "srt", "--out", out)[0] == 0
     assert {p.name for p in out.iterdir()} == {"b.srt", "a.srt", "b-2.srt"}
-    assert tool(folder, "--format", "srt")[0] == 2
-    assert tool(tmp_path / "nothing.wav")[0] == 2
+    assert transcribe(folder, "--format", "srt")[0] == 2
+    assert transcribe(tmp_path / "nothing.wav")[0] == 2
     bad = tmp_path / "bad.wav"
     bad.write_bytes(b"no")
-    code, told = tool(bad, folder / "b.flac", "--quiet")
+    code, told = transcribe(bad, folder / "b.flac", "--quiet")
     assert code == 1 and "b.flac" in told and "bad.wav" not in told

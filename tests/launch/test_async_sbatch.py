@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -27,6 +28,7 @@ export SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 SLURM_NNODES=2
 exec "$@"
 """
 PYTHON = """#!/bin/bash
+if [[ $1 == -c ]]; then echo "${INSTALLED:?no dsasr}"; exit; fi
 trap 'echo stopped >> $NOTES/$branch; exit 0' USR1
 branch=$(printf '%s\\n' "$@" | sed -n 's/^branch=//p')
 run=$(printf '%s\\n' "$@" | sed -n 's/^run=//p')
@@ -45,13 +47,13 @@ kill -TERM -- -$(ps -o pgid= $PPID | tr -d ' ')  # as Slurm ends a job that is r
 
 @pytest.fixture
 def begin(tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
+    programs = tmp_path / "bin"
+    programs.mkdir()
     for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", SCONTROL)):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
     settings = {
-        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{os.environ['PATH']}",
         "NOTES": str(tmp_path),
         "SLURM_JOB_ID": "123",
         "SLURM_SUBMIT_DIR": str(ROOT),
@@ -141,4 +143,23 @@ def test_what_is_missing_is_said(begin, tmp_path):
     job = begin(RUN="x")
     assert "set RECIPE" in job.communicate(timeout=30)[0] and job.returncode != 0
     job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), SLURM_SUBMIT_DIR="/tmp")
-    assert "from the dsasr checkout" in job.communicate(timeout=30)[0] and job.returncode == 2
+    assert "call sbatch from its checkout" in job.communicate(timeout=30)[0]
+    assert job.returncode == 2
+
+
+def test_an_installed_package_is_copied_and_run(begin, tmp_path):
+    """As from a wheel: ds_configs/ and slurm/ are in the package, beside other packages."""
+    site = tmp_path / "site-packages"
+    shutil.copytree(ROOT / "dsasr", site / "dsasr", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("ds_configs", "slurm"):
+        shutil.copytree(ROOT / name, site / "dsasr" / name)
+    (site / "torch").mkdir()
+    run = tmp_path / "run"
+    for variables in ({"CODE": str(site)}, {"INSTALLED": str(site)}):
+        job = begin(RECIPE="demo", RUN=str(run), SLURM_SUBMIT_DIR="/tmp", **variables)
+        output, _ = job.communicate(timeout=30)
+        assert job.returncode == 0, output
+        assert [path.name for path in (run / "code").iterdir()] == ["dsasr"]
+        assert (run / "code" / "dsasr" / "ds_configs" / "zero3.json").is_file()
+        assert str(run / "code" / "dsasr" / "train.py") in (tmp_path / "sft").read_text()
+        shutil.rmtree(run)

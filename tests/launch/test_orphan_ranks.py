@@ -56,7 +56,7 @@ def test_a_rank_ends_with_its_launcher_and_with_nobody_else(launched):
 
 
 def test_the_command_above_the_launcher_counts_only_if_it_is_deepspeed(monkeypatch):
-    monkeypatch.setattr(orphan_ranks, "_parent_of", lambda process: 77)
+    monkeypatch.setattr(orphan_ranks, "parent_of", lambda process: 77)
     monkeypatch.setattr(orphan_ranks, "_command", lambda process: "/bin/bash -i")
     assert orphan_ranks.parents() == (os.getppid(), 0)
     monkeypatch.setattr(

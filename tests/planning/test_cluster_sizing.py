@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,13 +109,3 @@ def test_checkpoints_and_unknown_models(nim, counted, tiny):
     with pytest.raises(UserError, match=r"config\.json"):
         cluster_sizing.parts(replace(nim, model=other))
     assert cluster_sizing.measured_rate(0.01, 64) > 0
-
-
-def test_the_tool():
-    command = [sys.executable, ROOT / "tools" / "plan.py", "--recipe", "nim-2.3b",
-               "--nodes", "4", "--start", "2026-01-01"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "from 2026-01-01 to 20" in done.stdout and "GPU-hours" in done.stdout
-    assert " 1024 " in done.stdout

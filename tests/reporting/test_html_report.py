@@ -145,7 +145,7 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
         assert wanted in said
     # 50 characters in 120 s, 1 of 100, 9 of 100; 100 steps of 2 s at 360 h/h.
     assert "25.0" in said and "9.0" in said and "20.0" in said
-    assert "en WER, clean" in said and "by tools/evaluate.py … --suite --report: second." in said
+    assert "en WER, clean" in said and "by dsasr evaluate … --suite --report: second." in said
     names = {p.name for p in tmp_path.glob("*.png")}
     assert names == {"timeline-first.png", "timeline-second.png", "cka.png", "metrics.png",
                      "joint.png", "allocation.png", "training.png"}  # fmt: skip
@@ -158,7 +158,7 @@ def test_a_run_that_measured_nothing_gets_its_timeline_only(tmp_path):
     bare.metrics = [m for m in bare.metrics if m["stage"] == "pretrain"]
     assert list(html_report.draw([bare], tmp_path)) == ["Course of bare"]
     page = html_report.write([bare], tmp_path).read_text()
-    assert "tools/evaluate.py" in page
+    assert "dsasr evaluate" in page
     # What is not there is named, with what would make it.
     missing = page.partition("<h2>Not measured</h2>")[2]
     assert all(title in missing for title in html_report.MAKERS)
@@ -200,7 +200,7 @@ def test_many_runs_have_one_key_and_no_overlapping_names(tmp_path, monkeypatch):
 
 
 def row(name, kind, value, **more):
-    """Of tools/allocation.py."""
+    """Of dsasr probe."""
     gain = {"value": value, "low": value, "high": value, "share": 0.5}
     held = {"name": name, "run": f"runs/{name.partition('/')[0]}", "kind": kind, "nse": 0.5}
     return {**held, "pai": gain, "csai": gain, **more}

@@ -2,8 +2,8 @@
 
     python tools/bench/loader.py --shards FLAC OPUS [--workers 1 2] [--minutes 8] [--device cuda]
 
-Shards of real FLAC: ``tools/make_shards.py MANIFEST --out FLAC --encode flac --shard-size 75``; of
-real Opus, if that is what the recordings are: without ``--encode``. All sides read the same tar
+Real FLAC: ``dsasr data make-shards MANIFEST --out FLAC --encode flac --shard-size 75``; real
+Opus, if that is what the recordings are: without ``--encode``. All sides read the same tar
 shards (lhotse: the same audio bytes in its Shar form) and make 80-mel kaldi features and padded
 batches under the same frame budget. They run in turn, round after round, for their minutes.
 Reported, as medians over rounds: useful (non-padding) seconds of audio per second and worker, and

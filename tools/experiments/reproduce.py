@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -38,7 +37,7 @@ from dsasr.reporting import run_data
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, text_lines
 
-TOOLS = Path(__file__).parent.parent
+DSASR = (sys.executable, "-m", "dsasr.cli")
 RESULTS = Path(__file__).parent / "results"
 CONTROLLED = 1  # the seed whose encoders have the probes' controls
 # What a finished job must have been made by.
@@ -63,11 +62,7 @@ def train(values: dict[str, Any], ranks: int) -> Path:
         return folder
     path = folder.parent.with_suffix(".yaml")
     atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    with socket.create_server(("127.0.0.1", 0)) as free:  # other trainings may hold the usual port
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    launcher += ["--num_gpus", str(ranks), "--master_port", str(port)]
-    command = [*launcher, str(TOOLS.parent / "dsasr" / "train.py"), "--recipe", str(path)]
+    command = [*DSASR, "train", "--recipe", str(path), "--ranks", str(ranks)]
     with open(path.with_suffix(".log"), "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_one()).returncode
     if code or not finished(folder):
@@ -75,11 +70,12 @@ def train(values: dict[str, Any], ranks: int) -> Path:
     return folder
 
 
-def tool(name: str, *arguments: Any) -> None:
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=_one())
+def run_dsasr(command: str, *arguments: Any) -> None:
+    """Run another command of dsasr. Raises `UserError` if it fails."""
+    words = [*DSASR, command, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, env=_one())
     if done.returncode:
-        raise UserError(f"tools/{name} failed: {(done.stderr or done.stdout).strip()[-500:]}")
+        raise UserError(f"dsasr {command} failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
 
 def _one() -> dict[str, str]:
@@ -127,8 +123,10 @@ def listen(found: Trained, args: argparse.Namespace) -> Path:
     suite = f"{found.checkpoint.name}-limit{args.limit}-clips{args.clips}"
     heard = found.sft / f"{suite}.heard.jsonl"
     if not heard.is_file():
-        tool("evaluate.py", found.sft, "--checkpoint", found.checkpoint.name, "--data", *data,
-             "--suite", "--clips", args.clips, "--limit", args.limit, "--out", heard)  # fmt: skip
+        run_dsasr(
+            "evaluate", found.sft, "--checkpoint", found.checkpoint.name, "--data", *data,
+            "--suite", "--clips", args.clips, "--limit", args.limit, "--out", heard,
+        )  # fmt: skip
     return heard
 
 
@@ -141,9 +139,11 @@ def probe(
     last = max(pretrain.parent.glob("snapshots/encoder-*"))
     metrics = pretrain.parent.with_suffix(".allocation.jsonl")
     data = args.probe or args.corpus / "shards" / "test"
-    tool("allocation.py", last, *(f.checkpoint for f in found), "--data", data,
-         "--aligner", aligner, "--utterances", args.utterances,
-         "--control", controls, "--random", controls, "--out", metrics)  # fmt: skip
+    run_dsasr(
+        "probe", last, *(f.checkpoint for f in found), "--data", data, "--aligner", aligner,
+        "--utterances", args.utterances, "--control", controls, "--random", controls,
+        "--out", metrics,
+    )  # fmt: skip
     rows = [json.loads(line) for line in text_lines(metrics)]
     return [{k: v for k, v in row.items() if k not in ("run", "measured")} for row in rows]
 
@@ -192,7 +192,7 @@ def result(
     ends = [e for j in jobs for e in j.events if e["event"] == "stage_end"]
     seconds = {e["name"]: e["stage_seconds"] for e in ends if e["name"] in stages}
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=TOOLS
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
     ).stdout.strip()
     return {
         "set": args.kind,

@@ -353,9 +353,9 @@ class Cmvn:
             frames = int(values["frames"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is not a CMVN file ({error}): make it with tools/cmvn.py"
+                f"{path} is not a CMVN file ({error}): make it with `dsasr data cmvn`"
             ) from None
         finite = bool(mean.isfinite().all() and std.isfinite().all())
         if mean.shape != std.shape or mean.dim() != 1 or not finite or not bool((std > 0).all()):
-            raise UserError(f"{path} is damaged: make it again with tools/cmvn.py")
+            raise UserError(f"{path} is damaged: make it again with `dsasr data cmvn`")
         return cls(mean, std, frames)

@@ -116,8 +116,8 @@ def make_parts(
             continue
         if not found.langs:
             raise UserError(
-                f"dataloader.temperature needs the hours of each language: pack "
-                f"'{dataset.name}' with tools/make_shards.py, which writes them into dataset.json"
+                "dataloader.temperature needs the hours of each language: pack "
+                f"'{dataset.name}' with `dsasr data make-shards`, which writes them to dataset.json"
             )
         shares = {lang: hours ** (1 / temperature) for lang, hours in found.langs.items() if hours}
         total = sum(shares.values())

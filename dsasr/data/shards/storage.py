@@ -136,7 +136,7 @@ class Sources:
             hours = float(data["hours"])
         except Missing:
             raise UserError(
-                f"'{spec}' has no dataset.json: pack it with tools/make_shards.py, or name tars"
+                f"'{spec}' has no dataset.json: pack it with `dsasr data make-shards`, or name tars"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a dataset.json: {error!r}") from None

@@ -137,6 +137,6 @@ def read_dataset(folder: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"version {values['version']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be used ({error}): pack it with tools/make_shards.py"
+            f"{path} cannot be used ({error}): pack it with `dsasr data make-shards`"
         ) from None
     return values

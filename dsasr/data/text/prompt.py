@@ -132,7 +132,7 @@ class HfTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model: one of `tools/train_tokenizer.py`, or any other ``.model`` file.
+    """A sentencepiece model: one of `dsasr data tokenizer`, or any other ``.model`` file.
 
     A trained folder's `META_NAME` names its special pieces, the prompt's sentences that are one
     token each, and says that Latin and Han runs are parted by one space in text and by none in

@@ -100,7 +100,7 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path):
 
 def test_killed_and_run_again_is_as_never_killed(tmp_path):
     source = corpus(tmp_path, 40)
-    tool = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source)]
+    tool = [sys.executable, "-m", "dsasr.cli", "data", "make-shards", str(source)]
     options = ["--shard-size", "1", "--processes", "1", "--out"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(

@@ -1,37 +1,41 @@
 """Read and decode every sample of shards; list each bad one by shard, key and cause.
 
-python tools/verify_shards.py shards/train
+The exit code is 1 if any is bad.
+
+example:
+  dsasr data verify shards/train
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from dsasr.data.shards.index import find_tars
-from dsasr.data.shards.verify import check_dataset, verify
-from dsasr.data.shards.writer import DATASET
-from dsasr.utils.errors import run_tool
+from dsasr.cli.arguments import command_parser
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_parser(__name__, __doc__)
     parser.add_argument("paths", nargs="+", help="tars, or folders of tars")
     parser.add_argument("--allow-empty-text", action="store_true", help="for non-speech sets")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of text")
     parser.add_argument("--processes", type=int, help="default: one per core")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+
+    from dsasr.data.shards.index import find_tars
+    from dsasr.data.shards.verify import check_dataset, verify
+    from dsasr.data.shards.writer import DATASET
+
     tars = find_tars(args.paths)
     verdicts, causes = verify(tars, args.processes, args.allow_empty_text)
     rows = [row for verdict in verdicts for row in verdict.bad]
     for folder in map(Path, args.paths):
         if (folder / DATASET).is_file():
-            found = {t.name: v for t, v in zip(tars, verdicts, strict=True) if t.parent == folder}
-            denied = check_dataset(folder, found)
-            rows += denied
-            causes.update(row[0] for row in denied)
+            shards = {t.name: v for t, v in zip(tars, verdicts, strict=True) if t.parent == folder}
+            mismatches = check_dataset(folder, shards)
+            rows += mismatches
+            causes.update(row[0] for row in mismatches)
     good = sum(v.samples for v in verdicts)
     hours = sum(v.seconds for v in verdicts) / 3600
     if args.json:
@@ -44,7 +48,3 @@ def main() -> int:
         counts = ", ".join(f"{k} {n}" for k, n in causes.most_common()) or "none"
         print(f"{len(verdicts)} shards, {good} good samples, {hours:.2f} h; bad: {counts}")
     return 1 if rows else 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

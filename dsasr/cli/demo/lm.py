@@ -1,23 +1,24 @@
 """Build a small Qwen3-shaped language model and pre-train it on text, one sentence a line.
 
-python tools/make_lm.py corpus/text/lm.txt --tokenizer corpus/tokenizer --out corpus/lm
+example:
+  dsasr demo lm corpus/text/lm.txt --tokenizer corpus/tokenizer --out corpus/lm
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
-from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
-from dsasr.utils.errors import run_tool
+from dsasr.cli.arguments import command_parser
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
+    from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
+
     default = SmallLmConfig()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__name__, __doc__)
     parser.add_argument("texts", nargs="+", type=Path, help="text files, one sentence a line")
     parser.add_argument("--tokenizer", type=Path, required=True, help="its folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
@@ -32,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--lexicon", nargs="*", default=(), help="files, for --reads lexicon")
     parser.add_argument("--fresh", action="store_true", help="train even if the model is there")
-    args = vars(parser.parse_args())
+    args = vars(parser.parse_args(arguments))
     texts, tokenizer, out = args.pop("texts"), args.pop("tokenizer"), args.pop("out")
     heldout, fresh = args.pop("heldout"), args.pop("fresh")
     reads, lexicons = args.pop("reads"), tuple(args.pop("lexicon"))
@@ -48,7 +49,3 @@ def main() -> None:
         f"{out}: {report['parameters'] / 1e6:.2f} M parameters, held-out perplexity "
         f"{report['heldout_perplexity']:.2f} per token, trained in {report['seconds']:.0f} s"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

@@ -1,9 +1,9 @@
-"""Drill the stream: drawn shards, ranks, workers, kills and new world sizes; all zero is right.
+"""Fuzz the dataloader: random shards, ranks, workers, kills and changes of the world size.
 
-    python tools/verify_stream.py --cases 200
+    python tools/fuzz_dataloader.py --cases 200
 
 Every case compares each batch, bit by bit, with an uninterrupted run, and each finished epoch with
-the plain list of keys. Prints one JSON line; the exit code is 1 if anything was wrong.
+the plain list of keys. Prints one JSON line of counts; the exit code is 1 if any fault is not zero.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from dsasr.utils.progress import Bar
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=200, help="how many to draw (default: 200)")
+    parser.add_argument(
+        "--cases", type=int, default=200, help="number of random cases (default: 200)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     args = parser.parse_args()
     torch.set_num_threads(1)
     verdict, started = Verdict(), time.perf_counter()
-    folder = Path(tempfile.mkdtemp(prefix="dsasr-stream-"))
+    folder = Path(tempfile.mkdtemp(prefix="dsasr-fuzz-"))
     try:
         for seed in Bar(range(args.seed, args.seed + args.cases), unit="case"):
             run_case(draw_case(seed), folder / str(seed), verdict)

@@ -1,23 +1,24 @@
-"""Make the demo's bilingual speech corpus: grammar sentences spoken by synthetic voices.
+"""Synthesize the demo's bilingual speech corpus: grammar sentences spoken by synthetic voices.
 
-python tools/synth_corpus.py --out corpus --hours 1.5
+example:
+  dsasr demo corpus --out corpus/demo --hours 1.5
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from dsasr.demo.corpus import CorpusConfig, make_corpus
-from dsasr.utils.errors import run_tool
+from dsasr.cli.arguments import command_parser
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    from dsasr.demo.corpus import CorpusConfig, make_corpus
+
     default = CorpusConfig()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make it in")
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--hours", type=float, default=default.hours, help="of training speech")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument(
@@ -31,8 +32,8 @@ def main() -> None:
     parser.add_argument("--nonspeech", type=int, default=default.nonspeech, help="recordings")
     parser.add_argument("--text", type=int, default=default.text, help="sentences for the LM")
     parser.add_argument("--processes", type=int, default=None, help="default: one per core")
-    parser.add_argument("--fresh", action="store_true", help="make it even if it is there")
-    args = parser.parse_args()
+    parser.add_argument("--fresh", action="store_true", help="synthesize it even if it is there")
+    args = parser.parse_args(arguments)
     config = CorpusConfig(
         hours=args.hours,
         seed=args.seed,
@@ -53,7 +54,3 @@ def main() -> None:
             f"{figures['english_words']} words, {figures['han_characters']} characters"
         )
     print(f"{args.out}: ready in {time.monotonic() - start:.0f} s")
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

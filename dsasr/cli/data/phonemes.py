@@ -1,30 +1,21 @@
-"""The phoneme vocabulary of shards, for ``data.phonemes``.
+"""The phoneme vocabulary of shards, for the recipe's data.phonemes.
 
-python tools/make_phonemes.py shards/train --out phonemes.json --kind espeak
+example:
+  dsasr data phonemes shards/train --out phonemes.json --kind espeak
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from dsasr.data.shards.index import BadSample, find_tars, read_texts
-from dsasr.data.shards.writer import check_file
-from dsasr.data.text.phonemes import (
-    MissingPhonemes,
-    PhonemeVocab,
-    PhonemizerConfig,
-    UnknownWord,
-    build_phonemizer,
-)
-from dsasr.utils.errors import UserError, run_tool
-from dsasr.utils.progress import Bar
+from dsasr.cli.arguments import command_parser
+from dsasr.utils.errors import UserError
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_parser(__name__, __doc__)
     parser.add_argument("paths", nargs="+", help="tars, or folders of tars")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -32,7 +23,19 @@ def main() -> int:
     )
     parser.add_argument("--lexicon", nargs="*", default=(), help="files, for --kind lexicon")
     parser.add_argument("--stress", action="store_true", help="keep stress marks")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+
+    from dsasr.data.shards.index import BadSample, find_tars, read_texts
+    from dsasr.data.shards.writer import check_file
+    from dsasr.data.text.phonemes import (
+        MissingPhonemes,
+        PhonemeVocab,
+        PhonemizerConfig,
+        UnknownWord,
+        build_phonemizer,
+    )
+    from dsasr.utils.progress import Bar
+
     config = PhonemizerConfig(args.kind, tuple(args.lexicon), args.stress)
     phonemizer, tars = build_phonemizer(config), find_tars(args.paths)
     check_file(args.out)
@@ -60,8 +63,3 @@ def main() -> int:
     print(f"{args.out}: {len(vocab)} symbols, blank included")
     if causes:
         print(f"{causes.total()} samples left out: {counts}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

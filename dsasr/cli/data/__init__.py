@@ -1,0 +1,1 @@
+"""``dsasr data …``: shards, and what is computed from them before training."""

@@ -1,0 +1,1 @@
+"""``dsasr demo …``: the corpus and the language model of the demo."""

@@ -1,0 +1,138 @@
+"""Decode shards with a trained run: error rates, hallucinations, a paired test with another run.
+
+examples:
+  dsasr evaluate runs/demo --data corpus/demo/shards/test
+  dsasr evaluate runs/demo --data corpus/demo/shards/{test,nonspeech} --suite --report
+  dsasr evaluate runs/demo --checkpoint step-0000000450 --data … --out early.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from dsasr.cli.arguments import command_parser
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.progress import Bar
+
+TRANSCRIPTS = "transcripts.jsonl"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument(
+        "--data", nargs="+", help="shards: folders, tars or patterns; samples without text count "
+        "as non-speech",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", default="", help="a name below RUN/checkpoints, or a path (default: the "
+        "newest)",
+    )  # fmt: skip
+    parser.add_argument("--beam", type=int, default=0, help="1 is greedy (default: the recipe's)")
+    parser.add_argument("--limit", type=int, default=0, help="utterances, spread over the set")
+    parser.add_argument(
+        "--suite", action="store_true",
+        help="also synthetic non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rules", help="normalization: standard, plain (digit strings), or the path of a Whisper "
+        "checkpoint's normalizer.json (default: the recipe's)",
+    )  # fmt: skip
+    parser.add_argument("--clips", type=int, default=10, help="of each synthetic non-speech sound")
+    parser.add_argument("--pairs", type=int, default=5, help="reference/hypothesis pairs to print")
+    parser.add_argument(
+        "--against", type=Path, help="paired test: a run evaluated with --report, or its --out"
+    )
+    parser.add_argument("--out", type=Path, help="write all transcripts as JSON lines")
+    parser.add_argument(
+        "--report", action="store_true", help=f"write RUN/report.json and RUN/{TRANSCRIPTS}"
+    )
+    parser.add_argument(
+        "--is-finished", action="store_true", help="exit with 0 if the run is trained, else with 1"
+    )
+    args = parser.parse_args(arguments)
+    if not args.is_finished and not args.data:
+        parser.error("--data is needed")
+    if args.checkpoint and args.report:
+        parser.error("--report speaks of the run's end: write those of a --checkpoint with --out")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+
+    import torch
+
+    from dsasr.evaluation import eval_sets, results_text, suite_results
+    from dsasr.evaluation.normalize import check_rules
+    from dsasr.evaluation.suite import SuiteConfig
+    from dsasr.inference.model_from_run import RunModel, finished
+    from dsasr.recipe import quiet
+
+    if args.is_finished:
+        return 0 if finished(args.run) else 1
+    quiet()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    recognizer = RunModel.from_run(args.run, args.checkpoint)
+    recipe = recognizer.build.recipe
+    rules = args.rules or recipe.evaluation.rules
+    try:
+        check_rules(rules)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    recordings, left_out = eval_sets.read(
+        args.data,
+        rate=recipe.data.fbank.rate,
+        text=recipe.data.text,
+        source=recipe.data.dataloader.source,
+        limit=args.limit,
+    )
+    if left_out:
+        print(f"left out: {dict(left_out)}")
+    config = replace(SuiteConfig(), clips=args.clips) if args.suite else suite_results.PLAIN
+    bar = partial(Bar, desc="decoding", unit="batch", delay=2)
+    trials = recognizer.hear(recordings, config, beam=args.beam, progress=bar)
+    summary = trials.summary(rules)
+    for line in results_text.results(trials, summary, args.pairs):
+        print(line)
+    if args.against:
+        folder = args.against.is_dir()
+        baseline = suite_results.read(args.against / TRANSCRIPTS if folder else args.against)
+        tests = suite_results.compare(baseline, trials, rules)
+        print(f"against {args.against}: (this less that)")
+        for line in results_text.comparison(tests):
+            print(line)
+        summary["against"] = {"run": str(args.against), "tests": tests}
+    if args.out:
+        atomic_write(args.out, trials.text())
+    if args.report:
+        atomic_write(args.run / TRANSCRIPTS, trials.text())
+        write_report(args, summary)
+    rates = "  ".join(
+        f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
+    )
+    print(f"{len(trials.rows)} clips: {rates}   ({recognizer.checkpoint})")
+    return 0
+
+
+def write_report(args: argparse.Namespace, summary: dict) -> None:
+    """RUN/report.json: the results, and the steps and seconds of each stage."""
+    from dsasr.inference.model_from_run import events
+    from dsasr.tracking.monitor import clock
+
+    stages = [
+        {"stage": e["name"], "steps": e["steps"], "seconds": e["stage_seconds"]}
+        for e in events(args.run)
+        if e["event"] == "stage_end"
+    ]
+    data = args.data[0] if len(args.data) == 1 else args.data
+    values = {**summary, "data": data, "beam": args.beam, "stages": stages}
+    atomic_write(args.run / "report.json", json_text(values, indent=1) + "\n")
+    for stage in stages:
+        print(f"stage {stage['stage']:<10} {clock(stage['seconds'])}")

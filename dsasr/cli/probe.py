@@ -1,0 +1,99 @@
+"""Measure entropy allocation of encoders on one probe set: NSE, PAI, CSAI, entropies, H0-H1, CKA.
+
+example:
+  dsasr probe runs/demo/snapshots/encoder-* runs/demo --data corpus/demo/shards/test
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsasr.cli.arguments import command_parser
+from dsasr.utils.errors import UserError
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument(
+        "checkpoints", nargs="+",
+        help="run folders (their newest checkpoint), checkpoints, snapshots, or folders of Hugging "
+        "Face Whisper, wav2vec 2.0 and HuBERT encoders",
+    )  # fmt: skip
+    parser.add_argument("--data", required=True, help="shards: a folder, a tar or a pattern")
+    parser.add_argument(
+        "--aligner",
+        help="the run, checkpoint or snapshot whose CTC head aligns the phonemes (default: the "
+        "last one measured)",
+    )
+    parser.add_argument("--utterances", type=int, default=300, help="of the data, 0: all")
+    parser.add_argument("--semantic", choices=("word", "token"), default="word", help="CSAI's S")
+    parser.add_argument("--width", type=int, default=1024, help="wider features are projected")
+    parser.add_argument(
+        "--folds", type=int, default=0,
+        help="groups of speakers that are held out in turn; each costs its own probes (default: 1 "
+        "with 12 speakers or more, else 4)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--frames", type=int, default=200_000, help="frames for PAI at most; a quarter for CSAI"
+    )
+    for name, default, what in (
+        ("random", "all", "the same encoder with random weights (all: of each architecture)"),
+        ("control", "all", "shuffled labels"),
+        ("limits", "first", "the smallest gain that would be detected where none is found; slow"),
+    ):
+        choices = ("all", "first", "none")
+        parser.add_argument(f"--{name}", choices=choices, default=default, help=what)
+    parser.add_argument(
+        "--out", type=Path,
+        help="one file of JSON lines for all (default: each run's rows in its allocation.jsonl, "
+        "those of other encoders in the aligner's)",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+
+    import torch
+
+    from dsasr.analysis import measure as measures
+    from dsasr.analysis import probe_checkpoints, probed_encoders
+    from dsasr.evaluation import eval_sets
+    from dsasr.recipe import quiet
+
+    quiet()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    runs = [c for c in args.checkpoints if not probed_encoders.is_foreign(c)]
+    path = args.aligner or (runs[-1] if runs else None)
+    if path is None:
+        raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
+    aligner = probed_encoders.open_checkpoint(path)
+    data = aligner.build.recipe.data
+    recordings, bad = eval_sets.read(
+        args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
+        max_seconds=probed_encoders.longest(args.checkpoints),
+    )  # fmt: skip
+    probes = measures.probe_set(aligner, recordings, args.semantic)
+    left_out = dict(Counter(bad) + probes.causes)
+    speakers = len({r.speaker for r in probes.recordings})
+    print(f"{len(probes.recordings)} utterances by {speakers} speakers, labels by {aligner.name}"
+          + (f"; left out: {left_out}" if left_out else ""))  # fmt: skip
+    settings = {"max_width": args.width, "folds": args.folds, "seed": args.seed}
+    settings |= {"max_frames": args.frames, "semantic_frames": max(1, args.frames // 4)}
+    baselines = probe_checkpoints.Baselines(args.random, args.control, args.limits)
+    rows = probe_checkpoints.measure_all(args.checkpoints, probes, settings, baselines)
+    print(measures.table(rows))
+    print("PAI, CSAI: nats a frame, 95% interval, [shuffled]; none (<x): a gain of x would show;")
+    by, folds = rows[0]["pai"]["split"], rows[0]["pai"]["folds"]
+    print("H: nats a token (CTC: frame); CKA: to the first; held out: by " + by
+          + (f", in {folds} folds" if folds > 1 else ""))  # fmt: skip
+    names = ("data", "utterances", "semantic", "width", "frames", "folds", "seed")
+    measured = {name: getattr(args, name) for name in names}
+    home = aligner.about["run"]
+    measured["aligner"] = str(Path(home).resolve().parent / aligner.name)
+    probe_checkpoints.write(rows, home, measured, args.out)

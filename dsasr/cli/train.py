@@ -1,0 +1,44 @@
+"""Train a recipe on this machine, one rank a GPU, or on several machines with --hostfile.
+
+A run resumes from its newest checkpoint; SIGTERM and SIGUSR1 save and stop it. DeepSpeed's own log
+lines are left out: `deepspeed dsasr/train.py` with the same arguments shows them.
+
+examples:
+  dsasr train --recipe demo run=runs/mine stages.ia_sft.steps=1000
+  dsasr train --recipe demo --ranks 2            on a machine without a GPU: two CPU ranks
+  dsasr train --recipe mine.yaml --hostfile hosts
+  dsasr train --recipe mine.yaml --check
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import dsasr
+from dsasr.cli.arguments import add_recipe, command_parser
+
+PROGRAM = Path(dsasr.__file__).with_name("train.py")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_parser(__name__, __doc__)
+    add_recipe(parser)
+    parser.add_argument(
+        "--ranks", type=int, default=0,
+        help="of a machine (default: one a GPU; one where there is no GPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hostfile", type=Path, help="DeepSpeed's list of machines, a line 'HOST slots=GPUS' each"
+    )
+    parser.add_argument("--check", action="store_true", help="check the recipe and its files, stop")
+    args = parser.parse_intermixed_args(arguments)
+    recipe = ["--recipe", args.recipe, *args.overrides]
+    if args.check:
+        from dsasr import train
+
+        return train.main([*recipe, "--check"])
+
+    from dsasr.launch import deepspeed_launcher
+
+    return deepspeed_launcher.run(PROGRAM, recipe, ranks=args.ranks, hostfile=args.hostfile)

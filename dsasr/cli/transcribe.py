@@ -1,0 +1,126 @@
+"""Transcribe audio with an exported model or a run: files, folders, or standard input.
+
+The exit code is 1 if a file could not be read.
+
+examples:
+  dsasr transcribe models/demo talk.mp3 interviews/ --format srt --out subtitles
+  ffmpeg -i film.mp4 -f wav - | dsasr transcribe models/demo - --format jsonl
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsasr.cli.arguments import command_parser
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.progress import Bar
+
+if TYPE_CHECKING:
+    from dsasr.inference.recognizer import Transcription
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("model", type=Path, help="an exported folder, or a run folder")
+    parser.add_argument("audio", nargs="+", help="files, folders, or - for standard input")
+    parser.add_argument("--format", choices=("text", "jsonl", "srt"), default="text")
+    parser.add_argument("--out", type=Path, help="a folder: one file for each audio file")
+    parser.add_argument("--beam", type=int, default=1, help="1 is greedy")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(arguments)
+
+    import torch
+
+    from dsasr.inference.recognizer import Recognizer, with_beam
+    from dsasr.recipe import quiet
+
+    sources = find(args.audio)
+    if args.format == "srt" and len(sources) > 1 and not args.out:
+        raise UserError("subtitles of several files need --out FOLDER")
+    quiet()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
+    recognizer = with_beam(Recognizer.from_pretrained(args.model), args.beam)
+    several = len(sources) > 1 and not args.out and args.format == "text"
+    written: set[Path] = set()
+    bad: list[str] = []
+
+    def failed(path: str, error: UserError) -> None:
+        bad.append(path)
+        Bar.write(f"left out: {error}", file=sys.stderr)
+
+    with tempfile.TemporaryFile() as spool:
+        if "-" in sources:
+            shutil.copyfileobj(sys.stdin.buffer, spool)  # libsndfile wants to seek
+            spool.seek(0)
+        opened = [spool if s == "-" else s for s in sources]
+        total = sum(map(seconds_of, sources))
+        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}, {rate_fmt}]"
+        if not total:
+            form = "{n:.0f} s [{elapsed}]"
+        with Bar(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
+            for transcription in recognizer.transcribe_all(opened, bar.update, failed):
+                text = formatted(transcription, args.format)
+                if args.out:
+                    path = target(args.out, transcription.path, args.format, written)
+                    atomic_write(path, text)
+                else:
+                    with bar.external_write_mode():
+                        head = f"{transcription.path}\t" if several else ""
+                        sys.stdout.write(head + text)
+                        sys.stdout.flush()
+    return 1 if bad else 0
+
+
+def find(names: Sequence[str]) -> list[Path | str]:
+    """Files in the order given, folders replaced by the audio files below them."""
+    from dsasr.inference.recognizer import audio_files
+
+    sources: list[Path | str] = []
+    for name in names:
+        if name == "-":
+            sources.append(name)
+        elif Path(name).is_dir():
+            sources += audio_files(Path(name))
+        elif Path(name).is_file():
+            sources.append(Path(name))
+        else:
+            raise UserError(f"there is no {name}")
+    if sources.count("-") > 1:
+        raise UserError("standard input can be read only once")
+    return sources
+
+
+def seconds_of(path: Path | str) -> float:
+    """By the header; 0 where there is none, or none that can be believed."""
+    import soundfile
+
+    try:
+        return 0.0 if path == "-" else soundfile.info(str(path)).duration
+    except (soundfile.LibsndfileError, RuntimeError):
+        return 0.0
+
+
+def formatted(transcription: Transcription, form: str) -> str:
+    if form == "jsonl":
+        return json_text(transcription.plain()) + "\n"
+    return transcription.srt() if form == "srt" else transcription.text + "\n"
+
+
+def target(out: Path, path: str, form: str, written: set[Path]) -> Path:
+    """A new name in ``out`` for the transcript of ``path``; it is added to ``written``."""
+    stem = "stdin" if path == "-" else Path(path).stem
+    ending = {"text": "txt"}.get(form, form)
+    name, number = out / f"{stem}.{ending}", 1
+    while name in written:
+        number += 1
+        name = out / f"{stem}-{number}.{ending}"
+    written.add(name)
+    return name

@@ -1,0 +1,65 @@
+"""Error rates, hallucinations and paired tests as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dsasr.evaluation import suite_results
+from dsasr.evaluation.hallucination import KINDS
+
+UNITS = {"word": "words", "char": "characters", "mixed": "words and characters"}
+
+
+def _percent(rate: float | None) -> str:
+    """A fraction in percent; "–" for a rate that does not exist."""
+    return "–" if rate is None else f"{100 * rate:.2f}"
+
+
+def _nonspeech(row: Mapping[str, Any]) -> str:
+    """One row of `Trials.nonspeech` in words."""
+    if not row["clips_with_text"]:
+        return f"0 characters a minute of non-speech (no text in {row['clips']} clips)"
+    span = "" if row["low"] is None else f" ({row['low']:.1f}…{row['high']:.1f})"
+    rate = f"{row['rate']:.1f} characters a minute of non-speech{span}"
+    return f"{rate}, text in {row['clips_with_text']} of {row['clips']} clips"
+
+
+def results(trials: suite_results.Trials, summary: Mapping[str, Any], pairs: int) -> Iterator[str]:
+    """Error rates and hallucinations by condition, and ``pairs`` transcripts."""
+    for condition, part in summary["conditions"].items():
+        for lang, row in part["languages"].items():
+            yield (
+                f"{condition:>9} {lang:>6}: {_percent(row['rate']):>6}% errors "
+                f"({_percent(row['low'])}…{_percent(row['high'])}) of {row['units']} "
+                f"{UNITS[row['unit']]}: {row['substitutions']} sub, {row['deletions']} del, "
+                f"{row['insertions']} ins"
+            )
+    for row in summary["hallucination"]["rows"]:
+        where = f"{row['condition']:>9} {row['lang']:>6}"
+        if row["utterances"]:
+            kinds = ", ".join(f"{row[k]} {k}" for k in KINDS)
+            yield f"{where}: {row['flagged']} of {row['utterances']} hallucinated ({kinds})"
+    for condition, row in summary["hallucination"]["nonspeech"].items():
+        yield f"{condition:>9} {'':>6}: {_nonspeech(row)}"
+    for example in summary["hallucination"]["examples"][:pairs]:
+        head = f"{example['kind']} ({example['condition']}, {example['detail']})"
+        yield f"  {head}\n    ref  {example['reference']}\n    hyp  {example['hypothesis']}"
+    clean = [row for row in trials.rows if row.condition == "clean"]
+    for row in clean[:: max(len(clean) // max(pairs, 1), 1)][:pairs]:
+        yield f"  ref  {row.reference}\n  hyp  {row.hypothesis}"
+
+
+def comparison(tests: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """The paired tests of `suite_results.compare`, a line a condition."""
+    for condition, row in tests.items():
+        line = f"{condition:>9}: hallucinated {row['flagged_b']:.0f} to {row['flagged_a']:.0f}"
+        line += f", p {row['flagged_p']:.3f}"
+        if "difference" in row:
+            span = f"{100 * row['low']:+.2f}…{100 * row['high']:+.2f}"
+            line += f"; errors {100 * row['difference']:+.2f} ({span}), p {row['p_value']:.3f}"
+        if "characters_difference" in row:
+            span = f"{row['characters_low']:+.1f}…{row['characters_high']:+.1f}"
+            line += f"; characters/min {row['characters_difference']:+.1f} ({span})"
+            line += f", p {row['characters_p_value']:.3f}"
+        yield line

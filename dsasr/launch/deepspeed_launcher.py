@@ -1,0 +1,155 @@
+"""Ranks started by DeepSpeed's launcher; their output without its and the libraries' chatter.
+
+Signals go to the ranks themselves, which save and stop; DeepSpeed's launcher would end them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from dsasr.launch.orphan_ranks import parent_of
+from dsasr.utils.errors import UserError
+
+LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+CHATTER = re.compile(
+    r"^\[\d{4}-\d\d-\d\d|^\[W\d|^W\d{4} |Warning: |^\s+return func|^\s+warnings\.warn"
+    r"|^DeepSpeed deepspeed\.ops|^ninja:|^Loading extension|^Building extension|^Using .* as Py"
+    r"|^Creating extension|^Detected |^Emitting ninja|^Allowing ninja|^Time to load"
+    r"|^\[\d+/\d+\] (c\+\+|nvcc)|Loading weights:"
+)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # found before any fork
+
+
+def run(
+    program: Path, arguments: Sequence[str], *, ranks: int = 0, hostfile: Path | None = None
+) -> int:
+    """Run ``program`` on ``ranks`` ranks and return the launcher's exit code.
+
+    ``ranks``: of a node; 0: one a GPU, or one where there is none. ``hostfile``: DeepSpeed's, for
+    several nodes. Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
+    """
+    env = dict(os.environ)
+    command = [*LAUNCHER, *placement(env, ranks, hostfile), str(program), *arguments]
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        encoding="utf-8", errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
+    )  # fmt: skip
+    with _signals_forwarded(process, local=hostfile is None) as received:
+        try:
+            pass_on(process.stdout, sys.stdout, received)
+            code = process.wait()
+        except BaseException:  # nobody reads the output any more
+            process.stdout.close()
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    return code if code >= 0 else 128 - code  # as a shell counts a process that a signal ended
+
+
+def gpus() -> int:
+    """GPUs of this machine that are to be used."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def placement(
+    env: MutableMapping[str, str], ranks: int = 0, hostfile: Path | None = None
+) -> list[str]:
+    """The launcher's options; in ``env`` the CPU is chosen where there is no GPU."""
+    if ranks < 0:
+        raise UserError(f"--ranks {ranks}: a number of ranks, or 0 for one a GPU")
+    if hostfile is not None:
+        if not hostfile.is_file():  # DeepSpeed would take this machine alone
+            raise UserError(f"there is no hostfile {hostfile}")
+        return ["--hostfile", str(hostfile), *(["--num_gpus", str(ranks)] if ranks else [])]
+    count = gpus()
+    if count == 0:
+        env["DS_ACCELERATOR"] = "cpu"
+    elif ranks > count:
+        raise UserError(f"--ranks {ranks}: this machine has {count} GPUs")
+    ranks = ranks or count or 1
+    port = ["--master_port", str(_free_port())]
+    visible = _visible(env) if count else []
+    if visible:  # --num_gpus would count from GPU 0
+        return [*port, "--include", f"localhost:{','.join(visible[:ranks])}"]
+    return [*port, "--num_gpus", str(ranks)]
+
+
+def _visible(env: Mapping[str, str]) -> list[str]:
+    return [n for n in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
+
+
+def _free_port() -> int:
+    """Another training on this machine may have the launcher's usual port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def pass_on(lines: Iterable[str], out: TextIO, received: Sequence[int] = ()) -> None:
+    """Write ``lines`` without chatter to ``out``; its last lines too if a rank failed.
+
+    A user's mistake (exit code 2) explains itself, and so does a run that was sent a signal.
+    """
+    hidden: deque[str] = deque(maxlen=40)
+    failed = False
+    for line in lines:
+        failed |= "exits with return code" in line and not line.rstrip().endswith("= 2")
+        if CHATTER.search(line):
+            hidden.append(line)
+        else:
+            print(line, end="", file=out, flush=True)
+    if failed and not received:
+        print("the launcher's last lines:", "".join(hidden), sep="\n", end="", file=out, flush=True)
+
+
+@contextlib.contextmanager
+def _signals_forwarded(process: subprocess.Popen, local: bool) -> Iterator[list[int]]:
+    """While this is open, signals of this process are passed on; yields those received."""
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        ranks = _grandchildren(process.pid) if local else []
+        with contextlib.suppress(ProcessLookupError):
+            if not local:  # the launcher stops the ranks on all nodes, on these two signals only
+                process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            elif not ranks:
+                os.killpg(process.pid, number)
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _grandchildren(process: int) -> list[int]:
+    """The ranks: children of the launcher's one child, which starts them on this node."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if parent_of(parent_of(pid)) == process]
+
+
+def _end_with_parent() -> None:
+    """In the launcher's process: end when ``dsasr train`` is killed with ``kill -9``; the ranks
+    then end by themselves (`orphan_ranks`)."""
+    if _PRCTL is not None:
+        _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)

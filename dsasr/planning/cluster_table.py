@@ -1,0 +1,82 @@
+"""A cluster plan as text: memory of a GPU, time and traffic of a step, GPU-hours of the whole."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+
+from dsasr.planning import cluster_sizing
+from dsasr.planning.cluster_sizing import Machine, Part, Step, Traffic
+from dsasr.recipe import Recipe
+from dsasr.stages import StageConfig
+
+
+def cluster_plan(
+    recipe: Recipe,
+    stages: Sequence[StageConfig],
+    machine: Machine,
+    traffic: Traffic,
+    start: datetime.date,
+) -> Iterator[str]:
+    """The lines of the plan for ``stages``; the training begins on the day ``start``."""
+    parts = cluster_sizing.parts(recipe)
+    sizes = ", ".join(f"{n} {p.parameters / 1e6:,.1f} M" for n, p in parts.items())
+    yield f"parameters: {sizes}"
+    yield (
+        f"{machine.nodes} x {machine.gpus} GPUs of {machine.memory:g} GB at "
+        f"{machine.rate:.3g} TFLOP/s\n"
+    )
+    steps = [cluster_sizing.step(recipe, stage, machine, traffic, parts) for stage in stages]
+    yield from _memory(steps)
+    yield from _time(steps, machine)
+    hours = sum(step.steps * step.seconds for step in steps) / 3600
+    end = start + datetime.timedelta(hours=hours)
+    saved = cluster_sizing.checkpoint_bytes(recipe, parts) / 1e9
+    total = f"{hours / 24:,.1f} days, {hours * machine.world:,.0f} GPU-hours"
+    yield f"\nfrom {start} to {end}: {total}; a checkpoint is {saved:.1f} GB"
+    longest = max(steps, key=lambda step: step.steps * step.seconds).stage
+    stage = next(s for s in recipe.stages if s.name == longest)
+    yield from _by_size(recipe, stage, machine, traffic, parts)
+
+
+def _memory(steps: Sequence[Step]) -> Iterator[str]:
+    names = list(dict.fromkeys(name for step in steps for name in step.memory))
+    yield f"{'GB of a GPU':<12} {'all':>7} " + " ".join(f"{n:>11}" for n in names)
+    for step in steps:
+        cells = " ".join(f"{step.memory.get(n, 0.0):>11.2f}" for n in names)
+        yield f"{step.stage:<12} {step.peak:>7.1f} {cells}"
+
+
+def _time(steps: Sequence[Step], machine: Machine) -> Iterator[str]:
+    yield (
+        f"\n{'stage':<12} {'steps':>10} {'s/step':>8} {'products':>9} {'network':>8} "
+        f"{'GB sent':>8} {'h audio':>8} {'days':>7} {'GPU-hours':>10}  limited by"
+    )
+    for step in steps:
+        hours = step.steps * step.seconds / 3600
+        yield (
+            f"{step.stage:<12} {step.steps:>10,} {step.seconds:>8.3f} {step.compute:>9.3f} "
+            f"{step.network:>8.3f} {step.traffic / 1e9:>8.1f} {step.audio_hours:>8.2f} "
+            f"{hours / 24:>7.1f} {hours * machine.world:>10,.0f}  {step.bottleneck}"
+        )
+
+
+def _by_size(
+    recipe: Recipe,
+    stage: StageConfig,
+    machine: Machine,
+    traffic: Traffic,
+    parts: Mapping[str, Part],
+) -> Iterator[str]:
+    yield (
+        f"\nstage {stage.name} by size\n{'GPUs':>5} {'GB':>6} {'s/step':>8} "
+        f"{'h audio/step':>13} {'h audio/GPU-h':>14}  {'limited by':<10}  change"
+    )
+    for size in cluster_sizing.layouts(machine):
+        step = cluster_sizing.step(recipe, stage, size, traffic, parts)
+        speed = step.audio_hours / (step.seconds * size.world / 3600)
+        yield (
+            f"{size.world:>5} {step.peak:>6.1f} {step.seconds:>8.3f} {step.audio_hours:>13.1f} "
+            f"{speed:>14,.0f}  {step.bottleneck:<10}  "
+            f"{cluster_sizing.advice(step, size, recipe)}"
+        )

@@ -1,0 +1,42 @@
+"""`dsasr evaluate` on a trained run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.mark.launcher
+def test_evaluation_with_the_whole_suite_and_against_another(trained, tiny, tmp_path, command):
+    arguments = [trained, "--data", tiny.parent / "valid", "--suite", "--clips", 1, "--limit", 3]
+    done = command("evaluate", *arguments, "--report", "--out", tmp_path / "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((trained / "report.json").read_text())
+    assert list(report["conditions"]) == ["clean", "snr20", "snr10", "snr5", "snr0"]
+    conditions = {r["condition"] for r in report["hallucination"]["rows"]}
+    assert conditions >= {"silence", "cut50", "clean"}
+    assert [r["stage"] for r in report["stages"]][-1] == "joint"
+    assert (trained / "transcripts.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    sounds = report["hallucination"]["nonspeech"]
+    assert sounds["all"]["clips"] == 4 and sounds["silence"]["low"] is None
+    # The newest checkpoint by its name; only the run's end goes into its report.
+    last = sorted(p.name for p in (trained / "checkpoints").glob("step-*"))[-1]
+    named = command("evaluate", *arguments, "--checkpoint", last, "--out", tmp_path / "named.jsonl")
+    assert named.returncode == 0, named.stderr
+    assert (tmp_path / "named.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    refused = command("evaluate", *arguments, "--checkpoint", last, "--report")
+    assert refused.returncode == 2 and "--out" in refused.stderr
+    missing = command("evaluate", *arguments, "--checkpoint", "step-1")
+    assert missing.returncode == 2 and last in missing.stderr
+    # Transcripts are scored by other rules where they are given.
+    (tmp_path / "normalizer.json").write_text(json.dumps({"ba": "do"}))
+    spelled = command("evaluate", *arguments[:3], "--rules", tmp_path / "normalizer.json")
+    assert spelled.returncode == 0, spelled.stderr
+    wrong = command("evaluate", *arguments[:3], "--rules", "whisper")
+    assert wrong.returncode == 2 and "--rules must be one of standard, plain" in wrong.stderr
+    again = command("evaluate", *arguments, "--against", trained)
+    assert again.returncode == 0, again.stderr
+    assert "errors +0.00 (+0.00…+0.00), p 1.000" in again.stdout
+    other = command("evaluate", trained, "--data", tiny.parent / "valid", "--against", trained)
+    assert other.returncode == 2 and "other cases" in other.stderr

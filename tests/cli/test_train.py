@@ -1,0 +1,28 @@
+"""`dsasr train`: what it prints of a run; the launcher's own tests are in tests/launch."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.launcher
+def test_a_run_is_trained_without_the_launchers_chatter(training):
+    folder, output = training
+    assert '"event": "finished"' in (folder / "events.jsonl").read_text().splitlines()[-1]
+    assert "pretrain" in output and "[INFO]" not in output and "last lines" not in output
+
+
+def test_a_recipe_is_checked_without_ranks(command, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # train.py sets it
+    recipe = "--recipe", tiny, f"run={tmp_path / 'run'}"
+    done = command("train", *recipe, "--check")
+    assert (done.returncode, done.stdout) == (0, "the recipe and its files are in order\n")
+    done = command("train", *recipe, "data.cmvn=missing.json", "--check")
+    assert done.returncode == 2 and "make it with `dsasr data cmvn`" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_end_before_a_rank_is_started(command, tmp_path):
+    done = command("train", "--recipe", "demo", "--hostfile", tmp_path / "hosts")
+    assert done.returncode == 2 and "there is no hostfile" in done.stderr
+    assert command("train").returncode == 2

@@ -1,0 +1,147 @@
+"""`dsasr train`'s way to the ranks, with a small script in place of DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from dsasr.launch import deepspeed_launcher
+from dsasr.utils.errors import UserError
+
+CHATTER = "[2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] process 7 spawned\n"
+FAILED = "[2026-01-01 00:00:00,000] [ERROR] [launch.py:1:main] x exits with return code = 1\n"
+
+
+def passed_on(*lines: str, received=()) -> str:
+    out = io.StringIO()
+    deepspeed_launcher.pass_on(lines, out, received)
+    return out.getvalue()
+
+
+def test_chatter_is_left_out_unless_a_rank_failed():
+    step = "step 1  loss 2.0\n"
+    assert passed_on(CHATTER, step, "ninja: no work to do\n") == step
+    shown = passed_on(CHATTER, step, FAILED)
+    assert shown.startswith(step) and CHATTER in shown and FAILED in shown
+    mistake = "error: unknown recipe key\n"
+    assert passed_on(mistake, CHATTER, FAILED.replace("= 1", "= 2")) == mistake
+    assert passed_on(step, FAILED, received=[signal.SIGINT]) == step
+
+
+@pytest.fixture
+def local(monkeypatch):
+    """``local(gpus, ranks, **variables)``: the launcher's options and the accelerator."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def place(count: int, ranks: int = 0, **env: str) -> tuple[list[str], str | None]:
+        monkeypatch.setattr(deepspeed_launcher, "gpus", lambda: count)
+        port, number, *options = deepspeed_launcher.placement(env, ranks)
+        assert port == "--master_port" and int(number) > 0
+        return options, env.get("DS_ACCELERATOR")
+
+    return place
+
+
+def test_one_rank_a_gpu_or_one_on_the_cpu(local):
+    assert local(0) == (["--num_gpus", "1"], "cpu")
+    assert local(0, 2) == (["--num_gpus", "2"], "cpu")
+    assert local(8) == (["--num_gpus", "8"], None)
+    assert local(8, 2) == (["--num_gpus", "2"], None)
+    assert local(2, CUDA_VISIBLE_DEVICES="5,7") == (["--include", "localhost:5,7"], None)
+    assert local(2, 1, CUDA_VISIBLE_DEVICES="5,7") == (["--include", "localhost:5"], None)
+    with pytest.raises(UserError, match="this machine has 2 GPUs"):
+        local(2, 3)
+    with pytest.raises(UserError, match="--ranks -1"):
+        local(2, -1)
+
+
+def test_a_hostfile_places_the_ranks(tmp_path):
+    hosts = tmp_path / "hosts"
+    with pytest.raises(UserError, match="no hostfile"):
+        deepspeed_launcher.placement({}, 0, hosts)
+    hosts.write_text("a slots=8\nb slots=8\n")
+    options = deepspeed_launcher.placement({}, 0, hosts)
+    assert options == ["--hostfile", str(hosts)]
+    assert deepspeed_launcher.placement({}, 4, hosts) == [*options, "--num_gpus", "4"]
+
+
+LAUNCHER = """
+# As deepspeed.launcher.runner: one child, which starts the ranks.
+import os, subprocess, sys
+assert os.environ["DS_ACCELERATOR"] == "cpu"
+sys.exit(subprocess.call([sys.executable, f"{__file__}.launch", *sys.argv[-2:]]))
+"""
+LAUNCH = """
+import subprocess, sys
+ranks = [subprocess.Popen(["bash", sys.argv[1], str(rank), sys.argv[2]]) for rank in (0, 1)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+RANK = """
+trap 'echo "rank $1 saves"; exit 0' USR1 TERM
+trap 'exit 130' INT
+echo "rank $1 ready"
+case $2 in
+  wait) for _ in {1..600}; do sleep 0.05; done; exit 99 ;;
+  *) exit "$2" ;;
+esac
+"""
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """``start("wait", signal)``: exit code and output of two ranks that are sent ``signal``."""
+    script, rank = tmp_path / "launcher", tmp_path / "rank"
+    script.write_text(LAUNCHER)
+    (tmp_path / "launcher.launch").write_text(LAUNCH)
+    rank.write_text(RANK)
+    monkeypatch.setattr(deepspeed_launcher, "LAUNCHER", (sys.executable, str(script)))
+    monkeypatch.setattr(deepspeed_launcher, "gpus", lambda: 0)
+
+    def run(argument: str, number: int = 0) -> tuple[int, str]:
+        out = io.StringIO()
+
+        def send() -> None:
+            end = time.monotonic() + 20
+            while out.getvalue().count("ready") < 2 and time.monotonic() < end:
+                time.sleep(0.02)
+            os.kill(os.getpid(), number)
+
+        if number:
+            threading.Thread(target=send, daemon=True).start()
+        with contextlib.redirect_stdout(out):
+            code = deepspeed_launcher.run(rank, [argument], ranks=2)
+        return code, out.getvalue()
+
+    return run
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_the_exit_code_is_passed_on(start, code):
+    assert start(str(code))[0] == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_save_and_stop_on_a_signal(start, number):
+    before = signal.getsignal(number)
+    code, output = start("wait", number)
+    assert code == 0 and "rank 0 saves" in output and "rank 1 saves" in output
+    assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_ends_the_ranks(start):
+    assert start("wait", signal.SIGINT)[0] == 130
+
+
+def test_a_launcher_without_ranks_yet_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(deepspeed_launcher, "LAUNCHER", ("bash", "-c", "echo; exec sleep 30", "x"))
+    monkeypatch.setattr(deepspeed_launcher, "gpus", lambda: 0)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert deepspeed_launcher.run(tmp_path / "train.py", []) == 128 + signal.SIGTERM
