@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.kernels import dispatch
+from dsasr.kernels.adaptor import AdaptorWeights
 from dsasr.model.encoders.conformer import valid_frames
 from dsasr.utils.errors import UserError
 
@@ -80,21 +81,20 @@ class Adaptor(nn.Module):
         valid embeddings are written to its rows ``index_N`` in place, and it is returned. Lengths
         on the CPU spare a GPU the wait for them.
         """
-        embeds, out_lengths_B = dispatch.adaptor(
-            frames_BSE,
-            lengths_B,
+        weights = AdaptorWeights(
             self.weight1,
             self.bias1,
             self.weight2,
             self.bias2,
             stack=self.cfg.stack,
             activation=self.cfg.activation,
-            out_LD=out_LD,
-            index_N=index_N,
+        )
+        embeds, out_lengths_B = dispatch.adaptor(
+            frames_BSE, lengths_B, weights, out_LD=out_LD, index_N=index_N
         )
         if packed or out_LD is not None:
             return embeds, out_lengths_B
         valid_BA = valid_frames(out_lengths_B, -(-frames_BSE.shape[1] // self.cfg.stack))
         padded = embeds.new_zeros(valid_BA.numel(), embeds.shape[1])
-        places_N = valid_BA.flatten().nonzero().squeeze(1).to(embeds.device)
-        return padded.index_copy(0, places_N, embeds).view(*valid_BA.shape, -1), out_lengths_B
+        index_N = valid_BA.flatten().nonzero().squeeze(1).to(embeds.device)
+        return padded.index_copy(0, index_N, embeds).view(*valid_BA.shape, -1), out_lengths_B

@@ -52,7 +52,7 @@ class LlmConfig:
             raise UserError(f"llm pack {self.pack}: give positions a row, or 0 for no packing")
 
 
-class EntropyHead(nn.Linear):
+class FusedLmHead(nn.Linear):
     """The LM head. With targets it returns losses and entropies and never holds the logits.
 
     It takes the place of the model's own head and shares its weight, tied or not. The fused kernel
@@ -63,7 +63,7 @@ class EntropyHead(nn.Linear):
     soft_cap: float | None = None
 
     @classmethod
-    def replace(cls, llm: PreTrainedModel) -> EntropyHead:
+    def replace(cls, llm: PreTrainedModel) -> FusedLmHead:
         """Put one into ``llm``. Raises `UserError` for logits that are more than W·h + b."""
         head, config = llm.get_output_embeddings(), llm.config.get_text_config()
         if isinstance(head, cls):
@@ -82,14 +82,20 @@ class EntropyHead(nn.Linear):
     def forward(
         self, input: Tensor, targets_N: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits of any [..., D]; or for [N, D] and targets: (nll_N, entropy_N, right_N).
+        """Logits of any [..., D]; or for [N, D] and targets: (nll_N, entropy_N, correct_N).
 
         nll and entropy are in nats, float32 at least; right is bool: greedy prediction hits.
         """
         if targets_N is None:
             return F.linear(input, self.weight, self.bias)
-        return dispatch.linear_entropy_right(
-            input, self.weight, targets_N, bias_V=self.bias, soft_cap=self.soft_cap
+        return dispatch.linear_cross_entropy(
+            input,
+            self.weight,
+            targets_N,
+            bias_V=self.bias,
+            soft_cap=self.soft_cap,
+            return_entropy=True,
+            return_accuracy=True,
         )
 
     def cap(self, logits: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
 from dsasr.model.encoders.conformer import Encoder, EncoderOutput
-from dsasr.model.llm import EntropyHead, LlmConfig
+from dsasr.model.llm import FusedLmHead, LlmConfig
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils.errors import UserError
@@ -159,7 +159,7 @@ class SpeechLLM(nn.Module):
         self.encoder, self.adaptor, self.llm = encoder, adaptor, llm
         self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
         self.cfg, self.spec, self.chunks = cfg, spec, chunks
-        EntropyHead.replace(llm)
+        FusedLmHead.replace(llm)
         self._lora = [p for _, p in lora.adapters(llm)]
         self._lora_dropouts = lora.dropouts(llm)
         if cfg.activation_checkpointing:
@@ -169,7 +169,7 @@ class SpeechLLM(nn.Module):
             enable(activation_checkpointing.options(keep=cfg.recompute == "cheap"))
 
     @property
-    def head(self) -> EntropyHead:
+    def head(self) -> FusedLmHead:
         return self.llm.get_output_embeddings()
 
     def forward(self, batch: Batch, audio: bool = True) -> Outputs:
@@ -319,9 +319,9 @@ class SpeechLLM(nn.Module):
         return embeds.view(layout.rows, layout.length, -1)
 
     def _outputs(self, hidden_ND: Tensor, targets_N: Tensor, weight: float) -> Outputs:
-        nll_N, entropy_N, right_N = self.head(hidden_ND, targets_N)
+        nll_N, entropy_N, correct_N = self.head(hidden_ND, targets_N)
         count = nll_N.new_full((), targets_N.numel() * weight, dtype=torch.float64)
-        named = {"nll": nll_N, "entropy": entropy_N, "accuracy": right_N}
+        named = {"nll": nll_N, "entropy": entropy_N, "accuracy": correct_N}
         sums = {
             name: (values.detach().sum(dtype=torch.float64) * weight, count)
             for name, values in named.items()

@@ -11,7 +11,7 @@ from dsasr.data.batch import Batch
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
-from dsasr.model.llm import EntropyHead, LlmConfig, embedding_rms, load_llm
+from dsasr.model.llm import FusedLmHead, LlmConfig, embedding_rms, load_llm
 from dsasr.model.speech_llm import SpeechLLM, lay_out, plan_rows, ragged
 from dsasr.utils.errors import UserError
 
@@ -166,11 +166,11 @@ def test_entropy_and_accuracy_are_of_the_same_predictions():
 
 def test_the_head_keeps_its_names_and_its_tie():
     tied, untied = make_model(llm=make_llm(True)), make_model(llm=make_llm(False))
-    assert type(tied.head) is EntropyHead
+    assert type(tied.head) is FusedLmHead
     assert tied.head.weight is tied.llm.get_input_embeddings().weight
     assert "llm.lm_head.weight" not in dict(tied.named_parameters())
     assert "llm.lm_head.weight" in dict(untied.named_parameters())
-    assert EntropyHead.replace(tied.llm) is tied.head
+    assert FusedLmHead.replace(tied.llm) is tied.head
 
 
 def test_without_audio_the_speech_is_left_out():
@@ -321,7 +321,7 @@ def test_scaled_logits_and_empty_prompts_are_refused():
     llm = make_llm()
     llm.config.logit_scale = 0.5
     with pytest.raises(UserError, match="logit_scale"):
-        EntropyHead.replace(llm)
+        FusedLmHead.replace(llm)
     with pytest.raises(UserError, match="prompt"):
         model = make_model()
         SpeechLLM(model.encoder, model.adaptor, model.llm, [], [], 0, LlmConfig())

@@ -326,7 +326,7 @@ def case(
     head = {
         "ranks": distributed.world(),
         "dtype": str(dtype).removeprefix("torch."),
-        "kernels": dispatch.chosen("linear_entropy", distributed.device(), dtype),
+        "kernels": dispatch.implementation("linear_cross_entropy", distributed.device(), dtype),
         "rounds": options.rounds,
         "step_ms": round(1000 * middle, 2),
         "spread": round((quarters[2] - quarters[0]) / middle, 3),
