@@ -20,7 +20,6 @@ from dsasr.model.ctc import (
 from dsasr.model.dynamic_chunks import ChunkConfig, draw_chunk
 from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.outputs import Outputs
-from dsasr.model.speech_llm import placeholder
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils.errors import UserError
 
@@ -61,13 +60,13 @@ class CtcModel(nn.Module):
 
         sums: "ctc" (nats per phoneme), "consistency" (nats per frame), "ctc_entropy" (nats per
         frame), "ctc_infeasible" (share of utterances with too few frames, left out of the loss);
-        in eval mode also "phoneme_errors" (share of greedy decoding's edits), and the frames.
+        in eval mode also "phoneme_errors" (share of greedy decoding's edits).
 
         A batch without utterances runs every part once, for its collectives, and weighs nothing.
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch if len(batch) else placeholder(batch, self.encoder.cfg.mels, 0)
+        batch = batch.or_silence(self.encoder.cfg.mels)
         views_XTF, chunk = [batch.features_BTF], None
         if self.training:
             seed_dropout(batch)
@@ -115,8 +114,6 @@ class CtcModel(nn.Module):
                 name: (total.detach().double() * weight, count.detach().double() * weight)
                 for name, (total, count) in sums.items()
             },
-            features_BSE=None if self.training else output.frames_BSE.detach(),
-            lengths_B=None if self.training else output.lengths_B,
         )
 
     def _views(self, batch: Batch) -> list[Tensor]:

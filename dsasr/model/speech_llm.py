@@ -182,7 +182,7 @@ class SpeechLLM(nn.Module):
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch if len(batch) else placeholder(batch, self.encoder.cfg.mels, self.pad_id)
+        batch = batch.or_silence(self.encoder.cfg.mels, self.pad_id)
         # From the host: a copy from the GPU would wait for all that is queued there.
         frame_lengths_B = batch.host.feature_lengths_B.cpu()
         token_lengths_B = batch.host.token_lengths_B.cpu()
@@ -331,17 +331,3 @@ class SpeechLLM(nn.Module):
 
 def _trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def placeholder(batch: Batch, mels: int, token: int) -> Batch:
-    """One short utterance of silence, for a rank that has nothing but must keep step."""
-    return dataclasses.replace(
-        batch,
-        origin=placeholder(batch.origin, mels, token) if batch.origin is not None else None,
-        features_BTF=batch.features_BTF.new_zeros(1, 16, mels),
-        feature_lengths_B=batch.feature_lengths_B.new_full((1,), 16),
-        phonemes_BP=batch.phonemes_BP.new_ones(1, 1),
-        phoneme_lengths_B=batch.phoneme_lengths_B.new_ones(1),
-        tokens_BU=batch.tokens_BU.new_full((1, 1), token),
-        token_lengths_B=batch.token_lengths_B.new_ones(1),
-    )

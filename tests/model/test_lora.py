@@ -199,17 +199,13 @@ def small_model(dropout: float, checkpoint: bool = False) -> SpeechLLM:
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(3)
-    none = ("", "")
-    return Batch(
-        features_BTF=torch.randn(2, 70, 12, generator=generator).double(),
+    return Batch.blank(
+        torch.randn(2, 70, 12, generator=generator).double(),
         feature_lengths_B=torch.tensor([70, 52]),
-        phonemes_BP=torch.zeros(2, 0, dtype=torch.int64),
-        phoneme_lengths_B=torch.zeros(2, dtype=torch.int64),
         tokens_BU=torch.tensor([[7, 9, 8, 4], [11, 4, 0, 0]]),
         token_lengths_B=torch.tensor([4, 2]),
-        keys=none, shards=none, texts=none, langs=none, speakers=none, durations=(0.7, 0.5),
-        seed=5, epoch=0, number=0, state={},
-    )  # fmt: skip
+        seed=5,
+    )
 
 
 def train_only(model, *parts: str) -> None:

@@ -55,23 +55,13 @@ def make_batch(frames=(70, 52, 17, 33), tokens=(6, 1, 3, 4), seed=3, mels=12):
         features[row, frames[row] :] = 0
         ids[row, tokens[row] - 1] = END
         ids[row, tokens[row] :] = 0
-    return Batch(
-        features_BTF=features,
+    return Batch.blank(
+        features,
         feature_lengths_B=torch.tensor(frames, dtype=torch.int64),
-        phonemes_BP=torch.zeros(B, 0, dtype=torch.int64),
-        phoneme_lengths_B=torch.zeros(B, dtype=torch.int64),
         tokens_BU=ids,
         token_lengths_B=torch.tensor(tokens, dtype=torch.int64),
         keys=tuple(f"key{row}" for row in range(B)),
-        shards=("s",) * B,
-        texts=("",) * B,
-        langs=("en",) * B,
-        speakers=("x",) * B,
-        durations=tuple(length / 100 for length in frames),
         seed=seed,
-        epoch=0,
-        number=0,
-        state={},
     )
 
 
