@@ -25,7 +25,7 @@ from dsasr.model.adaptor import Adaptor
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder, reset_layer
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import load_llm
+from dsasr.model.llm import embedding_rms, load_llm
 from dsasr.model.llm_hub import find_llm
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
@@ -211,8 +211,7 @@ class Builder:
         llm = load_llm(folder, attn=cfg.attn, dropout=cfg.dropout)
         if self.recipe.model.lora is not None:
             self.add_lora(llm)
-        embeddings = llm.get_input_embeddings().weight
-        return llm, float(embeddings.detach().float().square().mean().sqrt())
+        return llm, embedding_rms(llm)
 
     def add_lora(self, llm: PreTrainedModel) -> None:
         """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""

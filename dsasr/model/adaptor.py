@@ -1,4 +1,4 @@
-"""From encoder frames (25 Hz) to embeddings that the language model reads (6.25 Hz)."""
+"""The adaptor: encoder frames (25 Hz) to embeddings in the language model's space (6.25 Hz)."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class AdaptorConfig:
 
 
 class Adaptor(nn.Module):
-    """Stacks frames and runs a two-layer MLP, on valid frames only.
+    """Stacks frames and applies a two-layer MLP, on valid frames only.
 
     The weights belong to this module itself, not to layers inside it, so that ZeRO-3 gathers them
     for the one kernel that reads them all.
 
     ``scale`` is the root mean square that the embeddings start with, for frames of unit variance
     (the encoder ends in a LayerNorm). Give it that of the language model's token embeddings
-    (**ours**): speech then enters the residual stream as tokens do, neither drowned nor drowning.
+    (**ours**): speech then enters the residual stream at the scale of tokens.
     """
 
     def __init__(self, cfg: AdaptorConfig, width: int, out_width: int, scale: float = 1.0):
@@ -64,7 +64,7 @@ class Adaptor(nn.Module):
         nn.init.zeros_(self.bias2)
 
     def output_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Embeddings of so many encoder frames; a last, partial stack counts."""
+        """Embeddings that ``lengths_B`` encoder frames give; a last, partial stack counts."""
         return (lengths_B + self.cfg.stack - 1) // self.cfg.stack
 
     def forward(
@@ -78,8 +78,8 @@ class Adaptor(nn.Module):
         """Embeddings [B, A, D], zero where padded, or ``packed`` [N, D]; and their lengths_B.
 
         Frames beyond ``lengths_B`` count as zeros in a last, partial stack. With ``out_LD`` the
-        valid embeddings are written to its rows ``index_N`` in place, and it is returned. Lengths
-        on the CPU spare a GPU the wait for them.
+        valid embeddings are written to its rows ``index_N`` in place, and it is returned. With
+        lengths on the CPU the host does not wait for a GPU.
         """
         weights = AdaptorWeights(
             self.weight1,

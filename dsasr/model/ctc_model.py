@@ -1,4 +1,4 @@
-"""The pretrain branch: encoder and phoneme head under CTC or CR-CTC."""
+"""The pretrain branch's model: encoder and phoneme CTC head, trained with CTC or CR-CTC."""
 
 from __future__ import annotations
 
@@ -82,28 +82,28 @@ class CtcModel(nn.Module):
         log_probs = self.ctc(output.frames_BSE)
         host = batch.host
         host_lengths = self.encoder.output_lengths(host.feature_lengths_B), host.phoneme_lengths_B
-        found = ctc_loss(
+        ctc = ctc_loss(
             log_probs,
             output.lengths_B,
             batch.phonemes_BP.repeat(views, 1),
             batch.phoneme_lengths_B.repeat(views),
             host_lengths=tuple(lengths_B.repeat(views) for lengths_B in host_lengths),
         )
-        phonemes = found.phonemes.clamp_min(1)
-        loss = found.nll_B.sum() / phonemes
+        phonemes = ctc.phonemes.clamp_min(1)
+        loss = ctc.nll_B.sum() / phonemes
         frames = output.lengths_B.sum()
-        utterances = torch.full_like(frames, len(found.nll_B))
+        utterances = torch.full_like(frames, len(ctc.nll_B))
         sums = {
-            "ctc": (found.nll_B.sum(), found.phonemes),
+            "ctc": (ctc.nll_B.sum(), ctc.phonemes),
             "ctc_entropy": (posterior_entropy(log_probs, output.lengths_B), frames),
-            "ctc_infeasible": ((~found.feasible_B).sum(), utterances),
+            "ctc_infeasible": ((~ctc.feasible_B).sum(), utterances),
         }
         if views > 1:
             first, second = log_probs.chunk(2)
-            apart_B = consistency_loss(first, second, output.lengths_B[: len(batch)])
-            # found.phonemes counts both views, apart_B compares them once.
-            loss = loss + self.cfg.consistency * apart_B.sum() / (phonemes / 2)
-            sums["consistency"] = (apart_B.sum(), frames // 2)
+            consistency_B = consistency_loss(first, second, output.lengths_B[: len(batch)])
+            # ctc.phonemes counts both views, consistency_B has one value for both.
+            loss = loss + self.cfg.consistency * consistency_B.sum() / (phonemes / 2)
+            sums["consistency"] = (consistency_B.sum(), frames // 2)
         if not self.training:
             hypotheses = greedy_phonemes(log_probs, output.lengths_B)
             edits, total = phoneme_errors(hypotheses, batch.phonemes_BP, batch.phoneme_lengths_B)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dsasr.model import layerwise_init, lora
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import load_llm, read_llm_config
+from dsasr.model.llm import embedding_rms, load_llm, read_llm_config
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
@@ -167,7 +167,7 @@ def _load_whole(
     if adapt is not None:
         adapt(llm)
         _draw_adapters(dict(lora.adapters(llm)), draw_adapter)
-    rms = float(llm.get_input_embeddings().weight.detach().float().square().mean().sqrt())
+    rms = embedding_rms(llm)
     layerwise_init.partition_all(llm, partition)
     return llm, distributed.broadcast(rms)
 
@@ -208,7 +208,7 @@ def draw_llm(
         else:
             owners[id(layer)]._init_weights(layer)
         if layer is embeddings:
-            rms = float(layer.weight.detach().float().square().mean().sqrt())
+            rms = embedding_rms(llm)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -155,7 +155,7 @@ def test_a_weight_that_is_released_between_the_passes(implementation, device, er
     expected = gradients(run(dispatch.adaptor, tensors, lengths, stack=stack)[0], tensors)
     weights = [torch.nn.Parameter(x.detach().clone()) for x in tensors[1:]]
     out, _ = run(dispatch.adaptor, [tensors[0], *weights], lengths, stack=stack)
-    if implementation == "triton":  # torch's own linear layers hold views; deepspeed replaces them
+    if implementation == "triton":  # torch's linear layers save views; DeepSpeed replaces them
         for weight in weights:
             weight.data = torch.empty(0, device=device)
         for weight, x in zip(weights, tensors[1:], strict=True):

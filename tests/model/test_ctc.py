@@ -31,36 +31,36 @@ def test_ctc_is_the_sum_over_all_paths():
     lp = log_probs(3, 4, 3)[1].detach()
     labels = torch.tensor([[1, 2, 0], [1, 1, 0], [2, 0, 0]])
     lengths, frames = torch.tensor([2, 2, 1]), torch.tensor([4, 3, 2])
-    found = ctc_loss(lp, frames, labels, lengths)
-    assert found.feasible_B.all()
+    loss = ctc_loss(lp, frames, labels, lengths)
+    assert loss.feasible_B.all()
     for b in range(3):
-        want = tuple(labels[b, : lengths[b]].tolist())
+        expected = tuple(labels[b, : lengths[b]].tolist())
         total = sum(
             math.exp(sum(float(lp[b, t, p]) for t, p in enumerate(path)))
             for path in itertools.product(range(3), repeat=int(frames[b]))
-            if collapse(path) == want
+            if collapse(path) == expected
         )
-        assert float(found.nll_B[b]) == pytest.approx(-math.log(total))
+        assert float(loss.nll_B[b]) == pytest.approx(-math.log(total))
 
 
 def test_what_does_not_fit_is_left_out_and_named():
     logits, lp = log_probs(4, 3, 4)
     labels = torch.tensor([[1, 1, 2], [1, 2, 3], [1, 2, 3], [2, 2, 0]])
     lengths, frames = torch.tensor([3, 3, 3, 2]), torch.tensor([3, 3, 2, 3])
-    found = ctc_loss(lp, frames, labels, lengths)
+    loss = ctc_loss(lp, frames, labels, lengths)
     # 1 1 needs a blank between: four frames. 1 2 3 fits three frames, not two. 2 2 fits three.
-    assert found.feasible_B.tolist() == [False, True, False, True]
-    assert found.nll_B[[0, 2]].tolist() == [0, 0]
-    assert int(found.phonemes) == 5
-    found.nll_B.sum().backward()
+    assert loss.feasible_B.tolist() == [False, True, False, True]
+    assert loss.nll_B[[0, 2]].tolist() == [0, 0]
+    assert int(loss.phonemes) == 5
+    loss.nll_B.sum().backward()
     assert logits.grad.isfinite().all()
     assert logits.grad[0].abs().sum() == 0
 
 
 def test_labels_beyond_the_length_do_not_count_as_repeats():
     lp = log_probs(1, 1, 3)[1].detach()
-    found = ctc_loss(lp, torch.tensor([1]), torch.tensor([[1, 0, 0]]), torch.tensor([1]))
-    assert found.feasible_B.all()
+    loss = ctc_loss(lp, torch.tensor([1]), torch.tensor([[1, 0, 0]]), torch.tensor([1]))
+    assert loss.feasible_B.all()
     empty = ctc_loss(lp, torch.tensor([1]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0]))
     assert float(empty.nll_B) == pytest.approx(-float(lp[0, 0, 0]))
 
@@ -69,19 +69,19 @@ def test_consistency_is_the_papers_formula_with_detached_targets():
     a_logits, a = log_probs(2, 5, 4, 1)
     b_logits, b = log_probs(2, 5, 4, 2)
     lengths = torch.tensor([5, 2])
-    found = consistency_loss(a, b, lengths)
+    loss_B = consistency_loss(a, b, lengths)
     for row in range(2):
         total = 0.0
         for t in range(int(lengths[row])):
             p, q = a[row, t].exp(), b[row, t].exp()
             total += 0.5 * ((p * (p / q).log()).sum() + (q * (q / p).log()).sum()).item()
-        assert float(found[row].detach()) == pytest.approx(total)
-    found.sum().backward()
+        assert float(loss_B[row].detach()) == pytest.approx(total)
+    loss_B.sum().backward()
     # d/dz of ½ KL(sg(q) ‖ softmax(z)) is ½ (p - q); the other term is detached from z.
-    want = 0.5 * (a.exp() - b.exp()).detach()
-    want[1, 2:] = 0
-    torch.testing.assert_close(a_logits.grad, want)
-    torch.testing.assert_close(b_logits.grad, -want)
+    expected = 0.5 * (a.exp() - b.exp()).detach()
+    expected[1, 2:] = 0
+    torch.testing.assert_close(a_logits.grad, expected)
+    torch.testing.assert_close(b_logits.grad, -expected)
 
 
 def test_entropy_counts_valid_frames():
@@ -136,8 +136,8 @@ def test_the_loss_is_made_of_its_sums(ctc_model):
     outputs = ctc_model(make_batch())
     phonemes = float(outputs.sums["ctc"][1]) / 2
     consistency = float(outputs.sums["consistency"][0])
-    want = mean(outputs, "ctc") + 0.2 * consistency / phonemes
-    assert outputs.loss.item() == pytest.approx(want, rel=1e-5)
+    expected = mean(outputs, "ctc") + 0.2 * consistency / phonemes
+    assert outputs.loss.item() == pytest.approx(expected, rel=1e-5)
     assert consistency > 0
     assert not any(total.requires_grad for total, _ in outputs.sums.values())
 
