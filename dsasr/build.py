@@ -24,10 +24,10 @@ from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder, reset_layer
-from dsasr.model.layerwise_init import Cut
-from dsasr.model.llm import load_llm
+from dsasr.model.layerwise_init import Partition
+from dsasr.model.llm import embedding_rms, load_llm
 from dsasr.model.llm_hub import find_llm
-from dsasr.model.llm_sharded_load import draw_at_random, load_in_slices
+from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
@@ -145,11 +145,12 @@ class Builder:
 
     # -- models ------------------------------------------------------------------------------
 
-    def pretrainer(self, cut: Cut | None = None) -> CtcModel:
+    def ctc_model(self, partition: Partition | None = None) -> CtcModel:
         """The pretrain branch, with weights drawn from the recipe's seed.
 
-        With ``cut`` (`branch_engine.partitioner`) each layer is partitioned as soon as it is drawn,
-        so that no rank holds the whole; the weights are the same. Collective then.
+        With ``partition`` (`branch_engine.partitioner`) each layer is partitioned as soon as it is
+        drawn, so that no rank has the whole model in memory; the weights are the same. Collective
+        then.
         """
         model = self.recipe.model
         stage = self.recipe.schedule().pretrain
@@ -158,19 +159,19 @@ class Builder:
             pretrain = replace(pretrain, consistency=0.0)
         with torch.device("meta"):
             module = CtcModel(Encoder(model.encoder), len(self.phonemes), pretrain)
-        return self._drawn(module, "pretrain", cut)
+        return self._drawn(module, "pretrain", partition)
 
-    def speech_llm(self, cut: Cut | None = None) -> SpeechLLM:
-        """The sft branch: a fresh adaptor on the LLM of the recipe; ``cut`` as for `pretrainer`."""
+    def speech_llm(self, partition: Partition | None = None) -> SpeechLLM:
+        """The sft branch: a fresh adaptor on the recipe's LLM; ``partition`` as for `ctc_model`."""
         model = self.recipe.model
-        llm, scale = self._llm(cut)
+        llm, scale = self._llm(partition)
         vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
         with torch.device("meta"):
             encoder = Encoder(model.encoder)
             adaptor = Adaptor(model.adaptor, model.encoder.width, width, scale)
-        self._drawn(encoder, "sft encoder", cut)
-        self._drawn(adaptor, "adaptor", cut, Adaptor.reset_parameters)
+        self._drawn(encoder, "sft encoder", partition)
+        self._drawn(adaptor, "adaptor", partition, Adaptor.reset_parameters)
         prefix, suffix = Prompt.build(self.tokenizer)
         return SpeechLLM(
             encoder,
@@ -185,29 +186,32 @@ class Builder:
         )
 
     def _drawn(
-        self, module: nn.Module, purpose: str, cut: Cut | None, reset: Callable = reset_layer
+        self,
+        module: nn.Module,
+        purpose: str,
+        partition: Partition | None,
+        reset: Callable = reset_layer,
     ) -> nn.Module:
-        """Weights from the recipe's seed for a module of ours on the meta device."""
+        """Draw the weights of a module on the meta device from the recipe's seed."""
         generator = self._generator(purpose)
-        layerwise_init.fill(module, lambda layer, _: reset(layer, generator), cut)
+        layerwise_init.materialize(module, lambda layer, _: reset(layer, generator), partition)
         return module
 
-    def _llm(self, cut: Cut | None) -> tuple[PreTrainedModel, float]:
+    def _llm(self, partition: Partition | None) -> tuple[PreTrainedModel, float]:
         """The language model, with LoRA's matrices if the recipe has them; and the root mean square
         of its token embeddings."""
-        chosen, folder = self.recipe.model.llm, self.llm_folder
-        given = {"attn": chosen.attn, "dropout": chosen.dropout}
+        cfg, folder = self.recipe.model.llm, self.llm_folder
+        options = {"attn": cfg.attn, "dropout": cfg.dropout}
         if self.recipe.model.lora is not None:
-            given |= {"adapt": self._adapt, "draw_adapter": self._adapter}
-        if not chosen.weights:
-            return draw_at_random(folder, sub_seed(self.recipe.seed, "llm"), cut, **given)
-        if cut is not None:
-            return load_in_slices(folder, cut, **given)
-        llm = load_llm(folder, attn=chosen.attn, dropout=chosen.dropout)
+            options |= {"adapt": self._adapt, "draw_adapter": self._adapter}
+        if not cfg.weights:
+            return draw_llm(folder, sub_seed(self.recipe.seed, "llm"), partition, **options)
+        if partition is not None:
+            return load_llm_partitioned(folder, partition, **options)
+        llm = load_llm(folder, attn=cfg.attn, dropout=cfg.dropout)
         if self.recipe.model.lora is not None:
             self.add_lora(llm)
-        embeddings = llm.get_input_embeddings().weight
-        return llm, float(embeddings.detach().float().square().mean().sqrt())
+        return llm, embedding_rms(llm)
 
     def add_lora(self, llm: PreTrainedModel) -> None:
         """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""
@@ -221,8 +225,8 @@ class Builder:
     def _adapter(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return lora.initial(name, shape, self._generator(f"lora {name}"))
 
-    def module(self, branch: str, cut: Cut | None = None) -> nn.Module:
-        return self.pretrainer(cut) if branch == "pretrain" else self.speech_llm(cut)
+    def module(self, branch: str, partition: Partition | None = None) -> nn.Module:
+        return self.ctc_model(partition) if branch == "pretrain" else self.speech_llm(partition)
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(sub_seed(self.recipe.seed, purpose))

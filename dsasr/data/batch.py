@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,48 @@ class Batch:
     state: dict  # JSON-able cursor after this step's global batches; opaque
     bad: tuple[tuple[str, str, str, str], ...] = ()
     stats: dict = field(default_factory=dict)  # decode_s, feature_s, bytes, …
-    origin: Batch | None = field(default=None, repr=False)  # what `to` moved from another device
+    origin: Batch | None = field(default=None, repr=False)  # this batch before `to`
+
+    @classmethod
+    def blank(cls, features_BTF: Tensor, **fields: Any) -> Batch:
+        """A batch of features whose other fields are blank, but for those given.
+
+        Blank are: no phonemes and no tokens, empty names and texts; seed, epoch, number and
+        durations are 0. Lengths that are not given are those of whole rows, padding included.
+        """
+        count, device = len(features_BTF), features_BTF.device
+        no_labels = torch.zeros(count, 0, dtype=torch.int64, device=device)
+        blank: dict[str, Any] = {"phonemes_BP": no_labels, "tokens_BU": no_labels}
+        blank |= dict.fromkeys(("keys", "shards", "texts", "langs", "speakers"), ("",) * count)
+        blank |= {"durations": (0.0,) * count, "seed": 0, "epoch": 0, "number": 0, "state": {}}
+        fields = blank | {"features_BTF": features_BTF} | fields
+        for rows, lengths in (
+            ("features_BTF", "feature_lengths_B"),
+            ("phonemes_BP", "phoneme_lengths_B"),
+            ("tokens_BU", "token_lengths_B"),
+        ):
+            fields.setdefault(lengths, torch.full((count,), fields[rows].shape[1], device=device))
+        return cls(**fields)
+
+    def or_silence(self, mels: int, token: int = 0) -> Batch:
+        """This batch, or one short utterance of silence with one ``token`` where it has none.
+
+        A rank without an utterance runs the silence through the model, for it must make the same
+        collective calls as the others. Everything but the tensors is that of the empty batch.
+        """
+        if len(self):
+            return self
+        silence = Batch.blank(
+            self.features_BTF.new_zeros(1, 16, mels),
+            phonemes_BP=self.phonemes_BP.new_ones(1, 1),
+            tokens_BU=self.tokens_BU.new_full((1, 1), token),
+        )
+        origin = self.origin.or_silence(mels, token) if self.origin is not None else None
+        return dataclasses.replace(self, **silence._tensors(), origin=origin)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def __len__(self) -> int:
         """Utterances."""
@@ -59,12 +101,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``, on the way there when this returns."""
-        moved = {
-            item.name: upload(value, device)
-            for item in dataclasses.fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved, origin=self.host)
+        on_device = {name: upload(x, device) for name, x in self._tensors().items()}
+        return dataclasses.replace(self, **on_device, origin=self.host)
 
 
 def upload(x: Tensor, device: torch.device | str) -> Tensor:

@@ -50,7 +50,7 @@ from dsasr.engine.config import (
 from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import StateOffloader
 from dsasr.model import lora
-from dsasr.model.layerwise_init import Cut
+from dsasr.model.layerwise_init import Partition
 from dsasr.stages import StageConfig, learning_rate
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -102,28 +102,29 @@ def init_distributed(limit: float = 0.0) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def partitioner(config: EngineConfig) -> Cut | None:
-    """What builds a model in slices (`dsasr.model.layerwise_init`); None under ZeRO-1 and 2.
+def partitioner(config: EngineConfig) -> Partition | None:
+    """ZeRO-3's partitioning of a model's layers (`dsasr.model.layerwise_init`); None under ZeRO-1
+    and 2.
 
-    Parameters are cut as `deepspeed.initialize` would cut them, and sent from rank 0 as it would
-    send them, but one layer's at a time and before the next layer is there.
+    Parameters are partitioned and broadcast from rank 0 as by `deepspeed.initialize`, but one layer
+    at a time, before the next layer has memory.
     """
-    # Optimizer states have no part in it, wherever they are to lie.
-    held = settings(config, Path(config.nvme or "."))
-    if held.get("zero_optimization", {}).get("stage") != 3:
+    # Where optimizer states are offloaded to makes no difference here.
+    ds_config = settings(config, Path(config.nvme or "."))
+    if ds_config.get("zero_optimization", {}).get("stage") != 3:
         return None
     import deepspeed
 
     # Given a module, even an empty one, it also puts in ZeRO-3's linear function, as initialize
-    # does for a model that is not yet cut.
-    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=held)
+    # does for a model that is not yet partitioned.
+    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config)
 
-    def cut(parameters: Sequence[nn.Parameter]) -> None:
+    def partition(parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.data = parameter.data.to(distributed.device(), precision(config))
             zero._convert_to_zero_parameters([parameter])
 
-    return cut
+    return partition
 
 
 def check_disk(config: EngineConfig) -> None:
@@ -155,7 +156,7 @@ def set_threads(config: EngineConfig) -> None:
 
 
 class BranchEngine:
-    """A module, whole or cut already (`partitioner`), and the DeepSpeed engine of its stage."""
+    """A module, whole or partitioned (`partitioner`), and the DeepSpeed engine of its stage."""
 
     def __init__(self, name: str, module: nn.Module, config: EngineConfig, folder: Path):
         self.name = name

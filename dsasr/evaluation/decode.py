@@ -22,7 +22,7 @@ from dsasr.model.ctc import greedy_phonemes
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.conformer import valid_frames
-from dsasr.model.speech_llm import SpeechLLM, placeholder
+from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.errors import UserError
 
 
@@ -238,11 +238,8 @@ def decode(
     try:
         search = _Search([cfg.limit(s) for s in batch.durations], tokenizer.end_id, cfg)
         stepper = _Stepper(model)
-        if len(batch):
-            rows = search.advance(stepper.prefill(batch, chunk))
-        else:
-            rows = []
-            stepper.prefill(placeholder(batch, model.encoder.cfg.mels, model.pad_id), chunk)
+        logits = stepper.prefill(batch.or_silence(model.encoder.cfg.mels, model.pad_id), chunk)
+        rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:
                 logits = stepper.step([beam.token for beam in search.active], rows)
@@ -276,8 +273,8 @@ def decode_phonemes(
     training = model.training
     model.eval()
     try:
-        used = batch if len(batch) else placeholder(batch, model.encoder.cfg.mels, 0)
-        output = model.encoder(used.features_BTF, used.feature_lengths_B, chunk)
+        nonempty = batch.or_silence(model.encoder.cfg.mels)
+        output = model.encoder(nonempty.features_BTF, nonempty.feature_lengths_B, chunk)
         log_probs_BSP = model.ctc(output.frames_BSE)
     finally:
         model.train(training)

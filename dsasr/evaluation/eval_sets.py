@@ -105,11 +105,6 @@ def batches(
         yield _batch(held, fbank_config, cmvn, tokenizer)
 
 
-def empty_batch(fbank_config: FbankConfig, pad_id: int = 0) -> Batch:
-    """A batch without utterances, for a rank that must keep step."""
-    return _filled([], torch.zeros(0, 1, fbank_config.mels), [], [], pad_id, fbank_config.rate)
-
-
 def _batch(held: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) -> Batch:
     rows = []
     for recording in held:
@@ -122,35 +117,15 @@ def _batch(held: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) ->
     if tokenizer is not None:
         ids = [[*tokenizer.encode(r.text), tokenizer.end_id] for r in held]
         pad_id = tokenizer.pad_id
-    lengths = [len(row) for row in rows]
-    return _filled(held, features_BTF, lengths, ids, pad_id, config.rate)
-
-
-def _filled(
-    held: list[Recording],
-    features_BTF: torch.Tensor,
-    lengths: list[int],
-    ids: list[list[int]],
-    pad_id: int,
-    rate: int,
-) -> Batch:
-    tokens, token_lengths = map(torch.from_numpy, pad(ids, pad_id))
-    none, zeros = map(torch.from_numpy, pad([[] for _ in held]))
-    return Batch(
-        features_BTF=features_BTF,
-        feature_lengths_B=torch.tensor(lengths, dtype=torch.int64),
-        phonemes_BP=none,
-        phoneme_lengths_B=zeros,
-        tokens_BU=tokens,
-        token_lengths_B=token_lengths,
+    tokens_BU, token_lengths_B = map(torch.from_numpy, pad(ids, pad_id))
+    return Batch.blank(
+        features_BTF,
+        feature_lengths_B=torch.tensor([len(row) for row in rows]),
+        tokens_BU=tokens_BU,
+        token_lengths_B=token_lengths_B,
         keys=tuple(r.key for r in held),
-        shards=("",) * len(held),
         texts=tuple(r.text for r in held),
         langs=tuple(r.lang for r in held),
         speakers=tuple(r.speaker for r in held),
-        durations=tuple(r.seconds(rate) for r in held),
-        seed=0,
-        epoch=0,
-        number=0,
-        state={},
+        durations=tuple(r.seconds(config.rate) for r in held),
     )

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.batch import Batch
 from dsasr.evaluation.decode import DecodeConfig, Decodes, decode
 from dsasr.evaluation.error_rate import (
     PairedTest,
@@ -29,7 +30,7 @@ from dsasr.evaluation.error_rate import (
     paired_test,
     ratio_interval,
 )
-from dsasr.evaluation.eval_sets import Recording, batches, empty_batch
+from dsasr.evaluation.eval_sets import Recording, batches
 from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationReport, flags, written
 from dsasr.evaluation.suite import Case, SuiteConfig, Utterance, best_prefix, kept, suite
 from dsasr.model.speech_llm import SpeechLLM
@@ -100,7 +101,7 @@ def hear(
     ]
     made = list(batches(held, fbank_config=fbank, cmvn=cmvn, tokenizer=tokenizer, frames=frames))
     most = max(gather(len(made)))
-    made += [empty_batch(fbank, tokenizer.pad_id)] * (most - len(made))
+    made += [Batch.blank(torch.zeros(0, 0, fbank.mels))] * (most - len(made))
     rows: list[tuple[int, dict]] = []
     for batch in progress(made):
         for found in decode(model, batch.to(device), tokenizer, config, any_rank):

@@ -193,26 +193,11 @@ class Recognizer:
 
     def _batch(self, chosen: Sequence[Piece]) -> Batch:
         rows = [self.cmvn.apply(fbank(_long_enough(p.wave), self.fbank)) for p in chosen]
-        lengths_B = torch.tensor([len(row) for row in rows])
-        count, nothing = len(rows), torch.zeros(len(rows), dtype=torch.int64)
-        blank = ("",) * count
-        return Batch(
-            features_BTF=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            feature_lengths_B=lengths_B,
-            phonemes_BP=nothing[:, None][:, :0],
-            phoneme_lengths_B=nothing,
-            tokens_BU=nothing[:, None][:, :0],
-            token_lengths_B=nothing,
-            keys=tuple(map(str, range(count))),
-            shards=blank,
-            texts=blank,
-            langs=blank,
-            speakers=blank,
+        return Batch.blank(
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            feature_lengths_B=torch.tensor([len(row) for row in rows]),
+            keys=tuple(map(str, range(len(rows)))),
             durations=tuple(p.seconds for p in chosen),
-            seed=0,
-            epoch=0,
-            number=0,
-            state={},
         )
 
     def _segment(self, piece: Piece, result: Hypothesis) -> Segment:

@@ -1,9 +1,9 @@
-"""Fused ops: the LM head with loss and entropy, softmax entropy, the adaptor.
+"""Fused ops: the LM head with cross-entropy and entropy, softmax entropy, the adaptor.
 
 Each op has three implementations of the same function:
 
     triton      kernels for a GPU (or, under TRITON_INTERPRET=1, for tests on a CPU)
-    torch       torch operations in tiles: the same memory shape anywhere
+    torch       torch operations in tiles, as frugal with memory, on any device
     reference   plain torch, whole tensors (`dsasr.kernels.reference`)
 
 ``auto`` takes Triton on CUDA and torch elsewhere (and for float64). The choice is made once per op
@@ -23,16 +23,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dsasr.kernels import frame_stacking, reference, torch_logit_tiles
-from dsasr.kernels import linear_cross_entropy as head_op
+from dsasr.kernels import adaptor as adaptor_op
+from dsasr.kernels import linear_cross_entropy as cross_entropy_op
+from dsasr.kernels import reference, torch_logit_tiles
 from dsasr.kernels import softmax_entropy as entropy_op
+from dsasr.kernels.adaptor import ACTIVATIONS, AdaptorWeights
 from dsasr.kernels.kernel_launch import KernelError as KernelError
 from dsasr.utils.errors import UserError
 
 NAMES = ("auto", "triton", "torch", "reference")
 _log = logging.getLogger(__name__)
 _selected = "auto"
-_chosen: dict[tuple[str, str, str], str] = {}
+_implementations: dict[tuple[str, str, str, str], str] = {}
 
 
 def select(name: str) -> None:
@@ -41,43 +43,43 @@ def select(name: str) -> None:
     Raises `UserError` for a name that is none of `NAMES`.
     """
     global _selected
-    _selected = _known(name, "kernels")
-    _chosen.clear()
+    _selected = _checked(name, "kernels")
+    _implementations.clear()
 
 
-def chosen(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+def implementation(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """The implementation of ``op`` for tensors of a device: "triton", "torch" or "reference"."""
     kind = torch.device(device).type
-    wanted = _known(os.environ.get("DSASR_KERNELS") or _selected, "DSASR_KERNELS")
-    key = op, kind, str(dtype), wanted
-    if key not in _chosen:
-        _chosen[key] = _pick(wanted, kind, dtype)
-        _log.info("%s on %s (%s): %s", op, kind, dtype, _chosen[key])
-    return _chosen[key]
+    requested = _checked(os.environ.get("DSASR_KERNELS") or _selected, "DSASR_KERNELS")
+    key = op, kind, str(dtype), requested
+    if key not in _implementations:
+        _implementations[key] = _resolve(requested, kind, dtype)
+        _log.info("%s on %s (%s): %s", op, kind, dtype, _implementations[key])
+    return _implementations[key]
 
 
-def _known(name: str, origin: str) -> str:
+def _checked(name: str, origin: str) -> str:
     if name not in NAMES:
         raise UserError(f"{origin}={name!r}: choose one of {', '.join(NAMES)}")
     return name
 
 
-def _pick(wanted: str, kind: str, dtype: torch.dtype) -> str:
+def _resolve(requested: str, kind: str, dtype: torch.dtype) -> str:
     # The kernels compute in float32.
-    if wanted == "auto":
-        wanted = "triton" if kind == "cuda" and dtype != torch.float64 else "torch"
-    if wanted != "triton":
-        return wanted
+    if requested == "auto":
+        requested = "triton" if kind == "cuda" and dtype != torch.float64 else "torch"
+    if requested != "triton":
+        return requested
     if dtype == torch.float64:
         raise UserError("the Triton kernels take no float64: set DSASR_KERNELS=torch")
     if importlib.util.find_spec("triton") is None:
         raise UserError("Triton is not installed: pip install triton, or set DSASR_KERNELS=torch")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"the Triton kernels do not run on {kind}: set DSASR_KERNELS=torch")
-    return wanted
+    return requested
 
 
-def _passes(name: str) -> ModuleType:
+def _logit_tiles(name: str) -> ModuleType:
     if name == "torch":
         return torch_logit_tiles
     from dsasr.kernels import triton_logit_tiles
@@ -85,7 +87,7 @@ def _passes(name: str) -> ModuleType:
     return triton_logit_tiles
 
 
-def linear_entropy(
+def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
@@ -94,56 +96,34 @@ def linear_entropy(
     bias_V: Tensor | None = None,
     soft_cap: float | None = None,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Loss and entropy of softmax(hidden · weightᵀ + bias) of each row, without [N, V] logits.
+    return_entropy: bool = False,
+    return_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Cross-entropy of softmax(hidden · weightᵀ + bias) per row, without the [N, V] logits.
 
-    Returns (nll_N, entropy_N) in nats, float32 (float64 for float64 inputs), 0 in rows whose
-    target is ``ignore_index``:
+    Returns nll_N; with ``return_entropy`` or ``return_accuracy`` a tuple that begins with it,
+    followed by entropy_N and then by correct_N, each if it is asked for:
 
         nll = (1 − ε) (ln Z − z_target) + ε (ln Z − mean z)     ε: ``label_smoothing``
         entropy = −Σ p ln p                                      of p = softmax(z), unsmoothed
+        correct (bool): no logit of the row is above its target's, greedy prediction is right
 
-    with z soft-capped to ``soft_cap`` · tanh(z / ``soft_cap``) if given. Both are differentiable
-    once, with any upstream gradient per row: ∂nll/∂z = p − (1 − ε) [target] − ε/V, and
-    ∂entropy/∂z = −p (ln p + entropy).
+    with z soft-capped to ``soft_cap`` · tanh(z / ``soft_cap``) if given. nll and entropy are in
+    nats, float32 (float64 for float64 inputs). Rows whose target is ``ignore_index`` are 0 and
+    False. Both are differentiable once, with any upstream gradient per row:
+    ∂nll/∂z = p − (1 − ε) [target] − ε/V, and ∂entropy/∂z = −p (ln p + entropy).
 
-    Rows count as they come: give only those that have a target. Raises ValueError for shapes and
-    dtypes that do not fit, IndexError for a target outside the vocabulary (on the CPU).
+    Ignored rows cost as much as others: pass only rows that have a target. Raises ValueError for
+    shapes and dtypes that do not fit, IndexError for a target outside the vocabulary (on the CPU).
     """
-    nll_N, entropy_N, _ = linear_entropy_right(
-        hidden_ND,
-        weight_VD,
-        targets_N,
-        ignore_index=ignore_index,
-        bias_V=bias_V,
-        soft_cap=soft_cap,
-        label_smoothing=label_smoothing,
-    )
-    return nll_N, entropy_N
-
-
-def linear_entropy_right(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    *,
-    ignore_index: int = -100,
-    bias_V: Tensor | None = None,
-    soft_cap: float | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_entropy`, and right_N (bool): no logit of the row is above its target's.
-
-    That is the accuracy of greedy prediction without another product. Ignored rows are False.
-    """
-    _check(hidden_ND, weight_VD, targets_N, bias_V, ignore_index)
+    _check_cross_entropy(hidden_ND, weight_VD, targets_N, bias_V, ignore_index)
     if (soft_cap or 0) < 0 or not 0 <= label_smoothing < 1:
         raise ValueError(f"soft_cap {soft_cap} or label_smoothing {label_smoothing} out of range")
     hidden_ND = hidden_ND.to(weight_VD.dtype)
-    name = chosen("linear_entropy", hidden_ND.device, hidden_ND.dtype)
-    run = reference.linear_entropy
+    name = implementation("linear_cross_entropy", hidden_ND.device, hidden_ND.dtype)
+    run = reference.linear_cross_entropy
     if name != "reference":
-        run = partial(head_op.run, _passes(name))
+        run = partial(cross_entropy_op.run, _logit_tiles(name))
     return run(
         hidden_ND,
         weight_VD,
@@ -152,10 +132,12 @@ def linear_entropy_right(
         bias_V=bias_V,
         soft_cap=soft_cap,
         label_smoothing=label_smoothing,
+        return_entropy=return_entropy,
+        return_accuracy=return_accuracy,
     )
 
 
-def _check(
+def _check_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
@@ -191,67 +173,50 @@ def softmax_entropy(logits: Tensor) -> Tensor:
         raise ValueError(
             f"logits {tuple(logits.shape)} {logits.dtype}: need floats [..., V], V > 0"
         )
-    name = chosen("softmax_entropy", logits.device, logits.dtype)
+    name = implementation("softmax_entropy", logits.device, logits.dtype)
     if name == "reference":
         return reference.softmax_entropy(logits)
-    return entropy_op.run(_passes(name), logits)
+    return entropy_op.run(_logit_tiles(name), logits)
 
 
 def adaptor(
     frames_BSE: Tensor,
     lengths_B: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
+    weights: AdaptorWeights,
     *,
-    stack: int,
-    activation: str = "gelu",
     out_LD: Tensor | None = None,
     index_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stack frames and run two linear layers over the valid ones: (packed [N, D], lengths_B).
 
-    Utterance b has ceil(lengths_B[b] / ``stack``) embeddings, N in all, in utterance order; the
-    frames of a partial last stack count as zeros. ``w1`` is [H, stack · E], ``w2`` [D, H];
-    ``activation`` is gelu (exact), silu or relu. Padded frames are not read and not computed, and
-    get zero gradients.
+    Utterance b has ceil(lengths_B[b] / stack) embeddings, N in all, in utterance order; the
+    frames that a partial last stack lacks count as zeros. Padded frames are not read and not
+    computed, and get zero gradients.
 
     With ``out_LD`` the embeddings are written to its rows ``index_N`` (distinct) in place, and
-    it is returned in place of the packed ones, in the autograd graph.
+    ``out_LD`` is returned, in the autograd graph, instead of the packed embeddings.
 
-    N comes from the lengths: keep ``lengths_B`` on the CPU, and a GPU is not waited for. Raises
-    ValueError for shapes and options that do not fit.
+    N comes from the lengths: with ``lengths_B`` on the CPU the host does not wait for a GPU.
+    Raises ValueError for shapes and options that do not fit.
     """
-    _check_adaptor(frames_BSE, lengths_B, w1, w2, stack, activation)
+    _check_adaptor(frames_BSE, lengths_B, weights)
     if (out_LD is None) != (index_N is None):
         raise ValueError("out_LD and index_N belong together")
-    if out_LD is not None and (out_LD.ndim != 2 or out_LD.shape[1] != len(w2)):
-        raise ValueError(f"out_LD {tuple(out_LD.shape)}: need [L, {len(w2)}]")
-    name = chosen("adaptor", frames_BSE.device, frames_BSE.dtype)
-    run = {"reference": reference.adaptor, "torch": frame_stacking.run}.get(name)
+    width = len(weights.w2_DH)
+    if out_LD is not None and (out_LD.ndim != 2 or out_LD.shape[1] != width):
+        raise ValueError(f"out_LD {tuple(out_LD.shape)}: need [L, {width}]")
+    name = implementation("adaptor", frames_BSE.device, frames_BSE.dtype)
+    run = {"reference": reference.adaptor, "torch": adaptor_op.run}.get(name)
     if run is None:
         from dsasr.kernels import triton_adaptor
 
         run = triton_adaptor.run
-    return run(
-        frames_BSE,
-        lengths_B,
-        w1,
-        b1,
-        w2,
-        b2,
-        stack=stack,
-        activation=activation,
-        out_LD=out_LD,
-        index_N=index_N,
-    )
+    return run(frames_BSE, lengths_B, weights, out_LD=out_LD, index_N=index_N)
 
 
-def _check_adaptor(
-    frames_BSE: Tensor, lengths_B: Tensor, w1: Tensor, w2: Tensor, stack: int, activation: str
-) -> None:
-    shapes = [tuple(x.shape) for x in (frames_BSE, lengths_B, w1, w2)]
+def _check_adaptor(frames_BSE: Tensor, lengths_B: Tensor, weights: AdaptorWeights) -> None:
+    stack, activation = weights.stack, weights.activation
+    shapes = [tuple(x.shape) for x in (frames_BSE, lengths_B, weights.w1_HK, weights.w2_DH)]
     fits = [len(shape) for shape in shapes] == [3, 1, 2, 2] and stack >= 1
     fits = fits and shapes[1][0] == shapes[0][0]
     if not fits or shapes[2][1] != stack * shapes[0][2] or shapes[3][1] != shapes[2][0]:
@@ -263,6 +228,5 @@ def _check_adaptor(
         low, high = lengths_B.aminmax()
         if low < 0 or high > shapes[0][1]:
             raise ValueError(f"lengths from {low} to {high} for {shapes[0][1]} frames")
-    if activation not in reference.ACTIVATIONS:
-        known = ", ".join(reference.ACTIVATIONS)
-        raise ValueError(f"activation {activation!r}: choose one of {known}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")

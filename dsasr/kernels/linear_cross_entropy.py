@@ -1,12 +1,12 @@
-"""LM head, loss and entropy in one, over tiles of the [N, V] logits that never exist at once.
+"""LM head and cross-entropy in one op, over tiles of the [N, V] logits that never exist at once.
 
-Forward: for each block of columns, W·h by the library's matrix product, then one pass that takes
-the tile into each row's online softmax. Backward: the same tiles again, one pass that turns logits
-into their gradient, and two products. That is four products where gradients made in the forward
+Forward: for each block of columns, W·h by the library's matrix product, then one pass over the tile
+that updates each row's online softmax. Backward: the same tiles again, one pass that turns logits
+into their gradient, and two products. That is four products where gradients computed in the forward
 pass would need three; in return every upstream gradient is exact, per token and through the
 entropy, and a block of the weight's gradient is complete when its columns are done: it is summed
-in float32 and rounded once, however long N is. The sum over blocks is kept for hidden alone, where
-it is N·D float32 instead of V·D.
+in float32 and rounded once, however long N is. Only hidden's gradient is summed over the blocks, in
+N·D float32 instead of V·D.
 
 The weight itself is saved for the backward pass, no copy and no view of it: a weight that ZeRO-3
 partitions may be released in between and gathered again.
@@ -24,20 +24,20 @@ from torch.autograd.function import once_differentiable
 
 from dsasr.kernels import torch_logit_tiles
 
-# Logits in a tile. CPU: two tiles of float32 stay in cache. GPU: matrix products fill the
-# device, and what is added up over the blocks (N · D) stays small beside what a block moves (by
-# arithmetic, for want of a measurement).
+# Logits in a tile. CPU: two tiles of float32 stay in cache. GPU: matrix products fill the device,
+# and adding hidden's gradient (N · D) to its sum moves little memory beside a block's tile (by
+# arithmetic, not measured).
 _CPU_TILE = (1024, 512)
 _GPU_TILE_LOGITS = 1 << 26
 _GPU_ROWS = 1 << 16
 _GPU_MIN_COLUMNS = 4096
-# Up to here whole log-probabilities are cheaper, on a CPU, than tiles that are computed twice.
+# Up to this size whole log-probabilities are cheaper, on a CPU, than tiles computed twice.
 _SMALL_LOGITS = 1 << 21
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the [N, V] logits are cut, and what the tile passes have to do."""
+    """The size of a tile of the [N, V] logits, and the options of the loss."""
 
     rows: int
     columns: int
@@ -61,8 +61,8 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _cut(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile."""
+def _tile_size(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile of [rows, columns] logits."""
     if device.type == "cpu":
         return _CPU_TILE
     tile_rows = max(1, min(rows, _GPU_ROWS))
@@ -72,7 +72,7 @@ def _cut(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
 
 
 def run(
-    passes: ModuleType,
+    tile_ops: ModuleType,
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
@@ -81,45 +81,53 @@ def run(
     bias_V: Tensor | None,
     soft_cap: float | None,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll_N, entropy_N, right_N) with the tile passes of ``passes``."""
+    return_entropy: bool,
+    return_accuracy: bool,
+) -> Tensor | tuple[Tensor, ...]:
+    """`dispatch.linear_cross_entropy` with the tile functions of the module ``tile_ops``."""
     if (
-        passes is torch_logit_tiles
+        tile_ops is torch_logit_tiles
         and bias_V is None
         and not soft_cap
         and not label_smoothing
         and _on_cpu(hidden_ND)
         and len(targets_N) * len(weight_VD) <= _SMALL_LOGITS
     ):
-        return _SmallLinearEntropy.apply(ignore_index, hidden_ND, weight_VD, targets_N)
-    rows, columns = _cut(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device)
-    plan = _Plan(rows, columns, ignore_index, soft_cap or None, label_smoothing)
-    return _LinearEntropy.apply(passes, plan, hidden_ND, weight_VD, bias_V, targets_N.contiguous())
+        results = _SmallLinearCrossEntropy.apply(ignore_index, hidden_ND, weight_VD, targets_N)
+    else:
+        rows, columns = _tile_size(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device)
+        plan = _Plan(rows, columns, ignore_index, soft_cap or None, label_smoothing)
+        tensors = hidden_ND, weight_VD, bias_V, targets_N.contiguous()
+        results = _LinearCrossEntropy.apply(tile_ops, plan, *tensors)
+    # The entropy and the hits come with the online softmax at no cost worth skipping.
+    nll_N, entropy_N, correct_N = results
+    extra = (entropy_N,) * return_entropy + (correct_N,) * return_accuracy
+    return (nll_N, *extra) if extra else nll_N
 
 
-class _LinearEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, passes, plan, hidden_ND, weight_VD, bias_V, targets_N):
+    def forward(ctx, tile_ops, plan, hidden_ND, weight_VD, bias_V, targets_N):
         ctx.set_materialize_grads(False)
-        tiles = _Tiles(passes, plan, hidden_ND, weight_VD, bias_V, targets_N)
-        m, s, t, picked, summed = tiles.statistics()
+        tiles = _Tiles(tile_ops, plan, hidden_ND, weight_VD, bias_V, targets_N)
+        m, s, t, target, total = tiles.statistics()
         log_s = s.log()
         entropy_N = log_s - t / s
         smoothing = plan.smoothing
-        nll_N = log_s + (m - picked)
+        nll_N = log_s + (m - target)
         if smoothing:
-            nll_N = log_s + (1 - smoothing) * (m - picked)
-            nll_N += smoothing * (m - summed / weight_VD.shape[0])
+            nll_N = log_s + (1 - smoothing) * (m - target)
+            nll_N += smoothing * (m - total / weight_VD.shape[0])
         ignored_N = targets_N == plan.ignore_index
         nll_N.masked_fill_(ignored_N, 0.0)
-        shown_N = entropy_N.masked_fill(ignored_N, 0.0)
-        right_N = (picked == m) & ~ignored_N
+        masked_entropy_N = entropy_N.masked_fill(ignored_N, 0.0)
+        correct_N = (target == m) & ~ignored_N
         ctx.save_for_backward(
             hidden_ND, weight_VD, bias_V, targets_N, torch.stack([m, log_s, entropy_N])
         )
-        ctx.passes, ctx.plan = passes, plan
-        ctx.mark_non_differentiable(right_N)
-        return nll_N, shown_N, right_N
+        ctx.tile_ops, ctx.plan = tile_ops, plan
+        ctx.mark_non_differentiable(correct_N)
+        return nll_N, masked_entropy_N, correct_N
 
     @staticmethod
     @once_differentiable
@@ -127,13 +135,13 @@ class _LinearEntropy(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, targets_N, saved_3N = ctx.saved_tensors
         if nll_grad_N is None and entropy_grad_N is None:
             return (None,) * 6
-        tiles = _Tiles(ctx.passes, ctx.plan, hidden_ND, weight_VD, bias_V, targets_N)
+        tiles = _Tiles(ctx.tile_ops, ctx.plan, hidden_ND, weight_VD, bias_V, targets_N)
         needed = ctx.needs_input_grad[2:5]
         grads = tiles.gradients(saved_3N, nll_grad_N, entropy_grad_N, needed)
         return None, None, *grads, None
 
 
-class _SmallLinearEntropy(torch.autograd.Function):
+class _SmallLinearCrossEntropy(torch.autograd.Function):
     """The plain case at a size where the log-probabilities may as well exist."""
 
     @staticmethod
@@ -142,19 +150,19 @@ class _SmallLinearEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         log_p_NV = (hidden_ND.to(dtype) @ weight_VD.to(dtype).T).log_softmax(1)
         ignored_N = targets_N == ignore_index
-        place_N1 = targets_N.masked_fill(ignored_N, 0)[:, None]
-        picked_N = log_p_NV.gather(1, place_N1).squeeze(1)
-        right_N = (picked_N == log_p_NV.amax(1)).masked_fill_(ignored_N, False)
+        index_N1 = targets_N.masked_fill(ignored_N, 0)[:, None]
+        target_N = log_p_NV.gather(1, index_N1).squeeze(1)
+        correct_N = (target_N == log_p_NV.amax(1)).masked_fill_(ignored_N, False)
         entropy_N = log_p_NV.exp().mul_(log_p_NV).sum(1).neg_()
-        ctx.save_for_backward(hidden_ND, weight_VD, log_p_NV, entropy_N, ignored_N, place_N1)
-        ctx.mark_non_differentiable(right_N)
-        nll_N = picked_N.neg_().masked_fill_(ignored_N, 0.0)
-        return nll_N, entropy_N.masked_fill(ignored_N, 0.0), right_N
+        ctx.save_for_backward(hidden_ND, weight_VD, log_p_NV, entropy_N, ignored_N, index_N1)
+        ctx.mark_non_differentiable(correct_N)
+        nll_N = target_N.neg_().masked_fill_(ignored_N, 0.0)
+        return nll_N, entropy_N.masked_fill(ignored_N, 0.0), correct_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, nll_grad_N, entropy_grad_N, _):
-        hidden_ND, weight_VD, log_p_NV, entropy_N, ignored_N, place_N1 = ctx.saved_tensors
+        hidden_ND, weight_VD, log_p_NV, entropy_N, ignored_N, index_N1 = ctx.saved_tensors
         if nll_grad_N is None and entropy_grad_N is None:
             return (None,) * 4
         dz_NV = log_p_NV.exp()
@@ -167,7 +175,7 @@ class _SmallLinearEntropy(torch.autograd.Function):
             if nll_grad_N is not None:
                 nll = nll_grad_N.masked_fill(ignored_N, 0.0)[:, None]
             dz_NV.mul_((log_p_NV + entropy_N[:, None]).mul_(-entropy).add_(nll))
-        dz_NV.scatter_add_(1, place_N1, -nll)
+        dz_NV.scatter_add_(1, index_N1, -nll)
         hidden_grad = weight_grad = None
         if ctx.needs_input_grad[1]:
             hidden_grad = (dz_NV @ weight_VD.to(dz_NV.dtype)).to(hidden_ND.dtype)
@@ -177,10 +185,10 @@ class _SmallLinearEntropy(torch.autograd.Function):
 
 
 class _Tiles:
-    """The tiles of one call: its inputs, its buffers, and both walks over them."""
+    """The tiles of one call: its inputs, its buffers, and the loops over them."""
 
-    def __init__(self, passes, plan: _Plan, hidden_ND, weight_VD, bias_V, targets_N):
-        self.passes, self.plan = passes, plan
+    def __init__(self, tile_ops, plan: _Plan, hidden_ND, weight_VD, bias_V, targets_N):
+        self.tile_ops, self.plan = tile_ops, plan
         self.weight_VD, self.bias_V, self.targets_N = weight_VD, bias_V, targets_N
         self.sum_dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         # CPUs multiply low precision slowly and cannot add it up in float32.
@@ -216,17 +224,17 @@ class _Tiles:
         }
 
     def statistics(self) -> Tensor:
-        """The rows' carry over all columns."""
+        """[5, N]: each row's online softmax over all columns (`torch_logit_tiles`)."""
         carry_5N = self.hidden_ND.new_zeros(5, len(self.hidden_ND), dtype=self.sum_dtype)
         carry_5N[0] = -torch.inf
         buffer = self._buffer(self.sum_dtype)
-        scratch = self._buffer(self.sum_dtype) if self.passes is torch_logit_tiles else None
+        scratch = self._buffer(self.sum_dtype) if self.tile_ops is torch_logit_tiles else None
         for columns in self.plan.column_blocks(self.weight_VD):
             weight_vD, options = self._weight(columns), self._options(columns)
             for rows in self.plan.row_blocks(self.hidden_ND):
                 z_nv = self._view(buffer, rows, columns)
                 _product(self.hidden_ND[rows], weight_vD.T, z_nv)
-                self.passes.update(
+                self.tile_ops.update(
                     z_nv,
                     carry_5N[:, rows],
                     self.targets_N[rows],
@@ -252,7 +260,7 @@ class _Tiles:
             for rows in self.plan.row_blocks(self.hidden_ND):
                 z_nv = self._view(buffer, rows, columns)
                 _product(self.hidden_ND[rows], weight_vD.T, z_nv)
-                dz_nv = self.passes.gradient(
+                dz_nv = self.tile_ops.gradient(
                     z_nv,
                     rows_6N[:, rows],
                     self.targets_N[rows],
@@ -267,10 +275,10 @@ class _Tiles:
     def _row_factors(
         self, saved_3N: Tensor, nll_grad_N: Tensor | None, entropy_grad_N: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The six factors that a gradient tile needs of each row, and what they were scaled by.
+        """The six factors per row that a gradient tile needs, and the scale that they are given.
 
-        float16 holds nothing below 6e-8, and p / N is far below: there the largest factor becomes
-        1024, and the sums are divided again in float32.
+        float16 has nothing below 6e-8, and p / N is far below: there the factors are scaled so that
+        the largest becomes 1024, and the sums are divided again in float32.
         """
         m, log_s, entropy_N = saved_3N
         ignored_N = self.targets_N == self.plan.ignore_index
@@ -291,7 +299,7 @@ class _Tiles:
 
 
 class _GradientSums:
-    """Where the products of the gradient tiles go. Columns come one block after another."""
+    """Accumulates the products of the gradient tiles, which come one block of columns at a time."""
 
     def __init__(self, tiles: _Tiles, needed: tuple[bool, ...], scale: Tensor | None):
         self.tiles, self.scale = tiles, scale
@@ -301,7 +309,7 @@ class _GradientSums:
         self.weight_VD = torch.empty_like(weight) if needed[1] else None
         self.bias_V = torch.zeros_like(bias, **like) if needed[2] else None
         one_block = tiles.plan.rows >= len(hidden)
-        # Straight into the result, where that rounds no sum on the way.
+        # Products go straight into the result where no partial sum is rounded.
         self.direct = scale is None and (
             weight.dtype == tiles.sum_dtype or (one_block and weight.dtype == tiles.factor_dtype)
         )

@@ -1,35 +1,29 @@
-"""The one plain reference of each op, which kernels, tests and benchmarks are held to.
+"""The plain reference of each op, which tests and benchmarks compare the fused ones with.
 
-Written for the eye: whole tensors, autograd's own gradients, float32 (float64 for float64 inputs).
+Written to be read: whole tensors, autograd's own gradients, float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-}
+from dsasr.kernels.adaptor import ACTIVATIONS, AdaptorWeights
 
 
 def wide(x: Tensor) -> Tensor:
-    """float32 at least: what sums and exponentials are computed in."""
+    """``x`` in float32 at least, the dtype of sums and exponentials."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def softmax_entropy(logits: Tensor) -> Tensor:
-    """−Σ p ln p over the last axis, in nats; entries of −inf add nothing."""
+    """`dispatch.softmax_entropy`: −Σ p ln p over the last axis; entries of −inf add nothing."""
     log_p = wide(logits).log_softmax(-1)
     return -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
 
-def linear_entropy(
+def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
@@ -38,8 +32,10 @@ def linear_entropy(
     bias_V: Tensor | None = None,
     soft_cap: float | None = None,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `dsasr.kernels.linear_entropy_right`; this one holds the [N, V] logits, several times."""
+    return_entropy: bool = False,
+    return_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """`dispatch.linear_cross_entropy`, with the [N, V] logits in memory, several times."""
     z_NV = wide(hidden_ND) @ wide(weight_VD).T
     if bias_V is not None:
         z_NV = z_NV + bias_V
@@ -52,10 +48,13 @@ def linear_entropy(
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    real_N = targets_N != ignore_index
-    target_N = z_NV.gather(1, targets_N.where(real_N, 0)[:, None]).squeeze(1)
-    right_N = (target_N >= z_NV.amax(1)) & real_N
-    return nll_N, softmax_entropy(z_NV).where(real_N, 0.0), right_N
+    results, valid_N = [nll_N], targets_N != ignore_index
+    if return_entropy:
+        results.append(softmax_entropy(z_NV).where(valid_N, 0.0))
+    if return_accuracy:
+        target_N = z_NV.gather(1, targets_N.where(valid_N, 0)[:, None]).squeeze(1)
+        results.append((target_N >= z_NV.amax(1)) & valid_N)
+    return tuple(results) if len(results) > 1 else nll_N
 
 
 def stack_frames(frames_BSE: Tensor, lengths_B: Tensor, stack: int) -> Tensor:
@@ -68,42 +67,28 @@ def stack_frames(frames_BSE: Tensor, lengths_B: Tensor, stack: int) -> Tensor:
 
 
 def adaptor_padded(
-    frames_BSE: Tensor,
-    lengths_B: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    stack: int,
-    activation: str = "gelu",
+    frames_BSE: Tensor, lengths_B: Tensor, weights: AdaptorWeights
 ) -> tuple[Tensor, Tensor]:
     """The adaptor over every frame, padding too: ([B, A, D], lengths_B in adaptor frames)."""
     lengths_B = lengths_B.to(frames_BSE.device)
-    stacked = stack_frames(frames_BSE, lengths_B, stack)
-    hidden = ACTIVATIONS[activation](F.linear(stacked, w1, b1))
-    return F.linear(hidden, w2, b2), (lengths_B + stack - 1) // stack
+    stacked = stack_frames(frames_BSE, lengths_B, weights.stack)
+    hidden = ACTIVATIONS[weights.activation](F.linear(stacked, weights.w1_HK, weights.b1_H))
+    embeds_BAD = F.linear(hidden, weights.w2_DH, weights.b2_D)
+    return embeds_BAD, (lengths_B + weights.stack - 1) // weights.stack
 
 
 def adaptor(
     frames_BSE: Tensor,
     lengths_B: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
+    weights: AdaptorWeights,
     *,
-    stack: int,
-    activation: str = "gelu",
     out_LD: Tensor | None = None,
     index_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `dsasr.kernels.adaptor`; this one computes the padded frames too and drops them."""
-    padded, out_lengths_B = adaptor_padded(
-        frames_BSE, lengths_B, w1, b1, w2, b2, stack=stack, activation=activation
-    )
-    valid_BA = torch.arange(padded.shape[1], device=padded.device) < out_lengths_B[:, None]
-    packed_ND = padded[valid_BA]
+    """`dispatch.adaptor`: computes the padded frames too, and drops them."""
+    padded_BAD, out_lengths_B = adaptor_padded(frames_BSE, lengths_B, weights)
+    valid_BA = torch.arange(padded_BAD.shape[1], device=padded_BAD.device) < out_lengths_B[:, None]
+    packed_ND = padded_BAD[valid_BA]
     out_lengths_B = out_lengths_B.to(lengths_B.device)
     if out_LD is None:
         return packed_ND, out_lengths_B

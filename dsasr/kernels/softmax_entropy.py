@@ -1,4 +1,4 @@
-"""Entropy of softmax(logits) in one pass over them, and its gradient in one more."""
+"""Entropy of softmax(logits) in one pass over the logits, and its gradient in another."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def run(passes: ModuleType, logits: Tensor) -> Tensor:
-    """Entropy [...] of logits [..., V] with the passes of ``passes``."""
+def run(tile_ops: ModuleType, logits: Tensor) -> Tensor:
+    """`dispatch.softmax_entropy` with the tile functions of the module ``tile_ops``."""
     rows_NV = logits.reshape(-1, logits.shape[-1])
-    return _SoftmaxEntropy.apply(passes, rows_NV).view(logits.shape[:-1])
+    return _SoftmaxEntropy.apply(tile_ops, rows_NV).view(logits.shape[:-1])
 
 
 class _SoftmaxEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, passes, logits_NV):
-        saved_3N = passes.row_entropy(logits_NV)
-        ctx.passes = passes
+    def forward(ctx, tile_ops, logits_NV):
+        saved_3N = tile_ops.row_entropy(logits_NV)
+        ctx.tile_ops = tile_ops
         ctx.save_for_backward(logits_NV, saved_3N)
         return saved_3N[2].clone()
 
@@ -27,4 +27,4 @@ class _SoftmaxEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_N):
         logits_NV, saved_3N = ctx.saved_tensors
-        return None, ctx.passes.row_entropy_gradient(logits_NV, saved_3N, grad_N)
+        return None, ctx.tile_ops.row_entropy_gradient(logits_NV, saved_3N, grad_N)

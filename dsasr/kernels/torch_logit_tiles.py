@@ -1,12 +1,12 @@
-"""The two passes over a tile of logits, in torch operations: softmax statistics, and gradients.
+"""The two functions of a tile of logits, in torch: softmax statistics, and gradients.
 
-A tile z_nv holds logits of n rows and of v columns beginning at ``start``. ``carry_5n`` holds what
-earlier columns of the same rows gave, online:
+A tile z_nv has the logits of n rows and of v columns beginning at ``start``. ``carry_5n`` is the
+online softmax of the same rows over the earlier columns:
 
     m = max z,  s = Σ e^(z−m),  t = Σ (z−m) e^(z−m),  the target's z,  Σ z
 
 m starts at −inf, so that rows of very negative logits do not underflow. From these,
-ln Z = m + ln s, and the entropy is ln s − t/s (nats). Both passes destroy z_nv.
+ln Z = m + ln s, and the entropy is ln s − t/s (nats). Both functions overwrite z_nv.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# e^x is 0 in float32 and float64 far above this. It stands for −inf where 0 · inf must be 0.
+# Stands for −inf where 0 · −inf must be 0: e^x underflows to 0 far above it, in float64 too.
 _NEVER = -1000.0
 _TILE_LOGITS = 1 << 19
 
 
 def logits(z_nv: Tensor, bias_v: Tensor | None, soft_cap: float | None) -> Tensor:
-    """The logits as the loss sees them, in place of W·h."""
+    """Bias and soft cap applied to W·h, in place."""
     if bias_v is not None:
         z_nv.add_(bias_v)
     if soft_cap:
@@ -40,15 +40,15 @@ def update(
     infinite: bool = False,
     scratch_nv: Tensor | None = None,
 ) -> None:
-    """Take a tile into ``carry_5n``. ``total``: Σ z is wanted; ``infinite``: z may hold −inf."""
+    """Update ``carry_5n`` with a tile. ``total``: Σ z too; ``infinite``: z may contain −inf."""
     logits(z_nv, bias_v, soft_cap)
-    m, s, t, picked, summed = carry_5n
+    m, s, t, target, z_sum = carry_5n
     if targets_n is not None:
-        place_n, inside_n = _places(targets_n, start, z_nv.shape[1])
-        found = z_nv.gather(1, place_n[:, None]).squeeze(1)
-        picked.add_(found.masked_fill_(~inside_n, 0.0))
+        column_n, inside_n = _target_columns(targets_n, start, z_nv.shape[1])
+        target_z = z_nv.gather(1, column_n[:, None]).squeeze(1)
+        target.add_(target_z.masked_fill_(~inside_n, 0.0))
     if total:
-        summed.add_(z_nv.sum(1))
+        z_sum.add_(z_nv.sum(1))
     top = torch.maximum(m, z_nv.amax(1))
     base = top.masked_fill(top.isneginf(), 0.0)
     z_nv.sub_(base[:, None])
@@ -77,6 +77,7 @@ def gradient(
     out_nv: Tensor,
 ) -> Tensor:
     """``out_nv`` = p · (a + b · ln p) − c · [target] − k, times the soft cap's slope.
+
     It may have a lower precision than z_nv.
 
     ``rows_6n``: m, ln s, a, b, c, k. ``entropy`` and ``smooth`` False promise that b and k are 0.
@@ -85,31 +86,31 @@ def gradient(
     m, log_s, a, b, c, k = (row[:, None] for row in rows_6n)
     slope_nv = 1 - (z_nv / soft_cap).square_() if soft_cap else None
     base = m.masked_fill(m.isneginf(), 0.0)
-    room_nv = out_nv if out_nv.dtype == z_nv.dtype else None
+    buffer_nv = out_nv if out_nv.dtype == z_nv.dtype else None
     if entropy:
         z_nv.sub_(base).sub_(log_s)
         if infinite:
             z_nv.clamp_(min=_NEVER)
-        p_nv = torch.exp(z_nv, out=room_nv)
+        p_nv = torch.exp(z_nv, out=buffer_nv)
         p_nv.mul_(z_nv.mul_(b).add_(a))
     else:
-        p_nv = torch.exp(z_nv.sub_(base), out=room_nv)
+        p_nv = torch.exp(z_nv.sub_(base), out=buffer_nv)
         p_nv.mul_(a * (-log_s).exp())
     if smooth:
         p_nv.sub_(k)
     if targets_n is not None:
-        place_n, inside_n = _places(targets_n, start, z_nv.shape[1])
-        p_nv.scatter_add_(1, place_n[:, None], (-c).masked_fill_(~inside_n[:, None], 0.0))
+        column_n, inside_n = _target_columns(targets_n, start, z_nv.shape[1])
+        p_nv.scatter_add_(1, column_n[:, None], (-c).masked_fill_(~inside_n[:, None], 0.0))
     if slope_nv is not None:
         p_nv.mul_(slope_nv)
-    return p_nv if room_nv is not None else out_nv.copy_(p_nv)
+    return p_nv if buffer_nv is not None else out_nv.copy_(p_nv)
 
 
-def _places(targets_n: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Columns of the targets in a tile (0 for those outside), and which of them are inside."""
-    place_n = targets_n - start
-    inside_n = (place_n >= 0) & (place_n < columns)
-    return place_n.masked_fill_(~inside_n, 0), inside_n
+def _target_columns(targets_n: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Column in the tile of each row's target (0 if it is outside), and whether it is inside."""
+    column_n = targets_n - start
+    inside_n = (column_n >= 0) & (column_n < columns)
+    return column_n.masked_fill_(~inside_n, 0), inside_n
 
 
 def row_entropy(logits_NV: Tensor) -> Tensor:

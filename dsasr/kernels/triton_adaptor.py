@@ -1,11 +1,11 @@
-"""The adaptor's products as one Triton kernel. Imported only where it is used.
+"""The adaptor's matrix products as one Triton kernel; imported only where it runs.
 
-`_rows_kernel` is a matrix product whose rows lie where tables say, on both sides: row n of A begins
-at ``a_first[n]`` and has ``a_width[n]`` elements (zeros follow), row n of the result goes to
-``out_first[n]``. So stacking and masking are addresses of the first product's loads, the write
-into the LLM's embeddings those of the second's stores, and in the backward pass the way back into
-the padded frames those of a third's. Bias and activation are applied before the store. The other
-products of the backward pass have plain rows, and are the library's.
+`_rows_kernel` gathers the rows of A and scatters those of the result by tables of addresses: row n
+of A begins at ``a_first[n]`` and has ``a_width[n]`` elements (zeros follow), row n of the result
+begins at ``out_first[n]``. So stacking and masking are addresses of the first product's loads,
+writing into the LLM's embeddings those of the second's stores, and, in the backward pass, the
+gradient of the padded frames those of a third's. Bias and activation are applied before the store.
+The other products of the backward pass have contiguous rows, and are the library's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsasr.kernels.frame_stacking import Stacks
+from dsasr.kernels.adaptor import AdaptorWeights, FrameStacks
 from dsasr.kernels.kernel_launch import launch
 
 _ACTIVATIONS = {"": 0, "gelu": 1, "silu": 2, "relu": 3}
@@ -61,7 +61,7 @@ def _rows_kernel(
     BIAS: tl.constexpr, BEFORE: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = activation(a[n] · bᵀ + bias); BEFORE: also keep what the activation is given.
+    """out[n] = activation(a[n] · bᵀ + bias); BEFORE: also store the activation's input.
 
     ALIGNED: all numbers in the tables are multiples of 16, for loads of 16 bytes. EVEN: depth is a
     multiple of K.
@@ -74,24 +74,24 @@ def _rows_kernel(
     within = program % (GROUP * across)
     row = (group * GROUP + within % high) * M + tl.arange(0, M)
     column = (within // high) * N + tl.arange(0, N)
-    real = row < rows
-    inside = column < columns
+    row_mask = row < rows
+    column_mask = column < columns
     if A_TABLE:
-        a_first = tl.load(a_first_ptr + row, mask=real, other=0)
-        a_width = tl.load(a_width_ptr + row, mask=real, other=0)
+        a_first = tl.load(a_first_ptr + row, mask=row_mask, other=0)
+        a_width = tl.load(a_width_ptr + row, mask=row_mask, other=0)
         if ALIGNED:
             a_first = tl.multiple_of(a_first, 16)
             a_width = tl.multiple_of(a_width, 16)
     else:
         a_first = row.to(tl.int64) * depth
-        a_width = tl.where(real, depth, 0)
+        a_width = tl.where(row_mask, depth, 0)
     b_line = b_ptr + column.to(tl.int64)[None, :] * b_stride_n
     sums = tl.zeros([M, N], tl.float32)
     for first in range(0, depth, K):
         k = first + tl.arange(0, K)
         a_mask = k[None, :] < a_width[:, None]
         a = tl.load(a_ptr + a_first[:, None] + k[None, :], mask=a_mask, other=0.0)
-        b_mask = inside[None, :]
+        b_mask = column_mask[None, :]
         if not EVEN:
             b_mask = (k[:, None] < depth) & b_mask
         b = tl.load(b_line + k[:, None] * b_stride_k, mask=b_mask, other=0.0)
@@ -100,22 +100,22 @@ def _rows_kernel(
             b = b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="ieee")
     if BIAS:
-        sums += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    mask = real[:, None] & inside[None, :]
+        sums += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
     plain = row.to(tl.int64)[:, None] * columns + column[None, :]
     kind = out_ptr.dtype.element_ty
     if BEFORE:
-        # The backward pass takes the slope where the stored, rounded value is: so does this.
+        # As the backward pass does it, which only has the rounded value.
         rounded = sums.to(kind)
         tl.store(before_ptr + plain, rounded, mask=mask)
         sums = rounded.to(tl.float32)
     sums = _activate(sums, KIND)
     if OUT_TABLE:
-        out_first = tl.load(out_first_ptr + row, mask=real, other=0)
+        out_first = tl.load(out_first_ptr + row, mask=row_mask, other=0)
         if ALIGNED:
             out_first = tl.multiple_of(out_first, 16)
         if OUT_WIDTH:
-            out_width = tl.load(out_width_ptr + row, mask=real, other=0)
+            out_width = tl.load(out_width_ptr + row, mask=row_mask, other=0)
             if ALIGNED:
                 out_width = tl.multiple_of(out_width, 16)
             mask = mask & (column[None, :] < out_width[:, None])
@@ -126,14 +126,14 @@ def _rows_kernel(
 
 @triton.jit
 def _slope_kernel(before_ptr, grad_ptr, hidden_ptr, count, KIND: tl.constexpr, TILE: tl.constexpr):
-    """From what the activation was given: its value again, and in place the gradient's way back."""
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = place < count
-    x = tl.load(before_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    """Recompute the activation from its input, and multiply the gradient by its slope, in place."""
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = offset < count
+    x = tl.load(before_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     kind = hidden_ptr.dtype.element_ty
-    tl.store(hidden_ptr + place, _activate(x, KIND).to(kind), mask=mask)
-    tl.store(grad_ptr + place, (grad * _slope(x, KIND)).to(kind), mask=mask)
+    tl.store(hidden_ptr + offset, _activate(x, KIND).to(kind), mask=mask)
+    tl.store(grad_ptr + offset, (grad * _slope(x, KIND)).to(kind), mask=mask)
 
 
 def _rows(
@@ -150,7 +150,7 @@ def _rows(
     before: Tensor | None = None,
 ) -> None:
     columns, depth = b_nk.shape
-    # 256 columns read A half as often; in float32 they would not fit the registers.
+    # 256 columns halve the reads of A; in float32 they would not fit the registers.
     wide = a.element_size() == 4
     size = {"M": 128, "N": 128, "K": 32} if wide else {"M": 128, "N": 256, "K": 64}
     for name, length in (("M", rows), ("N", columns), ("K", depth)):
@@ -175,23 +175,19 @@ def _rows(
 def run(
     frames_BSE: Tensor,
     lengths_B: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
+    weights: AdaptorWeights,
     *,
-    stack: int,
-    activation: str,
-    out_LD: Tensor | None,
-    index_N: Tensor | None,
+    out_LD: Tensor | None = None,
+    index_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `stacks.run`."""
-    stacks = Stacks.of(lengths_B, stack, frames_BSE.shape[1], frames_BSE.device)
-    options = stacks, stack, activation
-    tensors = frames_BSE, w1, b1, w2, b2
+    """`dispatch.adaptor` with Triton; ``out_LD`` is contiguous and of the weights' dtype."""
+    stacks = FrameStacks.of(lengths_B, weights.stack, frames_BSE.shape[1], frames_BSE.device)
+    options = stacks, weights.stack, weights.activation
+    # One by one, for autograd looks for tensors among a function's arguments only.
+    tensors = frames_BSE, weights.w1_HK, weights.b1_H, weights.w2_DH, weights.b2_D
     if out_LD is None:
         return _Adaptor.apply(options, None, None, *tensors), stacks.lengths_B
-    if not out_LD.is_contiguous() or out_LD.dtype != w2.dtype:
+    if not out_LD.is_contiguous() or out_LD.dtype != weights.w2_DH.dtype:
         raise ValueError("out_LD must be contiguous and of the weights' dtype")
     return _Adaptor.apply(options, out_LD, index_N, *tensors), stacks.lengths_B
 
@@ -200,10 +196,10 @@ class _Adaptor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, out_LD, index_N, frames_BSE, w1, b1, w2, b2):
         stacks, stack, activation = options
-        frames = _packed_rows(frames_BSE)
-        rows, width = len(stacks.left_N), frames.shape[2]
+        frames = _contiguous_frames(frames_BSE)
+        rows, width = len(stacks.frames_N), frames.shape[2]
         a_first = stacks.utterance_N * frames.stride(0) + stacks.slot_N * (stack * width)
-        a_table = a_first, stacks.left_N * width
+        a_table = a_first, stacks.frames_N * width
         hidden_NH = frames.new_empty(rows, len(w1))
         before_NH = torch.empty_like(hidden_NH) if any(ctx.needs_input_grad[3:]) else None
         _rows(
@@ -247,7 +243,7 @@ class _Adaptor(torch.autograd.Function):
             frames_grad = torch.zeros_like(frames_BSE, memory_format=torch.contiguous_format)
             _, length, width = frames_grad.shape
             first = (stacks.utterance_N * length + stacks.slot_N * stack) * width
-            table = first, stacks.left_N * width
+            table = first, stacks.frames_N * width
             _rows(
                 before_grad, w1.T, None, frames_grad, len(first),
                 out_table=table, aligned=width % 16 == 0,
@@ -255,7 +251,7 @@ class _Adaptor(torch.autograd.Function):
         return None, out_grad, None, frames_grad, w1_grad, b1_grad, w2_grad, b2_grad
 
 
-def _packed_rows(frames_BSE: Tensor) -> Tensor:
-    """With the frames of an utterance one after another; utterances may lie anywhere."""
-    packed = frames_BSE.stride(2) == 1 and frames_BSE.stride(1) == frames_BSE.shape[2]
-    return frames_BSE if packed else frames_BSE.contiguous()
+def _contiguous_frames(frames_BSE: Tensor) -> Tensor:
+    """``frames_BSE`` with contiguous [S, E] utterances, which may have any stride."""
+    contiguous = frames_BSE.stride(2) == 1 and frames_BSE.stride(1) == frames_BSE.shape[2]
+    return frames_BSE if contiguous else frames_BSE.contiguous()

@@ -1,8 +1,8 @@
-"""The two passes of `torch_passes` as Triton kernels. Imported only where they are used.
+"""The two functions of `torch_logit_tiles` as Triton kernels; imported only where they run.
 
-One program takes a few rows. In `_update_kernel` it walks along them once, with m, s and t of each
+One program has a few rows. `_update_kernel` loops over their columns once, with m, s and t of each
 row in registers; columns beyond the edge are −inf, and add nothing to s or t. Nothing is autotuned:
-a kernel that runs several times for the choice would take a tile into its carry several times.
+an update that runs several times to be timed would count its tile several times.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from dsasr.kernels.kernel_launch import launch
 
-_NEVER = tl.constexpr(-1000.0)  # as in torch_passes
-_TILE = 8192  # elements a program holds at once
+_NEVER = tl.constexpr(-1000.0)  # as in torch_logit_tiles
+_TILE = 8192  # elements of a program's tile
 _WARPS = 8
 
 
 @triton.jit
 def _capped(z, cap):
-    # tanh; e^(2x) may overflow to inf, which is right.
+    # tanh; where e^(2x) overflows to inf, the result is 1, as it should be.
     return cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * (z / cap))))
 
 
@@ -33,37 +33,37 @@ def _update_kernel(
     TARGETS: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, TOTAL: tl.constexpr,
     FINISH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows into the carry; with FINISH, from an empty carry to m, ln s and the entropy."""
+    """Update the carry; with FINISH, start from an empty one and store m, ln s and the entropy."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
+    row_mask = row < rows
     m = tl.full([ROWS], float("-inf"), tl.float32)
     s = tl.zeros([ROWS], tl.float32)
     t = tl.zeros([ROWS], tl.float32)
-    picked = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    target = tl.zeros([ROWS], tl.float32)
+    z_sum = tl.zeros([ROWS], tl.float32)
     if not FINISH:
-        m = tl.load(carry_ptr + row, mask=real, other=float("-inf"))
-        s = tl.load(carry_ptr + carry_stride + row, mask=real, other=0.0)
-        t = tl.load(carry_ptr + 2 * carry_stride + row, mask=real, other=0.0)
-        picked = tl.load(carry_ptr + 3 * carry_stride + row, mask=real, other=0.0)
-        total = tl.load(carry_ptr + 4 * carry_stride + row, mask=real, other=0.0)
+        m = tl.load(carry_ptr + row, mask=row_mask, other=float("-inf"))
+        s = tl.load(carry_ptr + carry_stride + row, mask=row_mask, other=0.0)
+        t = tl.load(carry_ptr + 2 * carry_stride + row, mask=row_mask, other=0.0)
+        target = tl.load(carry_ptr + 3 * carry_stride + row, mask=row_mask, other=0.0)
+        z_sum = tl.load(carry_ptr + 4 * carry_stride + row, mask=row_mask, other=0.0)
     if TARGETS:
-        place = tl.load(targets_ptr + row, mask=real, other=-1) - start
+        target_column = tl.load(targets_ptr + row, mask=row_mask, other=-1) - start
     line = z_ptr + row.to(tl.int64)[:, None] * z_stride
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        inside = column < columns
-        mask = real[:, None] & inside[None, :]
+        column_mask = column < columns
+        mask = row_mask[:, None] & column_mask[None, :]
         z = tl.load(line + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if BIAS:
-            z += tl.load(bias_ptr + column, mask=inside, other=0.0)[None, :]
+            z += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
         if CAP:
             z = _capped(z, cap)
         if TARGETS:
-            picked += tl.sum(tl.where(column[None, :] == place[:, None], z, 0.0), 1)
+            target += tl.sum(tl.where(column[None, :] == target_column[:, None], z, 0.0), 1)
         if TOTAL:
-            total += tl.sum(tl.where(mask, z, 0.0), 1)
-        z = tl.where(inside[None, :], z, float("-inf"))
+            z_sum += tl.sum(tl.where(mask, z, 0.0), 1)
+        z = tl.where(column_mask[None, :], z, float("-inf"))
         top = tl.maximum(m, tl.max(z, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
         z -= base[:, None]
@@ -75,17 +75,17 @@ def _update_kernel(
         m = top
     if FINISH:
         log_s = tl.log(s)
-        tl.store(out_ptr + row, m, mask=real)
-        tl.store(out_ptr + rows + row, log_s, mask=real)
-        tl.store(out_ptr + 2 * rows + row, log_s - t / s, mask=real)
+        tl.store(out_ptr + row, m, mask=row_mask)
+        tl.store(out_ptr + rows + row, log_s, mask=row_mask)
+        tl.store(out_ptr + 2 * rows + row, log_s - t / s, mask=row_mask)
     else:
-        tl.store(carry_ptr + row, m, mask=real)
-        tl.store(carry_ptr + carry_stride + row, s, mask=real)
-        tl.store(carry_ptr + 2 * carry_stride + row, t, mask=real)
+        tl.store(carry_ptr + row, m, mask=row_mask)
+        tl.store(carry_ptr + carry_stride + row, s, mask=row_mask)
+        tl.store(carry_ptr + 2 * carry_stride + row, t, mask=row_mask)
         if TARGETS:
-            tl.store(carry_ptr + 3 * carry_stride + row, picked, mask=real)
+            tl.store(carry_ptr + 3 * carry_stride + row, target, mask=row_mask)
         if TOTAL:
-            tl.store(carry_ptr + 4 * carry_stride + row, total, mask=real)
+            tl.store(carry_ptr + 4 * carry_stride + row, z_sum, mask=row_mask)
 
 
 @triton.jit
@@ -98,32 +98,32 @@ def _gradient_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    real = row < rows
-    inside = column < columns
-    mask = real[:, None] & inside[None, :]
+    row_mask = row < rows
+    column_mask = column < columns
+    mask = row_mask[:, None] & column_mask[None, :]
     line = row.to(tl.int64)[:, None]
     z = tl.load(z_ptr + line * z_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     if BIAS:
-        z += tl.load(bias_ptr + column, mask=inside, other=0.0)[None, :]
+        z += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
     if CAP:
         z = _capped(z, cap)
-    m = tl.load(factors_ptr + row, mask=real, other=0.0)
-    log_s = tl.load(factors_ptr + factors_stride + row, mask=real, other=0.0)
-    a = tl.load(factors_ptr + 2 * factors_stride + row, mask=real, other=0.0)
+    m = tl.load(factors_ptr + row, mask=row_mask, other=0.0)
+    log_s = tl.load(factors_ptr + factors_stride + row, mask=row_mask, other=0.0)
+    a = tl.load(factors_ptr + 2 * factors_stride + row, mask=row_mask, other=0.0)
     base = tl.where(m == float("-inf"), 0.0, m)
     log_p = z - base[:, None] - log_s[:, None]
     p = tl.exp(log_p)
     if ENTROPY:
-        b = tl.load(factors_ptr + 3 * factors_stride + row, mask=real, other=0.0)
+        b = tl.load(factors_ptr + 3 * factors_stride + row, mask=row_mask, other=0.0)
         grad = p * (a[:, None] + b[:, None] * tl.maximum(log_p, _NEVER))
     else:
         grad = p * a[:, None]
     if TARGETS:
-        c = tl.load(factors_ptr + 4 * factors_stride + row, mask=real, other=0.0)
-        place = tl.load(targets_ptr + row, mask=real, other=-1) - start
-        grad -= tl.where(column[None, :] == place[:, None], c[:, None], 0.0)
+        c = tl.load(factors_ptr + 4 * factors_stride + row, mask=row_mask, other=0.0)
+        target_column = tl.load(targets_ptr + row, mask=row_mask, other=-1) - start
+        grad -= tl.where(column[None, :] == target_column[:, None], c[:, None], 0.0)
     if SMOOTH:
-        k = tl.load(factors_ptr + 5 * factors_stride + row, mask=real, other=0.0)
+        k = tl.load(factors_ptr + 5 * factors_stride + row, mask=row_mask, other=0.0)
         grad -= k[:, None]
     if CAP:
         grad *= 1.0 - (z / cap) * (z / cap)
@@ -149,7 +149,7 @@ def update(
     infinite: bool = False,
     scratch_nv: Tensor | None = None,
 ) -> None:
-    """As `torch_passes.update`; z_nv stays as it is, and needs no scratch."""
+    """`torch_logit_tiles.update`; leaves z_nv unchanged, and needs no scratch."""
     rows, columns = z_nv.shape
     high, wide = _tile(columns)
     launch(
@@ -175,7 +175,7 @@ def gradient(
     infinite: bool = False,
     out_nv: Tensor,
 ) -> Tensor:
-    """As `torch_passes.gradient`; z_nv stays as it is, ``out_nv`` may have a lower precision."""
+    """`torch_logit_tiles.gradient`; leaves z_nv unchanged."""
     rows, columns = z_nv.shape
     high, wide = _tile(columns)
     launch(
@@ -191,7 +191,7 @@ def gradient(
 
 def row_entropy(logits_NV: Tensor) -> Tensor:
     """[3, N]: m, ln s and the entropy of each row, in one pass."""
-    logits_NV = _lines(logits_NV)
+    logits_NV = _contiguous_rows(logits_NV)
     rows, columns = logits_NV.shape
     high, wide = _tile(columns)
     out_3N = logits_NV.new_empty(3, rows, dtype=torch.float32)
@@ -208,7 +208,7 @@ def row_entropy(logits_NV: Tensor) -> Tensor:
 
 def row_entropy_gradient(logits_NV: Tensor, saved_3N: Tensor, grad_N: Tensor) -> Tensor:
     """∂H/∂z = −p (ln p + H), times the upstream gradient, in the logits' dtype."""
-    logits_NV = _lines(logits_NV)
+    logits_NV = _contiguous_rows(logits_NV)
     m, log_s, entropy_N = saved_3N
     grad_N = grad_N.float()
     rows_4N = torch.stack([m, log_s, -grad_N * entropy_N, -grad_N])
@@ -216,6 +216,6 @@ def row_entropy_gradient(logits_NV: Tensor, saved_3N: Tensor, grad_N: Tensor) ->
     return gradient(logits_NV, rows_4N, out_nv=out_NV)
 
 
-def _lines(logits_NV: Tensor) -> Tensor:
-    """With columns side by side; rows may lie anywhere."""
+def _contiguous_rows(logits_NV: Tensor) -> Tensor:
+    """``logits_NV`` with contiguous rows, which may have any stride."""
     return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()

@@ -1,8 +1,8 @@
-"""Activation checkpointing, of everything or of what is cheap to make again.
+"""Activation checkpointing: full, or selective (recompute only what is cheap).
 
-Selective checkpointing keeps what products with weights and fused attention gave and makes the rest
-again in the backward pass (norms, activations, gates, dropout): no product is made twice, for about
-half of the memory that keeping all takes.
+Selective checkpointing saves the results of matrix products, convolutions and fused attention, and
+recomputes the rest in the backward pass (norms, activations, gates, dropout): no product is
+computed twice, for about half of the memory that saving everything takes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRODUCTS = [
 
 
 def options(keep: bool) -> dict[str, Any]:
-    """Keywords of torch's ``checkpoint``; ``keep``: the results of `PRODUCTS`."""
+    """Keyword arguments of torch's ``checkpoint``; ``keep``: save the results of `PRODUCTS`."""
     if not keep:
         return {"use_reentrant": False}
     contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, PRODUCTS)
@@ -36,5 +36,5 @@ def options(keep: bool) -> dict[str, Any]:
 
 
 def checkpoint(run: Callable[..., Tensor], *inputs: Any, keep: bool) -> Tensor:
-    """``run(*inputs)``, whose activations are made again in the backward pass."""
+    """``run(*inputs)``, recomputed in the backward pass but for what ``keep`` saves."""
     return torch_checkpoint.checkpoint(run, *inputs, **options(keep))

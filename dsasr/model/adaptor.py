@@ -1,4 +1,4 @@
-"""From encoder frames (25 Hz) to embeddings that the language model reads (6.25 Hz)."""
+"""The adaptor: encoder frames (25 Hz) to embeddings in the language model's space (6.25 Hz)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.kernels import dispatch
+from dsasr.kernels.adaptor import AdaptorWeights
 from dsasr.model.encoders.conformer import valid_frames
 from dsasr.utils.errors import UserError
 
@@ -33,14 +34,14 @@ class AdaptorConfig:
 
 
 class Adaptor(nn.Module):
-    """Stacks frames and runs a two-layer MLP, on valid frames only.
+    """Stacks frames and applies a two-layer MLP, on valid frames only.
 
     The weights belong to this module itself, not to layers inside it, so that ZeRO-3 gathers them
     for the one kernel that reads them all.
 
     ``scale`` is the root mean square that the embeddings start with, for frames of unit variance
     (the encoder ends in a LayerNorm). Give it that of the language model's token embeddings
-    (**ours**): speech then enters the residual stream as tokens do, neither drowned nor drowning.
+    (**ours**): speech then enters the residual stream at the scale of tokens.
     """
 
     def __init__(self, cfg: AdaptorConfig, width: int, out_width: int, scale: float = 1.0):
@@ -63,7 +64,7 @@ class Adaptor(nn.Module):
         nn.init.zeros_(self.bias2)
 
     def output_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Embeddings of so many encoder frames; a last, partial stack counts."""
+        """Embeddings that ``lengths_B`` encoder frames give; a last, partial stack counts."""
         return (lengths_B + self.cfg.stack - 1) // self.cfg.stack
 
     def forward(
@@ -77,24 +78,23 @@ class Adaptor(nn.Module):
         """Embeddings [B, A, D], zero where padded, or ``packed`` [N, D]; and their lengths_B.
 
         Frames beyond ``lengths_B`` count as zeros in a last, partial stack. With ``out_LD`` the
-        valid embeddings are written to its rows ``index_N`` in place, and it is returned. Lengths
-        on the CPU spare a GPU the wait for them.
+        valid embeddings are written to its rows ``index_N`` in place, and it is returned. With
+        lengths on the CPU the host does not wait for a GPU.
         """
-        embeds, out_lengths_B = dispatch.adaptor(
-            frames_BSE,
-            lengths_B,
+        weights = AdaptorWeights(
             self.weight1,
             self.bias1,
             self.weight2,
             self.bias2,
             stack=self.cfg.stack,
             activation=self.cfg.activation,
-            out_LD=out_LD,
-            index_N=index_N,
+        )
+        embeds, out_lengths_B = dispatch.adaptor(
+            frames_BSE, lengths_B, weights, out_LD=out_LD, index_N=index_N
         )
         if packed or out_LD is not None:
             return embeds, out_lengths_B
         valid_BA = valid_frames(out_lengths_B, -(-frames_BSE.shape[1] // self.cfg.stack))
         padded = embeds.new_zeros(valid_BA.numel(), embeds.shape[1])
-        places_N = valid_BA.flatten().nonzero().squeeze(1).to(embeds.device)
-        return padded.index_copy(0, places_N, embeds).view(*valid_BA.shape, -1), out_lengths_B
+        index_N = valid_BA.flatten().nonzero().squeeze(1).to(embeds.device)
+        return padded.index_copy(0, index_N, embeds).view(*valid_BA.shape, -1), out_lengths_B

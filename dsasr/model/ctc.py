@@ -1,7 +1,7 @@
 """Phoneme head, CTC and consistency-regularized CTC (CR-CTC, arXiv 2410.05101).
 
 Both losses are sums over utterances divided by the number of phonemes, so that utterances weigh by
-what they hold and the balance between the two terms is the paper's (which also sums both).
+their phonemes and the balance between the two terms is the paper's (which also sums both).
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def ctc_loss(
     phoneme_lengths_B: Tensor,
     host_lengths: tuple[Tensor, Tensor] | None = None,
 ) -> CtcLoss:
-    """CTC negative log-likelihood of each utterance; see `CtcLoss` for what does not fit.
+    """CTC negative log-likelihood of each utterance; see `CtcLoss` for infeasible ones.
 
-    torch's loss reads the lengths on the host: ``host_lengths``, the same lengths of frames and
-    phonemes on the CPU, spare a GPU the wait for them.
+    torch's loss reads the lengths on the host: with ``host_lengths``, the same lengths of frames
+    and phonemes on the CPU, it does not wait for a GPU.
     """
     frames_B, counts_B = host_lengths or (frame_lengths_B, phoneme_lengths_B)
     if phonemes_BP.shape[1] == 0:
@@ -83,14 +83,14 @@ def ctc_loss(
     return CtcLoss(nll_B, feasible_B, phoneme_lengths_B)
 
 
-def consistency_loss(log_probs_BSP: Tensor, others_BSP: Tensor, lengths_B: Tensor) -> Tensor:
+def consistency_loss(log_probs_BSP: Tensor, view2_BSP: Tensor, lengths_B: Tensor) -> Tensor:
     """CR-CTC's term per utterance, in nats: ½ Σ_frames [KL(sg(q)‖p) + KL(sg(p)‖q)].
 
-    p and q are the two views' posteriors, sg stops the gradient. Frames beyond ``lengths_B`` do
-    not count.
+    p and q are the posteriors of the two views, sg stops the gradient. Frames beyond
+    ``lengths_B`` do not count.
     """
-    toward = F.kl_div(log_probs_BSP, others_BSP.detach(), reduction="none", log_target=True)
-    back = F.kl_div(others_BSP, log_probs_BSP.detach(), reduction="none", log_target=True)
+    toward = F.kl_div(log_probs_BSP, view2_BSP.detach(), reduction="none", log_target=True)
+    back = F.kl_div(view2_BSP, log_probs_BSP.detach(), reduction="none", log_target=True)
     frames_BS = 0.5 * (toward + back).sum(-1)
     return frames_BS.masked_fill(~valid_frames(lengths_B, frames_BS.shape[1]), 0.0).sum(1)
 
@@ -108,7 +108,7 @@ def greedy_phonemes(log_probs_BSP: Tensor, lengths_B: Tensor) -> list[list[int]]
     merged_BS[:, 1:] = best_BS[:, 1:] != best_BS[:, :-1]
     keep_BS = merged_BS & (best_BS != BLANK) & valid_frames(lengths_B, best_BS.shape[1])
     best, keep = best_BS.cpu(), keep_BS.cpu()
-    return [row[kept].tolist() for row, kept in zip(best, keep, strict=True)]
+    return [row[mask].tolist() for row, mask in zip(best, keep, strict=True)]
 
 
 def phoneme_errors(

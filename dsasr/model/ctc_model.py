@@ -1,4 +1,4 @@
-"""The pretrain branch: encoder and phoneme head under CTC or CR-CTC."""
+"""The pretrain branch's model: encoder and phoneme CTC head, trained with CTC or CR-CTC."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from dsasr.model.ctc import (
 from dsasr.model.dynamic_chunks import ChunkConfig, draw_chunk
 from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.outputs import Outputs
-from dsasr.model.speech_llm import placeholder
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils.errors import UserError
 
@@ -61,13 +60,13 @@ class CtcModel(nn.Module):
 
         sums: "ctc" (nats per phoneme), "consistency" (nats per frame), "ctc_entropy" (nats per
         frame), "ctc_infeasible" (share of utterances with too few frames, left out of the loss);
-        in eval mode also "phoneme_errors" (share of greedy decoding's edits), and the frames.
+        in eval mode also "phoneme_errors" (share of greedy decoding's edits).
 
         A batch without utterances runs every part once, for its collectives, and weighs nothing.
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch if len(batch) else placeholder(batch, self.encoder.cfg.mels, 0)
+        batch = batch.or_silence(self.encoder.cfg.mels)
         views_XTF, chunk = [batch.features_BTF], None
         if self.training:
             seed_dropout(batch)
@@ -83,28 +82,28 @@ class CtcModel(nn.Module):
         log_probs = self.ctc(output.frames_BSE)
         host = batch.host
         host_lengths = self.encoder.output_lengths(host.feature_lengths_B), host.phoneme_lengths_B
-        found = ctc_loss(
+        ctc = ctc_loss(
             log_probs,
             output.lengths_B,
             batch.phonemes_BP.repeat(views, 1),
             batch.phoneme_lengths_B.repeat(views),
             host_lengths=tuple(lengths_B.repeat(views) for lengths_B in host_lengths),
         )
-        phonemes = found.phonemes.clamp_min(1)
-        loss = found.nll_B.sum() / phonemes
+        phonemes = ctc.phonemes.clamp_min(1)
+        loss = ctc.nll_B.sum() / phonemes
         frames = output.lengths_B.sum()
-        utterances = torch.full_like(frames, len(found.nll_B))
+        utterances = torch.full_like(frames, len(ctc.nll_B))
         sums = {
-            "ctc": (found.nll_B.sum(), found.phonemes),
+            "ctc": (ctc.nll_B.sum(), ctc.phonemes),
             "ctc_entropy": (posterior_entropy(log_probs, output.lengths_B), frames),
-            "ctc_infeasible": ((~found.feasible_B).sum(), utterances),
+            "ctc_infeasible": ((~ctc.feasible_B).sum(), utterances),
         }
         if views > 1:
             first, second = log_probs.chunk(2)
-            apart_B = consistency_loss(first, second, output.lengths_B[: len(batch)])
-            # found.phonemes counts both views, apart_B compares them once.
-            loss = loss + self.cfg.consistency * apart_B.sum() / (phonemes / 2)
-            sums["consistency"] = (apart_B.sum(), frames // 2)
+            consistency_B = consistency_loss(first, second, output.lengths_B[: len(batch)])
+            # ctc.phonemes counts both views, consistency_B has one value for both.
+            loss = loss + self.cfg.consistency * consistency_B.sum() / (phonemes / 2)
+            sums["consistency"] = (consistency_B.sum(), frames // 2)
         if not self.training:
             hypotheses = greedy_phonemes(log_probs, output.lengths_B)
             edits, total = phoneme_errors(hypotheses, batch.phonemes_BP, batch.phoneme_lengths_B)
@@ -115,8 +114,6 @@ class CtcModel(nn.Module):
                 name: (total.detach().double() * weight, count.detach().double() * weight)
                 for name, (total, count) in sums.items()
             },
-            features_BSE=None if self.training else output.frames_BSE.detach(),
-            lengths_B=None if self.training else output.lengths_B,
         )
 
     def _views(self, batch: Batch) -> list[Tensor]:

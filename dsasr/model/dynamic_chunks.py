@@ -1,4 +1,4 @@
-"""Dynamic chunks: how much of an utterance an encoder frame sees, drawn anew for each batch."""
+"""Dynamic chunks: the attention context of an encoder frame, drawn for each batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Chunk:
 def draw_chunk(cfg: ChunkConfig, generator: torch.Generator) -> Chunk | None:
     """Draw a batch's chunk, None for full context (dynamic chunks, arXiv 2012.05481).
 
-    Four numbers are drawn from ``generator`` (on the CPU) whatever comes out of them.
+    Always draws four numbers from ``generator`` (on the CPU).
     """
     full, size, all_left, left = torch.rand(4, generator=generator).tolist()
     if full < cfg.full_share:

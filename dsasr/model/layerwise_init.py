@@ -1,11 +1,11 @@
-"""Models filled layer by layer, so that no rank ever holds one whole.
+"""Layer-by-layer initialization, so that no rank ever has a whole model in memory.
 
-A module is built on torch's meta device, without memory. Then each layer in turn gets real
-parameters, is filled, and is handed to ``cut``, which leaves a rank its own slices (what ZeRO-3
-keeps), before the next layer's turn. The main rank alone draws or reads: cutting sends what it has
-to the others, as DeepSpeed does with a model that is whole on every rank.
+A module is built on torch's meta device, without memory. Then each layer in turn gets parameters
+with memory, which are filled and partitioned (each rank keeps its slices, as under ZeRO-3) before
+the next layer's turn. The main rank alone draws or reads values: partitioning broadcasts them, as
+DeepSpeed does with a model that is whole on every rank.
 
-The weights are those of a module that was built whole: one generator draws the same layers in the
+The weights equal those of a module that was built whole: one generator draws the same layers in the
 same order, at any world size.
 """
 
@@ -18,40 +18,46 @@ from torch import nn
 
 from dsasr.utils import distributed
 
-# Leaves this rank its slices of parameters, given whole: the main rank's values. Collective.
-Cut = Callable[[Sequence[nn.Parameter]], None]
-# Fills a layer's own parameters, of these full names.
-Draw = Callable[[nn.Module, Mapping[str, nn.Parameter]], None]
+# Reduces whole parameters to this rank's slices of the main rank's values. Collective.
+Partition = Callable[[Sequence[nn.Parameter]], None]
+# Fills a layer's own parameters, which are also given by their full names.
+FillLayer = Callable[[nn.Module, Mapping[str, nn.Parameter]], None]
 
 
-def fill(module: nn.Module, draw: Draw, cut: Cut | None = None) -> None:
-    """Give ``module``, built on the meta device, its weights; parameters only, on the CPU.
+def materialize(
+    module: nn.Module, fill_layer: FillLayer, partition: Partition | None = None
+) -> None:
+    """Give ``module``, built on the meta device, its parameters on the CPU; buffers stay on meta.
 
     Layers have their turn in the order of ``module.modules()``; a parameter that two of them share
-    is drawn with the first. Parameters that are real already are left alone. With ``cut`` the most
-    that a rank holds besides its slices is one layer's own parameters. Collective then.
+    is filled with the first. Parameters that are not on the meta device are left alone. With
+    ``partition``, which makes the call collective, a rank has at most one layer's own parameters in
+    memory besides its slices.
     """
-    made: dict[int, nn.Parameter] = {}
+    materialized: dict[int, nn.Parameter] = {}
     for path, layer in module.named_modules():
-        fresh: dict[str, nn.Parameter] = {}
+        layer_parameters: dict[str, nn.Parameter] = {}
         for name, parameter in layer._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
-            if id(parameter) not in made:
-                real = torch.empty_like(parameter, device="cpu")
-                made[id(parameter)] = nn.Parameter(real, requires_grad=parameter.requires_grad)
-                fresh[f"{path}.{name}" if path else name] = made[id(parameter)]
-            layer._parameters[name] = made[id(parameter)]
-        if not fresh:
+            if id(parameter) not in materialized:
+                materialized[id(parameter)] = nn.Parameter(
+                    torch.empty_like(parameter, device="cpu"),
+                    requires_grad=parameter.requires_grad,
+                )
+                full_name = f"{path}.{name}" if path else name
+                layer_parameters[full_name] = materialized[id(parameter)]
+            layer._parameters[name] = materialized[id(parameter)]
+        if not layer_parameters:
             continue
-        if cut is None or distributed.main_rank():
+        if partition is None or distributed.main_rank():
             with torch.no_grad():
-                draw(layer, fresh)
-        if cut is not None:
-            cut(list(fresh.values()))
+                fill_layer(layer, layer_parameters)
+        if partition is not None:
+            partition(list(layer_parameters.values()))
 
 
-def partition_all(module: nn.Module, cut: Cut) -> None:
-    """Cut a module that is whole, layer by layer; collective."""
+def partition_all(module: nn.Module, partition: Partition) -> None:
+    """Partition a module that is whole, layer by layer; collective."""
     for layer in module.modules():
-        cut([p for p in layer._parameters.values() if p is not None])
+        partition([p for p in layer._parameters.values() if p is not None])

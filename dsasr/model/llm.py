@@ -30,11 +30,11 @@ _DROPOUTS = (
 class LlmConfig:
     """``path``: a local Hugging Face folder, or a hub name (`dsasr.model.llm_hub`).
 
-    ``pack``: positions a row may hold, 0 for one utterance a row.
+    ``pack``: the most positions in a row of several utterances; 0 for one utterance a row.
 
     Attention without flash computes whole rows: let ``pack`` be a few times the longest utterance.
     With a flash ``attn`` any ``pack`` above 0 puts the whole batch into one row, without padding.
-    Without packing transformers makes a GPU wait once a batch, to ask whether rows are packed.
+    Without packing transformers syncs with the GPU once a batch, to see whether rows are packed.
     """
 
     path: str = ""
@@ -43,7 +43,7 @@ class LlmConfig:
     attn: str = "sdpa"
     dropout: float = 0.0
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
-    recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
+    recompute: Literal["all", "cheap"] = "all"  # cheap: products are saved
 
     def __post_init__(self) -> None:
         if self.attn not in _ATTENTION:
@@ -52,19 +52,19 @@ class LlmConfig:
             raise UserError(f"llm pack {self.pack}: give positions a row, or 0 for no packing")
 
 
-class EntropyHead(nn.Linear):
-    """The LM head. With targets it returns losses and entropies and never holds the logits.
+class FusedLmHead(nn.Linear):
+    """The LM head; with targets it returns losses and entropies without computing [N, V] logits.
 
-    It takes the place of the model's own head and shares its weight, tied or not. The fused kernel
-    thus runs inside the module that owns the weight, where ZeRO-3 gathers it; names in checkpoints
-    stay as they were.
+    It replaces the model's own head and shares its weight, tied or not. So the fused kernel runs
+    inside the module that owns the weight, where ZeRO-3 gathers it, and names in checkpoints stay
+    the same.
     """
 
     soft_cap: float | None = None
 
     @classmethod
-    def replace(cls, llm: PreTrainedModel) -> EntropyHead:
-        """Put one into ``llm``. Raises `UserError` for logits that are more than W·h + b."""
+    def replace(cls, llm: PreTrainedModel) -> FusedLmHead:
+        """Replace ``llm``'s own head. Raises `UserError` for logits that are not W·h + b."""
         head, config = llm.get_output_embeddings(), llm.config.get_text_config()
         if isinstance(head, cls):
             return head
@@ -73,23 +73,29 @@ class EntropyHead(nn.Linear):
             reason = f"scales its logits ({scaled[0]})" if scaled else "has no linear LM head"
             raise UserError(f"{llm.config.model_type} {reason}: choose another language model")
         with torch.device("meta"):
-            ours = cls(head.in_features, head.out_features, bias=head.bias is not None)
-        ours.weight, ours.bias = head.weight, head.bias
-        ours.soft_cap = getattr(config, "final_logit_softcapping", None)
-        llm.set_output_embeddings(ours)
-        return ours
+            fused = cls(head.in_features, head.out_features, bias=head.bias is not None)
+        fused.weight, fused.bias = head.weight, head.bias
+        fused.soft_cap = getattr(config, "final_logit_softcapping", None)
+        llm.set_output_embeddings(fused)
+        return fused
 
     def forward(
         self, input: Tensor, targets_N: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits of any [..., D]; or for [N, D] and targets: (nll_N, entropy_N, right_N).
+        """Logits of any [..., D]; or for [N, D] and targets: (nll_N, entropy_N, correct_N).
 
-        nll and entropy are in nats, float32 at least; right is bool: greedy prediction hits.
+        nll and entropy are in nats, float32 at least; correct (bool): greedy prediction is right.
         """
         if targets_N is None:
             return F.linear(input, self.weight, self.bias)
-        return dispatch.linear_entropy_right(
-            input, self.weight, targets_N, bias_V=self.bias, soft_cap=self.soft_cap
+        return dispatch.linear_cross_entropy(
+            input,
+            self.weight,
+            targets_N,
+            bias_V=self.bias,
+            soft_cap=self.soft_cap,
+            return_entropy=True,
+            return_accuracy=True,
         )
 
     def cap(self, logits: Tensor) -> Tensor:
@@ -112,8 +118,8 @@ def load_llm(
     """A causal LM from a local Hugging Face folder (safetensors only, no remote code).
 
     ``weights=False`` takes config.json alone and draws the weights; under ``torch.device("meta")``
-    that costs no memory. Raises `UserError` for a folder that holds no such model, and for one
-    whose files lack some of the weights.
+    that costs no memory. Raises `UserError` for a folder without such a model, and for one whose
+    files lack some of the weights.
     """
     folder = Path(path)
     config = read_llm_config(folder, dropout)
@@ -164,15 +170,5 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
 
 
 def embedding_rms(llm: PreTrainedModel) -> float:
-    """Root mean square of the token embeddings as the first layer sees them.
-
-    Where the weights are not at hand (meta device, or partitioned by ZeRO-3), the standard
-    deviation that the model's config initializes them with.
-    """
-    embed = llm.get_input_embeddings()
-    weight = embed.weight.detach()
-    if weight.is_meta or weight.numel() == 0:
-        rms = float(getattr(llm.config.get_text_config(), "initializer_range", 0.02))
-    else:
-        rms = float(weight.float().square().mean().sqrt())
-    return rms * float(getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0)))
+    """Root mean square of the token embeddings' weight, which is whole on this rank."""
+    return float(llm.get_input_embeddings().weight.detach().float().square().mean().sqrt())

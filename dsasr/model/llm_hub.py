@@ -1,4 +1,4 @@
-"""Where a language model lies: a local folder, or a Hugging Face hub name's place in the cache."""
+"""Finding a language model: in a local folder, or by its Hugging Face hub name (cached)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from dsasr.utils.errors import UserError
 
 # Weights, settings and tokenizer. No code and no pickle is fetched, let alone run.
-_WANTED = (
+_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.json",
@@ -16,7 +16,7 @@ _WANTED = (
     "*.jinja",
     "merges.txt",
 )
-# Published shapes, for a language model whose folder is not at hand.
+# Published shapes, for planning with a language model that is not on this machine.
 QWEN3 = {
     "Qwen3-0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
                    "intermediate_size": 3072},
@@ -34,10 +34,11 @@ def is_hub_name(path: str) -> bool:
 
 
 def find_llm(path: str) -> Path:
-    """The folder of ``model.llm.path``: itself, or the hub's model of that name, which is fetched
-    if need be (into the library's cache; ``HF_HUB_OFFLINE=1`` takes what is there).
+    """The folder of ``model.llm.path``: itself, or the hub's model of that name.
 
-    Several ranks of a machine may ask at once. Raises `UserError` with what to do.
+    The hub's model is downloaded into the library's cache unless it is there;
+    ``HF_HUB_OFFLINE=1`` forbids downloads. Several ranks of a machine may call this at once.
+    Raises `UserError` that names the fix.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
@@ -51,7 +52,7 @@ def find_llm(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        found = Path(snapshot_download(path, allow_patterns=list(_WANTED)))
+        folder = Path(snapshot_download(path, allow_patterns=list(_FILES)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
@@ -59,14 +60,16 @@ def find_llm(path: str) -> Path:
             f" be had ({reason}): give a local folder; or fetch it where there is a network, with"
             f" 'hf download {path}' (once huggingface-cli download), and set HF_HUB_OFFLINE=1"
         ) from None
-    if not (found / "config.json").is_file():
-        raise UserError(f"model.llm.path: the hub's {path} holds no language model (config.json)")
-    return found
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.llm.path: the hub's {path} has no language model (config.json)")
+    return folder
 
 
 def llm_config(path: str):
-    """The settings of the model of ``model.llm.path``, without its weights and without a network:
-    of the folder, of the hub's model in the cache, or of a known name. `UserError` if it is none.
+    """The config of the model of ``model.llm.path``, without its weights and without a network.
+
+    From the folder, from the hub's model in the cache, or of a model in `QWEN3`. Raises
+    `UserError` where it is none of them.
     """
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig

@@ -1,11 +1,12 @@
-"""A language model whose weights are cut as they come: read tensor by tensor, or drawn at random.
+"""Loading a language model partitioned: no rank has it whole in memory.
 
 The model is built on the meta device from its config, LoRA's matrices included; each layer then
-gets its weights from the folder's safetensors files, a tensor at a time (`layerwise_init`).
-Values are those of `load_llm`, which holds the model whole.
+gets its weights from the folder's safetensors files, a tensor at a time, or drawn at random, and is
+partitioned before the next one (`layerwise_init`). The values are those of `load_llm`.
 
 Where a folder's tensors are not the model's one by one (transformers renames or joins those of some
-architectures, and unpacks quantized ones), it is loaded whole and then cut; `in_pieces` tells.
+architectures, and unpacks quantized ones; see `match_tensors`), the model is loaded whole and then
+partitioned.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dsasr.model import layerwise_init, lora
-from dsasr.model.layerwise_init import Cut
-from dsasr.model.llm import load_llm, read_llm_config
+from dsasr.model.layerwise_init import Partition
+from dsasr.model.llm import embedding_rms, load_llm, read_llm_config
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
-Adapt = Callable[[PreTrainedModel], None]  # puts LoRA's layers in
-DrawAdapter = Callable[[str, tuple[int, ...]], Tensor]  # a matrix, by name
+Adapt = Callable[[PreTrainedModel], None]  # injects LoRA's layers
+DrawAdapter = Callable[[str, tuple[int, ...]], Tensor]  # name, shape → a LoRA matrix
 
 
 class TensorFiles:
@@ -52,8 +53,8 @@ class TensorFiles:
             whole = self.folder / "model.safetensors"
             return [whole] if whole.is_file() else []
         try:
-            held = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({Path(name).name for name in held.values()})
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({Path(name).name for name in weight_map.values()})
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} cannot be read: {error}") from None
         for name in names:
@@ -64,14 +65,17 @@ class TensorFiles:
         return [self.folder / name for name in names]
 
     def read(self, name: str, into: Tensor) -> None:
-        """Fill ``into`` with the tensor. The file is mapped no longer than that takes."""
+        """Copy the tensor into ``into``; the file is mapped only meanwhile."""
         with safe_open(self._files[name], framework="pt") as file:
             into.copy_(file.get_tensor(name))
 
 
-def in_pieces(llm: PreTrainedModel, files: TensorFiles) -> dict[str, str] | None:
-    """The model's parameters and persistent buffers → the files' names of them; None where they are
-    not the same tensors. ``llm`` may be on the meta device and have LoRA's layers."""
+def match_tensors(llm: PreTrainedModel, files: TensorFiles) -> dict[str, str] | None:
+    """The model's parameters and persistent buffers → names of the same tensors in the files.
+
+    None where some tensor has no counterpart of its shape there, or transformers converts names or
+    values on loading. ``llm`` may be on the meta device and have LoRA's layers.
+    """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -85,14 +89,14 @@ def in_pieces(llm: PreTrainedModel, files: TensorFiles) -> dict[str, str] | None
     tied: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in _state(llm):
         tied.setdefault(id(tensor), []).append((name, tensor))
-    places: dict[str, str] = {}
+    file_names: dict[str, str] = {}
     for aliases in tied.values():
         plain = [lora.plain_name(name) for name, _ in aliases]
-        found = [n for n in plain if files.shapes.get(n) == tuple(aliases[0][1].shape)]
-        if not found:
+        matches = [n for n in plain if files.shapes.get(n) == tuple(aliases[0][1].shape)]
+        if not matches:
             return None
-        places |= {name: found[0] for name, _ in aliases}
-    return places
+        file_names |= {name: matches[0] for name, _ in aliases}
+    return file_names
 
 
 def _state(llm: nn.Module):
@@ -106,9 +110,9 @@ def _state(llm: nn.Module):
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def load_in_slices(
+def load_llm_partitioned(
     folder: Path,
-    cut: Cut,
+    partition: Partition,
     *,
     attn: str,
     dropout: float,
@@ -117,21 +121,21 @@ def load_in_slices(
 ) -> tuple[PreTrainedModel, float]:
     """`load_llm` with ``adapt`` applied, and the root mean square of its token embeddings.
 
-    No rank holds more than its slices and one layer's own parameters. Raises as `load_llm` does, on
-    all ranks. Collective.
+    A rank has at most its slices and one layer's own parameters in memory. Raises as `load_llm`
+    does, on all ranks. Collective.
     """
     config = read_llm_config(folder, dropout)
     files = TensorFiles(folder)
     llm = _on_meta(config, attn, adapt)
-    places = distributed.broadcast(in_pieces(llm, files))
-    if places is None:
-        return _whole(folder, cut, attn, dropout, adapt, draw_adapter)
-    _fill_buffers(llm, files, places)
+    file_names = distributed.broadcast(match_tensors(llm, files))
+    if file_names is None:
+        return _load_whole(folder, partition, attn, dropout, adapt, draw_adapter)
+    _fill_buffers(llm, files, file_names)
 
-    def draw(_layer: nn.Module, fresh: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in fresh.items():
-            if name in places:
-                files.read(places[name], parameter)
+    def fill_layer(_layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if name in file_names:
+                files.read(file_names[name], parameter)
             else:
                 parameter.copy_(draw_adapter(name, tuple(parameter.shape)))
 
@@ -139,47 +143,54 @@ def load_in_slices(
     if distributed.main_rank():
         embeddings = llm.get_input_embeddings().weight
         name = next(n for n, p in llm.named_parameters() if p is embeddings)
-        # Before the model's own copy of them is there, and squared in place: one tensor at a time.
+        # Before the model has its copy of them, and squared in place: one such tensor in memory.
         values = torch.empty(embeddings.shape)
-        files.read(places[name], values)
+        files.read(file_names[name], values)
         rms = float(values.square_().mean().sqrt())
         del values
-    layerwise_init.fill(llm, draw, cut)
+    layerwise_init.materialize(llm, fill_layer, partition)
     return llm.eval(), distributed.broadcast(rms)
 
 
-def _whole(folder, cut, attn, dropout, adapt, draw_adapter) -> tuple[PreTrainedModel, float]:
+def _load_whole(
+    folder: Path,
+    partition: Partition,
+    attn: str,
+    dropout: float,
+    adapt: Adapt | None,
+    draw_adapter: DrawAdapter | None,
+) -> tuple[PreTrainedModel, float]:
     if distributed.main_rank():
-        print(f"{folder}: each rank loads it whole before it is cut, for its tensors are not the "
-              "model's own", flush=True)  # fmt: skip
+        print(f"{folder}: each rank loads it whole before it is partitioned, for its tensors are "
+              "not the model's own", flush=True)  # fmt: skip
     llm = load_llm(folder, attn=attn, dropout=dropout)
     if adapt is not None:
         adapt(llm)
         _draw_adapters(dict(lora.adapters(llm)), draw_adapter)
-    rms = float(llm.get_input_embeddings().weight.detach().float().square().mean().sqrt())
-    layerwise_init.partition_all(llm, cut)
+    rms = embedding_rms(llm)
+    layerwise_init.partition_all(llm, partition)
     return llm, distributed.broadcast(rms)
 
 
-def _draw_adapters(fresh: Mapping[str, nn.Parameter], draw: DrawAdapter) -> None:
-    for name, parameter in fresh.items():
+def _draw_adapters(parameters: Mapping[str, nn.Parameter], draw: DrawAdapter) -> None:
+    for name, parameter in parameters.items():
         parameter.data.copy_(draw(name, tuple(parameter.shape)))
 
 
-def draw_at_random(
+def draw_llm(
     folder: Path,
     seed: int,
-    cut: Cut | None,
+    partition: Partition | None,
     *,
     attn: str,
     dropout: float,
     adapt: Adapt | None = None,
     draw_adapter: DrawAdapter | None = None,
 ) -> tuple[PreTrainedModel, float]:
-    """The model of config.json alone, its weights drawn from ``seed``, each layer by its own rule.
+    """A model of the folder's config.json with weights drawn from ``seed``; its embeddings' RMS.
 
-    Also gives the root mean square of its token embeddings. Without ``cut`` the model is whole, of
-    the same values. Torch's global random state is left as it was.
+    Each layer is drawn as transformers initializes it. Without ``partition`` the model is whole, of
+    the same values. Torch's global random state is left as it was. Collective with ``partition``.
     """
     llm = _on_meta(read_llm_config(folder, dropout), attn, adapt)
     _fill_buffers(llm)
@@ -189,20 +200,20 @@ def draw_at_random(
             owners |= {id(layer): module for layer in module.modules()}
     rms, embeddings = 0.0, llm.get_input_embeddings()
 
-    def draw(layer: nn.Module, fresh: Mapping[str, nn.Parameter]) -> None:
+    def fill_layer(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         nonlocal rms
-        drawn = {n: p for n, p in fresh.items() if lora.is_adapter(n)}
-        if drawn:
-            _draw_adapters(drawn, draw_adapter)
+        matrices = {n: p for n, p in parameters.items() if lora.is_adapter(n)}
+        if matrices:
+            _draw_adapters(matrices, draw_adapter)
         else:
             owners[id(layer)]._init_weights(layer)
         if layer is embeddings:
-            rms = float(layer.weight.detach().float().square().mean().sqrt())
+            rms = embedding_rms(llm)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layerwise_init.fill(llm, draw, cut)
-    return llm, distributed.broadcast(rms) if cut is not None else rms
+        layerwise_init.materialize(llm, fill_layer, partition)
+    return llm, distributed.broadcast(rms) if partition is not None else rms
 
 
 def _on_meta(config: PretrainedConfig, attn: str, adapt: Adapt | None) -> PreTrainedModel:
@@ -218,11 +229,12 @@ def _on_meta(config: PretrainedConfig, attn: str, adapt: Adapt | None) -> PreTra
 def _fill_buffers(
     llm: PreTrainedModel,
     files: TensorFiles | None = None,
-    places: Mapping[str, str] | None = None,
+    file_names: Mapping[str, str] | None = None,
 ) -> None:
-    """Buffers of a model on the meta device: tables by the layers' own rules, the rest from files.
+    """Fill the buffers of a model on the meta device: computed ones by their layers, others from
+    files.
 
-    As transformers does it: with every weight marked as done, initializing fills buffers alone.
+    As in transformers: with every weight marked as initialized, only buffers get values.
     """
     for parameter in llm.parameters():
         parameter._is_hf_initialized = True
@@ -235,5 +247,5 @@ def _fill_buffers(
     for path, layer in llm.named_modules():
         for name, buffer in layer._buffers.items():
             full = f"{path}.{name}" if path else name
-            if buffer is not None and places and full in places:
-                files.read(places[full], buffer)
+            if buffer is not None and file_names and full in file_names:
+                files.read(file_names[full], buffer)

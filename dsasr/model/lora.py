@@ -1,16 +1,16 @@
-"""LoRA: small trained matrices beside the language model's frozen ones (arXiv 2106.09685).
+"""LoRA: low-rank matrices trained beside the language model's frozen weights (arXiv 2106.09685).
 
     y = W·x + alpha / rank · B·A·dropout(x)        A: [rank, in], B: [out, rank], B = 0 at first
 
-The recipe's ``model.lora`` puts them into the loaded language model, and a stage trains them as its
-part ``lora``, in place of ``llm``; the layers are the library peft's. What is decided here:
+The recipe's ``model.lora`` injects them into the loaded language model, and a stage trains them as
+its part ``lora``, instead of ``llm``; the layers are the library peft's. Choices made here:
 
-- They are put into the model in place. A wrapper around it would hide the language model from all
-  that asks it for its base model, its embeddings or its head.
+- They are injected in place. A wrapper would hide the language model from code that needs its base
+  model, its embeddings or its head.
 - peft names the weight that it wraps ``X.base_layer.weight``. In checkpoints it is ``X.weight``, as
   without LoRA (`plain_name`); beside it lie ``X.lora_A.default.weight`` and ``X.lora_B.….weight``.
 - Each matrix is drawn from a generator of its own, seeded by its name: the same on every rank, for
-  any world size, and however ranks share the weights out.
+  any world size and partitioning.
 - The head and the embeddings are refused: the fused loss reads the head's weight, not its output,
   and the embeddings are usually the same tensor.
 - An export is merged, W + alpha / rank · B·A in float32, and is a plain language model again.
@@ -65,13 +65,13 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-# -- in ----------------------------------------------------------------------------------------
+# -- injection -----------------------------------------------------------------------------------
 
 
 def targeted(llm: PreTrainedModel, cfg: LoraConfig) -> dict[str, nn.Linear]:
-    """Name → linear layer that ``cfg`` adapts; of a model without LoRA yet, on any device.
+    """Name → linear layer that ``cfg`` adapts, of a model without LoRA yet, on any device.
 
-    Raises `UserError` for a target that is none of them.
+    Raises `UserError` for a target that is no such layer.
     """
     base, head = llm.base_model, llm.get_output_embeddings()
     prefix = "" if base is llm else f"{llm.base_model_prefix}."
@@ -89,8 +89,8 @@ def targeted(llm: PreTrainedModel, cfg: LoraConfig) -> dict[str, nn.Linear]:
                 f"model.lora.targets: '{target}' is none of the linear layers of the language "
                 f"model's blocks ({', '.join(kinds)}){nearest(target, kinds)}"
             )
-    chosen = cfg.targets or tuple(kinds)
-    return {name: m for name, m in linear.items() if name.rpartition(".")[2] in chosen}
+    targets = cfg.targets or tuple(kinds)
+    return {name: m for name, m in linear.items() if name.rpartition(".")[2] in targets}
 
 
 def count(llm: PreTrainedModel, cfg: LoraConfig) -> int:
@@ -99,7 +99,7 @@ def count(llm: PreTrainedModel, cfg: LoraConfig) -> int:
 
 
 def inject(llm: PreTrainedModel, cfg: LoraConfig, meta: bool = False) -> None:
-    """Put the layers into ``llm``, their matrices not yet drawn (`initial`), or without memory."""
+    """Inject the layers into ``llm``; `initial` draws their values. ``meta``: without memory."""
     _peft().inject_adapter_in_model(
         _peft_config(cfg, targeted(llm, cfg)), llm, _ADAPTER, low_cpu_mem_usage=meta
     )
@@ -131,7 +131,7 @@ def _peft_config(cfg: LoraConfig, layers: Mapping[str, Any], base: str | None = 
 
 
 def initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A matrix as training starts: A uniform in ±1/√in, as peft draws it, B zero; float32."""
+    """A matrix's initial value: A uniform in ±1/√in, as in peft, B zero; float32."""
     matrix = torch.zeros(shape)
     if is_adapter(name) and name.endswith(_A):
         bound = 1 / math.sqrt(shape[1])
@@ -139,7 +139,7 @@ def initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     return matrix
 
 
-# -- names and parts ---------------------------------------------------------------------------
+# -- names and parts -----------------------------------------------------------------------------
 
 
 def plain_name(name: str) -> str:
@@ -163,8 +163,8 @@ def part(module: nn.Module, name: str) -> list[nn.Parameter]:
     child = getattr(module, "llm" if name == PART else name, None)
     if child is None:
         return []
-    wanted = name == PART
-    return [p for n, p in child.named_parameters() if is_adapter(n) == wanted]
+    adapter = name == PART
+    return [p for n, p in child.named_parameters() if is_adapter(n) == adapter]
 
 
 def dropouts(llm: nn.Module) -> list[nn.Dropout]:
@@ -175,7 +175,7 @@ def dropouts(llm: nn.Module) -> list[nn.Dropout]:
     ]  # fmt: skip
 
 
-# -- out ---------------------------------------------------------------------------------------
+# -- export --------------------------------------------------------------------------------------
 
 
 def factors(name: str) -> tuple[str, str]:
@@ -193,8 +193,10 @@ def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, cfg: LoraConfig) -> Te
 def save_adapter(
     folder: Path, cfg: LoraConfig, matrices: Mapping[str, Tensor], base: str | None = None
 ) -> None:
-    """A folder that ``PeftModel.from_pretrained`` takes: ``matrices`` (named as in ``llm``) for the
-    language model that training started from, of the name ``base``."""
+    """Write a folder that ``PeftModel.from_pretrained`` loads.
+
+    ``matrices``: name in ``llm`` → A or B; ``base``: the language model that training started from.
+    """
     folder.mkdir()
     layers = {name.removesuffix(_A) for name in matrices if name.endswith(_A)}
     config = _peft_config(cfg, dict.fromkeys(layers), base)

@@ -1,4 +1,4 @@
-"""What a model's forward hands to the engine."""
+"""What a model's forward returns to the engine: the loss, and sums for the metrics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor
 class Outputs:
     """``loss`` is the mean over this rank's targets, a scalar to call ``backward`` on.
 
-    ``sums`` maps a name to (sum, count), both detached scalars: add them up over ranks and steps,
-    then divide. ``features_BSE`` and ``lengths_B`` are the encoder's frames, detached.
+    ``sums`` maps a metric to (sum, count), both detached scalars: added up over ranks and steps,
+    then divided.
     """
 
     loss: Tensor
     sums: dict[str, tuple[Tensor, Tensor]]
-    features_BSE: Tensor | None = None
-    lengths_B: Tensor | None = None

@@ -2,8 +2,8 @@
 
 The loss is on the transcript's tokens and the end token. Sequences are laid out by index, straight
 from valid positions: adaptor output is never padded, and logits exist at targets only, inside the
-fused kernel. Rows hold one utterance each, or several (``pack``), whose positions restart and which
-do not see each other; both give the same loss.
+fused kernel. A row has one utterance, or several (``pack``), whose positions restart and which do
+not attend to each other; both give the same loss.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
 from dsasr.model.encoders.conformer import Encoder, EncoderOutput
-from dsasr.model.llm import EntropyHead, LlmConfig
+from dsasr.model.llm import FusedLmHead, LlmConfig
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils.errors import UserError
 
 
 def plan_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
-    """Which utterances share a row of at most ``pack`` positions; 0: none do.
+    """The utterances of each row of at most ``pack`` positions; 0: one utterance a row.
 
     As many rows as first fit (longest first) needs, then filled evenly where that makes the longest
     row, which all are padded to, shorter. An utterance longer than ``pack`` has a row to itself.
@@ -58,7 +58,7 @@ def plan_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
 
 
 def ragged(starts_B: Tensor, counts_B: Tensor) -> Tensor:
-    """start_0 … start_0 + count_0 - 1, start_1 … as one vector."""
+    """The ranges start_b … start_b + count_b - 1, concatenated."""
     ends_B = counts_B.cumsum(0)
     total = int(ends_B[-1]) if len(ends_B) else 0
     return torch.repeat_interleave(starts_B - ends_B + counts_B, counts_B) + torch.arange(total)
@@ -66,12 +66,12 @@ def ragged(starts_B: Tensor, counts_B: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies in R rows of L positions; indices into [R·L], on the CPU.
+    """Positions of speech, text and targets in R rows of L; indices into [R·L], on the CPU.
 
     ``speech_N``: the speech embeddings, utterance by utterance; ``text_M``: all prefixes, all
     suffixes, all transcripts (without the end token, which is a target only); ``targets_N``: the
     positions that predict the transcript and the end token; ``positions_RL`` restart with each
-    utterance; ``starts_B`` and ``lengths_B``: the utterances' places.
+    utterance; ``starts_B`` and ``lengths_B``: where each utterance begins, and its positions.
     """
 
     rows: int
@@ -159,7 +159,7 @@ class SpeechLLM(nn.Module):
         self.encoder, self.adaptor, self.llm = encoder, adaptor, llm
         self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
         self.cfg, self.spec, self.chunks = cfg, spec, chunks
-        EntropyHead.replace(llm)
+        FusedLmHead.replace(llm)
         self._lora = [p for _, p in lora.adapters(llm)]
         self._lora_dropouts = lora.dropouts(llm)
         if cfg.activation_checkpointing:
@@ -169,24 +169,24 @@ class SpeechLLM(nn.Module):
             enable(activation_checkpointing.options(keep=cfg.recompute == "cheap"))
 
     @property
-    def head(self) -> EntropyHead:
+    def head(self) -> FusedLmHead:
         return self.llm.get_output_embeddings()
 
     def forward(self, batch: Batch, audio: bool = True) -> Outputs:
         """The mean NLL of the transcript's tokens and the end token, in nats.
 
-        sums: "nll", "entropy" (of the prediction, nats) and "accuracy" (greedy token right), per
+        sums: "nll", "entropy" (of the prediction, nats) and "accuracy" (of greedy prediction), per
         target. ``audio=False`` leaves the speech out of the sequence: the language model alone. A
         batch without utterances runs every part once, for its collectives, and weighs nothing.
 
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch if len(batch) else placeholder(batch, self.encoder.cfg.mels, self.pad_id)
+        batch = batch.or_silence(self.encoder.cfg.mels, self.pad_id)
         # From the host: a copy from the GPU would wait for all that is queued there.
         frame_lengths_B = batch.host.feature_lengths_B.cpu()
         token_lengths_B = batch.host.token_lengths_B.cpu()
-        self._settle()
+        self._set_modes()
         if self.training:
             seed_dropout(batch)
         frames_BSE = self._frames(batch) if audio else None
@@ -226,7 +226,7 @@ class SpeechLLM(nn.Module):
     @torch.no_grad()
     def prompts(self, batch: Batch, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
         """[prefix | speech | suffix] as embeddings [B, L, D], padded on the left; and lengths_B."""
-        self._settle()
+        self._set_modes()
         frames_BSE = self.encode(batch, chunk).frames_BSE
         frame_lengths_B = batch.host.feature_lengths_B.cpu()
         speech_B = self._speech_lengths(frame_lengths_B)
@@ -242,8 +242,8 @@ class SpeechLLM(nn.Module):
             return 1 << 62  # variable-length attention has no use for rows
         return self.cfg.pack
 
-    def _settle(self) -> None:
-        """Frozen parts in eval mode, the others in the mode of the whole."""
+    def _set_modes(self) -> None:
+        """Eval mode for frozen parts, the whole model's mode for the others."""
         for part in (self.encoder, self.adaptor, self.llm):
             training = self.training and _trainable(part)
             if part.training == training:
@@ -255,17 +255,17 @@ class SpeechLLM(nn.Module):
                 for layer in part.modules():
                     if isinstance(layer, GradientCheckpointingLayer):
                         layer.training = True
-        # Not by the part's mode, which is also that of a language model trained around them.
+        # Not the part's mode: a stage that trains the language model keeps its matrices frozen.
         training = self.training and any(p.requires_grad for p in self._lora)
         for dropout in self._lora_dropouts:
             dropout.training = training
 
     def _packed_mask(self, positions_RL: Tensor | None) -> Tensor | None:
-        """[R, 1, L, L], True where a position sees another of its utterance, itself included.
+        """[R, 1, L, L], True where a position attends to another of its utterance, or to itself.
 
-        transformers makes the same from the positions, but asks the GPU on the way whether there is
-        more than one utterance. None where it has to make its own: no packing, other attention, or
-        layers that see less than all.
+        transformers builds the same from the positions, but syncs with the GPU to see whether there
+        is more than one utterance. None where it has to build its own: no packing, an attention
+        other than sdpa, or layers with a sliding window.
         """
         config = self.llm.config.get_text_config()
         windows = getattr(config, "sliding_window", None) is not None
@@ -302,7 +302,7 @@ class SpeechLLM(nn.Module):
         frames_BSE: Tensor | None,
         token_ids: Tensor,
     ) -> Tensor:
-        """Token and speech embeddings at their places, zeros elsewhere: [R, L, D]."""
+        """Token and speech embeddings at their positions, zeros elsewhere: [R, L, D]."""
         device, utterances = token_ids.device, len(frame_lengths_B)
         prompt = self.prefix_ids * utterances + self.suffix_ids * utterances
         ids = torch.cat((upload(torch.tensor(prompt, dtype=torch.int64), device), token_ids))
@@ -319,9 +319,9 @@ class SpeechLLM(nn.Module):
         return embeds.view(layout.rows, layout.length, -1)
 
     def _outputs(self, hidden_ND: Tensor, targets_N: Tensor, weight: float) -> Outputs:
-        nll_N, entropy_N, right_N = self.head(hidden_ND, targets_N)
+        nll_N, entropy_N, correct_N = self.head(hidden_ND, targets_N)
         count = nll_N.new_full((), targets_N.numel() * weight, dtype=torch.float64)
-        named = {"nll": nll_N, "entropy": entropy_N, "accuracy": right_N}
+        named = {"nll": nll_N, "entropy": entropy_N, "accuracy": correct_N}
         sums = {
             name: (values.detach().sum(dtype=torch.float64) * weight, count)
             for name, values in named.items()
@@ -331,17 +331,3 @@ class SpeechLLM(nn.Module):
 
 def _trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def placeholder(batch: Batch, mels: int, token: int) -> Batch:
-    """One short utterance of silence, for a rank that has nothing but must keep step."""
-    return dataclasses.replace(
-        batch,
-        origin=placeholder(batch.origin, mels, token) if batch.origin is not None else None,
-        features_BTF=batch.features_BTF.new_zeros(1, 16, mels),
-        feature_lengths_B=batch.feature_lengths_B.new_full((1,), 16),
-        phonemes_BP=batch.phonemes_BP.new_ones(1, 1),
-        phoneme_lengths_B=batch.phoneme_lengths_B.new_ones(1),
-        tokens_BU=batch.tokens_BU.new_full((1, 1), token),
-        token_lengths_B=batch.token_lengths_B.new_ones(1),
-    )

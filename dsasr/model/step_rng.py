@@ -1,4 +1,4 @@
-"""All randomness of a step derives from its batch's seed."""
+"""Random generators of a step, all derived from its batch's seed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dsasr.data.batch import Batch
 
 
 def derive_seed(batch: Batch, purpose: str) -> int:
-    """A 63-bit seed of its own for ``purpose``; differs over ranks even if ``batch.seed`` does not.
+    """A 63-bit seed for ``purpose``; differs between ranks even if ``batch.seed`` does not.
 
-    The batch's first key tells the ranks apart: no two hold the same utterance at a step.
+    The batch's first key makes the difference: no two ranks have the same utterance at a step.
     """
     first = batch.keys[0] if batch.keys else ""
     digest = hashlib.blake2b(f"{batch.seed} {purpose} {first}".encode(), digest_size=8).digest()
@@ -20,7 +20,7 @@ def derive_seed(batch: Batch, purpose: str) -> int:
 
 
 def step_generator(batch: Batch, purpose: str) -> torch.Generator:
-    """A fresh CPU generator for ``purpose``."""
+    """A CPU generator, seeded for ``purpose``."""
     return torch.Generator().manual_seed(derive_seed(batch, purpose))
 
 

@@ -81,24 +81,13 @@ def synthetic_batch(shape: Shape, mels: int, phonemes: int, tokens: int) -> Batc
     labels = torch.arange(spoken) % max(phonemes - 1, 1) + 1  # no two alike beside each other
     said = max(shape.tokens, 1)
     generator = torch.Generator().manual_seed(0)
-    empty = ("",) * count
-    return Batch(
-        features_BTF=torch.randn(count, frames, mels, generator=generator),
-        feature_lengths_B=torch.full((count,), frames),
+    return Batch.blank(
+        torch.randn(count, frames, mels, generator=generator),
         phonemes_BP=labels.repeat(count, 1),
-        phoneme_lengths_B=torch.full((count,), spoken),
         tokens_BU=torch.randint(tokens, (count, said), generator=generator),
-        token_lengths_B=torch.full((count,), said),
         keys=tuple(f"synthetic-{i}" for i in range(count)),
-        shards=empty,
-        texts=empty,
-        langs=empty,
-        speakers=empty,
         durations=(frames / 100,) * count,
         seed=1,
-        epoch=0,
-        number=0,
-        state={},
     )
 
 

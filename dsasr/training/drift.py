@@ -17,7 +17,6 @@ from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.entropy_allocation.cka import LayerCka
-from dsasr.model.speech_llm import placeholder
 from dsasr.stages import DriftConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -86,10 +85,9 @@ class DriftMonitor:
         with branch.evaluating() as module:
             for batch in self.probe:
                 # A rank without an utterance of its own must still make the collective calls.
-                real = batch if len(batch) else placeholder(batch, module.encoder.cfg.mels, 0)
-                moved = real.to(distributed.device())
+                nonempty = batch.or_silence(module.encoder.cfg.mels).to(distributed.device())
                 out = module.encoder(
-                    moved.features_BTF, moved.feature_lengths_B, layers=self.config.layers
+                    nonempty.features_BTF, nonempty.feature_lengths_B, layers=self.config.layers
                 )
                 for i, key in enumerate(batch.keys):
                     length = int(out.lengths_B[i])

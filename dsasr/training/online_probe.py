@@ -41,7 +41,6 @@ from dsasr.entropy_allocation.frame_labels import Labeled, Numbering
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.predictive_entropy import Allocation
 from dsasr.entropy_allocation.v_information import VInformationConfig, csai, pai
-from dsasr.model.speech_llm import placeholder
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
 from dsasr.tracking.monitor import Monitor
@@ -256,12 +255,9 @@ class OnlineProbe:
 
 
 def _encoded(module, batch: Batch):
-    """The encoder's output. A rank without an utterance of its own shows a placeholder, for it must
-    still make the collective calls."""
-    pad_id = getattr(module, "pad_id", 0)
-    real = batch if len(batch) else placeholder(batch, module.encoder.cfg.mels, pad_id)
-    moved = real.to(distributed.device())
-    return module.encoder(moved.features_BTF, moved.feature_lengths_B)
+    """The encoder's output; collective, also for a rank whose batch has no utterance."""
+    nonempty = batch.or_silence(module.encoder.cfg.mels).to(distributed.device())
+    return module.encoder(nonempty.features_BTF, nonempty.feature_lengths_B)
 
 
 def _frames(out, batch: Batch) -> dict[str, Tensor]:

@@ -50,23 +50,13 @@ def make_batch(*frames, seed=3):
     features = torch.randn(B, max(frames, default=0), 12, generator=generator).double()
     for row in range(B):
         features[row, frames[row] :] = 0
-    return Batch(
-        features_BTF=features,
+    return Batch.blank(
+        features,
         feature_lengths_B=torch.tensor(frames, dtype=torch.int64),
-        phonemes_BP=torch.zeros(B, 0, dtype=torch.int64),
-        phoneme_lengths_B=torch.zeros(B, dtype=torch.int64),
         tokens_BU=torch.full((B, 1), END),
-        token_lengths_B=torch.ones(B, dtype=torch.int64),
         keys=tuple(f"key{row}" for row in range(B)),
-        shards=("s",) * B,
-        texts=("",) * B,
-        langs=("en",) * B,
-        speakers=("x",) * B,
         durations=tuple(length / 100 for length in frames),
         seed=seed,
-        epoch=0,
-        number=0,
-        state={},
     )
 
 

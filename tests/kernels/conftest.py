@@ -1,7 +1,7 @@
-"""Every op is held to the float64 reference in each way that it can be computed here.
+"""Every op is compared with the float64 reference in each implementation that runs here.
 
-Triton takes part where there is a GPU, or when the process began with TRITON_INTERPRET=1;
-test_interpreted.py starts one that did.
+Triton is among them where there is a GPU, or when the process began with TRITON_INTERPRET=1, as
+that of test_interpreted.py does.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def implementation(request, monkeypatch):
-    """ "torch" as it is, "tiles" cut small, "triton" cut small too; the name and the device."""
+    """ "torch", "tiles" (torch in small tiles) or "triton" (in small tiles too)."""
     name = request.param
     monkeypatch.setenv("DSASR_KERNELS", "triton" if name == "triton" else "torch")
     if name != "torch":
         monkeypatch.setattr(linear_cross_entropy, "_SMALL_LOGITS", 0)
-        monkeypatch.setattr(linear_cross_entropy, "_cut", lambda rows, columns, device: (150, 96))
+        monkeypatch.setattr(
+            linear_cross_entropy, "_tile_size", lambda rows, columns, device: (150, 96)
+        )
         monkeypatch.setattr(torch_logit_tiles, "_TILE_LOGITS", 1000)
     return name
 
@@ -42,11 +44,15 @@ def device(implementation):
     return "cuda" if implementation == "triton" and GPU else "cpu"
 
 
-def _error(got, want):
-    """‖got − want‖ / ‖want‖, absolute where ``want`` is next to nothing. NaN is the worst."""
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    assert got.shape == want.shape
-    error = float((got - want).norm() / max(float(want.norm()), 1e-3)) if want.numel() else 0.0
+def _error(actual, expected):
+    """‖actual − expected‖ / ‖expected‖, absolute where ``expected`` is near 0; NaN is inf."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert actual.shape == expected.shape
+    error = (
+        float((actual - expected).norm() / max(float(expected.norm()), 1e-3))
+        if expected.numel()
+        else 0.0
+    )
     return float("inf") if error != error else error
 
 

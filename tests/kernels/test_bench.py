@@ -12,14 +12,22 @@ def test_the_benchmark_runs_to_the_end_and_records_its_lines(tmp_path):
     env = {**os.environ, "DSASR_BENCH_RESULTS": str(results), "PYTHONPATH": str(ROOT)}
     env.pop("TRITON_INTERPRET", None)
     script = ROOT / "tools" / "bench" / "kernels.py"
-    command = [sys.executable, str(script), "--small", "--rounds", "1", "--ops", "linear_entropy"]
-    done = subprocess.run(
+    command = [
+        sys.executable,
+        str(script),
+        "--small",
+        "--rounds",
+        "1",
+        "--ops",
+        "linear_cross_entropy",
+    ]
+    process = subprocess.run(
         [*command, "--without", "compile", "torch_no_entropy", "eager_no_entropy"],
         capture_output=True,
         text=True,
         env=env,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["side"] for line in lines] == ["ours", "eager"]
     ours = lines[0]

@@ -15,9 +15,11 @@ PROGRAM = Path(__file__).parent.parent / "programs" / "compile_kernels.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler is a Linux program")
 def test_kernels_compile_for_hopper(tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    process = subprocess.run(
+        [sys.executable, str(PROGRAM)], capture_output=True, text=True, env=env
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    lines = {line.split()[0]: line for line in process.stdout.splitlines()}
     assert {"update", "finish", "gradient", "rows", "rows_back", "slope"} <= set(lines)
     for name in ("update", "finish", "gradient", "slope"):
         assert "stack=0" in lines[name] and "wide_loads=True" in lines[name], lines[name]

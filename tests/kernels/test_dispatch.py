@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsasr.kernels import dispatch
+from dsasr.kernels.adaptor import AdaptorWeights
 from dsasr.kernels.kernel_launch import KernelError, launch
 from dsasr.utils.errors import UserError
 
@@ -28,29 +29,29 @@ def program(code, **env):
 
 
 def test_auto_takes_triton_on_cuda_alone():
-    assert dispatch.chosen("linear_entropy", "cpu") == "torch"
-    assert dispatch.chosen("linear_entropy", "cuda", torch.float64) == "torch"
+    assert dispatch.implementation("linear_cross_entropy", "cpu") == "torch"
+    assert dispatch.implementation("linear_cross_entropy", "cuda", torch.float64) == "torch"
     if dispatch.importlib.util.find_spec("triton"):
-        assert dispatch.chosen("linear_entropy", "cuda", torch.bfloat16) == "triton"
+        assert dispatch.implementation("linear_cross_entropy", "cuda", torch.bfloat16) == "triton"
 
 
 def test_cuda_without_triton_is_an_error(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="DSASR_KERNELS=torch"):
-        dispatch.chosen("linear_entropy", "cuda")
+        dispatch.implementation("linear_cross_entropy", "cuda")
 
 
 def test_the_environment_outranks_the_recipe(monkeypatch):
     dispatch.select("reference")
-    assert dispatch.chosen("adaptor", "cpu") == "reference"
+    assert dispatch.implementation("adaptor", "cpu") == "reference"
     monkeypatch.setenv("DSASR_KERNELS", "torch")
-    assert dispatch.chosen("adaptor", "cpu") == "torch"
+    assert dispatch.implementation("adaptor", "cpu") == "torch"
 
 
 def test_unknown_names_are_refused(monkeypatch):
     with pytest.raises(UserError, match="auto, triton, torch, reference"):
         dispatch.select("cuda")
-    assert dispatch.chosen("adaptor", "cpu") == "torch"
+    assert dispatch.implementation("adaptor", "cpu") == "torch"
     monkeypatch.setenv("DSASR_KERNELS", "fast")
     with pytest.raises(UserError, match="DSASR_KERNELS='fast'"):
         dispatch.softmax_entropy(torch.zeros(2, 3))
@@ -63,7 +64,7 @@ def test_triton_without_a_gpu_is_an_error(monkeypatch):
     with pytest.raises(UserError, match="do not run on cpu"):
         dispatch.softmax_entropy(torch.zeros(2, 3))
     with pytest.raises(UserError, match="no float64"):
-        dispatch.chosen("softmax_entropy", "cuda", torch.float64)
+        dispatch.implementation("softmax_entropy", "cuda", torch.float64)
 
 
 def test_the_choice_is_logged_once(caplog):
@@ -76,7 +77,7 @@ def test_the_choice_is_logged_once(caplog):
 def test_reference_is_the_reference(monkeypatch):
     dispatch.select("reference")
     calls = []
-    for name in ("linear_entropy", "softmax_entropy", "adaptor"):
+    for name in ("linear_cross_entropy", "softmax_entropy", "adaptor"):
         original = getattr(dispatch.reference, name)
         monkeypatch.setattr(
             dispatch.reference,
@@ -84,11 +85,11 @@ def test_reference_is_the_reference(monkeypatch):
             lambda *a, original=original, name=name, **k: calls.append(name) or original(*a, **k),
         )
     x = torch.randn(4, 3)
-    nll, _ = dispatch.linear_entropy(x, x, torch.arange(4))
+    nll = dispatch.linear_cross_entropy(x, x, torch.arange(4))
     assert nll.shape == (4,)
     dispatch.softmax_entropy(x)
-    dispatch.adaptor(x[None], torch.tensor([4]), x, None, x.T, None, stack=1)
-    assert calls == ["linear_entropy", "softmax_entropy", "softmax_entropy", "adaptor"]
+    dispatch.adaptor(x[None], torch.tensor([4]), AdaptorWeights(x, None, x.T, None, stack=1))
+    assert calls == ["linear_cross_entropy", "softmax_entropy", "adaptor"]
 
 
 def test_a_kernel_that_fails_says_how_to_go_on_without_it():
@@ -106,7 +107,7 @@ def test_a_kernel_that_fails_says_how_to_go_on_without_it():
 
     x = torch.zeros(1)
     with pytest.raises(KernelError, match=r"update_kernel failed on cpu \(ValueError: no such"):
-        launch(Kernel(ValueError("no such instruction\nmore")), (1,), x)
+        launch(Kernel(ValueError("no such instruction\nsecond line")), (1,), x)
     with pytest.raises(KernelError, match="DSASR_KERNELS=torch"):
         launch(Kernel(RuntimeError()), (1,), x)
     with pytest.raises(torch.OutOfMemoryError):
@@ -121,5 +122,5 @@ def test_importing_the_ops_imports_no_triton():
     )
     assert program(code).returncode == 0
     blocked = "import sys; sys.modules['triton'] = None; import dsasr.kernels.dispatch as k, torch;"
-    done = program(blocked + "print(k.softmax_entropy(torch.zeros(1, 2)).item())")
-    assert done.stdout.startswith("0.693"), done.stderr
+    process = program(blocked + "print(k.softmax_entropy(torch.zeros(1, 2)).item())")
+    assert process.stdout.startswith("0.693"), process.stderr

@@ -1,4 +1,4 @@
-"""Triton's interpreter must be chosen before Triton is first imported: in a process of its own."""
+"""The Triton kernels in the interpreter, which is switched on before Triton is first imported."""
 
 import importlib.util
 import os
@@ -17,12 +17,14 @@ HERE = Path(__file__).parent
 def test_every_kernel_under_the_interpreter():
     ops = ("linear_cross_entropy", "softmax_entropy", "adaptor")
     files = [HERE / f"test_{op}.py" for op in ops]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", *files],
         capture_output=True,
         text=True,
         cwd=HERE.parent.parent,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and int(passed[1]) > 100, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", process.stdout)
+    assert process.returncode == 0 and int(passed[1]) > 100, (
+        process.stdout[-5000:] + process.stderr[-2000:]
+    )

@@ -35,28 +35,33 @@ def problem(rows, columns, width, dtype=torch.float32, device="cpu", seed=0, bia
     return tensors, targets.to(device)
 
 
+def nll_and_entropy(op, *args, **options):
+    return op(*args, **options, return_entropy=True)
+
+
 def results(op, tensors, targets, upstream, **options):
-    """nll, entropy and the gradients of Σ upstream · (nll, entropy)."""
+    """[nll, entropy, gradients of Σ upstream · (nll, entropy)], correct."""
     bias = tensors[2] if len(tensors) > 2 else None
-    nll, entropy, right = op(*tensors[:2], targets, bias_V=bias, **options)
+    options |= {"return_entropy": True, "return_accuracy": True}
+    nll, entropy, correct = op(*tensors[:2], targets, bias_V=bias, **options)
     loss = (nll * upstream[0].to(nll) + entropy * upstream[1].to(nll)).sum()
-    return [nll, entropy, *torch.autograd.grad(loss, tensors)], right
+    return [nll, entropy, *torch.autograd.grad(loss, tensors)], correct
 
 
 def compare(tensors, targets, error, upstream=None, tolerance=None, **options):
     upstream = torch.randn(2, len(targets)) if upstream is None else upstream
     dtype = tensors[0].dtype
-    got, right = results(dispatch.linear_entropy_right, tensors, targets, upstream, **options)
+    actual, correct = results(dispatch.linear_cross_entropy, tensors, targets, upstream, **options)
     wide = [x.detach().cpu().double().requires_grad_() for x in tensors]
-    want, right_want = results(
-        reference.linear_entropy, wide, targets.cpu(), upstream.cpu(), **options
+    expected, correct_expected = results(
+        reference.linear_cross_entropy, wide, targets.cpu(), upstream.cpu(), **options
     )
-    for place, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert error(a, b) <= (tolerance or TOLERANCE[dtype])[place > 1], place
-    assert all(x.dtype == torch.promote_types(dtype, torch.float32) for x in got[:2])
-    assert all(x.dtype == dtype for x in got[2:])
-    assert torch.equal(right.cpu(), right_want)
-    return got
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert error(a, b) <= (tolerance or TOLERANCE[dtype])[i > 1], i
+    assert all(x.dtype == torch.promote_types(dtype, torch.float32) for x in actual[:2])
+    assert all(x.dtype == dtype for x in actual[2:])
+    assert torch.equal(correct.cpu(), correct_expected)
+    return actual
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -77,13 +82,13 @@ def test_odd_numbers_of_rows(implementation, device, error):
 
 def test_a_vocabulary_of_one_is_certain(implementation, device):
     tensors, targets = problem(9, 1, 3, device=device, bias=True)
-    got, right = results(dispatch.linear_entropy_right, tensors, targets, torch.ones(2, 9))
-    assert all(float(x.detach().abs().max()) < 1e-6 for x in got)
-    assert torch.equal(right.cpu(), targets.cpu() >= 0)
+    actual, correct = results(dispatch.linear_cross_entropy, tensors, targets, torch.ones(2, 9))
+    assert all(float(x.detach().abs().max()) < 1e-6 for x in actual)
+    assert torch.equal(correct.cpu(), targets.cpu() >= 0)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 21])
-def test_the_vocabulary_of_a_real_model(limit, monkeypatch, error):
+def test_the_vocabulary_of_qwen3(limit, monkeypatch, error):
     monkeypatch.setattr(linear_cross_entropy, "_SMALL_LOGITS", limit)
     tensors, _ = problem(3, 151_936, 4)
     targets = torch.tensor([151_935, -100, 151_808])
@@ -94,15 +99,17 @@ def test_the_vocabulary_of_a_real_model(limit, monkeypatch, error):
 def test_gradcheck(options, monkeypatch):
     options = dict(options)
     monkeypatch.setenv("DSASR_KERNELS", "torch")
-    for cut in (None, (3, 4)):
-        if cut:
+    for tile in (None, (3, 4)):
+        if tile:
             monkeypatch.setattr(linear_cross_entropy, "_SMALL_LOGITS", 0)
-            monkeypatch.setattr(linear_cross_entropy, "_CPU_TILE", cut)
+            monkeypatch.setattr(linear_cross_entropy, "_CPU_TILE", tile)
         tensors, targets = problem(5, 11, 3, torch.float64, bias="bias" in options)
         rest = {k: v for k, v in options.items() if k != "bias"}
 
         def op(hidden, weight, bias=None, targets=targets, rest=rest):
-            return dispatch.linear_entropy(hidden, weight, targets, bias_V=bias, **rest)
+            return nll_and_entropy(
+                dispatch.linear_cross_entropy, hidden, weight, targets, bias_V=bias, **rest
+            )
 
         assert torch.autograd.gradcheck(op, tensors)
 
@@ -124,8 +131,8 @@ def test_rows_of_very_negative_logits(implementation, device, error):
         tensors[0][:, 0] = 1.0
         tensors[1][:, 0] = -3e4
     # A float32 near 3e4 has steps of 0.002.
-    got = compare(tensors, targets, error, tolerance=(1e-2, 1e-2))
-    assert float(got[1].detach().max()) > 1
+    actual = compare(tensors, targets, error, tolerance=(1e-2, 1e-2))
+    assert float(actual[1].detach().max()) > 1
 
 
 def test_masked_vocabulary(implementation, device, error):
@@ -140,11 +147,11 @@ def test_masked_vocabulary(implementation, device, error):
 
 def test_no_target_at_all(implementation, device):
     tensors, targets = problem(20, 200, 4, device=device)
-    got, right = results(
-        dispatch.linear_entropy_right, tensors, torch.full_like(targets, -100), torch.ones(2, 20)
+    actual, correct = results(
+        dispatch.linear_cross_entropy, tensors, torch.full_like(targets, -100), torch.ones(2, 20)
     )
-    assert all(float(x.detach().abs().max()) == 0 for x in got)
-    assert not right.any()
+    assert all(float(x.detach().abs().max()) == 0 for x in actual)
+    assert not correct.any()
 
 
 def test_another_ignored_index(implementation, device, error):
@@ -159,7 +166,7 @@ def test_a_target_outside_the_vocabulary(implementation, device):
     for wrong in (200, -1):
         targets[3] = wrong
         with pytest.raises(IndexError, match="vocabulary of 200"):
-            dispatch.linear_entropy(*tensors, targets)
+            dispatch.linear_cross_entropy(*tensors, targets)
 
 
 def test_strides_of_inputs_and_of_gradients(implementation, device, error):
@@ -171,40 +178,53 @@ def test_strides_of_inputs_and_of_gradients(implementation, device, error):
     compare([hidden, weight], spread, error, upstream=upstream)
     uniform = torch.full((), 0.3).expand(2, 22)
     compare([hidden, weight], spread, error, upstream=uniform)
-    nll, _ = dispatch.linear_entropy(hidden, weight, spread)
+    nll = dispatch.linear_cross_entropy(hidden, weight, spread)
     nll.mean().backward()  # a gradient of stride 0
-    nll_want = reference.linear_entropy(hidden.detach(), weight.detach(), spread)[0]
-    assert error(nll, nll_want) < 1e-6
+    nll_expected = reference.linear_cross_entropy(hidden.detach(), weight.detach(), spread)
+    assert error(nll, nll_expected) < 1e-6
 
 
-def test_inputs_stay_as_they_are(implementation, device):
+def test_inputs_are_not_changed(implementation, device):
     tensors, targets = problem(40, 200, 4, device=device, bias=True)
     before = [x.detach().clone() for x in (*tensors, targets)]
     upstream = torch.randn(2, 40, device=device)
-    kept = upstream.clone()
+    upstream_before = upstream.clone()
     bias = tensors[2]
-    outputs = dispatch.linear_entropy(*tensors[:2], targets, bias_V=bias, soft_cap=4.0)
+    options = {"bias_V": bias, "soft_cap": 4.0}
+    outputs = nll_and_entropy(dispatch.linear_cross_entropy, *tensors[:2], targets, **options)
     first = torch.autograd.grad(outputs, tensors, list(upstream), retain_graph=True)
     second = torch.autograd.grad(outputs, tensors, list(upstream))
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, before, (*tensors, targets)))
-    assert torch.equal(kept, upstream)
+    assert torch.equal(upstream_before, upstream)
 
 
-def test_only_what_is_asked_for(implementation, device, error):
+def test_only_the_gradients_asked_for(implementation, device, error):
     tensors, targets = problem(30, 130, 6, device=device)
     wide = [x.detach().cpu().double().requires_grad_() for x in tensors]
     for output in (0, 1):  # the gradient of one of the two results alone
-        got = torch.autograd.grad(dispatch.linear_entropy(*tensors, targets)[output].sum(), tensors)
-        want = torch.autograd.grad(
-            reference.linear_entropy(*wide, targets.cpu())[output].sum(), wide
-        )
-        assert all(error(a, b) < 3e-6 for a, b in zip(got, want, strict=True))
+        out = nll_and_entropy(dispatch.linear_cross_entropy, *tensors, targets)[output]
+        expected = nll_and_entropy(reference.linear_cross_entropy, *wide, targets.cpu())[output]
+        actual_grads = torch.autograd.grad(out.sum(), tensors)
+        expected_grads = torch.autograd.grad(expected.sum(), wide)
+        pairs = zip(actual_grads, expected_grads, strict=True)
+        assert all(error(a, b) < 3e-6 for a, b in pairs)
     frozen = tensors[1].detach()
-    dispatch.linear_entropy(tensors[0], frozen, targets)[0].sum().backward()
+    dispatch.linear_cross_entropy(tensors[0], frozen, targets).sum().backward()
     assert frozen.grad is None and tensors[0].grad is not None
     with torch.no_grad():
-        assert dispatch.linear_entropy(*tensors, targets)[0].grad_fn is None
+        assert dispatch.linear_cross_entropy(*tensors, targets).grad_fn is None
+
+
+def test_results_are_returned_as_asked_for(implementation, device):
+    tensors, targets = problem(30, 130, 6, device=device)
+    for op in (dispatch.linear_cross_entropy, reference.linear_cross_entropy):
+        nll, entropy, correct = op(*tensors, targets, return_entropy=True, return_accuracy=True)
+        assert torch.equal(op(*tensors, targets), nll)
+        pairs = op(*tensors, targets, return_entropy=True), (nll, entropy)
+        assert all(map(torch.equal, *pairs))
+        pairs = op(*tensors, targets, return_accuracy=True), (nll, correct)
+        assert all(map(torch.equal, *pairs))
 
 
 def test_tied_embeddings_get_both_gradients(implementation, device, error):
@@ -212,12 +232,14 @@ def test_tied_embeddings_get_both_gradients(implementation, device, error):
     ids = torch.randint(0, 60, (30,))
 
     def loss(op, weight, targets):
-        return op(weight[ids.to(weight.device)], weight, targets)[0].mean()
+        return op(weight[ids.to(weight.device)], weight, targets).mean()
 
-    (got,) = torch.autograd.grad(loss(dispatch.linear_entropy, weight, targets), weight)
+    (actual,) = torch.autograd.grad(loss(dispatch.linear_cross_entropy, weight, targets), weight)
     wide = weight.detach().cpu().double().requires_grad_()
-    (want,) = torch.autograd.grad(loss(reference.linear_entropy, wide, targets.cpu()), wide)
-    assert error(got, want) < 3e-6
+    (expected,) = torch.autograd.grad(
+        loss(reference.linear_cross_entropy, wide, targets.cpu()), wide
+    )
+    assert error(actual, expected) < 3e-6
 
 
 def test_a_weight_that_is_released_between_the_passes(implementation, device, error):
@@ -226,14 +248,14 @@ def test_a_weight_that_is_released_between_the_passes(implementation, device, er
     weight = torch.nn.Parameter(tensors[1].detach().clone())
     gathered = weight.data
     died = weakref.ref(gathered.untyped_storage())
-    nll, entropy = dispatch.linear_entropy(tensors[0], weight, targets)
+    nll, entropy = nll_and_entropy(dispatch.linear_cross_entropy, tensors[0], weight, targets)
     weight.data = torch.empty(0, device=device)
     del gathered
-    assert died() is None, "something holds the gathered weight"
+    assert died() is None, "something keeps the gathered weight alive"
     weight.data = tensors[1].detach().clone()
     (nll + 0.5 * entropy).mean().backward()
     wide = [x.detach().cpu().double().requires_grad_() for x in tensors]
-    nll, entropy, _ = reference.linear_entropy(*wide, targets.cpu())
+    nll, entropy = nll_and_entropy(reference.linear_cross_entropy, *wide, targets.cpu())
     (nll + 0.5 * entropy).mean().backward()
     assert error(weight.grad, wide[1].grad) < 3e-6
     assert error(tensors[0].grad, wide[0].grad) < 3e-6
@@ -255,7 +277,7 @@ class Largest(TorchDispatchMode):
 def test_the_logits_never_exist():
     tensors, targets = problem(2000, 9000, 4)
     with Largest() as largest:
-        nll, entropy = dispatch.linear_entropy(*tensors, targets)
+        nll, entropy = nll_and_entropy(dispatch.linear_cross_entropy, *tensors, targets)
         (nll + entropy).sum().backward()
     assert largest.numel <= 2000 * 9000 / 16
 
@@ -263,7 +285,7 @@ def test_the_logits_never_exist():
 def test_equal_to_the_last_bit(implementation, device):
     tensors, targets = problem(300, 500, 8, device=device)
     runs = [
-        results(dispatch.linear_entropy_right, tensors, targets, torch.ones(2, 300))[0]
+        results(dispatch.linear_cross_entropy, tensors, targets, torch.ones(2, 300))[0]
         for _ in range(2)
     ]
     assert all(map(torch.equal, *runs))
@@ -277,20 +299,20 @@ def test_low_precision_products_as_on_a_gpu(dtype, implementation, device, error
 
     def product(a, b, out, add=False):
         assert dtype in (a.dtype, out.dtype)
-        found = a.double() @ b.double()
-        out.copy_(found + out.double() if add else found)
+        result = a.double() @ b.double()
+        out.copy_(result + out.double() if add else result)
 
     monkeypatch.setattr(linear_cross_entropy, "_on_cpu", lambda x: False)
     monkeypatch.setattr(linear_cross_entropy, "_product", product)
     tensors, targets = problem(330, 401, 5, dtype, device)
     compare(tensors, targets, error)
     hidden, weight = tensors
-    nll, _ = dispatch.linear_entropy(hidden, weight, targets)
+    nll = dispatch.linear_cross_entropy(hidden, weight, targets)
     (grad,) = torch.autograd.grad((nll * 1e-3).sum(), hidden)
     wide = [x.detach().cpu().double().requires_grad_() for x in tensors]
-    nll = reference.linear_entropy(*wide, targets.cpu())[0]
-    (want,) = torch.autograd.grad((nll * 1e-3).sum(), wide[0])
-    assert error(grad, want) < TOLERANCE[dtype][1]
+    nll = reference.linear_cross_entropy(*wide, targets.cpu())
+    (expected,) = torch.autograd.grad((nll * 1e-3).sum(), wide[0])
+    assert error(grad, expected) < TOLERANCE[dtype][1]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -302,27 +324,31 @@ def test_low_precision_products_as_on_a_gpu(dtype, implementation, device, error
     smoothing=st.sampled_from([0.0, 0.3]),
     bias=st.booleans(),
     seed=st.integers(0, 999),
-    cut=st.tuples(st.integers(1, 50), st.integers(1, 100)),
+    tile=st.tuples(st.integers(1, 50), st.integers(1, 100)),
 )
-def test_any_shape_in_any_tiles(rows, columns, width, cap, smoothing, bias, seed, cut):
+def test_any_shape_in_any_tiles(rows, columns, width, cap, smoothing, bias, seed, tile):
     tensors, targets = problem(rows, columns, width, torch.float64, seed=seed, bias=bias)
-    kept = linear_cross_entropy._SMALL_LOGITS, linear_cross_entropy._CPU_TILE
-    linear_cross_entropy._SMALL_LOGITS, linear_cross_entropy._CPU_TILE = 0, cut
+    saved = linear_cross_entropy._SMALL_LOGITS, linear_cross_entropy._CPU_TILE
+    linear_cross_entropy._SMALL_LOGITS, linear_cross_entropy._CPU_TILE = 0, tile
     try:
         upstream = torch.randn(2, rows)
         options = {"soft_cap": cap, "label_smoothing": smoothing}
-        got, right = results(dispatch.linear_entropy_right, tensors, targets, upstream, **options)
+        actual, correct = results(
+            dispatch.linear_cross_entropy, tensors, targets, upstream, **options
+        )
     finally:
-        linear_cross_entropy._SMALL_LOGITS, linear_cross_entropy._CPU_TILE = kept
-    want, right_want = results(reference.linear_entropy, tensors, targets, upstream, **options)
-    for a, b in zip(got, want, strict=True):
+        linear_cross_entropy._SMALL_LOGITS, linear_cross_entropy._CPU_TILE = saved
+    expected, correct_expected = results(
+        reference.linear_cross_entropy, tensors, targets, upstream, **options
+    )
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert torch.equal(right, right_want)
+    assert torch.equal(correct, correct_expected)
     assert (
         rows == 0
         or 0
-        <= float(got[1].detach().min())
-        <= float(got[1].detach().max())
+        <= float(actual[1].detach().min())
+        <= float(actual[1].detach().max())
         <= math.log(columns) + 1e-9
     )
 
@@ -330,14 +356,14 @@ def test_any_shape_in_any_tiles(rows, columns, width, cap, smoothing, bias, seed
 @pytest.mark.parametrize("rows", [1, 1271, 8192, 32768, 70_000])
 @pytest.mark.parametrize("columns", [1, 70, 151_936])
 def test_tiles_on_a_gpu_are_bounded_and_cover_the_logits(rows, columns):
-    high, wide = linear_cross_entropy._cut(rows, columns, torch.device("cuda"))
+    high, wide = linear_cross_entropy._tile_size(rows, columns, torch.device("cuda"))
     assert 1 <= high <= 1 << 16 and wide % 256 == 0
     assert high * wide <= 1 << 28  # 1 GiB of float32
     # Few enough blocks that adding to hidden's gradient stays small beside the products.
     assert -(-columns // wide) <= 40
 
 
-def test_what_does_not_fit_is_named():
+def test_errors_name_what_does_not_fit():
     tensors, targets = problem(4, 5, 3)
     hidden, weight = tensors
     for wrong in (
@@ -347,19 +373,19 @@ def test_what_does_not_fit_is_named():
         (hidden[None], weight, targets),
     ):
         with pytest.raises(ValueError, match=r"need \[N, D\]"):
-            dispatch.linear_entropy(*wrong)
+            dispatch.linear_cross_entropy(*wrong)
     with pytest.raises(ValueError, match="targets torch"):
-        dispatch.linear_entropy(hidden, weight, targets.float())
+        dispatch.linear_cross_entropy(hidden, weight, targets.float())
     for options in ({"soft_cap": -1.0}, {"label_smoothing": 1.0}):
         with pytest.raises(ValueError, match="out of range"):
-            dispatch.linear_entropy(hidden, weight, targets, **options)
+            dispatch.linear_cross_entropy(hidden, weight, targets, **options)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(2048, 151_936, 1024), (1271, 401, 41)], ids=str)
-def test_real_shapes_on_a_gpu(shape, dtype, error, monkeypatch):
+def test_training_shapes_on_a_gpu(shape, dtype, error, monkeypatch):
     monkeypatch.setenv("DSASR_KERNELS", "auto")
     rows, columns, width = shape
     torch.manual_seed(1)
@@ -367,9 +393,9 @@ def test_real_shapes_on_a_gpu(shape, dtype, error, monkeypatch):
     weight = (torch.randn(columns, width, device="cuda") / width**0.5).to(dtype).requires_grad_()
     targets = torch.randint(0, columns, (rows,), device="cuda")
     upstream = torch.randn(2, rows, device="cuda")
-    got, _ = results(dispatch.linear_entropy_right, [hidden, weight], targets, upstream)
+    actual, _ = results(dispatch.linear_cross_entropy, [hidden, weight], targets, upstream)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    want, _ = results(reference.linear_entropy, wide, targets, upstream)
-    loose = 1e-5, {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-4}[dtype]
-    for place, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert error(a, b) <= loose[place > 1]
+    expected, _ = results(reference.linear_cross_entropy, wide, targets, upstream)
+    tolerance = 1e-5, {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-4}[dtype]
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert error(a, b) <= tolerance[i > 1]

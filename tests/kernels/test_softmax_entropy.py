@@ -28,16 +28,16 @@ def both(logits):
 def test_equals_the_float64_reference(shape, dtype, implementation, device, error):
     torch.manual_seed(0)
     logits = (3 * torch.randn(shape)).to(device, dtype)
-    (entropy, entropy_want), (grad, grad_want) = both(logits)
+    (entropy, entropy_expected), (grad, grad_expected) = both(logits)
     assert entropy.dtype == torch.float32 and grad.dtype == dtype
-    assert error(entropy, entropy_want) < 1e-6
-    assert error(grad, grad_want) < TOLERANCE[dtype]
+    assert error(entropy, entropy_expected) < 1e-6
+    assert error(grad, grad_expected) < TOLERANCE[dtype]
 
 
 def test_a_row_longer_than_a_tile(implementation, device, error):
     torch.manual_seed(0)
-    (entropy, entropy_want), (grad, grad_want) = both(torch.randn(2, 20_001, device=device))
-    assert error(entropy, entropy_want) < 1e-6 and error(grad, grad_want) < 2e-6
+    (entropy, entropy_expected), (grad, grad_expected) = both(torch.randn(2, 20_001, device=device))
+    assert error(entropy, entropy_expected) < 1e-6 and error(grad, grad_expected) < 2e-6
 
 
 def test_known_answers(implementation, device):
@@ -68,19 +68,19 @@ def test_log_probabilities_with_impossible_outcomes(implementation, device, erro
     torch.manual_seed(0)
     logits = torch.randn(6, 300)
     logits[:, :200] = -torch.inf
-    (entropy, entropy_want), (grad, grad_want) = both(logits.log_softmax(-1).to(device))
-    assert error(entropy, entropy_want) < 1e-6
+    (entropy, entropy_expected), (grad, grad_expected) = both(logits.log_softmax(-1).to(device))
+    assert error(entropy, entropy_expected) < 1e-6
     assert float(grad[:, :200].abs().max()) == 0
-    assert error(grad[:, 200:], grad_want[:, 200:]) < 2e-6
+    assert error(grad[:, 200:], grad_expected[:, 200:]) < 2e-6
 
 
-def test_strides_and_inputs_left_alone(implementation, device, error):
+def test_strides_and_unchanged_inputs(implementation, device, error):
     torch.manual_seed(0)
     plain = torch.randn(60, 40, device=device)
     for logits in (plain.T, plain[::2, :33], plain[:, ::2], plain.view(5, 12, 40).transpose(0, 1)):
         before = logits.clone()
-        (entropy, entropy_want), (grad, grad_want) = both(logits)
-        assert error(entropy, entropy_want) < 1e-6 and error(grad, grad_want) < 2e-6
+        (entropy, entropy_expected), (grad, grad_expected) = both(logits)
+        assert error(entropy, entropy_expected) < 1e-6 and error(grad, grad_expected) < 2e-6
         assert torch.equal(before, logits)
     entropy = dispatch.softmax_entropy(plain.requires_grad_())
     entropy.mean().backward()  # a gradient of stride 0
@@ -97,7 +97,7 @@ def test_gradcheck(implementation):
     assert torch.autograd.gradcheck(dispatch.softmax_entropy, logits)
 
 
-def test_what_does_not_fit_is_named():
+def test_errors_name_what_does_not_fit():
     for wrong in (torch.zeros(3, 0), torch.zeros(()), torch.zeros(3, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match="need floats"):
             dispatch.softmax_entropy(wrong)
@@ -106,14 +106,14 @@ def test_what_does_not_fit_is_named():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_real_shape_on_a_gpu(dtype, error):
+def test_training_shape_on_a_gpu(dtype, error):
     # 40,000 rows: addresses beyond 2^31.
     rows = 40_000 if dtype == torch.bfloat16 else 2_000
     logits = torch.randn(rows, 151_936, device="cuda", dtype=dtype).requires_grad_()
     entropy = dispatch.softmax_entropy(logits)
     entropy.sum().backward()
     wide = logits[-50:].detach().double().requires_grad_()
-    want = reference.softmax_entropy(wide)
-    want.sum().backward()
-    assert error(entropy[-50:], want) < 2e-6
+    expected = reference.softmax_entropy(wide)
+    expected.sum().backward()
+    assert error(entropy[-50:], expected) < 2e-6
     assert error(logits.grad[-50:], wide.grad) < TOLERANCE[dtype] + 1e-5

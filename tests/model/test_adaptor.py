@@ -25,9 +25,9 @@ def test_padded_and_packed_forms_equal_the_formula():
     assert out_lengths.tolist() == same_lengths.tolist() == [4, 1, 2]
     assert adaptor.output_lengths(lengths).tolist() == [4, 1, 2]
     assert padded.shape == (3, 4, 7)
-    want = [plain(adaptor, frames[row, :length]) for row, length in enumerate(lengths)]
-    torch.testing.assert_close(packed, torch.cat(want), atol=1e-6, rtol=1e-6)
-    for row, embeds in enumerate(want):
+    expected = [plain(adaptor, frames[row, :length]) for row, length in enumerate(lengths)]
+    torch.testing.assert_close(packed, torch.cat(expected), atol=1e-6, rtol=1e-6)
+    for row, embeds in enumerate(expected):
         torch.testing.assert_close(padded[row, : len(embeds)], embeds, atol=1e-6, rtol=1e-6)
         assert padded[row, len(embeds) :].abs().sum() == 0
 

@@ -24,18 +24,18 @@ def offline(monkeypatch, tmp_path):
 
 
 def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
-    held = offline / "models--someone--tiny-lm"
-    (held / "refs").mkdir(parents=True)
-    (held / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(tiny.parent / "lm", held / "snapshots" / ("0" * 40))
-    chosen = recipe.load(str(tiny), ["model.llm.path=someone/tiny-lm"])
-    build = Builder(chosen)
+    cached = offline / "models--someone--tiny-lm"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny.parent / "lm", cached / "snapshots" / ("0" * 40))
+    cfg = recipe.load(str(tiny), ["model.llm.path=someone/tiny-lm"])
+    build = Builder(cfg)
     build.check()
-    assert timeline.part_sizes(chosen) == timeline.part_sizes(recipe.load(str(tiny)))
-    assert build.llm_folder == held / "snapshots" / ("0" * 40)
-    wanted = Builder(recipe.load(str(tiny))).speech_llm().state_dict()
-    got = build.speech_llm().state_dict()
-    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    assert timeline.part_sizes(cfg) == timeline.part_sizes(recipe.load(str(tiny)))
+    assert build.llm_folder == cached / "snapshots" / ("0" * 40)
+    expected = Builder(recipe.load(str(tiny))).speech_llm().state_dict()
+    actual = build.speech_llm().state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     assert build.tokenizer.encode("ba do") == Builder(recipe.load(str(tiny))).tokenizer.encode(
         "ba do"
     )
@@ -44,11 +44,11 @@ def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
 def test_offline_the_error_names_the_ways_out(offline, tiny):
     with pytest.raises(UserError) as caught:
         Builder(recipe.load(str(tiny), ["model.llm.path=someone/other-lm"])).check()
-    told = str(caught.value)
-    assert "\n" not in told and told.startswith("model.llm.path")
-    for way in ("local folder", "hf download someone/other-lm", "huggingface-cli download",
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("model.llm.path")
+    for remedy in ("local folder", "hf download someone/other-lm", "huggingface-cli download",
                 "HF_HUB_OFFLINE=1"):  # fmt: skip
-        assert way in told
+        assert remedy in message
 
 
 def test_names_and_folders(tmp_path, tiny):

@@ -72,7 +72,7 @@ def write_recipe(tiny: Path, folder: Path, **lora_values) -> Path:
 
 
 @pytest.fixture(scope="module")
-def given(tiny, tmp_path_factory) -> Path:
+def lora_recipe(tiny, tmp_path_factory) -> Path:
     """The tiny recipe with LoRA."""
     return write_recipe(tiny, tmp_path_factory.mktemp("lora"))
 
@@ -92,11 +92,11 @@ def test_all_linear_layers_of_the_blocks_or_the_ones_named():
 
 
 @pytest.mark.parametrize(
-    ("target", "told"),
+    ("target", "message"),
     [("lm_head", "none of the linear"), ("embed_tokens", "none of"), ("q_prj", "mean 'q_proj'")],
 )
-def test_other_targets_are_refused(target, told):
-    with pytest.raises(UserError, match=told):
+def test_other_targets_are_refused(target, message):
+    with pytest.raises(UserError, match=message):
         lora.inject(make_llm(), LoraConfig(targets=(target,)))
 
 
@@ -108,10 +108,10 @@ def test_settings_that_make_no_sense(values):
         LoraConfig(**values)
 
 
-def test_without_peft_the_recipe_says_what_to_install(monkeypatch, given):
+def test_without_peft_the_recipe_says_what_to_install(monkeypatch, lora_recipe):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'dsasr\[lora\]'"):
-        Builder(recipe.load(str(given))).check()
+        Builder(recipe.load(str(lora_recipe))).check()
 
 
 def test_names_of_the_base_weights_stay_and_the_model_is_the_same_at_first():
@@ -132,17 +132,17 @@ def test_names_of_the_base_weights_stay_and_the_model_is_the_same_at_first():
         assert torch.equal(llm(ids).logits, before), "B is zero at first"
 
 
-def test_matrices_do_not_depend_on_each_other_or_the_weights(given):
-    chosen = recipe.load(str(given))
-    one, other = Builder(chosen).speech_llm(), Builder(chosen).speech_llm()
-    drawn = dict(lora.adapters(one.llm))
-    assert all(torch.equal(p, drawn[n]) for n, p in lora.adapters(other.llm))
+def test_matrices_do_not_depend_on_each_other_or_the_weights(lora_recipe):
+    cfg = recipe.load(str(lora_recipe))
+    first, second = Builder(cfg).speech_llm(), Builder(cfg).speech_llm()
+    drawn = dict(lora.adapters(first.llm))
+    assert all(torch.equal(p, drawn[n]) for n, p in lora.adapters(second.llm))
     # Fewer targets: the others are drawn as before.
-    few = dataclasses.replace(chosen.model.lora, targets=("o_proj",))
-    less = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, lora=few))
-    left = dict(lora.adapters(Builder(less).speech_llm().llm))
+    few = dataclasses.replace(cfg.model.lora, targets=("o_proj",))
+    fewer = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=few))
+    left = dict(lora.adapters(Builder(fewer).speech_llm().llm))
     assert 0 < len(left) < len(drawn) and all(torch.equal(p, drawn[n]) for n, p in left.items())
-    reseeded = dict(lora.adapters(Builder(dataclasses.replace(chosen, seed=2)).speech_llm().llm))
+    reseeded = dict(lora.adapters(Builder(dataclasses.replace(cfg, seed=2)).speech_llm().llm))
     for name, matrix in drawn.items():
         if ".lora_B." in name:
             assert not matrix.any()
@@ -151,17 +151,17 @@ def test_matrices_do_not_depend_on_each_other_or_the_weights(given):
         bound = matrix.shape[1] ** -0.5
         assert 0.7 * bound < matrix.abs().max() <= bound
         assert float(matrix.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.3)
-    plain = Builder(dataclasses.replace(chosen, model=dataclasses.replace(
-        chosen.model, lora=None), stages=chosen.stages[:2])).speech_llm()  # fmt: skip
-    held = dict(zero_partition.parameters(one))
-    assert all(torch.equal(p, held[n]) for n, p in zero_partition.parameters(plain))
+    plain = Builder(dataclasses.replace(cfg, model=dataclasses.replace(
+        cfg.model, lora=None), stages=cfg.stages[:2])).speech_llm()  # fmt: skip
+    with_lora = dict(zero_partition.parameters(first))
+    assert all(torch.equal(p, with_lora[n]) for n, p in zero_partition.parameters(plain))
 
 
 # -- stages ------------------------------------------------------------------------------------
 
 
-def test_parts_and_their_parameters(given):
-    model = Builder(recipe.load(str(given))).speech_llm()
+def test_parts_and_their_parameters(lora_recipe):
+    model = Builder(recipe.load(str(lora_recipe))).speech_llm()
     parts = {name: lora.part(model, name) for name in ("encoder", "adaptor", "llm", "lora")}
     ids = [id(p) for params in parts.values() for p in params]
     assert len(set(ids)) == len(ids) == len(list(model.parameters()))
@@ -178,8 +178,8 @@ def test_a_stage_trains_one_of_both_and_needs_its_settings(tiny):
         recipe.load(str(tiny), [trains])
     with pytest.raises(UserError, match="no stage trains 'lora'"):
         recipe.load(str(tiny), ["model.lora.rank=4"])
-    chosen = recipe.load(str(tiny), [trains, "model.lora.rank=4"])
-    assert chosen.parts("sft") == ("encoder", "adaptor", "llm", "lora")
+    cfg = recipe.load(str(tiny), [trains, "model.lora.rank=4"])
+    assert cfg.parts("sft") == ("encoder", "adaptor", "llm", "lora")
     with pytest.raises(UserError, match="none of the linear layers"):
         bad = recipe.load(str(tiny), [trains, "model.lora.targets=[lm_head]"])
         Builder(bad).check()
@@ -199,17 +199,13 @@ def small_model(dropout: float, checkpoint: bool = False) -> SpeechLLM:
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(3)
-    none = ("", "")
-    return Batch(
-        features_BTF=torch.randn(2, 70, 12, generator=generator).double(),
+    return Batch.blank(
+        torch.randn(2, 70, 12, generator=generator).double(),
         feature_lengths_B=torch.tensor([70, 52]),
-        phonemes_BP=torch.zeros(2, 0, dtype=torch.int64),
-        phoneme_lengths_B=torch.zeros(2, dtype=torch.int64),
         tokens_BU=torch.tensor([[7, 9, 8, 4], [11, 4, 0, 0]]),
         token_lengths_B=torch.tensor([4, 2]),
-        keys=none, shards=none, texts=none, langs=none, speakers=none, durations=(0.7, 0.5),
-        seed=5, epoch=0, number=0, state={},
-    )  # fmt: skip
+        seed=5,
+    )
 
 
 def train_only(model, *parts: str) -> None:
@@ -240,13 +236,13 @@ def test_the_gradient_is_that_of_differences(batch):
     model(batch).loss.backward()
     name, matrix = next((n, p) for n, p in lora.adapters(model.llm) if "lora_B" in n)
     with torch.no_grad():
-        place, step = (2, 1), 3e-3
-        matrix[place] += step
+        index, step = (2, 1), 3e-3
+        matrix[index] += step
         up = model(batch).loss
-        matrix[place] -= 2 * step
+        matrix[index] -= 2 * step
         down = model(batch).loss
     # The loss is a float32 kernel's.
-    assert float(matrix.grad[place]) == pytest.approx(float(up - down) / (2 * step), rel=0.02), name
+    assert float(matrix.grad[index]) == pytest.approx(float(up - down) / (2 * step), rel=0.02), name
 
 
 def test_dropout_is_the_matrices_own_and_only_while_they_train(batch):
@@ -261,42 +257,42 @@ def test_dropout_is_the_matrices_own_and_only_while_they_train(batch):
 
 
 def test_recomputed_layers_give_the_same_gradients(batch):
-    kept = []
+    gradients = []
     for checkpoint in (False, True):
         model = small_model(0.5, checkpoint)
         train_only(model, "lora")
         model(batch).loss.backward()
-        kept.append([p.grad for _, p in lora.adapters(model.llm)])
-    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*kept, strict=True))
+        gradients.append([p.grad for _, p in lora.adapters(model.llm)])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients, strict=True))
 
 
 # -- what it takes -----------------------------------------------------------------------------
 
 
-def test_sizes_work_and_memory_are_counted(given):
-    chosen = recipe.load(str(given))
-    model = Builder(chosen).speech_llm()
-    real = sum(p.numel() for p in lora.part(model, "lora"))
-    counted = cluster_sizing.parts(chosen)
-    assert counted["lora"].parameters == real == timeline.part_sizes(chosen)["lora"]
+def test_sizes_work_and_memory_are_counted(lora_recipe):
+    cfg = recipe.load(str(lora_recipe))
+    model = Builder(cfg).speech_llm()
+    adapter_parameters = sum(p.numel() for p in lora.part(model, "lora"))
+    counted = cluster_sizing.parts(cfg)
+    assert counted["lora"].parameters == adapter_parameters == timeline.part_sizes(cfg)["lora"]
     assert counted["llm"].parameters == sum(p.numel() for p in lora.part(model, "llm"))
     shape = flops.LlmShape.of(model.llm)
-    assert shape == counted["llm"].shape and shape.adapters == real
-    told = timeline.table(chosen, ranks=1)
-    assert "trains   lora" in told and "frozen   encoder, llm" in told
+    assert shape == counted["llm"].shape and shape.adapters == adapter_parameters
+    table = timeline.table(cfg, ranks=1)
+    assert "trains   lora" in table and "frozen   encoder, llm" in table
     # By hand: bf16 weights of all, 2 + 12 bytes more of what trains.
-    joint, sizes = chosen.stages[-1], timeline.part_sizes(chosen)
+    joint, sizes = cfg.stages[-1], timeline.part_sizes(cfg)
     trained = sizes["encoder"] + sizes["adaptor"] + sizes["lora"]
-    assert timeline.memory(chosen, joint, sizes, 1) * 2**30 == 16 * trained + 2 * sizes["llm"]
+    assert timeline.memory(cfg, joint, sizes, 1) * 2**30 == 16 * trained + 2 * sizes["llm"]
     machine = cluster_sizing.Machine(nodes=1, gpus=2)
-    step = cluster_sizing.step(chosen, joint, machine, counted=counted)
+    step = cluster_sizing.step(cfg, joint, machine, counted=counted)
     assert step.memory["optimizer"] == pytest.approx(12 * trained / 2 / 1e9)
     pretrain = counted["encoder"].parameters + counted["ctc"].parameters
     saved = 14 * (trained + pretrain) + 2 * sizes["llm"]
-    assert cluster_sizing.checkpoint_bytes(chosen, counted) == saved
+    assert cluster_sizing.checkpoint_bytes(cfg, counted) == saved
 
 
-def test_the_work_of_a_step_is_torchs(given):
+def test_the_work_of_a_step_is_torchs(lora_recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
     llm = make_llm()
@@ -320,12 +316,12 @@ def test_the_work_of_a_step_is_torchs(given):
 # -- out ---------------------------------------------------------------------------------------
 
 
-def write_cut(model, folder: Path, cuts: int, trained: tuple[str, ...]) -> None:
-    """A checkpoint that ``cuts`` ranks wrote: weights, and states of the parts in ``trained``."""
+def write_checkpoint(model, folder: Path, world_size: int, trained: tuple[str, ...]) -> None:
+    """A checkpoint that ``world_size`` ranks wrote: weights, and states of the parts in ``trained``."""
     training = {id(p) for name in trained for p in lora.part(model, name)}
     generator = torch.Generator().manual_seed(7)
     folder.mkdir(parents=True)
-    held: list[dict] = [{} for _ in range(cuts)]
+    ranks: list[dict] = [{} for _ in range(world_size)]
     for name, parameter in zero_partition.parameters(model):
         flat = parameter.detach().reshape(-1)
         kinds = {name: flat}
@@ -333,16 +329,16 @@ def write_cut(model, folder: Path, cuts: int, trained: tuple[str, ...]) -> None:
             kinds[f"master/{name}"] = flat
             for kind in zero_partition.MOMENTS:
                 kinds[f"{kind}/{name}"] = torch.rand(flat.shape, generator=generator)
-        share = -(-flat.numel() // cuts)
+        share = -(-flat.numel() // world_size)
         for key, values in kinds.items():
-            for rank in range(cuts):
+            for rank in range(world_size):
                 low = min(rank * share, flat.numel())
-                held[rank][f"sft/{key}"] = Fragment(
+                ranks[rank][f"sft/{key}"] = Fragment(
                     tuple(parameter.shape), low, values[low : low + share]
                 )
     for name, buffer in zero_partition.persistent_buffers(model):
-        held[0][f"sft/{name}"] = Fragment(tuple(buffer.shape), 0, buffer.reshape(-1))
-    files = {f"rank-{r:05d}.safetensors": part for r, part in enumerate(held)}
+        ranks[0][f"sft/{name}"] = Fragment(tuple(buffer.shape), 0, buffer.reshape(-1))
+    files = {f"rank-{r:05d}.safetensors": part for r, part in enumerate(ranks)}
     digests = {
         name: tensor_fragments.write_file(folder / name, part) for name, part in files.items()
     }
@@ -351,14 +347,14 @@ def write_cut(model, folder: Path, cuts: int, trained: tuple[str, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(given) -> Path:
+def trained(lora_recipe) -> Path:
     """A run folder whose checkpoint holds matrices that have been trained."""
-    chosen = recipe.load(str(given))
-    model = Builder(chosen).speech_llm()
+    cfg = recipe.load(str(lora_recipe))
+    model = Builder(cfg).speech_llm()
     fill(model.llm)
-    run = Path(chosen.run)
-    write_cut(model, run / "checkpoints" / "step-0000000042", 3, ("adaptor", "lora"))
-    (run / "recipe.yaml").write_text(config.dump(chosen))
+    run = Path(cfg.run)
+    write_checkpoint(model, run / "checkpoints" / "step-0000000042", 3, ("adaptor", "lora"))
+    (run / "recipe.yaml").write_text(config.dump(cfg))
     return run
 
 
@@ -371,25 +367,25 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
     """Merged and unmerged agree to 1e-5 of the largest logit in float32."""
     run = RunModel.from_run(trained)
     ours = run.model.llm
-    made = export.export_run(run.build, export.newest_checkpoint(trained), tmp_path / "model")
+    folder = export.export_run(run.build, export.newest_checkpoint(trained), tmp_path / "model")
     llm, report = AutoModelForCausalLM.from_pretrained(
-        made / "llm", trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+        folder / "llm", trust_remote_code=False, output_loading_info=True, dtype=torch.float32
     )
     assert isinstance(llm, Qwen3ForCausalLM)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    want, plain = (
+    expected, plain = (
         logits(ours),
         AutoModelForCausalLM.from_pretrained(run.build.recipe.model.llm.path),
     )
-    scale = float(want.abs().max())
-    assert float((logits(llm) - want).abs().max()) < 1e-5 * scale
-    assert float((logits(plain) - want).abs().max()) > 0.05 * scale, "the matrices do something"
-    back = export.load_export(made)
-    state = back.model.state_dict()
+    scale = float(expected.abs().max())
+    assert float((logits(llm) - expected).abs().max()) < 1e-5 * scale
+    assert float((logits(plain) - expected).abs().max()) > 0.05 * scale, "the matrices do something"
+    exported_run = export.load_export(folder)
+    state = exported_run.model.state_dict()
     assert not any("lora" in name for name in state)
-    assert float((logits(back.model.llm) - want).abs().max()) < 1e-5 * scale
-    assert not (made / "adapter").exists()
-    from_run, exported = Recognizer.from_pretrained(trained), Recognizer.from_pretrained(made)
+    assert float((logits(exported_run.model.llm) - expected).abs().max()) < 1e-5 * scale
+    assert not (folder / "adapter").exists()
+    from_run, exported = Recognizer.from_pretrained(trained), Recognizer.from_pretrained(folder)
     wave = (0.3 * torch.sin(torch.arange(19_200) * 0.17)).numpy()
     soundfile.write(tmp_path / "a.wav", wave, 16_000)
     a, b = (r.transcribe(tmp_path / "a.wav") for r in (from_run, exported))
@@ -399,43 +395,43 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
 def test_rounded_after_the_sum(trained, tmp_path):
     build = RunModel.from_run(trained).build
     reader = export.newest_checkpoint(trained)
-    made = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
-    llm = AutoModelForCausalLM.from_pretrained(made / "llm")
+    folder = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
+    llm = AutoModelForCausalLM.from_pretrained(folder / "llm")
     name = "model.layers.0.mlp.down_proj"
     weight, a, b = (
         reader.whole(f"sft/llm.{name}{end}").double()
         for end in (".weight", ".lora_A.default.weight", ".lora_B.default.weight")
     )
     exact = (weight + 2.0 * b @ a).float()
-    got = llm.get_submodule(name).weight
-    assert got.dtype is torch.bfloat16
+    rounded = llm.get_submodule(name).weight
+    assert rounded.dtype is torch.bfloat16
     # One rounding: never further away than half of a bfloat16's last place.
-    assert ((got.float() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
+    assert ((rounded.float() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
 
 
 def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
     from peft import PeftModel
 
     run = RunModel.from_run(trained)
-    made = export.export_run(
+    folder = export.export_run(
         run.build, export.newest_checkpoint(trained), tmp_path / "model", adapter=True
     )
     base = AutoModelForCausalLM.from_pretrained(run.build.recipe.model.llm.path)
-    llm = PeftModel.from_pretrained(base, made / "adapter")
+    llm = PeftModel.from_pretrained(base, folder / "adapter")
     assert torch.equal(logits(llm), logits(run.model.llm))
-    assert str(trained.parent) not in (made / "adapter" / "adapter_config.json").read_text()
+    assert str(trained.parent) not in (folder / "adapter" / "adapter_config.json").read_text()
     assert torch.allclose(logits(llm.merge_and_unload()), logits(run.model.llm), atol=1e-5)
 
 
 def test_what_cannot_be_exported_is_said(trained, tmp_path):
     build = RunModel.from_run(trained).build
-    reader, chosen = export.newest_checkpoint(trained), build.recipe
+    reader, cfg = export.newest_checkpoint(trained), build.recipe
     later = StageConfig("late", "sft", {"llm": 1e-4}, steps=3)
-    more = Builder(dataclasses.replace(chosen, stages=(*chosen.stages, later)))
+    with_late_stage = Builder(dataclasses.replace(cfg, stages=(*cfg.stages, later)))
     with pytest.raises(UserError, match="'late' trains the language model itself"):
-        export.export_run(more, reader, tmp_path / "model", adapter=True)
+        export.export_run(with_late_stage, reader, tmp_path / "model", adapter=True)
     none = dataclasses.replace(
-        chosen, model=dataclasses.replace(chosen.model, lora=None), stages=chosen.stages[:2]
+        cfg, model=dataclasses.replace(cfg.model, lora=None), stages=cfg.stages[:2]
     )
     with pytest.raises(UserError, match=r"disagree on model\.lora"):
         export.export_run(Builder(none), reader, tmp_path / "model")
@@ -446,19 +442,19 @@ def test_what_cannot_be_exported_is_said(trained, tmp_path):
 
 
 @pytest.mark.launcher
-def test_stages_under_zero_3(launch, given, trained, tmp_path):
-    chosen = recipe.load(str(given))
-    (tmp_path / "cut").symlink_to(trained / "checkpoints" / "step-0000000042")
-    done = launch(PROGRAMS / "lora_laws.py", given, tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    for stage, (moved, trains) in found["frozen"].items():
-        assert moved == trains, f"{stage} trains {trains}, and {moved} moved"
-    assert found["sharded"] and found["resumed"] and found["continued"] and found["other_world"]
-    model = Builder(chosen).speech_llm()
-    wanted = {n for n, _ in zero_partition.parameters(model, "adaptor.")}
-    wanted |= {f"llm.{n}" for n, _ in lora.adapters(model.llm)}
-    assert {name.partition("/")[2] for name in found["optimizer"]} == wanted
+def test_stages_under_zero_3(launch, lora_recipe, trained, tmp_path):
+    cfg = recipe.load(str(lora_recipe))
+    (tmp_path / "other_world_size").symlink_to(trained / "checkpoints" / "step-0000000042")
+    process = launch(PROGRAMS / "lora_laws.py", lora_recipe, tmp_path)
+    assert process.returncode == 0, process.stdout[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    for stage, (changed, trains) in report["frozen"].items():
+        assert changed == trains, f"{stage} trains {trains}, and {changed} changed"
+    assert report["sharded"] and report["resumed"] and report["continued"] and report["other_world"]
+    model = Builder(cfg).speech_llm()
+    expected = {n for n, _ in zero_partition.parameters(model, "adaptor.")}
+    expected |= {f"llm.{n}" for n, _ in lora.adapters(model.llm)}
+    assert {name.partition("/")[2] for name in report["optimizer"]} == expected
     # What two ranks saved in bf16, read by one: the language model's own weights are the folder's.
     reader = FragmentReader(tmp_path / "saved")
     for name, parameter in zero_partition.parameters(model, "llm."):

@@ -56,12 +56,8 @@ class Toy(nn.Module):
 
 def batch(number: int) -> Batch:
     generator = torch.Generator().manual_seed(number * 10 + distributed.rank())
-    none, two = torch.zeros(1, dtype=torch.int64), ("", "")
     features = torch.randn(2, 5, 8, generator=generator)
-    return Batch(
-        *(features, none, none[None], none, none[None], none),
-        *(two, two, two, two, two, (1.0, 1.0), number, 0, number, {}),
-    )
+    return Batch.blank(features, seed=number, number=number)
 
 
 def digest(branch: BranchEngine) -> str:

@@ -1,4 +1,4 @@
-"""Compile every kernel for compute capability 9.0 as it is launched at real sizes, without a GPU.
+"""Compile every kernel for compute capability 9.0 as training launches it, without a GPU.
 
 Prints a line for each: whether it loads 16 bytes at a time, copies asynchronously, uses the matrix
 units, and how many bytes it spills to the stack.
@@ -81,10 +81,10 @@ def compiled(kernel, types, constants):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    # Sizes and addresses at real shapes are multiples of 16.
+    # Sizes and addresses at training shapes are multiples of 16.
     plain = ("start", "cap")
     aligned = [names.index(name) for name in names if name in types and name not in plain]
-    attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(kernel, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
 

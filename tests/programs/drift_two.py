@@ -46,13 +46,8 @@ def batch(number: int, count: int) -> Batch:
     lengths = torch.randint(20, 60, (count,), generator=generator)
     frames = int(lengths.max()) if count else 0
     features = torch.randn(count, frames, 80, generator=generator)
-    none, rows = torch.zeros(count, 0, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
     keys = tuple(f"utt/{number}-{i}" for i in range(count))
-    texts = ("",) * count
-    return Batch(
-        *(features, lengths, none, rows, none, rows),
-        *(keys, texts, texts, texts, texts, (1.0,) * count, number, 0, number, {}),
-    )
+    return Batch.blank(features, feature_lengths_B=lengths, keys=keys, seed=number, number=number)
 
 
 def frames(module: nn.Module, batches: list[Batch], layer: int | None = None) -> torch.Tensor:

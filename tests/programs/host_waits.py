@@ -1,7 +1,8 @@
-"""Where in a step values are asked for, by stage: ``host_waits.py RECIPE OUT ZERO``, one rank.
+"""Device syncs of a training step, by stage: ``host_waits.py RECIPE OUT ZERO``, one rank.
 
-On a GPU each would be a wait, unless the tensor lies on the host. That the model asks for none of
-the device's is tests/model/test_waits.py's to show; here it is what the engine adds.
+Counts the operations whose result the host needs: on a GPU each of them waits for the queue, unless
+its tensor is on the host. tests/training/test_host_waits.py shows that the model has none on device
+tensors; this program counts those that the engine adds.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from dsasr.utils import distributed
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique")
 
 
-class Asked(TorchDispatchMode):
-    """Counts operations whose result's value or shape the host needs, by who called them."""
+class HostReads(TorchDispatchMode):
+    """Counts operations whose result's value or shape the host needs, by their caller."""
 
     def __init__(self):
         super().__init__()
-        self.by: Counter[str] = Counter()
+        self.by_caller: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name.removeprefix("aten::") in WAITS:
-            self.by[caller()] += 1
+            self.by_caller[caller()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -43,9 +44,9 @@ ROOTS = [Path(package.__file__).parent for package in (deepspeed, transformers, 
 
 
 def caller() -> str:
-    """The innermost of our own, DeepSpeed's or transformers' functions on the stack."""
+    """The innermost function on the stack of dsasr, DeepSpeed or transformers."""
     for frame in reversed(traceback.extract_stack()[:-2]):
-        for root in ROOTS:  # not by name: the virtual environment may lie in a folder called dsasr
+        for root in ROOTS:  # not by name: the virtual environment may be in a folder called dsasr
             if Path(frame.filename).is_relative_to(root):
                 inner = Path(frame.filename).relative_to(root.parent)
                 return f"{inner.as_posix()}:{frame.name}"
@@ -54,28 +55,28 @@ def caller() -> str:
 
 def main() -> None:
     path, out, zero = (a for a in sys.argv[1:] if not a.startswith("--"))  # the launcher adds some
-    chosen = recipe.load(path, [f"engine.deepspeed={zero}", f"run={out}.run"])
+    cfg = recipe.load(path, [f"engine.deepspeed={zero}", f"run={out}.run"])
     branch_engine.init_distributed()
-    build, found = Builder(chosen), {}
+    build, waits = Builder(cfg), {}
     branches = {
-        name: BranchEngine(name, build.module(name), chosen.engine, Path(out).parent)
+        name: BranchEngine(name, build.module(name), cfg.engine, Path(out).parent)
         for name in ("pretrain", "sft")
     }
-    for stage in chosen.stages:
+    for stage in cfg.stages:
         branch = branches[stage.branch]
         branch.enter(stage)
         with build.train_stream(stage, None) as stream:
-            for number in range(3):  # ZeRO-3 learns in the first ones what is used when
+            for number in range(3):  # ZeRO-3 traces the order of the parameters in the first ones
                 branch.step([next(stream)], number)
             batch = next(stream)
-            with Asked() as asked:
+            with HostReads() as reads:
                 report = branch.step([batch], 3)
-        found[stage.name] = {
+        waits[stage.name] = {
             "groups": len(stage.trains),
-            "asked": dict(asked.by),
+            "asked": dict(reads.by_caller),
             "norm": float(report.grad_norm),
         }
-    Path(out).write_text(json.dumps(found))
+    Path(out).write_text(json.dumps(waits))
     distributed.end_process()
 
 

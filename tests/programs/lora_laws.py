@@ -1,6 +1,6 @@
-"""LoRA stages under ZeRO-3 on the tiny recipe; what the laws are checked on goes to OUT/found.json.
+"""LoRA stages under ZeRO-3 on the tiny recipe; rank 0 writes OUT/report.json for the laws' test.
 
-usage: lora_laws.py RECIPE OUT. OUT/cut holds a checkpoint that another number of ranks wrote.
+usage: lora_laws.py RECIPE OUT. OUT/other_world_size is a checkpoint that more ranks wrote.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ PARTS = ("encoder", "adaptor", "llm", "lora")
 
 
 def weights(branch: BranchEngine) -> dict[str, dict[str, torch.Tensor]]:
-    """By part, this rank's slices."""
-    held = {part: {} for part in PARTS}
+    """This rank's slices of the weights, by part."""
+    slices = {part: {} for part in PARTS}
     for name, fragment in zero_partition.weights(branch.module).items():
         part = "lora" if lora.is_adapter(name) else name.partition(".")[0]
-        held[part][name] = fragment.tensor.clone()
-    return held
+        slices[part][name] = fragment.tensor.clone()
+    return slices
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    differ = one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one)
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
     return not distributed.any_rank(differ)
 
 
@@ -42,24 +42,26 @@ def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
 
 
 def sharded(build: Builder) -> bool:
-    """Whether matrices drawn into a model that is never whole are those of the whole one."""
-    wanted, equal = dict(lora.adapters(build.speech_llm().llm)), True
-    cut = build.speech_llm(partitioner(EngineConfig(precision="fp32"))).llm
-    for name, parameter in lora.adapters(cut):
-        held = zero_partition.weight(parameter)
-        part = wanted[name].detach().reshape(-1)[held.start : held.stop]
-        equal &= held.tensor.numel() < wanted[name].numel() and torch.equal(held.tensor, part)
+    """Whether LoRA's matrices in a model that is loaded partitioned equal those of a whole one."""
+    expected, equal = dict(lora.adapters(build.speech_llm().llm)), True
+    partitioned = build.speech_llm(partitioner(EngineConfig(precision="fp32"))).llm
+    for name, parameter in lora.adapters(partitioned):
+        fragment = zero_partition.weight(parameter)
+        part = expected[name].detach().reshape(-1)[fragment.start : fragment.stop]
+        equal &= fragment.tensor.numel() < expected[name].numel() and torch.equal(
+            fragment.tensor, part
+        )
     return not distributed.any_rank(not equal)
 
 
 def main() -> None:
-    given, folder = sys.argv[-2], Path(sys.argv[-1])
+    path, folder = sys.argv[-2], Path(sys.argv[-1])
     branch_engine.init_distributed()
-    chosen = recipe.load(given)
-    build = Builder(chosen)
-    stages = {s.name: s for s in chosen.stages}
+    cfg = recipe.load(path)
+    build = Builder(cfg)
+    stages = {s.name: s for s in cfg.stages}
     batches = build.held_out("sft")
-    found: dict = {"frozen": {}, "sharded": sharded(build)}
+    report: dict = {"frozen": {}, "sharded": sharded(build)}
     config = EngineConfig(precision="bf16")
     branch = BranchEngine("sft", build.speech_llm(), config, folder)
     number = 0
@@ -71,31 +73,32 @@ def main() -> None:
             branch.step([batches[number % len(batches)]], step)
             number += 1
         after = weights(branch)
-        moved = sorted(p for p in PARTS if not same(before[p], after[p]))
-        found["frozen"][name] = [moved, sorted(stage.trains)]
+        changed = sorted(p for p in PARTS if not same(before[p], after[p]))
+        report["frozen"][name] = [changed, sorted(stage.trains)]
         if name == "ia_sft":
             tensor_fragments.write_folder(folder / "saved", branch.fragments(), {"steps": number})
-            kept = states(branch)
-            again = BranchEngine("sft", build.speech_llm(), config, folder)
-            again.load(FragmentReader(folder / "saved"), stage, branch.adam_steps())
-            found["resumed"] = same(kept, states(again))
-            one, other = (b.step([batches[0]], 2) for b in (branch, again))
-            found["continued"] = float(one.sums["nll"][0]) == float(other.sums["nll"][0])
-            found["continued"] &= same(states(branch), states(again))
-            again.close()
+            saved = states(branch)
+            resumed = BranchEngine("sft", build.speech_llm(), config, folder)
+            resumed.load(FragmentReader(folder / "saved"), stage, branch.adam_steps())
+            report["resumed"] = same(saved, states(resumed))
+            reports = [b.step([batches[0]], 2) for b in (branch, resumed)]
+            nll, resumed_nll = (float(r.sums["nll"][0]) for r in reports)
+            report["continued"] = nll == resumed_nll
+            report["continued"] &= same(states(branch), states(resumed))
+            resumed.close()
     branch.close()
     # Written by three ranks, read by two: weights, masters and moments.
-    other = BranchEngine("sft", build.speech_llm(), EngineConfig(precision="fp32"), folder)
-    reader = FragmentReader(folder / "cut")
-    other.load(reader, stages["ia_sft"], 5.0)
-    pieces = other.fragments()
+    fp32 = BranchEngine("sft", build.speech_llm(), EngineConfig(precision="fp32"), folder)
+    reader = FragmentReader(folder / "other_world_size")
+    fp32.load(reader, stages["ia_sft"], 5.0)
+    pieces = fp32.fragments()
     equal = [torch.equal(f.tensor, reader.read(k, f.start, f.stop)) for k, f in pieces.items()]
-    found["other_world"] = not distributed.any_rank(not all(equal))
-    found["optimizer"] = sorted({k.partition("/")[2] for k in pieces if "/exp_avg/" in k})
-    norm = other.step([batches[0]], 5).grad_norm
-    found["other_world"] &= 0 < float(norm) < float("inf")
+    report["other_world"] = not distributed.any_rank(not all(equal))
+    report["optimizer"] = sorted({k.partition("/")[2] for k in pieces if "/exp_avg/" in k})
+    norm = fp32.step([batches[0]], 5).grad_norm
+    report["other_world"] &= 0 < float(norm) < float("inf")
     if distributed.main_rank():
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "report.json").write_text(json.dumps(report))
     distributed.end_process()
 
 

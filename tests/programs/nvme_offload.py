@@ -43,12 +43,8 @@ class Model(nn.Module):
 
 def batch(number: int) -> Batch:
     generator = torch.Generator().manual_seed(number * 10 + distributed.rank())
-    none, text = torch.zeros(1, dtype=torch.int64), ("",)
     features = torch.randn(1, 2, 8, generator=generator)
-    return Batch(
-        *(features, none, none[None], none, none[None], none),
-        *(text, text, text, text, text, (1.0,), number, 0, number, {}),
-    )
+    return Batch.blank(features, seed=number, number=number)
 
 
 def held(branch: BranchEngine) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ class Model(nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         torch.manual_seed(seed)
-        # Large against what ranks tell each other; odd, so that a rank's slice ends in padding.
+        # Large against other messages between ranks; odd, so that a rank's slice ends in padding.
         self.encoder = nn.Sequential(nn.Linear(301, 307), nn.Linear(307, 311))
         self.llm = nn.Linear(311, 3)
 
@@ -59,12 +59,7 @@ class Largest(TorchDispatchMode):
 
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(distributed.rank())
-    none, text = torch.zeros(1, 0, dtype=torch.int64), ("",)
-    features, rows = torch.randn(1, 4, 301, generator=generator), torch.zeros(1).long()
-    return Batch(
-        *(features, rows, none, rows, none, rows),
-        *(text, text, text, text, text, (1.0,), 1, 0, 0, {}),
-    )
+    return Batch.blank(torch.randn(1, 4, 301, generator=generator), seed=1)
 
 
 def main() -> None:
@@ -72,11 +67,11 @@ def main() -> None:
     branch_engine.init_distributed()
     live = BranchEngine("pretrain", Model(1), EngineConfig(), folder)
     live.enter(JOINT)
-    other = BranchEngine("sft", Model(2), EngineConfig(), folder)
-    other.enter(HEAD)
+    receiver = BranchEngine("sft", Model(2), EngineConfig(), folder)
+    receiver.enter(HEAD)
     store = SnapshotStore(folder / "store")
-    slices = [p.ds_tensor.numel() for p in other.module.encoder.parameters()]
-    whole = max(p.ds_numel for p in other.module.encoder.parameters())
+    slices = [p.ds_tensor.numel() for p in receiver.module.encoder.parameters()]
+    whole = max(p.ds_numel for p in receiver.module.encoder.parameters())
     read: list[int] = []
     plain = FragmentReader.read
 
@@ -88,46 +83,48 @@ def main() -> None:
     with Largest() as publishing:
         store.publish(live.module, {}, SNAPSHOT, {})
     with Largest() as loading:
-        other.load_encoder(store.open(SNAPSHOT.id))
-    found = {
+        receiver.load_encoder(store.open(SNAPSHOT.id))
+    report = {
         "whole": whole,
         "slice": max(slices),
         "publishing_bytes": max(distributed.gather(publishing.bytes)),
         "loading_bytes": max(distributed.gather(loading.bytes)),
         "largest_read": max(distributed.gather(max(read))),
         "read": sum(distributed.gather(sum(read))),
-        "encoder": sum(p.ds_numel for p in other.module.encoder.parameters()),
-        "loaded": other.checksum() == live.checksum(),
+        "encoder": sum(p.ds_numel for p in receiver.module.encoder.parameters()),
+        "loaded": receiver.checksum() == live.checksum(),
     }
     # Into a stage that trains the encoder and has moments of another one.
-    other.enter(JOINT)
-    other.step([batch()], 0)
-    moved = other.checksum()
-    other.load_encoder(store.open(SNAPSHOT.id))
-    held = other._masters.live.views()
+    receiver.enter(JOINT)
+    receiver.step([batch()], 0)
+    trained_checksum = receiver.checksum()
+    receiver.load_encoder(store.open(SNAPSHOT.id))
+    masters = receiver._masters.live.views()
     masters, moments = True, True
-    for name, parameter in zero_partition.parameters(other.module, "encoder."):
-        master = held[f"master/{name}"]
+    for name, parameter in zero_partition.parameters(receiver.module, "encoder."):
+        master = masters[f"master/{name}"]
         masters &= torch.equal(
             master.tensor, zero_partition.piece(parameter, master.start, master.stop)
         )
-        moments &= not any(held[f"{kind}/{name}"].tensor.any() for kind in zero_partition.MOMENTS)
-    kept = any(held[f"exp_avg/llm.{n}"].tensor.any() for n in ("weight", "bias"))
-    found |= {
-        "moved": moved != live.checksum(),
-        "again": other.checksum() == live.checksum(),
+        moments &= not any(
+            masters[f"{kind}/{name}"].tensor.any() for kind in zero_partition.MOMENTS
+        )
+    others = any(masters[f"exp_avg/llm.{n}"].tensor.any() for n in ("weight", "bias"))
+    report |= {
+        "moved": trained_checksum != live.checksum(),
+        "again": receiver.checksum() == live.checksum(),
         "masters": all(distributed.gather(masters)),
         "moments": all(distributed.gather(moments)),
-        "others_kept": any(distributed.gather(kept)),
+        "others_kept": any(distributed.gather(others)),
     }
     # The next step starts from it: a stale master would put the old encoder back.
-    before = [p.ds_tensor.clone() for p in other.module.encoder.parameters()]
-    other.step([batch()], 1)
-    after = [p.ds_tensor for p in other.module.encoder.parameters()]
+    before = [p.ds_tensor.clone() for p in receiver.module.encoder.parameters()]
+    receiver.step([batch()], 1)
+    after = [p.ds_tensor for p in receiver.module.encoder.parameters()]
     step = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
-    found["next_step"] = max(distributed.gather(step))
+    report["next_step"] = max(distributed.gather(step))
     if distributed.main_rank():
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(report))
     distributed.end_process()
 
 

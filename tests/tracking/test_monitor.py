@@ -14,11 +14,10 @@ from dsasr.tracking.monitor import Monitor, MonitorConfig, clock
 def batch(rows: int = 2, frames: int = 10, bad=()) -> Batch:
     features = torch.zeros(rows, frames, 4)
     lengths = torch.tensor([frames] + [frames // 2] * (rows - 1))
-    none, ones = torch.zeros(rows, 0, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
-    texts = ("",) * rows
-    return Batch(
-        *(features, lengths, none, ones, none, ones),
-        *(texts, texts, texts, texts, texts, (1.5,) * rows, 0, 0, 0, {}),
+    return Batch.blank(
+        features,
+        feature_lengths_B=lengths,
+        durations=(1.5,) * rows,
         bad=tuple(bad),
         stats={"bytes": 500.0, "queue": 2, "decode_s": 0.003, "feature_s": 0.006, "read_s": 0.0},
     )

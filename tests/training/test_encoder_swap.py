@@ -37,7 +37,7 @@ def opened(tiny: Path, folder: Path, *overrides: str) -> Trainer:
 
 def offer(run: Trainer, number: int, cause: str, seed: int = 0, spoil: str = "") -> None:
     """Publish an encoder as the pretrain job would."""
-    module = run.build.pretrainer()
+    module = run.build.ctc_model()
     module.reset_parameters(torch.Generator().manual_seed(seed))
     architecture = fingerprint(to_plain(run.recipe.model.encoder))
     if spoil == "architecture":

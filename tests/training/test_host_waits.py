@@ -56,18 +56,15 @@ class BlockingCopies(TorchDispatchMode):
 def batch(count: int = 4) -> Batch:
     frames = torch.tensor((70, 52, 17, 33)[:count], dtype=torch.int64)
     tokens = torch.tensor((6, 1, 3, 4)[:count], dtype=torch.int64)
-    none = ("",) * count
-    return Batch(
-        features_BTF=torch.randn(count, 70 if count else 0, 12),
+    return Batch.blank(
+        torch.randn(count, 70 if count else 0, 12),
         feature_lengths_B=frames,
         phonemes_BP=torch.ones(count, 4, dtype=torch.int64),
-        phoneme_lengths_B=torch.full((count,), 4),
         tokens_BU=torch.ones(count, 6, dtype=torch.int64),
         token_lengths_B=tokens,
         keys=tuple(map(str, range(count))),
-        shards=none, texts=none, langs=none, speakers=none, durations=(0.7,) * count,
-        seed=3, epoch=0, number=0, state={},
-    )  # fmt: skip
+        seed=3,
+    )
 
 
 def step(model, held: Batch) -> BlockingCopies:

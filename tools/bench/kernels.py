@@ -1,10 +1,10 @@
 """How fast the fused ops are: ours, eager, torch.compile, torch's own, Liger and CCE, in one run.
 
-    python tools/bench/kernels.py [--ops linear_entropy softmax_entropy adaptor] [--small]
+    python tools/bench/kernels.py [--ops linear_cross_entropy softmax_entropy adaptor] [--small]
 
 Shapes are those of a 2-billion LM on a GPU, and one that a CPU can finish without; ``--small`` ends
-in seconds, but for compiling. Every side is first held to the float64 reference at few rows
-(``error``: of loss and gradients, ‖got − want‖ / ‖want‖), then timed in turn with the others.
+in seconds, but for compiling. Every side is first compared with the float64 reference on few
+rows (``error``: of loss and gradients, ‖got − want‖ / ‖want‖), then timed in turn with the others.
 ``share`` is the part of the measured limit that is reached: the matrix rate over the three products
 that forward and backward need (one for forward), or the copy bandwidth over the bytes that must
 move. Sides named ``no_entropy`` give the loss alone.
@@ -30,14 +30,15 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import alternate, clock, copy_rate, matrix_rate, median_and_spread, peak_bytes, record
 
 from dsasr.kernels import dispatch, reference
+from dsasr.kernels.adaptor import AdaptorWeights
 from dsasr.utils.errors import UserError, run_tool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = ("linear_entropy", "softmax_entropy", "adaptor")
+OPS = ("linear_cross_entropy", "softmax_entropy", "adaptor")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "cuda": {
-        "linear_entropy": [
+        "linear_cross_entropy": [
             {"N": n, "D": 2048, "V": 151_936, "dtype": "bf16"} for n in (2048, 8192, 32768)
         ],
         "softmax_entropy": [
@@ -51,7 +52,7 @@ SHAPES: dict[str, dict[str, list[dict[str, Any]]]] = {
         ],
     },
     "cpu": {
-        "linear_entropy": [
+        "linear_cross_entropy": [
             {"N": 4096, "D": 256, "V": 151_936, "dtype": "fp32"},
             {"N": 300, "D": 256, "V": 1000, "dtype": "fp32"},
         ],
@@ -64,7 +65,7 @@ SHAPES: dict[str, dict[str, list[dict[str, Any]]]] = {
         ],
     },
     "small": {
-        "linear_entropy": [{"N": 96, "D": 16, "V": 401, "dtype": "fp32"}],
+        "linear_cross_entropy": [{"N": 96, "D": 16, "V": 401, "dtype": "fp32"}],
         "softmax_entropy": [{"N": 64, "V": 401, "dtype": "fp32"}],
         "adaptor": [
             {"B": 4, "S": 50, "E": 16, "D": 24, "stack": 4, "padding": 0.3, "dtype": "fp32"}
@@ -76,7 +77,7 @@ SHAPES: dict[str, dict[str, list[dict[str, Any]]]] = {
 Side = Callable[..., Tensor]
 
 
-# -- the sides of linear_entropy -------------------------------------------------------------------
+# -- the sides of linear_cross_entropy -------------------------------------------------------------
 
 
 def eager_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -94,7 +95,10 @@ def eager_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tenso
 
 
 def our_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    return dispatch.linear_entropy(hidden_ND, weight_VD, targets_N)[0]
+    nll_N, _entropy_N = dispatch.linear_cross_entropy(
+        hidden_ND, weight_VD, targets_N, return_entropy=True
+    )
+    return nll_N
 
 
 def torch_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -147,7 +151,8 @@ def eager_entropy(logits_NV: Tensor) -> Tensor:
 
 def padded_adaptor(frames, lengths, w1, b1, w2, b2, *, stack, index, positions) -> Tensor:
     """Every frame is computed, then the valid ones are copied into the packed embeddings."""
-    padded, _ = reference.adaptor_padded(frames, lengths, w1, b1, w2, b2, stack=stack)
+    weights = AdaptorWeights(w1, b1, w2, b2, stack)
+    padded, _ = reference.adaptor_padded(frames, lengths, weights)
     buffer = padded.new_zeros(positions, padded.shape[-1])
     return buffer.index_copy(0, index[0], padded.flatten(0, 1).index_select(0, index[1]))
 
@@ -157,9 +162,8 @@ def our_adaptor(frames, lengths, w1, b1, w2, b2, *, stack, index, positions, nam
     if name:
         dispatch.select(name)
     buffer = frames.new_zeros(positions, len(w2))
-    out, _ = dispatch.adaptor(
-        frames, lengths, w1, b1, w2, b2, stack=stack, out_LD=buffer, index_N=index[0]
-    )
+    weights = AdaptorWeights(w1, b1, w2, b2, stack)
+    out, _ = dispatch.adaptor(frames, lengths, weights, out_LD=buffer, index_N=index[0])
     dispatch.select("auto")
     return out
 
@@ -180,21 +184,25 @@ def adaptor_sides(device: str) -> dict[str, Side]:
     return sides
 
 
-SIDES = {"linear_entropy": head_sides, "softmax_entropy": entropy_sides, "adaptor": adaptor_sides}
+SIDES = {
+    "linear_cross_entropy": head_sides,
+    "softmax_entropy": entropy_sides,
+    "adaptor": adaptor_sides,
+}
 
 
-# -- inputs and the work that they ask for ---------------------------------------------------------
+# -- inputs and the work that they take ------------------------------------------------------------
 
 
 def inputs(op: str, shape: dict[str, Any], device: str, rows: int | None = None):
-    """(arguments, keywords, places of those with gradients); ``rows``: fewer, for the check."""
+    """(arguments, keywords, positions of the arguments that get gradients); ``rows``: fewer."""
     torch.manual_seed(0)
     dtype = DTYPES[shape["dtype"]]
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(size, device=device)).to(dtype).requires_grad_()
 
-    if op == "linear_entropy":
+    if op == "linear_cross_entropy":
         n, d, v = rows or shape["N"], shape["D"], shape["V"]
         targets_N = torch.randint(0, v, (n,), device=device)
         return (normal(n, d), normal(v, d, scale=d**-0.5), targets_N), {}, (0, 1)
@@ -229,7 +237,7 @@ def spread_lengths(batch: int, frames: int, padding: float) -> Tensor:
 
 def work(op: str, shape: dict[str, Any]) -> tuple[str, float, float]:
     """The limit's kind, and how much of it forward, and forward and backward, must take."""
-    if op == "linear_entropy":
+    if op == "linear_cross_entropy":
         flop = 2.0 * shape["N"] * shape["D"] * shape["V"]
         return "flop", flop, 3 * flop
     if op == "softmax_entropy":
@@ -241,14 +249,16 @@ def work(op: str, shape: dict[str, Any]) -> tuple[str, float, float]:
     return "flop", flop, 3 * flop
 
 
-def differentiate(out: Tensor, arguments: tuple, places: tuple[int, ...]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out.mean(), [arguments[place] for place in places])
+def differentiate(
+    out: Tensor, arguments: tuple, differentiable: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out.mean(), [arguments[index] for index in differentiable])
 
 
 # -- checking and measuring ------------------------------------------------------------------------
 
 REFERENCES = {
-    "linear_entropy": lambda *a, **k: reference.linear_entropy(*a, **k)[0],
+    "linear_cross_entropy": reference.linear_cross_entropy,
     "softmax_entropy": reference.softmax_entropy,
     "adaptor": padded_adaptor,
 }
@@ -256,14 +266,14 @@ REFERENCES = {
 
 def errors(op: str, side: Side, shape: dict[str, Any], device: str) -> dict[str, float]:
     """Of the mean, and the worst of the gradients, against the float64 reference."""
-    arguments, keywords, places = inputs(op, shape, device, rows=64)
+    arguments, keywords, differentiable = inputs(op, shape, device, rows=64)
     wide = tuple(
         x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         for x in arguments
     )
     out, want = side(*arguments, **keywords), REFERENCES[op](*wide, **keywords)
-    grads = differentiate(out, arguments, places)
-    grads_want = differentiate(want, wide, places)
+    grads = differentiate(out, arguments, differentiable)
+    grads_want = differentiate(want, wide, differentiable)
 
     def error(a: Tensor, b: Tensor) -> float:
         return float(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).detach())
@@ -275,16 +285,16 @@ def errors(op: str, side: Side, shape: dict[str, Any], device: str) -> dict[str,
 def measure(
     op: str, shape: dict[str, Any], rounds: int, device: str, limits: dict, without: list[str]
 ) -> None:
-    found: dict[str, dict[str, float]] = {}
+    accuracy: dict[str, dict[str, float]] = {}
     sides = {name: side for name, side in SIDES[op](device).items() if name not in without}
     unit, *needed = work(op, shape)
     if needed[-1] / limits[unit] < 0.1:
         rounds *= 10
     for name, side in list(sides.items()):
         try:
-            found[name] = errors(op, side, shape, device)
-            if found[name]["gradient_error"] > 0.05:
-                print(f"{op} {name}: gradients are off by {found[name]}", file=sys.stderr)
+            accuracy[name] = errors(op, side, shape, device)
+            if accuracy[name]["gradient_error"] > 0.05:
+                print(f"{op} {name}: gradients are off by {accuracy[name]}", file=sys.stderr)
         except Exception as error:  # a side that does not run here is named and left out
             if name == "ours":
                 raise
@@ -292,27 +302,29 @@ def measure(
             del sides[name]
     peaks = {name: _peak(op, name, side, shape, device) for name, side in sides.items()}
     sides = {name: side for name, side in sides.items() if peaks[name] is not None}
-    arguments, keywords, places = inputs(op, shape, device)
+    arguments, keywords, differentiable = inputs(op, shape, device)
     runs = {
         "forward": {n: partial(_forward, s, arguments, keywords) for n, s in sides.items()},
-        "both": {n: partial(_both, s, arguments, keywords, places) for n, s in sides.items()},
+        "both": {
+            n: partial(_both, s, arguments, keywords, differentiable) for n, s in sides.items()
+        },
     }
-    # On a CPU the check has warmed everything that warms.
+    # On a CPU the comparison with the reference has warmed everything up.
     warm = 3 if device == "cuda" else 0
-    taken = {kind: alternate(of, rounds, device, warm) for kind, of in runs.items()}
+    times = {kind: alternate(by_side, rounds, device, warm) for kind, by_side in runs.items()}
     medians = {
-        kind: {name: median_and_spread(times) for name, times in of.items()}
-        for kind, of in taken.items()
+        kind: {name: median_and_spread(seconds) for name, seconds in by_side.items()}
+        for kind, by_side in times.items()
     }
     for name in sides:
         fields: dict[str, Any] = {}
-        for (kind, of), amount in zip(medians.items(), needed, strict=True):
-            middle, spread = of[name]
-            fields[f"{kind}_ms"], fields[f"{kind}_spread"] = round(middle, 4), round(spread, 3)
-            fields[f"{kind}_share"] = round(amount / limits[unit] / (middle / 1000), 4)
-            for other in sides:
-                if other != name and name == "ours":
-                    fields[f"{kind}_over_{other}"] = round(middle / of[other][0], 4)
+        for (kind, by_side), amount in zip(medians.items(), needed, strict=True):
+            median, spread = by_side[name]
+            fields[f"{kind}_ms"], fields[f"{kind}_spread"] = round(median, 4), round(spread, 3)
+            fields[f"{kind}_share"] = round(amount / limits[unit] / (median / 1000), 4)
+            for baseline in sides:
+                if baseline != name and name == "ours":
+                    fields[f"{kind}_over_{baseline}"] = round(median / by_side[baseline][0], 4)
         fields["backward_ms"] = round(fields["both_ms"] - fields["forward_ms"], 4)
         fields["peak_mb"] = round(peaks[name] / 2**20, 1)
         if name == "ours":
@@ -322,10 +334,10 @@ def measure(
             op,
             side=name,
             **shape,
-            implementation=dispatch.chosen(op, device, DTYPES[shape["dtype"]]),
+            implementation=dispatch.implementation(op, device, DTYPES[shape["dtype"]]),
             rounds=rounds,
             **fields,
-            **{k: float(f"{v:.2g}") for k, v in found[name].items()},
+            **{k: float(f"{v:.2g}") for k, v in accuracy[name].items()},
             limit=f"{limits[unit]:.3g} {unit}/s",
             clock=clock(device),
         )
@@ -336,8 +348,8 @@ def _forward(side: Side, arguments: tuple, keywords: dict) -> None:
         side(*arguments, **keywords)
 
 
-def _both(side: Side, arguments: tuple, keywords: dict, places: tuple[int, ...]) -> None:
-    differentiate(side(*arguments, **keywords), arguments, places)
+def _both(side: Side, arguments: tuple, keywords: dict, differentiable: tuple[int, ...]) -> None:
+    differentiate(side(*arguments, **keywords), arguments, differentiable)
 
 
 def _peak(op: str, name: str, side: Side, shape: dict[str, Any], device: str) -> int | None:
@@ -348,9 +360,9 @@ def _peak(op: str, name: str, side: Side, shape: dict[str, Any], device: str) ->
         if done.returncode:
             print(f"{op} {name}: no peak ({done.stderr[-300:].strip()})", file=sys.stderr)
         return None if done.returncode else int(done.stdout.split()[-1])
-    arguments, keywords, places = inputs(op, shape, device)
+    arguments, keywords, differentiable = inputs(op, shape, device)
     try:
-        return peak_bytes(partial(_both, side, arguments, keywords, places), device)
+        return peak_bytes(partial(_both, side, arguments, keywords, differentiable), device)
     except torch.OutOfMemoryError:
         print(f"{op} {name} does not fit: {shape}", file=sys.stderr)
         return None
@@ -363,12 +375,12 @@ def _peak(op: str, name: str, side: Side, shape: dict[str, Any], device: str) ->
 def _print_peak(op: str, name: str, shape: dict[str, Any]) -> None:
     side = SIDES[op]("cpu")[name]
     tiny = SHAPES["small"][op][0]
-    # Once at a tiny shape: libraries load, pools start. Compiled code must know the real one.
-    arguments, keywords, places = inputs(op, shape if name == "compile" else tiny, "cpu")
-    _both(side, arguments, keywords, places)
-    arguments, keywords, places = inputs(op, shape, "cpu")
+    # Once at a tiny shape: libraries load, pools start. Compiled code needs the measured one.
+    arguments, keywords, differentiable = inputs(op, shape if name == "compile" else tiny, "cpu")
+    _both(side, arguments, keywords, differentiable)
+    arguments, keywords, differentiable = inputs(op, shape, "cpu")
     gc.collect()
-    print(peak_bytes(partial(_both, side, arguments, keywords, places)))
+    print(peak_bytes(partial(_both, side, arguments, keywords, differentiable)))
 
 
 def main() -> None:

@@ -142,19 +142,18 @@ def _batch(frames: np.ndarray, tokens: np.ndarray, vocab: int, mels: int, number
     phoneme_lengths_B = (lengths_B / 100 * PHONEME_RATE).long().clamp_min(1)
     features_BTF = torch.randn(count, int(lengths_B.max()), mels)
     features_BTF[torch.arange(features_BTF.shape[1]) >= lengths_B[:, None]] = 0.0
-    texts = ("",) * count
-    return Batch(
-        features_BTF=features_BTF,
+    return Batch.blank(
+        features_BTF,
         feature_lengths_B=lengths_B,
         phonemes_BP=torch.randint(1, PHONEMES, (count, int(phoneme_lengths_B.max()))),
         phoneme_lengths_B=phoneme_lengths_B,
         tokens_BU=torch.randint(3, vocab, (count, int(token_lengths_B.max()))),
         token_lengths_B=token_lengths_B,
         keys=tuple(f"{distributed.rank()}-{number}-{i}" for i in range(count)),
-        shards=texts, texts=texts, langs=texts, speakers=texts,
         durations=tuple((frames / 100).tolist()),
-        seed=number, epoch=0, number=number, state={},
-    )  # fmt: skip
+        seed=number,
+        number=number,
+    )
 
 
 def work(
@@ -326,7 +325,7 @@ def case(
     head = {
         "ranks": distributed.world(),
         "dtype": str(dtype).removeprefix("torch."),
-        "kernels": dispatch.chosen("linear_entropy", distributed.device(), dtype),
+        "kernels": dispatch.implementation("linear_cross_entropy", distributed.device(), dtype),
         "rounds": options.rounds,
         "step_ms": round(1000 * middle, 2),
         "spread": round((quarters[2] - quarters[0]) / middle, 3),

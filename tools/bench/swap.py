@@ -83,12 +83,7 @@ class Parts(nn.Module):
 
 def batch() -> Batch:
     """Four seconds of noise."""
-    none, rows, text = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1).long(), ("",)
-    features, lengths = torch.randn(1, 400, 80), torch.full((1,), 400)
-    return Batch(
-        *(features, lengths, none, rows, none, rows),
-        *(text, text, text, text, text, (4.0,), 1, 0, 0, {}),
-    )
+    return Batch.blank(torch.randn(1, 400, 80), durations=(4.0,), seed=1)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -37,7 +37,7 @@ class EncoderConfig:
     mels: int = 80
     subsample_channels: int = 32
     activation_checkpointing: bool = False  # recompute each block in the backward pass
-    recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
+    recompute: Literal["all", "cheap"] = "all"  # cheap: products are saved
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:
@@ -91,7 +91,7 @@ class StridedConv(nn.Conv2d):
         super().__init__(channels, out_channels, 3, stride=2, padding=(1, 0))
 
     def forward(self, input: Tensor) -> Tensor:
-        # A clone, for with one channel `contiguous` takes any layout to be the right one.
+        # A clone: with one channel `contiguous` leaves any layout as it is.
         weight = self.weight.clone(memory_format=torch.channels_last)
         input = input.contiguous(memory_format=torch.channels_last)
         return F.conv2d(input, weight, self.bias, self.stride, self.padding)
@@ -113,7 +113,7 @@ class Subsampling(nn.Module):
         if padded:
             x = x.masked_fill(~valid_frames(lengths_B, x.shape[1]).unsqueeze(2), 0.0)
         x = self.conv1(x.unsqueeze(1))
-        if padded:  # its bias has made something of the zeros
+        if padded:  # the bias has made the padding nonzero
             valid = valid_frames((lengths_B + 1) // 2, x.shape[2])
             # A product, in place: masked_fill's gradient would leave the channels-last layout.
             x = x.mul_(valid[:, None, :, None].to(x.dtype))
@@ -290,7 +290,7 @@ class Encoder(nn.Module):
 
     @staticmethod
     def output_lengths(lengths_B: Tensor) -> Tensor:
-        """Encoder frames of so many feature frames: ceil(ceil(T / 2) / 2)."""
+        """Encoder frames of ``lengths_B`` feature frames: ceil(ceil(T / 2) / 2)."""
         return (lengths_B + 3) // 4
 
     def forward(
@@ -304,7 +304,7 @@ class Encoder(nn.Module):
 
         Runs in the dtype of the weights. ``chunk=None`` is full context.
         """
-        # On a GPU the question would stall the queue; there the masks are always applied.
+        # On a GPU the check would wait for the queue; there the masks are always applied.
         padded = lengths_B.device.type != "cpu" or int(lengths_B.min()) < features_BTF.shape[1]
         dtype = self.subsampling.project.bias.dtype
         x = self.subsampling(features_BTF.to(dtype), lengths_B, padded)

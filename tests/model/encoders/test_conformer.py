@@ -89,14 +89,14 @@ def test_chunked_convolution_is_a_convolution_with_the_future_zeroed(B, S, kerne
     torch.manual_seed(0)
     conv = DepthwiseConv(6, kernel).double()
     x = torch.randn(B, S, 6, dtype=torch.float64)
-    got = conv(x, Chunk(size))
+    actual = conv(x, Chunk(size))
     for start in range(0, S, size):
         past = x.clone()
         past[:, start + size :] = 0
         y = F.conv1d(
             past.transpose(1, 2), conv.weight, conv.bias, padding=kernel // 2, groups=6
         ).transpose(1, 2)
-        torch.testing.assert_close(got[:, start : start + size], y[:, start : start + size])
+        torch.testing.assert_close(actual[:, start : start + size], y[:, start : start + size])
 
 
 def test_attention_equals_the_fused_one():
@@ -148,7 +148,7 @@ def test_checkpointing_changes_no_gradient(chunk):
         work.append(by[torch.ops.aten.mm] + by.get(torch.ops.aten.addmm, 0))
     for plain, everything, cheap in zip(*gradients, strict=True):
         assert torch.equal(plain, everything) and torch.equal(plain, cheap)
-    # Products with weights: two in the backward pass, a third where all is made again.
+    # Products with weights: two in the backward pass, a third where everything is recomputed.
     assert work[1] / work[0] == pytest.approx(1.5, rel=0.1) and work[2] == work[0]
 
 
