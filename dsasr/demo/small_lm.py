@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsasr.data.text.prompt import Prompt, Tokenizer, load_tokenizer, normalize_text
+from dsasr.data.text.normalization import normalize_text
+from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.tokenizers import Tokenizer, load_tokenizer
 from dsasr.demo.phoneme_prompt import SpokenFrames, spoken_batch
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, json_text

@@ -18,7 +18,7 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import BatchMaker, TextEncoder, pad
 from dsasr.data.shards.index import BadSample, parse_sample
 from dsasr.data.shards.storage import SourceConfig, Sources
-from dsasr.data.text.prompt import TextConfig, normalize_text
+from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.utils.errors import UserError
 
 

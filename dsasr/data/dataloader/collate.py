@@ -41,6 +41,7 @@ from dsasr.data.shards.index import (
 )
 from dsasr.data.shards.storage import Missing, SourceError, Sources, Truncated
 from dsasr.data.shards.urls import is_pipe
+from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.data.text.phonemes import (
     MissingPhonemes,
     PhonemeVocab,
@@ -48,7 +49,7 @@ from dsasr.data.text.phonemes import (
     UnknownPhoneme,
     UnknownWord,
 )
-from dsasr.data.text.prompt import TextConfig, Tokenizer, normalize_text
+from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.utils.io import atomic_write
 
 FRAME_SLACK = 10  # frames by which a sample may exceed its plan: rounding of durations and speeds

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from dsasr.data.text import espeak
+from dsasr.data.text.characters import CharacterPhonemizer
 from dsasr.data.text.scripts import HAN, HAN_CHARACTER, script_runs
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
@@ -275,8 +276,6 @@ def build_phonemizer(config: PhonemizerConfig) -> Phonemizer:
     if config.kind == "lexicon":
         return LexiconPhonemizer(config.lexicons, stress=config.stress)
     if config.kind == "characters":
-        from dsasr.data.text.characters import CharacterPhonemizer  # which needs this module
-
         return CharacterPhonemizer()
     return StoredPhonemes()
 

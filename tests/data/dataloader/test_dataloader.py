@@ -29,7 +29,7 @@ from dsasr.data.dataloader.dataloader import (
     make_parts,
 )
 from dsasr.data.shards.storage import SourceConfig
-from dsasr.data.text.prompt import TextConfig
+from dsasr.data.text.normalization import TextConfig
 from dsasr.testing.dataloader_fuzz import Verdict, digest, draw_case, run_case
 from dsasr.utils.errors import UserError
 
