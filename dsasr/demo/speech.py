@@ -129,7 +129,8 @@ NONSPEECH = ("silence", "white", "babble")
 def nonspeech(kind: str, seconds: float, utterances: list[np.ndarray], seed: int) -> np.ndarray:
     """Float32 [n] at 16 kHz without intelligible speech, of a `NONSPEECH` kind.
 
-    Babble is eight talkers at once, cut from ``utterances`` at random and laid end to end.
+    Babble is eight talkers at once, each made of excerpts of ``utterances`` end to end. It is not
+    the augmentation's babble: a model that trained with that is evaluated here on another one.
     """
     rng = np.random.default_rng(seed)
     n = round(seconds * RATE)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsasr.data.audio.augment import AugmentConfig, Draw, apply
+from dsasr.data.audio.augment import AugmentConfig, AugmentParams, augment_wave
 from dsasr.data.audio.features import (
     AudioError,
     Cmvn,
@@ -28,7 +28,7 @@ from dsasr.data.audio.features import (
     fbank_batch,
     one_thread,
 )
-from dsasr.data.dataloader.augment_params import Draws
+from dsasr.data.dataloader.augment_params import AugmentParamColumns
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, Bad, PlannedSample, Task
 from dsasr.data.dataloader.workers import Allocate
 from dsasr.data.shards.index import (
@@ -184,10 +184,10 @@ class BatchMaker:
         stats = dict.fromkeys(("read_s", "decode_s", "augment_s", "feature_s", "text_s"), 0.0)
         before, rows, bad = self.sources.bytes, [], []
         room = None if self.waves else allocate(self._expected(task))
-        for planned, drawn in zip(task.samples, self._draws(task), strict=True):
+        for planned, params in zip(task.samples, self._augment_params(task), strict=True):
             place = None if room is None else torch.from_numpy(room[len(rows)])
             try:
-                rows.append(self._row(planned, drawn, stats, place))
+                rows.append(self._row(planned, params, stats, place))
             except BadSample as error:
                 bad.append((error.cause, planned.shard, planned.entry.key, error.detail))
         longest = max((len(row.features) for row in rows), default=0)
@@ -233,20 +233,20 @@ class BatchMaker:
             stats=stats,
         )
 
-    def _draws(self, task: Task) -> list[Draw | None]:
+    def _augment_params(self, task: Task) -> list[AugmentParams | None]:
         if self.augment is None:
             return [None] * len(task.samples)
         seeds = np.array([planned.seed for planned in task.samples], np.uint64)
-        draws = Draws.of(self.augment, seeds)
+        columns = AugmentParamColumns.sample(self.augment, seeds)
         return [
-            None if planned.plain else draws.one(self.augment, i, planned.seed)
+            None if planned.plain else columns.row(self.augment, i, planned.seed)
             for i, planned in enumerate(task.samples)
         ]
 
     def _row(
         self,
         planned: PlannedSample,
-        drawn: Draw | None,
+        params: AugmentParams | None,
         stats: dict[str, float],
         place: Tensor | None,
     ) -> _Row:
@@ -258,8 +258,8 @@ class BatchMaker:
         times.append(time.perf_counter())
         wave = self._decode(sample)
         times.append(time.perf_counter())
-        if drawn is not None:
-            wave = apply(wave, drawn, self.voices, self.fbank.rate, self.recorded)
+        if params is not None:
+            wave = augment_wave(wave, params, self.voices, self.fbank.rate, self.recorded)
         times.append(time.perf_counter())
         seconds = len(wave) / self.fbank.rate
         if seconds * FRAMES_PER_SECOND > planned.frames + FRAME_SLACK:

@@ -14,13 +14,13 @@ import soundfile
 import torch
 
 from dsasr.data.audio import features
-from dsasr.data.audio.augment import KINDS, RECORDED, AugmentConfig
+from dsasr.data.audio.augment import NOISE_KINDS, RECORDED, AugmentConfig
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.testing.dataloader_fuzz import digest
 
 # What may be cut differently by threads: long sums, transforms, products; every kind of noise.
-AUGMENT = AugmentConfig(noise_share=0.8, kinds=(*KINDS, RECORDED))
+AUGMENT = AugmentConfig(noise_share=0.8, kinds=(*NOISE_KINDS, RECORDED))
 
 
 @pytest.fixture(autouse=True)
