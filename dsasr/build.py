@@ -249,9 +249,9 @@ class Builder:
                 f"model.encoder.mels is {self.recipe.model.encoder.mels}"
             )
         for datasets in (self.recipe.data.train, self.recipe.data.valid):
-            from dsasr.data.shards.storage import Sources
+            from dsasr.data.shards.storage import ShardStorage
 
-            sources = Sources(self.recipe.data.dataloader.source)
+            sources = ShardStorage(self.recipe.data.dataloader.source)
             for dataset in datasets:
                 sources.resolve(dataset.shards)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsasr.data.audio.features import CmvnSums, FbankConfig
 from dsasr.data.shards.index import find_tars
-from dsasr.data.shards.process_pool import each
+from dsasr.data.shards.process_pool import map_in_processes
 from dsasr.data.shards.verify import cmvn_sums
 from dsasr.data.shards.writer import check_file
 from dsasr.utils.errors import UserError, run_tool
@@ -33,7 +33,7 @@ def main() -> int:
     tars = find_tars(args.paths)[: args.shards or None]
     check_file(args.out)
     sums, causes = CmvnSums(args.mels), Counter()
-    for part, bad in each(work, tars, args.processes, "features"):
+    for part, bad in map_in_processes(work, tars, args.processes, "features"):
         sums.merge(part)
         causes.update(bad)
     counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())

@@ -14,7 +14,13 @@ import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig, decode, fbank
 from dsasr.data.shards.index import build_index, find_tars, read_sample
-from dsasr.data.shards.writer import Packed, read_dataset, shard_summary, write_dataset, write_shard
+from dsasr.data.shards.writer import (
+    PackedSample,
+    read_dataset,
+    shard_summary,
+    write_dataset,
+    write_shard,
+)
 from dsasr.data.text.phonemes import PhonemeVocab
 
 RATE = 16_000
@@ -120,7 +126,7 @@ def encoded(seconds: float, form: str = "FLAC") -> bytes:
 def test_verifying_finds_each_planted_fault(tmp_path):
     def sample(key, audio=None, text="x", seconds=0.5):
         values = {"text": text, "lang": "en", "speaker": "s", "duration": seconds}
-        return Packed(key, "flac", encoded(0.5) if audio is None else audio, values)
+        return PackedSample(key, "flac", encoded(0.5) if audio is None else audio, values)
 
     hurt = bytearray(encoded(2.0))
     hurt[len(hurt) // 2] ^= 0xFF
@@ -196,7 +202,7 @@ def test_phonemes_are_those_of_the_shards(tmp_path, packed):
 def test_phonemes_by_a_lexicon_count_what_it_lacks(tmp_path, packed):
     (tmp_path / "lexicon").write_text("TEXT T EH1 K S T\n")
     options = ("--kind", "lexicon", "--lexicon", tmp_path / "lexicon", "--out", tmp_path / "p.json")
-    samples = [Packed(k, "flac", b"x", {"text": k, "lang": "en", "duration": 1.0})
+    samples = [PackedSample(k, "flac", b"x", {"text": k, "lang": "en", "duration": 1.0})
                for k in ("text", "missing")]  # fmt: skip
     write_shard(tmp_path / "x.tar", samples)
     told = tool("make_phonemes.py", tmp_path / "x.tar", *options).stdout
@@ -205,7 +211,9 @@ def test_phonemes_by_a_lexicon_count_what_it_lacks(tmp_path, packed):
 
 
 def test_phonemes_refuse_mistakes(tmp_path):
-    write_shard(tmp_path / "x.tar", [Packed("a", "flac", b"x", {"text": "hi", "duration": 1.0})])
+    write_shard(
+        tmp_path / "x.tar", [PackedSample("a", "flac", b"x", {"text": "hi", "duration": 1.0})]
+    )
     out = ("--out", tmp_path / "p.json")
     assert "no stored phonemes 1" in refused("make_phonemes.py", tmp_path / "x.tar", *out)
     assert "needs lexicons" in refused(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsasr.data.audio.augment import AugmentConfig, AugmentParams
-from dsasr.data.dataloader.bucketing import Lengths, uniform
+from dsasr.data.dataloader.bucketing import AugmentedDurations, uniform
 
 # One salt for each of a sample's draws.
 SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER = range(1, 8)
@@ -67,6 +67,6 @@ class AugmentParamColumns:
         )
 
 
-def planned_seconds(config: AugmentConfig) -> Lengths:
+def planned_seconds(config: AugmentConfig) -> AugmentedDurations:
     """(durations [N] in seconds, seeds [N]) → durations after augmentation, for the sampler."""
     return lambda durations, seeds: AugmentParamColumns.sample(config, seeds).seconds(durations)

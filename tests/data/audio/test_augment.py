@@ -256,9 +256,11 @@ def test_recorded_noise_without_recordings_stops_before_training(tmp_path):
         DatasetConfig,
         StreamingDataLoader,
     )
-    from dsasr.data.shards.writer import Packed, write_shard
+    from dsasr.data.shards.writer import PackedSample, write_shard
 
-    write_shard(tmp_path / "a.tar", [Packed("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})])
+    write_shard(
+        tmp_path / "a.tar", [PackedSample("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})]
+    )
     with pytest.raises(UserError, match="recorded"):
         StreamingDataLoader(
             DataLoaderConfig(num_workers=0),

@@ -19,7 +19,7 @@ from dsasr.data.dataloader.bad_samples import BadSampleLog
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
-from dsasr.data.shards.storage import SourceConfig
+from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.text.phonemes import PhonemeVocab, StoredPhonemes
 from dsasr.utils.errors import UserError
 
@@ -117,7 +117,7 @@ def delivered(folder: Path, tmp_path: Path, workers: int = 0, **more) -> tuple[d
     config = DataLoaderConfig(
         batch=BatchConfig(frames=600, max_seconds=7.0),
         num_workers=workers,
-        source=SourceConfig(cache=str(tmp_path / "cache" / folder.name)),
+        source=StorageConfig(cache=str(tmp_path / "cache" / folder.name)),
     )
     vocab = PhonemeVocab.build([["a", "b"]])
     given = {

@@ -13,7 +13,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.dataloader.augment_params import planned_seconds
-from dsasr.data.dataloader.bucketing import BatchConfig, Part, PlanConfig
+from dsasr.data.dataloader.bucketing import BatchConfig, DatasetPart, PlanConfig
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.shards.index import Entry, ShardIndex, load_index
 from dsasr.planning import batch_search
@@ -32,7 +32,7 @@ def told(rows: list[tuple[float, int]], augment: AugmentConfig | None = None, **
     index = index_of(rows)
     lengths = None if augment is None else planned_seconds(augment)
     plan = PlanConfig(batch=BatchConfig(**batch))
-    return forecast([Part("a", ["x.tar"])], plan, lambda shard: index, lengths)
+    return forecast([DatasetPart("a", ["x.tar"])], plan, lambda shard: index, lengths)
 
 
 def test_known_answers() -> None:
@@ -56,8 +56,8 @@ def test_a_share_of_the_shards_is_evenly_chosen() -> None:
         loaded.append(shard)
         return index_of([(1.0, 4)] * 5)
 
-    part = Part("a", [f"{i}.tar" for i in range(100)], np.full(100, 5))
-    got = forecast([part], PlanConfig(), load, most_shards=5)
+    part = DatasetPart("a", [f"{i}.tar" for i in range(100)], np.full(100, 5))
+    got = forecast([part], PlanConfig(), load, max_shards=5)
     assert got.samples == 25 and sorted(set(loaded), key=lambda s: int(s[:-4])) == [
         "0.tar", "24.tar", "49.tar", "74.tar", "99.tar",
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_at_most_three_percent_of_the_demo_is_padding() -> None:
     for stage in chosen.stages:
         plan = PlanConfig(batch=chosen.dataloader(stage)[0].batch, window_samples=8192)
         lengths = planned_seconds(chosen.data.augment)
-        part = Part("demo", shards, np.array([len(indexes[_index(s)]) for s in shards]))
+        part = DatasetPart("demo", shards, np.array([len(indexes[_index(s)]) for s in shards]))
         got = forecast([part], plan, lambda shard: indexes[_index(shard)], lengths)
         assert not got.left_out and got.padding <= 0.03
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from dsasr.data.dataloader.workers import WorkerDied, WorkerPool, run_here
+from dsasr.data.dataloader.workers import WorkerDied, WorkerPool, run_inline
 from dsasr.utils.errors import UserError
 
 
@@ -68,7 +68,7 @@ def pool():
 
 
 def same(payload, job: Job) -> bool:
-    here = run_here(work, job)
+    here = run_inline(work, job)
     return torch.equal(payload.array, here.array) and payload.rest["number"] == job.number
 
 

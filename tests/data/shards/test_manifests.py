@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from dsasr.data.shards.manifests import Utterance, read_manifest
+from dsasr.data.shards.manifests import ManifestEntry, read_manifest
 from dsasr.utils.errors import UserError
 
 RATE = 16_000
@@ -34,7 +34,7 @@ def test_jsonl(tmp_path):
     row = {"id": 7, "audio": "a.wav", "text": "hi\u2028there", "speaker": None, "gender": "f"}
     path = jsonl(tmp_path, "\ufeff" + json.dumps(row, ensure_ascii=False), "")
     (found,) = read_manifest(path, lang="en").utterances
-    assert found == Utterance(
+    assert found == ManifestEntry(
         "7", tmp_path / "a.wav", "hi\u2028there", "", "en", extra={"gender": "f"}
     )
 

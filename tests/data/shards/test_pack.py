@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from dsasr.data.shards.index import build_index, read_sample
-from dsasr.data.shards.manifests import Utterance, read_manifest
+from dsasr.data.shards.manifests import ManifestEntry, read_manifest
 from dsasr.data.shards.pack import PackConfig, pack, shard_size
 from dsasr.data.shards.verify import verify, verify_shard
 from dsasr.data.shards.writer import read_dataset
@@ -126,7 +126,7 @@ class Stopped(BaseException):
 def test_stopped_at_any_rename_and_run_again_is_as_never_stopped(tmp_path, monkeypatch, after):
     found = read_manifest(corpus(tmp_path)).utterances
     found[2].audio.write_bytes(b"no audio")
-    claims = [Utterance(u.id, u.audio, u.text, duration=9.0) for u in found]
+    claims = [ManifestEntry(u.id, u.audio, u.text, duration=9.0) for u in found]
     config, replace, left = PackConfig(2), os.replace, 0
     made = pack(claims, tmp_path / "whole", config, 1)
     assert (made["bad"], made["repaired"], made["written"]) == (1, 6, 4)
@@ -223,9 +223,9 @@ def test_each_bad_recording_is_named_by_its_cause(tmp_path):
     (tmp_path / "half.ogg").write_bytes(data)
     paths = sorted(p for p in tmp_path.iterdir())
     out = tmp_path / "out"
-    kept = pack([Utterance(p.stem, p, "x") for p in paths], tmp_path / "kept", PackConfig(), 1)
+    kept = pack([ManifestEntry(p.stem, p, "x") for p in paths], tmp_path / "kept", PackConfig(), 1)
     assert (kept["samples"], kept["bad"]) == (3, 3)  # headers alone tell nothing of half and nan
-    made = pack([Utterance(p.stem, p, "x") for p in paths], out, PackConfig(encode="flac"), 1)
+    made = pack([ManifestEntry(p.stem, p, "x") for p in paths], out, PackConfig(encode="flac"), 1)
     bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert made["bad"] == len(bad) == 5
     assert {b["key"]: b["cause"] for b in bad} == {
@@ -254,22 +254,22 @@ def test_ids_that_give_one_key_and_formats_that_are_not_read_stop_at_once(tmp_pa
     write(tmp_path / "a.wav")
     (tmp_path / "a.amr").write_bytes(b"")
     out = tmp_path / "out"
-    pair = [Utterance(k, tmp_path / "a.wav", "x") for k in ("a.b", "a_b")]
+    pair = [ManifestEntry(k, tmp_path / "a.wav", "x") for k in ("a.b", "a_b")]
     for utterances, says in (
         (pair, "same key"),
-        ([Utterance("a", tmp_path / "a.amr", "x")], "must be one of"),
-        ([Utterance("\n", tmp_path / "a.wav", "x")], "cannot be a key"),
+        ([ManifestEntry("a", tmp_path / "a.amr", "x")], "must be one of"),
+        ([ManifestEntry("\n", tmp_path / "a.wav", "x")], "cannot be a key"),
     ):
         with pytest.raises(UserError, match=says):
             pack(utterances, out, PackConfig(), 1)
     assert not out.exists()
     with pytest.raises(UserError, match="not Unicode"):
-        pack([Utterance("a", tmp_path / "a.wav", "\ud800")], out, PackConfig(), 1)
+        pack([ManifestEntry("a", tmp_path / "a.wav", "\ud800")], out, PackConfig(), 1)
 
 
 def test_wrong_durations_are_repaired_and_counted(tmp_path):
     write(tmp_path / "a.wav", 0.5)
-    claims = [Utterance(f"u{d}", tmp_path / "a.wav", "x", duration=d) for d in (0.0, 0.52, 5.0)]
+    claims = [ManifestEntry(f"u{d}", tmp_path / "a.wav", "x", duration=d) for d in (0.0, 0.52, 5.0)]
     made = pack(claims, tmp_path / "out", PackConfig(), 1)
     assert made["repaired"] == 1
     assert [s.duration for s in samples_of(tmp_path / "out")] == [0.5] * 3
@@ -281,7 +281,7 @@ def test_encoding_as_flac_keeps_the_samples(tmp_path, subtype):
     exact = subtype == "PCM_16"
     soundfile.write(tmp_path / "a.wav", wave if exact else wave / 32_768, RATE, subtype=subtype)
     write(tmp_path / "b.flac", 0.3)
-    both = [Utterance(p, tmp_path / p, "x") for p in ("a.wav", "b.flac")]
+    both = [ManifestEntry(p, tmp_path / p, "x") for p in ("a.wav", "b.flac")]
     pack(both, tmp_path / "out", PackConfig(shuffle=False, encode="flac"), 1)
     a, b = samples_of(tmp_path / "out")
     assert (a.extension, b.audio) == ("flac", (tmp_path / "b.flac").read_bytes())
@@ -339,7 +339,7 @@ def test_real_recordings_pack_and_verify_without_a_drop(tmp_path, recordings, na
         found, out = read_manifest(manifest).utterances, tmp_path / manifest.stem
         made = pack(found, out, PackConfig(200), 2)
         assert (made["samples"], made["bad"], made["repaired"]) == (len(found), 0, 0)
-        verdicts, causes = verify(sorted(out.glob("*.tar")), 2)
+        reports, causes = verify(sorted(out.glob("*.tar")), 2)
         assert not causes
-        assert sum(v.samples for v in verdicts) == len(found)
+        assert sum(v.samples for v in reports) == len(found)
         assert {s.key: s.text for s in samples_of(out)} == {u.id: u.text for u in found}

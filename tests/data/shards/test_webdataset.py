@@ -14,8 +14,8 @@ import soundfile
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.index import build_index, find_tars, read_sample
-from dsasr.data.shards.storage import SourceConfig
-from dsasr.data.shards.writer import Packed, shard_summary, write_dataset, write_shard
+from dsasr.data.shards.storage import StorageConfig
+from dsasr.data.shards.writer import PackedSample, shard_summary, write_dataset, write_shard
 
 webdataset = pytest.importorskip("webdataset")
 
@@ -35,9 +35,9 @@ def values(number: int, **more) -> dict:
     return {**said, "duration": 0.3 + number / 10, **more}
 
 
-def samples(keys=KEYS) -> list[Packed]:
+def samples(keys=KEYS) -> list[PackedSample]:
     return [
-        Packed(key, "flac", encoded(0.3 + i / 10, seed=i), values(i, gender="f"))
+        PackedSample(key, "flac", encoded(0.3 + i / 10, seed=i), values(i, gender="f"))
         for i, key in enumerate(keys)
     ]
 
@@ -99,7 +99,7 @@ def test_shards_of_shardwriter_are_read_without_an_index(tmp_path: Path) -> None
     config = DataLoaderConfig(
         batch=BatchConfig(frames=300),
         num_workers=0,
-        source=SourceConfig(cache=str(tmp_path / "cache")),
+        source=StorageConfig(cache=str(tmp_path / "cache")),
     )
     datasets = [DatasetConfig("d", str(tmp_path / "train-{0000..0002}.tar"))]
     with StreamingDataLoader(config, datasets=datasets, purpose="eval") as stream:
