@@ -138,15 +138,15 @@ def test_every_voice_exists_and_is_in_one_split():
 
 
 def test_speech_is_repeatable():
-    manner = speech.Manner("f2", 0.5, 50, 50, 0.1, 0.1, 0.5, 7)
+    manner = speech.SpeakingStyle("f2", 0.5, 50, 50, 0.1, 0.1, 0.5, 7)
     first = speech.speak("播放 play", manner)
-    speech.speak("something else", speech.Manner("m2", 0.1, 40, 60, 0.1, 0.1, 0.5, 8))
+    speech.speak("something else", speech.SpeakingStyle("m2", 0.1, 40, 60, 0.1, 0.1, 0.5, 8))
     assert np.array_equal(first, speech.speak("播放 play", manner))
     assert first.dtype == np.float32 and np.abs(first).max() == pytest.approx(0.5, abs=1e-3)
     assert np.abs(first[:1500]).max() < 1e-3 and np.abs(first[-1500:]).max() < 1e-3
 
 
 def test_speed_is_heard():
-    quick, slow = (speech.Manner("m1", s, 50, 50, 0, 0, 0.5, 0) for s in (1.0, 0.0))
+    quick, slow = (speech.SpeakingStyle("m1", s, 50, 50, 0, 0, 0.5, 0) for s in (1.0, 0.0))
     text = "turn on the kitchen lights"
     assert len(speech.speak(text, slow)) > 1.1 * len(speech.speak(text, quick))

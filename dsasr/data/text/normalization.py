@@ -12,11 +12,11 @@ from dsasr.utils.errors import UserError
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The form of training targets. ``case``: keep, lower or upper; ``punctuation``: keep or strip.
+    """The form of training targets. ``case``: keep, lower, upper; ``punctuation``: keep, strip.
 
-    Keep both where the language model knows them and the transcripts have them. ``empty``: drop
-    samples without text (as `empty_text`), or keep them: non-speech, whose CTC labels are blanks
-    and whose transcript is the end token alone.
+    Keep both if the transcripts have them and the language model uses them. ``empty``: drop samples
+    without text (cause `empty_text`), or keep them as non-speech, whose CTC labels are blanks and
+    whose transcript is the end token alone.
     """
 
     case: str = "keep"
@@ -35,12 +35,13 @@ class TextConfig:
 def normalize_text(text: str, lang: str = "", config: TextConfig | None = None) -> str:
     """The training target for ``text``: NFKC, single spaces, none between Han characters.
 
-    Control characters become spaces. Case and punctuation as ``config`` says; an apostrophe within
-    a word is no punctuation. Not the normalization for scoring, which forgives more.
+    Control characters become spaces. Case and punctuation follow ``config``; an apostrophe within
+    a word is not punctuation. Scoring has another normalization, which ignores more
+    (`dsasr.evaluation.normalize`).
     """
     config = config or TextConfig()
-    as_is = config.case == "keep" and config.punctuation == "keep"
-    if as_is and text.isascii() and text.isprintable() and " ".join(text.split()) == text:
+    unchanged = config.case == "keep" and config.punctuation == "keep"
+    if unchanged and text.isascii() and text.isprintable() and " ".join(text.split()) == text:
         return text
     text = unicodedata.normalize("NFKC", text)
     text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)

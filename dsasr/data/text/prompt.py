@@ -16,7 +16,7 @@ _MARKER = re.compile(r"(<\|[a-z_]+\|>)")
 
 
 class Prompt:
-    """Qwen's chat form around the speech (NIM4-ASR, arXiv 2604.18105).
+    """Qwen's chat format around the speech (NIM4-ASR, arXiv 2604.18105).
 
     Instruction, then speech, then hints: a streaming recognizer computes the part before the
     speech once and appends to it. The whole sequence is
@@ -32,10 +32,10 @@ class Prompt:
 
     @classmethod
     def parts(cls, context: str | None = None) -> tuple[list[str], list[str]]:
-        """What stands before and after the speech, markers and plain text taking turns.
+        """The parts before and after the speech, plain text and markers alternating.
 
-        Plain text has the even places, markers the odd ones, as `re.split` gives them: so a marker
-        among the user's own words in ``context`` stays plain text.
+        Plain text has the even indices, markers the odd ones, as `re.split` returns them. A marker
+        within ``context``, which comes from the user, stays plain text.
         """
         before, after = cls.template.split(SPEECH)
         if context:
@@ -45,7 +45,7 @@ class Prompt:
 
     @classmethod
     def phrases(cls) -> list[str]:
-        """The plain texts of the prompt without hints, each once: a demo tokenizer's pieces."""
+        """The distinct plain texts of the prompt without hints: tokens of a trained tokenizer."""
         prefix, suffix = cls.parts()
         return [text for text in dict.fromkeys(prefix[::2] + suffix[::2]) if text]
 
@@ -53,8 +53,8 @@ class Prompt:
     def build(cls, tokenizer: Tokenizer, context: str | None = None) -> tuple[list[int], list[int]]:
         """(prefix ids, suffix ids).
 
-        A tokenizer without the chat markers (not a chat model's) gets them as plain text. Raises
-        `UserError` if it knows only one of them.
+        If the tokenizer has no chat markers (it is not a chat model's), they are encoded as plain
+        text. Raises `UserError` if it has only one of them.
         """
         markers = {m: tokenizer.special_id(m) for m in (IM_START, IM_END)}
         if len({number is None for number in markers.values()}) > 1:
@@ -62,7 +62,7 @@ class Prompt:
         prefix: list[int] = []
         suffix: list[int] = []
         for ids, side in zip((prefix, suffix), cls.parts(context), strict=True):
-            for place, part in enumerate(side):
-                number = markers[part] if place % 2 else None
+            for i, part in enumerate(side):
+                number = markers[part] if i % 2 else None
                 ids += tokenizer.encode(part) if number is None else [number]
         return prefix, suffix

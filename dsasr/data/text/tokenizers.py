@@ -17,10 +17,10 @@ META_VERSION = 1
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What training and decoding need of a tokenizer.
+    """The interface that training and decoding use.
 
-    ``encode`` never yields a special token, whatever the text says: a transcript that contains
-    ``<|im_end|>`` is plain characters. Special tokens come from ``special_id`` alone.
+    ``encode`` never returns a special token: ``<|im_end|>`` in a transcript is encoded as plain
+    characters. Special tokens come from ``special_id`` only.
     """
 
     vocab_size: int  # largest id + 1
@@ -67,8 +67,8 @@ class HfTokenizer:
         )
 
     def decode(self, ids: list[int]) -> str:
-        kept = [int(number) for number in ids if int(number) not in self.special_ids]
-        return self._hf.decode(kept, clean_up_tokenization_spaces=False).strip()
+        plain = [int(number) for number in ids if int(number) not in self.special_ids]
+        return self._hf.decode(plain, clean_up_tokenization_spaces=False).strip()
 
     def special_id(self, name: str) -> int | None:
         number = self._hf.get_vocab().get(name)
@@ -78,9 +78,9 @@ class HfTokenizer:
 class SentencePieceTokenizer:
     """A sentencepiece model: one of `tools/train_tokenizer.py`, or any other ``.model`` file.
 
-    A trained folder's `META_NAME` names its special pieces, the prompt's sentences that are one
-    token each, and says that Latin and Han runs are parted by one space in text and by none in
-    pieces (``script_spacing``).
+    A trained folder's `META_NAME` lists the prompt's sentences that are one token each
+    (``phrases``), and sets ``script_spacing``: Latin and Han runs are separated by a space in text,
+    but not in pieces.
     """
 
     def __init__(self, model: str | Path, meta: dict | None = None) -> None:
@@ -135,7 +135,7 @@ class SentencePieceTokenizer:
 def to_pieces(text: str) -> str:
     """A space before each Latin run, none around Han: ``打开 wifi 吧`` → ``打开 wifi吧``.
 
-    So ``wifi`` is the piece ``▁wifi`` wherever it stands, and no Han character is ever ``▁吧``.
+    So ``wifi`` is the piece ``▁wifi`` at any position, and no Han character has a piece ``▁吧``.
     """
     runs = [(script, run.strip()) for script, run in script_runs(text)]
     return "".join(run if script == "zh" else " " + run for script, run in runs if run)
