@@ -292,8 +292,8 @@ def test_resume_refuses_another_dataset_or_another_plan() -> None:
         BatchSampler([corpus.part()], replace(FINITE, epochs=0, seed=8), corpus, state=state)
     with pytest.raises(UserError, match="version"):
         BatchSampler([corpus.part()], FINITE, corpus, state={**state, "version": 99})
-    moved = [re.sub("^/data", "s3://bucket", s) for s in corpus.part().shards]
-    part = replace(corpus.part(), shards=moved)
+    relocated = [re.sub("^/data", "s3://bucket", s) for s in corpus.part().shards]
+    part = replace(corpus.part(), shards=relocated)
     BatchSampler([part], replace(FINITE, epochs=0), corpus, state=state)
 
 

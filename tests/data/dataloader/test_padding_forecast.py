@@ -49,7 +49,7 @@ def test_known_answers() -> None:
     assert told([(50.0, 1)], frames=800).batches == 0
 
 
-def test_a_share_of_the_shards_is_evenly_chosen() -> None:
+def test_a_share_of_the_shards_is_evenly_spread() -> None:
     loaded = []
 
     def load(shard: str) -> ShardIndex:
@@ -64,11 +64,11 @@ def test_a_share_of_the_shards_is_evenly_chosen() -> None:
 
 
 def test_the_stream_makes_what_was_forecast(tiny) -> None:
-    chosen = recipe.load(str(tiny), ["data.augment={speeds: [0.9, 1.1], noise_share: 0.5}"])
-    stage = batch_search.stage_of(chosen, "align")
-    got = batch_search.outlook(chosen, stage)
+    cfg = recipe.load(str(tiny), ["data.augment={speeds: [0.9, 1.1], noise_share: 0.5}"])
+    stage = batch_search.stage_of(cfg, "align")
+    got = batch_search.outlook(cfg, stage)
     padded = useful = batches = 0
-    with Builder(chosen).train_stream(stage, None) as stream:
+    with Builder(cfg).train_stream(stage, None) as stream:
         for batch in stream:
             if batch.epoch:
                 break
@@ -95,12 +95,12 @@ def test_at_most_three_percent_of_real_speech_is_padding(recordings, name, frame
 def test_at_most_three_percent_of_the_demo_is_padding() -> None:
     if not DEMO.is_dir():
         pytest.skip("no demo corpus: tools/quickstart.sh makes it")
-    chosen = recipe.load("demo")
+    cfg = recipe.load("demo")
     indexes = {p.name: load_index(p) for p in DEMO.glob("*.index.json")}
     shards = sorted(str(p) for p in DEMO.glob("*.tar"))
-    for stage in chosen.stages:
-        plan = PlanConfig(batch=chosen.dataloader(stage)[0].batch, window_samples=8192)
-        lengths = planned_seconds(chosen.data.augment)
+    for stage in cfg.stages:
+        plan = PlanConfig(batch=cfg.dataloader(stage)[0].batch, window_samples=8192)
+        lengths = planned_seconds(cfg.data.augment)
         part = DatasetPart("demo", shards, np.array([len(indexes[_index(s)]) for s in shards]))
         got = forecast([part], plan, lambda shard: indexes[_index(shard)], lengths)
         assert not got.left_out and got.padding <= 0.03

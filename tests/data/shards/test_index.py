@@ -417,8 +417,8 @@ def test_the_verifier_checks_dataset_json(tmp_path):
     rows = [{"name": n, "samples": s} for n, s in (("a.tar", 3), ("c.tar", 1))]
     (tmp_path / "dataset.json").write_text(json.dumps({"version": 1, "shards": rows}))
     reports = {f"{n}.tar": verify_shard(tmp_path / f"{n}.tar") for n in "ab"}
-    found = {(cause, shard) for cause, shard, _, _ in check_dataset(tmp_path, reports)}
-    assert found == {
+    contradictions = {(cause, shard) for cause, shard, _, _ in check_dataset(tmp_path, reports)}
+    assert contradictions == {
         ("missing_samples", "a.tar"), ("missing_shard", "c.tar"), ("unlisted_shard", "b.tar")
     }  # fmt: skip
     (tmp_path / "dataset.json").write_text("[]")

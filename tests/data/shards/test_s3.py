@@ -135,33 +135,33 @@ def test_a_store_that_stays_bad_ends_in_a_named_error(bucket, tmp_path) -> None:
 
 
 def test_a_stream_from_s3_is_the_stream_from_disk(bucket, tmp_path) -> None:
-    """With workers: what fsspec keeps in the parent must not be used after the fork."""
+    """With workers: what fsspec caches in the parent must not be used after the fork."""
     folder, rows = tmp_path / "local", []
     for number in range(3):
-        made = []
+        samples = []
         for i in range(4):
             wave = np.random.default_rng(4 * number + i).standard_normal(6000 + 900 * i) * 0.1
             buffer = io.BytesIO()
             soundfile.write(buffer, wave, 16_000, format="FLAC", subtype="PCM_16")
             said = {"text": "x", "lang": "en", "speaker": "s", "duration": len(wave) / 16_000}
-            made.append(PackedSample(f"{number}-{i}", "flac", buffer.getvalue(), said))
+            samples.append(PackedSample(f"{number}-{i}", "flac", buffer.getvalue(), said))
         path = folder / f"{number:06d}.tar"
         path.parent.mkdir(exist_ok=True)
-        rows.append(shard_summary(path, write_shard(path, made)))
+        rows.append(shard_summary(path, write_shard(path, samples)))
     write_dataset(folder, rows, 1)
     for path in folder.iterdir():
         bucket.objects[f"b/set/{path.name}"] = path.read_bytes()
-    marks, keys = {}, Counter()
-    for place in (str(folder), "s3://b/set/"):
+    digests, keys = {}, Counter()
+    for shards in (str(folder), "s3://b/set/"):
         config = DataLoaderConfig(
             batch=BatchConfig(frames=300),
             num_workers=1,
             source=StorageConfig(cache=str(tmp_path / "cache"), backoff=0.01, timeout=5.0),
         )
-        with StreamingDataLoader(config, datasets=[DatasetConfig("d", place)], epochs=1) as stream:
-            made = list(stream)
-        marks[place] = [digest(b) for b in made]
-        keys.update(k for b in made for k in b.keys)
-    assert marks[str(folder)] == marks["s3://b/set/"] and set(keys.values()) == {2}
+        with StreamingDataLoader(config, datasets=[DatasetConfig("d", shards)], epochs=1) as stream:
+            batches = list(stream)
+        digests[shards] = [digest(b) for b in batches]
+        keys.update(k for b in batches for k in b.keys)
+    assert digests[str(folder)] == digests["s3://b/set/"] and set(keys.values()) == {2}
     assert len(keys) == 12 and json.loads((folder / "dataset.json").read_text())["samples"] == 12
     assert tarfile.is_tarfile(folder / "000000.tar")

@@ -43,16 +43,16 @@ def samples(keys=KEYS) -> list[PackedSample]:
 
 
 def test_webdataset_yields_the_samples_that_we_wrote(tmp_path: Path) -> None:
-    made = samples()
+    written = samples()
     rows = []
-    for number, part in enumerate((made[:2], made[2:])):
+    for number, part in enumerate((written[:2], written[2:])):
         path = tmp_path / f"{number:06d}.tar"
         rows.append(shard_summary(path, write_shard(path, part)))
     write_dataset(tmp_path, rows, 2)
     urls = str(tmp_path / "{000000..000001}.tar")
     got = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [s["__key__"] for s in got] == [s.key for s in made]
-    for theirs, ours in zip(got, made, strict=True):
+    assert [s["__key__"] for s in got] == [s.key for s in written]
+    for theirs, ours in zip(got, written, strict=True):
         members = {name for name in theirs if not name.startswith("__")}
         assert members == {"flac", "json"}
         assert theirs["flac"] == ours.audio and json.loads(theirs["json"]) == ours.values
@@ -70,12 +70,12 @@ def _entries(folder: Path) -> list:
 
 def test_the_same_samples_give_the_same_bytes_as_tarwriter(tmp_path: Path) -> None:
     """Not only the same content: the archives are equal byte for byte (short names, times of 0)."""
-    made = samples(KEYS[:2])
-    write_shard(tmp_path / "ours.tar", made)
+    written = samples(KEYS[:2])
+    write_shard(tmp_path / "ours.tar", written)
     theirs = tmp_path / "theirs.tar"
-    given = {"mtime": 0, "user": "dsasr", "group": "dsasr", "mode": 0o644}
-    with webdataset.TarWriter(str(theirs), **given) as writer:
-        for s in made:
+    fixed = {"mtime": 0, "user": "dsasr", "group": "dsasr", "mode": 0o644}
+    with webdataset.TarWriter(str(theirs), **fixed) as writer:
+        for s in written:
             data = json.dumps(s.values, ensure_ascii=False).encode()
             writer.write({"__key__": s.key, "flac": s.audio, "json": data})
     assert theirs.read_bytes() == (tmp_path / "ours.tar").read_bytes()
