@@ -19,7 +19,8 @@ from dsasr.data.audio.features import Cmvn
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.text.phonemes import PhonemeVocab, build_phonemizer
-from dsasr.data.text.prompt import Prompt, Tokenizer, check_tokenizer, load_tokenizer
+from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.ctc_model import CtcModel
@@ -252,9 +253,9 @@ class Builder:
                 f"model.encoder.mels is {self.recipe.model.encoder.mels}"
             )
         for datasets in (self.recipe.data.train, self.recipe.data.valid):
-            from dsasr.data.shards.storage import Sources
+            from dsasr.data.shards.storage import ShardStorage
 
-            sources = Sources(self.recipe.data.dataloader.source)
+            sources = ShardStorage(self.recipe.data.dataloader.source)
             for dataset in datasets:
                 sources.resolve(dataset.shards)
 

@@ -14,8 +14,8 @@ from dsasr.config import nearest
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
+from dsasr.data.text.normalization import TextConfig
 from dsasr.data.text.phonemes import PhonemizerConfig
-from dsasr.data.text.prompt import TextConfig
 from dsasr.engine.config import EngineConfig
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.normalize import check_rules

@@ -17,18 +17,18 @@ from dsasr.planning import batch_search
 from dsasr.utils.errors import UserError
 
 
-def batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
-    chosen = recipe.load(str(tiny), overrides)
-    with Builder(chosen).train_stream(batch_search.stage_of(chosen, stage), None) as stream:
+def load_batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
+    cfg = recipe.load(str(tiny), overrides)
+    with Builder(cfg).train_stream(batch_search.stage_of(cfg, stage), None) as stream:
         return [next(stream) for _ in range(count)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_features_are_computed_where_the_recipe_says_and_are_the_same(tiny, workers) -> None:
     """By workers or in the training process: `fbank`'s, normalized, to a thousandth."""
-    given = f"data.dataloader.num_workers={workers}"
-    one = batches(tiny, "pretrain", 6, given, "data.dataloader.features=worker")
-    two = batches(tiny, "pretrain", 6, given, "data.dataloader.features=device")
+    override = f"data.dataloader.num_workers={workers}"
+    one = load_batches(tiny, "pretrain", 6, override, "data.dataloader.features=worker")
+    two = load_batches(tiny, "pretrain", 6, override, "data.dataloader.features=device")
     cmvn = Builder(recipe.load(str(tiny))).cmvn
     for a, b in zip(one, two, strict=True):
         assert a.keys == b.keys and torch.equal(a.feature_lengths_B, b.feature_lengths_B)
@@ -48,11 +48,11 @@ def test_a_stages_mixture_has_its_own_weights_and_sets(tiny) -> None:
         {"name": name, "shards": str(folder / place), "weight": weight}
         for name, place, weight in (("a", "train", 1.0), ("b", "valid", 1.0))
     ]
-    given = f"data.train={json.dumps(sets)}"
-    mixed = batches(tiny, "pretrain", 60, given, "stages.pretrain.mixture={a: 3, b: 1}")
+    override = f"data.train={json.dumps(sets)}"
+    mixed = load_batches(tiny, "pretrain", 60, override, "stages.pretrain.mixture={a: 3, b: 1}")
     from_valid = Counter(batch.keys[0].startswith("valid") for batch in mixed)
     assert from_valid == {False: 45, True: 15}
-    alone = batches(tiny, "align", 20, given, "stages.align.mixture={b: 1}")
+    alone = load_batches(tiny, "align", 20, override, "stages.align.mixture={b: 1}")
     assert all(key.startswith("valid") for batch in alone for key in batch.keys)
     # Exactly once an epoch, whatever the weights.
     for name, count in (("train", 52), ("valid", 8)):
@@ -60,51 +60,51 @@ def test_a_stages_mixture_has_its_own_weights_and_sets(tiny) -> None:
         first = Counter(key for epoch, key in mine if epoch == 0)
         assert len(first) == count and set(first.values()) == {1}
     with pytest.raises(UserError, match="unknown dataset 'c'"):
-        batches(tiny, "align", 1, given, "stages.align.mixture={c: 1}")
+        load_batches(tiny, "align", 1, override, "stages.align.mixture={c: 1}")
 
 
 def test_recorded_noise_comes_from_the_recipes_shards(tiny) -> None:
     noise = f"data.dataloader.noise={{{tiny.parent / 'valid'}: 1.0}}"
     augment = "data.augment={speeds: [1.0], noise_share: 1.0, silence: 0.0, kinds: [recorded]}"
-    clean = batches(tiny, "pretrain", 3)
-    noisy = batches(tiny, "pretrain", 3, noise, augment)
+    clean = load_batches(tiny, "pretrain", 3)
+    noisy = load_batches(tiny, "pretrain", 3, noise, augment)
     assert [b.keys for b in clean] == [b.keys for b in noisy]
     assert all((a.features_BTF - b.features_BTF).abs().mean() > 0.1
                for a, b in zip(clean, noisy, strict=True))  # fmt: skip
     with pytest.raises(UserError, match=r"dataloader\.noise"):
-        batches(tiny, "pretrain", 1, augment)
+        load_batches(tiny, "pretrain", 1, augment)
 
 
 def test_packed_rows_have_the_unpacked_loss(tiny) -> None:
     """`model.llm.pack` end to end: the recipe's model on the stage's own batches."""
-    made = batches(tiny, "ia_sft", 3)
+    batches = load_batches(tiny, "ia_sft", 3)
     losses = []
     for pack in (0, 90, 400):
-        chosen = recipe.load(str(tiny), [f"model.llm.pack={pack}"])
-        model = Builder(chosen).speech_llm().eval()
+        cfg = recipe.load(str(tiny), [f"model.llm.pack={pack}"])
+        model = Builder(cfg).speech_llm().eval()
         rows = []
         forward = model.llm.base_model.forward
 
-        def count(*args, inputs_embeds, forward=forward, rows=rows, **given):
+        def count(*args, inputs_embeds, forward=forward, rows=rows, **kwargs):
             rows.append(inputs_embeds.shape[:2])
-            return forward(*args, inputs_embeds=inputs_embeds, **given)
+            return forward(*args, inputs_embeds=inputs_embeds, **kwargs)
 
         model.llm.base_model.forward = count
         with torch.no_grad():
-            losses.append([float(model(batch).loss) for batch in made])
+            losses.append([float(model(batch).loss) for batch in batches])
         if pack:
-            assert all(r < len(b) and n <= pack for (r, n), b in zip(rows, made, strict=True))
+            assert all(r < len(b) and n <= pack for (r, n), b in zip(rows, batches, strict=True))
         else:
-            assert [r for r, _ in rows] == [len(b) for b in made]
+            assert [r for r, _ in rows] == [len(b) for b in batches]
     for packed in losses[1:]:
         assert packed == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_token_budgets_bound_the_language_models_rows(tiny) -> None:
     over = "stages.align.batch={frames: 400, tokens: 120, min_seconds: 0.05, prompt_tokens: 20}"
-    made = batches(tiny, "align", 20, over)
-    assert max(len(b) for b in made) < max(len(b) for b in batches(tiny, "align", 20))
-    for batch in made:
+    batches = load_batches(tiny, "align", 20, over)
+    assert max(len(b) for b in batches) < max(len(b) for b in load_batches(tiny, "align", 20))
+    for batch in batches:
         positions = 20 + -(-batch.feature_lengths_B // 16) + batch.token_lengths_B
         assert len(batch) * int(positions.max()) <= 120
 
@@ -113,7 +113,7 @@ def test_a_token_budget_must_count_speech_and_prompt_as_the_model_does(tiny) -> 
     over = "stages.align.batch={frames: 400, tokens: 200"
     with pytest.raises(UserError, match=r"batch\.frames_per_token=16"):
         recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}"])
-    chosen = recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}", "model.adaptor.stack=8"])
-    Builder(chosen).check()
+    cfg = recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}", "model.adaptor.stack=8"])
+    Builder(cfg).check()
     with pytest.raises(UserError, match=r"batch\.prompt_tokens"):
         Builder(recipe.load(str(tiny), [f"{over}, prompt_tokens: 1}}"])).check()

@@ -19,7 +19,7 @@ from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.data.audio.features import AudioError, decode
 from dsasr.data.shards.index import BadSample, build_index, read_sample
-from dsasr.data.shards.storage import SourceConfig, Sources
+from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.inference import export
 from dsasr.inference.recognizer import Recognizer
 from dsasr.model.llm import load_llm
@@ -143,7 +143,7 @@ def test_yaml_tags_are_refused(tmp_path, text):
 
 def test_a_pipe_is_no_shard_unless_the_recipe_says_so(tmp_path):
     with pytest.raises(UserError, match="allow_pipe"):
-        Sources(SourceConfig()).resolve(f"pipe:mkdir {tmp_path / 'exploded'}")
+        ShardStorage(StorageConfig()).resolve(f"pipe:mkdir {tmp_path / 'exploded'}")
     assert not (tmp_path / "exploded").exists()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dsasr.testing.dataloader_fuzz import Verdict, draw_case, run_case
+from dsasr.testing.dataloader_fuzz import FuzzReport, draw_case, run_case
 from dsasr.utils.errors import run_tool
 from dsasr.utils.progress import Bar
 
@@ -32,17 +32,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    verdict, started = Verdict(), time.perf_counter()
+    report, started = FuzzReport(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="dsasr-fuzz-"))
     try:
         for seed in Bar(range(args.seed, args.seed + args.cases), unit="case"):
-            run_case(draw_case(seed), folder / str(seed), verdict)
+            run_case(draw_case(seed), folder / str(seed), report)
             shutil.rmtree(folder / str(seed))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    line = {**dataclasses.asdict(verdict), "seconds": round(time.perf_counter() - started, 1)}
+    line = {**dataclasses.asdict(report), "seconds": round(time.perf_counter() - started, 1)}
     print(json.dumps(line))
-    return 0 if verdict.clean else 1
+    return 0 if report.clean else 1
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the demo is made of: sentences from a grammar, spoken by synthetic voices."""
+"""The demo's synthetic corpus (sentences from a grammar, spoken by espeak-ng) and its small LM."""

@@ -1,4 +1,4 @@
-"""The demo's corpus on disk: FLAC files, JSONL manifests, and text for the language model."""
+"""Writes the demo's corpus: FLAC files, JSONL manifests, and text for the language model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from dsasr.utils.progress import Bar
 
 VERSION = 1  # goes up when the same arguments make another corpus
 SUMMARY = "corpus.json"
-_PARTIAL = "corpus.partial"  # marks an unfinished folder as ours to clear
+_PARTIAL = "corpus.partial"  # marks an unfinished corpus, which may be cleared
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """What a corpus is made from. ``hours``: the train split's audio; equal configs, equal bytes.
+    """The settings of a corpus; equal settings give equal bytes.
 
-    ``english`` is the share of English sentences; ``mixed`` that of code-switched ones; the rest is
-    Mandarin. ``valid``, ``test`` and ``nonspeech`` count utterances, ``text`` the LM's sentences.
+    ``hours``: the train split's audio. ``english`` is the share of English sentences, ``mixed``
+    that of code-switched ones; the rest is Mandarin. ``valid``, ``test`` and ``nonspeech`` count
+    utterances, ``text`` the LM's sentences.
     """
 
     hours: float = 1.5
@@ -67,19 +68,19 @@ class CorpusConfig:
 
 
 def sentences(config: CorpusConfig, split: str, stream: int = 0) -> Iterator[tuple[str, str]]:
-    """(language, sentence) without end, for one split, the languages in their shares.
+    """Endless (language, sentence) pairs of one split, the languages in their shares.
 
-    ``stream`` tells apart the draws of one split (0 speech, 1 text).
+    ``stream`` seeds independent draws for one split: 0 for speech, 1 for text.
     """
     seed = config.seed * 16 + grammar.SPLITS.index(split) * 4 + stream
     shares = {lang: share for lang, share in config.shares().items() if share > 0}
-    sources = {lang: grammar.Sampler(lang, seed).sentences(split) for lang in shares}
-    owed = dict.fromkeys(shares, 0.0)
+    sources = {lang: grammar.SentenceSampler(lang, seed).sentences(split) for lang in shares}
+    due = dict.fromkeys(shares, 0.0)  # sentences that a language is behind its share
     while True:
         for lang, share in shares.items():
-            owed[lang] += share
-        lang = max(owed, key=owed.__getitem__)
-        owed[lang] -= 1
+            due[lang] += share
+        lang = max(due, key=due.__getitem__)
+        due[lang] -= 1
         yield lang, next(sources[lang])
 
 
@@ -87,11 +88,11 @@ def held_out(config: CorpusConfig, split: str, count: int) -> list[tuple[str, st
     """``count`` (language, sentence) pairs of a held-out split, spread over all words."""
     drawn = list(itertools.islice(sentences(config, split), 4 * count))
     langs = [lang for lang, _ in drawn[:count]]
-    chosen = {
-        lang: grammar.spread([text for other, text in drawn if other == lang], langs.count(lang))
+    selected = {
+        lang: grammar.select_diverse([text for of, text in drawn if of == lang], langs.count(lang))
         for lang in dict.fromkeys(langs)
     }
-    return [(lang, chosen[lang].pop(0)) for lang in langs]
+    return [(lang, selected[lang].pop(0)) for lang in langs]
 
 
 @functools.lru_cache
@@ -100,15 +101,15 @@ def _phonemizer() -> EspeakPhonemizer:
 
 
 def _utterance(job: tuple[int, str, int, str, str]) -> tuple[dict, bytes]:
-    """One utterance's manifest row (without its path) and FLAC bytes; runs in a worker."""
+    """One utterance's manifest row (without its path) and FLAC bytes; runs in a worker process."""
     seed, split, number, lang, text = job
     rng = np.random.default_rng([seed, grammar.SPLITS.index(split), number])
-    manner = speech.Manner.draw(rng, speech.VOICES[split])
-    wave = speech.speak(text, manner)
+    style = speech.SpeakingStyle.draw(rng, speech.VOICES[split])
+    wave = speech.speak(text, style)
     row = {
         "id": f"{split}-{number:06d}",
         "text": text,
-        "speaker": manner.voice,
+        "speaker": style.voice,
         "lang": lang,
         "duration": round(len(wave) / speech.RATE, 4),
         "phonemes": _phonemizer().phonemes(text, lang),
@@ -123,12 +124,12 @@ def _one_thread() -> None:
 
 
 def _cores() -> int:
-    """Cores that this process may use, which in a job are fewer than the machine's."""
+    """The number of cores that this process may use; in a job fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    # Forked workers share what is imported; a start method without fork imports it anew.
+    # Forked workers share the imported modules; with another start method each imports them.
     method = "fork" if sys.platform == "linux" else "spawn"
     return ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context(method), initializer=_one_thread
@@ -145,28 +146,28 @@ def make_corpus(
 ) -> dict:
     """Write the corpus to the folder ``out`` and return its summary (also `SUMMARY` there).
 
-    Makes ``{train,valid,test,nonspeech}.jsonl`` (id, audio, text, speaker, lang, duration,
+    Writes ``{train,valid,test,nonspeech}.jsonl`` (id, audio, text, speaker, lang, duration,
     phonemes; ``audio`` relative to the manifest), ``audio/SPLIT/*.flac``, ``text/lm.txt`` (train
     sentences only) and ``text/lm_heldout.txt`` (valid sentences). Bytes depend on ``config`` alone,
-    not on ``processes``. A finished corpus of the same config is left as it is unless ``fresh``.
+    not on ``processes``. A finished corpus of the same config is kept, unless ``fresh``.
     Raises `UserError` if espeak-ng is missing or ``out`` holds something else.
     """
     out = Path(out)
     summary_path = out / SUMMARY
-    wanted = {"version": VERSION, **asdict(config)}
+    identity = {"version": VERSION, **asdict(config)}
     if summary_path.is_file() and not fresh:
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        if summary.get("config") == wanted:
+        if summary.get("config") == identity:
             return summary
-    ours = summary_path.is_file() or (out / _PARTIAL).is_file()
-    if out.is_dir() and any(out.iterdir()) and not ours:
+    is_corpus = summary_path.is_file() or (out / _PARTIAL).is_file()
+    if out.is_dir() and any(out.iterdir()) and not is_corpus:
         raise UserError(f"{out} holds something else than a corpus: choose another --out")
     espeak.phoneme_names("ready", "en-us", ipa=True)  # fails here, not in a worker
-    atomic_write(out / _PARTIAL, "This corpus is being made, or its making was interrupted.\n")
+    atomic_write(out / _PARTIAL, "This corpus is being written, or writing it was interrupted.\n")
     summary_path.unlink(missing_ok=True)
     shutil.rmtree(out / "audio", ignore_errors=True)
     _write_text(config, out)
-    summary = {"config": wanted, "splits": {}}
+    summary = {"config": identity, "splits": {}}
     import torch  # noqa: F401 - before the fork, so that the workers share it
 
     with _pool(processes or _cores()) as pool:
@@ -194,7 +195,7 @@ def _write_split(
     done = False
     with bar:
         while not done:
-            # In blocks: the end of the train split shows only in its durations.
+            # In blocks: where the train split ends is known only from the durations.
             block = list(itertools.islice(jobs, min(512, target or 512)))
             for row, data in pool.map(_utterance, block, chunksize=8):
                 if done:
@@ -216,8 +217,8 @@ def _write_nonspeech(config: CorpusConfig, out: Path) -> list[dict]:
 
     train = sorted((out / "audio" / "train").glob("*.flac"))
     rng = np.random.default_rng([config.seed, len(grammar.SPLITS)])
-    chosen = rng.choice(len(train), min(64, len(train)), replace=False)
-    talkers = [soundfile.read(train[i], dtype="float32")[0] for i in sorted(chosen.tolist())]
+    talker_ids = rng.choice(len(train), min(64, len(train)), replace=False)
+    talkers = [soundfile.read(train[i], dtype="float32")[0] for i in sorted(talker_ids.tolist())]
     folder = out / "audio" / "nonspeech"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -256,7 +257,7 @@ def _write_text(config: CorpusConfig, out: Path) -> None:
 
 
 def _summarize(rows: list[dict]) -> dict:
-    """Counts of a split: utterances, hours, speakers, different words and Han characters."""
+    """Counts of a split: utterances, hours, speakers, distinct words and Han characters."""
     words: Counter = Counter()
     han: Counter = Counter()
     for row in rows:

@@ -1,4 +1,4 @@
-"""Sentences from a grammar: English, Mandarin and code-switched, evenly used, split by content."""
+"""Random sentences from a grammar: English, Mandarin and code-switched, split by content."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LANGS = ("en", "zh", "zh-en")
 SPLITS = ("train", "valid", "test")
 _SLOT = re.compile(r"\{(\w+)\}")
 _UNIT = re.compile(f"[a-z]+|[{HAN}]")
-_HELD_OUT = 20  # one sentence in so many belongs to valid, another one to test
+_HELD_OUT = 20  # of 20 sentences, one belongs to valid and one to test
 
 
 def split_of(text: str) -> str:
-    """The split that a sentence belongs to, by its own hash: the same in every corpus made."""
+    """The split that a sentence belongs to, by its hash: the same in every corpus."""
     bucket = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
     return {0: "test", 1: "valid"}.get(bucket % _HELD_OUT, "train")
 
@@ -51,9 +51,9 @@ def _uses(text: str, slots: dict[str, tuple[str, ...]]) -> Counter:
 
 @functools.lru_cache
 def form_weights(lang: str) -> tuple[float, ...]:
-    """How often each form is to be drawn so that all fillers come up about equally often.
+    """Probabilities of the forms with which all fillers come up about equally often.
 
-    A slot of n fillers should be filled n times as often as one of a single filler. Found by
+    A slot of n fillers should be filled n times as often as one of a single filler. Computed by
     multiplicative updates: forms whose slots come up too seldom gain weight.
     """
     forms, slots = grammar(lang)
@@ -64,19 +64,19 @@ def form_weights(lang: str) -> tuple[float, ...]:
     weights = np.ones(len(forms)) / len(forms)
     for _ in range(300):
         rate = (weights @ uses) / sizes
-        want = rate.mean() / rate
-        gain = (uses @ want) / uses.sum(1)
+        correction = rate.mean() / rate
+        gain = (uses @ correction) / uses.sum(1)
         weights = weights * np.sqrt(gain)
-        # No form may all but vanish: it still is a kind of sentence to be learned.
+        # No form may nearly vanish: the model should learn each kind of sentence.
         weights = np.maximum(weights / weights.sum(), 0.25 / len(forms))
     return tuple(weights / weights.sum())
 
 
-class Sampler:
+class SentenceSampler:
     """An endless, seeded source of sentences of one language.
 
-    Each slot, and the forms themselves, are dealt from shuffled decks: over any stretch of
-    sentences all fillers come up about equally often.
+    Each slot, and the forms themselves, are drawn without replacement from shuffled decks: in any
+    run of sentences all fillers come up about equally often.
     """
 
     def __init__(self, lang: str, seed: int) -> None:
@@ -95,27 +95,27 @@ class Sampler:
             self._rng.shuffle(self._form_deck)
         return self._forms[self._form_deck.pop()]
 
-    def _deal(self, slot: str, taken: set[str]) -> str:
+    def _draw_filler(self, slot: str, used: set[str]) -> str:
         deck = self._decks.setdefault(slot, [])
         if len(deck) < 2:
             fresh = list(self._slots[slot])
             self._rng.shuffle(fresh)
-            deck[:0] = fresh  # dealt from the end: the last card of the old deck goes first
-        card = deck.pop()
-        if card in taken and deck:  # no "rice and rice", no "from paris to paris"
-            card, deck[-1] = deck[-1], card
-        taken.add(card)
-        return self._fill(card, taken)
+            deck[:0] = fresh  # drawn from the end: the last filler of the old deck comes first
+        filler = deck.pop()
+        if filler in used and deck:  # no "rice and rice", no "from paris to paris"
+            filler, deck[-1] = deck[-1], filler
+        used.add(filler)
+        return self._fill(filler, used)
 
-    def _fill(self, text: str, taken: set[str]) -> str:
-        return _SLOT.sub(lambda match: self._deal(match.group(1), taken), text)
+    def _fill(self, text: str, used: set[str]) -> str:
+        return _SLOT.sub(lambda match: self._draw_filler(match.group(1), used), text)
 
     def draw(self) -> str:
-        """The next sentence, of whatever split."""
+        """The next sentence, of any split."""
         return " ".join(self._fill(self._form(), set()).split())
 
     def sentences(self, split: str) -> Iterator[str]:
-        """Sentences of one split, endlessly; a repeat only when 20 draws in a row gave no new."""
+        """Endless sentences of one split; a repeat only if 20 draws in a row gave no new one."""
         seen: set[str] = set()
         repeats = 0
         while True:
@@ -135,21 +135,23 @@ def units(text: str) -> list[str]:
     return _UNIT.findall(text)
 
 
-def spread(pool: list[str], count: int) -> list[str]:
-    """``count`` sentences of ``pool`` that use as many different units as evenly as they can.
+def select_diverse(pool: list[str], count: int) -> list[str]:
+    """``count`` sentences of ``pool`` that use as many distinct units as evenly as possible.
 
-    Greedy: the next one has the most of what was used least. For small held-out sets, where plain
-    draws would leave out a good part of the words.
+    Greedy: the next sentence has the most of the least used units. For small held-out sets, where
+    random sentences would miss many words.
     """
     used: Counter = Counter()
-    left = [(text, units(text)) for text in pool]
-    chosen: list[str] = []
-    for _ in range(min(count, len(left))):
+    remaining = [(text, units(text)) for text in pool]
+    selected: list[str] = []
+    for _ in range(min(count, len(remaining))):
         best = max(
-            range(len(left)),
-            key=lambda i: sum(0.25 ** used[unit] for unit in left[i][1]) / len(left[i][1]) ** 0.5,
+            range(len(remaining)),
+            key=lambda i: (
+                sum(0.25 ** used[unit] for unit in remaining[i][1]) / len(remaining[i][1]) ** 0.5
+            ),
         )
-        text, parts = left.pop(best)
-        chosen.append(text)
+        text, parts = remaining.pop(best)
+        selected.append(text)
         used.update(parts)
-    return chosen
+    return selected

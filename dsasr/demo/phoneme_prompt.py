@@ -1,10 +1,10 @@
-"""Phonemes in the place of speech: they teach the demo's language model to read (**ours**).
+"""Prompts with phonemes instead of speech, for the pre-training of the demo's LM (**ours**).
 
 A large language model knows pronunciations from its text (dictionaries, pinyin, rhyme); the demo's
-small one has to be shown. In part of its pre-training the speech slot of the prompt holds simulated
-adaptor frames: each phoneme gets a random duration, and a frame of 160 ms is the sum of the
-embeddings of what sounds in its first and in its second half, each half with a table of its own.
-The tables are thrown away afterwards; the adaptor has to find its own way into the model.
+small one learns them here. In part of its pre-training the prompt has simulated adaptor frames
+instead of speech: each phoneme gets a random duration, and a frame of 160 ms is the sum of the
+embeddings of the phonemes in its first and in its second half, each half with its own table.
+The tables are discarded afterwards; the adaptor does not use them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ HALF = 0.08  # seconds of half an adaptor frame
 SHORTEST, LONGEST = 0.04, 0.16  # seconds of a phoneme
 
 
-class SpokenFrames(nn.Module):
-    """Simulated adaptor frames of phoneme ids; ``size`` phonemes, ``width`` of the model."""
+class SimulatedAdaptorFrames(nn.Module):
+    """Embeds phoneme ids as adaptor frames; ``size``: phonemes, ``width``: the model's."""
 
     def __init__(self, size: int, width: int, generator: torch.Generator):
         super().__init__()
@@ -29,7 +29,7 @@ class SpokenFrames(nn.Module):
         nn.init.normal_(self.table, std=0.02, generator=generator)
 
     def forward(self, phonemes: Sequence[int], rng: np.random.Generator) -> Tensor:
-        """[A, D] for one utterance's phonemes, spoken at a rate of its own."""
+        """[A, D] for one utterance's phonemes, at a random speaking rate."""
         rate = rng.uniform(0.8, 1.25)
         seconds = rate * rng.uniform(SHORTEST, LONGEST, len(phonemes))
         starts = rng.uniform(0, 0.2) + np.concatenate(([0.0], np.cumsum(seconds)[:-1]))
@@ -41,9 +41,9 @@ class SpokenFrames(nn.Module):
         return empty.index_add(0, frames, self.table[rows])
 
 
-def spoken_batch(
+def simulated_speech_batch(
     llm,
-    frames: SpokenFrames,
+    frames: SimulatedAdaptorFrames,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     prefix: Sequence[int],
     suffix: Sequence[int],
@@ -57,12 +57,12 @@ def spoken_batch(
     embed = llm.get_input_embeddings()
     rows, targets = [], []
     for phonemes, tokens in pairs:
-        heard = frames(phonemes, rng)
+        simulated = frames(phonemes, rng)
         ids = torch.tensor([*prefix, *suffix, *tokens])
         text = embed(ids)
         cut = len(prefix)
-        rows.append(torch.cat((text[:cut], heard, text[cut:])))
-        start = cut + len(heard) + len(suffix) - 1
+        rows.append(torch.cat((text[:cut], simulated, text[cut:])))
+        start = cut + len(simulated) + len(suffix) - 1
         target = torch.full((len(rows[-1]),), -100, dtype=torch.int64)
         target[start:] = torch.tensor([*tokens, end_id])
         targets.append(target)

@@ -1,8 +1,8 @@
-"""A small Qwen3-shaped language model, built and pre-trained on text: the demo's LM.
+"""Builds and pre-trains the demo's language model: a small Qwen3 on the corpus' text.
 
-It is trained on what it will see later: the prompt, then the transcript and the end token, with
-the loss on the latter two. Part of the sentences come bare, without the prompt; given a phonemizer,
-part come with their phonemes in the place of the speech (`dsasr.demo.phoneme_prompt`).
+Its training sequences are those of speech recognition: the prompt, then the transcript and the end
+token, with the loss on the latter two. Some sentences come without the prompt; with a phonemizer,
+some come with their phonemes instead of the speech (`dsasr.demo.phoneme_prompt`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsasr.data.text.prompt import Prompt, Tokenizer, load_tokenizer, normalize_text
-from dsasr.demo.phoneme_prompt import SpokenFrames, spoken_batch
+from dsasr.data.text.normalization import normalize_text
+from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.tokenizers import Tokenizer, load_tokenizer
+from dsasr.demo.phoneme_prompt import SimulatedAdaptorFrames, simulated_speech_batch
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, json_text
 from dsasr.utils.progress import Bar
@@ -45,8 +47,8 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class SmallLmConfig:
-    """Shape and pre-training. ``bare``: share of batches without the prompt; ``spoken``: share of
-    the batches with phonemes in the place of the speech, where phonemes are given.
+    """Shape and pre-training. ``bare``: share of the batches without the prompt; ``spoken``: share
+    of the batches with phonemes instead of the speech, if there are phonemes.
 
     AdamW, linear warm-up over a tenth of ``steps``, then cosine decay to a tenth of ``lr``.
     """
@@ -122,9 +124,9 @@ def make_random_lm(out: Path, tokenizer_folder: str | Path, width: int, layers: 
     names = sorted(set(llm.state_dict()) - {"lm_head.weight"})
     files = {n: f"model-{1 + i * 2 // len(names):05d}-of-00002.safetensors"
              for i, n in enumerate(names)}  # fmt: skip
-    held = llm.state_dict()
+    weights = llm.state_dict()
     for file in sorted(set(files.values())):
-        part = {n: held[n].bfloat16() for n in names if files[n] == file}
+        part = {n: weights[n].bfloat16() for n in names if files[n] == file}
         save_file(part, out / file, metadata={"format": "pt"})
     atomic_write(
         out / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": files})
@@ -160,13 +162,15 @@ def _nll(llm, inputs: Tensor, targets_BL: Tensor, reduction: str) -> Tensor:
     """
     named = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
     hidden_BLD = llm.model(**named, use_cache=False).last_hidden_state
-    kept = targets_BL != -100
-    return F.cross_entropy(llm.lm_head(hidden_BLD[kept]), targets_BL[kept], reduction=reduction)
+    has_target = targets_BL != -100
+    return F.cross_entropy(
+        llm.lm_head(hidden_BLD[has_target]), targets_BL[has_target], reduction=reduction
+    )
 
 
 @torch.no_grad()
 def perplexity(llm, sequences: Sequence[Sequence[int]], prompt: Sequence[int]) -> float:
-    """Per token, the end token counted, of ``sequences`` after ``prompt``."""
+    """Perplexity per token of ``sequences`` after ``prompt``, end tokens included."""
     llm.eval()
     total, count = 0.0, 0
     config = llm.config
@@ -189,13 +193,14 @@ def pretrain(
 ) -> list[float]:
     """Train ``llm`` in place; returns the loss of each step, in nats per token.
 
-    ``prompt`` is (prefix, suffix); ``phonemes``, one sequence a sentence, teach it to read sounds.
-    Sentences are shuffled anew each time round; equal arguments give equal weights on one machine.
+    ``prompt`` is (prefix, suffix). ``phonemes``: one sequence per sentence, for batches with
+    phonemes instead of speech. Sentences are reshuffled each epoch; equal arguments give equal
+    weights on one machine.
     """
     llm.train()
     generator = torch.Generator().manual_seed(config.seed)
     size = 1 + max((p for row in phonemes for p in row), default=0)
-    frames = SpokenFrames(size, llm.config.hidden_size, generator)
+    frames = SimulatedAdaptorFrames(size, llm.config.hidden_size, generator)
     decayed = [p for p in llm.parameters() if p.ndim > 1]
     rest = [p for p in llm.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -214,14 +219,14 @@ def pretrain(
     for step in bar:
         if len(order) < config.batch:
             order += rng.permutation(len(sequences)).tolist()
-        chosen, order = order[: config.batch], order[config.batch :]
+        batch_ids, order = order[: config.batch], order[config.batch :]
         if phonemes and rng.random() < config.spoken:
-            pairs = [(phonemes[i], sequences[i]) for i in chosen]
-            batch = spoken_batch(llm, frames, pairs, *prompt, rng)
+            pairs = [(phonemes[i], sequences[i]) for i in batch_ids]
+            batch = simulated_speech_batch(llm, frames, pairs, *prompt, rng)
         else:
-            used = () if rng.random() < config.bare else [*prompt[0], *prompt[1]]
+            context = () if rng.random() < config.bare else [*prompt[0], *prompt[1]]
             ids = llm.config.eos_token_id, llm.config.pad_token_id
-            batch = lm_batch([sequences[i] for i in chosen], used, *ids)
+            batch = lm_batch([sequences[i] for i in batch_ids], context, *ids)
         share = (step - warmup) / max(1, config.steps - warmup)
         decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, share)))
         for group in optimizer.param_groups:
@@ -251,22 +256,23 @@ def make_small_lm(
 ) -> dict:
     """Build, pre-train and save a language model; returns its report (also `REPORT` in ``out``).
 
-    ``texts``: UTF-8 files, one sentence a line. ``heldout``: such a file, of which the perplexity
-    is reported; without it every 50th line is held out. ``phonemize`` (text → phonemes) makes it
-    read sounds too. ``out`` becomes a Hugging Face folder with
-    the tokenizer's files in it. With the same model there already, nothing is done unless
-    ``fresh``. Raises `UserError`.
+    ``texts``: UTF-8 files, one sentence a line. ``heldout``: such a file, whose perplexity is
+    reported; without it every 50th line is held out. ``phonemize``: text → phonemes, for batches
+    with phonemes instead of speech. ``out`` becomes a Hugging Face folder with the tokenizer's
+    files. If it already has the same model, nothing is done unless ``fresh``. Raises `UserError`.
     """
     config = config or SmallLmConfig()
     out, tokenizer_folder = Path(out), Path(tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     lines = [line for path in texts for line in _lines(path)]
-    held = _lines(heldout) if heldout else lines[::50]
+    heldout_lines = _lines(heldout) if heldout else lines[::50]
     if not heldout:
         lines = [line for number, line in enumerate(lines) if number % 50]
-    if not lines or not held:
+    if not lines or not heldout_lines:
         raise UserError("the text for the language model is empty")
-    source = _fingerprint(config, lines, held, tokenizer_folder) + ("r" if phonemize else "")
+    source = _fingerprint(config, lines, heldout_lines, tokenizer_folder) + (
+        "r" if phonemize else ""
+    )
     if not fresh and (out / REPORT).is_file():
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
         if report.get("source") == source:
@@ -290,8 +296,10 @@ def make_small_lm(
         "parameters": llm.num_parameters(),
         "sentences": len(lines),
         "last_loss": losses[-1] if losses else None,
-        "heldout_sentences": len(held),
-        "heldout_perplexity": perplexity(llm, [tokenizer.encode(x) for x in held], prefix + suffix),
+        "heldout_sentences": len(heldout_lines),
+        "heldout_perplexity": perplexity(
+            llm, [tokenizer.encode(x) for x in heldout_lines], prefix + suffix
+        ),
         "seconds": round(time.monotonic() - start, 1),
     }
     _save(llm, tokenizer_folder, out, report)
@@ -316,8 +324,10 @@ def _lines(path: str | Path) -> list[str]:
     return [normalize_text(line) for line in text.splitlines() if line.strip()]
 
 
-def _fingerprint(config: SmallLmConfig, lines: list[str], held: list[str], tokenizer: Path) -> str:
-    digest = hashlib.sha256(json.dumps([asdict(config), Prompt.template, held]).encode())
+def _fingerprint(
+    config: SmallLmConfig, lines: list[str], heldout: list[str], tokenizer: Path
+) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(config), Prompt.template, heldout]).encode())
     for line in lines:
         digest.update(line.encode() + b"\n")
     for name in _TOKENIZER_FILES:
@@ -327,11 +337,11 @@ def _fingerprint(config: SmallLmConfig, lines: list[str], held: list[str], token
 
 
 def _save(llm, tokenizer: Path, out: Path, report: dict) -> None:
-    """A folder appears whole: written beside its place, then renamed."""
+    """Write the folder beside ``out``, then rename it: it appears whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.parent / f".{out.name}.tmp"
     shutil.rmtree(building, ignore_errors=True)
-    # Not llm.save_pretrained: it draws a progress bar of its own for one small file.
+    # Not llm.save_pretrained: it would draw another progress bar for one small file.
     llm.config.architectures = [type(llm).__name__]
     llm.config.dtype = torch.float32
     llm.config.save_pretrained(building)

@@ -1,4 +1,4 @@
-"""Sentences spoken by espeak-ng's voices: what one utterance of the demo's corpus is made of."""
+"""Synthetic audio of the demo's corpus: sentences spoken by espeak-ng's voices, and non-speech."""
 
 # ruff: noqa: SIM905 - word lists read better as text
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dsasr.data.text.scripts import script_runs
 RATE = 16000
 
 # espeak-ng's voice variants, without whispers, croaks, robots and strong echoes. Speakers are
-# split like sentences: those of valid and test are heard in no training utterance.
+# split like sentences: those of valid and test are in no training utterance.
 VOICES = {
     "train": (
         "m1 m2 m4 m5 m7 m8 quincy Michael Mike Mario max robert paul grandpa "
@@ -30,11 +30,11 @@ _NOISE_FLOOR = 1e-4  # of full scale: -80 dB, so that silence is not digital zer
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How an utterance is spoken. Times in seconds, ``level`` the peak as a share of full scale."""
+class SpeakingStyle:
+    """Parameters of speech synthesis. Times in seconds; ``level``: peak, as share of full scale."""
 
     voice: str
-    speed: float  # 0–1: slow to quick within the usual
+    speed: float  # 0–1: slow to fast within the usual range
     pitch: int  # 0–100
     pitch_range: int  # 0–100: flat to lively
     lead: float
@@ -43,7 +43,7 @@ class Manner:
     seed: int
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, voices: tuple[str, ...] | list[str]) -> Manner:
+    def draw(cls, rng: np.random.Generator, voices: tuple[str, ...] | list[str]) -> SpeakingStyle:
         return cls(
             voice=voices[int(rng.integers(len(voices)))],
             speed=float(rng.uniform()),
@@ -72,7 +72,7 @@ def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _trim(wave: np.ndarray, threshold: float = 0.003) -> np.ndarray:
-    """Without the silence at both ends, but for 10 ms."""
+    """Without the silence at both ends, except for 10 ms."""
     loud = np.flatnonzero(np.abs(wave) > threshold)
     if not len(loud):
         return wave[:0]
@@ -80,21 +80,21 @@ def _trim(wave: np.ndarray, threshold: float = 0.003) -> np.ndarray:
     return wave[max(0, loud[0] - margin) : loud[-1] + 1 + margin]
 
 
-def speak(text: str, manner: Manner) -> np.ndarray:
-    """``text`` in ``manner``: float32 [n] in [-1, 1] at 16 kHz, bit-equal for equal arguments.
+def speak(text: str, style: SpeakingStyle) -> np.ndarray:
+    """Synthesize ``text``: float32 [n] in [-1, 1] at 16 kHz, bit-equal for equal arguments.
 
-    Each script's run is read by its language in the same voice: code-switched text has the
+    Each script's run is spoken in its language by the same voice, so code-switched text has the
     phonemes that `EspeakPhonemizer` gives it.
     """
     parts: list[np.ndarray] = []
     for script, run in script_runs(text):
-        slow, quick = _SPEED[script]
+        slow, fast = _SPEED[script]
         samples, rate = espeak.synthesize(
             run.strip(),
-            f"{_LANGUAGE[script]}+{manner.voice}",
-            words_per_minute=round(slow + (quick - slow) * manner.speed),
-            pitch=manner.pitch,
-            pitch_range=manner.pitch_range,
+            f"{_LANGUAGE[script]}+{style.voice}",
+            words_per_minute=round(slow + (fast - slow) * style.speed),
+            pitch=style.pitch,
+            pitch_range=style.pitch_range,
         )
         wave = _trim(_resample(samples.astype(np.float32) / 32768, rate))
         if parts:
@@ -103,10 +103,10 @@ def speak(text: str, manner: Manner) -> np.ndarray:
     speech = np.concatenate(parts)
     peak = float(np.abs(speech).max(initial=0.0))
     if peak > 0:
-        speech = speech * np.float32(manner.level / peak)
-    lead, trail = (np.zeros(round(RATE * t), np.float32) for t in (manner.lead, manner.trail))
+        speech = speech * np.float32(style.level / peak)
+    lead, trail = (np.zeros(round(RATE * t), np.float32) for t in (style.lead, style.trail))
     wave = np.concatenate([lead, speech, trail])
-    return _with_floor(wave, np.random.default_rng(manner.seed))
+    return _with_floor(wave, np.random.default_rng(style.seed))
 
 
 def _with_floor(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -129,7 +129,8 @@ NONSPEECH = ("silence", "white", "babble")
 def nonspeech(kind: str, seconds: float, utterances: list[np.ndarray], seed: int) -> np.ndarray:
     """Float32 [n] at 16 kHz without intelligible speech, of a `NONSPEECH` kind.
 
-    Babble is eight talkers at once, cut from ``utterances`` at random and laid end to end.
+    Babble is eight talkers at once, each made of excerpts of ``utterances`` end to end. It is not
+    the augmentation's babble: a model that trained with that is evaluated here on another one.
     """
     rng = np.random.default_rng(seed)
     n = round(seconds * RATE)

@@ -1,8 +1,8 @@
 # ruff: noqa: SIM905 - word lists read better as text
 """The words and sentence forms of the demo's grammar.
 
-Rules: a name in braces is a slot, filled from its list; fillers may hold slots themselves. Chosen
-so that a tiny model can learn it in minutes: short sentences, no two fillers of a slot that sound
+A name in braces is a slot, filled from its list; fillers may contain slots. The words are chosen so
+that a tiny model learns them in minutes: short sentences, no two fillers of a slot that sound
 alike, no rare words.
 """
 

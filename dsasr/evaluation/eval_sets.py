@@ -15,10 +15,11 @@ import torch
 
 from dsasr.data.audio.features import AudioError, Cmvn, FbankConfig, decode, fbank
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.collate import BatchMaker, TextEncoder, pad
+from dsasr.data.dataloader.collate import pad
 from dsasr.data.shards.index import BadSample, parse_sample
-from dsasr.data.shards.storage import SourceConfig, Sources
-from dsasr.data.text.prompt import TextConfig, normalize_text
+from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.storage import ShardStorage, StorageConfig
+from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.utils.errors import UserError
 
 
@@ -43,7 +44,7 @@ def read(
     *,
     rate: int = 16000,
     text: TextConfig | None = None,
-    source: SourceConfig | None = None,
+    source: StorageConfig | None = None,
     limit: int = 0,
     max_seconds: float = 60.0,
 ) -> tuple[list[Recording], Counter[str]]:
@@ -52,14 +53,14 @@ def read(
     ``limit`` takes that many of each set, evenly spread over it (0: all), so that every speaker
     and language is among them. Raises `UserError` if nothing is left.
     """
-    sources = Sources(source)
-    maker = BatchMaker(
-        sources=sources, fbank=FbankConfig(rate=rate), cmvn=None, augment=None,
-        text=TextEncoder(), max_seconds=max_seconds, waves=True,
-    )  # fmt: skip
+    sources = ShardStorage(source)
     listed = []
     for place in [shards] if isinstance(shards, str) else shards:
-        whole = [(s, entry) for s in sources.resolve(place).shards for entry in maker.load_index(s)]
+        whole = [
+            (shard, entry)
+            for shard in sources.resolve(place).shards
+            for entry in load_or_build_index(sources, shard)
+        ]
         if limit and limit < len(whole):
             whole = [whole[i * len(whole) // limit] for i in range(limit)]
         listed += whole
@@ -67,7 +68,7 @@ def read(
     for shard, entry in listed:
         spans = (entry.audio_offset, entry.audio_size), (entry.json_offset, entry.json_size)
         try:
-            sample = parse_sample(entry, shard, *sources.read_both(shard, *spans))
+            sample = parse_sample(entry, shard, *sources.read_two(shard, *spans))
             wave = decode(sample.audio, rate=rate, max_seconds=max_seconds).numpy()
         except (BadSample, AudioError) as error:
             causes[error.cause] += 1

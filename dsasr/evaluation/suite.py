@@ -1,8 +1,10 @@
-"""The noise suite that a recognizer is tried on: non-speech, noisy speech, truncated speech.
+"""The noise suite that a recognizer is evaluated on: non-speech, noisy and truncated speech.
 
 Everything is made from a seed and, for babble and noisy speech, from the caller's own utterances;
 the same seed gives the same suite for every system. Waves are float32 [n], mono, in [−1, 1]. The
-sounds are ours.
+sounds are **ours**. They are not the training's (`dsasr.data.audio.augment`), on purpose: a system
+trained with augmentation is evaluated on noise that it was not trained on. They stay as they are,
+so that results of different releases compare.
 
 SNR is 10·log₁₀ of the ratio of mean powers, in dB, over the whole clip.
 """

@@ -36,7 +36,8 @@ from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.safetensors_writer import Lazy, write_tensors
 from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
-from dsasr.data.text.prompt import Prompt, Tokenizer, check_tokenizer, load_tokenizer
+from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor, AdaptorConfig

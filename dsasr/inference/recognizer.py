@@ -12,7 +12,7 @@ import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
 from dsasr.data.batch import Batch
-from dsasr.data.text.prompt import Tokenizer
+from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis, decode
 from dsasr.inference.segmentation import Piece, SegmentationConfig, pieces
 from dsasr.model.speech_llm import SpeechLLM

@@ -13,19 +13,19 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import yaml
 
 from dsasr import config
 from dsasr.build import Builder, sub_seed
-from dsasr.data.audio.features import FbankConfig
 from dsasr.data.dataloader.augment_params import planned_seconds
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig, PlanConfig
-from dsasr.data.dataloader.collate import BatchMaker, TextEncoder
-from dsasr.data.dataloader.dataloader import make_parts
+from dsasr.data.dataloader.dataloader import build_dataset_parts
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
-from dsasr.data.shards.storage import Sources
+from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.storage import ShardStorage
 from dsasr.planning.batch_trial import Shape, serve
 from dsasr.recipe import SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
@@ -67,17 +67,8 @@ class Found:
 def outlook(recipe: Recipe, stage: StageConfig, most_shards: int = SHARDS) -> Forecast:
     """The forecast of one epoch of a stage's mixture."""
     loader, datasets = recipe.dataloader(stage)
-    sources = Sources(loader.source)
+    sources = ShardStorage(loader.source)
     augment = recipe.data.augment
-    maker = BatchMaker(
-        sources=sources,
-        fbank=FbankConfig(),
-        cmvn=None,
-        augment=None,
-        text=TextEncoder(),
-        max_seconds=loader.batch.max_seconds,
-        waves=False,
-    )
     plan = PlanConfig(
         batch=loader.batch,
         seed=sub_seed(recipe.seed, f"stream {stage.name}"),
@@ -86,8 +77,9 @@ def outlook(recipe: Recipe, stage: StageConfig, most_shards: int = SHARDS) -> Fo
         window_samples=loader.window_samples,
     )
     lengths = None if augment is None else planned_seconds(augment)
-    parts = make_parts(datasets, sources, loader.temperature)
-    return forecast(parts, plan, maker.load_index, lengths, most_shards)
+    parts = build_dataset_parts(datasets, sources, loader.temperature)
+    load = partial(load_or_build_index, sources)
+    return forecast(parts, plan, load, lengths, most_shards)
 
 
 def longest_frames(batch: BatchConfig) -> int:

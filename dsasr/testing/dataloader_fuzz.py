@@ -1,8 +1,9 @@
-"""Drills for the stream: drawn shards, ranks, workers, kills and new world sizes, checked exactly.
+"""Fuzzing of the dataloader: random shards, ranks, workers, kills and changes of world size.
 
-Every case writes a small corpus, takes the uninterrupted one-rank stream as the reference for the
-batches, and the plain list of keys as the reference for the samples. Then it runs the same stream
-through a drawn history (world sizes, workers, kill points) and compares batch by batch, bit by bit.
+Each case writes a small corpus. The reference for the batches is an uninterrupted stream of one
+rank, the reference for the samples is the list of keys. Then the case runs the same stream through
+a random history (world sizes, workers, kills) and compares it batch by batch, bit by bit: the laws
+"Exactly once" and "Interrupted is uninterrupted".
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import multiprocessing
 import os
 import signal
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,20 +28,21 @@ from dsasr.data.audio.features import FbankConfig
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
-from dsasr.data.shards.storage import SourceConfig
+from dsasr.data.shards.storage import StorageConfig
+from dsasr.data.shards.writer import PackedSample, write_tar
 
 RATE = 16_000
-EPOCHS = 2  # whole epochs that a case covers, at least
-GIVE_UP = 4000  # steps
+MIN_EPOCHS = 2  # whole epochs that a case covers
+MAX_STEPS = 4000
 
 
 @dataclass(frozen=True)
-class Leg:
-    """A stretch of a run: so many ranks and workers, ended after ``steps``.
+class Segment:
+    """A segment of a run: ``world`` ranks with ``workers`` each, ended after ``steps``.
 
-    ``end``: the consumer stops ("close"), is killed with SIGKILL ("consumer"), or loses a worker to
-    SIGKILL half-way and goes on ("worker"). ``lost``: steps after the last checkpoint, which the
-    next leg makes again.
+    ``end``: the consumer stops ("close"), is killed by SIGKILL ("consumer"), or loses a worker to
+    SIGKILL half-way and continues ("worker"). ``lost``: steps after the last checkpoint, which the
+    next segment repeats.
     """
 
     world: int
@@ -53,7 +54,7 @@ class Leg:
 
 @dataclass
 class Case:
-    """One drawn corpus, stream and history."""
+    """A random corpus, stream and history."""
 
     seed: int
     shards: dict[str, list[int]]  # dataset → samples of each shard
@@ -62,12 +63,12 @@ class Case:
     window: int
     augment: bool
     finite: bool
-    legs: list[Leg]
+    segments: list[Segment]
 
 
 @dataclass
-class Verdict:
-    """What was wrong, summed over cases. All zero is right."""
+class FuzzReport:
+    """Errors and counts, summed over cases."""
 
     cases: int = 0
     batches: int = 0
@@ -77,8 +78,8 @@ class Verdict:
     missing: int = 0
     repeated: int = 0
     mismatched: int = 0
-    uneven: int = 0  # steps that not all ranks made
-    failed: list[int] = field(default_factory=list)  # seeds of the cases that were wrong
+    uneven: int = 0  # steps without a batch of every rank
+    failed: list[int] = field(default_factory=list)  # seeds of the cases with errors
 
     @property
     def clean(self) -> bool:
@@ -86,7 +87,7 @@ class Verdict:
 
 
 def draw_case(seed: int) -> Case:
-    """A case from its number: mostly small and odd, which is where such things break."""
+    """A case from its number: mostly small and odd, where errors are most likely."""
     rng = np.random.default_rng([seed, 77])
     shards = {}
     for name in ("a", "b")[: 1 + int(rng.random() < 0.3)]:
@@ -94,13 +95,17 @@ def draw_case(seed: int) -> Case:
         sizes = [int(n) for n in rng.choice([0, 1, 1, 2, 3, 5, 8, 13], count)]
         shards[name] = sizes if sum(sizes) else [1]
     finite = bool(rng.random() < 0.25)
-    legs = []
+    segments = []
     for _ in range(int(rng.integers(1, 4))):
         steps = int(rng.integers(1, 7))
         end = str(rng.choice(["close", "close", "worker", "consumer"]))
         workers = int(rng.choice([0, 1, 2])) if end == "close" else int(rng.choice([1, 2]))
-        legs.append(Leg(int(rng.integers(1, 5)), workers, steps, int(rng.integers(0, steps)), end))
-    legs.append(Leg(int(rng.integers(1, 5)), int(rng.choice([0, 0, 1])), GIVE_UP, 0, "close"))
+        segments.append(
+            Segment(int(rng.integers(1, 5)), workers, steps, int(rng.integers(0, steps)), end)
+        )
+    segments.append(
+        Segment(int(rng.integers(1, 5)), int(rng.choice([0, 0, 1])), MAX_STEPS, 0, "close")
+    )
     return Case(
         seed=seed,
         shards=shards,
@@ -109,7 +114,7 @@ def draw_case(seed: int) -> Case:
         window=int(rng.integers(1, 4)),
         augment=bool(rng.random() < 0.5),
         finite=finite,
-        legs=legs,
+        segments=segments,
     )
 
 
@@ -121,24 +126,23 @@ def write_corpus(case: Case, folder: Path) -> dict[str, list[str]]:
         keys[name] = []
         (folder / name).mkdir(parents=True)
         for number, size in enumerate(sizes):
-            with tarfile.open(folder / name / f"{name}-{number:03d}.tar", "w") as tar:
-                for _ in range(size):
-                    key = f"{name}{len(keys[name]):04d}"
-                    keys[name].append(key)
-                    _add_sample(tar, key, rng)
+            first = len(keys[name])
+            shard = [f"{name}{first + i:04d}" for i in range(size)]
+            keys[name] += shard
+            # Without an index, which the dataloader then builds.
+            write_tar(
+                folder / name / f"{name}-{number:03d}.tar", [_sample(key, rng) for key in shard]
+            )
     return keys
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, rng: np.random.Generator) -> None:
+def _sample(key: str, rng: np.random.Generator) -> PackedSample:
     wave = (rng.standard_normal(int(rng.integers(1800, 7000))) * 3000).astype(np.int16)
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, RATE, format="WAV", subtype="PCM_16")
     words = "w " * int(rng.integers(1, 6))
-    meta = {"text": words + key, "lang": "en", "speaker": "s", "duration": len(wave) / RATE}
-    for extension, data in (("wav", buffer.getvalue()), ("json", json.dumps(meta).encode())):
-        info = tarfile.TarInfo(f"{key}.{extension}")
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
+    values = {"text": words + key, "lang": "en", "speaker": "s", "duration": len(wave) / RATE}
+    return PackedSample(key, "wav", buffer.getvalue(), values)
 
 
 def open_stream(
@@ -151,7 +155,7 @@ def open_stream(
         prefetch=2,
         window=case.window,
         window_samples=1,
-        source=SourceConfig(cache=str(folder / "cache")),
+        source=StorageConfig(cache=str(folder / "cache")),
     )
     return StreamingDataLoader(
         config,
@@ -181,8 +185,8 @@ def digest(batch: Batch) -> str:
 
 
 @dataclass
-class Seen:
-    """One delivered batch, as far as the check needs it."""
+class DeliveredBatch:
+    """What the comparison needs of a delivered batch."""
 
     number: int
     dataset_epoch: int
@@ -190,77 +194,78 @@ class Seen:
     digest: str
 
 
-def _seen(batch: Batch) -> Seen:
-    # A sample that was dropped and named is accounted for.
+def _delivered(batch: Batch) -> DeliveredBatch:
+    # A sample that is dropped and named counts as delivered.
     keys = batch.keys + tuple(key for _, _, key, _ in batch.bad)
-    return Seen(batch.number, batch.epoch, keys, digest(batch))
+    return DeliveredBatch(batch.number, batch.epoch, keys, digest(batch))
 
 
-def _covered(batches: list[Seen], keys: dict[str, list[str]]) -> bool:
-    """Whether every sample came often enough."""
-    counts = Counter(key for seen in batches for key in seen.keys)
-    return all(counts[key] >= EPOCHS for held in keys.values() for key in held)
+def _covered(batches: list[DeliveredBatch], keys: dict[str, list[str]]) -> bool:
+    """Whether every sample was delivered `MIN_EPOCHS` times."""
+    counts = Counter(key for batch in batches for key in batch.keys)
+    return all(counts[key] >= MIN_EPOCHS for names in keys.values() for key in names)
 
 
-def reference(case: Case, folder: Path, keys: dict[str, list[str]]) -> list[Seen]:
+def reference(case: Case, folder: Path, keys: dict[str, list[str]]) -> list[DeliveredBatch]:
     """The batches of one rank without workers, uninterrupted: two epochs, or a finite stream."""
-    batches: list[Seen] = []
+    batches: list[DeliveredBatch] = []
     with open_stream(case, folder, 0, 1, 0, None) as stream:
         for batch in stream:
-            batches.append(_seen(batch))
+            batches.append(_delivered(batch))
             if not case.finite and _covered(batches, keys):
                 break
     return batches
 
 
-def _rows(
-    case: Case, folder: Path, leg: Leg, state: dict | None, kill: bool
-) -> Iterator[tuple[list[Seen | None], dict, int]]:
-    """A leg's steps: every rank's batch, the state, workers killed so far."""
+def _steps(
+    case: Case, folder: Path, segment: Segment, state: dict | None, kill: bool
+) -> Iterator[tuple[list[DeliveredBatch | None], dict, int]]:
+    """A segment's steps: every rank's batch, the state, the number of workers killed so far."""
     streams = [
-        open_stream(case, folder, rank, leg.world, leg.workers, state) for rank in range(leg.world)
+        open_stream(case, folder, rank, segment.world, segment.workers, state)
+        for rank in range(segment.world)
     ]
     killed = 0
     try:
-        for step in range(leg.steps):
+        for step in range(segment.steps):
             row = [next(stream, None) for stream in streams]
             if all(batch is None for batch in row):
                 return
             states = [stream.state() for stream in streams]
             yield (
-                [None if batch is None else _seen(batch) for batch in row],
+                [None if batch is None else _delivered(batch) for batch in row],
                 states[0] if all(s == states[0] for s in states) else {},
                 killed,
             )
-            if kill and step == leg.steps // 2:
+            if kill and step == segment.steps // 2:
                 for stream in streams:
-                    os.kill(stream.pool.pids()[step % leg.workers], signal.SIGKILL)
+                    os.kill(stream.pool.pids()[step % segment.workers], signal.SIGKILL)
                     killed += 1
     finally:
         for stream in streams:
             stream.close()
 
 
-def _consume(case: Case, folder: Path, leg: Leg, state: dict | None, out) -> None:
-    """The body of a consumer that will be killed: report each step, then wait for the end."""
+def _consume(case: Case, folder: Path, segment: Segment, state: dict | None, out) -> None:
+    """A consumer process that will be killed: sends each step, then waits."""
     torch.set_num_threads(1)
-    for row in _rows(case, folder, replace(leg, steps=GIVE_UP), state, False):
+    for row in _steps(case, folder, replace(segment, steps=MAX_STEPS), state, False):
         out.send(row)
     out.send(None)
     signal.pause()
 
 
-def _killed_rows(
-    case: Case, folder: Path, leg: Leg, state: dict | None
-) -> Iterator[tuple[list[Seen | None], dict, int]]:
-    """The steps of a consumer process that is killed while it makes the next ones."""
+def _steps_until_killed(
+    case: Case, folder: Path, segment: Segment, state: dict | None
+) -> Iterator[tuple[list[DeliveredBatch | None], dict, int]]:
+    """The steps of a consumer process that is killed during a later step."""
     context = multiprocessing.get_context("fork")
     theirs, ours = context.Pipe()
-    process = context.Process(target=_consume, args=(case, folder, leg, state, theirs))
+    process = context.Process(target=_consume, args=(case, folder, segment, state, theirs))
     process.start()
     theirs.close()
     try:
-        for _ in range(leg.steps):
+        for _ in range(segment.steps):
             row = ours.recv()
             if row is None:
                 return
@@ -271,66 +276,73 @@ def _killed_rows(
         ours.close()
 
 
-def run_case(case: Case, folder: Path, verdict: Verdict) -> None:
-    """Run a case's history and add what was wrong to ``verdict``."""
+def run_case(case: Case, folder: Path, report: FuzzReport) -> None:
+    """Run a case's history and add its errors and counts to ``report``."""
     keys = write_corpus(case, folder)
-    want = reference(case, folder, keys)
-    history: list[Seen] = []
-    state, before = None, (verdict.missing, verdict.repeated, verdict.mismatched, verdict.uneven)
-    for number, leg in enumerate(case.legs):
-        kept: list[tuple[list[Seen | None], dict]] = []
-        if leg.end == "consumer":
-            rows = _killed_rows(case, folder, leg, state)
-            verdict.killed_consumers += 1
+    expected = reference(case, folder, keys)
+    history: list[DeliveredBatch] = []
+    state, before = None, _errors(report)
+    for number, segment in enumerate(case.segments):
+        steps: list[tuple[list[DeliveredBatch | None], dict]] = []
+        if segment.end == "consumer":
+            rows = _steps_until_killed(case, folder, segment, state)
+            report.killed_consumers += 1
         else:
-            rows = _rows(case, folder, leg, state, leg.end == "worker")
-        killed, last = 0, number == len(case.legs) - 1
-        for row, after, gone in rows:
-            killed = gone
-            kept.append((row, after))
-            held = len(history) + sum(len(r) for r, _ in kept)
-            if last and not case.finite and held >= len(want):
+            rows = _steps(case, folder, segment, state, segment.end == "worker")
+        killed, last = 0, number == len(case.segments) - 1
+        for row, state_after, killed_so_far in rows:
+            killed = killed_so_far
+            steps.append((row, state_after))
+            delivered = len(history) + sum(len(r) for r, _ in steps)
+            if last and not case.finite and delivered >= len(expected):
                 break
         if isinstance(rows, Iterator) and hasattr(rows, "close"):
             rows.close()
-        verdict.killed_workers += killed
-        if not last and len(kept) > leg.lost:
-            kept = kept[: len(kept) - leg.lost]
-        for row, after in kept:
-            verdict.uneven += sum(seen is None for seen in row) + (not after)
-            history += [seen for seen in row if seen is not None]
-            state = json.loads(json.dumps(after))
-    _compare(case, keys, want, history, verdict)
-    after = (verdict.missing, verdict.repeated, verdict.mismatched, verdict.uneven)
-    verdict.cases += 1
-    verdict.batches += len(history)
-    verdict.samples += sum(len(seen.keys) for seen in history)
-    if after != before:
-        verdict.failed.append(case.seed)
+        report.killed_workers += killed
+        if not last and len(steps) > segment.lost:
+            steps = steps[: len(steps) - segment.lost]
+        for row, state_after in steps:
+            report.uneven += sum(batch is None for batch in row) + (not state_after)
+            history += [batch for batch in row if batch is not None]
+            state = json.loads(json.dumps(state_after))
+    _compare(case, keys, expected, history, report)
+    report.cases += 1
+    report.batches += len(history)
+    report.samples += sum(len(batch.keys) for batch in history)
+    if _errors(report) != before:
+        report.failed.append(case.seed)
+
+
+def _errors(report: FuzzReport) -> tuple[int, ...]:
+    return report.missing, report.repeated, report.mismatched, report.uneven
 
 
 def _compare(
-    case: Case, keys: dict[str, list[str]], want: list[Seen], history: list[Seen], verdict: Verdict
+    case: Case,
+    keys: dict[str, list[str]],
+    expected: list[DeliveredBatch],
+    history: list[DeliveredBatch],
+    report: FuzzReport,
 ) -> None:
-    numbers = Counter(seen.number for seen in history)
-    verdict.repeated += sum(count - 1 for count in numbers.values())
-    verdict.missing += sum(number not in numbers for number in range(max(numbers, default=-1) + 1))
-    expected = {seen.number: seen.digest for seen in want}
-    for seen in history:
-        if seen.number in expected:
-            verdict.mismatched += seen.digest != expected[seen.number]
+    numbers = Counter(batch.number for batch in history)
+    report.repeated += sum(count - 1 for count in numbers.values())
+    report.missing += sum(number not in numbers for number in range(max(numbers, default=-1) + 1))
+    digests = {batch.number: batch.digest for batch in expected}
+    for batch in history:
+        if batch.number in digests:
+            report.mismatched += batch.digest != digests[batch.number]
         elif case.finite:
-            verdict.repeated += len(seen.keys)  # filler holds no samples
-    # The plain list of keys, epoch by epoch: every epoch that was finished is whole.
+            report.repeated += len(batch.keys)  # filler has no samples
+    # Every finished epoch has every key once.
     epochs: dict[tuple[str, int], Counter] = {}
-    for seen in history:
-        for key in seen.keys:
-            epochs.setdefault((key[0], seen.dataset_epoch), Counter())[key] += 1
-    for name, held in keys.items():
+    for batch in history:
+        for key in batch.keys:
+            epochs.setdefault((key[0], batch.dataset_epoch), Counter())[key] += 1
+    for name, names in keys.items():
         latest = max(epoch for dataset, epoch in epochs if dataset == name)
         finished = latest + 1 if case.finite else latest
         for epoch in range(finished):
             counts = epochs.get((name, epoch), Counter())
-            verdict.missing += sum(counts[key] == 0 for key in held)
-            verdict.repeated += sum(count - 1 for count in counts.values() if count > 1)
-            verdict.repeated += len(set(counts) - set(held))
+            report.missing += sum(counts[key] == 0 for key in names)
+            report.repeated += sum(count - 1 for count in counts.values() if count > 1)
+            report.repeated += len(set(counts) - set(names))

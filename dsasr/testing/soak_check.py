@@ -15,7 +15,7 @@ import torch
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.shards.index import index_path, load_index
-from dsasr.data.shards.storage import Sources
+from dsasr.data.shards.storage import ShardStorage
 from dsasr.recipe import Recipe
 from dsasr.tracking.monitor import LEDGER, METRICS
 from dsasr.utils.io import text_lines
@@ -170,5 +170,7 @@ def _keys(shards: str | Iterable[str]) -> set[str]:
     """Of all samples in local shards."""
     spec = shards if isinstance(shards, str) else list(shards)
     return {
-        key for tar in Sources().resolve(spec).shards for key in load_index(index_path(tar)).keys
+        key
+        for tar in ShardStorage().resolve(spec).shards
+        for key in load_index(index_path(tar)).keys
     }

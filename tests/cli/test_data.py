@@ -13,7 +13,13 @@ import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig, decode, fbank
 from dsasr.data.shards.index import build_index, find_tars, read_sample
-from dsasr.data.shards.writer import Packed, read_dataset, shard_summary, write_dataset, write_shard
+from dsasr.data.shards.writer import (
+    PackedSample,
+    read_dataset,
+    shard_summary,
+    write_dataset,
+    write_shard,
+)
 from dsasr.data.text.phonemes import PhonemeVocab
 
 RATE = 16_000
@@ -142,7 +148,7 @@ def encoded(seconds: float, form: str = "FLAC") -> bytes:
 def test_verifying_finds_each_planted_fault(tmp_path, data):
     def sample(key, audio=None, text="x", seconds=0.5):
         values = {"text": text, "lang": "en", "speaker": "s", "duration": seconds}
-        return Packed(key, "flac", encoded(0.5) if audio is None else audio, values)
+        return PackedSample(key, "flac", encoded(0.5) if audio is None else audio, values)
 
     hurt = bytearray(encoded(2.0))
     hurt[len(hurt) // 2] ^= 0xFF
@@ -217,7 +223,7 @@ def test_phonemes_are_those_of_the_shards(tmp_path, packed, data):
 def test_phonemes_by_a_lexicon_count_what_it_lacks(tmp_path, packed, data):
     (tmp_path / "lexicon").write_text("TEXT T EH1 K S T\n")
     options = ("--kind", "lexicon", "--lexicon", tmp_path / "lexicon", "--out", tmp_path / "p.json")
-    samples = [Packed(k, "flac", b"x", {"text": k, "lang": "en", "duration": 1.0})
+    samples = [PackedSample(k, "flac", b"x", {"text": k, "lang": "en", "duration": 1.0})
                for k in ("text", "missing")]  # fmt: skip
     write_shard(tmp_path / "x.tar", samples)
     printed = data("phonemes", tmp_path / "x.tar", *options)
@@ -226,7 +232,8 @@ def test_phonemes_by_a_lexicon_count_what_it_lacks(tmp_path, packed, data):
 
 
 def test_phonemes_refuse_mistakes(tmp_path, refused):
-    write_shard(tmp_path / "x.tar", [Packed("a", "flac", b"x", {"text": "hi", "duration": 1.0})])
+    samples = [PackedSample("a", "flac", b"x", {"text": "hi", "duration": 1.0})]
+    write_shard(tmp_path / "x.tar", samples)
     out = ("--out", tmp_path / "p.json")
     assert "no stored phonemes 1" in refused("phonemes", tmp_path / "x.tar", *out)
     assert "needs lexicons" in refused("phonemes", tmp_path / "x.tar", *out, "--kind", "lexicon")

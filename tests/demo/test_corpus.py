@@ -67,8 +67,8 @@ def test_splits_share_neither_sentences_nor_voices(corpus):
         values = [{row[key] for row in rows(corpus, s)} for s in ("train", "valid", "test")]
         assert not (values[0] & values[1] or values[0] & values[2] or values[1] & values[2])
     text = set((corpus / "text" / "lm.txt").read_text(encoding="utf-8").splitlines())
-    held = {row["text"] for split in ("valid", "test") for row in rows(corpus, split)}
-    assert len(text) > 150 and not text & held
+    held_out = {row["text"] for split in ("valid", "test") for row in rows(corpus, split)}
+    assert len(text) > 150 and not text & held_out
     heldout = (corpus / "text" / "lm_heldout.txt").read_text(encoding="utf-8").splitlines()
     assert len(heldout) == 100 and not text & set(heldout)
 
@@ -138,15 +138,15 @@ def test_every_voice_exists_and_is_in_one_split():
 
 
 def test_speech_is_repeatable():
-    manner = speech.Manner("f2", 0.5, 50, 50, 0.1, 0.1, 0.5, 7)
-    first = speech.speak("播放 play", manner)
-    speech.speak("something else", speech.Manner("m2", 0.1, 40, 60, 0.1, 0.1, 0.5, 8))
-    assert np.array_equal(first, speech.speak("播放 play", manner))
+    style = speech.SpeakingStyle("f2", 0.5, 50, 50, 0.1, 0.1, 0.5, 7)
+    first = speech.speak("播放 play", style)
+    speech.speak("something else", speech.SpeakingStyle("m2", 0.1, 40, 60, 0.1, 0.1, 0.5, 8))
+    assert np.array_equal(first, speech.speak("播放 play", style))
     assert first.dtype == np.float32 and np.abs(first).max() == pytest.approx(0.5, abs=1e-3)
     assert np.abs(first[:1500]).max() < 1e-3 and np.abs(first[-1500:]).max() < 1e-3
 
 
-def test_speed_is_heard():
-    quick, slow = (speech.Manner("m1", s, 50, 50, 0, 0, 0.5, 0) for s in (1.0, 0.0))
+def test_speed_changes_the_duration():
+    fast, slow = (speech.SpeakingStyle("m1", s, 50, 50, 0, 0, 0.5, 0) for s in (1.0, 0.0))
     text = "turn on the kitchen lights"
-    assert len(speech.speak(text, slow)) > 1.1 * len(speech.speak(text, quick))
+    assert len(speech.speak(text, slow)) > 1.1 * len(speech.speak(text, fast))

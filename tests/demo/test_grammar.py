@@ -5,13 +5,21 @@ import pytest
 
 from dsasr.data.text import espeak
 from dsasr.data.text.phonemes import EspeakPhonemizer
-from dsasr.demo.grammar import LANGS, SPLITS, Sampler, grammar, split_of, spread, units
+from dsasr.demo.grammar import (
+    LANGS,
+    SPLITS,
+    SentenceSampler,
+    grammar,
+    select_diverse,
+    split_of,
+    units,
+)
 
 needs_espeak = pytest.mark.skipif(not espeak.available(), reason="espeakng-loader not installed")
 
 
 def draw(lang, count, seed=0, split="train"):
-    return list(itertools.islice(Sampler(lang, seed).sentences(split), count))
+    return list(itertools.islice(SentenceSampler(lang, seed).sentences(split), count))
 
 
 @pytest.mark.parametrize(("lang", "least"), [("en", 300), ("zh", 300)])
@@ -62,12 +70,12 @@ def test_train_sentences_hardly_repeat():
 def test_spread_covers_more_than_plain_draws():
     pool = draw("en", 600, split="test")
     plain = {unit for text in pool[:150] for unit in units(text)}
-    chosen = spread(pool, 150)
-    assert len(set(chosen)) == 150
-    covered = {unit for text in chosen for unit in units(text)}
+    selected = select_diverse(pool, 150)
+    assert len(set(selected)) == 150
+    covered = {unit for text in selected for unit in units(text)}
     assert len(covered) >= 300 > len(plain)
-    assert spread(["a b", "a b", "c d"], 2) == ["a b", "c d"]
-    assert spread(["a"], 5) == ["a"]
+    assert select_diverse(["a b", "a b", "c d"], 2) == ["a b", "c d"]
+    assert select_diverse(["a"], 5) == ["a"]
 
 
 @needs_espeak

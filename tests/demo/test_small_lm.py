@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsasr.data.text.prompt import Prompt, check_tokenizer, load_tokenizer
+from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.tokenizers import check_tokenizer, load_tokenizer
 from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.demo.small_lm import (
     SmallLmConfig,

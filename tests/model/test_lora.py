@@ -317,7 +317,7 @@ def test_the_work_of_a_step_is_torchs(lora_recipe):
 
 
 def write_checkpoint(model, folder: Path, world_size: int, trained: tuple[str, ...]) -> None:
-    """A checkpoint that ``world_size`` ranks wrote: weights, and states of the parts in ``trained``."""
+    """A checkpoint that ``world_size`` ranks wrote: weights, and states of ``trained`` parts."""
     training = {id(p) for name in trained for p in lora.part(model, name)}
     generator = torch.Generator().manual_seed(7)
     folder.mkdir(parents=True)

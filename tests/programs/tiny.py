@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from dsasr.data.audio.features import RATE, Cmvn, FbankConfig, fbank
-from dsasr.data.shards.writer import Packed, shard_summary, write_dataset, write_shard
+from dsasr.data.shards.writer import PackedSample, shard_summary, write_dataset, write_shard
 from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
@@ -63,12 +63,12 @@ def _say(words: list[str], rng: np.random.Generator) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
-def _packed(key: str, wave: np.ndarray, words: list[str]) -> Packed:
+def _packed(key: str, wave: np.ndarray, words: list[str]) -> PackedSample:
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, RATE, format="FLAC", subtype="PCM_16")
     values = {"text": " ".join(words), "lang": "en", "speaker": "s"}
     values |= {"duration": len(wave) / RATE, "phonemes": list("".join(words))}
-    return Packed(key, "flac", buffer.getvalue(), values)
+    return PackedSample(key, "flac", buffer.getvalue(), values)
 
 
 def recipe(folder: Path) -> dict:

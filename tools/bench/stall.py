@@ -107,7 +107,7 @@ def main() -> int:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         gc.collect()
-    branch_engine.leave_distributed()
+    distributed.leave()
     return 0
 
 

@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dsasr import recipe
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, cut
+from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.kernels import dispatch
@@ -128,7 +128,7 @@ def batches(
     chars = np.ceil(tokens / config.tokens_per_char).astype(np.int64)
     order = bucket_order(frames, chars, config.bucket, rng)
     frames, tokens = frames[order], tokens[order]
-    ranges = cut(frames, chars[order], config)
+    ranges = split_into_batches(frames, chars[order], config)
     chosen = ranges[rng.choice(len(ranges), count, replace=count > len(ranges))]
     return [
         _batch(frames[a:b], tokens[a:b] + 1, vocab, mels, number)

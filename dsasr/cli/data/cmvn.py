@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dsasr.data.audio.features import CmvnSums, FbankConfig
     from dsasr.data.shards.index import find_tars
-    from dsasr.data.shards.process_pool import each
+    from dsasr.data.shards.process_pool import map_in_processes
     from dsasr.data.shards.verify import cmvn_sums
     from dsasr.data.shards.writer import check_file
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tars = find_tars(args.paths)[: args.shards or None]
     check_file(args.out)
     sums, causes = CmvnSums(args.mels), Counter()
-    for part, bad in each(work, tars, args.processes, "features"):
+    for part, bad in map_in_processes(work, tars, args.processes, "features"):
         sums.merge(part)
         causes.update(bad)
     counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())

@@ -1,7 +1,8 @@
 """Augmentation: speed, silence and noise on the audio; SpecAugment on the features.
 
-What happens to a sample is drawn from its seed alone (`draw`), without its audio, so that the
-planner knows its duration beforehand and a resumed run repeats it.
+A sample's `AugmentParams` are drawn from its seed alone, without its audio
+(`dsasr.data.dataloader.augment_params`), so that batches are planned by augmented durations and a
+resumed run repeats them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from dsasr.data.audio.features import RATE, one_thread, resample
 from dsasr.utils.errors import UserError
 
-KINDS = ("babble", "vehicle", "music")  # the paper's
-RECORDED = "recorded"  # noise shards' recordings, one at a time
-MUSIC_RANGE = (110.0, 24)  # lowest root in Hz, and how many semitones upwards there are roots
+NOISE_KINDS = ("babble", "vehicle", "music")  # the paper's
+RECORDED = "recorded"  # excerpts of the noise shards' recordings
+MUSIC_RANGE = (110.0, 24)  # lowest root in Hz, number of roots above it in semitones
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class AugmentConfig:
 
     ``noise_share`` of the samples get noise at SNR ~ N(``snr_mean``, ``snr_std``) dB; before it is
     added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side. ``kinds``
-    are equally likely; name one twice to have it twice as often. "recorded" takes noise as it lies
-    in noise shards.
+    are equally likely; name one twice to have it twice as often. "recorded" takes noise
+    from noise shards.
     """
 
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
@@ -57,74 +58,55 @@ class AugmentConfig:
     snr_mean: float = 10.0
     snr_std: float = 5.0
     silence: float = 1.0
-    kinds: tuple[str, ...] = field(default=KINDS)
+    kinds: tuple[str, ...] = field(default=NOISE_KINDS)
 
     def __post_init__(self) -> None:
         if not self.speeds or any(not 0.5 <= s <= 2 for s in self.speeds):
             raise UserError("augment.speeds: one or more factors between 0.5 and 2")
         if not 0 <= self.noise_share <= 1 or self.snr_std < 0 or self.silence < 0:
             raise UserError("augment: noise_share in [0, 1], snr_std ≥ 0, silence ≥ 0")
-        unknown = [k for k in self.kinds if k not in (*KINDS, RECORDED)]
+        unknown = [k for k in self.kinds if k not in (*NOISE_KINDS, RECORDED)]
         if unknown or not self.kinds:
-            raise UserError(f"augment.kinds: choose from {', '.join((*KINDS, RECORDED))}")
+            raise UserError(f"augment.kinds: choose from {', '.join((*NOISE_KINDS, RECORDED))}")
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What happens to one sample. ``noise`` None: neither silence nor noise. Seconds and dB."""
+class AugmentParams:
+    """How one sample is augmented. ``noise`` None: neither silence nor noise."""
 
     speed: float = 1.0
-    noise: str | None = None
-    snr: float = 0.0
-    before: float = 0.0
+    noise: str | None = None  # kind
+    snr: float = 0.0  # dB
+    before: float = 0.0  # seconds of silence
     after: float = 0.0
-    seed: int = 0
-
-    def seconds(self, duration: float) -> float:
-        """The duration after augmentation."""
-        return duration / self.speed + self.before + self.after
-
-
-def draw(cfg: AugmentConfig, seed: int) -> Draw:
-    """The sample's fate; pure and cheap."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    speed = cfg.speeds[int(rng.integers(len(cfg.speeds)))]
-    if rng.random() >= cfg.noise_share:
-        return Draw(speed, seed=seed)
-    return Draw(
-        speed=speed,
-        noise=cfg.kinds[int(rng.integers(len(cfg.kinds)))],
-        snr=float(rng.normal(cfg.snr_mean, cfg.snr_std)),
-        before=float(cfg.silence * rng.beta(1, 3)),
-        after=float(cfg.silence * rng.beta(1, 3)),
-        seed=seed,
-    )
+    seed: int = 0  # of the noise
 
 
 @one_thread()
-def apply(
+def augment_wave(
     wave: Tensor,
-    drawn: Draw,
+    params: AugmentParams,
     voices: Sequence[Tensor] = (),
     rate: int = RATE,
-    recorded: Sequence[Tensor] = (),
+    recordings: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``wave`` [n] as ``drawn``: speed, then silence, then noise over all of it.
+    """``wave`` [n] after ``params``: speed, then silence, then noise over all of it.
 
-    ``voices`` are other utterances, for babble; without any it is made from the utterance itself.
-    ``recorded`` is what noise shards hold. Speed is kaldi's: resampling, so that pitch follows.
+    ``voices`` are other utterances, for babble; without any, babble is made of the utterance
+    itself. ``recordings`` come from noise shards. Speed is Kaldi's: resampling, so that pitch
+    follows.
     """
-    if drawn.speed != 1.0:
-        wave = resample(wave, round(100 * drawn.speed), 100)
-    if drawn.noise is None or not len(wave):
+    if params.speed != 1.0:
+        wave = resample(wave, round(100 * params.speed), 100)
+    if params.noise is None or not len(wave):
         return wave
-    rng = np.random.Generator(np.random.PCG64([drawn.seed & 0xFFFFFFFF, drawn.seed >> 32, 1]))
-    before, after = (torch.zeros(int(s * rate)) for s in (drawn.before, drawn.after))
+    rng = np.random.Generator(np.random.PCG64([params.seed & 0xFFFFFFFF, params.seed >> 32, 1]))
+    before, after = (torch.zeros(int(s * rate)) for s in (params.before, params.after))
     speech_power = float(wave.square().mean())
     padded = torch.cat((before, wave, after))
-    source = recorded if drawn.noise == RECORDED else (voices or (wave,))
-    noise = make_noise(drawn.noise, len(padded), rng, source, rate)
-    return mix(padded, noise, drawn.snr, speech_power)
+    sources = recordings if params.noise == RECORDED else (voices or (wave,))
+    noise = generate_noise(params.noise, len(padded), rng, sources, rate)
+    return mix(padded, noise, params.snr, speech_power)
 
 
 @one_thread()
@@ -143,14 +125,19 @@ def mix(wave: Tensor, noise: Tensor, snr: float, speech_power: float | None = No
 
 
 @one_thread()
-def make_noise(
+def generate_noise(
     kind: str, samples: int, rng: np.random.Generator, sources: Sequence[Tensor], rate: int = RATE
 ) -> Tensor:
-    """Noise [samples] of one of `KINDS`, or recorded, from ``rng``; its level means nothing.
+    """Noise [samples] of one of `NOISE_KINDS`, or recorded, from ``rng``; at no defined level.
 
-    babble: four cuts of ``sources`` at once; recorded: one cut of one of them; vehicle: noise that
-    falls by 6 dB an octave above 60 Hz, with a slow swell; music: decaying chords. Recordings are
-    repeated where they are too short. Raises ValueError if there are none to take from.
+    babble: four excerpts of ``sources`` at once; recorded: one excerpt of one of them; vehicle:
+    noise that falls by 6 dB an octave above 60 Hz, with a slow swell; music: decaying chords.
+    Sources are repeated where they are too short. Raises ValueError if there are none.
+
+    The evaluation suite (`dsasr.evaluation.suite`) and the demo's corpus (`dsasr.demo.speech`)
+    generate babble and music of their own, on purpose: a model that trained with this noise is
+    evaluated on noise that it was not trained on. These here are made for speed, as they run for
+    every noisy sample of the training data.
     """
     if kind == "vehicle":
         return _vehicle(samples, rng, rate)
@@ -163,22 +150,23 @@ def make_noise(
         raise ValueError(f"{kind} noise needs recordings to take it from")
     total = torch.zeros(samples)
     for _ in range(4 if kind == "babble" else 1):
-        _add_cut(total, usable[int(rng.integers(len(usable)))], rng)
+        _add_excerpt(total, usable[int(rng.integers(len(usable)))], rng)
     return total
 
 
-def _add_cut(total: Tensor, source: Tensor, rng: np.random.Generator) -> None:
-    """Add ``source``, from a random place on and round and round, to all of ``total``."""
-    at, place = 0, int(rng.integers(len(source)))
+def _add_excerpt(total: Tensor, source: Tensor, rng: np.random.Generator) -> None:
+    """Add ``source``, from a random start and repeated, to all of ``total``."""
+    at, start = 0, int(rng.integers(len(source)))
     while at < len(total):
-        count = min(len(total) - at, len(source) - place)
-        total[at : at + count] += source[place : place + count]
-        at, place = at + count, 0
+        count = min(len(total) - at, len(source) - start)
+        total[at : at + count] += source[start : start + count]
+        at, start = at + count, 0
 
 
 def _vehicle(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
     size = _fast_size(samples)
-    white = torch.empty(size)  # aligned the same in every process, unlike an array of numpy's
+    # Torch's memory is aligned the same in every process, unlike numpy's.
+    white = torch.empty(size)
     rng.standard_normal(dtype=np.float32, out=white.numpy())
     spectrum = torch.fft.rfft(white) * _slope(size, rate)
     shaped = torch.fft.irfft(spectrum, n=size)[:samples]
@@ -187,7 +175,7 @@ def _vehicle(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
 
 
 def _fast_size(samples: int) -> int:
-    """The next of eight lengths an octave: few to keep slopes for, and quick to transform."""
+    """The next of eight lengths an octave: few slopes to cache, and quick to transform."""
     step = max(1, (1 << samples.bit_length()) // 16)
     return -(-samples // step) * step
 
@@ -206,7 +194,7 @@ def _music(samples: int, rng: np.random.Generator, rate: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _chord(semitones: int, rate: int) -> Tensor:
-    """Half a second [rate / 2] of a major triad with three harmonics a tone, decaying."""
+    """Half a second [rate / 2] of a decaying major triad, each tone with three harmonics."""
     times = torch.arange(rate // 2) / rate
     root = MUSIC_RANGE[0] * 2 ** (semitones / 12)
     total = torch.zeros(len(times))
@@ -241,9 +229,9 @@ def _spans(
 ) -> Tensor:
     """[B, size] True inside ``masks`` spans, each up to ``widths_B`` wide within ``lengths_B``."""
     count, device = len(lengths_B), lengths_B.device
-    drawn = torch.rand(2, masks, count, 1, generator=generator, device=generator.device)
-    drawn = drawn.to(device, non_blocking=True)
-    width = (drawn[0] * (widths_B[:, None] + 1)).long()
-    start = (drawn[1] * (lengths_B[:, None] - width + 1).clamp_min(1)).long()
-    place = torch.arange(size, device=device)
-    return ((place >= start) & (place < start + width)).any(0)
+    draws = torch.rand(2, masks, count, 1, generator=generator, device=generator.device)
+    draws = draws.to(device, non_blocking=True)
+    width = (draws[0] * (widths_B[:, None] + 1)).long()
+    start = (draws[1] * (lengths_B[:, None] - width + 1).clamp_min(1)).long()
+    position = torch.arange(size, device=device)
+    return ((position >= start) & (position < start + width)).any(0)

@@ -1,4 +1,4 @@
-"""Audio to features: decode, resample, kaldi's log-Mel filter banks, mean and variance.
+"""Audio decoding, resampling, Kaldi's log-Mel filter banks (fbank), and CMVN.
 
 Real-time factors on one core of an AMD EPYC, 40 utterances of Ogg Opus: decode 0.0010, `fbank`
 0.00011, torchaudio's kaldi.fbank 0.00033, kaldi-native-fbank 0.0012 (from Python, frame by frame).
@@ -39,7 +39,7 @@ PREEMPHASIS = 0.97
 MAX_CHANNELS = 64
 MAX_KERNEL = 1 << 19  # the product of reduced sampling rates; 44.1 and 16 kHz make 441 · 160
 BLOCK = 512  # frames
-SHORT = 0.01  # share by which audio may fall short of its header: MP3's is an estimate
+MAX_MISSING = 0.01  # share by which audio may be shorter than its header says: MP3's estimates
 
 
 class AudioError(Exception):
@@ -52,10 +52,10 @@ class AudioError(Exception):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Audio has the same bits in a worker and in its parent only if threads don't cut its sums.
+    """Run with one thread, so that audio has the same bits in a worker and in its parent.
 
-    Both torch's reductions and MKL's products depend on the number of threads (MKL's not on every
-    processor). Usable as a decorator; costs a few microseconds.
+    The results of torch's reductions and of MKL's products depend on the number of threads (MKL's
+    not on every processor). Usable as a decorator; costs a few microseconds.
     """
     before = torch.get_num_threads()
     if before == 1:
@@ -74,9 +74,9 @@ def decode(
 ) -> Tensor:
     """WAV, FLAC, Ogg (Vorbis, Opus) or MP3 bytes → float32 mono [n] in [-1, 1] at ``rate``.
 
-    The header is believed only as far as ``max_seconds``: no more is ever decoded, so a file that
-    claims hours, or unpacks to them, costs no memory. What is longer is an error, or with ``cut``
-    ends there. Channels are averaged. Lossy formats may exceed 1 by a little.
+    At most ``max_seconds`` are ever decoded, so a file that claims hours, or unpacks to them, costs
+    no memory. Longer audio is an error, or with ``cut`` it is cut there. Channels are averaged.
+    Lossy formats may slightly exceed 1.
     Raises `AudioError`: decode_error, empty_audio, too_long, nan_audio.
     """
     try:
@@ -85,14 +85,14 @@ def decode(
             if not 1000 <= source <= 768_000 or file.channels > MAX_CHANNELS:
                 shape = f"sampling rate {source} Hz, {file.channels} channels"
                 raise AudioError("decode_error", shape)
-            most = int(max_seconds * source) + (not cut)
-            mono, claimed = _mono(file, most), file.frames
+            limit = int(max_seconds * source) + (not cut)
+            mono, claimed = _mono(file, limit), file.frames
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
         raise AudioError("decode_error", getattr(error, "error_string", str(error))) from None
-    if len(mono) >= most and not cut:
+    if len(mono) >= limit and not cut:
         raise AudioError("too_long", f"more than {max_seconds:g} s")
-    if len(mono) < min(claimed, most) * (1 - SHORT):
-        # libsndfile stops at a damaged page of Ogg or MP3, and calls it the end.
+    if len(mono) < min(claimed, limit) * (1 - MAX_MISSING):
+        # libsndfile stops at a damaged page of Ogg or MP3 without an error.
         raise AudioError("decode_error", f"ends after {len(mono)} of {claimed} samples")
     if not len(mono):
         raise AudioError("empty_audio", "no samples")
@@ -101,17 +101,17 @@ def decode(
     return resample(torch.from_numpy(mono), source, rate)
 
 
-def _mono(file: soundfile.SoundFile, most: int) -> np.ndarray:
-    """Up to ``most`` frames, channels averaged in blocks: a file with many costs no more memory."""
+def _mono(file: soundfile.SoundFile, limit: int) -> np.ndarray:
+    """Up to ``limit`` samples, channels averaged in blocks, so that many cost no more memory."""
     if file.channels == 1:
-        return file.read(frames=most, dtype="float32")
-    blocks, held = [], 0
-    while held < most:
-        block = file.read(frames=min(65_536, most - held), dtype="float32", always_2d=True)
+        return file.read(frames=limit, dtype="float32")
+    blocks, count = [], 0
+    while count < limit:
+        block = file.read(frames=min(65_536, limit - count), dtype="float32", always_2d=True)
         if not len(block):
             break
         blocks.append(block.mean(axis=1))
-        held += len(block)
+        count += len(block)
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
@@ -147,7 +147,7 @@ def resample(wave: Tensor, source: int, target: int) -> Tensor:
 
     Hann-windowed sinc interpolation with torchaudio's default parameters (six zero crossings,
     roll-off 0.99) and its result, with the kernel kept between calls. As a product of overlapping
-    windows it takes a third of a convolution's time and, unlike one, keeps nothing for each length.
+    windows it takes a third of a convolution's time and, unlike it, caches nothing per length.
     """
     if source == target:
         return wave
@@ -188,7 +188,7 @@ class FbankConfig:
         return int(self.rate * self.shift_ms * 0.001)
 
     def frames(self, samples: int) -> int:
-        """Frames of so many samples: only whole windows count (kaldi's snip_edges)."""
+        """Frames of ``samples`` audio samples: whole windows only (Kaldi's snip_edges)."""
         return max(0, 1 + (samples - self.window) // self.shift)
 
 
@@ -206,7 +206,7 @@ def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tenso
         return torch.zeros(0, cfg.mels)
     window, _ = _tables(cfg, "cpu")
     if cfg.dither:
-        # From the audio itself: the same file has the same features, whoever computes them.
+        # Seeded by the audio: the same file has the same features in every process.
         seeded = torch.Generator().manual_seed(zlib.crc32(wave.numpy().tobytes()))
         wave = wave + cfg.dither / FULL_SCALE * torch.randn(len(wave), generator=seeded)
     emphasized = torch.empty_like(wave)
@@ -293,7 +293,7 @@ def fbank_batch(waves_BN: Tensor, lengths_B: Tensor, cfg: FbankConfig) -> tuple[
 
 
 class CmvnSums:
-    """Exact sums for the mean and variance of frames; add up over workers with `merge`."""
+    """Sums for the mean and variance of frames; `merge` adds those of several workers."""
 
     def __init__(self, mels: int):
         self.count = 0
@@ -332,7 +332,7 @@ class Cmvn:
 
     @classmethod
     def accumulate(cls, features: Iterable[Tensor], mels: int) -> Cmvn:
-        """Of all frames of ``features`` ([T, F] each), in float64."""
+        """The statistics of all frames of ``features`` ([T, F] each), in float64."""
         sums = CmvnSums(mels)
         for frames in features:
             sums.update(frames)
@@ -345,7 +345,7 @@ class Cmvn:
 
     @classmethod
     def load(cls, path: str | Path) -> Cmvn:
-        """Raises `UserError` if the file is not one of ours."""
+        """Raises `UserError` if the file is not a CMVN file."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             mean = torch.tensor(values["mean"], dtype=torch.float64)

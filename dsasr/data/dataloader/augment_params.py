@@ -1,4 +1,8 @@
-"""What chance decides about a sample, from its planned seed: known before any audio is read."""
+"""Augmentation parameters of samples, drawn from their planned seeds before any audio is read.
+
+This is the only sampler of the distributions that `AugmentConfig` describes. It works on columns,
+at 1 µs a sample, so that each of many ranks can plan the whole epoch.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsasr.data.audio.augment import AugmentConfig, Draw
-from dsasr.data.dataloader.bucketing import Lengths, uniform
+from dsasr.data.audio.augment import AugmentConfig, AugmentParams
+from dsasr.data.dataloader.bucketing import AugmentedDurations, uniform
 
 # One salt for each of a sample's draws.
 SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER = range(1, 8)
 
 
 @dataclass(frozen=True)
-class Draws:
-    """`augment.Draw` in columns, for many samples at once; the planner draws every sample's.
-
-    At 1 µs a sample instead of 20, so that each of many ranks can plan the whole epoch.
-    """
+class AugmentParamColumns:
+    """`AugmentParams` of N samples in columns [N]. ``kind`` and ``snr`` count where ``noisy``."""
 
     speed: np.ndarray
     noisy: np.ndarray
     before: np.ndarray  # seconds of silence
     after: np.ndarray
-    kind: np.ndarray
-    snr: np.ndarray
+    kind: np.ndarray  # index into the config's ``kinds``
+    snr: np.ndarray  # dB
 
     @classmethod
-    def of(cls, config: AugmentConfig, seeds: np.ndarray) -> Draws:
-        """A function of each seed alone: Beta(1, 3) by inversion, the normal by Box and Muller."""
+    def sample(cls, config: AugmentConfig, seeds: np.ndarray) -> AugmentParamColumns:
+        """One row for each of ``seeds`` [N] (uint64), a function of that seed alone.
+
+        Beta(1, 3) by inversion of its distribution 1 − (1 − x)³, the normal by Box and Muller.
+        """
         speeds = np.asarray(config.speeds)
         radius = np.sqrt(-2 * np.log1p(-uniform(seeds, SNR_RADIUS)))
         normal = radius * np.cos(2 * np.pi * uniform(seeds, SNR_ANGLE))
@@ -48,11 +52,12 @@ class Draws:
         )
 
     def seconds(self, durations: np.ndarray) -> np.ndarray:
-        """Durations after augmentation."""
+        """Durations [N] in seconds after augmentation."""
         return durations / self.speed + self.before + self.after
 
-    def one(self, config: AugmentConfig, i: int, seed: int) -> Draw:
-        return Draw(
+    def row(self, config: AugmentConfig, i: int, seed: int) -> AugmentParams:
+        """The parameters of sample ``i``, whose planned seed is ``seed``."""
+        return AugmentParams(
             speed=float(self.speed[i]),
             noise=config.kinds[int(self.kind[i])] if self.noisy[i] else None,
             snr=float(self.snr[i]),
@@ -62,6 +67,6 @@ class Draws:
         )
 
 
-def planned_seconds(config: AugmentConfig) -> Lengths:
-    """(seconds, seeds) → seconds after augmentation, for the planner."""
-    return lambda durations, seeds: Draws.of(config, seeds).seconds(durations)
+def planned_seconds(config: AugmentConfig) -> AugmentedDurations:
+    """(durations [N] in seconds, seeds [N]) → durations after augmentation, for the sampler."""
+    return lambda durations, seeds: AugmentParamColumns.sample(config, seeds).seconds(durations)

@@ -1,4 +1,4 @@
-"""What becomes of bad samples: counted by cause, named in a file, and too many end the run."""
+"""The log of dropped samples: counts by cause, a file that names each, and limits."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsasr.data.dataloader.bucketing import Bad
+from dsasr.data.shards.index import DroppedSample
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, text_lines
 
 
 class BadSampleLog:
-    """Counts dropped samples by cause, names each in a file, and says when there were too many.
+    """Counts dropped samples by cause, names each in a file, and reports exceeded limits.
 
-    ``limits``: cause → how many samples of a run may be dropped for it on this rank's watch;
-    ``"*"`` is the limit of every cause not named, and ``"total"`` bounds all together. Each rank
-    writes its own file: ``bad_samples.jsonl`` of rank 0, ``bad_samples.rank3.jsonl`` of rank 3.
+    ``limits``: cause → the number of samples that a run may drop for it; ``"*"`` is the limit of
+    every cause not named, ``"total"`` that of all causes together. Each rank writes its own file:
+    ``bad_samples.jsonl`` of rank 0, ``bad_samples.rank3.jsonl`` of rank 3.
     """
 
     def __init__(
@@ -30,33 +30,33 @@ class BadSampleLog:
         rank: int = 0,
     ) -> None:
         path = Path(path)
-        self.first = path.name
+        self.rank_0_name = path.name
         self.path = path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}")
         self.limits = dict(limits or {})
         self.counts: Counter[str] = Counter()
-        self.last: dict[str, Bad] = {}
+        self.last: dict[str, DroppedSample] = {}
 
     def resume(self, counts: Mapping[str, int], steps: int) -> None:
-        """Go on behind ``steps`` steps: rank 0 takes the ``counts`` of all ranks until then.
+        """Continue after ``steps`` steps: rank 0 takes over the ``counts`` of all ranks so far.
 
-        It also drops the lines of steps that will be made again, from the files of all ranks.
+        It also removes the lines of steps that will be repeated, from the files of all ranks.
         """
-        if self.path.name != self.first:
+        if self.path.name != self.rank_0_name:
             return
         self.counts = Counter(counts)
         stem, suffix = self.path.stem, self.path.suffix
         for path in sorted(self.path.parent.glob(f"{stem}*{suffix}")):
-            kept = []
+            lines = []
             for line in text_lines(path):
                 try:
                     values = json.loads(line)
                 except ValueError:
                     continue  # the torn last line of a killed run
                 if values.get("steps", 0) < steps:
-                    kept.append(line + "\n")
-            atomic_write(path, "".join(kept))
+                    lines.append(line + "\n")
+            atomic_write(path, "".join(lines))
 
-    def add(self, bad: Iterable[Bad], **context: Any) -> None:
+    def add(self, bad: Iterable[DroppedSample], **context: Any) -> None:
         """Record a batch's ``bad``; ``context`` (step, stage, epoch) is written with each line.
 
         Does not raise: call `check`, or gather ``excess()`` over ranks so that all stop together.
@@ -73,7 +73,7 @@ class BadSampleLog:
                 file.write("".join(lines))
 
     def excess(self, counts: Mapping[str, int] | None = None) -> str | None:
-        """What is over its limit, in one line, or None. ``counts``: summed over ranks, if given."""
+        """The exceeded limit, in one line, or None. ``counts``: summed over ranks, if given."""
         counts = self.counts if counts is None else counts
         total = sum(counts.values())
         if total > self.limits.get("total", total):
@@ -89,7 +89,7 @@ class BadSampleLog:
         return None
 
     def check(self, counts: Mapping[str, int] | None = None) -> None:
-        """Raise `UserError` if a limit is passed. ``counts``, if given: equal on all ranks."""
+        """Raise `UserError` if a limit is exceeded. ``counts``, if given: equal on all ranks."""
         excess = self.excess(counts)
         if excess:
             raise UserError(f"{excess}; repair the data or raise the limit in the recipe")

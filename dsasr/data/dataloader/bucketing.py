@@ -1,8 +1,8 @@
-"""Which samples make up which batch: a pure function of (seed, epoch, dataset), nothing else.
+"""Which samples make up which batch: a pure function of (seed, epoch, dataset).
 
 The epoch's shards are permuted and taken in windows. A window's indexes are loaded (the next
-window's by a background thread), every sample's length after its augmentation draw is computed,
-the samples are bucketed by length, cut into batches under the budgets, and the batches shuffled.
+window's by a background thread), every sample's length after augmentation is computed, the samples
+are bucketed by length and split into batches within the budgets, and the batches are shuffled.
 Neither the world size nor the number of workers enters, so a cursor (epoch, window, batch) and a
 count per dataset resume the run anywhere, on any number of ranks (`dsasr.data.dataloader.sampler`).
 """
@@ -20,14 +20,15 @@ import numpy as np
 from dsasr.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from dsasr.data.shards.index import Entry, ShardIndex
+    from dsasr.data.shards.index import DroppedSample, Entry, ShardIndex
 
 FRAMES_PER_SECOND = 100
-LEAST_PADDING_UP_TO = 2048  # samples of a window that is cut for least padding; 10 µs for each
-BATCH_COSTS = (0.15, 0.08, 0.04, 0.02)  # of a budget: the padding that one batch fewer is worth
-PADDING_GOAL = 0.027  # the highest cost that reaches it is taken, else the lowest
-
-Bad = tuple[str, str, str, str]  # cause, shard, key, detail
+# Samples of the largest window that is split for the least padding, at 10 µs a sample.
+LEAST_PADDING_UP_TO = 2048
+# The cost of a batch, as a share of the budget: the padding that one batch fewer is worth. The
+# highest cost whose padding stays within the goal is used, else the lowest.
+BATCH_COSTS = (0.15, 0.08, 0.04, 0.02)
+PADDING_GOAL = 0.027
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,22 @@ class BatchConfig:
             raise UserError("batch.frames_per_token and batch.tokens_per_char must be positive")
 
     def positions(self, frames: np.ndarray, chars: np.ndarray) -> np.ndarray:
-        """What samples take of the language model: prompt, speech, transcript and its end."""
+        """Positions of the language model: prompt, speech, transcript and end token."""
         speech = -(-frames // self.frames_per_token)
         transcript = np.ceil(chars * self.tokens_per_char).astype(np.int64)
         return self.prompt_tokens + speech.astype(np.int64) + transcript + 1
 
 
 @dataclass(frozen=True)
-class Part:
-    """One stream of the mixture: a dataset, or one language of it."""
+class DatasetPart:
+    """One component of the mixture: a dataset, or one language of it."""
 
     name: str
     shards: Sequence[str]  # URLs or paths; their basenames identify them
-    counts: np.ndarray | None = None  # samples of each shard where dataset.json tells
+    counts: np.ndarray | None = None  # samples of each shard, if dataset.json lists them
     lang: str | None = None
     weight: float = 1.0
-    reports: bool = True  # what is wrong with a shard; one part of those that share shards
+    reports: bool = True  # reports the shards' bad samples: one of the parts that share shards
 
     def fingerprint(self) -> str:
         """Identity of the shard list; independent of where the shards lie."""
@@ -90,9 +91,9 @@ class Part:
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """One sample of a batch: where it lies, its randomness, and the frames the plan counted.
+    """One sample of a batch: its location, its seed, and its planned number of frames.
 
-    ``plain``: only without augmentation it is within the limits.
+    ``plain``: it is not augmented, because augmented it would exceed a limit.
     """
 
     shard: str
@@ -104,14 +105,17 @@ class PlannedSample:
 
 @dataclass(frozen=True)
 class Task:
-    """One rank's batch, before any audio is read. Without samples: filler, or only ``bad``."""
+    """One rank's batch, planned before any audio is read.
+
+    A task without samples fills up the last step, or only reports ``bad``.
+    """
 
     number: int
     epoch: int
     dataset: str
     seed: int
     samples: tuple[PlannedSample, ...]
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[DroppedSample, ...] = ()
 
     def describe(self) -> str:
         keys = ", ".join(f"{s.entry.key} ({s.shard})" for s in self.samples)
@@ -130,10 +134,10 @@ class Window:
     frames: np.ndarray
     plain: np.ndarray
     ranges: np.ndarray  # [batches, 2]: first and last+1 of each batch
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[DroppedSample] = field(default_factory=list)
 
     def __len__(self) -> int:
-        # A window whose samples were all dropped still reports them, in one batch without samples.
+        # A window whose samples are all dropped reports them in one batch without samples.
         return max(len(self.ranges), int(bool(self.bad)))
 
     def samples(self, batch: int) -> tuple[PlannedSample, ...]:
@@ -173,8 +177,8 @@ def sample_seeds(
 ) -> np.ndarray:
     """One 63-bit seed for each key of a shard: from (seed, epoch, dataset, shard's name, key).
 
-    A sample's randomness depends on no other sample, so a bad neighbor changes nothing for it,
-    nor one that was left out of the index.
+    A sample's seed depends on no other sample, so neither a bad neighbor nor one that is missing
+    from the index changes it.
     """
     base = stable_hash("sample", seed, epoch, dataset, shard.rsplit("/", 1)[-1])
     digests = (
@@ -191,7 +195,8 @@ def uniform(seeds: np.ndarray, salt: int) -> np.ndarray:
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (seconds, seeds) → augmented seconds
+AugmentedDurations = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(durations [N] in seconds, seeds [N]) → durations after augmentation."""
 
 
 def bucket_order(
@@ -214,29 +219,30 @@ def bucket_order(
     return np.lexsort((np.where(bins & 1, -texts, texts), bins))
 
 
-def cut(frames: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
-    """Ranges [batches, 2] of consecutive samples within every budget.
+def split_into_batches(frames: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """Ranges [batches, 2] (first, last + 1) of consecutive samples, each within every budget.
 
-    Small windows, whose few batches span wide ranges of length, are cut where padding is least
-    (`_cut_least`); large ones greedily, as long as the budgets allow.
+    Small windows, whose few batches span wide ranges of length, are split for the least padding
+    (`_split_for_least_padding`); large ones greedily.
     """
     tokens = config.positions(frames, chars)
     ranges: list[tuple[int, int]] = []
     if len(frames) > LEAST_PADDING_UP_TO:
-        ranges = _cut_greedily(frames, tokens, config)
+        ranges = _split_greedily(frames, tokens, config)
     elif len(frames):
         spans = _spans(frames, tokens, config)
         for cost in BATCH_COSTS:
-            ranges = _cut_least(spans, cost * config.frames)
+            ranges = _split_for_least_padding(spans, cost * config.frames)
             padded = sum((last - first) * frames[first:last].max() for first, last in ranges)
             if frames.sum() >= (1 - PADDING_GOAL) * padded:
                 break
     return np.asarray(ranges, np.int64).reshape(-1, 2)
 
 
-def _cut_greedily(
+def _split_greedily(
     frames: np.ndarray, tokens: np.ndarray, config: BatchConfig
 ) -> list[tuple[int, int]]:
+    """Each batch takes samples as long as the budgets allow."""
     budget = config.tokens or np.iinfo(np.int64).max
     ranges: list[tuple[int, int]] = []
     first = widest = longest = 0
@@ -253,16 +259,17 @@ def _cut_greedily(
 
 
 def _spans(frames: np.ndarray, tokens: np.ndarray, config: BatchConfig) -> np.ndarray:
-    """[N, most] padded frames of the batch from sample i − most + 1 + j to sample i; inf: too much.
+    """[N, size] padded frames of the batch from sample i − size + 1 + j to sample i.
 
-    One sample alone always fits. What starts before the first sample counts as if it were there.
+    ``size`` is the largest batch; inf where a batch exceeds a budget. A single sample always fits.
+    A batch that would start before the first sample is counted as if it had samples there.
     """
     count = len(frames)
-    most = min(config.samples, count, max(config.frames // max(int(frames.min()), 1), 1))
-    sizes = np.arange(most, 0, -1)
+    size = min(config.samples, count, max(config.frames // max(int(frames.min()), 1), 1))
+    sizes = np.arange(size, 0, -1)
 
     def padded(lengths: np.ndarray) -> np.ndarray:
-        rows = np.lib.stride_tricks.sliding_window_view(np.pad(lengths, (most - 1, 0)), most)
+        rows = np.lib.stride_tricks.sliding_window_view(np.pad(lengths, (size - 1, 0)), size)
         return np.maximum.accumulate(rows[:, ::-1], axis=1)[:, ::-1] * sizes
 
     spans = padded(frames).astype(np.float64)
@@ -274,22 +281,26 @@ def _spans(frames: np.ndarray, tokens: np.ndarray, config: BatchConfig) -> np.nd
     return spans
 
 
-def _cut_least(spans: np.ndarray, cost: float) -> list[tuple[int, int]]:
-    """The cut of least (padded frames + ``cost`` for each batch): a shortest path."""
-    count, most = spans.shape
-    price = np.full(most + count, np.inf)  # of what ends before sample i: at i + most − 1
-    price[most - 1] = 0.0
-    origin = []
+def _split_for_least_padding(spans: np.ndarray, cost: float) -> list[tuple[int, int]]:
+    """The split that minimizes padded frames + ``cost`` per batch, as a shortest path.
+
+    ``spans`` [N, size]: `_spans`.
+    """
+    count, size = spans.shape
+    # The least cost of the samples before i is at i + size − 1.
+    least = np.full(size + count, np.inf)
+    least[size - 1] = 0.0
+    first_of = []  # of the batch that ends with each sample, on the shortest path to it
     for i in range(count):
-        offers = price[i : i + most] + spans[i]
-        offers += cost
-        best = int(offers.argmin())
-        price[i + most] = offers[best]
-        origin.append(i - most + 1 + best)
+        candidates = least[i : i + size] + spans[i]
+        candidates += cost
+        best = int(candidates.argmin())
+        least[i + size] = candidates[best]
+        first_of.append(i - size + 1 + best)
     ranges, last = [], count
     while last:
-        ranges.append((origin[last - 1], last))
-        last = origin[last - 1]
+        ranges.append((first_of[last - 1], last))
+        last = first_of[last - 1]
     return ranges[::-1]
 
 
@@ -302,37 +313,37 @@ class PlanConfig:
     shuffle: bool = True
     epochs: int = 0  # 0: endless
     window: int = 16  # shards, at least
-    window_samples: int = 8192  # samples, at least, where dataset.json tells the counts
+    window_samples: int = 8192  # samples, at least, if dataset.json lists the counts
 
 
-def limits(seconds: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
-    """0 where a sample is usable, else a key of `VERDICTS`."""
+def exceeded_limits(seconds: np.ndarray, chars: np.ndarray, config: BatchConfig) -> np.ndarray:
+    """[N] 0 where a sample is within all limits, else a key of `LIMITS`."""
     frames = np.ceil(seconds * FRAMES_PER_SECOND)
-    verdict = np.zeros(len(seconds), np.int8)
-    verdict[frames > config.frames] = 3
+    exceeded = np.zeros(len(seconds), np.int8)
+    exceeded[frames > config.frames] = 3
     if config.tokens:
-        verdict[config.positions(frames, chars) > config.tokens] = 3
-    verdict[seconds > config.max_seconds] = 2
-    verdict[seconds < config.min_seconds] = 1
-    verdict[seconds <= 0] = 4
-    return verdict
+        exceeded[config.positions(frames, chars) > config.tokens] = 3
+    exceeded[seconds > config.max_seconds] = 2
+    exceeded[seconds < config.min_seconds] = 1
+    exceeded[seconds <= 0] = 4
+    return exceeded
 
 
-VERDICTS = {1: "too_short", 2: "too_long", 3: "over_budget", 4: "no_duration"}
+LIMITS = {1: "too_short", 2: "too_long", 3: "over_budget", 4: "no_duration"}
 
 
 def plan_window(
-    part: Part,
+    part: DatasetPart,
     epoch: int,
     number: int,
     shards: list[str],
     indexes: list[ShardIndex],
     config: PlanConfig,
-    lengths: Lengths | None,
+    lengths: AugmentedDurations | None,
 ) -> Window:
-    """Plan one window from its shards' indexes. Pure."""
+    """Plan one window from its shards' indexes. Pure: equal arguments, equal plans."""
     columns: list[tuple[np.ndarray, ...]] = []
-    bad: list[Bad] = []
+    bad: list[DroppedSample] = []
     for slot, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
         keep = np.arange(len(index))
         if part.lang is not None:
@@ -340,21 +351,21 @@ def plan_window(
         seeds = sample_seeds(config.seed, epoch, part.name, shard, index.keys)[keep]
         chars = index.chars[keep].astype(np.int64)
         seconds = index.durations[keep].astype(np.float64)
-        verdict = limits(seconds, chars, config.batch)
+        exceeded = exceeded_limits(seconds, chars, config.batch)
         plain = np.zeros(len(keep), bool)
         if lengths is not None:
-            # Augmentation that would break a limit is left out, rather than the sample.
-            longer = lengths(seconds, seeds)
-            plain = limits(longer, chars, config.batch) != 0
-            seconds = np.where(plain, seconds, longer)
+            # Where augmentation would exceed a limit, it is left out, rather than the sample.
+            augmented = lengths(seconds, seeds)
+            plain = exceeded_limits(augmented, chars, config.batch) != 0
+            seconds = np.where(plain, seconds, augmented)
         if part.reports:
             bad += [(b.cause, shard, b.key, b.detail) for b in index.bad]
-        for i in np.flatnonzero(verdict).tolist():
+        for i in np.flatnonzero(exceeded).tolist():
             entry = index.entry(int(keep[i]))
             detail = f"{entry.duration:.2f} s, {entry.chars} characters"
-            bad.append((VERDICTS[int(verdict[i])], shard, entry.key, detail))
+            bad.append((LIMITS[int(exceeded[i])], shard, entry.key, detail))
         frames = np.ceil(seconds * FRAMES_PER_SECOND).astype(np.int64)
-        good = verdict == 0
+        good = exceeded == 0
         slots = np.full(len(keep), slot)
         columns.append(tuple(c[good] for c in (slots, keep, seeds, frames, plain, chars)))
     slots_n, rows_n, seeds_n, frames_n, plain_n, chars_n = map(
@@ -364,7 +375,7 @@ def plan_window(
     if config.shuffle:
         rng = np.random.default_rng(stable_hash("window", config.seed, part.name, epoch, number))
     order = bucket_order(frames_n, chars_n, config.batch.bucket, rng)
-    ranges = cut(frames_n[order], chars_n[order], config.batch)
+    ranges = split_into_batches(frames_n[order], chars_n[order], config.batch)
     if rng is not None:
         rng.shuffle(ranges)
     return Window(

@@ -1,24 +1,21 @@
-"""A planned sample becomes features and labels; a task becomes a batch's arrays.
+"""Collation: reads, decodes and augments a task's samples, and pads them into a batch's arrays.
 
-Runs in worker processes. Everything random comes from the sample's planned seed, so a sample is
-the same whoever makes it and whatever became of its neighbors. What is wrong with a sample is
-counted by cause and named; the rest of its batch is not touched.
+Runs in worker processes. All randomness comes from a sample's planned seed, so a sample is the same
+in every process and whatever becomes of its neighbors. A bad sample is named with its cause; the
+rest of its batch does not change.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsasr.data.audio.augment import AugmentConfig, Draw, apply
+from dsasr.data.audio.augment import AugmentConfig, AugmentParams, augment_wave
 from dsasr.data.audio.features import (
     AudioError,
     Cmvn,
@@ -28,19 +25,18 @@ from dsasr.data.audio.features import (
     fbank_batch,
     one_thread,
 )
-from dsasr.data.dataloader.augment_params import Draws
-from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, Bad, PlannedSample, Task
+from dsasr.data.dataloader.augment_params import AugmentParamColumns
+from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, PlannedSample, Task
 from dsasr.data.dataloader.workers import Allocate
 from dsasr.data.shards.index import (
     BadSample,
+    DroppedSample,
     Sample,
-    ShardIndex,
-    build_index,
-    load_index,
     parse_sample,
 )
-from dsasr.data.shards.storage import Missing, SourceError, Sources, Truncated
-from dsasr.data.shards.urls import is_pipe
+from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.storage import ShardStorage, ShardTruncated
+from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.data.text.phonemes import (
     MissingPhonemes,
     PhonemeVocab,
@@ -48,15 +44,15 @@ from dsasr.data.text.phonemes import (
     UnknownPhoneme,
     UnknownWord,
 )
-from dsasr.data.text.prompt import TextConfig, Tokenizer, normalize_text
-from dsasr.utils.io import atomic_write
+from dsasr.data.text.tokenizers import Tokenizer
 
-FRAME_SLACK = 10  # frames by which a sample may exceed its plan: rounding of durations and speeds
+# Frames by which a sample may exceed its plan, as durations and speeds are rounded.
+FRAME_SLACK = 10
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Transcripts to labels. What is None is not made: no phonemes for SFT, no tokens for CTC."""
+    """Transcripts to labels. SFT needs no phonemizer, CTC no tokenizer: those are None."""
 
     config: TextConfig | None = None
     phonemizer: Phonemizer | None = None
@@ -68,7 +64,10 @@ class TextEncoder:
         return self.tokenizer.pad_id if self.tokenizer is not None else 0
 
     def encode(self, sample: Sample) -> tuple[str, list[int], list[int]]:
-        """(normalized text, phoneme ids, transcript tokens + end_id). Raises `BadSample`."""
+        """(normalized text, phoneme ids, transcript tokens + end_id). Raises `BadSample`.
+
+        Phoneme ids are empty without a phonemizer, tokens without a tokenizer.
+        """
 
         def bad(cause: str, detail: str) -> BadSample:
             return BadSample(cause, sample.shard, sample.key, detail)
@@ -97,9 +96,9 @@ class TextEncoder:
 
 @dataclass
 class CollatedBatch:
-    """What a worker hands over beside the array: everything of a batch that is not features."""
+    """A collated batch without its features, which travel as an array of their own."""
 
-    lengths: np.ndarray  # [B] frames, or samples of audio where features are made on the device
+    lengths: np.ndarray  # [B] frames, or audio samples where features are computed on the device
     phonemes: np.ndarray
     phoneme_lengths: np.ndarray
     tokens: np.ndarray
@@ -110,7 +109,7 @@ class CollatedBatch:
     langs: tuple[str, ...]
     speakers: tuple[str, ...]
     durations: tuple[float, ...]
-    bad: tuple[Bad, ...]
+    bad: tuple[DroppedSample, ...]
     stats: dict[str, float]
 
 
@@ -124,85 +123,91 @@ def pad(rows: list[list[int]], value: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass
-class _Row:
-    """A sample without its encoded audio, whose memory the next one's is to take while hot."""
+class _CollatedSample:
+    """A sample's features and labels. Its encoded audio is dropped, to be reused while cached."""
 
     key: str
     shard: str
     lang: str
     speaker: str
-    features: Tensor  # [T, F] normalized, or [n] audio where features are made on the device
+    features: Tensor  # [T, F] normalized, or audio [n] where features are computed on the device
     seconds: float
     text: str
     phonemes: list[int]
     tokens: list[int]
 
 
-def _padded(rows: list[_Row], array: np.ndarray) -> np.ndarray:
-    """The rows' features in ``array``, [B, longest, …], zero behind them; they may lie in it."""
-    held = [row.features.clone() for row in rows]
-    for features, target in zip(held, torch.from_numpy(array), strict=True):
+def _pad_features(samples: list[_CollatedSample], array: np.ndarray) -> np.ndarray:
+    """Write the features to ``array`` [B, longest, …], zero padded.
+
+    They may be views of ``array``'s memory, so they are copied first.
+    """
+    copies = [sample.features.clone() for sample in samples]
+    for features, target in zip(copies, torch.from_numpy(array), strict=True):
         target[: len(features)] = features
         target[len(features) :] = 0.0
     return array
 
 
-def _shrunk(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Of ``array``'s memory as much as ``shape`` needs, or new memory if that is more."""
+def _reshape_memory(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """An array of ``shape`` in ``array``'s memory, or in new memory if that is too small."""
     size = int(np.prod(shape))
     flat = array.reshape(-1)[:size] if size <= array.size else np.empty(size, np.float32)
     return flat.reshape(shape)
 
 
-class BatchMaker:
-    """Makes batches from tasks. Forked into the workers; holds no state that a batch depends on."""
+class Collator:
+    """Collates batches from tasks. Forked into the workers; no batch depends on its state."""
 
     def __init__(
         self,
         *,
-        sources: Sources,
+        storage: ShardStorage,
         fbank: FbankConfig,
         cmvn: Cmvn | None,
         augment: AugmentConfig | None,
         text: TextEncoder,
         max_seconds: float,
-        waves: bool,
+        features_on_device: bool,
     ) -> None:
-        self.sources, self.fbank, self.cmvn, self.augment = sources, fbank, cmvn, augment
-        self.text, self.max_seconds, self.waves = text, max_seconds, waves
+        self.storage, self.fbank, self.cmvn, self.augment = storage, fbank, cmvn, augment
+        self.text, self.max_seconds = text, max_seconds
+        self.features_on_device = features_on_device
         self.voices: Sequence[Tensor] = ()  # for babble
-        self.recorded: Sequence[Tensor] = ()  # noise as it lies in noise shards
+        self.recordings: Sequence[Tensor] = ()  # of the noise shards
         if cmvn is not None:
             self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
-    def make(self, task: Task, allocate: Allocate) -> tuple[np.ndarray, CollatedBatch]:
+    def collate(self, task: Task, allocate: Allocate) -> tuple[np.ndarray, CollatedBatch]:
         """A task's padded array, [B, T, F] features or [B, n] audio, and the rest of its batch.
 
-        Bad samples are left out and named. Raises `SourceError` where a shard cannot be read.
+        Bad samples are left out and named. Raises `ShardReadError` where a shard cannot be read.
         """
         stats = dict.fromkeys(("read_s", "decode_s", "augment_s", "feature_s", "text_s"), 0.0)
-        before, rows, bad = self.sources.bytes, [], []
-        room = None if self.waves else allocate(self._expected(task))
-        for planned, drawn in zip(task.samples, self._draws(task), strict=True):
-            place = None if room is None else torch.from_numpy(room[len(rows)])
+        bytes_before, samples, bad = self.storage.bytes, [], []
+        # Features are computed in the batch's memory, whose planned shape is nearly always right.
+        batch = None if self.features_on_device else allocate(self._planned_shape(task))
+        for planned, params in zip(task.samples, self._augment_params(task), strict=True):
+            out = None if batch is None else torch.from_numpy(batch[len(samples)])
             try:
-                rows.append(self._row(planned, drawn, stats, place))
+                samples.append(self._collate_sample(planned, params, stats, out))
             except BadSample as error:
-                bad.append((error.cause, planned.shard, planned.entry.key, error.detail))
-        longest = max((len(row.features) for row in rows), default=0)
-        if room is None:
-            array = _padded(rows, allocate((len(rows), longest)))
-        elif room.shape[:2] == (len(rows), longest):
-            for row, place in zip(rows, room, strict=True):
-                place[len(row.features) :] = 0.0
-            array = room
+                bad.append(error.record)
+        longest = max((len(sample.features) for sample in samples), default=0)
+        if batch is None:
+            array = _pad_features(samples, allocate((len(samples), longest)))
+        elif batch.shape[:2] == (len(samples), longest):
+            for sample, row in zip(samples, batch, strict=True):
+                row[len(sample.features) :] = 0.0
+            array = batch
         else:
-            array = _padded(rows, _shrunk(room, (len(rows), longest, self.fbank.mels)))
-        stats["bytes"] = float(self.sources.bytes - before)
-        return array, self._made(rows, bad, stats)
+            shape = (len(samples), longest, self.fbank.mels)
+            array = _pad_features(samples, _reshape_memory(batch, shape))
+        stats["bytes"] = float(self.storage.bytes - bytes_before)
+        return array, self._collate_labels(samples, bad, stats)
 
-    def _expected(self, task: Task) -> tuple[int, int, int]:
-        """The batch's shape, if its samples are as planned: features are made where they stay."""
+    def _planned_shape(self, task: Task) -> tuple[int, int, int]:
+        """[B, T, F] of the batch if its samples are as planned."""
         step = self.fbank.rate / FRAMES_PER_SECOND
         lengths = (
             round(planned.entry.duration * self.fbank.rate)
@@ -213,43 +218,45 @@ class BatchMaker:
         longest = max(map(self.fbank.frames, lengths), default=0)
         return len(task.samples), longest, self.fbank.mels
 
-    def _made(self, rows: list[_Row], bad: list[Bad], stats: dict[str, float]) -> CollatedBatch:
-        phonemes, phoneme_lengths = pad([row.phonemes for row in rows])
-        tokens, token_lengths = pad([row.tokens for row in rows], self.text.pad_id)
+    def _collate_labels(
+        self, samples: list[_CollatedSample], bad: list[DroppedSample], stats: dict[str, float]
+    ) -> CollatedBatch:
+        phonemes, phoneme_lengths = pad([sample.phonemes for sample in samples])
+        tokens, token_lengths = pad([sample.tokens for sample in samples], self.text.pad_id)
         return CollatedBatch(
-            lengths=np.array([len(row.features) for row in rows], np.int64),
+            lengths=np.array([len(sample.features) for sample in samples], np.int64),
             phonemes=phonemes,
             phoneme_lengths=phoneme_lengths,
             tokens=tokens,
             token_lengths=token_lengths,
-            keys=tuple(row.key for row in rows),
-            shards=tuple(row.shard for row in rows),
-            texts=tuple(row.text for row in rows),
-            langs=tuple(row.lang for row in rows),
-            speakers=tuple(row.speaker for row in rows),
-            durations=tuple(row.seconds for row in rows),
+            keys=tuple(sample.key for sample in samples),
+            shards=tuple(sample.shard for sample in samples),
+            texts=tuple(sample.text for sample in samples),
+            langs=tuple(sample.lang for sample in samples),
+            speakers=tuple(sample.speaker for sample in samples),
+            durations=tuple(sample.seconds for sample in samples),
             bad=tuple(bad),
             stats=stats,
         )
 
-    def _draws(self, task: Task) -> list[Draw | None]:
+    def _augment_params(self, task: Task) -> list[AugmentParams | None]:
         if self.augment is None:
             return [None] * len(task.samples)
         seeds = np.array([planned.seed for planned in task.samples], np.uint64)
-        draws = Draws.of(self.augment, seeds)
+        columns = AugmentParamColumns.sample(self.augment, seeds)
         return [
-            None if planned.plain else draws.one(self.augment, i, planned.seed)
+            None if planned.plain else columns.row(self.augment, i, planned.seed)
             for i, planned in enumerate(task.samples)
         ]
 
-    def _row(
+    def _collate_sample(
         self,
         planned: PlannedSample,
-        drawn: Draw | None,
+        params: AugmentParams | None,
         stats: dict[str, float],
-        place: Tensor | None,
-    ) -> _Row:
-        """``place``: memory for the features, if they fit."""
+        out: Tensor | None,
+    ) -> _CollatedSample:
+        """``out``: memory for the features, if they fit. Raises `BadSample`."""
         times = [time.perf_counter()]
         sample = self._read(planned)
         times.append(time.perf_counter())
@@ -257,56 +264,56 @@ class BatchMaker:
         times.append(time.perf_counter())
         wave = self._decode(sample)
         times.append(time.perf_counter())
-        if drawn is not None:
-            wave = apply(wave, drawn, self.voices, self.fbank.rate, self.recorded)
+        if params is not None:
+            wave = augment_wave(wave, params, self.voices, self.fbank.rate, self.recordings)
         times.append(time.perf_counter())
         seconds = len(wave) / self.fbank.rate
         if seconds * FRAMES_PER_SECOND > planned.frames + FRAME_SLACK:
-            # The batch was cut for what the index says; a longer sample could exceed memory.
+            # The batch was planned by the index; a longer sample could exceed the memory.
             detail = f"{seconds:.2f} s, planned for {planned.frames / FRAMES_PER_SECOND:.2f} s"
             raise BadSample("wrong_duration", sample.shard, sample.key, detail)
-        features = self._features(wave, sample, place)
+        features = self._features(wave, sample, out)
         times.append(time.perf_counter())
         names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
         for name, start, end in zip(names, times, times[1:], strict=False):
             stats[name] += end - start
-        who = sample.key, sample.shard, sample.lang, sample.speaker
-        return _Row(*who, features, seconds, text, phonemes, tokens)
+        source = sample.key, sample.shard, sample.lang, sample.speaker
+        return _CollatedSample(*source, features, seconds, text, phonemes, tokens)
 
-    def _decode(self, sample: Sample, cut: float | None = None) -> Tensor:
-        seconds = self.max_seconds if cut is None else cut
+    def _decode(self, sample: Sample, cut_seconds: float | None = None) -> Tensor:
+        """Audio [n]: longer than ``max_seconds`` it is bad, longer than ``cut_seconds`` cut."""
+        cut = cut_seconds is not None
+        seconds = cut_seconds if cut else self.max_seconds
         try:
-            return decode(
-                sample.audio, rate=self.fbank.rate, max_seconds=seconds, cut=cut is not None
-            )
+            return decode(sample.audio, rate=self.fbank.rate, max_seconds=seconds, cut=cut)
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
 
-    def _features(self, wave: Tensor, sample: Sample, place: Tensor | None) -> Tensor:
+    def _features(self, wave: Tensor, sample: Sample, out: Tensor | None) -> Tensor:
         if len(wave) < self.fbank.window:
             raise BadSample("too_short", sample.shard, sample.key, f"{len(wave)} samples of audio")
-        if self.waves:
+        if self.features_on_device:
             return wave
-        fits = place is not None and self.fbank.frames(len(wave)) <= len(place)
-        features = fbank(wave, self.fbank, place if fits else None)
+        fits = out is not None and self.fbank.frames(len(wave)) <= len(out)
+        features = fbank(wave, self.fbank, out if fits else None)
         return features if self.cmvn is None else features.sub_(self.shift_F).mul_(self.scale_F)
 
     def _read(self, planned: PlannedSample) -> Sample:
         entry, shard = planned.entry, planned.shard
         audio_span = entry.audio_offset, entry.audio_size
         try:
-            audio, meta = self.sources.read_both(
+            audio, meta = self.storage.read_two(
                 shard, audio_span, (entry.json_offset, entry.json_size)
             )
-        except Truncated as error:
+        except ShardTruncated as error:
             raise BadSample("truncated_tar", shard, entry.key, str(error)) from None
         return parse_sample(entry, shard, audio, meta)
 
     @one_thread()
-    def finish(
+    def compute_features(
         self, waves_BN: Tensor, lengths_B: Tensor, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Audio as a worker gave it → features [B, T, F] on ``device`` and frames [B]."""
+        """Collated audio → features [B, T, F] on ``device`` and their frames [B] on the CPU."""
         if not len(lengths_B):
             return torch.zeros(0, 0, self.fbank.mels, device=device), lengths_B
         lengths = lengths_B.to(device, non_blocking=True)
@@ -317,59 +324,28 @@ class BatchMaker:
             features = features.masked_fill(beyond[..., None], 0.0)
         return features, frames.cpu()
 
-    def waves_of(
+    def load_recordings(
         self, shards: Sequence[str], count: int, seconds: float | None = None
-    ) -> tuple[list[Tensor], list[Bad]]:
-        """Up to ``count`` recordings, evenly from all shards, and what was unusable on the way.
+    ) -> tuple[list[Tensor], list[DroppedSample]]:
+        """Up to ``count`` waves, one from each shard in turn, and the bad samples among them.
 
-        At our rate, cut to ``seconds`` where that is given; the same every time.
+        At the features' sampling rate, cut to ``seconds`` if that is given. Deterministic.
         """
-        waves, bad, left = [], [], [iter(self._entries(shard)) for shard in shards[:count]]
-        while left and len(waves) < count:
-            still = []
-            for entries in left:
-                planned = next(entries, None)
+        waves, bad, unfinished = [], [], [self._samples_of(shard) for shard in shards[:count]]
+        while unfinished and len(waves) < count:
+            remaining = []
+            for samples in unfinished:
+                planned = next(samples, None)
                 if planned is None or len(waves) == count:
                     continue
-                still.append(entries)
+                remaining.append(samples)
                 try:
                     waves.append(self._decode(self._read(planned), seconds))
                 except BadSample as error:
-                    bad.append((error.cause, planned.shard, planned.entry.key, error.detail))
-            left = still
+                    bad.append(error.record)
+            unfinished = remaining
         return waves, bad
 
-    def _entries(self, shard: str) -> Iterator[PlannedSample]:
-        for entry in self.load_index(shard):
+    def _samples_of(self, shard: str) -> Iterator[PlannedSample]:
+        for entry in load_or_build_index(self.storage, shard):
             yield PlannedSample(shard, entry, 0, 0)
-
-    def load_index(self, shard: str) -> ShardIndex:
-        """A shard's index: the file beside it, else one made from the tar and kept in the cache.
-
-        Every rank gets the same, or a `SourceError`; what is wrong with the tar is in its ``bad``.
-        """
-        if not is_pipe(shard):
-            with contextlib.suppress(Missing, ValueError, TypeError):
-                return load_index(self.sources.whole(_index_name(shard)), shard)
-        try:
-            return self.sources.with_local(shard, lambda path: self._made_index(Path(path), shard))
-        except Missing:
-            raise SourceError(shard, 1, "it does not exist") from None
-
-    def _made_index(self, path: Path, shard: str) -> ShardIndex:
-        stat = path.stat()
-        name = hashlib.sha256(f"{shard}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
-        if path.parent == self.sources.cache_folder:  # its time says when it was downloaded
-            name = hashlib.sha256(f"{shard}\n{stat.st_size}".encode()).hexdigest()
-        kept = self.sources.config.folder() / "indexes" / f"{name[:32]}.index.json"
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return load_index(kept.read_bytes(), shard)
-        index = build_index(path, shard)
-        with contextlib.suppress(OSError):  # a read-only home costs time, not correctness
-            atomic_write(kept, index.dump())
-        return index
-
-
-def _index_name(shard: str) -> str:
-    head, dot, _ = shard.rpartition(".tar")
-    return f"{head if dot else shard}.index.json"

@@ -1,17 +1,17 @@
-"""The stream: datasets in, one rank's batches out, exactly once, resumable, on any world size.
+"""The dataloader: a stream of one rank's batches, exactly once, resumable, for any world size.
 
-    stream = Stream(config, datasets=…, text=…, seed=…, rank=…, world=…, state=None)
-    for batch in stream:
-        …                      # batch.state resumes behind this batch's step
+    loader = StreamingDataLoader(config, datasets=…, text=…, seed=…, rank=…, world=…, state=None)
+    for batch in loader:
+        …                      # batch.state resumes after this batch's step
 
-The plan (`bucketing`) says what each batch holds; worker processes make the batches
-(`collate`) and hand them over in order (`workers`). All randomness comes from
-the plan, so the batches are the same for any number of workers, and after a worker was killed.
+The batches are planned (`bucketing`, `sampler`); worker processes collate them (`collate`) and
+deliver them in order (`workers`). All randomness comes from the plan, so the batches are the same
+for any number of workers, and after a worker was killed.
 
-Batches without utterances (no rows; weight 0) come in three ways, all counted on and tested:
-the last step of a finite stream is filled up with them, so that all ranks make the same number of
-steps; all samples of a batch may turn out bad; a window may have no usable sample, and then its one
-batch only reports the bad ones.
+Batches without utterances (no rows; weight 0) occur in three cases: the last step of a finite
+stream is filled up with them, so that all ranks make the same number of steps; all samples of a
+batch may be bad; a window may have no usable sample, and then its one batch only reports the bad
+ones.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,15 +29,17 @@ from dsasr.data.audio.augment import RECORDED, AugmentConfig
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.augment_params import planned_seconds
-from dsasr.data.dataloader.bucketing import Bad, BatchConfig, Part, PlanConfig, Task
-from dsasr.data.dataloader.collate import BatchMaker, TextEncoder
+from dsasr.data.dataloader.bucketing import BatchConfig, DatasetPart, PlanConfig, Task
+from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.sampler import BatchSampler
-from dsasr.data.dataloader.workers import Payload, WorkerPool, run_here
-from dsasr.data.shards.storage import SourceConfig, Sources
+from dsasr.data.dataloader.workers import Payload, WorkerPool, run_inline
+from dsasr.data.shards.index import DroppedSample
+from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.shards.urls import ShardList
 from dsasr.utils.errors import UserError
 
-VOICES = 16  # utterances of the first dataset that babble is cut from
+VOICES = 16  # utterances of the first dataset that babble is made of
 RECORDINGS = 256  # of the noise shards together, at most
 NOISE_SECONDS = 10.0  # of each recording: 164 MB for all, shared by a rank's workers
 
@@ -64,16 +67,16 @@ class DataLoaderConfig:
     """How data is read. Per stage or for the whole run."""
 
     batch: BatchConfig = field(default_factory=BatchConfig)
-    num_workers: int = 1  # processes; 0 makes batches in the training process
-    prefetch: int = 3  # batches in the making, per worker
+    num_workers: int = 1  # processes; 0 collates batches in the training process
+    prefetch: int = 3  # batches in progress, per worker
     window: int = 16  # shards shuffled together, at least
-    window_samples: int = 8192  # samples shuffled together, at least, where dataset.json tells
+    window_samples: int = 8192  # samples shuffled together, at least, if dataset.json counts them
     shuffle: bool = True
-    temperature: float | None = None  # languages weigh hours^(1/T) instead of as they lie
+    temperature: float | None = None  # T: languages weigh hours^(1/T) instead of hours
     features: Literal["worker", "device"] = "worker"  # where fbank is computed
     # Shards of noise, for augment.kinds "recorded": one set, several, or each with its weight.
     noise: str | tuple[str, ...] | dict[str, float] | None = None
-    source: SourceConfig = field(default_factory=SourceConfig)
+    source: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         if self.num_workers < 0 or self.prefetch < 1:
@@ -95,11 +98,11 @@ class DataLoaderConfig:
         )
 
 
-def make_parts(
+def build_dataset_parts(
     datasets: Sequence[DatasetConfig],
-    sources: Sources,
+    storage: ShardStorage,
     temperature: float | None = None,
-) -> list[Part]:
+) -> list[DatasetPart]:
     """The mixture's parts: one for each dataset, or with a temperature T one for each language.
 
     A language's share of its dataset's weight is hours^(1/T) over the languages' sum (Arivazhagan
@@ -107,34 +110,34 @@ def make_parts(
     """
     parts = []
     for dataset in datasets:
-        found = sources.resolve(dataset.shards)
-        if dataset.lang is not None and found.langs and dataset.lang not in found.langs:
-            known = ", ".join(sorted(found.langs))
+        shards = storage.resolve(dataset.shards)
+        if dataset.lang is not None and shards.langs and dataset.lang not in shards.langs:
+            known = ", ".join(sorted(shards.langs))
             raise UserError(f"dataset '{dataset.name}' has no '{dataset.lang}', only {known}")
         if temperature is None or dataset.lang is not None:
-            parts.append(_part(dataset.name, found, dataset.lang, dataset.weight))
+            parts.append(_part(dataset.name, shards, dataset.lang, dataset.weight))
             continue
-        if not found.langs:
+        if not shards.langs:
             raise UserError(
                 "dataloader.temperature needs the hours of each language: pack "
                 f"'{dataset.name}' with `dsasr data make-shards`, which writes them to dataset.json"
             )
-        shares = {lang: hours ** (1 / temperature) for lang, hours in found.langs.items() if hours}
+        shares = {lang: hours ** (1 / temperature) for lang, hours in shards.langs.items() if hours}
         total = sum(shares.values())
         for number, (lang, share) in enumerate(sorted(shares.items())):
             name, weight = f"{dataset.name}/{lang}", dataset.weight * share / total
-            parts.append(_part(name, found, lang, weight, reports=not number))
+            parts.append(_part(name, shards, lang, weight, reports=not number))
     return parts
 
 
 def _part(
-    name: str, found: ShardList, lang: str | None, weight: float, reports: bool = True
-) -> Part:
-    return Part(name, found.shards, found.counts, lang, weight, reports)
+    name: str, shards: ShardList, lang: str | None, weight: float, reports: bool = True
+) -> DatasetPart:
+    return DatasetPart(name, shards.shards, shards.counts, lang, weight, reports)
 
 
 class StreamingDataLoader(Iterator[Batch]):
-    """One rank's batches. Iterate; ``state()`` is the cursor behind the last batch delivered.
+    """Iterates over one rank's batches; ``state()`` is the cursor after the last one delivered.
 
     ``purpose="train"``: endless, shuffled, augmented. ``purpose="eval"``: one epoch, in order of
     length, not augmented. ``epochs`` overrides how often a stream goes over the data (0: endless).
@@ -158,26 +161,26 @@ class StreamingDataLoader(Iterator[Batch]):
         purpose: Literal["train", "eval"] = "train",
         epochs: int | None = None,
         device: torch.device | str = "cpu",
-        parts: Sequence[Part] | None = None,
+        parts: Sequence[DatasetPart] | None = None,
     ) -> None:
         train = purpose == "train"
         self.config, self.device = config, torch.device(device)
         augment = augment if train else None
-        sources = Sources(config.source)
-        self.maker = BatchMaker(
-            sources=sources,
+        storage = ShardStorage(config.source)
+        self.collator = Collator(
+            storage=storage,
             fbank=fbank or FbankConfig(),
             cmvn=cmvn,
             augment=augment,
             text=text or TextEncoder(),
             max_seconds=config.batch.max_seconds,
-            waves=config.features == "device",
+            features_on_device=config.features == "device",
         )
         if parts is None:
-            parts = make_parts(datasets, sources, config.temperature)
-        self.bad_noise: list[Bad] = []
+            parts = build_dataset_parts(datasets, storage, config.temperature)
+        self.bad_noise: list[DroppedSample] = []
         if augment is not None and augment.noise_share:
-            self._load_noise(augment, parts, sources)
+            self._load_noise(augment, parts, storage)
         plan = PlanConfig(
             batch=config.batch,
             seed=seed,
@@ -186,25 +189,27 @@ class StreamingDataLoader(Iterator[Batch]):
             window=config.window,
             window_samples=config.window_samples,
         )
-        self.pool = self._workers()
-        self.planner = BatchSampler(
+        self.pool = self._start_workers()
+        self.sampler = BatchSampler(
             parts,
             plan,
-            self.maker.load_index,
+            partial(load_or_build_index, storage),
             rank=rank,
             world=world,
             lengths=None if augment is None else planned_seconds(augment),
             state=dict(state) if state is not None else None,
         )
         self.pending: deque[tuple[Task, dict]] = deque()
-        self.cursor = self.planner.state()
+        self.cursor = self.sampler.state()
         self.ended = self.closed = False
 
-    def _load_noise(self, augment: AugmentConfig, parts: Sequence[Part], sources: Sources) -> None:
-        """What noise is made from; read once, before the workers fork, and shared by them."""
+    def _load_noise(
+        self, augment: AugmentConfig, parts: Sequence[DatasetPart], storage: ShardStorage
+    ) -> None:
+        """Read the audio that noise is made of, before the workers fork, so that they share it."""
         if "babble" in augment.kinds:
-            # What is bad among these is told when its turn comes.
-            self.maker.voices, _ = self.maker.waves_of(parts[0].shards, VOICES)
+            # The bad samples among these are reported with their batches.
+            self.collator.voices, _ = self.collator.load_recordings(parts[0].shards, VOICES)
         if RECORDED not in augment.kinds:
             return
         weights = self.config.noise_weights
@@ -212,25 +217,29 @@ class StreamingDataLoader(Iterator[Batch]):
             raise UserError(
                 'augment.kinds names "recorded": say where with dataloader.noise=FOLDER_OF_SHARDS'
             )
-        # One recording is as likely as another, so a set's weight is its number of places.
-        places: list[torch.Tensor] = []
+        # All recordings are equally likely, so a set's weight is its share of the list.
+        recordings: list[torch.Tensor] = []
         for name, weight in weights.items():
             count = max(1, round(RECORDINGS * weight / sum(weights.values())))
-            waves, bad = self.maker.waves_of(sources.resolve(name).shards, count, NOISE_SECONDS)
+            waves, bad = self.collator.load_recordings(
+                storage.resolve(name).shards, count, NOISE_SECONDS
+            )
             if not waves:
                 raise UserError(f"dataloader.noise: {name} holds no usable recording")
             self.bad_noise += bad
-            places += (waves * -(-count // len(waves)))[:count] if len(weights) > 1 else waves
-        self.maker.recorded = places
+            recordings += (waves * -(-count // len(waves)))[:count] if len(weights) > 1 else waves
+        self.collator.recordings = recordings
 
-    def _workers(self) -> WorkerPool | None:
-        # Started before the planner's thread exists: a fork copies no other thread's locks.
+    def _start_workers(self) -> WorkerPool | None:
+        # Before the sampler's thread starts: a fork would copy locks that the thread holds.
         if not self.config.num_workers:
             return None
         frames = self.config.batch.frames
-        floats = frames * (160 if self.config.features == "device" else self.maker.fbank.mels)
+        floats = frames * (160 if self.config.features == "device" else self.collator.fbank.mels)
         slot = 4 * floats + (floats // 4) + (2 << 20)
-        return WorkerPool(self.maker.make, self.config.num_workers, self.config.prefetch, slot)
+        return WorkerPool(
+            self.collator.collate, self.config.num_workers, self.config.prefetch, slot
+        )
 
     def __next__(self) -> Batch:
         if self.closed:
@@ -241,68 +250,68 @@ class StreamingDataLoader(Iterator[Batch]):
             raise StopIteration
         depth = self.pool.ready if self.pool else 0
         task, state = self.pending.popleft()
-        payload = self.pool.take() if self.pool else run_here(self.maker.make, task)
+        payload = self.pool.take() if self.pool else run_inline(self.collator.collate, task)
         batch = self._batch(task, state, payload)
         batch.stats["wait_s"] = time.perf_counter() - started
         batch.stats["queue"] = depth
         self.cursor = state
-        # The next task leaves now, so that no worker idles while this batch is consumed.
+        # Submit the next task now, so that no worker idles while this batch is consumed.
         self._fill()
         return batch
 
     def _fill(self) -> None:
         room = self.pool.room if self.pool else 1 - len(self.pending)
         while room > 0 and not self.ended:
-            task = self.planner.step()
+            task = self.sampler.step()
             if task is None:
                 self.ended = True
                 return
-            self.pending.append((task, self.planner.state()))
+            self.pending.append((task, self.sampler.state()))
             if self.pool:
                 self.pool.submit(replace(task, bad=()))  # tasks stay small
             room -= 1
 
     def _batch(self, task: Task, state: dict, payload: Payload) -> Batch:
-        made = payload.rest
-        features, lengths = payload.array, torch.from_numpy(made.lengths)
+        rest = payload.rest
+        features, lengths = payload.array, torch.from_numpy(rest.lengths)
         if self.config.features == "device":
-            features, lengths = self.maker.finish(features, lengths, self.device)
+            features, lengths = self.collator.compute_features(features, lengths, self.device)
         return Batch(
             features_BTF=features,
             feature_lengths_B=lengths,
-            phonemes_BP=torch.from_numpy(made.phonemes),
-            phoneme_lengths_B=torch.from_numpy(made.phoneme_lengths),
-            tokens_BU=torch.from_numpy(made.tokens),
-            token_lengths_B=torch.from_numpy(made.token_lengths),
-            keys=made.keys,
-            shards=made.shards,
-            texts=made.texts,
-            langs=made.langs,
-            speakers=made.speakers,
-            durations=made.durations,
+            phonemes_BP=torch.from_numpy(rest.phonemes),
+            phoneme_lengths_B=torch.from_numpy(rest.phoneme_lengths),
+            tokens_BU=torch.from_numpy(rest.tokens),
+            token_lengths_B=torch.from_numpy(rest.token_lengths),
+            keys=rest.keys,
+            shards=rest.shards,
+            texts=rest.texts,
+            langs=rest.langs,
+            speakers=rest.speakers,
+            durations=rest.durations,
             seed=task.seed,
             epoch=task.epoch,
             number=task.number,
             state=state,
-            bad=task.bad + made.bad + (() if task.number else tuple(self.bad_noise)),
-            stats=made.stats,
+            bad=task.bad + rest.bad + (() if task.number else tuple(self.bad_noise)),
+            stats=rest.stats,
         )
 
     def __iter__(self) -> StreamingDataLoader:
         return self
 
     def state(self) -> dict:
-        """The cursor behind the step of the last delivered batch; equal on all ranks."""
+        """The cursor after the step of the last delivered batch; equal on all ranks."""
         return self.cursor
 
     def close(self) -> None:
-        """Stop the workers and the planner's thread."""
+        """Stop the workers and the sampler's thread."""
         if not self.closed:
             self.closed = True
             if self.pool:
                 self.pool.close()
-            self.planner.close()
-            self.maker.sources.close()
+            self.sampler.close()
+            self.collator.storage.close()
 
     def __enter__(self) -> StreamingDataLoader:
         return self

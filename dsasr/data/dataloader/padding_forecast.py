@@ -1,4 +1,4 @@
-"""What a stage's batches will be, told from the shards' indexes alone: padding, fill, positions."""
+"""Forecast of a stage's batches from the shards' indexes alone: padding, fill, positions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from dsasr.data.dataloader.bucketing import (
     FRAMES_PER_SECOND,
+    AugmentedDurations,
     BatchConfig,
-    Lengths,
-    Part,
+    DatasetPart,
     PlanConfig,
 )
 from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.shards.index import ShardIndex
 
-PERCENTILE = 99.0  # of batches whose language-model positions fit the forecast's share of frames
+PERCENTILE = 99.0  # of the batches' language-model positions per frame
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,26 @@ class Forecast:
     fill: float  # mean of a batch's frames, padding included, over the budget
     shortest: int  # the 1st percentile of samples' frames
     longest: int
-    positions_per_frame: float  # of nearly all batches, padding included
+    positions_per_frame: float  # `PERCENTILE` over batches, padding included
     left_out: Counter[str]  # cause → samples
 
 
 def forecast(
-    parts: Sequence[Part],
+    parts: Sequence[DatasetPart],
     config: PlanConfig,
     load: Callable[[str], ShardIndex],
-    lengths: Lengths | None = None,
-    most_shards: int = 0,
+    lengths: AugmentedDurations | None = None,
+    max_shards: int = 0,
 ) -> Forecast:
-    """Plan one epoch of ``parts`` (of up to ``most_shards`` shards each, evenly chosen; 0: all)."""
-    chosen = [_thinned(part, most_shards) for part in parts]
-    planner = BatchSampler(chosen, replace(config, epochs=1), load, lengths=lengths)
-    rows: list[tuple[int, int, int, int, int]] = []  # samples, frames, longest, positions, most
+    """Plan one epoch of ``parts`` (of up to ``max_shards`` evenly spread shards each; 0: all)."""
+    subset = [_limit_shards(part, max_shards) for part in parts]
+    sampler = BatchSampler(subset, replace(config, epochs=1), load, lengths=lengths)
+    # samples, frames, longest sample's frames, positions, most positions of a sample
+    rows: list[tuple[int, int, int, int, int]] = []
     all_frames: list[np.ndarray] = []
     left_out: Counter[str] = Counter()
     try:
-        for task in planner:
+        for task in sampler:
             left_out.update(cause for cause, *_ in task.bad)
             if not task.samples:
                 continue
@@ -62,31 +63,31 @@ def forecast(
             rows.append((len(frames), *map(int, sizes)))
             all_frames.append(frames)
     finally:
-        planner.close()
+        sampler.close()
     return _summary(np.array(rows, np.int64).reshape(-1, 5), all_frames, config.batch, left_out)
 
 
-def _thinned(part: Part, most: int) -> Part:
-    if not most or len(part.shards) <= most:
+def _limit_shards(part: DatasetPart, limit: int) -> DatasetPart:
+    if not limit or len(part.shards) <= limit:
         return part
-    chosen = np.linspace(0, len(part.shards) - 1, most).astype(int).tolist()
-    counts = None if part.counts is None else np.asarray(part.counts)[chosen]
-    return replace(part, shards=[part.shards[i] for i in chosen], counts=counts)
+    spread = np.linspace(0, len(part.shards) - 1, limit).astype(int).tolist()
+    counts = None if part.counts is None else np.asarray(part.counts)[spread]
+    return replace(part, shards=[part.shards[i] for i in spread], counts=counts)
 
 
 def _summary(
     rows: np.ndarray, all_frames: list[np.ndarray], batch: BatchConfig, left_out: Counter[str]
 ) -> Forecast:
-    counts, frames, longest, positions, most = rows.T
-    padded, spread = counts * longest, counts * most
+    counts, frames, longest, positions, most_positions = rows.T
+    padded, padded_positions = counts * longest, counts * most_positions
     lengths = np.concatenate(all_frames) if all_frames else np.zeros(1, np.int64)
-    ratios = spread / np.maximum(padded, 1)
+    ratios = padded_positions / np.maximum(padded, 1)
     return Forecast(
         samples=int(counts.sum()),
         batches=len(rows),
         hours=float(frames.sum()) / FRAMES_PER_SECOND / 3600,
         padding=1 - float(frames.sum()) / max(float(padded.sum()), 1.0),
-        text_padding=1 - float(positions.sum()) / max(float(spread.sum()), 1.0),
+        text_padding=1 - float(positions.sum()) / max(float(padded_positions.sum()), 1.0),
         fill=float(padded.mean()) / batch.frames if len(rows) else 0.0,
         shortest=int(np.percentile(lengths, 1)),
         longest=int(lengths.max()),

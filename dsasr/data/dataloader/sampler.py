@@ -1,8 +1,8 @@
-"""The planner: where a stream stands in its datasets, and which rank gets which batch.
+"""The batch sampler: a stream's position in its datasets, and which rank gets which batch.
 
 A *step* is W consecutive global batches, one for each of W ranks. Endless streams never end an
-epoch early: the tail of one epoch and the head of the next share a step. Finite streams
-(``epochs`` > 0) fill their last step with batches that hold no samples.
+epoch early: the last batches of one epoch and the first of the next may share a step. Finite
+streams (``epochs`` > 0) fill their last step with batches without samples.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from dsasr.data.dataloader.bucketing import (
-    Lengths,
-    Part,
+    AugmentedDurations,
+    DatasetPart,
     PlanConfig,
     Task,
     Window,
@@ -28,15 +28,15 @@ from dsasr.utils.errors import UserError
 STATE_VERSION = 1
 
 
-class PartPlan:
-    """One part's windows, one after the other, the next one prepared in the background."""
+class PartCursor:
+    """The position in one part's windows; the next window is planned in the background."""
 
     def __init__(
         self,
-        part: Part,
+        part: DatasetPart,
         config: PlanConfig,
         load: Callable[[str], ShardIndex],
-        lengths: Lengths | None,
+        lengths: AugmentedDurations | None,
         pool: ThreadPoolExecutor,
     ) -> None:
         if not len(part.shards):
@@ -47,12 +47,12 @@ class PartPlan:
         self.epoch = self.window = self.batch = 0
         self.delivered = 0
         self.current: Window | None = None
-        self.upcoming: tuple[tuple[int, int], Future] | None = None
+        self.prefetched: tuple[tuple[int, int], Future] | None = None  # (epoch, window), its plan
         self.layouts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.barren = 0  # windows of the epoch, in a row, without a batch
+        self.empty_windows = 0  # consecutive windows of the epoch without a batch
 
     def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shard order and the windows' edges in it."""
+        """The epoch's shard order [shards], and the windows' edges in it [windows + 1]."""
         if epoch not in self.layouts:
             count = len(self.part.shards)
             order = np.arange(count, dtype=np.int32)
@@ -74,67 +74,68 @@ class PartPlan:
             self.layouts[epoch] = (order, np.asarray(edges))
         return self.layouts[epoch]
 
-    def build(self, epoch: int, number: int) -> Window:
+    def plan(self, epoch: int, number: int) -> Window:
         order, edges = self.layout(epoch)
         shards = [self.part.shards[i] for i in order[edges[number] : edges[number + 1]].tolist()]
         indexes = [self.load(shard) for shard in shards]
         return plan_window(self.part, epoch, number, shards, indexes, self.config, self.lengths)
 
-    def after(self, epoch: int, number: int) -> tuple[int, int]:
+    def following(self, epoch: int, number: int) -> tuple[int, int]:
+        """(epoch, window) after these."""
         if number + 1 < len(self.layout(epoch)[1]) - 1:
             return epoch, number + 1
         return epoch + 1, 0
 
-    def settle(self) -> bool:
-        """Stand on the next batch to deliver, loading windows as needed; False at the end."""
+    def seek(self) -> bool:
+        """Move to the next batch to deliver, loading windows as needed; False at the end."""
         while True:
             if self.config.epochs and self.epoch >= self.config.epochs:
                 return False
             if self.current is None:
-                self.open()
+                self.load_window()
             if self.batch < len(self.current):
-                self.barren = 0
+                self.empty_windows = 0
                 return True
-            self.barren += not len(self.current)
-            following = self.after(self.epoch, self.window)
+            self.empty_windows += not len(self.current)
+            following = self.following(self.epoch, self.window)
             if following[0] > self.epoch:
-                if self.barren == len(self.layout(self.epoch)[1]) - 1 and not self.config.epochs:
+                windows = len(self.layout(self.epoch)[1]) - 1
+                if self.empty_windows == windows and not self.config.epochs:
                     where = f" in language '{self.part.lang}'" if self.part.lang else ""
                     raise UserError(f"dataset '{self.part.name}' has no samples{where}")
-                self.barren = 0
+                self.empty_windows = 0
             (self.epoch, self.window), self.batch, self.current = following, 0, None
 
-    def open(self) -> None:
-        place = (self.epoch, self.window)
-        if self.upcoming is not None and self.upcoming[0] == place:
-            self.current = self.upcoming[1].result()
+    def load_window(self) -> None:
+        position = (self.epoch, self.window)
+        if self.prefetched is not None and self.prefetched[0] == position:
+            self.current = self.prefetched[1].result()
         else:
-            self.current = self.build(*place)
-        self.upcoming = None
-        following = self.after(*place)
+            self.current = self.plan(*position)
+        self.prefetched = None
+        following = self.following(*position)
         if not self.config.epochs or following[0] < self.config.epochs:
-            self.upcoming = (following, self.pool.submit(self.build, *following))
+            self.prefetched = (following, self.pool.submit(self.plan, *following))
 
 
 class BatchSampler:
-    """Deals the mixture's global batches to the ranks; keeps the cursor.
+    """Distributes the mixture's global batches over the ranks, and keeps the cursor.
 
     The next batch comes from the part with the smallest (delivered + 1/2) / weight (Webster's
     apportionment: shares stay within about one batch of the weights). ``step`` returns this rank's
-    `Task` of the next W global batches, or None at the end of a finite stream; every rank's planner
-    returns the same number of tasks. Afterwards ``state()`` is the cursor behind that step,
-    equal on all ranks.
+    `Task` of the next W global batches, or None at the end of a finite stream; every rank gets the
+    same number of tasks. ``state()`` is the cursor after the last step, equal on all ranks.
     """
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[DatasetPart],
         config: PlanConfig,
         load: Callable[[str], ShardIndex],
         *,
         rank: int = 0,
         world: int = 1,
-        lengths: Lengths | None = None,
+        lengths: AugmentedDurations | None = None,
         state: dict | None = None,
     ) -> None:
         if not 0 <= rank < world:
@@ -150,7 +151,7 @@ class BatchSampler:
         self.config, self.rank, self.world = config, rank, world
         self.number = 0
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="dsasr-plan")
-        self.parts = [PartPlan(part, config, load, lengths, self.pool) for part in parts]
+        self.cursors = [PartCursor(part, config, load, lengths, self.pool) for part in parts]
         plan = [config.seed, config.shuffle, config.window, config.window_samples]
         probe = np.full(64, 1.0), splitmix64(np.arange(64, dtype=np.uint64))
         plan.append(lengths(*probe).tolist() if lengths is not None else None)
@@ -159,9 +160,9 @@ class BatchSampler:
             "parts": {part.name: part.fingerprint() for part in parts},
         }
         if state is not None:
-            self.restore(state)
+            self.load_state(state)
 
-    def restore(self, state: dict) -> None:
+    def load_state(self, state: dict) -> None:
         if state.get("version") != STATE_VERSION:
             raise UserError(
                 f"the stream's state has version {state.get('version')}, not {STATE_VERSION}: "
@@ -180,34 +181,37 @@ class BatchSampler:
                 "them, or start the stage without the loader's state"
             )
         self.number = int(state["number"])
-        cursors = state["cursors"]
-        for plan in self.parts:
-            plan.epoch, plan.window, plan.batch, plan.delivered = cursors[plan.part.name]
+        for cursor in self.cursors:
+            cursor.epoch, cursor.window, cursor.batch, cursor.delivered = state["cursors"][
+                cursor.part.name
+            ]
 
     def state(self) -> dict:
-        """The cursor behind the last step; JSON-able, a few hundred bytes."""
+        """The cursor after the last step; JSON-able, a few hundred bytes."""
         return {
             "version": STATE_VERSION,
             "number": self.number,
             "identity": self.identity,
-            "cursors": {p.part.name: [p.epoch, p.window, p.batch, p.delivered] for p in self.parts},
+            "cursors": {
+                c.part.name: [c.epoch, c.window, c.batch, c.delivered] for c in self.cursors
+            },
         }
 
-    def advance(self, mine: bool) -> Task | None:
-        """Deliver one global batch; a Task if it is ours. None at the end, too."""
-        alive = [plan for plan in self.parts if plan.settle()]
-        if not alive:
+    def advance(self, build: bool) -> Task | None:
+        """Move past one global batch; its `Task` if ``build``. None at the end, too."""
+        unfinished = [cursor for cursor in self.cursors if cursor.seek()]
+        if not unfinished:
             return None
-        plan = min(alive, key=lambda p: (p.delivered + 0.5) / p.part.weight)
+        cursor = min(unfinished, key=lambda c: (c.delivered + 0.5) / c.part.weight)
         task = None
-        if mine:
-            window = plan.current
+        if build:
+            window = cursor.current
             seed = stable_hash("batch", self.config.seed, self.number)
-            bad = tuple(window.bad) if plan.batch == 0 else ()
-            samples = window.samples(plan.batch)
-            task = Task(self.number, plan.epoch, plan.part.name, seed, samples, bad)
-        plan.batch += 1
-        plan.delivered += 1
+            bad = tuple(window.bad) if cursor.batch == 0 else ()
+            samples = window.samples(cursor.batch)
+            task = Task(self.number, cursor.epoch, cursor.part.name, seed, samples, bad)
+        cursor.batch += 1
+        cursor.delivered += 1
         self.number += 1
         return task
 
@@ -215,8 +219,7 @@ class BatchSampler:
         """This rank's share of the next W global batches."""
         first, task = self.number, None
         for rank in range(self.world):
-            ours = self.advance(rank == self.rank)
-            task = ours or task
+            task = self.advance(build=rank == self.rank) or task
         if self.number == first:
             return None
         if task is None:

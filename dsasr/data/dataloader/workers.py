@@ -1,10 +1,10 @@
-"""Worker processes that turn tasks into payloads, in order, and survive being killed.
+"""A pool of worker processes that turns tasks into payloads in order, and replaces killed workers.
 
 A task is a pure description, so a worker that dies (``kill -9``, out of memory) is replaced and its
-tasks are made again: the consumer sees the same payloads. Tasks and results travel through shared
+tasks are repeated: the consumer gets the same payloads. Tasks and results travel through shared
 anonymous memory, one slot for each outstanding task; the pipes carry a few bytes for each, and
-so never block. A result stays in its slot as long as the consumer holds it; one that holds many
-gets copies.
+so never block. A result stays in its slot as long as the consumer uses its array; a consumer that
+keeps more arrays than there are spare slots gets copies.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 
-ORPHAN_SECONDS = 5.0  # how often a waiting worker looks whether its consumer still lives
-MAX_DEATHS = 3  # of workers in a row over one task, before the run gives up
+ORPHAN_SECONDS = 5.0  # how often a waiting worker checks that its consumer is alive
+MAX_DEATHS = 3  # of workers in a row on the same task, before the run stops
 HEADER = struct.Struct("<qqq")  # task: slot, bytes, 0; result: slot, bytes of array, of the rest
 ALIGN = 64
-KEPT = 128 << 20  # bytes that a worker frees and keeps for its next task
-SPARE = 2  # slots of each worker that the consumer may hold while all tasks are outstanding
+RETAINED_BYTES = 128 << 20  # freed memory that a worker keeps for its next task
+SPARE = 2  # slots of each worker for arrays in use while all its tasks are outstanding
 
 Allocate = Callable[[tuple[int, ...]], np.ndarray]
 """Gives float32 memory of a shape, not cleared; at most one call for each task."""
@@ -46,7 +46,7 @@ Work = Callable[[Any, Allocate], tuple[np.ndarray, Any]]
 
 
 class WorkerDied(RuntimeError):
-    """Workers died again and again over the same task."""
+    """Workers died repeatedly on the same task."""
 
 
 class WorkerFailed(RuntimeError):
@@ -55,14 +55,14 @@ class WorkerFailed(RuntimeError):
 
 @dataclass
 class Payload:
-    """A made task."""
+    """A task's result."""
 
-    array: torch.Tensor  # float32, owned by the receiver
+    array: torch.Tensor  # float32; the receiver may keep and change it
     rest: Any
 
 
-def run_here(work: Work, task: Any) -> Payload:
-    """Do a task in this process."""
+def run_inline(work: Work, task: Any) -> Payload:
+    """Do a task in this process, without a pool."""
     array, rest = work(task, lambda shape: torch.empty(shape).numpy())
     return Payload(torch.from_numpy(array), rest)
 
@@ -77,15 +77,15 @@ class _Worker:
     slots: deque = field(default_factory=deque)  # free; last released, first used
     deaths: int = 0
 
-    def give_back(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         self.slots.append(slot)
 
 
 class WorkerPool:
-    """``workers`` forked processes; tasks are dealt in turn, results come in submission order.
+    """``workers`` forked processes; tasks go to them in turn, results come in submission order.
 
     ``slot_bytes`` bounds a result's shared memory; larger ones go through the pipe, slower. Memory
-    is touched only as far as it is used. A task must fit a slot.
+    is allocated only as far as it is used. A task must fit a slot.
     """
 
     def __init__(self, work: Work, workers: int, prefetch: int, slot_bytes: int) -> None:
@@ -93,7 +93,7 @@ class WorkerPool:
         self.slot_bytes = -(-max(slot_bytes, 1 << 16) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.context = multiprocessing.get_context("fork")
         self.counters = mmap.mmap(-1, mmap.PAGESIZE * (1 + workers * 8 // mmap.PAGESIZE))
-        self.done = np.frombuffer(self.counters, np.int64, workers)  # results made, per worker
+        self.done = np.frombuffer(self.counters, np.int64, workers)  # results computed, by worker
         self.taken = self.submitted = 0
         self.workers = [_Worker() for _ in range(workers)]
         for number, worker in enumerate(self.workers):
@@ -109,7 +109,7 @@ class WorkerPool:
 
     @property
     def ready(self) -> int:
-        """Results made and not yet taken: the queue's depth."""
+        """Results computed and not yet taken: the queue's depth."""
         return max(int(self.done.sum()) - self.taken, 0)
 
     def submit(self, task: Any) -> None:
@@ -185,7 +185,7 @@ class WorkerPool:
         worker.tasks.close()
         worker.results.close()
         worker.tasks = worker.results = None
-        # What the dead worker had finished and nobody took will be made again.
+        # Results of the dead worker that were not taken are computed again.
         self.done[number] = self._taken_from(number)
         self._start(number)
         for slot, task in worker.outstanding:
@@ -217,13 +217,13 @@ class WorkerPool:
             tail = start + array_bytes
             kind, shape, rest = pickle.loads(memoryview(worker.memory)[tail : tail + rest_bytes])
             source = np.frombuffer(worker.memory, np.float32, array_bytes // 4, start)
-        held = self.depth + SPARE - len(worker.slots) - len(worker.outstanding)
-        if array_bytes > 0 and held < SPARE:
+        in_use = self.depth + SPARE - len(worker.slots) - len(worker.outstanding)
+        if array_bytes > 0 and in_use < SPARE:
             # The storage of the tensor, and so every view of it, keeps ``source`` alive.
-            weakref.finalize(source, worker.give_back, slot).atexit = False
+            weakref.finalize(source, worker.release, slot).atexit = False
         else:
             source = source.copy() if array_bytes > 0 else source
-            worker.give_back(slot)
+            worker.release(slot)
         return rest if kind == "error" else Payload(torch.from_numpy(source.reshape(shape)), rest)
 
 
@@ -243,22 +243,22 @@ def _close_pools() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep this process's freed memory, up to `KEPT`, instead of returning it at once.
+    """Let glibc keep up to `RETAINED_BYTES` of this process's freed memory.
 
-    Else the kernel hands the same megabytes out anew for every utterance, page by page, which on a
-    virtual machine took a third of the features' time. Other C libraries are left as they are.
+    Otherwise the kernel would map the same megabytes anew for every utterance, page by page, which
+    took a third of the features' time on a virtual machine. Other C libraries are unaffected.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, KEPT)
+        mallopt(trim_threshold, RETAINED_BYTES)
         mallopt(mmap_threshold, 32 << 20)
 
 
 def _incoming(tasks: Connection, parent: int) -> Iterator[bytes]:
     while True:
         try:
-            # The pipe's other end may live on in unrelated children of a consumer that was killed.
+            # The pipe's other end may stay open in unrelated children of a killed consumer.
             while not tasks.poll(ORPHAN_SECONDS):
                 if os.getppid() != parent:
                     return
@@ -285,12 +285,12 @@ def _serve(
     _open_pools.clear()
     torch.set_num_threads(1)  # the parent's threads did not survive the fork
     keep_freed_memory()
-    gc.freeze()  # what came with the fork: to look through it would copy the consumer's pages
+    gc.freeze()  # the objects from before the fork: traversing them would copy their pages
     for header in _incoming(tasks, os.getppid()):
         slot, size, _ = HEADER.unpack(header)
         start = slot * slot_bytes
         task = pickle.loads(memory[start : start + size])
-        message = _make(work, task, memory, start, slot_bytes, slot)
+        message = _run_task(work, task, memory, start, slot_bytes, slot)
         try:
             done[number] += 1
             for part in message:
@@ -300,10 +300,10 @@ def _serve(
     os._exit(0)
 
 
-def _make(
+def _run_task(
     work: Work, task: Any, memory: mmap.mmap, start: int, slot_bytes: int, slot: int
 ) -> list[bytes]:
-    """Do the task; the messages that tell of it. The array lies in the slot if it fits."""
+    """Do the task and return the messages to send. The array lies in the slot if it fits."""
 
     def allocate(shape: tuple[int, ...]) -> np.ndarray:
         count = int(np.prod(shape))

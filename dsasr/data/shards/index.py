@@ -1,9 +1,10 @@
-"""Shards on disk: WebDataset tars with an index beside each and a ``dataset.json`` over all.
+"""Shards on disk and their indexes: WebDataset tars, each with an index, and one ``dataset.json``.
 
 A sample is ``KEY.flac|wav|opus|ogg|mp3`` and ``KEY.json`` (text, lang, speaker, duration; optional
-phonemes, alignment; anything else is kept as meta). ``NAME.tar`` has ``NAME.index.json``: where
-each member's bytes lie, so that any sample is one read away. Members' names are keys, never paths.
-`dsasr.data.shards.pack` writes shards, `dsasr.data.shards.verify` verifies them.
+phonemes, alignment; all else becomes meta). ``NAME.index.json`` beside ``NAME.tar`` has the byte
+range of each member, so that any sample can be read directly. Members' names are keys, never paths
+("Data is not code"). `dsasr.data.shards.pack` writes shards, `dsasr.data.shards.verify` verifies
+them.
 """
 
 from __future__ import annotations
@@ -29,18 +30,26 @@ VERSION = 1
 EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")
 MAX_AUDIO = 1 << 30  # bytes of an audio member
 
-Fetch = Callable[[int, int], bytes]  # (offset, size) → bytes; fewer where the tar ends
+Fetch = Callable[[int, int], bytes]  # (offset, size) → bytes; fewer at the end of the tar
+
+
+DroppedSample = tuple[str, str, str, str]
+"""A sample that is left out, and why: cause, shard, key, detail."""
 
 
 class BadSample(Exception):
-    """A sample that cannot be used: ``cause`` in short snake_case, where it is, and why."""
+    """A sample that cannot be used: ``cause`` in short snake_case, its shard and key, and why."""
 
     def __init__(self, cause: str, shard: str, key: str, detail: str = ""):
         super().__init__(f"{cause}: {key} in {shard}: {detail}")
         self.cause, self.shard, self.key, self.detail = cause, shard, key, detail
 
     def __reduce__(self):
-        return BadSample, (self.cause, self.shard, self.key, self.detail)
+        return BadSample, self.record
+
+    @property
+    def record(self) -> DroppedSample:
+        return self.cause, self.shard, self.key, self.detail
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sample:
-    """One utterance as it lies in a shard; the audio is still encoded."""
+    """One utterance of a shard; the audio is still encoded."""
 
     key: str
     shard: str
@@ -78,8 +87,8 @@ class Sample:
 class ShardIndex:
     """A shard's index in columns: about 60 bytes a sample and its key.
 
-    ``keys`` [N] list, ``durations`` [N] float32 s, ``chars`` [N] int32; ``bad`` names what the tar
-    holds beside its N samples that cannot be used.
+    ``keys`` [N] list, ``durations`` [N] float32 in seconds, ``chars`` [N] int32; ``bad`` names the
+    tar's unusable samples, which are not among the N.
     """
 
     def __init__(self, shard: str, rows: Sequence[Entry], bad: Sequence[BadSample] = ()):
@@ -88,8 +97,9 @@ class ShardIndex:
 
     def _fill(self, shard: str, columns: Sequence[list], bad: Sequence[BadSample]) -> None:
         self.shard, self.bad = shard, tuple(bad)
-        self.keys, audio, *places, durations, chars, langs = columns
-        self._places = np.array(places, np.int64).reshape(4, len(self.keys)).T.copy()
+        self.keys, audio, *ranges, durations, chars, langs = columns
+        # [N, 4]: offset and size of the audio, offset and size of the json
+        self._ranges = np.array(ranges, np.int64).reshape(4, len(self.keys)).T.copy()
         self.durations = np.array(durations, np.float32)
         self.chars = np.array(chars, np.int32)
         self._langs, self._lang = _codes(langs)
@@ -99,23 +109,23 @@ class ShardIndex:
     def of_columns(
         cls, shard: str, columns: Sequence[list], bad: Sequence[BadSample] = ()
     ) -> ShardIndex:
-        """From lists in the order of `Entry`'s fields. Raises ValueError for what cannot be."""
+        """From lists in the order of `Entry`'s fields. Raises ValueError for impossible values."""
         index = cls.__new__(cls)
         try:
             index._fill(shard, columns, bad)
             texts = (index.keys, index._langs)
-            whole = (
+            valid = (
                 all(isinstance(text, str) for column in texts for text in column)
                 and set(index._extensions) <= set(EXTENSIONS)
-                and bool((index._places >= 0).all())
-                and bool((index._places[:, 1] <= MAX_AUDIO).all())
-                and bool((index._places[:, 3] <= MAX_JSON).all())
+                and bool((index._ranges >= 0).all())
+                and bool((index._ranges[:, 1] <= MAX_AUDIO).all())
+                and bool((index._ranges[:, 3] <= MAX_JSON).all())
                 and bool(((index.durations >= 0) & np.isfinite(index.durations)).all())
                 and bool((index.chars >= 0).all())
             )
         except (TypeError, OverflowError) as error:
             raise ValueError(f"the index of {shard} is damaged: {error}") from None
-        if not whole:
+        if not valid:
             raise ValueError(f"the index of {shard} is damaged")
         return index
 
@@ -127,10 +137,10 @@ class ShardIndex:
         return float(self.durations.sum(dtype=np.float64)) / 3600
 
     def entry(self, i: int) -> Entry:
-        at = self._places[i].tolist()
+        ranges = self._ranges[i].tolist()
         lang, extension = self._langs[self._lang[i]], self._extensions[self._extension[i]]
         seconds, chars = float(self.durations[i]), int(self.chars[i])
-        return Entry(self.keys[i], extension, *at, seconds, chars, lang)
+        return Entry(self.keys[i], extension, *ranges, seconds, chars, lang)
 
     def __iter__(self) -> Iterator[Entry]:
         return (self.entry(i) for i in range(len(self)))
@@ -146,7 +156,7 @@ class ShardIndex:
         columns = (
             self.keys,
             [self._extensions[e] for e in self._extension],
-            *self._places.T.tolist(),
+            *self._ranges.T.tolist(),
             [round(float(d), 4) for d in self.durations],
             self.chars.tolist(),
             [self._langs[n] for n in self._lang],
@@ -163,10 +173,10 @@ _COLUMNS = (
 
 
 def _codes(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The different values, sorted, and the place of each value among them."""
-    different = sorted(set(values))
-    place = {value: i for i, value in enumerate(different)}
-    return different, np.array([place[value] for value in values], np.int32)
+    """The distinct values, sorted, and each value's index among them."""
+    distinct = sorted(set(values))
+    code = {value: i for i, value in enumerate(distinct)}
+    return distinct, np.array([code[value] for value in values], np.int32)
 
 
 def index_path(tar: str | os.PathLike) -> Path:
@@ -175,7 +185,7 @@ def index_path(tar: str | os.PathLike) -> Path:
 
 
 def load_index(source: str | os.PathLike | bytes, shard: str = "") -> ShardIndex:
-    """An index from its file's path or bytes. Raises ValueError if it is not a whole one."""
+    """An index from its file's path or bytes. Raises ValueError if it is damaged."""
     if not isinstance(source, bytes):
         shard = shard or str(source).removesuffix(".index.json") + ".tar"
         source = Path(source).read_bytes()
@@ -196,34 +206,34 @@ def load_index(source: str | os.PathLike | bytes, shard: str = "") -> ShardIndex
 
 
 @dataclass
-class _Parts:
-    """What a tar holds under one key: places of members, and what its json says."""
+class _KeyMembers:
+    """A tar's members of one key, and the metadata that their json has."""
 
     audio: tuple[str, int, int] | None = None  # extension, offset, size
-    json: tuple[int, int] | None = None
-    says: tuple[float, int, str] | BadSample | None = None  # duration, characters, language
+    json: tuple[int, int] | None = None  # offset, size
+    metadata: tuple[float, int, str] | BadSample | None = None  # duration, characters, language
 
 
 def build_index(tar: str | os.PathLike | bytes, shard: str = "") -> ShardIndex:
-    """The index of a tar by reading its headers and json members; ``bad`` names what is wrong.
+    """The index of a tar, from its headers and json members; ``bad`` names its unusable samples.
 
-    Survives truncated tars (what is whole is indexed), missing members, links and odd names. Where
-    the json names no duration, it is read from the audio's header. Members that are neither audio
-    nor json do not concern us.
+    Tolerates truncated tars (whole samples are indexed), missing members, links and odd names. If
+    the json has no duration, it is read from the audio's header. Members that are neither audio nor
+    json are ignored.
     """
     shard = shard or (str(tar) if not isinstance(tar, bytes) else "")
-    parts: dict[str, _Parts] = {}
+    by_key: dict[str, _KeyMembers] = {}
     bad: list[BadSample] = []
     try:
         for member, data in members(tar):
             if not member.isdir():
-                _note_member(shard, member, data, parts, bad)
+                _note_member(shard, member, data, by_key, bad)
     except EOFError as error:
         bad.append(BadSample("truncated_tar", shard, "", str(error)))
     rows = []
-    for key, held in parts.items():
+    for key, key_members in by_key.items():
         try:
-            rows.append(_row(shard, key, held, tar))
+            rows.append(_entry(shard, key, key_members, tar))
         except BadSample as error:
             bad.append(error)
     return ShardIndex(shard, rows, bad)
@@ -233,7 +243,7 @@ def _note_member(
     shard: str,
     member: tarfile.TarInfo,
     data: bytes | None,
-    parts: dict[str, _Parts],
+    by_key: dict[str, _KeyMembers],
     bad: list[BadSample],
 ) -> None:
     shown = member.name[:200].encode("utf-8", "backslashreplace").decode()
@@ -247,52 +257,52 @@ def _note_member(
     if not _is_unicode(key):
         bad.append(BadSample("bad_utf8", shard, shown, "the member's name"))
         return
-    held = parts.setdefault(key, _Parts())
-    if (held.json if extension == "json" else held.audio) is not None:
+    of_key = by_key.setdefault(key, _KeyMembers())
+    if (of_key.json if extension == "json" else of_key.audio) is not None:
         bad.append(BadSample("duplicate_key", shard, key, f"a second {extension}"))
     elif extension != "json":
-        held.audio = (extension, member.offset_data, member.size)
+        of_key.audio = (extension, member.offset_data, member.size)
     else:
-        held.json = (member.offset_data, member.size)
+        of_key.json = (member.offset_data, member.size)
         try:
             if data is None:
                 raise BadSample("bad_json", shard, key, f"{member.size} bytes of json")
             values = parse_json(data, shard, key)
-            held.says = (_duration(values), len(values["text"]), values["lang"])
+            of_key.metadata = (_duration(values), len(values["text"]), values["lang"])
         except BadSample as error:
-            held.says = error
+            of_key.metadata = error
 
 
-def _row(shard: str, key: str, held: _Parts, tar: str | os.PathLike | bytes) -> Entry:
-    if held.json is None:
+def _entry(shard: str, key: str, of_key: _KeyMembers, tar: str | os.PathLike | bytes) -> Entry:
+    if of_key.json is None:
         raise BadSample("missing_json", shard, key, "audio without a json member")
-    if isinstance(held.says, BadSample):
-        raise held.says
-    if held.audio is None:
+    if isinstance(of_key.metadata, BadSample):
+        raise of_key.metadata
+    if of_key.audio is None:
         raise BadSample("missing_audio", shard, key, "json without an audio member")
-    extension, offset, size = held.audio
+    extension, offset, size = of_key.audio
     if size > MAX_AUDIO:
         raise BadSample("too_long", shard, key, f"{size} bytes of audio")
-    duration, chars, lang = held.says
+    duration, chars, lang = of_key.metadata
     if not duration:
         if isinstance(tar, bytes):
             audio = tar[offset : offset + size]
         else:
             with open(tar, "rb") as file:
                 audio = os.pread(file.fileno(), size, offset)
-        with contextlib.suppress(soundfile.LibsndfileError):  # decoding it will name the cause
+        with contextlib.suppress(soundfile.LibsndfileError):  # decoding will name the cause
             duration = header_seconds(io.BytesIO(audio))
-    return Entry(key, extension, offset, size, *held.json, duration, chars, lang)
+    return Entry(key, extension, offset, size, *of_key.json, duration, chars, lang)
 
 
 def header_seconds(audio: str | os.PathLike | io.BytesIO) -> float:
-    """Duration by the audio's header, 0.0 where that says none. Raises `LibsndfileError`."""
+    """Duration by the audio's header, 0.0 if it has none. Raises `LibsndfileError`."""
     info = soundfile.info(audio if isinstance(audio, io.BytesIO) else os.fspath(audio))
     seconds = info.frames / max(info.samplerate, 1)
     return seconds if seconds < MAX_SECONDS else 0.0
 
 
-MAX_SECONDS = 1e7  # what a header or a json may claim
+MAX_SECONDS = 1e7  # the longest duration that a header or a json may claim
 
 
 def _duration(values: Mapping[str, Any]) -> float:
@@ -371,7 +381,7 @@ def read_sample(source: str | os.PathLike | Fetch, entry: Entry, shard: str = ""
 
 
 def read_texts(tar: str | os.PathLike) -> Iterator[Sample | BadSample]:
-    """Every sample of a local tar without its audio, which is left unread, or what is wrong."""
+    """Every sample of a local tar without reading its audio, or why it is bad."""
     index = build_index(tar)
     yield from index.bad
     with open(tar, "rb") as file:
@@ -385,11 +395,11 @@ def read_texts(tar: str | os.PathLike) -> Iterator[Sample | BadSample]:
 
 def find_tars(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """Local tars of files and folders, sorted. Raises `UserError` if there is none."""
-    found: list[Path] = []
+    tars: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"there is no {path}")
-        found += sorted(path.glob("*.tar")) if path.is_dir() else [path]
-    if not found:
+        tars += sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if not tars:
         raise UserError(f"no .tar in {', '.join(map(str, paths))}")
-    return found
+    return tars

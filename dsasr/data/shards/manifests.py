@@ -1,4 +1,4 @@
-"""What people have on disk → utterances: JSONL, Kaldi folders, LibriSpeech and AISHELL-1 trees."""
+"""Readers of corpora on disk: JSONL manifests, Kaldi folders, LibriSpeech and AISHELL-1 trees."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsasr.data.shards.index import EXTENSIONS
+from dsasr.data.shards.index import EXTENSIONS, DroppedSample
 from dsasr.utils.errors import UserError
 from dsasr.utils.progress import Bar
 
 
 @dataclass(frozen=True)
-class Utterance:
-    """One utterance before packing. ``start`` and ``end`` (s) cut it out of a longer recording."""
+class ManifestEntry:
+    """One utterance of a corpus. ``start`` and ``end`` (s) cut it out of a longer recording."""
 
     id: str
     audio: Path
     text: str
     speaker: str = ""
     lang: str = ""
-    duration: float = 0.0  # what the manifest claims; 0: nothing
+    duration: float = 0.0  # seconds as the manifest claims; 0: it claims none
     start: float | None = None
     end: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -31,18 +31,18 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A corpus: its utterances, and what is left out of it as (cause, file, id, detail)."""
+    """A corpus: its utterances, and those that are left out of it as (cause, file, id, detail)."""
 
-    utterances: list[Utterance]
-    left_out: tuple[tuple[str, str, str, str], ...] = ()
+    utterances: list[ManifestEntry]
+    left_out: tuple[DroppedSample, ...] = ()
 
 
 def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manifest:
     """The utterances of ``path``: ``kind`` is jsonl, kaldi, librispeech, aishell or auto.
 
-    ``lang`` is given to those that name no language. Recordings of a Kaldi folder or a tree that
-    have no transcript are left out and named. Raises `UserError` for anything that is not what it
-    claims, for a repeated id, and for audio that is not there.
+    ``lang`` is the language of those that name none. Recordings of a Kaldi folder or a tree that
+    have no transcript are left out and named. Raises `UserError` for a malformed corpus, for a
+    repeated id, and for missing audio.
     """
     path = Path(path)
     if not path.exists():
@@ -55,13 +55,13 @@ def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manif
     if kind not in readers:
         raise UserError(f"unknown manifest kind '{kind}': use {', '.join(readers)}")
     defaults = {"librispeech": "en", "aishell": "zh"}
-    left_out: list[tuple[str, str, str, str]] = []
-    found = list(readers[kind](path, lang or defaults.get(kind, ""), left_out))
-    if not found:
+    left_out: list[DroppedSample] = []
+    utterances = list(readers[kind](path, lang or defaults.get(kind, ""), left_out))
+    if not utterances:
         raise UserError(f"{path} holds no utterance")
     ids: set[str] = set()
     missing = []
-    for utterance in Bar(found, desc="checking audio", unit="file", delay=3):
+    for utterance in Bar(utterances, desc="checking audio", unit="file", delay=3):
         if utterance.id in ids:
             raise UserError(f"{path} has two utterances with the id '{utterance.id}'")
         ids.add(utterance.id)
@@ -70,13 +70,13 @@ def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manif
             missing.append(utterance.audio)
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} of {len(found)} audio files are missing, "
+            f"{path}: {len(missing)} of {len(utterances)} audio files are missing, "
             f"the first is {missing[0]}"
         )
-    return Manifest(found, tuple(left_out))
+    return Manifest(utterances, tuple(left_out))
 
 
-def _check_times(path: Path, utterance: Utterance) -> None:
+def _check_times(path: Path, utterance: ManifestEntry) -> None:
     start, end = utterance.start or 0.0, utterance.end
     if not 0 <= utterance.duration < math.inf:
         raise UserError(f"{path}: '{utterance.id}' has a duration of {utterance.duration} s")
@@ -111,7 +111,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _jsonl(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
+def _jsonl(path: Path, lang: str, left_out: list[DroppedSample]) -> Iterator[ManifestEntry]:
     known = ("id", "audio", "text", "speaker", "lang", "duration", "start", "end")
     for number, line in _lines(path):
         try:
@@ -120,7 +120,7 @@ def _jsonl(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
                 raise ValueError("'text' and 'audio' must be strings")
             _check_phonemes(row.get("phonemes"))
             start, end = (None if row.get(k) is None else float(row[k]) for k in ("start", "end"))
-            yield Utterance(
+            yield ManifestEntry(
                 id=str(row["id"]),
                 audio=path.parent / row["audio"],
                 text=row["text"],
@@ -159,7 +159,7 @@ def _table(path: Path, required: bool = True) -> dict[str, str]:
     return rows
 
 
-def _kaldi(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
+def _kaldi(path: Path, lang: str, left_out: list[DroppedSample]) -> Iterator[ManifestEntry]:
     recordings, texts = _table(path / "wav.scp"), _table(path / "text")
     speakers = _table(path / "utt2spk", required=False)
     langs = _table(path / "utt2lang", required=False)
@@ -170,7 +170,7 @@ def _kaldi(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
                 "convert the audio to files first"
             )
 
-    def make(key: str, recording: str, start=None, end=None) -> Utterance:
+    def build(key: str, recording: str, start=None, end=None) -> ManifestEntry:
         if recording not in recordings:
             raise UserError(f"{path}: '{key}' names a recording '{recording}' that wav.scp lacks")
         source = Path(recordings[recording])
@@ -178,7 +178,7 @@ def _kaldi(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
         if not audio.is_file() and not source.is_absolute() and source.is_file():
             audio = source
         speaker, language = speakers.get(key, ""), langs.get(key, lang)
-        return Utterance(key, audio, texts[key], speaker, language, 0.0, start, end)
+        return ManifestEntry(key, audio, texts[key], speaker, language, 0.0, start, end)
 
     segments = _table(path / "segments", required=False)
     for key in segments or recordings:
@@ -186,57 +186,57 @@ def _kaldi(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
             left_out.append(("missing_text", str(path / "text"), key, "no transcript"))
     for key in texts:
         if not segments:
-            yield make(key, key)
+            yield build(key, key)
         elif key in segments:
             try:
                 recording, start, end = segments[key].split()[:3]
                 until = float(end)
-                yield make(key, recording, float(start), until if until >= 0 else None)
+                yield build(key, recording, float(start), until if until >= 0 else None)
             except ValueError:
                 raise UserError(f"{path / 'segments'}: bad line for '{key}'") from None
         else:
             raise UserError(f"{path / 'segments'} lacks '{key}'")
 
 
-def _librispeech(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
+def _librispeech(path: Path, lang: str, left_out: list[DroppedSample]) -> Iterator[ManifestEntry]:
     for table in sorted(path.rglob("*.trans.txt")):
-        seen = set()
+        transcribed = set()
         for key, text in _table(table).items():
-            seen.add(key)
-            yield Utterance(key, table.parent / f"{key}.flac", text, key.split("-")[0], lang)
+            transcribed.add(key)
+            yield ManifestEntry(key, table.parent / f"{key}.flac", text, key.split("-")[0], lang)
         for audio in sorted(table.parent.glob("*.flac")):
-            if audio.stem not in seen:
+            if audio.stem not in transcribed:
                 left_out.append(("missing_text", str(table), audio.stem, "no transcript"))
 
 
 def _aishell_table(path: Path) -> Path | None:
-    """AISHELL-1's one transcript: in the tree, or beside it where a split's folder was named."""
+    """AISHELL-1's only transcript: in the tree, or beside it if ``path`` is a split's folder."""
     name = "aishell_transcript*.txt"
     inside = min(path.rglob(name), default=None)
     above = (
         min(parent.glob(f"transcript/{name}"), default=None)
         for parent in path.absolute().parents[:3]
     )
-    return inside or next((found for found in above if found is not None), None)
+    return inside or next((table for table in above if table is not None), None)
 
 
-def _aishell(path: Path, lang: str, left_out: list) -> Iterator[Utterance]:
+def _aishell(path: Path, lang: str, left_out: list[DroppedSample]) -> Iterator[ManifestEntry]:
     table = _aishell_table(path)
     if table is None:
         raise UserError(f"{path} has no aishell_transcript*.txt")
     texts = _table(table)
-    # The transcript covers all splits, and a tree may hold only one of them: go by the audio.
+    # The transcript covers all splits, but a tree may have only some: iterate over the audio.
     for audio in sorted(path.rglob("*.wav")):
         key = audio.stem
         if key in texts:
-            yield Utterance(key, audio, "".join(texts[key].split()), audio.parent.name, lang)
+            yield ManifestEntry(key, audio, "".join(texts[key].split()), audio.parent.name, lang)
         else:
             left_out.append(("missing_text", str(table), key, "no transcript"))
 
 
 def extension(path: Path) -> str:
     """The member extension of an audio file. Raises `UserError` for a format that is not read."""
-    found = path.suffix.lower().lstrip(".")
-    if found not in EXTENSIONS:
+    suffix = path.suffix.lower().lstrip(".")
+    if suffix not in EXTENSIONS:
         raise UserError(f"{path}: audio must be one of {', '.join(EXTENSIONS)}")
-    return found
+    return suffix

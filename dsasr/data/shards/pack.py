@@ -18,20 +18,21 @@ import soundfile
 from dsasr.data.shards.index import (
     MAX_AUDIO,
     BadSample,
+    DroppedSample,
     ShardIndex,
     header_seconds,
     index_path,
     load_index,
 )
-from dsasr.data.shards.manifests import Utterance, extension
-from dsasr.data.shards.process_pool import each
+from dsasr.data.shards.manifests import ManifestEntry, extension
+from dsasr.data.shards.process_pool import map_in_processes
 from dsasr.data.shards.writer import (
-    Packed,
-    key_of,
+    PackedSample,
     read_dataset,
+    sample_key,
     shard_summary,
     write_dataset,
-    write_tar,
+    write_shard,
 )
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
@@ -40,16 +41,14 @@ PLAN = "packing.json"
 BAD = "bad_samples.jsonl"
 MAX_SECONDS = 3600.0  # longest recording that is encoded anew, or whose samples are counted
 
-Row = tuple[str, str, str, str]  # cause, shard, key, detail
-
 
 @dataclass(frozen=True)
 class PackConfig:
-    """How to cut a corpus into shards.
+    """How to split a corpus into shards.
 
-    ``shard_size``: samples a shard; ``shard_bytes``, where it is not 0, cuts by about so many bytes
-    of audio instead. ``shuffle`` by ``seed`` before cutting. ``encode`` None keeps the audio bytes
-    as they are, "flac" writes all as FLAC.
+    ``shard_size``: samples per shard; ``shard_bytes``, where it is not 0, splits by about that many
+    bytes of audio instead. ``shuffle`` by ``seed`` before splitting. ``encode`` None keeps the
+    audio bytes unchanged, "flac" encodes all audio as FLAC.
     """
 
     shard_size: int = 500
@@ -85,19 +84,19 @@ def shard_size(text: str) -> tuple[int, int]:
 
 
 def pack(
-    utterances: Sequence[Utterance],
+    utterances: Sequence[ManifestEntry],
     out: Path,
     config: PackConfig,
     processes: int | None = None,
-    left_out: Sequence[Row] = (),
+    left_out: Sequence[DroppedSample] = (),
 ) -> dict[str, Any]:
     """Write ``utterances`` as shards in ``out`` with ``dataset.json``; returns its values.
 
-    Run again after a stop, it writes only what is missing; "written" counts these shards, 0 where
-    all was there. Utterances whose audio cannot be read are left out, listed in
-    ``bad_samples.jsonl`` after ``left_out`` (what the corpus' reader left out), and counted under
-    "bad"; "repaired" counts durations that the audio's header corrected. Audio that is kept as it
-    is has only its header read: `dsasr.data.shards.verify` decodes all of it.
+    After an interruption, another run writes only the missing shards; "written" counts those.
+    Utterances whose audio cannot be read are left out, listed in ``bad_samples.jsonl`` after
+    ``left_out`` (those that the corpus' reader left out), and counted under "bad"; "repaired"
+    counts durations that the audio's header corrected. Of audio that is kept unchanged only the
+    header is read: `dsasr.data.shards.verify` decodes all of it.
 
     Raises `UserError` if ``out`` holds other shards or cannot be written, and for ids that give the
     same key.
@@ -107,44 +106,44 @@ def pack(
     try:
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, _identity(utterances, sizes, config), len(utterances))
-        packed = _packed_already(out)
-        if packed is not None:
-            return {**packed, "written": 0}
+        finished = _finished_dataset(out)
+        if finished is not None:
+            return {**finished, "written": 0}
         order = np.arange(len(utterances))
         if config.shuffle:
             np.random.Generator(np.random.PCG64(config.seed)).shuffle(order)
         tasks = [
             (out / f"{number:06d}.tar", [utterances[i] for i in part])
-            for number, part in enumerate(_cut_up(order, utterances, sizes, config))
+            for number, part in enumerate(_split_into_shards(order, utterances, sizes, config))
         ]
         rows, bad, repaired, written = [], list(left_out), 0, 0
         work = partial(_pack_one, encode=config.encode)
-        for row, note, new in each(work, tasks, processes, f"packing {out.name}"):
+        for row, note, new in map_in_processes(work, tasks, processes, f"packing {out.name}"):
             rows.append(row)
-            bad += [tuple(held) for held in note["bad"]]
+            bad += [tuple(dropped) for dropped in note["bad"]]
             repaired += note["repaired"]
             written += new
         names = ("cause", "shard", "key", "detail")
         lines = [json.dumps(dict(zip(names, b, strict=True)), ensure_ascii=False) for b in bad]
         atomic_write(out / BAD, "".join(line + "\n" for line in lines))
         speakers = len({u.speaker for u in utterances if u.speaker})
-        made = write_dataset(out, rows, speakers, bad=len(bad), repaired=repaired)
+        dataset = write_dataset(out, rows, speakers, bad=len(bad), repaired=repaired)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    return {**made, "written": written}
+    return {**dataset, "written": written}
 
 
-def _check_keys(utterances: Sequence[Utterance]) -> None:
+def _check_keys(utterances: Sequence[ManifestEntry]) -> None:
     ids: dict[str, str] = {}
     for utterance in utterances:
         extension(utterance.audio)
-        other = ids.setdefault(key_of(utterance.id), utterance.id)
-        if other != utterance.id:
-            raise UserError(f"the ids '{other}' and '{utterance.id}' give the same key: rename one")
+        first = ids.setdefault(sample_key(utterance.id), utterance.id)
+        if first != utterance.id:
+            raise UserError(f"the ids '{first}' and '{utterance.id}' give the same key: rename one")
 
 
-def _sizes(utterances: Sequence[Utterance]) -> list[int]:
-    """Bytes of the recordings, several utterances of which may lie in one."""
+def _sizes(utterances: Sequence[ManifestEntry]) -> list[int]:
+    """Bytes of each utterance's recording, which several utterances may share."""
     known: dict[Path, int] = {}
     for utterance in utterances:
         if utterance.audio not in known:
@@ -155,12 +154,12 @@ def _sizes(utterances: Sequence[Utterance]) -> list[int]:
     return [known[utterance.audio] for utterance in utterances]
 
 
-def _cut_up(
-    order: np.ndarray, utterances: Sequence[Utterance], sizes: Sequence[int], config: PackConfig
+def _split_into_shards(
+    order: np.ndarray, utterances: Sequence[ManifestEntry], sizes: Sequence[int], config: PackConfig
 ) -> list[np.ndarray]:
     if not config.shard_bytes:
         return np.split(order, range(config.shard_size, len(order), config.shard_size))
-    about = np.array(
+    estimated_bytes = np.array(
         [
             sizes[i]
             if (u := utterances[i]).start is None or u.end is None
@@ -169,28 +168,28 @@ def _cut_up(
         ],
         np.int64,
     )
-    number = (np.cumsum(about) - about) // config.shard_bytes
+    number = (np.cumsum(estimated_bytes) - estimated_bytes) // config.shard_bytes
     return np.split(order, np.flatnonzero(np.diff(number)) + 1)
 
 
-def _identity(utterances: Sequence[Utterance], sizes: Sequence[int], config: PackConfig) -> str:
-    """What is packed and how. Folders and times do not count: a corpus may be moved or copied."""
+def _identity(utterances: Sequence[ManifestEntry], sizes: Sequence[int], config: PackConfig) -> str:
+    """A hash of what is packed and how, without folders and times: a corpus may be moved."""
     identity = hashlib.sha256(repr(config).encode())
     for u, size in zip(utterances, sizes, strict=True):
-        told = [u.id, u.audio.name, size, u.text, u.speaker, u.lang, u.start, u.end, u.extra]
-        identity.update(json.dumps(told, sort_keys=True).encode())
+        fields = [u.id, u.audio.name, size, u.text, u.speaker, u.lang, u.start, u.end, u.extra]
+        identity.update(json.dumps(fields, sort_keys=True).encode())
     return identity.hexdigest()[:16]
 
 
 def _claim(out: Path, identity: str, utterances: int) -> None:
-    """Note what is packed here, or find the same note from an earlier, stopped run."""
+    """Note in ``out`` what is packed there; an interrupted run left the same note."""
     note = out / PLAN
     if note.is_file():
         try:
-            held = json.loads(note.read_text(encoding="utf-8"))["identity"]
+            noted = json.loads(note.read_text(encoding="utf-8"))["identity"]
         except (ValueError, KeyError, TypeError):
-            held = None
-        if held != identity:
+            noted = None
+        if noted != identity:
             raise UserError(f"{out} holds other shards: choose another folder, or delete it first")
         return
     if next(out.glob("*.tar"), None) is not None:
@@ -198,64 +197,66 @@ def _claim(out: Path, identity: str, utterances: int) -> None:
     atomic_write(note, json.dumps({"identity": identity, "utterances": utterances}))
 
 
-def _packed_already(out: Path) -> dict[str, Any] | None:
-    """``dataset.json``, which is written last, if all that it lists is there in full size."""
+def _finished_dataset(out: Path) -> dict[str, Any] | None:
+    """``dataset.json``, which is written last, if all its shards exist in full size."""
     try:
-        made = read_dataset(out)
-        for row in made["shards"]:
+        dataset = read_dataset(out)
+        for row in dataset["shards"]:
             tar = out / row["name"]
             if tar.stat().st_size != row["bytes"] or not index_path(tar).is_file():
                 return None
-        return made if {"bad", "repaired"} <= made.keys() else None
+        return dataset if {"bad", "repaired"} <= dataset.keys() else None
     except (UserError, OSError, KeyError, TypeError):
         return None
 
 
 def _pack_one(
-    task: tuple[Path, list[Utterance]], encode: str | None
+    task: tuple[Path, list[ManifestEntry]], encode: str | None
 ) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """A shard's summary, its note of what was left out, and whether it was written.
+    """A shard's summary, its note of dropped samples, and whether it was written now.
 
-    The index comes last: then the shard is done.
+    The index is written last: it marks the shard as finished.
     """
     path, utterances = task
-    note = path.with_suffix(".note.json")
+    note_path = path.with_suffix(".note.json")
     try:
         index = load_index(index_path(path), str(path))
-        held = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else _empty_note()
-        if len(index) + len(held["bad"]) == len(utterances) and _is_whole(path, index):
-            return shard_summary(path, index), held, False
+        text = note_path.read_text(encoding="utf-8") if note_path.is_file() else None
+        note = _empty_note() if text is None else json.loads(text)
+        if len(index) + len(note["bad"]) == len(utterances) and _is_whole(path, index):
+            return shard_summary(path, index), note, False
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not whole: made again
-    held = _empty_note()
+        pass  # not finished, or damaged: written again
+    note = _empty_note()
 
-    def samples() -> Iterator[Packed]:
+    def samples() -> Iterator[PackedSample]:
         for utterance in utterances:
             try:
-                packed = _packed(utterance, encode)
+                sample = _packed(utterance, encode)
             except (OSError, RuntimeError, ValueError) as error:  # soundfile's are the last two
                 cause = "unreadable" if isinstance(error, OSError) else "decode_error"
                 detail = getattr(error, "error_string", str(error))  # libsndfile's, or any other's
-                held["bad"].append((cause, path.name, utterance.id, detail))
+                note["bad"].append((cause, path.name, utterance.id, detail))
                 continue
             except BadSample as error:
-                held["bad"].append((error.cause, path.name, utterance.id, error.detail))
+                note["bad"].append((error.cause, path.name, utterance.id, error.detail))
                 continue
-            claimed, real = utterance.duration, packed.values["duration"]
-            held["repaired"] += bool(claimed) and abs(claimed - real) > max(0.1, 0.02 * real)
-            yield packed
+            claimed, actual = utterance.duration, sample.values["duration"]
+            note["repaired"] += bool(claimed) and abs(claimed - actual) > max(0.1, 0.02 * actual)
+            yield sample
 
-    index = write_tar(path, samples())
-    if held != _empty_note():
-        atomic_write(note, json.dumps(held, ensure_ascii=False))
-    else:
-        note.unlink(missing_ok=True)
-    atomic_write(index_path(path), index.dump())
-    return shard_summary(path, index), held, True
+    def write_note() -> None:
+        if note != _empty_note():
+            atomic_write(note_path, json.dumps(note, ensure_ascii=False))
+        else:
+            note_path.unlink(missing_ok=True)
+
+    index = write_shard(path, samples(), before_index=write_note)
+    return shard_summary(path, index), note, True
 
 
 def _is_whole(path: Path, index: ShardIndex) -> bool:
-    """Whether the tar is there and as long as its index says."""
+    """Whether the tar exists and is as long as its index says."""
     ends = [max(e.audio_offset + e.audio_size, e.json_offset + e.json_size) for e in index]
     return path.stat().st_size >= max(ends, default=0)
 
@@ -264,7 +265,7 @@ def _empty_note() -> dict[str, Any]:
     return {"bad": [], "repaired": 0}
 
 
-def _packed(utterance: Utterance, encode: str | None) -> Packed:
+def _packed(utterance: ManifestEntry, encode: str | None) -> PackedSample:
     kind = extension(utterance.audio)
     if utterance.start is not None or (encode == "flac" and kind != "flac"):
         audio, seconds = _encoded(utterance)
@@ -276,11 +277,11 @@ def _packed(utterance: Utterance, encode: str | None) -> Packed:
         seconds = header_seconds(io.BytesIO(audio)) or _counted_seconds(audio, utterance.id)
     values = {"text": utterance.text, "lang": utterance.lang, "speaker": utterance.speaker}
     values |= {"duration": round(seconds, 4)} | utterance.extra
-    return Packed(key_of(utterance.id), kind, audio, values)
+    return PackedSample(sample_key(utterance.id), kind, audio, values)
 
 
 def _counted_seconds(audio: bytes, key: str) -> float:
-    """The duration of audio whose header tells none."""
+    """The duration of audio whose header has none, by decoding it."""
     with soundfile.SoundFile(io.BytesIO(audio)) as file:
         most, count = MAX_SECONDS * file.samplerate, 0
         while count <= most and (block := len(file.read(65_536, dtype="int16"))):
@@ -292,8 +293,8 @@ def _counted_seconds(audio: bytes, key: str) -> float:
         return count / file.samplerate
 
 
-def _encoded(utterance: Utterance) -> tuple[bytes, float]:
-    """FLAC of 16 bits of an utterance's part of its recording, at the recording's rate."""
+def _encoded(utterance: ManifestEntry) -> tuple[bytes, float]:
+    """16-bit FLAC of an utterance's part of its recording, at the recording's rate; seconds."""
 
     def bad(cause: str, detail: str) -> BadSample:
         return BadSample(cause, "", utterance.id, detail)

@@ -1,4 +1,4 @@
-"""Processes for work shard by shard: one thread each, in order, with a progress bar."""
+"""A map over single-threaded processes, in order, with a progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(
+def map_in_processes(
     work: Callable[[Item], Result],
     items: Sequence[Item],
     processes: int | None = None,
@@ -43,16 +43,16 @@ def each(
             "a process was killed, for want of memory perhaps: run again with fewer --processes"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt, only what has begun is finished
+        pool.shutdown(cancel_futures=True)  # after an interrupt, only started items finish
 
 
 def _prepare() -> None:
-    """One thread: processes that have a thread per core each wait for each other's threads.
+    """Use one thread, and leave interrupts to the parent.
 
-    A fork of a process whose threads have started would hang in its first parallel operation. The
-    parent alone answers interrupts.
+    Processes with a thread per core each would compete for the cores, and a fork of a process whose
+    threads have started would hang in its first parallel operation.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that the work is yet to import
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, if the work imports it later
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

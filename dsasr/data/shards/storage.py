@@ -1,9 +1,9 @@
-"""Where shards lie: local and shared file systems, http(s), s3; a local cache of limited size.
+"""Access to shards on local and shared file systems, http(s) and s3, with a local cache.
 
-Names are resolved once (globs, braces, dataset folders); bytes are read by range, with time-outs,
-retries and back-off, and what stays unreadable is a `SourceError` that names the URL, the attempts
-and the cause. A network that fails is never a bad sample: dropping what was not read would be a
-silent loss, so the run stops instead.
+Names are resolved once (globs, braces, dataset folders). Bytes are read by range, with timeouts,
+retries and back-off; a `ShardReadError` names the URL, the number of attempts and the cause. A
+network failure is never a bad sample: a sample that was not read would be lost silently, so the
+run stops instead ("Nothing silent").
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dsasr.data.shards.urls import ShardList, expand_braces, is_pipe, is_remote, joined
+from dsasr.data.shards.urls import ShardList, expand_braces, is_pipe, is_remote, join_shard_lists
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_path
 
 T = TypeVar("T")
-Span = tuple[int, int]  # offset, size
-CHUNK = 1 << 20
-GAP = 8192  # bytes between two members of a remote shard that are cheaper read than skipped
-OPEN_FILES = 64
-STALE = 3600.0  # seconds without a byte after which a part of a download is removed
-CHECKED = 1024  # local shards of a list whose existence is checked at start-up
+Range = tuple[int, int]  # offset, size in bytes
+CHUNK = 1 << 20  # bytes
+MAX_GAP = 8192  # bytes between two ranges of a remote shard that one request reads along
+MAX_OPEN_FILES = 64
+STALE_SECONDS = 3600.0  # without a byte, after which a partial download is removed
+MAX_CHECKED = 1024  # local shards of a list whose existence is checked at start-up
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """How shards are reached. ``cache_gb`` > 0 keeps whole remote shards in ``cache``."""
+class StorageConfig:
+    """Access to shards. ``cache_gb`` > 0 caches whole remote shards in ``cache``."""
 
     cache: str = ""  # folder; default: $XDG_CACHE_HOME/dsasr or ~/.cache/dsasr
     cache_gb: float = 0.0
@@ -62,7 +62,7 @@ class SourceConfig:
         return Path(self.cache or os.path.join(base, "dsasr"))
 
 
-class SourceError(Exception):
+class ShardReadError(Exception):
     """A shard that could not be read: ``url``, ``attempts`` made, ``cause`` of the last one."""
 
     def __init__(self, url: str, attempts: int, cause: str) -> None:
@@ -74,19 +74,19 @@ class SourceError(Exception):
         return f"cannot read {self.url} after {times}: {self.cause}"
 
 
-class Missing(Exception):
-    """The source answered that the thing does not exist."""
+class ShardMissing(Exception):
+    """The file system or server answered that the file does not exist."""
 
 
-class Truncated(Exception):
+class ShardTruncated(Exception):
     """A read past the end of a shard that is shorter than its index says."""
 
 
-class Sources:
-    """Reads names, files and ranges. One instance for each process that reads."""
+class ShardStorage:
+    """Resolves names of shards, and reads files and byte ranges. After a fork, both copies work."""
 
-    def __init__(self, config: SourceConfig | None = None) -> None:
-        self.config = config or SourceConfig()
+    def __init__(self, config: StorageConfig | None = None) -> None:
+        self.config = config or StorageConfig()
         self.files: OrderedDict[str, int] = OrderedDict()
         self.owner = os.getpid()
         self.systems: dict[str, Any] = {}
@@ -98,8 +98,7 @@ class Sources:
         Raises `UserError` where nothing is found, a shard is missing or named twice.
         """
         if not isinstance(spec, str):
-            lists = [self.resolve(one) for one in spec]
-            return joined(lists)
+            return join_shard_lists([self.resolve(item) for item in spec])
         spec = spec.removeprefix("file://")
         if is_pipe(spec):
             self._check_pipe(spec)
@@ -108,33 +107,33 @@ class Sources:
             return self._from_dataset(spec)
         if is_remote(spec) and spec.endswith("/"):
             return self._from_dataset(spec)
-        found: list[str] = []
+        shards: list[str] = []
         for name in expand_braces(spec):
             if not is_remote(name) and glob.has_magic(name):
                 matches = sorted(glob.glob(name))
                 if not matches:
                     raise UserError(f"no shard matches '{name}'")
-                found += matches
+                shards += matches
             else:
-                found.append(name)
-        local = [name for name in found if not is_remote(name)]
-        for name in local[:: max(1, len(local) // CHECKED)]:
+                shards.append(name)
+        local = [name for name in shards if not is_remote(name)]
+        for name in local[:: max(1, len(local) // MAX_CHECKED)]:
             if not os.path.isfile(name):
                 raise UserError(f"there is no shard '{name}': check the path in the recipe")
-        if len(set(found)) < len(found):
+        if len(set(shards)) < len(shards):
             raise UserError(f"'{spec}' names a shard twice")
-        return ShardList(found)
+        return ShardList(shards)
 
     def _from_dataset(self, spec: str) -> ShardList:
         path = spec if spec.endswith("dataset.json") else spec.rstrip("/") + "/dataset.json"
         root = path[: -len("dataset.json")]
         try:
-            data = json.loads(self.whole(path))
+            data = json.loads(self.read_file(path))
             names = [shard["name"] for shard in data["shards"]]
             counts = np.array([shard["samples"] for shard in data["shards"]], np.int32)
             langs = {lang: float(v["hours"]) for lang, v in data.get("langs", {}).items()}
             hours = float(data["hours"])
-        except Missing:
+        except ShardMissing:
             raise UserError(
                 f"'{spec}' has no dataset.json: pack it with `dsasr data make-shards`, or name tars"
             ) from None
@@ -144,47 +143,47 @@ class Sources:
             raise UserError(f"{path} names shards that are not plain *.tar files beside it")
         return ShardList([root + name for name in names], counts, hours, langs)
 
-    def whole(self, url: str) -> bytes:
-        """A file's content. Raises `Missing` or `SourceError`."""
+    def read_file(self, url: str) -> bytes:
+        """A file's content. Raises `ShardMissing` or `ShardReadError`."""
         if is_remote(url):
             return self._retry(url, lambda: self._fetch(url, None, None))
         try:
             data = Path(url.removeprefix("file://")).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise Missing(url) from None
+            raise ShardMissing(url) from None
         except OSError as error:
-            raise SourceError(url, 1, str(error)) from None
+            raise ShardReadError(url, 1, str(error)) from None
         self.bytes += len(data)
         return data
 
     def read(self, url: str, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset``. Raises `Truncated` where the shard ends before."""
+        """``size`` bytes at ``offset``. Raises `ShardTruncated` where the shard ends before."""
         try:
             if is_remote(url) and not self.config.cache_gb:
                 data = self._retry(url, lambda: self._fetch(url, offset, size))
             else:
-                data = self.with_local(url, lambda path: self._pread(path, offset, size))
-        except Missing:
-            raise SourceError(url, 1, "it does not exist") from None
+                data = self.with_local_copy(url, lambda path: self._pread(path, offset, size))
+        except ShardMissing:
+            raise ShardReadError(url, 1, "it does not exist") from None
         self.bytes += len(data)
         if len(data) < size:
-            raise Truncated(f"{len(data)} of {size} bytes at {offset}")
+            raise ShardTruncated(f"{len(data)} of {size} bytes at {offset}")
         return data
 
-    def read_both(self, url: str, one: Span, two: Span) -> tuple[bytes, bytes]:
-        """Two (offset, size) of a shard: in one request where they lie near and it is remote."""
-        first, last = min(one[0], two[0]), max(sum(one), sum(two))
-        distant = is_remote(url) and not self.config.cache_gb
-        if not distant or last - first > one[1] + two[1] + GAP:
-            return self.read(url, *one), self.read(url, *two)
+    def read_two(self, url: str, a: Range, b: Range) -> tuple[bytes, bytes]:
+        """Two ranges of a shard: in one request if the shard is remote and they are close."""
+        first, last = min(a[0], b[0]), max(sum(a), sum(b))
+        uncached = is_remote(url) and not self.config.cache_gb
+        if not uncached or last - first > a[1] + b[1] + MAX_GAP:
+            return self.read(url, *a), self.read(url, *b)
         data = self.read(url, first, last - first)
-        return tuple(data[at - first : at - first + size] for at, size in (one, two))
+        return tuple(data[offset - first : offset - first + size] for offset, size in (a, b))
 
-    def with_local(self, url: str, act: Callable[[str], T]) -> T:
-        """``act`` on a local file with the whole shard; remote ones are downloaded into the cache.
+    def with_local_copy(self, url: str, act: Callable[[str], T]) -> T:
+        """``act`` on the path of a whole local shard; remote ones are downloaded into the cache.
 
-        Other processes may evict it before ``act`` has opened it: then it is downloaded again.
-        Raises `Missing` or `SourceError`.
+        If another process evicts it before ``act`` has opened it, it is downloaded again.
+        Raises `ShardMissing` or `ShardReadError`.
         """
         cached = is_remote(url) or is_pipe(url)
 
@@ -214,17 +213,17 @@ class Sources:
         if handle is None:
             handle = os.open(path, os.O_RDONLY)
             self.files[path] = handle
-            while len(self.files) > OPEN_FILES:
+            while len(self.files) > MAX_OPEN_FILES:
                 os.close(self.files.popitem(last=False)[1])
         else:
             self.files.move_to_end(path)
         try:
             data = os.pread(handle, size, offset)
-            while len(data) < size:  # a signal or a network file system may cut a read short
-                more = os.pread(handle, size - len(data), offset + len(data))
-                if not more:
+            while len(data) < size:  # a signal or a network file system may shorten a read
+                rest = os.pread(handle, size - len(data), offset + len(data))
+                if not rest:
                     break
-                data += more
+                data += rest
             return data
         except OSError:
             os.close(self.files.pop(path))  # a stale handle: the next attempt opens anew
@@ -237,20 +236,20 @@ class Sources:
                 time.sleep(min(self.config.backoff * 2 ** (attempt - 1), 30.0))
             try:
                 return act()
-            except (Missing, UserError):
+            except (ShardMissing, UserError):
                 raise
             except urllib.error.HTTPError as error:
                 error.close()
                 if error.code in (404, 410):
-                    raise Missing(url) from None
+                    raise ShardMissing(url) from None
                 cause = f"HTTP {error.code} {error.reason}"
                 if error.code in (400, 401, 403, 405):
-                    raise SourceError(url, attempt + 1, cause) from None
+                    raise ShardReadError(url, attempt + 1, cause) from None
             except FileNotFoundError:
-                raise Missing(url) from None
+                raise ShardMissing(url) from None
             except (OSError, http.client.HTTPException, EOFError) as error:
                 cause = f"{type(error).__name__}: {error}"
-        raise SourceError(url, self.config.attempts, cause)
+        raise ShardReadError(url, self.config.attempts, cause)
 
     def _fetch(self, url: str, offset: int | None, size: int | None) -> bytes:
         pieces = []
@@ -273,10 +272,11 @@ class Sources:
             else:
                 yield system.cat_file(url, start=offset, end=offset + size)
         except OSError as error:
-            past = error.errno == errno.EINVAL and "range" in str(error).lower()
-            if offset is None or not past:  # else S3's word for a range behind the object's end
+            # S3's error for a range after the object's end.
+            past_end = error.errno == errno.EINVAL and "range" in str(error).lower()
+            if offset is None or not past_end:
                 raise
-        except Exception as error:  # each of fsspec's packages has errors of its own
+        except Exception as error:  # each of fsspec's packages raises other classes
             raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _http(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
@@ -296,23 +296,23 @@ class Sources:
                     f"{url} cannot be read by range (HTTP {response.status}): set source.cache_gb"
                 )
             expected = response.headers.get("Content-Length")
-            got = 0
+            received = 0
             while piece := response.read(CHUNK):
-                got += len(piece)
+                received += len(piece)
                 yield piece
-            if expected is not None and got < int(expected):
-                raise EOFError(f"connection closed after {got} of {expected} bytes")
+            if expected is not None and received < int(expected):
+                raise EOFError(f"connection closed after {received} of {expected} bytes")
 
     def _system(self, url: str) -> Any:
         """fsspec's file system of a URL's protocol."""
         protocol = url.split("://", 1)[0]
-        if self.owner != os.getpid():  # a fork copied the connections, but not their threads
+        if self.owner != os.getpid():  # a fork copies the connections, but not their threads
             self.owner, self.systems = os.getpid(), {}
         if protocol not in self.systems:
             try:
                 import fsspec
 
-                # Instances are not shared: a parent's may lie in fsspec's own cache after a fork.
+                # After a fork, fsspec's own cache has the parent's instances: do not use it.
                 options: dict[str, Any] = {"skip_instance_cache": True}
                 if protocol in ("s3", "s3a"):
                     wait = {"read_timeout": self.config.timeout, "connect_timeout": 10}
@@ -324,7 +324,7 @@ class Sources:
 
     @property
     def cache_folder(self) -> Path:
-        """Where whole shards are kept."""
+        """The folder of whole shards."""
         return self.config.folder() / "shards"
 
     def _cached(self, url: str) -> str:
@@ -356,25 +356,25 @@ class Sources:
                         self.bytes += len(piece)
 
     def _evict(self, folder: Path, keep: Path) -> None:
-        """Remove the longest unused shards above the limit. Open ones stay readable."""
+        """Remove the least recently used shards above the limit. Open ones stay readable."""
         limit = self.config.cache_gb * 1e9
         if limit <= 0:
             return
         lock = folder / ".evict.lock"
         with _locked(lock):
             os.utime(lock)
-            now = lock.stat().st_mtime  # by the file system's clock, as the others
-            for torn in folder.glob(".*.tmp"):  # a download's, or of one that was killed
+            now = lock.stat().st_mtime  # by the file system's clock, like the shards' times
+            for partial in folder.glob(".*.tmp"):  # of a download, which may have been killed
                 with contextlib.suppress(OSError):
-                    if torn.stat().st_mtime < now - STALE:
-                        torn.unlink()
-            held = []
+                    if partial.stat().st_mtime < now - STALE_SECONDS:
+                        partial.unlink()
+            cached = []
             for path in folder.glob("*.tar"):
                 with contextlib.suppress(OSError):
                     stat = path.stat()
-                    held.append((stat.st_mtime_ns, stat.st_size, path))
-            total = sum(size for _, size, _ in held)
-            for _, size, path in sorted(held):
+                    cached.append((stat.st_mtime_ns, stat.st_size, path))
+            total = sum(size for _, size, _ in cached)
+            for _, size, path in sorted(cached):
                 if total <= limit:
                     break
                 if path != keep:
@@ -390,6 +390,6 @@ def _locked(path: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        # Closing is not enough: a worker forked meanwhile would hold its copy locked as it lives.
+        # Closing is not enough: a worker that was forked meanwhile has a copy, locked as well.
         fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

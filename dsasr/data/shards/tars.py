@@ -1,4 +1,4 @@
-"""Walks a tar whatever its state: truncated, damaged or hostile."""
+"""Reads the members of a tar that may be truncated, damaged or hostile."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zs
 def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """A tar's members in order, with the bytes of regular json files up to a limit, else None.
 
-    Raises `EOFError` where the archive ends early or a header is damaged, after all members before
-    that place were given.
+    Raises `EOFError` where the archive ends early or a header is damaged, after yielding all
+    members before that.
     """
     if isinstance(tar, bytes):
         file, size = io.BytesIO(tar), len(tar)
@@ -29,7 +29,7 @@ def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, b
             kind = COMPRESSED.get(file.read(2))
             detail = f"compressed by {kind}; only plain tars are read by offset" if kind else error
             raise EOFError(f"not a tar: {detail}") from None
-        place = -1
+        last_offset = -1
         while True:
             try:
                 member = archive.next()
@@ -37,21 +37,21 @@ def members(tar: str | os.PathLike | bytes) -> Iterator[tuple[tarfile.TarInfo, b
                 raise EOFError(str(error)) from None
             if member is None:
                 break
-            archive.members.clear()  # tarfile keeps all headers otherwise
-            if member.size < 0 or member.offset <= place:
+            archive.members.clear()  # or tarfile would keep all headers
+            if member.size < 0 or member.offset <= last_offset:
                 raise EOFError(f"damaged header at byte {member.offset}")
-            place = member.offset
+            last_offset = member.offset
             if member.isreg() and member.offset_data + member.size > size:
                 raise EOFError(f"{member.name[:80]} is cut off")
             data = None
             if member.isreg() and member.name.endswith(".json") and member.size <= MAX_JSON:
-                here = file.tell()
+                position = file.tell()
                 file.seek(member.offset_data)
                 data = file.read(member.size)
-                file.seek(here)
+                file.seek(position)
             yield member, data
-        # tarfile takes a bare end of file, and a damaged header in the middle, for the end of the
-        # archive; a whole one ends in a block of zeros.
+        # tarfile treats an early end of file, and a damaged header in the middle, as the end of the
+        # archive; a complete archive ends in a block of zeros.
         file.seek(archive.offset)
         block = file.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE:

@@ -1,4 +1,4 @@
-"""Names of shards: what is remote, what braces stand for, what a dataset's list holds."""
+"""Shard URLs: remote or local, brace expansion, and the shard list of a dataset."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def expand_braces(text: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ShardList:
-    """A dataset's shards and what its ``dataset.json`` says about them, if it has one."""
+    """A dataset's shards, with the counts and hours of its ``dataset.json`` if it has one."""
 
     shards: list[str]
     counts: np.ndarray | None = None  # samples of each
@@ -53,9 +53,9 @@ class ShardList:
     langs: dict[str, float] | None = None  # hours
 
 
-def joined(lists: Sequence[ShardList]) -> ShardList:
+def join_shard_lists(lists: Sequence[ShardList]) -> ShardList:
     """Several lists as one dataset. Raises `UserError` where two shards have the same name."""
-    shards = [shard for one in lists for shard in one.shards]
+    shards = [shard for part in lists for shard in part.shards]
     names = [shard.rsplit("/", 1)[-1] for shard in shards]
     if len(set(shards)) < len(shards):
         raise UserError("a dataset names the same shard twice")
@@ -63,11 +63,11 @@ def joined(lists: Sequence[ShardList]) -> ShardList:
         raise UserError(
             "two shards of a dataset have the same file name: make them two datasets of the mixture"
         )
-    if any(one.counts is None for one in lists):
+    if any(part.counts is None for part in lists):
         return ShardList(shards)
     langs: dict[str, float] = {}
-    for one in lists:
-        for lang, hours in (one.langs or {}).items():
+    for part in lists:
+        for lang, hours in (part.langs or {}).items():
             langs[lang] = langs.get(lang, 0.0) + hours
-    counts = np.concatenate([one.counts for one in lists])
-    return ShardList(shards, counts, sum(one.hours for one in lists), langs)
+    counts = np.concatenate([part.counts for part in lists])
+    return ShardList(shards, counts, sum(part.hours for part in lists), langs)

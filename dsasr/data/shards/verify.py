@@ -1,4 +1,4 @@
-"""Reads whole shards: verifies that every sample is usable, and takes the features' mean."""
+"""Reads whole shards: verifies that every sample is usable, and sums the features for CMVN."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dsasr.data.audio.features import RATE, AudioError, CmvnSums, FbankConfig, decode, fbank
 from dsasr.data.shards.index import (
     BadSample,
+    DroppedSample,
     Sample,
     ShardIndex,
     build_index,
@@ -21,17 +22,15 @@ from dsasr.data.shards.index import (
     load_index,
     read_sample,
 )
-from dsasr.data.shards.process_pool import each
+from dsasr.data.shards.process_pool import map_in_processes
 from dsasr.data.shards.writer import read_dataset
 from dsasr.utils.errors import UserError
 
-Row = tuple[str, str, str, str]  # cause, shard, key, detail
 
-
-def each_wave(
+def decode_shard(
     tar: Path, max_seconds: float, index: ShardIndex | None = None, rate: int = RATE
 ) -> Iterator[BadSample | tuple[Sample, Tensor]]:
-    """Every sample of a shard with its audio [n], or what is wrong with it."""
+    """Every sample of a shard with its decoded audio [n], or why it is bad."""
     index = build_index(tar) if index is None else index
     yield from index.bad
     with open(tar, "rb") as file:
@@ -50,27 +49,29 @@ def each_wave(
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What verifying a shard found: good samples, their seconds, and what is bad."""
+class ShardReport:
+    """The result of verifying a shard: good samples, their seconds, and what is bad."""
 
     shard: str
     samples: int
     seconds: float
-    bad: tuple[Row, ...]
+    bad: tuple[DroppedSample, ...]
 
 
-def verify_shard(tar: Path, max_seconds: float = 600.0, allow_empty_text: bool = False) -> Verdict:
+def verify_shard(
+    tar: Path, max_seconds: float = 600.0, allow_empty_text: bool = False
+) -> ShardReport:
     """Read and decode everything; compare with the index and the durations that the json claims."""
     good, seconds, bad = 0, 0.0, []
     try:
         index = build_index(tar)
     except OSError as error:
-        return Verdict(tar.name, 0, 0.0, (("unreadable", tar.name, "", str(error)),))
-    for found in each_wave(tar, max_seconds, index):
-        if isinstance(found, BadSample):
-            bad.append((found.cause, tar.name, found.key, found.detail))
+        return ShardReport(tar.name, 0, 0.0, (("unreadable", tar.name, "", str(error)),))
+    for decoded in decode_shard(tar, max_seconds, index):
+        if isinstance(decoded, BadSample):
+            bad.append((decoded.cause, tar.name, decoded.key, decoded.detail))
             continue
-        sample, wave = found
+        sample, wave = decoded
         actual = len(wave) / RATE
         if not sample.text.strip() and not allow_empty_text:
             bad.append(("empty_text", tar.name, sample.key, ""))
@@ -81,49 +82,50 @@ def verify_shard(tar: Path, max_seconds: float = 600.0, allow_empty_text: bool =
             good += 1
             seconds += actual
     bad += _check_index(tar, index)
-    return Verdict(tar.name, good, seconds, tuple(bad))
+    return ShardReport(tar.name, good, seconds, tuple(bad))
 
 
-def _check_index(tar: Path, index: ShardIndex) -> list[Row]:
+def _check_index(tar: Path, index: ShardIndex) -> list[DroppedSample]:
     path = index_path(tar)
     if not path.is_file():
         return [("missing_index", tar.name, "", "make the shard again")]
     try:
-        held = load_index(path, str(tar))
+        written = load_index(path, str(tar))
     except (ValueError, OSError) as error:
         return [("bad_index", tar.name, "", str(error))]
-    if held.dump() != index.dump():
+    if written.dump() != index.dump():
         return [("bad_index", tar.name, "", "it is not this tar's index")]
     return []
 
 
 def verify(
     tars: Sequence[Path], processes: int | None = None, allow_empty_text: bool = False
-) -> tuple[list[Verdict], Counter[str]]:
-    """Verdicts of all shards and the count of what is bad by cause; with a progress bar."""
+) -> tuple[list[ShardReport], Counter[str]]:
+    """Reports of all shards, and the number of bad samples by cause; with a progress bar."""
     work = partial(verify_shard, allow_empty_text=allow_empty_text)
-    verdicts = list(each(work, tars, processes, "verifying"))
-    return verdicts, Counter(cause for v in verdicts for cause, *_ in v.bad)
+    reports = list(map_in_processes(work, tars, processes, "verifying"))
+    return reports, Counter(cause for report in reports for cause, *_ in report.bad)
 
 
-def check_dataset(folder: Path, verdicts: Mapping[str, Verdict]) -> list[Row]:
-    """What ``dataset.json`` says of ``folder`` that its shards, or rather their verdicts, deny."""
-    bad: list[Row] = []
+def check_dataset(folder: Path, reports: Mapping[str, ShardReport]) -> list[DroppedSample]:
+    """Contradictions between ``dataset.json`` of ``folder`` and its shards' reports (by name)."""
+    bad: list[DroppedSample] = []
     try:
         listed = {row["name"]: row["samples"] for row in read_dataset(folder)["shards"]}
     except (UserError, KeyError, TypeError) as error:
         return [("bad_dataset", folder.name, "", str(error))]
     for name, samples in listed.items():
-        if name not in verdicts:
+        if name not in reports:
             bad.append(("missing_shard", str(name), "", f"{samples} samples are gone with it"))
         else:
-            held = verdicts[name].samples + sum(1 for _, _, key, _ in verdicts[name].bad if key)
-            if held < samples:
-                detail = f"dataset.json says {samples} samples, the shard has {held}"
+            report = reports[name]
+            actual = report.samples + sum(1 for _, _, key, _ in report.bad if key)
+            if actual < samples:
+                detail = f"dataset.json says {samples} samples, the shard has {actual}"
                 bad.append(("missing_samples", name, "", detail))
     bad += [
         ("unlisted_shard", name, "", "dataset.json lacks it")
-        for name in verdicts
+        for name in reports
         if name not in listed
     ]
     return bad
@@ -134,9 +136,9 @@ def cmvn_sums(
 ) -> tuple[CmvnSums, Counter[str]]:
     """Feature sums of one shard's usable samples, and a count of the others by cause."""
     sums, causes = CmvnSums(config.mels), Counter()
-    for found in each_wave(tar, max_seconds, rate=config.rate):
-        if isinstance(found, BadSample):
-            causes[found.cause] += 1
+    for decoded in decode_shard(tar, max_seconds, rate=config.rate):
+        if isinstance(decoded, BadSample):
+            causes[decoded.cause] += 1
         else:
-            sums.update(fbank(found[1], config))
+            sums.update(fbank(decoded[1], config))
     return sums, causes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ DATASET = "dataset.json"
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A sample to be written: ``audio`` bytes as they are, ``values`` for the json member."""
+class PackedSample:
+    """A sample to write: the bytes of its audio member, and ``values`` for its json member."""
 
     key: str
     extension: str
@@ -27,23 +27,24 @@ class Packed:
     values: dict[str, Any]
 
 
-def write_tar(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
+def write_tar(path: str | os.PathLike, samples: Iterable[PackedSample]) -> ShardIndex:
     """Write a WebDataset tar, whole or not at all; the same samples give the same bytes.
 
     Raises `UserError` for samples that no reader could use: an odd or repeated key, no text.
     """
-    # Here, because it imports torch, which those who only read need not wait for.
-    from webdataset import TarWriter
+    from webdataset import (
+        TarWriter,  # imports torch, which readers of this module need not wait for
+    )
 
-    # No time and no user of the machine: the same samples give the same bytes.
-    named = {"user": "dsasr", "group": "dsasr", "mode": 0o644, "mtime": 0}
+    # Fixed times and users, so that the same samples give the same bytes.
+    fixed = {"user": "dsasr", "group": "dsasr", "mode": 0o644, "mtime": 0}
     with atomic_path(path) as temporary:
         with (
             open(temporary, "wb") as file,
-            TarWriter(file, encoder=False, format="PAX_FORMAT", **named) as tar,
+            TarWriter(file, encoder=False, format="PAX_FORMAT", **fixed) as tar,
         ):
             for sample in samples:
-                if sample.key != key_of(sample.key):
+                if sample.key != sample_key(sample.key):
                     raise UserError(f"'{sample.key}' cannot be a key: a dot ends a WebDataset key")
                 if sample.extension not in EXTENSIONS:
                     raise UserError(f"{sample.key}: '{sample.extension}' is no known audio")
@@ -58,17 +59,25 @@ def write_tar(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
     return index
 
 
-def write_shard(path: str | os.PathLike, samples: Iterable[Packed]) -> ShardIndex:
-    """Write ``path`` and then its index, each whole or not at all. Raises as `write_tar`."""
+def write_shard(
+    path: str | os.PathLike,
+    samples: Iterable[PackedSample],
+    before_index: Callable[[], None] = lambda: None,
+) -> ShardIndex:
+    """Write ``path`` and then its index, each whole or not at all. Raises as `write_tar`.
+
+    ``before_index`` is called between the two: the index marks the shard as finished.
+    """
     index = write_tar(path, samples)
+    before_index()
     atomic_write(index_path(path), index.dump())
     return index
 
 
-def key_of(name: str) -> str:
-    """The key of an utterance's id: WebDataset ends keys at a dot, and none is an absolute path.
+def sample_key(name: str) -> str:
+    """The WebDataset key of an utterance's id: without dots, which end keys, or leading slashes.
 
-    Raises `UserError` where nothing that can be a key is left.
+    Raises `UserError` for an id that cannot be a key.
     """
     key = name.replace(".", "_").lstrip("/")
     if not key or not key.isprintable():  # lone surrogates and control characters do not print
@@ -77,7 +86,7 @@ def key_of(name: str) -> str:
 
 
 def shard_summary(path: Path, index: ShardIndex) -> dict[str, Any]:
-    """One shard's row of dataset.json, with what is summed over shards."""
+    """One shard's row of dataset.json, and its (samples, seconds) by language."""
     langs: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     for entry in index:
@@ -93,15 +102,18 @@ def shard_summary(path: Path, index: ShardIndex) -> dict[str, Any]:
 
 
 def write_dataset(
-    folder: Path, rows: Sequence[Mapping[str, Any]], speakers: int, **more: int
+    folder: Path, rows: Sequence[Mapping[str, Any]], speakers: int, **counts: int
 ) -> dict[str, Any]:
-    """``dataset.json``: the shards, counts and hours, over all and by language; and ``more``."""
+    """Write ``dataset.json``: shards, samples and hours, total and by language, and ``counts``.
+
+    ``rows``: the shards' `shard_summary`. Returns the values written.
+    """
     langs: dict[str, list[float]] = {}
     for row in rows:
         for lang, (samples, seconds) in row["langs"].items():
-            held = langs.setdefault(lang, [0, 0.0])
-            held[0] += samples
-            held[1] += seconds
+            sums = langs.setdefault(lang, [0, 0.0])
+            sums[0] += samples
+            sums[1] += seconds
     values = {
         "version": VERSION,
         "shards": [{k: v for k, v in row.items() if k != "langs"} for row in rows],
@@ -112,14 +124,14 @@ def write_dataset(
             for lang, (samples, seconds) in sorted(langs.items())
         },
         "speakers": speakers,
-        **more,
+        **counts,
     }
     atomic_write(folder / DATASET, json.dumps(values, indent=1, ensure_ascii=False))
     return values
 
 
 def check_file(path: Path) -> None:
-    """Raises `UserError` where no file can be written, before work is spent on its content."""
+    """Raise `UserError` where no file can be written, before work is spent on its content."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path.parent, os.W_OK):

@@ -1,8 +1,8 @@
-"""Characters in the place of phonemes: the labels of a conventional CTC encoder."""
+"""Character labels, instead of phonemes, for a conventional CTC encoder."""
 
 from __future__ import annotations
 
-from dsasr.data.text.prompt import TextConfig, normalize_text
+from dsasr.data.text.normalization import TextConfig, normalize_text
 
 BOUNDARY = "▁"  # between words
 _RULES = TextConfig(case="lower", punctuation="strip")

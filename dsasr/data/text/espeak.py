@@ -1,4 +1,4 @@
-"""espeak-ng through ctypes: phonemes of a text, and speech for the demo corpus.
+"""Bindings of espeak-ng through ctypes: phonemization and speech synthesis.
 
 espeak-ng is GPL-3 and this package is not: it comes as a separate wheel (``espeakng-loader``, the
 ``demo`` extra), is loaded at run time, and nothing outside phonemization and the demo needs it.
@@ -66,7 +66,7 @@ class _Library:
         ]
         self.voice = ""
         self.chunks: list[np.ndarray] = []
-        self.callback = _CALLBACK(self._collect)  # held: espeak keeps only the address
+        self.callback = _CALLBACK(self._collect)  # kept alive here: espeak has only its address
         self.lib.espeak_SetSynthCallback(self.callback)
 
     def _collect(self, samples, count, _events) -> int:
@@ -146,12 +146,12 @@ def synthesize(
     """Speak ``text``: int16 samples [n] (mono) and their rate in Hz.
 
     ``words_per_minute`` 80–450, ``pitch`` and ``pitch_range`` 0–100 are espeak-ng's own scales.
-    The same arguments give the same samples, whatever was spoken before.
+    The same arguments give the same samples, whatever was synthesized before.
     """
     raw = text.replace("\0", " ").encode("utf-8")
     with _lock:
-        # Flutter and noise go on from where the last utterance left them, in static variables
-        # that espeak_Initialize does not reset; a fresh load does (3 ms).
+        # Flutter and noise continue from the last utterance, in static variables that
+        # espeak_Initialize does not reset; a fresh load does (3 ms).
         library = _restart()
         library.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.use(voice)

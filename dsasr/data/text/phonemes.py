@@ -1,4 +1,4 @@
-"""From text to phonemes: espeak-ng, a lexicon, or what the shards store; and their vocabulary.
+"""Phonemizers (espeak-ng, a lexicon, phonemes stored in shards) and the phoneme vocabulary.
 
 English and Mandarin share one inventory of IPA symbols. A Mandarin vowel carries its tone as a
 digit (1 high, 2 rising, 3 low, 4 falling, 5 neutral): ``請`` is ``tɕʰ i3 ŋ``.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from dsasr.data.text import espeak
+from dsasr.data.text.characters import CharacterPhonemizer
 from dsasr.data.text.scripts import HAN, HAN_CHARACTER, script_runs
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
@@ -26,7 +27,7 @@ VOCAB_VERSION = 1
 
 
 class UnknownPhoneme(ValueError):
-    """A phoneme that the vocabulary does not hold; ``symbol`` names it."""
+    """``symbol`` is not in the phoneme vocabulary."""
 
     def __init__(self, symbol: str) -> None:
         super().__init__(f"phoneme {symbol!r} is not in the vocabulary")
@@ -34,7 +35,7 @@ class UnknownPhoneme(ValueError):
 
 
 class UnknownWord(ValueError):
-    """A word that the phonemizer cannot pronounce; ``word`` names it."""
+    """The phonemizer has no pronunciation of ``word``."""
 
     def __init__(self, word: str) -> None:
         super().__init__(f"no pronunciation for {word!r}")
@@ -42,12 +43,12 @@ class UnknownWord(ValueError):
 
 
 class MissingPhonemes(ValueError):
-    """A sample without stored phonemes where they were to be read from the shards."""
+    """A sample has no stored phonemes, but the phonemizer reads them from the shards."""
 
 
 @runtime_checkable
 class Phonemizer(Protocol):
-    """What turns text into phonemes. ``for_sample`` is what the data pipeline calls."""
+    """Converts text to phonemes. The dataloader calls ``for_sample``."""
 
     def phonemes(self, text: str, lang: str) -> list[str]: ...
 
@@ -100,7 +101,7 @@ class EspeakPhonemizer:
         self.english, self.stress, self.cache = english, stress, cache
         self._cached = functools.lru_cache(maxsize=cache)(self._run)
 
-    def __reduce__(self):  # a cache holds no state worth sending to a worker
+    def __reduce__(self):  # without the cache
         return (
             functools.partial(
                 EspeakPhonemizer, english=self.english, stress=self.stress, cache=self.cache
@@ -135,8 +136,8 @@ class EspeakPhonemizer:
             return [onset, f"iʊ{tone}", "ŋ"]
         ipa = [name for name in espeak.phoneme_names(text, "cmn", ipa=True) if name != " "]
         plain = [name for name in espeak.phoneme_names(text, "cmn", ipa=False) if name != " "]
-        # What its Mandarin rules cannot read (熊, 哪儿) espeak-ng spells out by the English ones,
-        # shown as (en)…(cmn): then character by character.
+        # Words that its Mandarin rules cannot read (熊, 哪儿) espeak-ng reads by the English ones,
+        # marked as (en)…(cmn): read those character by character.
         broken = any(name.startswith("(") for name in ipa) or len(ipa) != len(plain)
         if broken and len(text) > 1:
             return [symbol for character in text for symbol in self._cached(character, "zh")]
@@ -150,11 +151,11 @@ class EspeakPhonemizer:
 
 
 def _mandarin_symbols(sound: str, name: str) -> list[str]:
-    """One IPA sound with its tone digit, from espeak-ng's two names of it; ong is two sounds."""
+    """The symbols of one sound with its tone digit, from espeak-ng's IPA and ASCII names."""
     contour = re.search(r"\d+$", name)
     sound = sound.strip(_STRESS)
     tone = _TONES.get(contour.group(), "") if contour else ""
-    if tone and sound[-1] in "0123456789ɜ":  # of the contour IPA prints one digit, and 3 as ɜ
+    if tone and sound[-1] in "0123456789ɜ":  # IPA prints one digit of the contour, 3 as ɜ
         sound = sound[:-1]
     if sound.endswith("nɡ"):
         return [f"ʊ{tone}", "ŋ"]
@@ -208,9 +209,9 @@ class LexiconPhonemizer:
             if HAN_CHARACTER.match(word):
                 symbols += self._han(word)
                 continue
-            found = self.entries.get(word) or self.entries.get(word.strip("'"))
-            if found:
-                symbols += found
+            phones = self.entries.get(word) or self.entries.get(word.strip("'"))
+            if phones:
+                symbols += phones
             elif word.strip("'"):
                 raise UnknownWord(word)
         return symbols
@@ -220,9 +221,9 @@ class LexiconPhonemizer:
         start = 0
         while start < len(run):
             for length in range(min(self._longest, len(run) - start), 0, -1):
-                found = self.entries.get(run[start : start + length])
-                if found:
-                    symbols += found
+                phones = self.entries.get(run[start : start + length])
+                if phones:
+                    symbols += phones
                     start += length
                     break
             else:
@@ -237,9 +238,9 @@ class LexiconPhonemizer:
 
 
 class StoredPhonemes:
-    """Phonemes as the shards hold them, in each sample's ``phonemes``.
+    """Phonemes stored in the shards, in each sample's ``phonemes``.
 
-    A sample without them raises `MissingPhonemes`; so does `phonemes`, as text alone has none.
+    Raises `MissingPhonemes` for a sample without them, and for text alone (`phonemes`).
     """
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
@@ -275,8 +276,6 @@ def build_phonemizer(config: PhonemizerConfig) -> Phonemizer:
     if config.kind == "lexicon":
         return LexiconPhonemizer(config.lexicons, stress=config.stress)
     if config.kind == "characters":
-        from dsasr.data.text.characters import CharacterPhonemizer  # which needs this module
-
         return CharacterPhonemizer()
     return StoredPhonemes()
 

@@ -1,4 +1,4 @@
-"""Train the sentencepiece tokenizer of a small language model."""
+"""Trains the sentencepiece tokenizer of a small language model."""
 
 from __future__ import annotations
 
@@ -10,46 +10,58 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dsasr.data.text import prompt as texts
+from dsasr.data.text.normalization import normalize_text
+from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.scripts import HAN_CHARACTER
+from dsasr.data.text.tokenizers import (
+    IM_END,
+    IM_START,
+    META_FORMAT,
+    META_NAME,
+    META_VERSION,
+    PAD,
+    Tokenizer,
+    load_tokenizer,
+    to_pieces,
+)
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
 _BYTES = 256
-_LONGEST = 16  # characters of a piece, as sentencepiece allows
-_MOST_SEEDS = 500_000
-_MARKERS = (texts.PAD, texts.IM_START, texts.IM_END)
+_MAX_PIECE_CHARS = 16  # what sentencepiece allows
+_MAX_SEEDS = 500_000
+_MARKERS = (PAD, IM_START, IM_END)
 
 
 def train_tokenizer(
     files: Sequence[str | Path], out: str | Path, *, size: int = 1100, fresh: bool = False
-) -> texts.Tokenizer:
+) -> Tokenizer:
     """Train on ``files`` (UTF-8, one sentence a line) and write the folder ``out``.
 
     A unigram model with byte fallback: any text encodes. Each Han character is a piece of its own,
     and each plain text of the prompt is one token. ``size`` counts all of these; it is an upper
-    bound, as a small text does not fill it. With a tokenizer trained from the same text and size
-    in ``out`` already, nothing is done unless ``fresh``. Raises `UserError`.
+    bound, as a small text does not fill it. If ``out`` already has a tokenizer trained from the
+    same text and size, it is loaded and not trained again, unless ``fresh``. Raises `UserError`.
     """
     out = Path(out)
     lines = list(_read(files))
     if not lines:
         raise UserError("the text to train a tokenizer on is empty")
-    phrases = texts.Prompt.phrases()
+    phrases = Prompt.phrases()
     pieces = size - len(phrases)
-    least = 1 + len(_MARKERS) + _BYTES + len({c for line in lines for c in line}) + 1
-    if pieces < least:
-        raise UserError(f"a tokenizer of {size} cannot hold this text: give --size {least + 100}")
+    minimum = 1 + len(_MARKERS) + _BYTES + len({c for line in lines for c in line}) + 1
+    if pieces < minimum:
+        raise UserError(f"a tokenizer of {size} cannot hold this text: give --size {minimum + 100}")
     source = _fingerprint(lines, size)
-    meta_path = out / texts.META_NAME
+    meta_path = out / META_NAME
     if not fresh and meta_path.is_file():
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
         if meta.get("source") == source and (out / "tokenizer.model").is_file():
-            return texts.load_tokenizer(out)
+            return load_tokenizer(out)
     model = _train(lines, pieces)
     meta = {
-        "format": texts.META_FORMAT,
-        "version": texts.META_VERSION,
+        "format": META_FORMAT,
+        "version": META_VERSION,
         "script_spacing": True,
         "phrases": phrases,
         "source": source,
@@ -58,7 +70,7 @@ def train_tokenizer(
     atomic_write(out / "tokenizer.model", model)
     # Last: the folder is a tokenizer from here on.
     atomic_write(meta_path, json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-    return texts.load_tokenizer(out)
+    return load_tokenizer(out)
 
 
 def _read(files: Sequence[str | Path]) -> Iterable[str]:
@@ -67,13 +79,13 @@ def _read(files: Sequence[str | Path]) -> Iterable[str]:
             with open(path, encoding="utf-8") as lines:
                 for line in lines:
                     if line.strip():
-                        yield texts.normalize_text(line)
+                        yield normalize_text(line)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"text {path} cannot be read: {error}") from None
 
 
 def _fingerprint(lines: list[str], size: int) -> str:
-    digest = hashlib.sha256(f"{texts.META_FORMAT} {texts.META_VERSION} unigram {size}\n".encode())
+    digest = hashlib.sha256(f"{META_FORMAT} {META_VERSION} unigram {size}\n".encode())
     for line in lines:
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()[:16]
@@ -83,7 +95,7 @@ def _train(lines: list[str], pieces: int) -> bytes:
     import sentencepiece
 
     # The delimiter keeps Han characters apart without a space that would become part of a piece.
-    marked = [HAN_CHARACTER.sub("\t\\g<0>\t", texts.to_pieces(line)) for line in lines]
+    marked = [HAN_CHARACTER.sub("\t\\g<0>\t", to_pieces(line)) for line in lines]
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         seeds = Path(folder) / "seeds.tsv"
@@ -117,7 +129,7 @@ def _train(lines: list[str], pieces: int) -> bytes:
 
 
 def _without_path(model: bytes) -> bytes:
-    """The model keeps its trainer's arguments: without the seeds' path, equal texts equal bytes."""
+    """The model without the seeds' path among its trainer's arguments: equal texts, equal bytes."""
     from sentencepiece import sentencepiece_model_pb2
 
     message = sentencepiece_model_pb2.ModelProto.FromString(model)
@@ -126,27 +138,27 @@ def _without_path(model: bytes) -> bytes:
 
 
 def _seeds(marked: list[str]) -> str:
-    """The pieces that training may keep, with a score each: words, and parts of several words.
+    """Candidate pieces with a score each, one a line: whole words, and parts of several words.
 
-    Sentencepiece's own seeds are substrings that stand in two words or more, so that in a text of
-    few words none is a piece of its own.
+    Sentencepiece's own candidates are substrings of two words or more, so that a word of a text
+    with few words would never be one piece.
     """
     words: Counter = Counter()
     for line in marked:
         words.update("▁" + word for part in line.split("\t") for word in part.split())
     scores: Counter = Counter()
-    kinds: Counter = Counter()
+    word_counts: Counter = Counter()
     for word, count in words.items():
         if HAN_CHARACTER.search(word):
             continue
         parts = {
             word[i:j]
             for i in range(len(word))
-            for j in range(i + 2, min(len(word), i + _LONGEST) + 1)
+            for j in range(i + 2, min(len(word), i + _MAX_PIECE_CHARS) + 1)
         }
         for part in parts:
             scores[part] += count * len(part)
-            kinds[part] += 1
-    kept = [part for part in scores if kinds[part] > 1 or part in words]
-    kept.sort(key=lambda part: (-scores[part], part))
-    return "".join(f"{part}\t{scores[part]}\n" for part in kept[:_MOST_SEEDS])
+            word_counts[part] += 1
+    seeds = [part for part in scores if word_counts[part] > 1 or part in words]
+    seeds.sort(key=lambda part: (-scores[part], part))
+    return "".join(f"{part}\t{scores[part]}\n" for part in seeds[:_MAX_SEEDS])

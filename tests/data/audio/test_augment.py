@@ -1,9 +1,4 @@
-"""Augmentation: what is drawn, what becomes of the audio, and what the masks cover."""
-
-import json
-import subprocess
-import sys
-import time
+"""Augmentation of the audio, noise of each kind, and the masks of SpecAugment."""
 
 import numpy as np
 import pytest
@@ -12,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsasr.data.audio.augment import (
-    KINDS,
+    NOISE_KINDS,
     AugmentConfig,
-    Draw,
+    AugmentParams,
     SpecAugmentConfig,
-    apply,
-    draw,
-    make_noise,
+    augment_wave,
+    generate_noise,
     mix,
     spec_augment,
 )
+from dsasr.data.dataloader.augment_params import AugmentParamColumns, planned_seconds
 from dsasr.utils.errors import UserError
 
 RATE = 16_000
@@ -37,52 +32,6 @@ def peak_hertz(wave: torch.Tensor) -> float:
 
 def decibels(power: torch.Tensor) -> float:
     return 10 * float(torch.log10(power))
-
-
-# -------------------------------------------------------------------------------------- the draw
-
-
-def test_draws_have_the_methods_distributions():
-    cfg = AugmentConfig()
-    draws = [draw(cfg, seed) for seed in range(20_000)]
-    noisy = [d for d in draws if d.noise]
-    assert len(noisy) / len(draws) == pytest.approx(0.2, abs=0.01)
-    for speed in cfg.speeds:
-        share = sum(d.speed == speed for d in draws) / len(draws)
-        assert share == pytest.approx(1 / 3, abs=0.015)
-    for kind in KINDS:
-        assert sum(d.noise == kind for d in noisy) / len(noisy) == pytest.approx(1 / 3, abs=0.03)
-    snr = np.array([d.snr for d in noisy])
-    assert (snr.mean(), snr.std()) == (pytest.approx(10, abs=0.3), pytest.approx(5, abs=0.3))
-    for side in ("before", "after"):
-        silence = np.array([getattr(d, side) for d in noisy])
-        assert silence.min() >= 0 and silence.max() <= 1
-        # Beta(1, 3): mean 1/4, variance 3/80, distribution 1 − (1 − x)³
-        assert silence.mean() == pytest.approx(1 / 4, abs=0.012)
-        assert silence.var() == pytest.approx(3 / 80, abs=0.004)
-        assert (silence < 0.5).mean() == pytest.approx(7 / 8, abs=0.02)
-    plain = [d for d in draws if not d.noise]
-    assert all(d.before == d.after == 0 for d in plain)
-
-
-def test_a_draw_is_the_seeds_in_any_process():
-    code = (
-        "import json; from dataclasses import astuple; from dsasr.data.audio.augment import *; "
-        "print(json.dumps([astuple(draw(AugmentConfig(), s)) for s in (0, 7, 2**63 - 1)]))"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = [draw(AugmentConfig(), s) for s in (0, 7, 2**63 - 1)]
-    assert [Draw(*row) for row in json.loads(told.stdout)] == expected
-
-
-def test_a_draw_is_cheap():
-    cfg, best = AugmentConfig(), 1.0
-    for _ in range(5):
-        started = time.process_time()
-        for seed in range(500):
-            draw(cfg, seed)
-        best = min(best, (time.process_time() - started) / 500)
-    assert best < 1e-4  # 1e-5 on an idle core
 
 
 @pytest.mark.parametrize(
@@ -107,7 +56,7 @@ def test_impossible_masks_are_refused(bad):
 @pytest.mark.parametrize("speed", [0.9, 1.0, 1.1])
 def test_speed_changes_tempo_and_pitch(speed):
     wave = tone(1000)
-    got = apply(wave, Draw(speed))
+    got = augment_wave(wave, AugmentParams(speed))
     assert abs(len(got) - RATE / speed) < 1
     assert peak_hertz(got) == pytest.approx(1000 * speed, abs=2)
     middle = got[400:-400]
@@ -117,19 +66,20 @@ def test_speed_changes_tempo_and_pitch(speed):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(1, 30_000))
 def test_the_duration_is_known_beforehand(seed, samples):
-    cfg = AugmentConfig(noise_share=0.7)
-    drawn = draw(cfg, seed)
-    got = apply(tone(200, 2)[:samples], drawn)
-    assert abs(len(got) / RATE - drawn.seconds(samples / RATE)) < 3 / RATE
-    assert got.isfinite().all() and got.abs().max() <= 1
+    config, seeds = AugmentConfig(noise_share=0.7), np.array([seed], np.uint64)
+    planned = planned_seconds(config)(np.array([samples / RATE]), seeds)[0]
+    params = AugmentParamColumns.sample(config, seeds).row(config, 0, seed)
+    augmented = augment_wave(tone(200, 2)[:samples], params)
+    assert abs(len(augmented) / RATE - planned) < 3 / RATE
+    assert augmented.isfinite().all() and augmented.abs().max() <= 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 @pytest.mark.parametrize("snr", [-5.0, 10.0, 20.0])
-def test_noise_covers_the_silence_too_at_the_drawn_snr(kind, snr):
+def test_noise_covers_the_silence_too_at_its_snr(kind, snr):
     wave = 0.1 * tone(1000)
-    drawn = Draw(1.0, kind, snr, before=0.5, after=0.25, seed=3)
-    got = apply(wave, drawn, voices=[tone(300, 3)])
+    params = AugmentParams(1.0, kind, snr, before=0.5, after=0.25, seed=3)
+    got = augment_wave(wave, params, voices=[tone(300, 3)])
     assert len(got) == int(1.75 * RATE)
     padded = torch.cat((torch.zeros(8000), wave, torch.zeros(4000)))
     noise = got - padded
@@ -137,12 +87,16 @@ def test_noise_covers_the_silence_too_at_the_drawn_snr(kind, snr):
     assert noise[:8000].abs().max() > 0 and noise[-4000:].abs().max() > 0
 
 
-def test_the_same_draw_gives_the_same_audio_and_another_seed_another():
+def test_equal_parameters_give_equal_audio_and_another_seed_another():
     wave = tone(500)
-    for kind in KINDS:
-        first = apply(wave, Draw(0.9, kind, 5, 0.1, 0.2, 2**40 + 1))
-        assert torch.equal(first, apply(wave.clone(), Draw(0.9, kind, 5, 0.1, 0.2, 2**40 + 1)))
-        assert not torch.equal(first, apply(wave, Draw(0.9, kind, 5, 0.1, 0.2, 2**40 + 2)))
+    for kind in NOISE_KINDS:
+        first = augment_wave(wave, AugmentParams(0.9, kind, 5, 0.1, 0.2, 2**40 + 1))
+        assert torch.equal(
+            first, augment_wave(wave.clone(), AugmentParams(0.9, kind, 5, 0.1, 0.2, 2**40 + 1))
+        )
+        assert not torch.equal(
+            first, augment_wave(wave, AugmentParams(0.9, kind, 5, 0.1, 0.2, 2**40 + 2))
+        )
     assert torch.equal(wave, tone(500))  # in place nowhere
 
 
@@ -155,19 +109,21 @@ def test_a_sum_that_would_clip_is_scaled():
 
 
 def test_nothing_and_silence_stay_so():
-    drawn = Draw(1.1, "babble", 5, 0.1, 0.1, 1)
-    assert len(apply(torch.zeros(0), drawn)) == 0
-    assert not apply(torch.zeros(800), drawn).any()
+    params = AugmentParams(1.1, "babble", 5, 0.1, 0.1, 1)
+    assert len(augment_wave(torch.zeros(0), params)) == 0
+    assert not augment_wave(torch.zeros(800), params).any()
 
 
 def test_recorded_noise_is_taken_as_it_lies():
-    recorded = [torch.arange(1.0, 101.0)]
-    cut = make_noise("recorded", 250, np.random.default_rng(1), recorded)
-    start = int(cut[0]) - 1
-    assert torch.equal(cut, torch.arange(start, start + 250).remainder(100) + 1.0)
+    recordings = [torch.arange(1.0, 101.0)]
+    noise = generate_noise("recorded", 250, np.random.default_rng(1), recordings)
+    start = int(noise[0]) - 1
+    assert torch.equal(noise, torch.arange(start, start + 250).remainder(100) + 1.0)
     with pytest.raises(ValueError, match="recordings"):
-        apply(tone(500), Draw(1.0, "recorded", 5, 0, 0, 1))
-    got = apply(tone(500), Draw(1.0, "recorded", 5, 0, 0, 1), recorded=[torch.zeros(0), tone(50)])
+        augment_wave(tone(500), AugmentParams(1.0, "recorded", 5, 0, 0, 1))
+    got = augment_wave(
+        tone(500), AugmentParams(1.0, "recorded", 5, 0, 0, 1), recordings=[torch.zeros(0), tone(50)]
+    )
     assert not torch.equal(got, tone(500))
     assert AugmentConfig(kinds=("recorded", "music")).kinds == ("recorded", "music")
 
@@ -176,15 +132,15 @@ def test_babble_is_several_voices():
     voices = [tone(h, 2) for h in (200, 400, 800, 1600)]
     spectrum = torch.zeros(RATE // 2 + 1)
     for seed in range(8):
-        noise = make_noise("babble", RATE, np.random.default_rng(seed), voices)
+        noise = generate_noise("babble", RATE, np.random.default_rng(seed), voices)
         spectrum += torch.fft.rfft(noise).abs()
     assert sorted(spectrum.topk(4).indices.tolist()) == [200, 400, 800, 1600]
     with pytest.raises(ValueError, match="no noise"):
-        make_noise("rain", 9, np.random.default_rng(0), voices)
+        generate_noise("rain", 9, np.random.default_rng(0), voices)
 
 
 def test_vehicle_noise_falls_by_six_decibels_an_octave():
-    noise = make_noise("vehicle", 30 * RATE, np.random.default_rng(0), ())
+    noise = generate_noise("vehicle", 30 * RATE, np.random.default_rng(0), ())
     power = torch.fft.rfft(noise).abs().square()
 
     def band(hertz):
@@ -197,16 +153,16 @@ def test_vehicle_noise_falls_by_six_decibels_an_octave():
 
 
 def test_music_is_in_tune():
-    noise = make_noise("music", 4 * RATE, np.random.default_rng(2), ())
+    noise = generate_noise("music", 4 * RATE, np.random.default_rng(2), ())
     loudest = torch.fft.rfft(noise).abs().topk(12).indices / 4
     semitones = 12 * torch.log2(loudest / 110)
     assert (semitones - semitones.round()).abs().max() < 0.35
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(KINDS), st.integers(1, 9000), st.integers(0, 99))
+@given(st.sampled_from(NOISE_KINDS), st.integers(1, 9000), st.integers(0, 99))
 def test_noise_has_the_asked_length_and_power(kind, samples, seed):
-    noise = make_noise(kind, samples, np.random.default_rng(seed), [tone(300)[:77]])
+    noise = generate_noise(kind, samples, np.random.default_rng(seed), [tone(300)[:77]])
     assert noise.shape == (samples,) and noise.dtype == torch.float32
     assert noise.isfinite().all()
     assert samples < 100 or noise.square().mean() > 0
@@ -300,9 +256,11 @@ def test_recorded_noise_without_recordings_stops_before_training(tmp_path):
         DatasetConfig,
         StreamingDataLoader,
     )
-    from dsasr.data.shards.writer import Packed, write_shard
+    from dsasr.data.shards.writer import PackedSample, write_shard
 
-    write_shard(tmp_path / "a.tar", [Packed("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})])
+    write_shard(
+        tmp_path / "a.tar", [PackedSample("k", "wav", b"RIFF", {"text": "x", "duration": 1.0})]
+    )
     with pytest.raises(UserError, match="recorded"):
         StreamingDataLoader(
             DataLoaderConfig(num_workers=0),

@@ -311,11 +311,11 @@ def test_real_recordings_have_kaldis_features(recordings):
         theirs = kaldi.fbank(
             wave.double()[None] * 32768, num_mel_bins=80, sample_frequency=16_000, dither=0.0
         )
-        held = theirs > theirs.max(1, keepdim=True).values - 12
+        loud = theirs > theirs.max(1, keepdim=True).values - 12
         batch, _ = fbank_batch(wave[None], torch.tensor([len(wave)]), FbankConfig())
         for got in (fbank(wave, FbankConfig()), batch[0]):
             error = (got - theirs).abs()
-            assert error[held].max() < 1e-3
+            assert error[loud].max() < 1e-3
             # Further than 12 nats below the frame's loudest bin, float32 itself is at its end.
             assert error.max() < 0.02
             beyond, bins = beyond + int((error > 1e-3).sum()), bins + error.numel()
@@ -344,8 +344,8 @@ def test_cmvn_is_numpys_over_all_frames(tmp_path):
 def test_sums_merge_in_any_grouping(order, cut):
     parts = [torch.randn(7 + i, 3, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     left, right, all_of_them = CmvnSums(3), CmvnSums(3), CmvnSums(3)
-    for place, i in enumerate(order):
-        (left if place < cut else right).update(parts[i])
+    for position, i in enumerate(order):
+        (left if position < cut else right).update(parts[i])
         all_of_them.update(parts[i])
     left.merge(right)
     assert torch.allclose(left.result().mean_F, all_of_them.result().mean_F, rtol=1e-13, atol=1e-15)

@@ -19,7 +19,7 @@ from dsasr.data.dataloader.bad_samples import BadSampleLog
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
-from dsasr.data.shards.storage import SourceConfig
+from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.text.phonemes import PhonemeVocab, StoredPhonemes
 from dsasr.utils.errors import UserError
 
@@ -117,17 +117,17 @@ def delivered(folder: Path, tmp_path: Path, workers: int = 0, **more) -> tuple[d
     config = DataLoaderConfig(
         batch=BatchConfig(frames=600, max_seconds=7.0),
         num_workers=workers,
-        source=SourceConfig(cache=str(tmp_path / "cache" / folder.name)),
+        source=StorageConfig(cache=str(tmp_path / "cache" / folder.name)),
     )
     vocab = PhonemeVocab.build([["a", "b"]])
-    given = {
+    arguments = {
         "datasets": [DatasetConfig("d", str(folder / "*.tar"))],
         "text": TextEncoder(phonemizer=StoredPhonemes(), vocab=vocab),
         "augment": AugmentConfig(noise_share=0.5, kinds=("vehicle", "music")),
         "epochs": 1,
     }
     rows, bad = {}, []
-    with StreamingDataLoader(replace(config, **more), **given) as stream:
+    with StreamingDataLoader(replace(config, **more), **arguments) as stream:
         for batch in stream:
             bad += batch.bad
             for i, key in enumerate(batch.keys):
@@ -155,7 +155,7 @@ def same(rows: dict, want: dict) -> None:
     [*FAULTS.items(), *LYING_HOURS],
     ids=[*FAULTS, "three_hours_as_half_a_second"],
 )
-def test_every_cause_is_told_and_shifts_nothing(tmp_path, healthy, cause, fault) -> None:
+def test_every_cause_is_reported_and_changes_nothing_else(tmp_path, healthy, cause, fault) -> None:
     folder = corpus(tmp_path / "c", {"bad": fault()})
     rows, bad = delivered(folder, tmp_path)
     assert [(c, Path(shard).name, key) for c, shard, key, _ in bad] == [(cause, "1.tar", "bad")]
@@ -265,9 +265,9 @@ def test_a_run_names_counts_and_goes_on_or_stops(tiny, start, tmp_path) -> None:
     assert first == {"torn-1": "decode_error", "torn-2": "decode_error", "blank": "empty_text"}
     assert all(row["shard"].endswith("bad.tar") and row["stage"] == "pretrain" for row in rows)
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    told = [line for line in lines if line["stage"] == "bad_samples"]
+    totals = [line for line in lines if line["stage"] == "bad_samples"]
     causes = Counter(row["cause"] for row in rows)
-    assert {k: told[-1][k] for k in causes} == dict(causes)
+    assert {k: totals[-1][k] for k in causes} == dict(causes)
     steps = [line for line in lines if line["stage"] == "pretrain"]
     assert sum(line["bad_samples"] for line in steps) == len(rows)
     limited = start(f"run={tmp_path / 'two'}", *overrides, "data.bad_limits={decode_error: 1}")

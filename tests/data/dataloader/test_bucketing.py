@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from dsasr.data.dataloader.bucketing import (
     BatchConfig,
-    Part,
+    DatasetPart,
     PlanConfig,
     bucket_order,
-    cut,
     sample_seeds,
+    split_into_batches,
     stable_hash,
     uniform,
 )
@@ -38,7 +38,7 @@ class FakeEntry:
 
 
 class FakeIndex:
-    """What the planner asks of a shard's index, made from the shard's name."""
+    """What the sampler asks of a shard's index, made from the shard's name."""
 
     bad = ()
 
@@ -69,9 +69,9 @@ class Corpus:
     def __call__(self, shard: str) -> FakeIndex:
         return FakeIndex(shard, self.sizes[shard], self.langs)
 
-    def part(self, name: str = "a", counted: bool = True, **kwargs) -> Part:
+    def part(self, name: str = "a", counted: bool = True, **kwargs) -> DatasetPart:
         counts = np.array(list(self.sizes.values())) if counted else None
-        return Part(name, list(self.sizes), counts, **kwargs)
+        return DatasetPart(name, list(self.sizes), counts, **kwargs)
 
     def keys(self) -> Counter:
         return Counter(f"{s}:{i}" for s, n in self.sizes.items() for i in range(n))
@@ -83,23 +83,23 @@ def keys(tasks) -> Counter:
 
 def drain(parts, config, load, world, state=None, steps=None, **kwargs):
     """Run all ranks in step; their tasks in global order and the state behind them."""
-    planners = [
+    samplers = [
         BatchSampler(parts, config, load, rank=r, world=world, state=state, **kwargs)
         for r in range(world)
     ]
     tasks = []
     while steps is None or steps > 0:
-        row = [p.step() for p in planners]
-        states = [p.state() for p in planners]
+        row = [p.step() for p in samplers]
+        states = [p.state() for p in samplers]
         assert all(s == states[0] for s in states)
         assert len({t is None for t in row}) == 1, "ranks must end together"
         if row[0] is None:
             break
         tasks += row
         steps = None if steps is None else steps - 1
-    state = json.loads(json.dumps(planners[0].state()))
-    for planner in planners:
-        planner.close()
+    state = json.loads(json.dumps(samplers[0].state()))
+    for sampler in samplers:
+        sampler.close()
     return tasks, state
 
 
@@ -173,7 +173,7 @@ def test_budgets_hold_and_ranges_cover(seconds, frames, tokens, samples) -> None
     order = bucket_order(length, chars, config.bucket, np.random.default_rng(0))
     assert sorted(order.tolist()) == list(range(len(seconds)))
     length, chars = length[order], chars[order]
-    ranges = cut(length, chars, config)
+    ranges = split_into_batches(length, chars, config)
     assert np.concatenate([np.arange(a, b) for a, b in ranges]).tolist() == list(
         range(len(seconds))
     )
@@ -266,9 +266,9 @@ def test_languages_of_one_dataset_are_streams_of_their_own() -> None:
 
 def test_a_language_that_no_shard_has_is_an_error_not_a_loop() -> None:
     corpus = Corpus([3, 3])
-    planner = BatchSampler([corpus.part("x", lang="fr")], replace(FINITE, epochs=0), corpus)
+    sampler = BatchSampler([corpus.part("x", lang="fr")], replace(FINITE, epochs=0), corpus)
     with pytest.raises(UserError, match="no samples in language 'fr'"):
-        planner.step()
+        sampler.step()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -292,8 +292,8 @@ def test_resume_refuses_another_dataset_or_another_plan() -> None:
         BatchSampler([corpus.part()], replace(FINITE, epochs=0, seed=8), corpus, state=state)
     with pytest.raises(UserError, match="version"):
         BatchSampler([corpus.part()], FINITE, corpus, state={**state, "version": 99})
-    moved = [re.sub("^/data", "s3://bucket", s) for s in corpus.part().shards]
-    part = replace(corpus.part(), shards=moved)
+    relocated = [re.sub("^/data", "s3://bucket", s) for s in corpus.part().shards]
+    part = replace(corpus.part(), shards=relocated)
     BatchSampler([part], replace(FINITE, epochs=0), corpus, state=state)
 
 
@@ -331,7 +331,7 @@ def test_bad_arguments_are_user_errors() -> None:
         ([], {}, "no datasets"),
         ([corpus.part(), corpus.part()], {}, "names must differ"),
         ([corpus.part(weight=0.0)], {}, "must be positive"),
-        ([Part("e", [])], {}, "has no shards"),
+        ([DatasetPart("e", [])], {}, "has no shards"),
     ):
         with pytest.raises(UserError, match=message):
             BatchSampler(parts, FINITE, corpus, **kwargs)
@@ -352,15 +352,15 @@ def test_a_hundred_thousand_shards_start_quickly_in_little_memory(tmp_path) -> N
         import test_bucketing as t
         from dsasr.data.dataloader.bucketing import PlanConfig
         from dsasr.data.dataloader.sampler import BatchSampler
-        from dsasr.data.shards.storage import Sources
-        from dsasr.data.dataloader.dataloader import DatasetConfig, make_parts
+        from dsasr.data.shards.storage import ShardStorage
+        from dsasr.data.dataloader.dataloader import DatasetConfig, build_dataset_parts
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         before, started = peak(), time.perf_counter()
-        parts = make_parts([DatasetConfig("big", sys.argv[2])], Sources())
-        planner = BatchSampler(parts, PlanConfig(seed=1), lambda s: t.FakeIndex(s, 1000), world=8)
-        assert planner.step().samples and len(parts[0].shards) == 100_000
+        parts = build_dataset_parts([DatasetConfig("big", sys.argv[2])], ShardStorage())
+        sampler = BatchSampler(parts, PlanConfig(seed=1), lambda s: t.FakeIndex(s, 1000), world=8)
+        assert sampler.step().samples and len(parts[0].shards) == 100_000
         seconds = time.perf_counter() - started
-        planner.close()
+        sampler.close()
         print(json.dumps({"seconds": seconds, "mb": peak() - before}))
     """)
     folder = __file__.rsplit("/", 1)[0]

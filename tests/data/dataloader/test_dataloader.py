@@ -26,11 +26,11 @@ from dsasr.data.dataloader.dataloader import (
     DataLoaderConfig,
     DatasetConfig,
     StreamingDataLoader,
-    make_parts,
+    build_dataset_parts,
 )
-from dsasr.data.shards.storage import SourceConfig
-from dsasr.data.text.prompt import TextConfig
-from dsasr.testing.dataloader_fuzz import Verdict, digest, draw_case, run_case
+from dsasr.data.shards.storage import StorageConfig
+from dsasr.data.text.normalization import TextConfig
+from dsasr.testing.dataloader_fuzz import digest
 from dsasr.utils.errors import UserError
 
 RATE = 16_000
@@ -84,7 +84,7 @@ def config(tmp_path) -> DataLoaderConfig:
         num_workers=0,
         window=2,
         window_samples=1,
-        source=SourceConfig(cache=str(tmp_path / "cache")),
+        source=StorageConfig(cache=str(tmp_path / "cache")),
     )
 
 
@@ -177,11 +177,11 @@ def test_memory_stays_flat(tmp_path, config) -> None:
         replace(config, num_workers=1), datasets=datasets, augment=augment
     ) as stream:
         processes = [psutil.Process(pid) for pid in (os.getpid(), *stream.pool.pids())]
-        held = []
+        memory = []
         for number, _ in zip(range(601), stream, strict=False):
             if number % 200 == 0:
-                held.append([p.memory_info().rss for p in processes])
-    growth = [(last - early) / 2**20 for early, last in zip(held[1], held[3], strict=True)]
+                memory.append([p.memory_info().rss for p in processes])
+    growth = [(last - early) / 2**20 for early, last in zip(memory[1], memory[3], strict=True)]
     assert max(growth) < 8, f"MiB over 400 batches: {growth}"
 
 
@@ -218,8 +218,8 @@ def test_over_long_and_too_short_are_left_out_by_the_plan(tmp_path, config) -> N
     batch = replace(config.batch, min_seconds=0.1, max_seconds=5.0, frames=200)
     batches = collect(replace(config, batch=batch), tmp_path / "c")
     assert [k for b in batches for k in b.keys] == ["k1"]
-    told = {key: cause for b in batches for cause, _, key, _ in b.bad}
-    assert told == {"k0": "too_short", "k2": "over_budget", "k3": "too_long"}
+    causes = {key: cause for b in batches for cause, _, key, _ in b.bad}
+    assert causes == {"k0": "too_short", "k2": "over_budget", "k3": "too_long"}
 
 
 class CharTokenizer:
@@ -249,9 +249,9 @@ def test_samples_without_text_are_kept_if_asked_for(tmp_path, config) -> None:
     ]
     write_tar(tmp_path / "n" / "n-00.tar", samples)
     drop = TextEncoder(tokenizer=CharTokenizer())
-    found = collect(config, tmp_path / "n", text=drop)
-    assert [k for b in found for k in b.keys] == ["said"]
-    assert [bad[0] for b in found for bad in b.bad] == ["empty_text"]
+    batches = collect(config, tmp_path / "n", text=drop)
+    assert [k for b in batches for k in b.keys] == ["said"]
+    assert [bad[0] for b in batches for bad in b.bad] == ["empty_text"]
     keep = TextEncoder(TextConfig(empty="keep"), tokenizer=CharTokenizer())
     rows = {
         key: row[:length].tolist()
@@ -261,28 +261,30 @@ def test_samples_without_text_are_kept_if_asked_for(tmp_path, config) -> None:
     assert rows == {"mute": [1], "said": [ord("h"), ord("i"), 1]}
 
 
-def test_noise_shards_are_heard(tmp_path, config) -> None:
+def test_noise_shards_change_the_features(tmp_path, config) -> None:
     plain_corpus(tmp_path / "c", [6])
     plain_corpus(tmp_path / "n", [3], "noise", seed=9)
     augment = AugmentConfig(speeds=(1.0,), noise_share=1.0, silence=0.0, kinds=("recorded",))
-    given = {"purpose": "train", "epochs": 1}
+    arguments = {"purpose": "train", "epochs": 1}
     with pytest.raises(UserError, match=r"dataloader\.noise"):
-        collect(config, tmp_path / "c", augment=augment, **given)
+        collect(config, tmp_path / "c", augment=augment, **arguments)
     noisy = replace(config, noise=str(tmp_path / "n" / "*.tar"))
     runs = [
-        collect(replace(noisy, num_workers=n), tmp_path / "c", augment=augment, **given)
+        collect(replace(noisy, num_workers=n), tmp_path / "c", augment=augment, **arguments)
         for n in (0, 1)
     ]
     assert [digest(b) for b in runs[0]] == [digest(b) for b in runs[1]]
-    clean = collect(config, tmp_path / "c", **given)
+    clean = collect(config, tmp_path / "c", **arguments)
     assert [b.keys for b in clean] == [b.keys for b in runs[0]]
     for a, b in zip(clean, runs[0], strict=True):
         assert a.features_BTF.shape == b.features_BTF.shape
         assert (a.features_BTF - b.features_BTF).abs().mean() > 0.01
 
 
-def test_sets_of_noise_share_by_weight_and_tell_what_is_bad(tmp_path, config, monkeypatch) -> None:
-    """Every set is heard as often as its weight says, long recordings from their beginning."""
+def test_noise_sets_share_by_weight_and_report_bad_recordings(
+    tmp_path, config, monkeypatch
+) -> None:
+    """Each set has its weight's share of the recordings; long ones are cut to their start."""
     from dsasr.data.dataloader import dataloader as module
 
     monkeypatch.setattr(module, "RECORDINGS", 8)
@@ -295,9 +297,9 @@ def test_sets_of_noise_share_by_weight_and_tell_what_is_bad(tmp_path, config, mo
     augment = AugmentConfig(noise_share=0.5, kinds=("recorded", "vehicle"))
     datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
 
-    def opened(noise, **given) -> StreamingDataLoader:
+    def open_loader(noise, **arguments) -> StreamingDataLoader:
         return StreamingDataLoader(
-            replace(config, noise=noise), datasets=datasets, augment=augment, **given
+            replace(config, noise=noise), datasets=datasets, augment=augment, **arguments
         )
 
     for noise, shares in (
@@ -305,18 +307,18 @@ def test_sets_of_noise_share_by_weight_and_tell_what_is_bad(tmp_path, config, mo
         ((cars, hums), (4, 4)),
         (cars, (6, 0)),  # one set: each of its recordings once
     ):
-        with opened(noise) as stream:
-            lengths = [len(w) for w in stream.maker.recorded]
+        with open_loader(noise) as stream:
+            lengths = [len(w) for w in stream.collator.recordings]
             long = sum(n == module.NOISE_SECONDS * RATE for n in lengths)
             assert (len(lengths) - long, long) == shares
-            told = [(cause, key) for cause, _, key, _ in next(stream).bad]
-            assert told == ([("decode_error", "torn")] if long else [])
+            bad = [(cause, key) for cause, _, key, _ in next(stream).bad]
+            assert bad == ([("decode_error", "torn")] if long else [])
             assert not next(stream).bad
-    with opened((cars, hums), rank=1, world=2) as stream:
-        assert not next(stream).bad  # told by one rank
+    with open_loader((cars, hums), rank=1, world=2) as stream:
+        assert not next(stream).bad  # reported by one rank
     with pytest.raises(UserError, match=r"hum-01.*no usable recording"):
         write_tar(tmp_path / "hums" / "hum-01.tar", [torn])
-        opened((cars, str(tmp_path / "hums" / "hum-01.tar")))
+        open_loader((cars, str(tmp_path / "hums" / "hum-01.tar")))
     with pytest.raises(UserError, match=r"weights of dataloader\.noise"):
         replace(config, noise={cars: 0.0})
 
@@ -372,10 +374,10 @@ def test_temperature_evens_out_languages(tmp_path, config) -> None:
     }
     (folder / "dataset.json").write_text(json.dumps(data))
     datasets = [DatasetConfig("d", str(folder))]
-    from dsasr.data.shards.storage import Sources
+    from dsasr.data.shards.storage import ShardStorage
 
     for temperature, share in ((1.0, 0.8), (2.0, 2 / 3), (100.0, 0.5)):
-        parts = make_parts(datasets, Sources(), temperature)
+        parts = build_dataset_parts(datasets, ShardStorage(), temperature)
         assert [p.name for p in parts] == ["d/en", "d/zh"]
         assert parts[0].weight == pytest.approx(share, abs=0.01)
     with StreamingDataLoader(
@@ -385,9 +387,9 @@ def test_temperature_evens_out_languages(tmp_path, config) -> None:
     assert Counter(k for b in batches for k in b.keys) == Counter(keys)
     assert all(len(set(b.langs)) == 1 for b in batches)
     with pytest.raises(UserError, match="has no 'fr'"):
-        make_parts([DatasetConfig("d", str(folder), lang="fr")], Sources())
+        build_dataset_parts([DatasetConfig("d", str(folder), lang="fr")], ShardStorage())
     with pytest.raises(UserError, match="needs the hours"):
-        make_parts([DatasetConfig("d", str(folder / "*.tar"))], Sources(), 2.0)
+        build_dataset_parts([DatasetConfig("d", str(folder / "*.tar"))], ShardStorage(), 2.0)
 
 
 def test_wrong_configs_are_user_errors(tmp_path, config) -> None:
@@ -398,33 +400,3 @@ def test_wrong_configs_are_user_errors(tmp_path, config) -> None:
         DatasetConfig("d", "x", weight=0.0)
     with pytest.raises(UserError, match="there is no shard"):
         StreamingDataLoader(config, datasets=[DatasetConfig("d", str(tmp_path / "none.tar"))])
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_drawn_histories_lose_and_repeat_nothing(tmp_path, seed) -> None:
-    verdict = Verdict()
-    run_case(draw_case(seed), tmp_path / "case", verdict)
-    assert verdict.clean and verdict.batches > 0, verdict
-
-
-def test_the_drill_notices_what_is_wrong(tmp_path, monkeypatch) -> None:
-    """A stream that forgets its state, or repeats or changes a batch, does not pass."""
-    case = next(c for c in map(draw_case, range(99)) if len(c.legs) > 2 and not c.finite)
-    case = replace(case, legs=[replace(leg, end="close", workers=0) for leg in case.legs])
-    from dsasr.data.dataloader.sampler import BatchSampler
-    from dsasr.testing import dataloader_fuzz
-
-    def broken(self, state):
-        self.number = int(state["number"])  # but not the parts' cursors
-
-    monkeypatch.setattr(BatchSampler, "restore", broken)
-    verdict = Verdict()
-    run_case(case, tmp_path / "one", verdict)
-    assert not verdict.clean and verdict.failed
-    monkeypatch.undo()
-    real = dataloader_fuzz.digest
-    marks = iter(range(10**6))
-    monkeypatch.setattr(dataloader_fuzz, "digest", lambda b: real(b) + str(next(marks)))
-    verdict = Verdict()
-    run_case(case, tmp_path / "two", verdict)
-    assert verdict.mismatched and not verdict.missing and not verdict.repeated

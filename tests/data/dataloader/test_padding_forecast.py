@@ -13,7 +13,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.dataloader.augment_params import planned_seconds
-from dsasr.data.dataloader.bucketing import BatchConfig, Part, PlanConfig
+from dsasr.data.dataloader.bucketing import BatchConfig, DatasetPart, PlanConfig
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.shards.index import Entry, ShardIndex, load_index
 from dsasr.planning import batch_search
@@ -32,7 +32,7 @@ def told(rows: list[tuple[float, int]], augment: AugmentConfig | None = None, **
     index = index_of(rows)
     lengths = None if augment is None else planned_seconds(augment)
     plan = PlanConfig(batch=BatchConfig(**batch))
-    return forecast([Part("a", ["x.tar"])], plan, lambda shard: index, lengths)
+    return forecast([DatasetPart("a", ["x.tar"])], plan, lambda shard: index, lengths)
 
 
 def test_known_answers() -> None:
@@ -49,26 +49,26 @@ def test_known_answers() -> None:
     assert told([(50.0, 1)], frames=800).batches == 0
 
 
-def test_a_share_of_the_shards_is_evenly_chosen() -> None:
+def test_a_share_of_the_shards_is_evenly_spread() -> None:
     loaded = []
 
     def load(shard: str) -> ShardIndex:
         loaded.append(shard)
         return index_of([(1.0, 4)] * 5)
 
-    part = Part("a", [f"{i}.tar" for i in range(100)], np.full(100, 5))
-    got = forecast([part], PlanConfig(), load, most_shards=5)
+    part = DatasetPart("a", [f"{i}.tar" for i in range(100)], np.full(100, 5))
+    got = forecast([part], PlanConfig(), load, max_shards=5)
     assert got.samples == 25 and sorted(set(loaded), key=lambda s: int(s[:-4])) == [
         "0.tar", "24.tar", "49.tar", "74.tar", "99.tar",
     ]  # fmt: skip
 
 
 def test_the_stream_makes_what_was_forecast(tiny) -> None:
-    chosen = recipe.load(str(tiny), ["data.augment={speeds: [0.9, 1.1], noise_share: 0.5}"])
-    stage = batch_search.stage_of(chosen, "align")
-    got = batch_search.outlook(chosen, stage)
+    cfg = recipe.load(str(tiny), ["data.augment={speeds: [0.9, 1.1], noise_share: 0.5}"])
+    stage = batch_search.stage_of(cfg, "align")
+    got = batch_search.outlook(cfg, stage)
     padded = useful = batches = 0
-    with Builder(chosen).train_stream(stage, None) as stream:
+    with Builder(cfg).train_stream(stage, None) as stream:
         for batch in stream:
             if batch.epoch:
                 break
@@ -95,13 +95,13 @@ def test_at_most_three_percent_of_real_speech_is_padding(recordings, name, frame
 def test_at_most_three_percent_of_the_demo_is_padding() -> None:
     if not DEMO.is_dir():
         pytest.skip("no demo corpus: tools/quickstart.sh makes it")
-    chosen = recipe.load("demo")
+    cfg = recipe.load("demo")
     indexes = {p.name: load_index(p) for p in DEMO.glob("*.index.json")}
     shards = sorted(str(p) for p in DEMO.glob("*.tar"))
-    for stage in chosen.stages:
-        plan = PlanConfig(batch=chosen.dataloader(stage)[0].batch, window_samples=8192)
-        lengths = planned_seconds(chosen.data.augment)
-        part = Part("demo", shards, np.array([len(indexes[_index(s)]) for s in shards]))
+    for stage in cfg.stages:
+        plan = PlanConfig(batch=cfg.dataloader(stage)[0].batch, window_samples=8192)
+        lengths = planned_seconds(cfg.data.augment)
+        part = DatasetPart("demo", shards, np.array([len(indexes[_index(s)]) for s in shards]))
         got = forecast([part], plan, lambda shard: indexes[_index(shard)], lengths)
         assert not got.left_out and got.padding <= 0.03
 

@@ -14,13 +14,13 @@ import soundfile
 import torch
 
 from dsasr.data.audio import features
-from dsasr.data.audio.augment import KINDS, RECORDED, AugmentConfig
+from dsasr.data.audio.augment import NOISE_KINDS, RECORDED, AugmentConfig
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.testing.dataloader_fuzz import digest
 
 # What may be cut differently by threads: long sums, transforms, products; every kind of noise.
-AUGMENT = AugmentConfig(noise_share=0.8, kinds=(*KINDS, RECORDED))
+AUGMENT = AugmentConfig(noise_share=0.8, kinds=(*NOISE_KINDS, RECORDED))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def made(corpus: Path, workers: int, threads: int, features: str) -> list[str]:
+def stream_digests(corpus: Path, workers: int, threads: int, features: str) -> list[str]:
     torch.set_num_threads(threads)
     config = DataLoaderConfig(
         batch=BatchConfig(frames=2000),
@@ -68,10 +68,10 @@ def made(corpus: Path, workers: int, threads: int, features: str) -> list[str]:
 
 @pytest.mark.parametrize("features", ["worker", "device"])
 def test_bits_depend_neither_on_threads_nor_on_processes(corpus, features) -> None:
-    want = made(corpus, 0, 1, features)
+    want = stream_digests(corpus, 0, 1, features)
     assert len(want) > 3 and len(set(want)) == len(want)
     for workers, threads in ((0, 2), (0, 5), (1, 1), (1, 2), (2, 2)):
-        assert made(corpus, workers, threads, features) == want, (workers, threads)
+        assert stream_digests(corpus, workers, threads, features) == want, (workers, threads)
 
 
 def test_one_thread_holds_inside_and_only_there() -> None:

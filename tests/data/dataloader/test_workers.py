@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from dsasr.data.dataloader.workers import WorkerDied, WorkerPool, run_here
+from dsasr.data.dataloader.workers import WorkerDied, WorkerPool, run_inline
 from dsasr.utils.errors import UserError
 
 
@@ -54,21 +54,21 @@ def run(pool: WorkerPool, jobs: list[Job]):
 
 @pytest.fixture
 def pool():
-    made = []
+    pools = []
 
     def make(workers=2, prefetch=3, slot_bytes=1 << 16):
-        made.append(WorkerPool(work, workers, prefetch, slot_bytes))
-        return made[-1]
+        pools.append(WorkerPool(work, workers, prefetch, slot_bytes))
+        return pools[-1]
 
     yield make
-    for one in made:
+    for one in pools:
         pids = one.pids()
         one.close()
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def same(payload, job: Job) -> bool:
-    here = run_here(work, job)
+    here = run_inline(work, job)
     return torch.equal(payload.array, here.array) and payload.rest["number"] == job.number
 
 
@@ -105,28 +105,28 @@ def test_a_result_is_the_receivers_own(pool) -> None:
     assert all(same(p, Job(i)) for i, p in enumerate(results))
 
 
-def test_slots_are_lent_and_used_again_only_when_nobody_looks(pool) -> None:
-    """A view outlives its batch; what many batches hold is copied; the memory stays the same."""
+def test_slots_are_reused_only_when_their_arrays_are_gone(pool) -> None:
+    """A view outlives its batch; arrays beyond the spare slots are copies; slots are reused."""
     pool = pool(1, 2)
     spans = lambda p: (p.array.data_ptr(), p.array.data_ptr() + p.array.nbytes)  # noqa: E731
     jobs = [Job(i, rows=50) for i in range(30)]
     results = run(pool, jobs)
-    kept = [next(results) for _ in range(6)]
-    ends = [spans(p) for p in kept]
+    payloads = [next(results) for _ in range(6)]
+    ends = [spans(p) for p in payloads]
     assert len({start for start, _ in ends}) == 6, "two live arrays share memory"
-    views = [p.array[3:] for p in kept]
+    views = [p.array[3:] for p in payloads]
     want = [view.clone() for view in views]
-    del kept
+    del payloads
     assert len(pool.workers[0].slots) + len(pool.workers[0].outstanding) == 2
-    places = set()
+    addresses = set()
     for payload, job in zip(results, jobs[6:], strict=False):
         assert same(payload, job)
-        places.add(payload.array.data_ptr())
+        addresses.add(payload.array.data_ptr())
         if job.number == 15:
             assert all(torch.equal(a, b) for a, b in zip(views, want, strict=True))
             views.clear()
-            places.clear()
-    assert len(places) <= 4, "the slots are used in turn"
+            addresses.clear()
+    assert len(addresses) <= 4, "the slots are used in turn"
     del payload
     gc.collect()
     worker = pool.workers[0]

@@ -23,7 +23,7 @@ from dsasr.data.shards.index import (
     read_sample,
 )
 from dsasr.data.shards.verify import check_dataset, verify_shard
-from dsasr.data.shards.writer import Packed, key_of, write_shard
+from dsasr.data.shards.writer import PackedSample, sample_key, write_shard
 from dsasr.utils.errors import UserError
 
 RATE = 16_000
@@ -36,9 +36,9 @@ def flac(seconds: float = 0.5, seed: int = 0, rate: int = RATE) -> bytes:
     return buffer.getvalue()
 
 
-def packed(key: str, text: str = "hello", seconds: float = 0.5, **more) -> Packed:
+def packed(key: str, text: str = "hello", seconds: float = 0.5, **more) -> PackedSample:
     values = {"text": text, "lang": "en", "speaker": "s1", "duration": seconds} | more
-    return Packed(key, "flac", flac(seconds, len(key)), values)
+    return PackedSample(key, "flac", flac(seconds, len(key)), values)
 
 
 def tar_of(*members) -> bytes:
@@ -113,7 +113,9 @@ def test_any_key_and_text_come_back(tmp_path_factory, pairs):
     tar = tmp_path_factory.mktemp("any") / "x.tar"
     values = {"lang": "", "speaker": "", "duration": 0.1}
     audio = flac(0.1)
-    index = write_shard(tar, [Packed(k, "flac", audio, {"text": t} | values) for k, t in pairs])
+    index = write_shard(
+        tar, [PackedSample(k, "flac", audio, {"text": t} | values) for k, t in pairs]
+    )
     assert [(e.key, read_sample(tar, e).text) for e in index] == pairs
 
 
@@ -126,7 +128,9 @@ def test_a_shard_without_samples(tmp_path):
 @pytest.mark.parametrize("key", ["a.b", "/a", "", "a\nb", "\ud800"])
 def test_keys_that_no_reader_could_use_are_refused(tmp_path, key):
     with pytest.raises(UserError):
-        write_shard(tmp_path / "x.tar", [packed("ok"), Packed(key, "flac", b"", {"text": ""})])
+        write_shard(
+            tmp_path / "x.tar", [packed("ok"), PackedSample(key, "flac", b"", {"text": ""})]
+        )
     assert not list(tmp_path.iterdir())  # whole or not at all
 
 
@@ -137,10 +141,10 @@ def test_a_repeated_key_is_refused(tmp_path):
 
 
 def test_keys_of_ids():
-    assert key_of("LJ001-0001.v2") == "LJ001-0001_v2"
-    assert key_of("../../etc/passwd") == "__/__/etc/passwd"
+    assert sample_key("LJ001-0001.v2") == "LJ001-0001_v2"
+    assert sample_key("../../etc/passwd") == "__/__/etc/passwd"
     with pytest.raises(UserError):
-        key_of("//")
+        sample_key("//")
 
 
 @pytest.mark.parametrize("step", [1, 100, 511, 512, 513, 1024, 1025])
@@ -382,14 +386,14 @@ def test_the_verifier_names_each_bad_sample(tmp_path):
             ("alone.flac", flac()),
         )
     )  # fmt: skip
-    verdict = verify_shard(tar)
-    assert {key: cause for cause, _, key, _ in verdict.bad} == {
+    report = verify_shard(tar)
+    assert {key: cause for cause, _, key, _ in report.bad} == {
         "nan": "nan_audio", "empty": "empty_audio", "broken": "decode_error",
         "noise": "decode_error", "liar": "wrong_duration", "mute": "empty_text",
         "alone": "missing_json", "": "missing_index",
     }  # fmt: skip
-    assert {shard for _, shard, _, _ in verdict.bad} == {"x.tar"}
-    assert (verdict.samples, verdict.seconds) == (2, 1.0)
+    assert {shard for _, shard, _, _ in report.bad} == {"x.tar"}
+    assert (report.samples, report.seconds) == (2, 1.0)
     assert verify_shard(tar, allow_empty_text=True).samples == 3
     assert ("too_long", "x.tar", "good") in [b[:3] for b in verify_shard(tar, 0.4).bad]
 
@@ -412,10 +416,10 @@ def test_the_verifier_checks_dataset_json(tmp_path):
         write_shard(tmp_path / f"{name}.tar", [packed(k) for k in keys])
     rows = [{"name": n, "samples": s} for n, s in (("a.tar", 3), ("c.tar", 1))]
     (tmp_path / "dataset.json").write_text(json.dumps({"version": 1, "shards": rows}))
-    verdicts = {f"{n}.tar": verify_shard(tmp_path / f"{n}.tar") for n in "ab"}
-    found = {(cause, shard) for cause, shard, _, _ in check_dataset(tmp_path, verdicts)}
-    assert found == {
+    reports = {f"{n}.tar": verify_shard(tmp_path / f"{n}.tar") for n in "ab"}
+    contradictions = {(cause, shard) for cause, shard, _, _ in check_dataset(tmp_path, reports)}
+    assert contradictions == {
         ("missing_samples", "a.tar"), ("missing_shard", "c.tar"), ("unlisted_shard", "b.tar")
     }  # fmt: skip
     (tmp_path / "dataset.json").write_text("[]")
-    assert [b[0] for b in check_dataset(tmp_path, verdicts)] == ["bad_dataset"]
+    assert [b[0] for b in check_dataset(tmp_path, reports)] == ["bad_dataset"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from dsasr.data.shards.manifests import Utterance, read_manifest
+from dsasr.data.shards.manifests import ManifestEntry, read_manifest
 from dsasr.utils.errors import UserError
 
 RATE = 16_000
@@ -33,8 +33,8 @@ def test_jsonl(tmp_path):
     write(tmp_path / "a.wav")
     row = {"id": 7, "audio": "a.wav", "text": "hi\u2028there", "speaker": None, "gender": "f"}
     path = jsonl(tmp_path, "\ufeff" + json.dumps(row, ensure_ascii=False), "")
-    (found,) = read_manifest(path, lang="en").utterances
-    assert found == Utterance(
+    (entry,) = read_manifest(path, lang="en").utterances
+    assert entry == ManifestEntry(
         "7", tmp_path / "a.wav", "hi\u2028there", "", "en", extra={"gender": "f"}
     )
 
@@ -97,11 +97,11 @@ def test_a_kaldi_folder(tmp_path):
         utt2spk="a alice\nb bob\n",
         utt2lang="b zh\n",
     )
-    found = read_manifest(folder, lang="en")
-    assert [(u.id, u.text, u.speaker, u.lang) for u in found.utterances] == [
+    manifest = read_manifest(folder, lang="en")
+    assert [(u.id, u.text, u.speaker, u.lang) for u in manifest.utterances] == [
         ("a", "hello  world", "alice", "en"), ("b", "你好", "bob", "zh")
     ]  # fmt: skip
-    assert [(cause, key) for cause, _, key, _ in found.left_out] == [("missing_text", "c")]
+    assert [(cause, key) for cause, _, key, _ in manifest.left_out] == [("missing_text", "c")]
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_a_librispeech_tree(tmp_path):
     for i in range(3):
         write(folder / f"84-121123-000{i}.flac", seed=i)
     (folder / "84-121123.trans.txt").write_text("84-121123-0000 GO ON\n84-121123-0001 HE SAID\n")
-    found = read_manifest(tmp_path)
-    assert [(u.id, u.text, u.speaker, u.lang) for u in found.utterances] == [
+    manifest = read_manifest(tmp_path)
+    assert [(u.id, u.text, u.speaker, u.lang) for u in manifest.utterances] == [
         ("84-121123-0000", "GO ON", "84", "en"), ("84-121123-0001", "HE SAID", "84", "en")
     ]  # fmt: skip
-    assert [key for _, _, key, _ in found.left_out] == ["84-121123-0002"]
+    assert [key for _, _, key, _ in manifest.left_out] == ["84-121123-0002"]
     (folder / "84-121123-0001.flac").unlink()
     with pytest.raises(UserError, match="missing"):
         read_manifest(tmp_path)

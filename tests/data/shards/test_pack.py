@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from dsasr.data.shards.index import build_index, read_sample
-from dsasr.data.shards.manifests import Utterance, read_manifest
+from dsasr.data.shards.manifests import ManifestEntry, read_manifest
 from dsasr.data.shards.pack import PackConfig, pack, shard_size
 from dsasr.data.shards.verify import verify, verify_shard
 from dsasr.data.shards.writer import read_dataset
@@ -54,36 +54,36 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_packing_keeps_audio_bytes_text_and_order(tmp_path):
-    found = read_manifest(corpus(tmp_path)).utterances
-    made = pack(found, tmp_path / "out", PackConfig(3, shuffle=False), 1)
+    entries = read_manifest(corpus(tmp_path)).utterances
+    dataset = pack(entries, tmp_path / "out", PackConfig(3, shuffle=False), 1)
     read = samples_of(tmp_path / "out")
-    assert [s.key for s in read] == [u.id for u in found]
-    assert [s.audio for s in read] == [u.audio.read_bytes() for u in found]
-    assert [s.text for s in read] == [u.text for u in found]
-    assert [s["samples"] for s in made["shards"]] == [3, 3, 1]
-    assert made["speakers"] == 2 and made["bad"] == made["repaired"] == 0
+    assert [s.key for s in read] == [u.id for u in entries]
+    assert [s.audio for s in read] == [u.audio.read_bytes() for u in entries]
+    assert [s.text for s in read] == [u.text for u in entries]
+    assert [s["samples"] for s in dataset["shards"]] == [3, 3, 1]
+    assert dataset["speakers"] == 2 and dataset["bad"] == dataset["repaired"] == 0
     seconds = sum(0.1 + 0.05 * i for i in range(7))
-    assert made["hours"] == pytest.approx(seconds / 3600, abs=1e-4)
-    assert {k: v["samples"] for k, v in made["langs"].items()} == {"en": 4, "zh": 3}
+    assert dataset["hours"] == pytest.approx(seconds / 3600, abs=1e-4)
+    assert {k: v["samples"] for k, v in dataset["langs"].items()} == {"en": 4, "zh": 3}
     assert read_dataset(tmp_path / "out")["samples"] == 7
     assert all(verify_shard(t).bad == () for t in (tmp_path / "out").glob("*.tar"))
 
 
 def test_shuffled_packing_is_the_seeds_for_any_number_of_processes(tmp_path):
-    found = read_manifest(corpus(tmp_path)).utterances
+    entries = read_manifest(corpus(tmp_path)).utterances
     bytes_of = {}
     for name, seed, processes in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
-        pack(found, tmp_path / name, PackConfig(3, seed=seed), processes)
+        pack(entries, tmp_path / name, PackConfig(3, seed=seed), processes)
         bytes_of[name] = [p.read_bytes() for p in sorted((tmp_path / name).glob("*.tar"))]
     assert bytes_of["a"] == bytes_of["b"] != bytes_of["c"]
     assert sorted(s.key for s in samples_of(tmp_path / "c")) == [f"u{i}" for i in range(7)]
 
 
 def test_a_second_run_writes_only_what_is_missing(tmp_path):
-    found = read_manifest(corpus(tmp_path)).utterances
-    found[4].audio.write_bytes(b"no audio")
+    entries = read_manifest(corpus(tmp_path)).utterances
+    entries[4].audio.write_bytes(b"no audio")
     out, config = tmp_path / "out", PackConfig(2)
-    first = pack(found, out, config, 1)
+    first = pack(entries, out, config, 1)
     assert first["bad"] == 1
     listed = (out / "bad_samples.jsonl").read_text()
     assert json.loads(listed)["key"] == "u4" and json.loads(listed)["cause"] == "decode_error"
@@ -92,7 +92,7 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path):
     (out / "000002.index.json").write_text("{")
     stamps = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     time.sleep(0.02)
-    assert pack(found, out, config, 1) == first | {"written": 2}
+    assert pack(entries, out, config, 1) == first | {"written": 2}
     assert content(out) == before
     again = {p.name for p in out.glob("*.tar") if p.stat().st_mtime_ns != stamps[p.name]}
     assert again == {"000001.tar", "000002.tar"}
@@ -111,9 +111,9 @@ def test_killed_and_run_again_is_as_never_killed(tmp_path):
         time.sleep(0.002)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    found = read_manifest(source).utterances
-    pack(found, tmp_path / "out", PackConfig(1), 1)
-    pack(found, tmp_path / "whole", PackConfig(1), 1)
+    entries = read_manifest(source).utterances
+    pack(entries, tmp_path / "out", PackConfig(1), 1)
+    pack(entries, tmp_path / "whole", PackConfig(1), 1)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert len(samples_of(tmp_path / "out")) == 40
 
@@ -124,12 +124,12 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_stopped_at_any_rename_and_run_again_is_as_never_stopped(tmp_path, monkeypatch, after):
-    found = read_manifest(corpus(tmp_path)).utterances
-    found[2].audio.write_bytes(b"no audio")
-    claims = [Utterance(u.id, u.audio, u.text, duration=9.0) for u in found]
+    entries = read_manifest(corpus(tmp_path)).utterances
+    entries[2].audio.write_bytes(b"no audio")
+    claims = [ManifestEntry(u.id, u.audio, u.text, duration=9.0) for u in entries]
     config, replace, left = PackConfig(2), os.replace, 0
-    made = pack(claims, tmp_path / "whole", config, 1)
-    assert (made["bad"], made["repaired"], made["written"]) == (1, 6, 4)
+    dataset = pack(claims, tmp_path / "whole", config, 1)
+    assert (dataset["bad"], dataset["repaired"], dataset["written"]) == (1, 6, 4)
 
     def stopping(source, target):
         nonlocal left
@@ -150,7 +150,7 @@ def test_stopped_at_any_rename_and_run_again_is_as_never_stopped(tmp_path, monke
             for tar in out.glob("*.tar"):
                 assert not build_index(tar).bad  # whole, though its index may be missing
             again = pack(claims, out, config, 1)
-            assert again | {"written": 0} == made | {"written": 0}
+            assert again | {"written": 0} == dataset | {"written": 0}
             assert content(out) == content(tmp_path / "whole")
         else:
             break
@@ -158,11 +158,11 @@ def test_stopped_at_any_rename_and_run_again_is_as_never_stopped(tmp_path, monke
 
 
 def test_what_is_packed_is_skipped_at_once(tmp_path, monkeypatch):
-    found = read_manifest(corpus(tmp_path)).utterances
-    found[4].audio.write_bytes(b"no audio")
+    entries = read_manifest(corpus(tmp_path)).utterances
+    entries[4].audio.write_bytes(b"no audio")
     out, config = tmp_path / "out", PackConfig(3)
-    made = pack(found, out, config, 1)
-    assert (made["written"], made["bad"]) == (3, 1)
+    dataset = pack(entries, out, config, 1)
+    assert (dataset["written"], dataset["bad"]) == (3, 1)
 
     def never(*_):
         raise AssertionError("nothing is to be written or looked into")
@@ -170,44 +170,44 @@ def test_what_is_packed_is_skipped_at_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("dsasr.data.shards.pack.load_index", never)
         patch.setattr(os, "replace", never)
-        assert pack(found, out, config, 1) == made | {"written": 0}
+        assert pack(entries, out, config, 1) == dataset | {"written": 0}
     for name in ("000001.tar", "000001.index.json"):
         (out / name).unlink()
-        assert pack(found, out, config, 1) == made | {"written": 1}
+        assert pack(entries, out, config, 1) == dataset | {"written": 1}
     data = (out / "000002.tar").read_bytes()
     (out / "000002.tar").write_bytes(data[:700])
-    assert pack(found, out, config, 1) == made | {"written": 1}
+    assert pack(entries, out, config, 1) == dataset | {"written": 1}
     assert (out / "000002.tar").read_bytes() == data
 
 
 def test_other_audio_under_the_same_names_is_other_shards(tmp_path):
-    found = read_manifest(corpus(tmp_path)).utterances
-    pack(found, tmp_path / "out", PackConfig(), 1)
-    write(found[0].audio, 0.7)
+    entries = read_manifest(corpus(tmp_path)).utterances
+    pack(entries, tmp_path / "out", PackConfig(), 1)
+    write(entries[0].audio, 0.7)
     with pytest.raises(UserError, match="other shards"):
-        pack(found, tmp_path / "out", PackConfig(), 1)
+        pack(entries, tmp_path / "out", PackConfig(), 1)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_torn(tmp_path, monkeypatch):
-    found = read_manifest(corpus(tmp_path)).utterances
+    entries = read_manifest(corpus(tmp_path)).utterances
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="cannot be written: No space left"):
-        pack(found, tmp_path / "out", PackConfig(), 1)
+        pack(entries, tmp_path / "out", PackConfig(), 1)
     assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        pack(found, tmp_path / "file", PackConfig(), 1)
+        pack(entries, tmp_path / "file", PackConfig(), 1)
 
 
 def test_processes_must_be_some(tmp_path):
-    found = read_manifest(corpus(tmp_path)).utterances
+    entries = read_manifest(corpus(tmp_path)).utterances
     for wrong in (0, -1):
         with pytest.raises(UserError, match="at least 1"):
-            pack(found, tmp_path / "out", PackConfig(), wrong)
+            pack(entries, tmp_path / "out", PackConfig(), wrong)
 
 
 def test_each_bad_recording_is_named_by_its_cause(tmp_path):
@@ -223,11 +223,18 @@ def test_each_bad_recording_is_named_by_its_cause(tmp_path):
     (tmp_path / "half.ogg").write_bytes(data)
     paths = sorted(p for p in tmp_path.iterdir())
     out = tmp_path / "out"
-    kept = pack([Utterance(p.stem, p, "x") for p in paths], tmp_path / "kept", PackConfig(), 1)
-    assert (kept["samples"], kept["bad"]) == (3, 3)  # headers alone tell nothing of half and nan
-    made = pack([Utterance(p.stem, p, "x") for p in paths], out, PackConfig(encode="flac"), 1)
+    copied = pack(
+        [ManifestEntry(p.stem, p, "x") for p in paths], tmp_path / "kept", PackConfig(), 1
+    )
+    assert (copied["samples"], copied["bad"]) == (
+        3,
+        3,
+    )  # headers alone tell nothing of half and nan
+    dataset = pack(
+        [ManifestEntry(p.stem, p, "x") for p in paths], out, PackConfig(encode="flac"), 1
+    )
     bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
-    assert made["bad"] == len(bad) == 5
+    assert dataset["bad"] == len(bad) == 5
     assert {b["key"]: b["cause"] for b in bad} == {
         "garbage": "decode_error", "nothing": "decode_error", "empty": "empty_audio",
         "nan": "nan_audio", "half": "decode_error",
@@ -239,39 +246,39 @@ def test_each_bad_recording_is_named_by_its_cause(tmp_path):
 
 
 def test_other_shards_are_not_overwritten(tmp_path):
-    found = read_manifest(corpus(tmp_path)).utterances
+    entries = read_manifest(corpus(tmp_path)).utterances
     out = tmp_path / "out"
-    pack(found, out, PackConfig(3), 1)
-    for utterances, config in ((found[1:], PackConfig(3)), (found, PackConfig(4))):
+    pack(entries, out, PackConfig(3), 1)
+    for utterances, config in ((entries[1:], PackConfig(3)), (entries, PackConfig(4))):
         with pytest.raises(UserError, match="other shards"):
             pack(utterances, out, config, 1)
     (out / "packing.json").unlink()
     with pytest.raises(UserError, match="shards already"):
-        pack(found, out, PackConfig(3), 1)
+        pack(entries, out, PackConfig(3), 1)
 
 
 def test_ids_that_give_one_key_and_formats_that_are_not_read_stop_at_once(tmp_path):
     write(tmp_path / "a.wav")
     (tmp_path / "a.amr").write_bytes(b"")
     out = tmp_path / "out"
-    pair = [Utterance(k, tmp_path / "a.wav", "x") for k in ("a.b", "a_b")]
+    pair = [ManifestEntry(k, tmp_path / "a.wav", "x") for k in ("a.b", "a_b")]
     for utterances, says in (
         (pair, "same key"),
-        ([Utterance("a", tmp_path / "a.amr", "x")], "must be one of"),
-        ([Utterance("\n", tmp_path / "a.wav", "x")], "cannot be a key"),
+        ([ManifestEntry("a", tmp_path / "a.amr", "x")], "must be one of"),
+        ([ManifestEntry("\n", tmp_path / "a.wav", "x")], "cannot be a key"),
     ):
         with pytest.raises(UserError, match=says):
             pack(utterances, out, PackConfig(), 1)
     assert not out.exists()
     with pytest.raises(UserError, match="not Unicode"):
-        pack([Utterance("a", tmp_path / "a.wav", "\ud800")], out, PackConfig(), 1)
+        pack([ManifestEntry("a", tmp_path / "a.wav", "\ud800")], out, PackConfig(), 1)
 
 
 def test_wrong_durations_are_repaired_and_counted(tmp_path):
     write(tmp_path / "a.wav", 0.5)
-    claims = [Utterance(f"u{d}", tmp_path / "a.wav", "x", duration=d) for d in (0.0, 0.52, 5.0)]
-    made = pack(claims, tmp_path / "out", PackConfig(), 1)
-    assert made["repaired"] == 1
+    claims = [ManifestEntry(f"u{d}", tmp_path / "a.wav", "x", duration=d) for d in (0.0, 0.52, 5.0)]
+    dataset = pack(claims, tmp_path / "out", PackConfig(), 1)
+    assert dataset["repaired"] == 1
     assert [s.duration for s in samples_of(tmp_path / "out")] == [0.5] * 3
 
 
@@ -281,7 +288,7 @@ def test_encoding_as_flac_keeps_the_samples(tmp_path, subtype):
     exact = subtype == "PCM_16"
     soundfile.write(tmp_path / "a.wav", wave if exact else wave / 32_768, RATE, subtype=subtype)
     write(tmp_path / "b.flac", 0.3)
-    both = [Utterance(p, tmp_path / p, "x") for p in ("a.wav", "b.flac")]
+    both = [ManifestEntry(p, tmp_path / p, "x") for p in ("a.wav", "b.flac")]
     pack(both, tmp_path / "out", PackConfig(shuffle=False, encode="flac"), 1)
     a, b = samples_of(tmp_path / "out")
     assert (a.extension, b.audio) == ("flac", (tmp_path / "b.flac").read_bytes())
@@ -289,11 +296,11 @@ def test_encoding_as_flac_keeps_the_samples(tmp_path, subtype):
 
 
 def test_shards_by_bytes(tmp_path):
-    found = read_manifest(corpus(tmp_path, 20)).utterances
-    size = sum(u.audio.stat().st_size for u in found)
-    made = pack(found, tmp_path / "out", PackConfig(shard_bytes=size // 4), 1)
-    assert 4 <= len(made["shards"]) <= 5
-    assert made["samples"] == 20
+    entries = read_manifest(corpus(tmp_path, 20)).utterances
+    size = sum(u.audio.stat().st_size for u in entries)
+    dataset = pack(entries, tmp_path / "out", PackConfig(shard_bytes=size // 4), 1)
+    assert 4 <= len(dataset["shards"]) <= 5
+    assert dataset["samples"] == 20
     assert shard_size("200MB") == (500, 200_000_000)
     assert shard_size("1.5gb") == (500, 1_500_000_000)
     assert shard_size("64") == (64, 0)
@@ -313,11 +320,11 @@ def test_kaldi_segments_are_cut_exactly(tmp_path):
         ("segments", "u1 rec 0.25 0.75\nu2 rec 1.5 -1\nu3 rec 1.9 2.2\nu4 rec 3 4\nu5 rec 0 1\n"),
     ):
         (tmp_path / name).write_text(lines)
-    found = read_manifest(tmp_path)
-    assert [key for _, _, key, _ in found.left_out] == ["u5"]
+    manifest = read_manifest(tmp_path)
+    assert [key for _, _, key, _ in manifest.left_out] == ["u5"]
     out = tmp_path / "out"
-    made = pack(found.utterances, out, PackConfig(shuffle=False), 1, found.left_out)
-    assert (made["samples"], made["bad"]) == (3, 2)
+    dataset = pack(manifest.utterances, out, PackConfig(shuffle=False), 1, manifest.left_out)
+    assert (dataset["samples"], dataset["bad"]) == (3, 2)
     lines = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert [(b["cause"], b["key"]) for b in lines] == [
         ("missing_text", "u5"),
@@ -336,10 +343,10 @@ def test_real_recordings_pack_and_verify_without_a_drop(tmp_path, recordings, na
     manifests = sorted((recordings / name).glob("*.jsonl"))
     assert len(manifests) == 2
     for manifest in manifests:
-        found, out = read_manifest(manifest).utterances, tmp_path / manifest.stem
-        made = pack(found, out, PackConfig(200), 2)
-        assert (made["samples"], made["bad"], made["repaired"]) == (len(found), 0, 0)
-        verdicts, causes = verify(sorted(out.glob("*.tar")), 2)
+        entries, out = read_manifest(manifest).utterances, tmp_path / manifest.stem
+        dataset = pack(entries, out, PackConfig(200), 2)
+        assert (dataset["samples"], dataset["bad"], dataset["repaired"]) == (len(entries), 0, 0)
+        reports, causes = verify(sorted(out.glob("*.tar")), 2)
         assert not causes
-        assert sum(v.samples for v in verdicts) == len(found)
-        assert {s.key: s.text for s in samples_of(out)} == {u.id: u.text for u in found}
+        assert sum(v.samples for v in reports) == len(entries)
+        assert {s.key: s.text for s in samples_of(out)} == {u.id: u.text for u in entries}

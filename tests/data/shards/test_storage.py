@@ -23,11 +23,11 @@ import soundfile
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.storage import (
-    Missing,
-    SourceConfig,
-    SourceError,
-    Sources,
-    Truncated,
+    ShardMissing,
+    ShardReadError,
+    ShardStorage,
+    ShardTruncated,
+    StorageConfig,
     _locked,
     expand_braces,
     is_remote,
@@ -103,9 +103,9 @@ def server():
     one.server_close()
 
 
-def sources(tmp_path: Path, **kwargs) -> Sources:
-    given = {"cache": str(tmp_path / "cache"), "backoff": 0.01, "timeout": 0.3, "attempts": 4}
-    return Sources(SourceConfig(**{**given, **kwargs}))
+def sources(tmp_path: Path, **kwargs) -> ShardStorage:
+    defaults = {"cache": str(tmp_path / "cache"), "backoff": 0.01, "timeout": 0.3, "attempts": 4}
+    return ShardStorage(StorageConfig(**{**defaults, **kwargs}))
 
 
 @pytest.mark.parametrize(
@@ -128,16 +128,16 @@ def test_two_members_cost_one_request_where_they_lie_near(server, tmp_path) -> N
     read, url = sources(tmp_path), f"{server.url}/a.tar"
     for one, two in (((512, 900), (2048, 70)), ((2048, 70), (512, 900))):
         want = BODY[one[0] : sum(one)], BODY[two[0] : sum(two)]
-        assert read.read_both(url, one, two) == read.read_both(str(local), one, two) == want
+        assert read.read_two(url, one, two) == read.read_two(str(local), one, two) == want
     assert len(server.requests) == 2
-    assert read.read_both(url, (0, 5), (100_000, 5)) == (BODY[:5], BODY[100_000:100_005])
+    assert read.read_two(url, (0, 5), (100_000, 5)) == (BODY[:5], BODY[100_000:100_005])
     assert len(server.requests) == 4
 
 
 def test_a_server_that_stays_bad_ends_in_a_named_error(server, tmp_path) -> None:
     server.faults = [503] * 9
     url = f"{server.url}/a.tar"
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(ShardReadError) as caught:
         sources(tmp_path).read(url, 0, 10)
     error = caught.value
     assert (error.url, error.attempts) == (url, 4) and "503" in error.cause
@@ -147,17 +147,17 @@ def test_a_server_that_stays_bad_ends_in_a_named_error(server, tmp_path) -> None
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_a_closed_port_a_refusal_and_a_missing_file_are_told_apart(server, tmp_path) -> None:
+def test_a_closed_port_a_refusal_and_a_missing_file_are_distinguished(server, tmp_path) -> None:
     read = sources(tmp_path, attempts=2)
-    with pytest.raises(SourceError, match=r"after 2 attempts.*refused"):
+    with pytest.raises(ShardReadError, match=r"after 2 attempts.*refused"):
         read.read("http://127.0.0.1:9/a.tar", 0, 10)
     server.faults = [403]
-    with pytest.raises(SourceError, match=r"after 1 attempt: HTTP 403"):
+    with pytest.raises(ShardReadError, match=r"after 1 attempt: HTTP 403"):
         read.read(f"{server.url}/a.tar", 0, 10)
-    with pytest.raises(Missing):
-        read.whole(f"{server.url}/none.json")
+    with pytest.raises(ShardMissing):
+        read.read_file(f"{server.url}/none.json")
     for gone in (f"{server.url}/none.tar", str(tmp_path / "none.tar")):
-        with pytest.raises(SourceError, match="does not exist"):
+        with pytest.raises(ShardReadError, match="does not exist"):
             read.read(gone, 0, 1)
 
 
@@ -165,7 +165,7 @@ def test_back_off_doubles(server, tmp_path, monkeypatch) -> None:
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
     server.faults = [503] * 4
-    with pytest.raises(SourceError):
+    with pytest.raises(ShardReadError):
         sources(tmp_path, backoff=0.5).read(f"{server.url}/a.tar", 0, 10)
     assert slept == [0.5, 1.0, 2.0]
 
@@ -177,7 +177,7 @@ def test_a_read_past_the_end_is_truncated_not_retried(server, tmp_path) -> None:
     for url in (str(local), f"{server.url}/a.tar"):
         assert read.read(url, len(BODY) - 10, 10) == BODY[-10:]
         for offset in (len(BODY) - 5, len(BODY) + 50):
-            with pytest.raises(Truncated, match="of 10 bytes"):
+            with pytest.raises(ShardTruncated, match="of 10 bytes"):
                 read.read(url, offset, 10)
     assert len(server.requests) == 3
 
@@ -196,8 +196,8 @@ def test_the_cache_downloads_once_and_whole_or_not_at_all(server, tmp_path) -> N
     for offset in (0, 100, 150_000):
         assert read.read(f"{server.url}/a.tar", offset, 50) == BODY[offset : offset + 50]
     assert len(server.requests) == 3  # two failures, one download
-    held = [p for p in (tmp_path / "cache" / "shards").iterdir() if not p.name.endswith(".lock")]
-    assert [p.stat().st_size for p in held] == [len(BODY)]
+    cached = [p for p in (tmp_path / "cache" / "shards").iterdir() if not p.name.endswith(".lock")]
+    assert [p.stat().st_size for p in cached] == [len(BODY)]
 
 
 def test_the_cache_stays_under_its_limit_and_keeps_what_is_used(server, tmp_path) -> None:
@@ -206,8 +206,8 @@ def test_the_cache_stays_under_its_limit_and_keeps_what_is_used(server, tmp_path
     for i in (0, 1, 2, 0, 3, 0, 4):
         assert read.read(f"{server.url}/{i}.tar", 5, 3) == bytes([i]) * 3
         time.sleep(0.01)
-    held = list((tmp_path / "cache" / "shards").glob("*.tar"))
-    assert sum(p.stat().st_size for p in held) <= 350_000
+    cached = list((tmp_path / "cache" / "shards").glob("*.tar"))
+    assert sum(p.stat().st_size for p in cached) <= 350_000
     before = len(server.requests)
     read.read(f"{server.url}/0.tar", 0, 1)
     assert len(server.requests) == before, "the shard in use was evicted"
@@ -229,7 +229,7 @@ def test_a_shard_that_leaves_the_cache_before_it_is_opened_is_fetched_again(
     monkeypatch.setattr(read, "_cached", evicted)
     assert read.read(url, 10, 5) == BODY[10:15] and len(gone) == 2 == len(server.requests) - 1
     monkeypatch.setattr(read, "_cached", lambda url: str(tmp_path / "gone"))
-    with pytest.raises(SourceError, match=r"4 attempts.*raise source\.cache_gb"):
+    with pytest.raises(ShardReadError, match=r"4 attempts.*raise source\.cache_gb"):
         read.read(url, 10, 5)
 
 
@@ -245,21 +245,21 @@ def test_what_a_killed_download_left_is_removed_in_time(server, tmp_path) -> Non
 
 
 def test_a_fork_does_not_keep_a_lock(tmp_path) -> None:
-    """A worker forked while the planner's thread downloads holds the lock's file, not the lock."""
+    """A worker forked while the sampler's thread downloads has the lock's file, not the lock."""
     lock = tmp_path / "lock"
-    held, freed = threading.Event(), threading.Event()
+    locked, release = threading.Event(), threading.Event()
 
-    def hold() -> None:
+    def lock_until_release() -> None:
         with _locked(lock):
-            held.set()
-            freed.wait(10)
+            locked.set()
+            release.wait(10)
 
-    thread = threading.Thread(target=hold)
+    thread = threading.Thread(target=lock_until_release)
     thread.start()
-    held.wait(10)
+    locked.wait(10)
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
     process.start()
-    freed.set()
+    release.set()
     thread.join()
     handle = os.open(lock, os.O_RDWR)
     try:
@@ -271,7 +271,7 @@ def test_a_fork_does_not_keep_a_lock(tmp_path) -> None:
 
 
 def _fetch(url: str, folder: str, queue) -> None:
-    read = Sources(SourceConfig(cache=folder, cache_gb=1.0))
+    read = ShardStorage(StorageConfig(cache=folder, cache_gb=1.0))
     queue.put(read.read(url, 7, 9))
 
 
@@ -306,21 +306,21 @@ def test_a_stream_from_a_bad_server_is_the_stream_from_disk(server, tmp_path, ca
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     server.files = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
-    marks = {}
-    for place in (f"{folder}/s-{{0..2}}.tar", f"{server.url}/s-{{0..2}}.tar"):
+    digests = {}
+    for shards in (f"{folder}/s-{{0..2}}.tar", f"{server.url}/s-{{0..2}}.tar"):
         server.faults = [x for fault in (503, "cut", "drop", "stall") for x in (fault, "", "")]
-        given = {"cache": str(tmp_path / "cache"), "backoff": 0.01, "timeout": 0.3}
+        settings = {"cache": str(tmp_path / "cache"), "backoff": 0.01, "timeout": 0.3}
         config = DataLoaderConfig(
             batch=BatchConfig(frames=150),
             num_workers=2,
-            source=SourceConfig(cache_gb=cache_gb, **given),
+            source=StorageConfig(cache_gb=cache_gb, **settings),
         )
-        with StreamingDataLoader(config, datasets=[DatasetConfig("d", place)], epochs=2) as stream:
+        with StreamingDataLoader(config, datasets=[DatasetConfig("d", shards)], epochs=2) as stream:
             batches = list(stream)
-        marks[place] = [digest(batch) for batch in batches]
+        digests[shards] = [digest(batch) for batch in batches]
         seen = Counter(key for batch in batches for key in batch.keys)
         assert seen == Counter(keys * 2) and not any(batch.bad for batch in batches)
-    assert len(set(map(tuple, marks.values()))) == 1
+    assert len(set(map(tuple, digests.values()))) == 1
     assert len(server.faults) < 12, "the server was asked"
 
 
@@ -331,11 +331,11 @@ def test_s3_and_others_go_through_fsspec(tmp_path) -> None:
     read = sources(tmp_path)
     url = "memory://bucket/x.tar"
     assert read.read(url, 100, 50) == BODY[100:150]
-    assert read.whole(url) == BODY
+    assert read.read_file(url) == BODY
     assert sources(tmp_path, cache_gb=1.0).read(url, 100, 50) == BODY[100:150]
-    with pytest.raises(Missing):
-        read.whole("memory://bucket/none.tar")
-    with pytest.raises(Truncated):
+    with pytest.raises(ShardMissing):
+        read.read_file("memory://bucket/none.tar")
+    with pytest.raises(ShardTruncated):
         read.read(url, len(BODY) - 5, 10)
 
 
@@ -349,7 +349,7 @@ def test_pipe_only_behind_the_switch(tmp_path) -> None:
     allowed = sources(tmp_path, allow_pipe=True, attempts=1)
     assert allowed.resolve(url).shards == [url]
     assert allowed.read(url, 3, 4) == BODY[3:7]
-    with pytest.raises(SourceError, match="ended with 3"):
+    with pytest.raises(ShardReadError, match="ended with 3"):
         allowed.read("pipe:exit 3", 0, 1)
 
 
@@ -384,15 +384,15 @@ def test_resolving_names(tmp_path, server) -> None:
     one = dataset(tmp_path / "one", ["s-0.tar", "s-1.tar"])
     two = dataset(tmp_path / "two", ["t-0.tar"])
     read = sources(tmp_path)
-    found = read.resolve(str(one))
-    assert found.shards == [str(one / "s-0.tar"), str(one / "s-1.tar")]
-    assert found.counts.tolist() == [3, 3] and found.langs == {"en": 0.5}
+    shard_list = read.resolve(str(one))
+    assert shard_list.shards == [str(one / "s-0.tar"), str(one / "s-1.tar")]
+    assert shard_list.counts.tolist() == [3, 3] and shard_list.langs == {"en": 0.5}
     both = read.resolve([str(one), str(two / "dataset.json")])
     assert len(both.shards) == 3 and both.hours == 1.0 and both.langs == {"en": 1.0}
-    assert read.resolve(str(one / "s-{0..1}.tar")).shards == found.shards
-    assert read.resolve(str(one / "*.tar")).shards == found.shards
-    assert read.resolve(f"file://{one}/s-0.tar").shards == found.shards[:1]
-    assert read.resolve(f"file://{one}").shards == found.shards
+    assert read.resolve(str(one / "s-{0..1}.tar")).shards == shard_list.shards
+    assert read.resolve(str(one / "*.tar")).shards == shard_list.shards
+    assert read.resolve(f"file://{one}/s-0.tar").shards == shard_list.shards[:1]
+    assert read.resolve(f"file://{one}").shards == shard_list.shards
     assert read.resolve(f"{server.url}/{{a,b}}.tar").shards == [
         f"{server.url}/a.tar",
         f"{server.url}/b.tar",

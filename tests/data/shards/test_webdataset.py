@@ -14,8 +14,8 @@ import soundfile
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.index import build_index, find_tars, read_sample
-from dsasr.data.shards.storage import SourceConfig
-from dsasr.data.shards.writer import Packed, shard_summary, write_dataset, write_shard
+from dsasr.data.shards.storage import StorageConfig
+from dsasr.data.shards.writer import PackedSample, shard_summary, write_dataset, write_shard
 
 webdataset = pytest.importorskip("webdataset")
 
@@ -35,24 +35,24 @@ def values(number: int, **more) -> dict:
     return {**said, "duration": 0.3 + number / 10, **more}
 
 
-def samples(keys=KEYS) -> list[Packed]:
+def samples(keys=KEYS) -> list[PackedSample]:
     return [
-        Packed(key, "flac", encoded(0.3 + i / 10, seed=i), values(i, gender="f"))
+        PackedSample(key, "flac", encoded(0.3 + i / 10, seed=i), values(i, gender="f"))
         for i, key in enumerate(keys)
     ]
 
 
 def test_webdataset_yields_the_samples_that_we_wrote(tmp_path: Path) -> None:
-    made = samples()
+    written = samples()
     rows = []
-    for number, part in enumerate((made[:2], made[2:])):
+    for number, part in enumerate((written[:2], written[2:])):
         path = tmp_path / f"{number:06d}.tar"
         rows.append(shard_summary(path, write_shard(path, part)))
     write_dataset(tmp_path, rows, 2)
     urls = str(tmp_path / "{000000..000001}.tar")
     got = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [s["__key__"] for s in got] == [s.key for s in made]
-    for theirs, ours in zip(got, made, strict=True):
+    assert [s["__key__"] for s in got] == [s.key for s in written]
+    for theirs, ours in zip(got, written, strict=True):
         members = {name for name in theirs if not name.startswith("__")}
         assert members == {"flac", "json"}
         assert theirs["flac"] == ours.audio and json.loads(theirs["json"]) == ours.values
@@ -70,12 +70,12 @@ def _entries(folder: Path) -> list:
 
 def test_the_same_samples_give_the_same_bytes_as_tarwriter(tmp_path: Path) -> None:
     """Not only the same content: the archives are equal byte for byte (short names, times of 0)."""
-    made = samples(KEYS[:2])
-    write_shard(tmp_path / "ours.tar", made)
+    written = samples(KEYS[:2])
+    write_shard(tmp_path / "ours.tar", written)
     theirs = tmp_path / "theirs.tar"
-    given = {"mtime": 0, "user": "dsasr", "group": "dsasr", "mode": 0o644}
-    with webdataset.TarWriter(str(theirs), **given) as writer:
-        for s in made:
+    fixed = {"mtime": 0, "user": "dsasr", "group": "dsasr", "mode": 0o644}
+    with webdataset.TarWriter(str(theirs), **fixed) as writer:
+        for s in written:
             data = json.dumps(s.values, ensure_ascii=False).encode()
             writer.write({"__key__": s.key, "flac": s.audio, "json": data})
     assert theirs.read_bytes() == (tmp_path / "ours.tar").read_bytes()
@@ -99,7 +99,7 @@ def test_shards_of_shardwriter_are_read_without_an_index(tmp_path: Path) -> None
     config = DataLoaderConfig(
         batch=BatchConfig(frames=300),
         num_workers=0,
-        source=SourceConfig(cache=str(tmp_path / "cache")),
+        source=StorageConfig(cache=str(tmp_path / "cache")),
     )
     datasets = [DatasetConfig("d", str(tmp_path / "train-{0000..0002}.tar"))]
     with StreamingDataLoader(config, datasets=datasets, purpose="eval") as stream:

@@ -174,10 +174,10 @@ def test_build_phonemizer(lexicon):
 
 
 def test_characters():
-    held = build_phonemizer(PhonemizerConfig("characters"))
-    assert held.phonemes("Don't, go!") == list("don't▁go")
-    assert held.phonemes("我 要 去 Berlin 。", "zh-en") == [*"我要去", "▁", *"berlin"]
-    assert held.phonemes("") == []
+    phonemizer = build_phonemizer(PhonemizerConfig("characters"))
+    assert phonemizer.phonemes("Don't, go!") == list("don't▁go")
+    assert phonemizer.phonemes("我 要 去 Berlin 。", "zh-en") == [*"我要去", "▁", *"berlin"]
+    assert phonemizer.phonemes("") == []
 
 
 def test_vocab_order_does_not_depend_on_the_data(tmp_path):

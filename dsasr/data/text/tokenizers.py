@@ -1,0 +1,200 @@
+"""The language model's tokenizer: a Hugging Face folder or a sentencepiece model, one interface."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from dsasr.data.text.scripts import script_runs
+from dsasr.utils.errors import UserError
+
+IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+META_NAME = "dsasr_tokenizer.json"
+META_FORMAT = "dsasr-tokenizer"
+META_VERSION = 1
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The interface that training and decoding use.
+
+    ``encode`` never returns a special token: ``<|im_end|>`` in a transcript is encoded as plain
+    characters. Special tokens come from ``special_id`` only.
+    """
+
+    vocab_size: int  # largest id + 1
+    end_id: int  # ends a transcript
+    pad_id: int
+    special_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def special_id(self, name: str) -> int | None: ...
+
+
+class HfTokenizer:
+    """A Hugging Face tokenizer folder (``tokenizer.json``…). Remote code is never run."""
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._hf = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise UserError(f"tokenizer folder {folder} does not load: {reason[0]}") from None
+        self.special_ids = frozenset(
+            number for number, token in self._hf.added_tokens_decoder.items() if token.special
+        ) | frozenset(self._hf.all_special_ids)
+        self.vocab_size = max(len(self._hf), max(self._hf.get_vocab().values(), default=-1) + 1)
+        end = self.special_id(IM_END)
+        self.end_id = end if end is not None else self._hf.eos_token_id
+        if self.end_id is None:
+            raise UserError(f"tokenizer {folder} has neither {IM_END} nor an end-of-text token")
+        pad = self._hf.pad_token_id
+        self.pad_id = pad if pad is not None else self.end_id
+
+    def encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        return list(
+            self._hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        plain = [int(number) for number in ids if int(number) not in self.special_ids]
+        return self._hf.decode(plain, clean_up_tokenization_spaces=False).strip()
+
+    def special_id(self, name: str) -> int | None:
+        number = self._hf.get_vocab().get(name)
+        return number if number in self.special_ids else None
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model: one of `dsasr data tokenizer`, or any other ``.model`` file.
+
+    A trained folder's `META_NAME` lists the prompt's sentences that are one token each
+    (``phrases``), and sets ``script_spacing``: Latin and Han runs are separated by a space in text,
+    but not in pieces.
+    """
+
+    def __init__(self, model: str | Path, meta: dict | None = None) -> None:
+        import sentencepiece
+
+        meta = meta or {}
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        except (OSError, RuntimeError, ValueError):
+            raise UserError(f"{model} is not a sentencepiece model") from None
+        size = self._sp.get_piece_size()
+        self._spacing = bool(meta.get("script_spacing", False))
+        self._phrases: dict[str, int] = {}
+        self.special_ids = frozenset(i for i in range(size) if self._sp.is_control(i))
+        for number, text in enumerate(meta.get("phrases", ()), size):
+            self._phrases[str(text)] = number
+        self._phrase_of = {number: text for text, number in self._phrases.items()}
+        self.vocab_size = size + len(self._phrases)
+        end = self.special_id(IM_END)
+        end = self._sp.eos_id() if end is None else end
+        if end < 0:
+            raise UserError(f"sentencepiece model {model} has neither {IM_END} nor </s>")
+        self.end_id = end
+        pad = self.special_id(PAD)
+        pad = self._sp.pad_id() if pad is None else pad
+        self.pad_id = pad if pad >= 0 else end
+
+    def encode(self, text: str) -> list[int]:
+        if text in self._phrases:
+            return [self._phrases[text]]
+        if not self._spacing:
+            return list(self._sp.encode(text))
+        return list(self._sp.encode(to_pieces(text)))
+
+    def decode(self, ids: list[int]) -> str:
+        parts: list[str] = []
+        run: list[int] = []
+        for number in (int(number) for number in ids):
+            if number in self._phrase_of:
+                parts += [self._sp.decode(run), self._phrase_of[number]]
+                run = []
+            elif 0 <= number < self._sp.get_piece_size() and number not in self.special_ids:
+                run.append(number)
+        text = "".join([*parts, self._sp.decode(run)])
+        return _from_pieces(text) if self._spacing and not parts else text.strip()
+
+    def special_id(self, name: str) -> int | None:
+        number = self._sp.piece_to_id(name)
+        return number if number in self.special_ids else None
+
+
+def to_pieces(text: str) -> str:
+    """A space before each Latin run, none around Han: ``打开 wifi 吧`` → ``打开 wifi吧``.
+
+    So ``wifi`` is the piece ``▁wifi`` at any position, and no Han character has a piece ``▁吧``.
+    """
+    runs = [(script, run.strip()) for script, run in script_runs(text)]
+    return "".join(run if script == "zh" else " " + run for script, run in runs if run)
+
+
+def _from_pieces(text: str) -> str:
+    return " ".join(run.strip() for _, run in script_runs(text) if run.strip())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in ``path``: a trained folder, a Hugging Face folder, or a ``.model`` file.
+
+    Raises `UserError` if it is none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".model":
+            raise UserError(f"tokenizer {path}: give a folder or a sentencepiece .model file")
+        return SentencePieceTokenizer(path)
+    if not path.is_dir():
+        raise UserError(f"tokenizer {path} is not there")
+    if (path / META_NAME).is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model", _read_meta(path / META_NAME))
+    if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
+        return HfTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    raise UserError(f"{path} holds no tokenizer (tokenizer.json or tokenizer.model)")
+
+
+def _read_meta(path: Path) -> dict:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path} cannot be read: train the tokenizer again") from None
+    if not isinstance(meta, dict) or meta.get("format") != META_FORMAT:
+        raise UserError(f"{path} is not a {META_FORMAT} file")
+    if meta.get("version") != META_VERSION:
+        raise UserError(
+            f"{path} has version {meta.get('version')}, this code reads {META_VERSION}: "
+            "train the tokenizer again"
+        )
+    return meta
+
+
+def check_tokenizer(tokenizer: Tokenizer, llm_vocab_size: int) -> None:
+    """Raise `UserError` unless ``tokenizer`` can belong to an LM of ``llm_vocab_size`` embeddings.
+
+    LMs pad their vocabularies (Qwen3: 151,669 tokens, 151,936 rows), so spare rows are fine up to
+    1024 or 2%; a token without a row is not.
+    """
+    size = tokenizer.vocab_size
+    if size > llm_vocab_size:
+        raise UserError(
+            f"the tokenizer has {size} tokens, the language model only {llm_vocab_size} "
+            "embeddings: use the tokenizer folder that came with the model"
+        )
+    if llm_vocab_size - size > max(1024, llm_vocab_size // 50):
+        raise UserError(
+            f"the tokenizer has {size} tokens, the language model {llm_vocab_size} embeddings: "
+            "they do not belong together; use the tokenizer folder that came with the model"
+        )

@@ -1,0 +1,65 @@
+"""Tokenizers of both kinds, trained on the same sentences."""
+
+import pytest
+
+from dsasr.data.text.tokenizers import IM_END, IM_START, Tokenizer, load_tokenizer
+from dsasr.data.text.train_tokenizer import train_tokenizer
+
+SENTENCES = [
+    "turn on the kitchen lights",
+    "play happy music",
+    "turn off the radio",
+    "打开卧室的灯",
+    "请打开 wifi 吧",
+    "anna 喜欢唱歌",
+] * 10
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    return SENTENCES
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    train_tokenizer([folder / "text.txt"], folder / "tok", size=400)
+    return folder / "tok"
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer(trained):
+    return load_tokenizer(trained)
+
+
+@pytest.fixture(scope="session")
+def hugging_face(tmp_path_factory):
+    """A byte-level BPE tokenizer with Qwen's special tokens, as a saved folder."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", IM_START, IM_END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet
+    )
+    fast.train_from_iterator(SENTENCES, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        eos_token=IM_END,
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[IM_START],
+    )
+    folder = tmp_path_factory.mktemp("hf")
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["trained", "hugging_face"])
+def tokenizer(request) -> Tokenizer:
+    return load_tokenizer(request.getfixturevalue(request.param))
