@@ -18,7 +18,7 @@ import torch
 from dsasr.analysis import measure as measures
 from dsasr.analysis import probed_encoders
 from dsasr.entropy_allocation.v_information import SPIKES, VInformationConfig
-from dsasr.evaluation import eval_sets
+from dsasr.evaluation.eval_sets import read_recordings
 from dsasr.recipe import quiet
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, json_lines, json_text
@@ -70,7 +70,7 @@ def probe_set(
 ) -> measures.ProbeSet:
     """The recordings that every checkpoint can read, labeled; tells what was left out."""
     data = aligner.build.recipe.data
-    held, bad = eval_sets.read(
+    held, bad = read_recordings(
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
         max_seconds=probed_encoders.longest(args.checkpoints),
     )  # fmt: skip

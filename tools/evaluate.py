@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from dsasr.evaluation import eval_sets, suite_results
+from dsasr.evaluation.eval_sets import read_recordings
 from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.normalize import check_rules
-from dsasr.evaluation.suite import SuiteConfig
+from dsasr.evaluation.results import Results, compare, read_results
+from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
 from dsasr.inference.model_from_run import RunModel, events, finished
 from dsasr.recipe import quiet
 from dsasr.tracking.monitor import clock
@@ -86,7 +87,7 @@ def percent(rate: float | None) -> str:
 
 
 def pace(row: dict) -> str:
-    """One row of `Trials.nonspeech` in words."""
+    """One row of `Results.nonspeech_rates` in words."""
     if not row["clips_with_text"]:
         return f"0 characters a minute of non-speech (no text in {row['clips']} clips)"
     span = "" if row["low"] is None else f" ({row['low']:.1f}…{row['high']:.1f})"
@@ -94,7 +95,7 @@ def pace(row: dict) -> str:
     return f"{told}, text in {row['clips_with_text']} of {row['clips']} clips"
 
 
-def tell(found: suite_results.Trials, summary: dict, pairs: int) -> None:
+def tell(results: Results, summary: dict, pairs: int) -> None:
     """Error rates and hallucinations by condition, and some transcripts."""
     for condition, part in summary["conditions"].items():
         for lang, row in part["languages"].items():
@@ -114,14 +115,14 @@ def tell(found: suite_results.Trials, summary: dict, pairs: int) -> None:
     for example in summary["hallucination"]["examples"][:pairs]:
         head = f"{example['kind']} ({example['condition']}, {example['detail']})"
         print(f"  {head}\n    ref  {example['reference']}\n    hyp  {example['hypothesis']}")
-    clean = [row for row in found.rows if row.condition == "clean"]
+    clean = [row for row in results.rows if row.condition == "clean"]
     for row in clean[:: max(len(clean) // max(pairs, 1), 1)][:pairs]:
         print(f"  ref  {row.reference}\n  hyp  {row.hypothesis}")
 
 
-def against(found: suite_results.Trials, other: Path, rules: str) -> dict:
+def against(results: Results, other: Path, rules: str) -> dict:
     path = other / TRANSCRIPTS if other.is_dir() else other
-    tests = suite_results.compare(suite_results.read(path), found, rules)
+    tests = compare(read_results(path), results, rules)
     print(f"against {other}: (this less that)")
     for condition, row in tests.items():
         line = f"{condition:>9}: hallucinated {row['flagged_b']:.0f} to {row['flagged_a']:.0f}"
@@ -143,14 +144,14 @@ def main() -> int:
         return 0 if finished(args.run) else 1
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    recognizer = RunModel.from_run(args.run, args.checkpoint)
-    recipe = recognizer.build.recipe
+    run = RunModel.from_run(args.run, args.checkpoint)
+    recipe = run.build.recipe
     rules = args.rules or recipe.evaluation.rules
     try:
         check_rules(rules)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    held, left_out = eval_sets.read(
+    recordings, left_out = read_recordings(
         args.data,
         rate=recipe.data.fbank.rate,
         text=recipe.data.text,
@@ -159,31 +160,31 @@ def main() -> int:
     )
     if left_out:
         print(f"left out: {dict(left_out)}")
-    config = replace(SuiteConfig(), clips=args.clips) if args.suite else suite_results.PLAIN
+    config = replace(SuiteConfig(), clips=args.clips) if args.suite else RECORDINGS_ONLY
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
-    found = recognizer.hear(held, config, beam=args.beam, progress=bar)
-    summary = found.summary(rules)
-    tell(found, summary, args.pairs)
+    results = run.transcribe(recordings, config, beam=args.beam, progress=bar)
+    summary = results.summary(rules)
+    tell(results, summary, args.pairs)
     if args.against:
         summary["against"] = {
             "run": str(args.against),
-            "tests": against(found, args.against, rules),
+            "tests": against(results, args.against, rules),
         }
     if args.out:
-        atomic_write(args.out, found.text())
+        atomic_write(args.out, results.to_json_lines())
     if args.report:
         stages = stage_rows(args.run)
         rows = [dict(zip(("stage", "steps", "seconds"), row, strict=True)) for row in stages]
         data = args.data[0] if len(args.data) == 1 else args.data
         values = {**summary, "data": data, "beam": args.beam, "stages": rows}
-        atomic_write(args.run / TRANSCRIPTS, found.text())
+        atomic_write(args.run / TRANSCRIPTS, results.to_json_lines())
         atomic_write(args.run / "report.json", json_text(values, indent=1) + "\n")
         for name, _, seconds in stages:
             print(f"stage {name:<10} {clock(seconds)}")
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
-    print(f"{len(found.rows)} clips: {rates}   ({recognizer.checkpoint})")
+    print(f"{len(results.rows)} clips: {rates}   ({run.checkpoint})")
     return 0
 
 

@@ -178,7 +178,7 @@ def test_evaluation_with_the_whole_suite_and_against_another(run, tiny, tmp_path
     assert again.returncode == 0, again.stderr
     assert "errors +0.00 (+0.00…+0.00), p 1.000" in again.stdout
     other = tool("evaluate.py", run, "--data", tiny.parent / "valid", "--against", run)
-    assert other.returncode == 2 and "other cases" in other.stderr
+    assert other.returncode == 2 and "other clips" in other.stderr
 
 
 @pytest.mark.launcher
