@@ -16,7 +16,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from dsasr.inference.recognizer import Recognizer, Transcription, audio_files, with_beam
+from dsasr.inference.recognizer import Recognizer, Transcription, audio_files
 from dsasr.recipe import quiet
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, json_text
@@ -50,8 +50,8 @@ def seconds_of(path: Path | str) -> float:
 
 def shown(done: Transcription, form: str) -> str:
     if form == "jsonl":
-        return json_text(done.plain()) + "\n"
-    return done.srt() if form == "srt" else done.text + "\n"
+        return json_text(done.to_dict()) + "\n"
+    return done.to_srt() if form == "srt" else done.text + "\n"
 
 
 def target(out: Path, path: str, form: str, taken: set[Path]) -> Path:
@@ -81,12 +81,12 @@ def main() -> int:
     quiet()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    recognizer = with_beam(Recognizer.from_pretrained(args.model), args.beam)
+    recognizer = Recognizer.from_pretrained(args.model).with_beam(args.beam)
     several = len(sources) > 1 and not args.out and args.format == "text"
     taken: set[Path] = set()
     bad: list[str] = []
 
-    def failed(path: str, error: UserError) -> None:
+    def on_error(path: str, error: UserError) -> None:
         bad.append(path)
         Bar.write(f"left out: {error}", file=sys.stderr)
 
@@ -100,7 +100,7 @@ def main() -> int:
         if not total:
             form = "{n:.0f} s [{elapsed}]"
         with Bar(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
-            for done in recognizer.transcribe_all(opened, bar.update, failed):
+            for done in recognizer.transcribe_all(opened, bar.update, on_error):
                 text = shown(done, args.format)
                 if args.out:
                     atomic_write(target(args.out, done.path, args.format, taken), text)
