@@ -127,9 +127,9 @@ def truncated_share(condition: str) -> float | None:
 
 
 def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
-    """Speech with noise at ``snr`` dB; the sum is scaled down if it would clip, the ratio kept.
+    """Speech with noise at ``snr`` dB; the sum is scaled down if it would clip.
 
-    Noise is repeated or cut to the speech's length. A silent side leaves the speech as it is.
+    Noise is repeated or cut to the speech's length. The speech is unchanged if either is silent.
     """
     noise = np.resize(noise, speech.shape)
     powers = [float(np.mean(np.square(side, dtype=np.float64))) for side in (speech, noise)]
@@ -214,7 +214,7 @@ def spoken_prefix(reference: str, hypothesis: str, lang: str, share: float) -> s
     longer of two prefixes in whole units by plain rules. One is the prefix nearest to the
     hypothesis, the shorter of equals: a true continuation from the language model passes, an
     invented one is left over. The other is ``share`` of the units, as if each took as long:
-    misrecognized words are near to no prefix, yet as many as were spoken are not invented.
+    misrecognized words are near to no prefix, yet are not invented if as many were spoken.
     """
     ref, hyp = units(reference, lang, "plain"), units(hypothesis, lang, "plain")
     best = min(range(len(ref) + 1), key=lambda size: Levenshtein.distance(ref[:size], hyp))

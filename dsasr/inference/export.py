@@ -11,7 +11,7 @@
 LoRA matrices are merged into the language model's weights (`dsasr.model.lora`) in float32, and the
 sum is rounded to the dtype that is written. Logits before and after agree to 1e-5 of the largest
 logit in float32, and to about 1e-2 in bfloat16, which is the rounding of the sum. ``adapter`` is
-for the language model that training started from, not for the merged one beside it.
+for the language model that training started from, not for the merged one in ``llm``.
 
 Weights go from the checkpoint to the files one tensor at a time: memory does not grow with the
 model, and the checkpoint may be of any world size.
