@@ -100,7 +100,7 @@ def test_an_export_that_points_elsewhere(tmp_path, bomb):
     (folder / "config.json").write_text(json.dumps(chosen))
     index = {"weight_map": {"encoder.x": "../../etc/passwd", "encoder.y": "/etc/shadow"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert {p.parent for p in export._files(folder)} == {folder}
+    assert {p.parent for p in export._weight_files(folder)} == {folder}
     (folder / "llm" / "pytorch_model.bin").write_bytes(_torch_file(bomb))
     with pytest.raises(UserError):
         Recognizer.from_pretrained(folder)

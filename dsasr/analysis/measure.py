@@ -32,7 +32,7 @@ from dsasr.entropy_allocation.frame_labels import Labeled, Numbering
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.predictive_entropy import Allocation, CtcEntropySums
 from dsasr.entropy_allocation.v_information import VInformation, VInformationConfig, csai, pai
-from dsasr.evaluation.eval_sets import Recording, batches
+from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.model.encoders.pretrained import RATE
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
@@ -198,7 +198,7 @@ def llm_allocation(
     sums: dict[str, float] = {}
     fbank = build.recipe.data.fbank
     given = {"fbank_config": fbank, "cmvn": build.cmvn, "tokenizer": build.tokenizer}
-    for batch in batches(recordings, **given):
+    for batch in batch_recordings(recordings, **given):
         moved = batch.to(device())
         for audio in (True, False):
             for name, (total, count) in model(moved, audio=audio).sums.items():

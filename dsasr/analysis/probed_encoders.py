@@ -14,7 +14,7 @@ from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
 from dsasr.entropy_allocation.v_information import reinitialized
-from dsasr.evaluation.eval_sets import Recording, batches
+from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.inference.model_from_run import newest, run_folder, run_recipe
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder
@@ -108,7 +108,7 @@ def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) 
     def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
         found = {}
         with torch.no_grad():
-            for batch in batches(recordings, fbank_config=fbank, cmvn=build.cmvn):
+            for batch in batch_recordings(recordings, fbank_config=fbank, cmvn=build.cmvn):
                 moved = batch.to(device())
                 out = encoder(moved.features_BTF, moved.feature_lengths_B)
                 for i, key in enumerate(batch.keys):

@@ -69,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from dsasr.evaluation import eval_sets, results_text, suite_results
+    from dsasr.evaluation import results_text
+    from dsasr.evaluation.eval_sets import read_recordings
     from dsasr.evaluation.normalize import check_rules
-    from dsasr.evaluation.suite import SuiteConfig
+    from dsasr.evaluation.results import compare, read_results
+    from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
     from dsasr.inference.model_from_run import RunModel, finished
     from dsasr.recipe import quiet
 
@@ -79,14 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if finished(args.run) else 1
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    recognizer = RunModel.from_run(args.run, args.checkpoint)
-    recipe = recognizer.build.recipe
+    run = RunModel.from_run(args.run, args.checkpoint)
+    recipe = run.build.recipe
     rules = args.rules or recipe.evaluation.rules
     try:
         check_rules(rules)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    recordings, left_out = eval_sets.read(
+    recordings, left_out = read_recordings(
         args.data,
         rate=recipe.data.fbank.rate,
         text=recipe.data.text,
@@ -95,29 +97,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if left_out:
         print(f"left out: {dict(left_out)}")
-    config = replace(SuiteConfig(), clips=args.clips) if args.suite else suite_results.PLAIN
+    config = replace(SuiteConfig(), clips=args.clips) if args.suite else RECORDINGS_ONLY
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
-    trials = recognizer.hear(recordings, config, beam=args.beam, progress=bar)
-    summary = trials.summary(rules)
-    for line in results_text.results(trials, summary, args.pairs):
+    results = run.transcribe(recordings, config, beam=args.beam, progress=bar)
+    summary = results.summary(rules)
+    for line in results_text.format_results(results, summary, args.pairs):
         print(line)
     if args.against:
         folder = args.against.is_dir()
-        baseline = suite_results.read(args.against / TRANSCRIPTS if folder else args.against)
-        tests = suite_results.compare(baseline, trials, rules)
+        baseline = read_results(args.against / TRANSCRIPTS if folder else args.against)
+        tests = compare(baseline, results, rules)
         print(f"against {args.against}: (this less that)")
-        for line in results_text.comparison(tests):
+        for line in results_text.format_comparison(tests):
             print(line)
         summary["against"] = {"run": str(args.against), "tests": tests}
     if args.out:
-        atomic_write(args.out, trials.text())
+        atomic_write(args.out, results.to_json_lines())
     if args.report:
-        atomic_write(args.run / TRANSCRIPTS, trials.text())
+        atomic_write(args.run / TRANSCRIPTS, results.to_json_lines())
         write_report(args, summary)
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
-    print(f"{len(trials.rows)} clips: {rates}   ({recognizer.checkpoint})")
+    print(f"{len(results.rows)} clips: {rates}   ({run.checkpoint})")
     return 0
 
 

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dsasr.analysis import measure as measures
     from dsasr.analysis import probe_checkpoints, probed_encoders
-    from dsasr.evaluation import eval_sets
+    from dsasr.evaluation.eval_sets import read_recordings
     from dsasr.recipe import quiet
 
     quiet()
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
     aligner = probed_encoders.open_checkpoint(path)
     data = aligner.build.recipe.data
-    recordings, bad = eval_sets.read(
+    recordings, bad = read_recordings(
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
         max_seconds=probed_encoders.longest(args.checkpoints),
     )  # fmt: skip

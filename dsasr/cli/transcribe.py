@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from dsasr.inference.recognizer import Recognizer, with_beam
+    from dsasr.inference.recognizer import Recognizer
     from dsasr.recipe import quiet
 
     sources = find(args.audio)
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    recognizer = with_beam(Recognizer.from_pretrained(args.model), args.beam)
+    recognizer = Recognizer.from_pretrained(args.model).with_beam(args.beam)
     several = len(sources) > 1 and not args.out and args.format == "text"
     written: set[Path] = set()
     bad: list[str] = []
 
-    def failed(path: str, error: UserError) -> None:
+    def on_error(path: str, error: UserError) -> None:
         bad.append(path)
         Bar.write(f"left out: {error}", file=sys.stderr)
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not total:
             form = "{n:.0f} s [{elapsed}]"
         with Bar(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
-            for transcription in recognizer.transcribe_all(opened, bar.update, failed):
+            for transcription in recognizer.transcribe_all(opened, bar.update, on_error):
                 text = formatted(transcription, args.format)
                 if args.out:
                     path = target(args.out, transcription.path, args.format, written)

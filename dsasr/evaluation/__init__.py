@@ -1,1 +1,1 @@
-"""From a trained model to transcripts and figures: decoding, error rates, hallucination."""
+"""Evaluation: evaluation sets and the noise suite, decoding, error rates, hallucinations."""

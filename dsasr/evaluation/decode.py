@@ -1,8 +1,8 @@
-"""Transcripts from a `SpeechLLM`, batched, by greedy or beam search; phonemes from a `CtcModel`.
+"""Batched greedy or beam search decoding with a `SpeechLLM`.
 
-Under ZeRO-3 every forward pass gathers weights from all ranks, so that no rank may stop before the
-others: `decode` asks ``any_rank`` before each step and, when its own utterances are done or it has
-none, runs steps that count for nothing until nobody needs another.
+Under ZeRO-3 every forward pass gathers weights from all ranks, so no rank may stop before the
+others ("No rank alone"): `decode` asks ``any_rank`` before each step, and a rank whose utterances
+are done, or that has none, runs idle steps until no rank needs another.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from transformers import DynamicCache
 
 from dsasr.data.batch import Batch
 from dsasr.kernels import dispatch
-from dsasr.model.ctc import greedy_phonemes
-from dsasr.model.ctc_model import CtcModel
 from dsasr.model.dynamic_chunks import Chunk
-from dsasr.model.encoders.conformer import valid_frames
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """``beam`` 1 is greedy. An utterance may have ``tokens_per_second`` · its audio +
-    ``extra_tokens``, at most ``max_tokens``; beams are ranked by log-probability / tokens **
-    ``length_penalty``."""
+    """Beam width (``beam`` 1 is greedy), token limit and length penalty.
+
+    A transcript has at most ``tokens_per_second`` · seconds of audio + ``extra_tokens`` tokens, and
+    never more than ``max_tokens``. Beams are ranked by log-probability / tokens **
+    ``length_penalty``.
+    """
 
     beam: int = 1
     max_tokens: int = 512
@@ -46,16 +46,17 @@ class DecodeConfig:
                 "decoding: tokens_per_second, extra_tokens and length_penalty must not be negative"
             )
 
-    def limit(self, seconds: float) -> int:
-        """Tokens, the end included, that so much audio may give."""
+    def token_limit(self, seconds: float) -> int:
+        """The most tokens, the end token included, in the transcript of ``seconds`` of audio."""
         tokens = math.ceil(self.tokens_per_second * seconds) + self.extra_tokens
         return max(1, min(self.max_tokens, tokens))
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """``ids`` without the end token; ``logprob`` (nats) and ``token_entropies`` (nats, of the
-    predictive distribution at each token) with it. ``finished`` is False if the limit cut it."""
+    """A transcript. ``ids`` are without the end token; ``logprob`` (nats) and ``token_entropies``
+    (nats, of the predictive distribution at each token) include it. ``finished`` is False if the
+    token limit cut the transcript."""
 
     key: str
     ids: tuple[int, ...]
@@ -65,8 +66,8 @@ class Hypothesis:
     finished: bool = True
 
 
-class Decodes(Protocol):
-    """What `decode` needs of a tokenizer."""
+class Detokenizer(Protocol):
+    """The part of a tokenizer that `decode` needs."""
 
     end_id: int
 
@@ -93,7 +94,7 @@ class _Beam:
 
 
 class _Search:
-    """The beams of a batch: pure bookkeeping, on the host."""
+    """The beams of a batch, as plain Python values on the CPU."""
 
     def __init__(self, limits: Sequence[int], end_id: int, cfg: DecodeConfig):
         self.limits, self.end_id, self.cfg = limits, end_id, cfg
@@ -104,20 +105,21 @@ class _Search:
         return beam.logprob / (length or max(1, beam.length)) ** self.cfg.length_penalty
 
     def advance(self, logits_RV: Tensor) -> list[int]:
-        """Extend the active beams by one token each; returns the row that each new one came from.
+        """Extend the active beams by one token each, from logits [R, V] with a row per beam.
 
-        Of an utterance's continuations, those that end among its best ``beam`` are set aside, and
-        the best others go on. It is done when ``beam`` have ended, when no active one can still
-        beat the best of them, or at its limit.
+        Returns the row that each new active beam continues. Of an utterance's continuations, those
+        that end among its best ``beam`` are set aside, and the best others go on. The utterance is
+        done when ``beam`` have ended, when no active one can still beat the best of them, or at its
+        token limit.
         """
         log_probs = logits_RV.log_softmax(-1)
         entropies = dispatch.softmax_entropy(logits_RV).tolist()
-        wide = min(2 * self.cfg.beam, log_probs.shape[1])
-        values, tokens = (found.tolist() for found in log_probs.topk(wide))
-        found: dict[int, list[tuple[_Beam, int]]] = {}
+        width = min(2 * self.cfg.beam, log_probs.shape[1])
+        values, tokens = (x.tolist() for x in log_probs.topk(width))
+        extended: dict[int, list[tuple[_Beam, int]]] = {}
         for row, beam in enumerate(self.active):
             for value, token in zip(values[row], tokens[row], strict=True):
-                grown = _Beam(
+                longer = _Beam(
                     beam.utterance,
                     beam.logprob + value,
                     beam.length + 1,
@@ -125,9 +127,9 @@ class _Search:
                     entropies[row],
                     beam,
                 )
-                found.setdefault(beam.utterance, []).append((grown, row))
+                extended.setdefault(beam.utterance, []).append((longer, row))
         self.active, rows = [], []
-        for utterance, candidates in found.items():
+        for utterance, candidates in extended.items():
             for beam, row in self._select(utterance, candidates):
                 self.active.append(beam)
                 rows.append(row)
@@ -138,31 +140,31 @@ class _Search:
     ) -> list[tuple[_Beam, int]]:
         ended, limit, width = self.ended[utterance], self.limits[utterance], self.cfg.beam
         candidates.sort(key=lambda candidate: -candidate[0].logprob)
-        going = []
-        for rank, (beam, row) in enumerate(candidates):
+        active = []
+        for position, (beam, row) in enumerate(candidates):
             if beam.token != self.end_id:
-                going.append((beam, row))
-            elif rank < width:
+                active.append((beam, row))
+            elif position < width:
                 ended.append(beam)
-            if len(going) == width:
+            if len(active) == width:
                 break
-        if not going or len(ended) >= width:
+        if not active or len(ended) >= width:
             return []
-        if going[0][0].length >= limit:
-            ended.extend(beam for beam, _ in going)
+        if active[0][0].length >= limit:
+            ended.extend(beam for beam, _ in active)
             return []
         if ended:
-            # A log-probability only falls, and the longest transcript divides it by most.
-            hope = self.score(going[0][0], limit)
-            if max(map(self.score, ended)) >= hope:
+            # A log-probability only falls, and the longest transcript divides it by the most.
+            best_possible = self.score(active[0][0], limit)
+            if max(map(self.score, ended)) >= best_possible:
                 return []
-        return going
+        return active
 
     def best(self, utterance: int) -> _Beam:
-        """Among those that ended, else those that were cut, the best by score."""
+        """The best by score of the finished beams, else of those cut at the token limit."""
         beams = self.ended[utterance]
-        whole = [beam for beam in beams if beam.token == self.end_id]
-        return max(whole or beams, key=self.score)
+        finished = [beam for beam in beams if beam.token == self.end_id]
+        return max(finished or beams, key=self.score)
 
 
 class _Stepper:
@@ -173,7 +175,7 @@ class _Stepper:
         self.cache = DynamicCache(config=model.llm.config)
 
     def prefill(self, batch: Batch, chunk: Chunk | None) -> Tensor:
-        """Read the prompts; logits [B, V] of the first token."""
+        """Run the prompts through the model; logits [B, V] of the first token."""
         embeds_BLD, self.next_R = self.model.prompts(batch, chunk)
         length = embeds_BLD.shape[1]
         steps = torch.arange(length, device=embeds_BLD.device)
@@ -182,7 +184,8 @@ class _Stepper:
         return self._run(embeds_BLD, self.mask_RL, positions, self.cache)
 
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
-        """Feed one token to each beam, which continues a row of the step before; logits [R, V]."""
+        """Feed one token to each beam; ``rows`` are the rows of the previous step that the beams
+        continue. Logits [R, V]."""
         device = self.mask_RL.device
         if list(rows) != list(range(len(self.mask_RL))):
             index = torch.tensor(rows, device=device)
@@ -195,7 +198,7 @@ class _Stepper:
         return logits
 
     def idle(self) -> None:
-        """The collectives of a step and nothing else."""
+        """A forward pass for its collectives only."""
         self._run(self._embed([self.model.pad_id]), None, None, None)
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
@@ -220,23 +223,24 @@ class _Stepper:
 def decode(
     model: SpeechLLM,
     batch: Batch,
-    tokenizer: Decodes,
+    tokenizer: Detokenizer,
     cfg: DecodeConfig | None = None,
     any_rank: Callable[[bool], bool] = bool,
     chunk: Chunk | None = None,
 ) -> list[Hypothesis]:
-    """Transcribe ``batch``, one `Hypothesis` an utterance, in eval mode; the result does not
-    depend on what else is in the batch.
+    """Transcribe ``batch`` in eval mode: one `Hypothesis` an utterance.
 
-    ``any_rank(flag)`` is True if ``flag`` is on any rank, a collective that all ranks call as
-    often; all must call `decode` equally often too, with an empty batch where they have no more.
+    A hypothesis does not depend on the other utterances of the batch.
+
+    Collective with several ranks: all must call `decode` equally often, with an empty batch where
+    they have no more, and ``any_rank(flag)`` must return whether ``flag`` is True on any rank.
     ``chunk`` simulates streaming in the encoder.
     """
     cfg = cfg or DecodeConfig()
     training = model.training
     model.eval()
     try:
-        search = _Search([cfg.limit(s) for s in batch.durations], tokenizer.end_id, cfg)
+        search = _Search([cfg.token_limit(s) for s in batch.durations], tokenizer.end_id, cfg)
         stepper = _Stepper(model)
         logits = stepper.prefill(batch.or_silence(model.encoder.cfg.mels, model.pad_id), chunk)
         rows = search.advance(logits) if len(batch) else []
@@ -251,7 +255,7 @@ def decode(
     return [_hypothesis(key, search.best(index), tokenizer) for index, key in enumerate(batch.keys)]
 
 
-def _hypothesis(key: str, beam: _Beam, tokenizer: Decodes) -> Hypothesis:
+def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer) -> Hypothesis:
     path, finished = beam.path(), beam.token == tokenizer.end_id
     ids = tuple(step.token for step in path)[: -1 if finished else None]
     return Hypothesis(
@@ -262,33 +266,3 @@ def _hypothesis(key: str, beam: _Beam, tokenizer: Decodes) -> Hypothesis:
         token_entropies=tuple(step.entropy for step in path),
         finished=finished,
     )
-
-
-@torch.no_grad()
-def decode_phonemes(
-    model: CtcModel, batch: Batch, symbols: Sequence[str], chunk: Chunk | None = None
-) -> list[Hypothesis]:
-    """The CTC head's best path: ``text`` is the phonemes' ``symbols``, ``logprob`` that of the
-    path, and ``token_entropies`` are per encoder frame (40 ms)."""
-    training = model.training
-    model.eval()
-    try:
-        nonempty = batch.or_silence(model.encoder.cfg.mels)
-        output = model.encoder(nonempty.features_BTF, nonempty.feature_lengths_B, chunk)
-        log_probs_BSP = model.ctc(output.frames_BSE)
-    finally:
-        model.train(training)
-    valid_BS = valid_frames(output.lengths_B, log_probs_BSP.shape[1])
-    path_BS = log_probs_BSP.amax(-1).masked_fill(~valid_BS, 0.0)
-    entropy_BS = dispatch.softmax_entropy(log_probs_BSP)
-    ids_B = greedy_phonemes(log_probs_BSP, output.lengths_B)
-    return [
-        Hypothesis(
-            key=key,
-            ids=tuple(ids_B[index]),
-            text=" ".join(symbols[id_] for id_ in ids_B[index]),
-            logprob=float(path_BS[index].sum()),
-            token_entropies=tuple(entropy_BS[index][valid_BS[index]].tolist()),
-        )
-        for index, key in enumerate(batch.keys)
-    ]

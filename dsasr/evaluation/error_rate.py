@@ -1,13 +1,14 @@
-"""Error rates: words for English, characters for Mandarin, mixed units for code-switched speech.
+"""Error rates (WER, CER, MER) with bootstrap intervals, and a paired test of two systems.
 
+English is counted in words, Mandarin in characters, code-switched speech in mixed units.
 rate = (S + D + I) / N, with substitutions, deletions and insertions of a minimal edit of the
 reference's N units into the hypothesis (Levenshtein; counted by rapidfuzz, as in jiwer). Text is
 normalized first (`dsasr.evaluation.normalize`). Rates are fractions, not percent; one over an empty
 reference is infinite if there are insertions and NaN if there are none.
 
 Intervals resample utterances (Bisani & Ney 2004, "Bootstrap estimates for confidence intervals in
-ASR performance evaluation"); so does the paired test, which draws the same utterances for both
-systems. `ratio_interval` and `paired_ratios` do so for any ratio of sums.
+ASR performance evaluation"). So does the paired test, which draws the same utterances for both
+systems. `ratio_interval` and `paired_ratio_test` do so for any ratio of sums.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dsasr.evaluation.normalize import normalize, unit_of, units
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Edits that make the hypothesis from the reference, in units; ``reference`` is N."""
+class EditCounts:
+    """Edits that turn the reference into the hypothesis, in units; ``reference`` is N."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -39,8 +40,8 @@ class Counts:
     def rate(self) -> float:
         return _ratio(self.errors, self.reference)
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
+    def __add__(self, other: EditCounts) -> EditCounts:
+        return EditCounts(
             self.substitutions + other.substitutions,
             self.deletions + other.deletions,
             self.insertions + other.insertions,
@@ -48,36 +49,33 @@ class Counts:
         )
 
 
-def count(reference: list[str] | str, hypothesis: list[str] | str) -> Counts:
-    """`Counts` between two sequences of units, no normalization applied."""
-    tally = {"replace": 0, "delete": 0, "insert": 0}
+def count_edits(reference: list[str] | str, hypothesis: list[str] | str) -> EditCounts:
+    """`EditCounts` between two sequences of units; no normalization is applied."""
+    counts = {"replace": 0, "delete": 0, "insert": 0}
     for edit in Levenshtein.editops(reference, hypothesis):
-        tally[edit.tag] += 1
-    return Counts(tally["replace"], tally["delete"], tally["insert"], len(reference))
+        counts[edit.tag] += 1
+    return EditCounts(counts["replace"], counts["delete"], counts["insert"], len(reference))
 
 
 @dataclass(frozen=True)
-class Utterance:
+class UtteranceScore:
     """One scored pair: ``units`` in its language's unit, ``characters`` over the normalized text.
 
     ``key`` may be empty; the paired test then relies on the order of the pairs.
     """
 
     lang: str
-    units: Counts
-    characters: Counts
+    units: EditCounts
+    characters: EditCounts
     key: str = ""
 
 
 @dataclass(frozen=True)
 class LangScores:
-    """One language: its unit (``word``, ``char``, ``mixed``), summed counts, utterances."""
+    """One language: its unit (``word``, ``char``, ``mixed``) and the edits of all utterances."""
 
     unit: str
-    counts: Counts
-    characters: Counts
-    utterances: int
-    exact: int
+    counts: EditCounts
 
     @property
     def rate(self) -> float:
@@ -110,63 +108,25 @@ class PairedTest:
     improved: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scores:
-    """Error rates of a set, built pair by pair; sets of other ranks are merged in.
+    """Error rates of a set of utterances (built by `score`).
 
     ``wer``, ``cer`` and ``mer`` are over the languages scored in words, in characters and in mixed
     units (NaN where there are none); ``rate`` is over all, each in its own unit;
     ``character_rate`` counts characters of the normalized text for every language (single spaces
-    included, as in jiwer's CER). ``rules`` say the normalization (`normalize.normalize`).
+    included, as in jiwer's CER). ``rules`` name the normalization (`normalize.normalize`).
     """
 
-    utterances: list[Utterance] = field(default_factory=list)
+    utterances: list[UtteranceScore] = field(default_factory=list)
     rules: str = "standard"
-
-    def add(self, reference: str, hypothesis: str, lang: str, key: str = "") -> Utterance:
-        """Score one pair and keep it. Returns its counts."""
-        sides = (reference, lang, self.rules), (hypothesis, lang, self.rules)
-        row = Utterance(
-            lang=lang,
-            units=count(*(units(*side) for side in sides)),
-            characters=count(*(normalize(*side) for side in sides)),
-            key=key,
-        )
-        self.utterances.append(row)
-        return row
-
-    def merge(self, other: Scores) -> Scores:
-        """Add the other's utterances behind ours; returns self.
-
-        Raises ValueError if the other was scored by other rules.
-        """
-        if other.rules != self.rules:
-            raise ValueError(f"scored by {self.rules} and by {other.rules} rules")
-        self.utterances.extend(other.utterances)
-        return self
-
-    def state(self) -> dict:
-        """JSON-able rows: what a rank sends to another (`from_state`, then `merge`)."""
-        return {
-            "rules": self.rules,
-            "langs": [u.lang for u in self.utterances],
-            "keys": [u.key for u in self.utterances],
-            "units": [_row(u.units) for u in self.utterances],
-            "characters": [_row(u.characters) for u in self.utterances],
-        }
-
-    @classmethod
-    def from_state(cls, state: dict) -> Scores:
-        rows = zip(state["langs"], state["keys"], state["units"], state["characters"], strict=True)
-        utterances = [Utterance(la, Counts(*u), Counts(*c), key) for la, key, u, c in rows]
-        return cls(utterances, state["rules"])
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     @property
-    def counts(self) -> Counts:
-        return sum((u.units for u in self.utterances), Counts())
+    def counts(self) -> EditCounts:
+        return sum((u.units for u in self.utterances), EditCounts())
 
     @property
     def rate(self) -> float:
@@ -186,7 +146,7 @@ class Scores:
 
     @property
     def character_rate(self) -> float:
-        return sum((u.characters for u in self.utterances), Counts()).rate
+        return sum((u.characters for u in self.utterances), EditCounts()).rate
 
     @property
     def sentence_rate(self) -> float:
@@ -196,30 +156,23 @@ class Scores:
     @property
     def by_lang(self) -> dict[str, LangScores]:
         """Scores per language tag, sorted by tag."""
-        out = {}
-        for lang in sorted({u.lang for u in self.utterances}):
-            rows = [u for u in self.utterances if u.lang == lang]
-            out[lang] = LangScores(
-                unit=unit_of(lang),
-                counts=sum((u.units for u in rows), Counts()),
-                characters=sum((u.characters for u in rows), Counts()),
-                utterances=len(rows),
-                exact=sum(u.units.errors == 0 for u in rows),
-            )
-        return out
+        langs = sorted({u.lang for u in self.utterances})
+        return {lang: LangScores(unit_of(lang), self.of_lang(lang).counts) for lang in langs}
 
-    def only(self, lang: str) -> Scores:
+    def of_lang(self, lang: str) -> Scores:
         """The utterances of one language tag."""
         return Scores([u for u in self.utterances if u.lang == lang], self.rules)
 
     def interval(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Interval:
         """`rate` with its `ratio_interval` over utterances."""
-        return ratio_interval(*_columns(self.utterances), level=level, draws=draws, seed=seed)
+        return ratio_interval(
+            *_errors_and_units(self.utterances), level=level, draws=draws, seed=seed
+        )
 
     def summary(self) -> dict[str, float]:
-        """Flat scalars for a log; rates that do not exist are left out."""
+        """Flat scalars for a log; rates that are not finite are left out."""
         total = self.counts
-        named = {
+        scalars = {
             "wer": self.wer,
             "cer": self.cer,
             "mer": self.mer,
@@ -231,41 +184,50 @@ class Scores:
             "utterances": float(len(self)),
         }
         if len(by_lang := self.by_lang) > 1:
-            named |= {f"{_SHORT[s.unit]}/{lang}": s.rate for lang, s in by_lang.items()}
-        return {name: value for name, value in named.items() if math.isfinite(value)}
+            scalars |= {f"{RATE_NAMES[s.unit]}/{lang}": s.rate for lang, s in by_lang.items()}
+        return {name: value for name, value in scalars.items() if math.isfinite(value)}
 
     def _rate_in(self, unit: str) -> float:
         rows = [u.units for u in self.utterances if unit_of(u.lang) == unit]
-        return sum(rows, Counts()).rate
+        return sum(rows, EditCounts()).rate
 
 
-_SHORT = {"word": "wer", "char": "cer", "mixed": "mer"}
+RATE_NAMES = {"word": "wer", "char": "cer", "mixed": "mer"}
 
 
 def score(
     pairs: Iterable[tuple[str, str, str] | tuple[str, str, str, str]], rules: str = "standard"
 ) -> Scores:
-    """`Scores` of ``(reference, hypothesis, lang)`` triples, or quadruples with a key behind."""
-    scores = Scores(rules=rules)
-    for pair in pairs:
-        scores.add(*pair)
-    return scores
+    """`Scores` of (reference, hypothesis, lang) or (reference, hypothesis, lang, key) tuples."""
+    return Scores([_score_utterance(rules, *pair) for pair in pairs], rules)
+
+
+def _score_utterance(
+    rules: str, reference: str, hypothesis: str, lang: str, key: str = ""
+) -> UtteranceScore:
+    sides = (reference, lang, rules), (hypothesis, lang, rules)
+    return UtteranceScore(
+        lang=lang,
+        units=count_edits(*(units(*side) for side in sides)),
+        characters=count_edits(*(normalize(*side) for side in sides)),
+        key=key,
+    )
 
 
 def ratio_interval(
-    over_N: np.ndarray,
-    under_N: np.ndarray,
+    numerators_N: np.ndarray,
+    denominators_N: np.ndarray,
     *,
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Σ ``over_N`` / Σ ``under_N`` of N utterances or clips, with a percentile interval over
-    resampled ones; without anything under, both ends are NaN."""
-    value = _ratio(float(over_N.sum()), float(under_N.sum()))
-    if not under_N.any():
+    """Σ ``numerators_N`` / Σ ``denominators_N`` over N utterances or clips, with a bootstrap
+    percentile interval; both ends are NaN where the denominators are all zero."""
+    value = _ratio(float(numerators_N.sum()), float(denominators_N.sum()))
+    if not denominators_N.any():
         return Interval(value, math.nan, math.nan, level)
-    (ratios,) = _resample([over_N], under_N, draws, seed)
+    (ratios,) = _resample([numerators_N], denominators_N, draws, seed)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), level)
 
@@ -273,38 +235,42 @@ def ratio_interval(
 def paired_test(
     a: Scores, b: Scores, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> PairedTest:
-    """`paired_ratios` of two systems' error rates on the same utterances.
+    """`paired_ratio_test` of two systems' error rates on the same utterances.
 
-    Pairs are matched by key where all have distinct ones, else by order. Raises ValueError when the
-    two were not scored on the same references.
+    Utterances are matched by key where all keys are distinct, else by order. Raises ValueError when
+    the two were not scored on the same references.
     """
     rows_a, rows_b = _matched(a, b)
-    errors_a, reference_a = _columns(rows_a)
-    errors_b, reference_b = _columns(rows_b)
+    errors_a, reference_a = _errors_and_units(rows_a)
+    errors_b, reference_b = _errors_and_units(rows_b)
     if not len(rows_a) or not np.array_equal(reference_a, reference_b):
         raise ValueError("the two systems were not scored on the same references")
-    return paired_ratios(errors_a, errors_b, reference_a, level=level, draws=draws, seed=seed)
+    return paired_ratio_test(errors_a, errors_b, reference_a, level=level, draws=draws, seed=seed)
 
 
-def paired_ratios(
-    over_a_N: np.ndarray,
-    over_b_N: np.ndarray,
-    under_N: np.ndarray,
+def paired_ratio_test(
+    numerators_a_N: np.ndarray,
+    numerators_b_N: np.ndarray,
+    denominators_N: np.ndarray,
     *,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> PairedTest:
-    """Paired bootstrap of Σ ``over_b_N`` / Σ ``under_N`` against a's, over N utterances or clips.
+    """Paired bootstrap of two systems' ratios of sums over the same N utterances or clips.
+
+    A system's ratio is Σ numerators / Σ ``denominators_N``; ``difference`` is b's less a's.
 
     The two-sided p-value is twice the smaller tail of the resampled differences at zero, a tie
     counting to both, with one added to numerator and denominator so that it is never zero. A single
-    pair has no spread: of it only the difference is known, the rest is NaN.
+    pair has no spread: only its difference is defined, and the rest is NaN.
     """
-    difference = _ratio(float(over_b_N.sum() - over_a_N.sum()), float(under_N.sum()))
-    if len(under_N) < 2:
+    difference = _ratio(
+        float(numerators_b_N.sum() - numerators_a_N.sum()), float(denominators_N.sum())
+    )
+    if len(denominators_N) < 2:
         return PairedTest(difference, math.nan, math.nan, level, math.nan, math.nan)
-    ratios_a, ratios_b = _resample([over_a_N, over_b_N], under_N, draws, seed)
+    ratios_a, ratios_b = _resample([numerators_a_N, numerators_b_N], denominators_N, draws, seed)
     delta = ratios_b - ratios_a
     low, high = np.quantile(delta, [(1 - level) / 2, (1 + level) / 2])
     tail = min((delta <= 0).sum(), (delta >= 0).sum())
@@ -318,7 +284,7 @@ def paired_ratios(
     )
 
 
-def _matched(a: Scores, b: Scores) -> tuple[list[Utterance], list[Utterance]]:
+def _matched(a: Scores, b: Scores) -> tuple[list[UtteranceScore], list[UtteranceScore]]:
     keys_a, keys_b = {u.key for u in a.utterances}, {u.key for u in b.utterances}
     if len(a) != len(b):
         raise ValueError(f"the two systems were scored on {len(a)} and {len(b)} utterances")
@@ -329,38 +295,34 @@ def _matched(a: Scores, b: Scores) -> tuple[list[Utterance], list[Utterance]]:
     return a.utterances, b.utterances
 
 
-def _key(row: Utterance) -> str:
+def _key(row: UtteranceScore) -> str:
     return row.key
 
 
-def _columns(rows: list[Utterance]) -> tuple[np.ndarray, np.ndarray]:
+def _errors_and_units(rows: list[UtteranceScore]) -> tuple[np.ndarray, np.ndarray]:
     errors = np.array([u.units.errors for u in rows], dtype=np.float64)
     return errors, np.array([u.units.reference for u in rows], dtype=np.float64)
 
 
 def _resample(
-    overs: list[np.ndarray], under_N: np.ndarray, draws: int, seed: int
+    numerators: list[np.ndarray], denominators_N: np.ndarray, draws: int, seed: int
 ) -> list[np.ndarray]:
     """Ratios [draws] per system, the same draw of utterances for each, in bounded memory.
 
-    A draw with nothing under is counted as if one unit were.
+    A draw whose denominators sum to zero is divided by one.
     """
     rng = np.random.default_rng(seed)
-    size = len(under_N)
+    size = len(denominators_N)
     chunk = max(1, 2_000_000 // size)
-    out: list[list[np.ndarray]] = [[] for _ in overs]
+    out: list[list[np.ndarray]] = [[] for _ in numerators]
     for start in range(0, draws, chunk):
         picks = rng.integers(0, size, (min(chunk, draws - start), size))
-        total = under_N[picks].sum(1)
+        total = denominators_N[picks].sum(1)
         total = np.where(total > 0, total, 1)
-        for ratios, over_N in zip(out, overs, strict=True):
-            ratios.append(over_N[picks].sum(1) / total)
+        for ratios, numerators_N in zip(out, numerators, strict=True):
+            ratios.append(numerators_N[picks].sum(1) / total)
     return [np.concatenate(ratios) for ratios in out]
 
 
-def _row(counts: Counts) -> list[int]:
-    return [counts.substitutions, counts.deletions, counts.insertions, counts.reference]
-
-
-def _ratio(over: float, under: float) -> float:
-    return over / under if under else (math.inf if over else math.nan)
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else (math.inf if numerator else math.nan)

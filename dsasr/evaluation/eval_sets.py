@@ -1,7 +1,8 @@
-"""Recordings of a test set as they lie in the shards, also those without text, and their batches.
+"""Evaluation sets: the recordings of shards, also those without text, and batches of them.
 
-Training streams drop a sample without text: there is nothing to learn from it. A test wants it:
-what a recognizer writes there was made up. Nothing is augmented or shuffled here.
+The training dataloader drops a sample without text, from which nothing can be learned. An
+evaluation needs it: any text that a recognizer writes there is a hallucination. Nothing is
+augmented or shuffled here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dsasr.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Recording:
-    """One test utterance; ``text`` is empty for non-speech. ``wave`` is float32 [n], mono."""
+    """One recording of a set; ``text`` is empty for non-speech. ``wave`` is float32 [n], mono."""
 
     key: str
     wave: np.ndarray = field(repr=False)
@@ -39,7 +40,7 @@ class Recording:
         return len(self.wave) / rate
 
 
-def read(
+def read_recordings(
     shards: str | Sequence[str],
     *,
     rate: int = 16000,
@@ -48,40 +49,40 @@ def read(
     limit: int = 0,
     max_seconds: float = 60.0,
 ) -> tuple[list[Recording], Counter[str]]:
-    """Recordings of ``shards`` (folders, tars or patterns), and what was left out, by cause.
+    """Recordings of ``shards`` (folders, tars or patterns), and the samples left out, by cause.
 
-    ``limit`` takes that many of each set, evenly spread over it (0: all), so that every speaker
-    and language is among them. Raises `UserError` if nothing is left.
+    ``limit`` takes that many of each folder, tar or pattern, evenly spread over it (0: all), so
+    that every speaker and language is among them. Raises `UserError` if no recording is readable.
     """
-    sources = ShardStorage(source)
-    listed = []
-    for place in [shards] if isinstance(shards, str) else shards:
-        whole = [
+    storage = ShardStorage(source)
+    samples = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        entries = [
             (shard, entry)
-            for shard in sources.resolve(place).shards
-            for entry in load_or_build_index(sources, shard)
+            for shard in storage.resolve(pattern).shards
+            for entry in load_or_build_index(storage, shard)
         ]
-        if limit and limit < len(whole):
-            whole = [whole[i * len(whole) // limit] for i in range(limit)]
-        listed += whole
-    found, causes = [], Counter()
-    for shard, entry in listed:
+        if limit and limit < len(entries):
+            entries = [entries[i * len(entries) // limit] for i in range(limit)]
+        samples += entries
+    recordings, causes = [], Counter()
+    for shard, entry in samples:
         spans = (entry.audio_offset, entry.audio_size), (entry.json_offset, entry.json_size)
         try:
-            sample = parse_sample(entry, shard, *sources.read_two(shard, *spans))
+            sample = parse_sample(entry, shard, *storage.read_two(shard, *spans))
             wave = decode(sample.audio, rate=rate, max_seconds=max_seconds).numpy()
         except (BadSample, AudioError) as error:
             causes[error.cause] += 1
             continue
         words = normalize_text(sample.text, sample.lang, text)
         labels = sample.phonemes, sample.alignment
-        found.append(Recording(sample.key, wave, words, sample.lang, sample.speaker, *labels))
-    if not found:
+        recordings.append(Recording(sample.key, wave, words, sample.lang, sample.speaker, *labels))
+    if not recordings:
         raise UserError(f"{shards}: no recording could be read ({dict(causes) or 'it is empty'})")
-    return found, causes
+    return recordings, causes
 
 
-def batches(
+def batch_recordings(
     recordings: Sequence[Recording],
     *,
     fbank_config: FbankConfig,
@@ -89,34 +90,34 @@ def batches(
     tokenizer=None,
     frames: int = 4000,
 ) -> Iterator[Batch]:
-    """Batches of up to about ``frames`` padded frames, longest first: alike lengths lie together.
+    """Batches of up to about ``frames`` padded frames, by falling length.
 
-    With a ``tokenizer`` they hold transcript tokens and the end, without one no tokens at all.
+    With a ``tokenizer`` they hold transcript tokens and the end token, without one no tokens.
     Audio shorter than a window is padded to one with zeros.
     """
-    order = sorted(recordings, key=lambda r: (-len(r.wave), r.key))
-    held: list[Recording] = []
-    for recording in order:
-        longest = fbank_config.frames(len((held or [recording])[0].wave))
-        if held and (len(held) + 1) * longest > frames:
-            yield _batch(held, fbank_config, cmvn, tokenizer)
-            held = []
-        held.append(recording)
-    if held:
-        yield _batch(held, fbank_config, cmvn, tokenizer)
+    by_length = sorted(recordings, key=lambda r: (-len(r.wave), r.key))
+    group: list[Recording] = []
+    for recording in by_length:
+        longest = fbank_config.frames(len((group or [recording])[0].wave))
+        if group and (len(group) + 1) * longest > frames:
+            yield _collate(group, fbank_config, cmvn, tokenizer)
+            group = []
+        group.append(recording)
+    if group:
+        yield _collate(group, fbank_config, cmvn, tokenizer)
 
 
-def _batch(held: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) -> Batch:
+def _collate(recordings: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) -> Batch:
     rows = []
-    for recording in held:
+    for recording in recordings:
         wave = torch.from_numpy(np.ascontiguousarray(recording.wave, dtype=np.float32))
         if len(wave) < config.window:
             wave = torch.nn.functional.pad(wave, (0, config.window - len(wave)))
         rows.append(cmvn.apply(fbank(wave, config)))
     features_BTF = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    ids, pad_id = [[] for _ in held], 0
+    ids, pad_id = [[] for _ in recordings], 0
     if tokenizer is not None:
-        ids = [[*tokenizer.encode(r.text), tokenizer.end_id] for r in held]
+        ids = [[*tokenizer.encode(r.text), tokenizer.end_id] for r in recordings]
         pad_id = tokenizer.pad_id
     tokens_BU, token_lengths_B = map(torch.from_numpy, pad(ids, pad_id))
     return Batch.blank(
@@ -124,9 +125,9 @@ def _batch(held: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) ->
         feature_lengths_B=torch.tensor([len(row) for row in rows]),
         tokens_BU=tokens_BU,
         token_lengths_B=token_lengths_B,
-        keys=tuple(r.key for r in held),
-        texts=tuple(r.text for r in held),
-        langs=tuple(r.lang for r in held),
-        speakers=tuple(r.speaker for r in held),
-        durations=tuple(r.seconds(config.rate) for r in held),
+        keys=tuple(r.key for r in recordings),
+        texts=tuple(r.text for r in recordings),
+        langs=tuple(r.lang for r in recordings),
+        speakers=tuple(r.speaker for r in recordings),
+        durations=tuple(r.seconds(config.rate) for r in recordings),
     )

@@ -1,19 +1,20 @@
-"""Hallucinations: text that the audio does not hold, by rules that need no model.
+"""Hallucinations: transcribed text that was not spoken, found by rules that need no model.
 
-On speech, an utterance is flagged as
+A transcript of speech is flagged as
 - ``invented``: NIM4-ASR's rule (arXiv 2604.18105), more than 50% longer than the reference with
-  negligible lexical overlap. The numbers that the paper leaves open are ours: both sides as bags of
-  units, overlap = 2·|common| / (|reference| + |hypothesis|) ≤ 0.2, and at least 2 units longer;
-- ``loop`` (ours): up to 12 units repeated at least 4 times on end, 2 times more than in the
+  negligible lexical overlap. The numbers that the paper leaves open are **ours**: both sides as
+  bags of units, overlap = 2·|common| / (|reference| + |hypothesis|) ≤ 0.2, and at least 2 units
+  longer;
+- ``loop`` (**ours**): up to 12 units repeated at least 4 times in a row, 2 times more than in the
   reference;
-- ``chat`` (ours): a refusal, an assistant's phrase, a piece of the prompt, or a video subtitle's
-  sign-off, English or Mandarin, that the reference does not hold;
-- ``burst`` (ours): between two agreeing units, a stretch with at least 5 words (8 characters) more
-  than in the reference.
+- ``chat`` (**ours**): a refusal, an assistant's phrase, a piece of the prompt, or a video
+  subtitle's sign-off, English or Mandarin, that the reference does not contain;
+- ``burst`` (**ours**): between two matching units, a stretch with at least 5 words (8 characters)
+  more than in the reference.
 
-On non-speech (ours) any text is wrong, in brackets as well: characters per minute of audio, and the
-share of clips with text. Units are words or characters by language, as in `error_rate`, but after
-`normalize`'s plain rules, so that a repeated digit stays repeated.
+On non-speech (**ours**) any text is wrong, in brackets as well: characters per minute of audio, and
+the share of clips with text. Units are words or characters by language, as in `error_rate`, but
+after `normalize`'s plain rules, so that a repeated digit stays repeated.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ _BRACKETS = str.maketrans(dict.fromkeys("<>[]()", " "))
 
 @dataclass(frozen=True)
 class HallucinationConfig:
-    """The rules' numbers (see the module's text). ``examples`` are kept per kind, language
-    and condition."""
+    """Thresholds of the rules in the module's docstring.
+
+    ``examples`` limits the stored examples of each kind, language and condition.
+    """
 
     length_ratio: float = 1.5
     overlap: float = 0.2
@@ -78,54 +81,44 @@ class HallucinationConfig:
             raise UserError("hallucination: periods and bursts must be ≥ 1, loop_repeats ≥ 2")
 
 
-@dataclass(frozen=True)
-class Flags:
-    """What was found in one hypothesis; ``detail`` says why, per kind."""
-
-    detail: dict[str, str]
-
-    def __bool__(self) -> bool:
-        return bool(self.detail)
-
-    def __contains__(self, kind: str) -> bool:
-        return kind in self.detail
-
-
-def written(hypothesis: str) -> int:
+def count_characters(hypothesis: str) -> int:
     """Characters of words of any script: spaces and punctuation do not count (plain rules).
 
-    What stands in brackets counts. Plain rules leave such remarks out, since transcribers differ in
-    them; but on non-speech "[music]" and "(thank you for watching)" are text as well.
+    Text in brackets counts. Plain rules leave such remarks out, since transcribers differ in them;
+    but on non-speech "[music]" and "(thank you for watching)" are text as well.
     """
     opened = unicodedata.normalize("NFKC", hypothesis).translate(_BRACKETS)
-    # As if Chinese, whatever the language: words of an alphabet come apart into characters.
+    # Split as Chinese whatever the language, so that the count does not depend on the tag.
     return sum(len(unit) for unit in units(opened, "zh", "plain"))
 
 
-def flags(
+def find_hallucinations(
     reference: str, hypothesis: str, lang: str, config: HallucinationConfig | None = None
-) -> Flags:
-    """The `KINDS` of hallucination in a hypothesis about speech."""
+) -> dict[str, str]:
+    """The `KINDS` of hallucination in a transcript of speech, each with the reason in words."""
     config = config or HallucinationConfig()
     ref, hyp = units(reference, lang, "plain"), units(hypothesis, lang, "plain")
-    found = {
+    reasons = {
         "invented": _invented(ref, hyp, config),
         "loop": _loop(ref, hyp, config),
-        "chat": chat(hypothesis, reference),
+        "chat": chat_phrase(hypothesis, reference),
         "burst": _burst(ref, hyp, lang, config),
     }
-    return Flags({kind: why for kind, why in found.items() if why})
+    return {kind: reason for kind, reason in reasons.items() if reason}
 
 
-def overlap(reference: list[str], hypothesis: list[str]) -> float:
+def bag_overlap(reference: list[str], hypothesis: list[str]) -> float:
     """2·|common| / (|reference| + |hypothesis|) of two bags of units; 1 if both are empty."""
     total = len(reference) + len(hypothesis)
     common = sum((Counter(reference) & Counter(hypothesis)).values())
     return 2 * common / total if total else 1.0
 
 
-def repeats(sequence: list[str], period: int) -> int:
-    """The most times on end that any stretch of 1…``period`` units occurs (1 if none repeats)."""
+def max_repeats(sequence: list[str], period: int) -> int:
+    """How often in a row the most repeated stretch of 1…``period`` units occurs.
+
+    1 if none repeats, 0 if ``sequence`` is empty.
+    """
     most = min(len(sequence), 1)
     for length in range(1, min(period, len(sequence) // 2) + 1):
         run = 0
@@ -135,10 +128,10 @@ def repeats(sequence: list[str], period: int) -> int:
     return most
 
 
-def chat(hypothesis: str, reference: str = "") -> str:
-    """The first refusal, assistant's, prompt's or subtitle's phrase found, or ``""``.
+def chat_phrase(hypothesis: str, reference: str = "") -> str:
+    """The first phrase of a refusal, an assistant, the prompt or a subtitle, or ``""``.
 
-    What the reference holds as well is speech, not chat.
+    A kind of phrase that the reference contains as well is speech, not chat.
     """
     hypothesis, reference = (s.replace("’", "'") for s in (hypothesis, reference))
     for name, rule in _CHAT_RULES.items():
@@ -150,35 +143,36 @@ def chat(hypothesis: str, reference: str = "") -> str:
 def _invented(ref: list[str], hyp: list[str], config: HallucinationConfig) -> str:
     if len(hyp) <= config.length_ratio * len(ref) or len(hyp) - len(ref) < config.extra_units:
         return ""
-    common = overlap(ref, hyp)
+    common = bag_overlap(ref, hyp)
     if common > config.overlap:
         return ""
     return f"{len(hyp)} units for {len(ref)}, overlap {common:.2f}"
 
 
 def _loop(ref: list[str], hyp: list[str], config: HallucinationConfig) -> str:
-    times = repeats(hyp, config.loop_period)
+    times = max_repeats(hyp, config.loop_period)
     if times < config.loop_repeats:
         return ""
-    spoken = repeats(ref, config.loop_period)
+    spoken = max_repeats(ref, config.loop_period)
     return f"repeated {times} times" if times >= spoken + config.loop_margin else ""
 
 
 def _burst(ref: list[str], hyp: list[str], lang: str, config: HallucinationConfig) -> str:
     limit = config.burst_words if unit_of(lang) == "word" else config.burst_chars
-    extra = most = 0
+    extra = longest = 0
     for op in Levenshtein.opcodes(ref, hyp):
         if op.tag == "equal":
             extra = 0
         else:
             extra += (op.dest_end - op.dest_start) - (op.src_end - op.src_start)
-            most = max(most, extra)
-    return f"{most} units inserted on end" if most >= limit else ""
+            longest = max(longest, extra)
+    return f"{longest} units inserted in a row" if longest >= limit else ""
 
 
 @dataclass
-class Cell:
-    """Counts for one language and condition. ``seconds`` and ``characters`` are of non-speech."""
+class HallucinationCounts:
+    """Counts of one language and condition. ``clips``, ``seconds`` and ``characters`` are of
+    non-speech, the others of speech."""
 
     utterances: int = 0
     invented: int = 0
@@ -191,7 +185,7 @@ class Cell:
     seconds: float = 0.0
     characters: int = 0
 
-    def add(self, other: Cell) -> None:
+    def add(self, other: HallucinationCounts) -> None:
         for f in fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
@@ -200,13 +194,13 @@ class Cell:
         return 60 * self.characters / self.seconds if self.seconds else math.nan
 
     def rate(self, kind: str = "flagged") -> float:
-        """Share of speech utterances of a kind; ``flagged`` is any kind."""
+        """Share of speech utterances with a hallucination of ``kind``; ``flagged``: of any kind."""
         return getattr(self, kind) / self.utterances if self.utterances else math.nan
 
 
 @dataclass(frozen=True)
 class Example:
-    """A hallucination to look at; ``reference`` is empty for non-speech."""
+    """One hallucination, as an example; ``reference`` is empty for non-speech."""
 
     kind: str
     lang: str
@@ -221,85 +215,61 @@ class Example:
 class HallucinationReport:
     """Counts per (language, condition) and examples; a condition is ``clean``, ``snr5``, ``music``…
 
-    Build it pair by pair, merge other ranks' reports into it, read `total` or `cells`.
+    `add` and `add_nonspeech` judge one transcript each; `total`, `summary` and `rows` sum up.
     """
 
     config: HallucinationConfig = field(default_factory=HallucinationConfig)
-    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    cells: dict[tuple[str, str], HallucinationCounts] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
 
     def add(
         self, reference: str, hypothesis: str, lang: str, *, condition: str = "clean", key: str = ""
-    ) -> Flags:
+    ) -> None:
         """Judge one transcript of speech."""
-        found = flags(reference, hypothesis, lang, self.config)
-        cell = self.cells.setdefault((lang, condition), Cell())
+        reasons = find_hallucinations(reference, hypothesis, lang, self.config)
+        cell = self.cells.setdefault((lang, condition), HallucinationCounts())
         cell.utterances += 1
-        cell.flagged += bool(found)
-        for kind, detail in found.detail.items():
+        cell.flagged += bool(reasons)
+        for kind, reason in reasons.items():
             setattr(cell, kind, getattr(cell, kind) + 1)
-            self._keep(Example(kind, lang, condition, key, reference, hypothesis, detail))
-        return found
+            self._add_example(Example(kind, lang, condition, key, reference, hypothesis, reason))
 
     def add_nonspeech(
         self, hypothesis: str, seconds: float, lang: str = "", *, condition: str, key: str = ""
-    ) -> int:
-        """Count the characters (`written`) transcribed from ``seconds`` s without speech; ``lang``
-        is the corpus's tag, ``und`` of sounds in no language. Returns them."""
-        characters = written(hypothesis)
-        cell = self.cells.setdefault((lang, condition), Cell())
+    ) -> None:
+        """Count the characters (`count_characters`) transcribed from ``seconds`` s without speech.
+
+        ``lang`` is the corpus's tag, or ``und`` for sounds in no language.
+        """
+        characters = count_characters(hypothesis)
+        cell = self.cells.setdefault((lang, condition), HallucinationCounts())
         cell.clips += 1
         cell.clips_with_text += characters > 0
         cell.seconds += seconds
         cell.characters += characters
         if characters:
             detail = f"{characters} characters in {seconds:.1f} s"
-            self._keep(Example("nonspeech", lang, condition, key, "", hypothesis, detail))
-        return characters
+            self._add_example(Example("nonspeech", lang, condition, key, "", hypothesis, detail))
 
-    def merge(self, other: HallucinationReport) -> HallucinationReport:
-        """Add another rank's counts, and examples up to the limit; returns self."""
-        for where, cell in other.cells.items():
-            self.cells.setdefault(where, Cell()).add(cell)
-        for example in other.examples:
-            self._keep(example)
-        return self
-
-    def state(self) -> dict:
-        """JSON-able: what a rank sends to another (`from_state`, then `merge`)."""
-        return {
-            "config": asdict(self.config),
-            "cells": [[*where, asdict(cell)] for where, cell in sorted(self.cells.items())],
-            "examples": [asdict(example) for example in self.examples],
-        }
-
-    @classmethod
-    def from_state(cls, state: dict) -> HallucinationReport:
-        return cls(
-            HallucinationConfig(**state["config"]),
-            {(lang, condition): Cell(**cell) for lang, condition, cell in state["cells"]},
-            [Example(**example) for example in state["examples"]],
-        )
-
-    def total(self, *, lang: str | None = None, condition: str | None = None) -> Cell:
-        """Summed counts over all cells, or over those of a language or a condition."""
-        out = Cell()
-        for (cell_lang, cell_condition), cell in self.cells.items():
-            if lang in (None, cell_lang) and condition in (None, cell_condition):
-                out.add(cell)
-        return out
+    def total(self, condition: str | None = None) -> HallucinationCounts:
+        """Counts summed over the languages, of one condition or of all."""
+        total = HallucinationCounts()
+        for (_, cell_condition), cell in self.cells.items():
+            if condition in (None, cell_condition):
+                total.add(cell)
+        return total
 
     def summary(self) -> dict[str, float]:
-        """Flat scalars for a log: rates over all speech, and per condition; those that exist."""
+        """Flat scalars for a log: rates over all conditions and per condition, if finite."""
         total = self.total()
-        named = {kind: total.rate(kind) for kind in (*KINDS, "flagged")}
-        named["characters_per_minute"] = total.characters_per_minute
+        scalars = {kind: total.rate(kind) for kind in (*KINDS, "flagged")}
+        scalars["characters_per_minute"] = total.characters_per_minute
         for condition in self.conditions():
-            cell = self.total(condition=condition)
-            named[f"{condition}/flagged"] = cell.rate()
-            named[f"{condition}/invented"] = cell.rate("invented")
-            named[f"{condition}/characters_per_minute"] = cell.characters_per_minute
-        return {name: value for name, value in named.items() if math.isfinite(value)}
+            cell = self.total(condition)
+            scalars[f"{condition}/flagged"] = cell.rate()
+            scalars[f"{condition}/invented"] = cell.rate("invented")
+            scalars[f"{condition}/characters_per_minute"] = cell.characters_per_minute
+        return {name: value for name, value in scalars.items() if math.isfinite(value)}
 
     def conditions(self) -> list[str]:
         return sorted({condition for _, condition in self.cells})
@@ -308,22 +278,25 @@ class HallucinationReport:
         """One flat dict per language and condition, for a table."""
         for (lang, condition), cell in sorted(self.cells.items()):
             low, high = wilson(cell.flagged, cell.utterances)
-            extra = {"characters_per_minute": cell.characters_per_minute}
-            extra |= {"rate": cell.rate(), "low": low, "high": high}
-            yield {"lang": lang, "condition": condition, **asdict(cell), **extra}
+            rates = {"characters_per_minute": cell.characters_per_minute}
+            rates |= {"rate": cell.rate(), "low": low, "high": high}
+            yield {"lang": lang, "condition": condition, **asdict(cell), **rates}
 
-    def _keep(self, example: Example) -> None:
-        where = example.kind, example.lang, example.condition
-        same = sum((e.kind, e.lang, e.condition) == where for e in self.examples)
+    def _add_example(self, example: Example) -> None:
+        group = example.kind, example.lang, example.condition
+        same = sum((e.kind, e.lang, e.condition) == group for e in self.examples)
         if same < self.config.examples:
             self.examples.append(example)
 
 
-def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a proportion (1927): sound for rates near zero. NaN without trials."""
-    if not trials:
+def wilson(hits: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval (1927) of the proportion ``hits`` / ``count``, also valid near zero.
+
+    95% by default; NaN where ``count`` is 0.
+    """
+    if not count:
         return math.nan, math.nan
-    p, zz = hits / trials, z * z / trials
+    p, zz = hits / count, z * z / count
     middle = (p + zz / 2) / (1 + zz)
     half = math.sqrt(p * (1 - p) * zz + zz * zz / 4) / (1 + zz)
     return max(0.0, middle - half), min(1.0, middle + half)

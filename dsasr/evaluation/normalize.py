@@ -1,19 +1,19 @@
-"""Text as it is scored: what two transcribers may write differently is made equal first.
+"""Text normalization for scoring, by language: English, Mandarin, code-switched speech, others.
 
-English follows Whisper's published normalizer (Radford et al. 2022, arXiv 2212.04356, appendix C):
-the class that ``transformers`` ships does the work. Its table of British spellings is a file that
-comes with each Whisper checkpoint (``normalizer.json``); its path in the place of the rules' name
-has it applied (``evaluation.rules=…/normalizer.json``). Published rates have it.
+English follows Whisper's published normalizer (Radford et al. 2022, arXiv 2212.04356, appendix C),
+by the class that ``transformers`` ships. Its table of British spellings is a file that comes with
+each Whisper checkpoint (``normalizer.json``); it is applied if its path is given instead of a name
+of rules (``evaluation.rules=…/normalizer.json``), as in published rates.
 
-Mandarin (the rules are ours, the conventions those of the usual CER scripts): NFKC, so that
+Mandarin (the rules are **ours**, the conventions those of the usual CER scripts): NFKC, so that
 full-width forms become half-width; lower case; Arabic numbers become Chinese numerals as they are
-read; punctuation goes. Before 年 four digits are a year and read one by one, two where they can
-hardly count years (0x, 50 to 99). 3:20 is a time, and what can be none (3:2, 25:21) a ratio. 两
-counts as 二, 幺 as 一, 〇 as 零 and 百分之一百 as 百分之百, since Arabic digits do not say which
-was spoken. Traditional characters are not converted.
+read; punctuation is removed. Before 年 four digits are a year and read one by one, and so are two
+that can hardly be a number of years (0x, 50 to 99). 3:20 is a time, and what cannot be one (3:2,
+25:21) a ratio. 两 counts as 二, 幺 as 一, 〇 as 零 and 百分之一百 as 百分之百, since Arabic digits
+do not say which was spoken. Traditional characters are not converted.
 
-Code-switched text takes each run by its script: Han runs by the Mandarin rules, Latin runs by the
-English ones (`mixed`).
+Code-switched text is split by script: Han runs are normalized by the Mandarin rules, Latin runs by
+the English ones (`mixed`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _NUMBER = re.compile(
 
 
 def unit_of(lang: str) -> str:
-    """``"word"``, ``"char"`` or ``"mixed"``: what an error is counted in for a language tag.
+    """The unit in which errors of a language are counted: ``"word"``, ``"char"`` or ``"mixed"``.
 
     ``zh``, ``zh-CN``, ``zh_Hant``, ``ja``… count characters; ``zh-en``, ``en-zh``, ``cs`` and
     ``mixed`` count Han characters and Latin words; every other tag counts words.
@@ -71,9 +71,9 @@ def unit_of(lang: str) -> str:
 
 
 def normalize(text: str, lang: str, rules: str = "standard") -> str:
-    """The scored form of ``text``: words parted by single spaces (see the module's text).
+    """``text`` in the form that is scored, with single spaces between words.
 
-    ``rules="plain"`` applies `basic` whatever the language. Take it for digit strings: Whisper's
+    ``rules="plain"`` applies `basic` whatever the language. Use it for digit strings: Whisper's
     rules join "eight oh nine" to the one word 809, and a word error rate becomes a string error
     rate. The path of a Whisper checkpoint's ``normalizer.json`` is ``"standard"`` with its table of
     British spellings. Raises ValueError for other rules.
@@ -92,7 +92,7 @@ def normalize(text: str, lang: str, rules: str = "standard") -> str:
 
 
 def check_rules(rules: str) -> None:
-    """Raises ValueError unless ``rules`` is one of `RULES` or names a JSON file."""
+    """Raise ValueError unless ``rules`` is one of `RULES` or names a JSON file."""
     if rules not in RULES and not rules.endswith(".json"):
         known = ", ".join(RULES)
         raise ValueError(
@@ -101,7 +101,7 @@ def check_rules(rules: str) -> None:
 
 
 def units(text: str, lang: str, rules: str = "standard") -> list[str]:
-    """The units that errors are counted in: words, or characters with Latin words whole.
+    """Split ``text`` into units: words, or characters with Latin words left whole.
 
     A Latin word or a number inside character-scored text is one unit, as in the usual CER scripts.
     """
@@ -112,8 +112,8 @@ def units(text: str, lang: str, rules: str = "standard") -> list[str]:
 def basic(text: str) -> str:
     """Lower case, NFKC, no punctuation or symbols, single spaces: for languages without rules.
 
-    Bracketed remarks (``[noise]``, ``<unk>``, ``(laughs)``) go with their brackets, as in Whisper's
-    basic normalizer; an apostrophe within a word stays.
+    Bracketed remarks (``[noise]``, ``<unk>``, ``(laughs)``) are removed, as in Whisper's basic
+    normalizer; an apostrophe within a word stays.
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     text = re.sub(r"[<\[][^>\]]*[>\]]|\([^)]*\)", " ", text)
@@ -124,7 +124,7 @@ def basic(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _english_normalizer(spelling: str | None):
-    # Here and not above: importing transformers takes seconds, and Mandarin does not need it.
+    # Imported here because it takes seconds, and Mandarin does not need it.
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     table: Mapping[str, str] = {}
@@ -150,7 +150,9 @@ def english(text: str, spelling: str | None = None) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def mandarin(text: str) -> str:
-    """Mandarin as it is scored: no punctuation, no spaces between Han, numbers as they are read.
+    """Mandarin in the form that is scored: no punctuation or spaces, numbers as they are read.
+
+    Spaces between Latin words stay.
 
     A number of four digits before 年 is read digit by digit, and so is one with a leading zero or,
     unless it ends in 0000, of eight digits and more (a telephone number). Others are cardinals.
@@ -170,7 +172,7 @@ def _read_number(match: re.Match[str]) -> str:
     parts = match.groupdict()
     if parts["percent"]:
         spoken = _decimal(parts["percent"].lstrip("-"))
-        # Here, not by `_HUNDRED_PERCENT` alone: 100%一定 goes on with what might be a digit.
+        # `_HUNDRED_PERCENT` alone would miss 100%一定, in which 一 may continue the number.
         spoken = "百" if spoken == "一百" else spoken
         return _negative("百分之" + spoken, parts["percent"])
     if parts["year"]:
@@ -184,7 +186,7 @@ def _read_number(match: re.Match[str]) -> str:
         return f"{cardinal(int(parts['hour']))}点{gap}{spoken}"
     if parts["ratio"]:
         return "比".join(map(_decimal, parts["ratio"].split(":")))
-    # In 2010-2012 and A-3 the stroke is a dash, not a minus.
+    # In 2010-2012 and A-3 the character is a dash, not a minus.
     before = match.string[match.start() - 1 : match.start()]
     sign = parts["plain"] if not before.isalnum() else ""
     return _negative(_decimal(parts["plain"].lstrip("-")), sign)
@@ -236,9 +238,10 @@ def _group(number: int) -> str:
 
 
 def mixed(text: str, spelling: str | None = None) -> str:
-    """Code-switched Mandarin and English: each run by its script's rules (``spelling``: `english`).
+    """Code-switched Mandarin and English, each run of a script by its language's rules.
 
-    A number is Mandarin if a Han character touches it or no Latin word stands next to it.
+    A number is Mandarin if it is adjacent to a Han character or to no Latin word. ``spelling``:
+    see `english`.
     """
     tokens = _MIXED_TOKEN.findall(unicodedata.normalize("NFKC", text))
     runs: list[tuple[bool, str]] = []
@@ -251,7 +254,7 @@ def mixed(text: str, spelling: str | None = None) -> str:
                 near = (before.split() or [""])[-1], (after.split() or [""])[0]
                 han = touched or not any(_has_latin(word) for word in near)
             else:
-                han = runs[-1][0] if runs else True  # spaces and marks part no run
+                han = runs[-1][0] if runs else True  # spaces and punctuation do not end a run
         if runs and runs[-1][0] == han:
             runs[-1] = (han, runs[-1][1] + token)
         else:

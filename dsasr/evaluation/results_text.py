@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsasr.evaluation import suite_results
 from dsasr.evaluation.hallucination import KINDS
+from dsasr.evaluation.results import Results
 
 UNITS = {"word": "words", "char": "characters", "mixed": "words and characters"}
 
@@ -17,7 +17,7 @@ def _percent(rate: float | None) -> str:
 
 
 def _nonspeech(row: Mapping[str, Any]) -> str:
-    """One row of `Trials.nonspeech` in words."""
+    """One row of `Results.nonspeech_rates` in words."""
     if not row["clips_with_text"]:
         return f"0 characters a minute of non-speech (no text in {row['clips']} clips)"
     span = "" if row["low"] is None else f" ({row['low']:.1f}…{row['high']:.1f})"
@@ -25,7 +25,7 @@ def _nonspeech(row: Mapping[str, Any]) -> str:
     return f"{rate}, text in {row['clips_with_text']} of {row['clips']} clips"
 
 
-def results(trials: suite_results.Trials, summary: Mapping[str, Any], pairs: int) -> Iterator[str]:
+def format_results(results: Results, summary: Mapping[str, Any], pairs: int) -> Iterator[str]:
     """Error rates and hallucinations by condition, and ``pairs`` transcripts."""
     for condition, part in summary["conditions"].items():
         for lang, row in part["languages"].items():
@@ -45,13 +45,13 @@ def results(trials: suite_results.Trials, summary: Mapping[str, Any], pairs: int
     for example in summary["hallucination"]["examples"][:pairs]:
         head = f"{example['kind']} ({example['condition']}, {example['detail']})"
         yield f"  {head}\n    ref  {example['reference']}\n    hyp  {example['hypothesis']}"
-    clean = [row for row in trials.rows if row.condition == "clean"]
+    clean = [row for row in results.rows if row.condition == "clean"]
     for row in clean[:: max(len(clean) // max(pairs, 1), 1)][:pairs]:
         yield f"  ref  {row.reference}\n  hyp  {row.hypothesis}"
 
 
-def comparison(tests: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """The paired tests of `suite_results.compare`, a line a condition."""
+def format_comparison(tests: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """The paired tests of `compare`, one line per condition."""
     for condition, row in tests.items():
         line = f"{condition:>9}: hallucinated {row['flagged_b']:.0f} to {row['flagged_a']:.0f}"
         line += f", p {row['flagged_p']:.3f}"

@@ -1,36 +1,38 @@
-"""The noise suite that a recognizer is evaluated on: non-speech, noisy and truncated speech.
+"""The noise suite of an evaluation: non-speech, noisy speech and truncated speech.
 
-Everything is made from a seed and, for babble and noisy speech, from the caller's own utterances;
-the same seed gives the same suite for every system. Waves are float32 [n], mono, in [−1, 1]. The
-sounds are **ours**. They are not the training's (`dsasr.data.audio.augment`), on purpose: a system
-trained with augmentation is evaluated on noise that it was not trained on. They stay as they are,
-so that results of different releases compare.
+Everything is synthesized from a seed and, for babble and noisy speech, from the recordings of the
+evaluation set; the same seed gives the same suite for every system. Waves are float32 [n], mono, in
+[−1, 1]. The sounds are **ours**. They are not the training's (`dsasr.data.audio.augment`), on
+purpose: a system trained with augmentation is evaluated on noise that it was not trained on. They
+stay as they are, so that results of different releases compare.
 
-SNR is 10·log₁₀ of the ratio of mean powers, in dB, over the whole clip.
+A clip's condition is ``clean``, ``snr20``… (dB), ``cut50``… (percent of the audio that remains),
+the name of a synthesized sound, or ``recorded``: non-speech of the evaluation set (recordings
+without text). SNR is 10·log₁₀ of the ratio of mean powers, in dB, over the whole clip.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.normalize import units
 from dsasr.utils.errors import UserError
 
-_LEVEL = 0.05  # RMS of made sounds: −26 dB of full scale, a usual speech level
+CLEAN, RECORDED = "clean", "recorded"  # conditions
+_LEVEL = 0.05  # RMS of synthesized sounds: −26 dB of full scale, a usual speech level
 _UNDETERMINED = "und"  # ISO 639-2's tag of what is in no language
 
 
 @dataclass(frozen=True)
 class SuiteConfig:
-    """``clips`` of ``seconds`` each per non-speech kind; every utterance at every SNR and cut.
-
-    ``truncations`` are the shares of an utterance that are kept; ``noises`` those mixed in.
-    """
+    """``clips`` of ``seconds`` each per kind of ``nonspeech``; every utterance at each of ``snrs``
+    (dB) with one of ``noises``, and truncated to each share of ``truncations``."""
 
     clips: int = 10
     seconds: float = 10.0
@@ -50,22 +52,16 @@ class SuiteConfig:
             raise UserError("noise suite: truncations must lie between 0 and 1")
 
 
-@dataclass(frozen=True)
-class Utterance:
-    """Speech to build from."""
-
-    key: str
-    wave: np.ndarray = field(repr=False)
-    text: str
-    lang: str
+# A suite of the recordings as they are.
+RECORDINGS_ONLY = SuiteConfig(nonspeech=(), snrs=(), noises=(), truncations=())
 
 
 @dataclass(frozen=True)
-class Case:
-    """One clip to transcribe. ``text`` is None for non-speech; ``seconds`` is its length.
+class SuiteClip:
+    """One clip to transcribe. ``wave`` is float32 [n]; ``text`` is None for non-speech.
 
-    Of truncated speech ``text`` is the whole reference: judge it against `best_prefix`. ``lang`` of
-    made non-speech is ``und``, but of babble in one language that language.
+    Of truncated speech ``text`` is the whole reference: see `spoken_prefix`. ``lang`` of
+    synthesized non-speech is ``und``, but of babble in one language that language.
     """
 
     key: str
@@ -73,50 +69,69 @@ class Case:
     wave: np.ndarray = field(repr=False)
     text: str | None
     lang: str
-    seconds: float
 
 
-def suite(
-    utterances: Sequence[Utterance], config: SuiteConfig | None = None, *, rate: int = 16000
-) -> Iterator[Case]:
-    """The cases of the suite, in a fixed order; conditions are ``clean``, a sound's name,
-    ``snr20``… and ``cut50`` (percent kept). Babble needs at least one utterance (UserError)."""
-    config = config or SuiteConfig()
-    speech = [u.wave for u in utterances]
-    langs = {u.lang for u in utterances}
+def build_suite(
+    recordings: Sequence[Recording], config: SuiteConfig = RECORDINGS_ONLY, *, rate: int = 16000
+) -> list[SuiteClip]:
+    """The suite made of ``recordings`` (at ``rate`` Hz), in a fixed order.
+
+    Recordings without text are part of it as they are. Babble is made of speech, so without any it
+    is left out.
+    """
+    speech = [r for r in recordings if r.text]
+    if not speech:
+        config = replace(config, nonspeech=tuple(k for k in config.nonspeech if k != "babble"))
+    clips = [*_synthesized_nonspeech(speech, config, rate), *_speech_clips(speech, config, rate)]
+    return clips + [
+        SuiteClip(r.key, RECORDED, r.wave, None, r.lang) for r in recordings if not r.text
+    ]
+
+
+def _synthesized_nonspeech(
+    speech: Sequence[Recording], config: SuiteConfig, rate: int
+) -> Iterator[SuiteClip]:
+    waves = [r.wave for r in speech]
+    langs = {r.lang for r in speech}
     size = round(config.seconds * rate)
     for k, kind in enumerate(config.nonspeech):
         lang = min(langs) if kind == "babble" and len(langs) == 1 else _UNDETERMINED
         for clip in range(config.clips):
             rng = np.random.default_rng([config.seed, 0, k, clip])
-            wave = SOUNDS[kind](size, rate, rng, speech)
-            yield Case(f"{kind}-{clip}", kind, wave, None, lang, size / rate)
-    for i, u in enumerate(utterances):
-        yield Case(u.key, "clean", u.wave, u.text, u.lang, len(u.wave) / rate)
+            wave = SOUNDS[kind](size, rate, rng, waves)
+            yield SuiteClip(f"{kind}-{clip}", kind, wave, None, lang)
+
+
+def _speech_clips(
+    speech: Sequence[Recording], config: SuiteConfig, rate: int
+) -> Iterator[SuiteClip]:
+    waves = [r.wave for r in speech]
+    for i, r in enumerate(speech):
+        yield SuiteClip(r.key, CLEAN, r.wave, r.text, r.lang)
         # One noise per utterance, the same at each SNR, so that only the level changes.
         rng = np.random.default_rng([config.seed, 1, i])
-        others = speech[:i] + speech[i + 1 :] or speech
+        others = waves[:i] + waves[i + 1 :] or waves
         if config.snrs:
-            noise = SOUNDS[config.noises[i % len(config.noises)]](len(u.wave), rate, rng, others)
+            noise = SOUNDS[config.noises[i % len(config.noises)]](len(r.wave), rate, rng, others)
             for snr in config.snrs:
-                wave = mix(u.wave, noise, snr)
-                yield Case(u.key, f"snr{snr:g}", wave, u.text, u.lang, len(wave) / rate)
+                wave = mix(r.wave, noise, snr)
+                yield SuiteClip(r.key, f"snr{snr:g}", wave, r.text, r.lang)
         for share in config.truncations:
-            wave = u.wave[: max(1, round(share * len(u.wave)))]
-            condition = f"cut{100 * share:.0f}"  # `kept` reads it
-            yield Case(u.key, condition, wave, u.text, u.lang, len(wave) / rate)
+            wave = r.wave[: max(1, round(share * len(r.wave)))]
+            condition = f"cut{100 * share:.0f}"  # `truncated_share` parses it
+            yield SuiteClip(r.key, condition, wave, r.text, r.lang)
 
 
-def kept(condition: str) -> float | None:
-    """The share of an utterance that a condition such as ``cut50`` keeps; None of all others."""
+def truncated_share(condition: str) -> float | None:
+    """The share of an utterance that remains in a condition such as ``cut50``, else None."""
     match = re.fullmatch(r"cut(\d+)", condition)
     return int(match[1]) / 100 if match else None
 
 
 def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
-    """Speech with noise at ``snr`` dB; the sum is scaled down if it would clip, the ratio kept.
+    """Speech with noise at ``snr`` dB; the sum is scaled down if it would clip.
 
-    Noise is repeated or cut to the speech's length. A silent side leaves the speech as it is.
+    Noise is repeated or cut to the speech's length. The speech is unchanged if either is silent.
     """
     noise = np.resize(noise, speech.shape)
     powers = [float(np.mean(np.square(side, dtype=np.float64))) for side in (speech, noise)]
@@ -194,14 +209,14 @@ SOUNDS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def best_prefix(reference: str, hypothesis: str, lang: str, share: float) -> str:
-    """The start of the reference that a transcript of the first ``share`` of it is judged against.
+def spoken_prefix(reference: str, hypothesis: str, lang: str, share: float) -> str:
+    """The start of ``reference`` to judge a transcript of the first ``share`` of its audio against.
 
-    Stands in for what was spoken before a cut, where no alignment says it (ours): the longer of two
-    prefixes in whole units by plain rules. One is what the hypothesis is nearest to, the shorter of
-    equals: a true continuation from the language model passes, an invented one is left over. The
-    other is ``share`` of the units, as if each took as long: words heard wrongly are near to no
-    prefix, yet as many as were spoken are not invented.
+    It stands in for what was spoken before the cut, where no alignment gives it (**ours**): the
+    longer of two prefixes in whole units by plain rules. One is the prefix nearest to the
+    hypothesis, the shorter of equals: a true continuation from the language model passes, an
+    invented one is left over. The other is ``share`` of the units, as if each took as long:
+    misrecognized words are near to no prefix, yet are not invented if as many were spoken.
     """
     ref, hyp = units(reference, lang, "plain"), units(hypothesis, lang, "plain")
     best = min(range(len(ref) + 1), key=lambda size: Levenshtein.distance(ref[:size], hyp))

@@ -1,0 +1,1 @@
+"""Inference: transcribe audio files with a trained model, and export it."""

@@ -1,17 +1,17 @@
-"""A trained recognizer as a folder that leaves the building, and back.
+"""Export a trained recognizer to a Hugging Face-style folder, and load it back.
 
 ::
 
-    DIR/config.json          settings: encoder, adaptor, features, text, prompt, decoding
+    DIR/config.json          settings: encoder, adaptor, features, prompt, decoding
     DIR/cmvn.json            mean and standard deviation per mel bin
     DIR/model.safetensors    encoder.… and adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
-    DIR/adapter/             on request, of a run with LoRA: what it learned, as a folder of peft's
+    DIR/adapter/             on request, for a run with LoRA: the LoRA matrices as a peft folder
 
-LoRA matrices are merged into the language model's weights (`dsasr.model.lora`): in float32, then
-rounded to what is written. Logits of both agree to 1e-5 of the largest in float32; in bfloat16,
-also of a run trained in it, to about 1e-2: what rounding the sum costs. ``adapter`` is for the
-language model that training started from, not for the merged one beside it.
+LoRA matrices are merged into the language model's weights (`dsasr.model.lora`) in float32, and the
+sum is rounded to the dtype that is written. Logits before and after agree to 1e-5 of the largest
+logit in float32, and to about 1e-2 in bfloat16, which is the rounding of the sum. ``adapter`` is
+for the language model that training started from, not for the merged one in ``llm``.
 
 Weights go from the checkpoint to the files one tensor at a time: memory does not grow with the
 model, and the checkpoint may be of any world size.
@@ -50,9 +50,9 @@ from dsasr.utils.io import atomic_write, fsync_dir
 from dsasr.utils.progress import Bar
 
 MODEL_TYPE, FORMAT = "dsasr", 1
-FILE_BYTES = 4 << 30  # a file of weights grows no larger
-# What belongs to a language model beside its weights; nothing else is taken along.
-_BESIDE = (
+FILE_BYTES = 4 << 30  # the largest file of weights
+# The files of a language model besides its weights and config.json; no others are copied.
+_LLM_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "dsasr_tokenizer.json",
@@ -61,29 +61,31 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class PromptIds:
+    """Token ids of the prompt before and after the speech embeddings."""
+
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """``config.json``: all that is needed beside the weights, and nothing of the training."""
+    """``config.json``: what inference needs besides the weights, and nothing of the training."""
 
     encoder: EncoderConfig
     adaptor: AdaptorConfig
     prompt: PromptIds
     fbank: FbankConfig = field(default_factory=FbankConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    max_seconds: float = 30.0  # of the utterances that it was trained on
-    steps: int = 0  # of the run, at the checkpoint
+    max_seconds: float = 30.0  # the longest utterance of the training
+    steps: int = 0  # training steps of the checkpoint
     model_type: str = MODEL_TYPE
     architectures: tuple[str, ...] = ("DsasrModel",)
     format: int = FORMAT
 
 
 @dataclass(frozen=True)
-class Parts:
-    """An export, loaded."""
+class Export:
+    """An exported recognizer, loaded."""
 
     config: ExportConfig
     model: SpeechLLM
@@ -91,7 +93,7 @@ class Parts:
     cmvn: Cmvn
 
 
-# -- out ---------------------------------------------------------------------------------------
+# -- write -------------------------------------------------------------------------------------
 
 
 def export_run(
@@ -101,23 +103,25 @@ def export_run(
     dtype: torch.dtype | None = None,
     adapter: bool = False,
 ) -> Path:
-    """Write the recognizer in checkpoint ``reader`` to the new folder ``target``.
+    """Write the recognizer in checkpoint ``reader`` to the new folder ``target``; returns it.
 
-    ``dtype`` rounds the weights; None keeps them as they are. ``adapter`` writes LoRA matrices by
-    themselves too. Raises `UserError` if the checkpoint holds no recognizer or ``target`` exists.
-    It appears by rename, whole or not at all.
+    ``dtype`` rounds the weights; None keeps their dtypes. ``adapter`` writes the LoRA matrices as
+    a folder of their own too. The folder appears by rename ("Whole or not at all"). Raises
+    `UserError` if the checkpoint holds no recognizer or ``target`` exists.
     """
     if target.exists():
-        raise UserError(f"{target} exists: give a new folder")
+        raise UserError(f"{target} exists already: give a new folder")
     weights = Below(reader, "sft/")
     if not any(key.startswith("llm.") for key in weights.shapes):
-        raise UserError(f"{reader.folder} holds no recognizer: its sft branch has not begun")
+        raise UserError(
+            f"{reader.folder} holds no recognizer: its sft branch has not started training"
+        )
     _check_lora(build, weights, adapter)
     staging = target.parent / f".{target.name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        _write(build, reader, weights, staging, dtype)
+        _write_model(build, reader, weights, staging, dtype)
         if adapter:
             _write_adapter(build, weights, staging / "adapter", dtype)
         fsync_dir(staging)
@@ -130,12 +134,12 @@ def export_run(
     return target
 
 
-def _write(
+def _write_model(
     build: Builder, reader: FragmentReader, weights: Below, folder: Path, dtype: torch.dtype | None
 ) -> None:
     recipe = build.recipe
     prefix, suffix = Prompt.build(build.tokenizer)
-    chosen = ExportConfig(
+    export_config = ExportConfig(
         encoder=recipe.model.encoder,
         adaptor=recipe.model.adaptor,
         prompt=PromptIds(tuple(prefix), tuple(suffix)),
@@ -144,33 +148,43 @@ def _write(
         max_seconds=recipe.data.dataloader.batch.max_seconds,
         steps=int(reader.manifest.get("steps", 0)),
     )
-    atomic_write(folder / "config.json", json.dumps(config.to_plain(chosen), indent=1) + "\n")
+    atomic_write(
+        folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"
+    )
     build.cmvn.save(folder / "cmvn.json")
     llm = folder / "llm"
     llm.mkdir()
     _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
-    own = {k: k for k in weights.shapes if k.startswith(("encoder.", "adaptor."))}
-    of_llm = [k for k in weights.shapes if k.startswith("llm.") and not lora.is_adapter(k)]
-    plain = {k.removeprefix("llm."): k for k in of_llm}
+    # Name in the file → key in the checkpoint.
+    speech_keys = {k: k for k in weights.shapes if k.startswith(("encoder.", "adaptor."))}
+    llm_keys = {
+        k.removeprefix("llm."): k
+        for k in weights.shapes
+        if k.startswith("llm.") and not lora.is_adapter(k)
+    }
     with Bar(desc="exporting", unit="B", unit_scale=True, total=0) as bar:
-        for place, names in ((folder, own), (llm, plain)):
+        for directory, keys in ((folder, speech_keys), (llm, llm_keys)):
             tensors = {
-                n: _lazy(weights, key, dtype, bar, recipe.model.lora) for n, key in names.items()
+                name: _lazy(weights, key, dtype, bar, recipe.model.lora)
+                for name, key in keys.items()
             }
-            _write_files(place, tensors)
+            _write_files(directory, tensors)
 
 
 def _check_lora(build: Builder, weights: Below, adapter: bool) -> None:
-    """Raise `UserError` where recipe and checkpoint disagree, or an adapter is no whole answer."""
+    """Raise `UserError` if recipe and checkpoint disagree on LoRA, or if ``adapter`` is requested
+    and the LoRA matrices are not all that the run trained of the language model."""
     model, stages = build.recipe.model, build.recipe.schedule().sft
-    held = any(map(lora.is_adapter, weights.shapes))
-    if held != (model.lora is not None):
+    has_lora = any(map(lora.is_adapter, weights.shapes))
+    if has_lora != (model.lora is not None):
         raise UserError(
             "the checkpoint and its recipe disagree on model.lora: export with the run's own recipe"
         )
     trained = [stage.name for stage in stages if "llm" in stage.trains]
-    if adapter and (not held or trained):
-        why = f"stage '{trained[0]}' trains the language model itself" if held else "it has no LoRA"
+    if adapter and (not has_lora or trained):
+        why = "it has no LoRA"
+        if has_lora:
+            why = f"stage '{trained[0]}' trains the language model itself"
         raise UserError(f"the run has no adapter to write beside the merged model: {why}")
 
 
@@ -179,7 +193,7 @@ def _write_adapter(build: Builder, weights: Below, folder: Path, dtype: torch.dt
     matrices = {k.removeprefix("llm."): weights.whole(k) for k in keys}
     if dtype is not None:
         matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}
-    # The name alone: where it lies is of no use elsewhere.
+    # The folder's name only: its path means nothing on another machine.
     path = build.recipe.model.llm.path
     base = path if is_hub_name(path) else Path(path).name
     lora.save_adapter(folder, build.recipe.model.lora, matrices, base)
@@ -190,27 +204,28 @@ def _lazy(
     key: str,
     dtype: torch.dtype | None,
     bar: Bar,
-    adapted: lora.LoraConfig | None,
+    lora_config: lora.LoraConfig | None,
 ) -> Lazy:
-    held = weights.read(key, 0, 1).dtype
-    chosen = dtype if dtype is not None and held.is_floating_point else held
+    """The tensor ``key``, merged with its LoRA matrices and rounded, read when it is written."""
+    stored = weights.read(key, 0, 1).dtype
+    written = dtype if dtype is not None and stored.is_floating_point else stored
     a, b = lora.factors(key)
 
     def get() -> torch.Tensor:
         tensor = weights.whole(key)
-        if adapted is not None and a in weights.shapes:
-            tensor = lora.merged(tensor, weights.whole(a), weights.whole(b), adapted)
-        tensor = tensor.to(chosen)
+        if lora_config is not None and a in weights.shapes:
+            tensor = lora.merged(tensor, weights.whole(a), weights.whole(b), lora_config)
+        tensor = tensor.to(written)
         bar.update(tensor.nbytes)
         return tensor
 
-    lazy = Lazy(chosen, weights.shapes[key], get)
+    lazy = Lazy(written, weights.shapes[key], get)
     bar.total += lazy.bytes
     return lazy
 
 
 def _write_files(folder: Path, tensors: dict[str, Lazy]) -> None:
-    """One file, or several and the index that transformers reads."""
+    """Write one file, or several of at most `FILE_BYTES` with the index that transformers reads."""
     files: list[dict[str, Lazy]] = [{}]
     for name, tensor in tensors.items():
         if files[-1] and sum(t.bytes for t in files[-1].values()) + tensor.bytes > FILE_BYTES:
@@ -219,114 +234,120 @@ def _write_files(folder: Path, tensors: dict[str, Lazy]) -> None:
     if len(files) == 1:
         write_tensors(folder / "model.safetensors", files[0], {"format": "pt"})
         return
-    place = {}
-    for number, held in enumerate(files, 1):
+    weight_map = {}
+    for number, file in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_tensors(folder / name, held, {"format": "pt"})
-        place |= dict.fromkeys(held, name)
+        write_tensors(folder / name, file, {"format": "pt"})
+        weight_map |= dict.fromkeys(file, name)
     total = sum(t.bytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": place}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     atomic_write(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def _copy_llm(llm: Path, tokenizer: Path, to: Path, dtype: torch.dtype | None) -> None:
-    """The language model's folder without its weights, with the tokenizer that was trained with."""
+def _copy_llm(llm: Path, tokenizer: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Copy the language model's folder without its weights, with the tokenizer of the training."""
     try:
         values = json.loads((llm / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model.llm.path: {llm}/config.json cannot be read: {error}") from None
-    values.pop("auto_map", None)  # remote code has no place here
+    values.pop("auto_map", None)  # it points to remote code ("Data is not code")
     if dtype is not None:
         values.pop("torch_dtype", None)
         values["dtype"] = str(dtype).removeprefix("torch.")
-    atomic_write(to / "config.json", json.dumps(values, indent=2) + "\n")
+    atomic_write(target / "config.json", json.dumps(values, indent=2) + "\n")
     if tokenizer.is_file():
-        shutil.copyfile(tokenizer, to / "tokenizer.model")
-    for name in _BESIDE:
+        shutil.copyfile(tokenizer, target / "tokenizer.model")
+    for name in _LLM_FILES:
         source = tokenizer / name if tokenizer.is_dir() else llm / name
         if name == "generation_config.json":
             source = llm / name
-        if source.is_file() and not (to / name).exists():
-            shutil.copyfile(source, to / name)
+        if source.is_file() and not (target / name).exists():
+            shutil.copyfile(source, target / name)
 
 
-# -- and back ----------------------------------------------------------------------------------
+# -- load ---------------------------------------------------------------------------------------
 
 
 def is_export(folder: Path) -> bool:
-    """Whether that is a folder that `export_run` wrote."""
+    """Whether `export_run` wrote ``folder``."""
     try:
-        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(held, dict) and held.get("model_type") == MODEL_TYPE
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
 
 def read_config(folder: Path) -> ExportConfig:
-    """``config.json`` of an export; `UserError` if it is none, or of another version."""
+    """The ``config.json`` of an export. Raises `UserError` if it is none, or of another format."""
     if not is_export(folder):
         raise UserError(f"{folder} is no exported recognizer: make one with `dsasr export`")
-    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if held.get("format") != FORMAT:
-        raise UserError(f"{folder} is of format {held.get('format')!r}, this code reads {FORMAT}")
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if values.get("format") != FORMAT:
+        raise UserError(f"{folder} is of format {values.get('format')!r}, this code reads {FORMAT}")
+    # Other keys are those that transformers adds when it saves a config.
     known = set(ExportConfig.__dataclass_fields__)
-    # transformers adds keys of its own when it saves a config.
-    return config.build(ExportConfig, {k: v for k, v in held.items() if k in known})
+    return config.build(ExportConfig, {k: v for k, v in values.items() if k in known})
 
 
-def load_export(folder: str | Path, attn: str = "sdpa") -> Parts:
-    """The recognizer of an exported folder, on the CPU and in eval mode, in float32."""
+def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
+    """Load an exported folder onto the CPU, in float32 and in eval mode. Raises `UserError`."""
     folder = Path(folder)
-    chosen = read_config(folder)
+    export_config = read_config(folder)
     llm = load_llm(folder / "llm", attn=attn)
     tokenizer = load_tokenizer(folder / "llm")
     width = llm.get_input_embeddings().weight.shape
     check_tokenizer(tokenizer, width[0])
     model = SpeechLLM(
-        Encoder(chosen.encoder),
-        Adaptor(chosen.adaptor, chosen.encoder.width, width[1]),
+        Encoder(export_config.encoder),
+        Adaptor(export_config.adaptor, export_config.encoder.width, width[1]),
         llm,
-        chosen.prompt.prefix,
-        chosen.prompt.suffix,
+        export_config.prompt.prefix,
+        export_config.prompt.suffix,
         tokenizer.pad_id,
         LlmConfig(attn=attn),
     )
-    parts = {"encoder": model.encoder, "adaptor": model.adaptor}
-    _fill(parts, folder)
-    return Parts(chosen, model.eval(), tokenizer, Cmvn.load(folder / "cmvn.json"))
+    _load_weights({"encoder": model.encoder, "adaptor": model.adaptor}, folder)
+    return Export(export_config, model.eval(), tokenizer, Cmvn.load(folder / "cmvn.json"))
 
 
-def _files(folder: Path) -> Sequence[Path]:
+def _weight_files(folder: Path) -> Sequence[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [folder / "model.safetensors"]
     try:
-        held: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [folder / Path(name).name for name in sorted(set(held.values()))]
+        weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} cannot be read: {error}") from None
 
 
 @torch.no_grad()
-def _fill(parts: dict[str, nn.Module], folder: Path) -> None:
-    wanted = {f"{part}.{n}": p for part, m in parts.items() for n, p in m.named_parameters()}
-    wanted |= {f"{part}.{n}": b for part, m in parts.items() for n, b in m.named_buffers()
-               if n in m.state_dict()}  # fmt: skip
-    for path in _files(folder):
+def _load_weights(modules: dict[str, nn.Module], folder: Path) -> None:
+    """Fill parameters and persistent buffers, which must match the files name by name and shape by
+    shape."""
+    missing = {
+        f"{prefix}.{name}": tensor
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
+    for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # it is no dict
-                    target = wanted.pop(name, None)
+                    target = missing.pop(name, None)
                     if target is None:
                         raise UserError(f"{path} holds '{name}', which this model lacks")
                     tensor = file.get_tensor(name)
                     if tensor.shape != target.shape:
-                        raise UserError(f"{path}: '{name}' has shape {tuple(tensor.shape)}")
+                        raise UserError(
+                            f"{path}: '{name}' has shape {tuple(tensor.shape)}, "
+                            f"config.json asks for {tuple(target.shape)}"
+                        )
                     target.copy_(tensor)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
-    if wanted:
-        raise UserError(f"{folder} lacks {len(wanted)} weights, among them {min(wanted)}")
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} weights, among them {min(missing)}")
 
 
 def newest_checkpoint(run: Path, name: str = "") -> FragmentReader:

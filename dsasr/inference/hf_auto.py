@@ -1,6 +1,6 @@
-"""transformers' auto classes for exports: ``AutoModel.from_pretrained(DIR)`` after this import.
+"""Register exports with transformers: after this import ``AutoModel.from_pretrained(DIR)`` works.
 
-No code comes out of the folder (``trust_remote_code`` stays False): the class is this package's.
+The class is this package's: no code is loaded from the folder (``trust_remote_code`` stays False).
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from dsasr.inference.export import MODEL_TYPE, Parts, load_export
+from dsasr.inference.export import MODEL_TYPE, Export, load_export
 from dsasr.model.outputs import Outputs
 
 
 class DsasrConfig(PretrainedConfig):
-    """``config.json`` of an export, as transformers sees it."""
+    """The ``config.json`` of an export as a transformers config."""
 
     model_type = MODEL_TYPE
 
 
 class DsasrModel(PreTrainedModel):
-    """A `SpeechLLM` (``.speech_llm``) with its tokenizer and settings (``.parts``)."""
+    """A `SpeechLLM` (``.speech_llm``) with its tokenizer and settings (``.export``)."""
 
     config_class = DsasrConfig
     base_model_prefix = "speech_llm"
 
-    def __init__(self, config: DsasrConfig, parts: Parts):
+    def __init__(self, config: DsasrConfig, export: Export):
         super().__init__(config)
-        self.parts, self.speech_llm = parts, parts.model
+        self.export, self.speech_llm = export, export.model
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *_args: Any, **given: Any) -> DsasrModel:
-        """Load an exported folder; of transformers' options only ``attn_implementation`` counts."""
-        chosen = given.get("config") or DsasrConfig.from_pretrained(folder)
-        return cls(chosen, load_export(folder, given.get("attn_implementation") or "sdpa")).eval()
+    def from_pretrained(cls, folder: str | Path, *_args: Any, **kwargs: Any) -> DsasrModel:
+        """Load an exported folder. Of transformers' options only ``attn_implementation`` counts."""
+        config = kwargs.get("config") or DsasrConfig.from_pretrained(folder)
+        return cls(config, load_export(folder, kwargs.get("attn_implementation") or "sdpa")).eval()
 
     def forward(self, batch) -> Outputs:
-        """Losses of a `dsasr.data.batch.Batch`."""
+        """The losses of a `dsasr.data.batch.Batch`."""
         return self.speech_llm(batch)
 
 

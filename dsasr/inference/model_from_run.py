@@ -1,4 +1,4 @@
-"""A trained recognizer out of a run folder, on one machine and without DeepSpeed."""
+"""Restore a trained model from a checkpoint of a run folder, on one machine, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
-from dsasr.evaluation import suite_results
 from dsasr.evaluation.eval_sets import Recording
-from dsasr.evaluation.suite import SuiteConfig
-from dsasr.evaluation.suite_results import Trials
+from dsasr.evaluation.results import Results
+from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig, build_suite
+from dsasr.evaluation.transcribe import transcribe_clips
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.utils.distributed import device
@@ -23,7 +23,10 @@ from dsasr.utils.io import json_lines
 
 @dataclass(frozen=True)
 class RunModel:
-    """A model with all that it needs to read audio and write text."""
+    """A `SpeechLLM` restored from a run's ``checkpoint``, with the builder of the run's recipe.
+
+    For evaluation and export; `dsasr.Recognizer` transcribes audio files.
+    """
 
     build: Builder
     model: SpeechLLM
@@ -31,7 +34,7 @@ class RunModel:
 
     @classmethod
     def from_run(cls, folder: str | Path, checkpoint: str = "") -> RunModel:
-        """The newest whole checkpoint of a run folder, or that of a name (``step-…``) or a path.
+        """Load the newest whole checkpoint of a run folder, or one by name (``step-…``) or path.
 
         Raises `UserError` if there is none, or if ``checkpoint`` is missing or torn.
         """
@@ -45,23 +48,25 @@ class RunModel:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
         return cls(build, model.to(device()).eval(), reader.folder)
 
-    def hear(
+    def transcribe(
         self,
         recordings: Sequence[Recording],
-        config: SuiteConfig = suite_results.PLAIN,
+        config: SuiteConfig = RECORDINGS_ONLY,
         *,
         beam: int = 0,
         progress: Callable[[Iterable], Iterable] = lambda items: items,
-    ) -> Trials:
-        """Transcripts of the cases that ``config`` makes of ``recordings``; ``beam`` 0: the
-        recipe's."""
+    ) -> Results:
+        """Transcribe the suite that ``config`` makes of ``recordings``.
+
+        ``beam`` is the beam width (0: the recipe's); ``progress`` wraps the batches.
+        """
         recipe = self.build.recipe
-        chosen = recipe.evaluation.decode
-        return suite_results.hear(
+        decode = recipe.evaluation.decode
+        return transcribe_clips(
             self.model,
-            suite_results.cases(recordings, config, rate=recipe.data.fbank.rate),
+            build_suite(recordings, config, rate=recipe.data.fbank.rate),
             self.build.tokenizer,
-            replace(chosen, beam=beam) if beam else chosen,
+            replace(decode, beam=beam) if beam else decode,
             fbank=recipe.data.fbank,
             cmvn=self.build.cmvn,
             device=device(),
@@ -71,16 +76,19 @@ class RunModel:
 
 def run_folder(path: Path) -> Path:
     """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
-    for place in (path, *path.resolve().parents[:3]):
-        for folder in (place, place / "pretrain", place / "sft"):
+    for ancestor in (path, *path.resolve().parents[:3]):
+        for folder in (ancestor, ancestor / "pretrain", ancestor / "sft"):
             if (folder / "recipe.yaml").is_file():
                 return folder
-    raise UserError(f"{path}: no run's recipe.yaml at or above it")
+    raise UserError(f"{path} belongs to no run: there is no recipe.yaml at or above it")
 
 
 def run_recipe(folder: Path) -> Recipe:
-    """The recipe that a run folder was trained with, as of where the folder is now: `Recipe.folder`
-    is ``folder``, also where it is one of the two of a concurrent run."""
+    """The recipe that a run folder was trained with.
+
+    Its `Recipe.folder` is where ``folder`` is now, also for one of the two of a concurrent run.
+    Raises `UserError` if it is no run folder.
+    """
     path = folder / "recipe.yaml"
     if not path.is_file():
         hint = f"; give {folder / 'sft'}" if (folder / "sft" / "recipe.yaml").is_file() else ""

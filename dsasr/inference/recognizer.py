@@ -1,4 +1,12 @@
-"""`Recognizer`: audio files in, text with times and confidence out."""
+"""`Recognizer`, the API for transcription: audio files in, text with times and confidence out.
+
+::
+
+    from dsasr import Recognizer
+
+    recognizer = Recognizer.from_pretrained("models/mine")
+    print(recognizer.transcribe("talk.wav").text)
+"""
 
 from __future__ import annotations
 
@@ -14,7 +22,7 @@ from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
 from dsasr.data.batch import Batch
 from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis, decode
-from dsasr.inference.segmentation import Piece, SegmentationConfig, pieces
+from dsasr.inference.segmentation import AudioSegment, SegmentationConfig, split_audio
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
@@ -26,36 +34,41 @@ EXTENSIONS = (
 
 @dataclass(frozen=True)
 class NoSpeechConfig:
-    """When a piece is probably no speech (**ours**)."""
+    """A segment is probably no speech if either value of it is lower (**ours**)."""
 
-    loudness_db: float = -55.0  # its loud tenth is quieter than this
-    confidence: float = 0.4  # or its tokens' mean confidence is lower
+    loudness_db: float = -55.0  # `AudioSegment.loudness`
+    confidence: float = 0.4  # mean over the tokens
 
 
 @dataclass(frozen=True)
 class Token:
+    """One token's text and confidence (see `Segment`)."""
+
     text: str
     confidence: float
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One piece of audio. ``confidence``: exp(−H), H the predictive entropy in nats, which is 1
-    where the model wavers between no two tokens and 1/n where it wavers evenly between n; of the
-    segment, the mean over its tokens (**ours**)."""
+    """The transcript of one segment of audio, with its times in seconds.
+
+    ``confidence`` of a token is exp(−H), with the predictive entropy H in nats: 1 if the model is
+    certain, 1/n if it is undecided between n equally likely tokens; of the segment it is the mean
+    over its tokens (**ours**).
+    """
 
     start: float
     end: float
     text: str
     confidence: float
     no_speech: bool  # probably: too quiet, or too uncertain
-    finished: bool  # False: the decoder was cut off at its token limit
+    finished: bool  # False: the transcript was cut at the token limit
     tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True)
 class Transcription:
-    """A file's transcript. ``text`` leaves out what is probably no speech."""
+    """A file's transcript. ``text`` leaves out segments that are probably no speech."""
 
     path: str
     segments: tuple[Segment, ...]
@@ -64,185 +77,197 @@ class Transcription:
     def text(self) -> str:
         return " ".join(s.text for s in self.segments if s.text and not s.no_speech)
 
-    def plain(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """As a dict for JSON."""
         return {
             "path": self.path,
             "text": self.text,
             "segments": [asdict(s) for s in self.segments],
         }
 
-    def srt(self) -> str:
+    def to_srt(self) -> str:
         """As SubRip subtitles."""
-        shown = [s for s in self.segments if s.text and not s.no_speech]
+        spoken = [s for s in self.segments if s.text and not s.no_speech]
         return "\n".join(
-            f"{i}\n{_clock(s.start)} --> {_clock(s.end)}\n{s.text}\n"
-            for i, s in enumerate(shown, 1)
+            f"{i}\n{_srt_time(s.start)} --> {_srt_time(s.end)}\n{s.text}\n"
+            for i, s in enumerate(spoken, 1)
         )
 
 
-def _clock(seconds: float) -> str:
-    whole = round(seconds * 1000)
-    return (
-        f"{whole // 3_600_000:02d}:{whole // 60_000 % 60:02d}:{whole // 1000 % 60:02d},"
-        f"{whole % 1000:03d}"
-    )
+def _srt_time(seconds: float) -> str:
+    """``hh:mm:ss,mmm``"""
+    total, milliseconds = divmod(round(seconds * 1000), 1000)
+    return f"{total // 3600:02d}:{total // 60 % 60:02d}:{total % 60:02d},{milliseconds:03d}"
 
 
 @dataclass(frozen=True)
 class Recognizer:
-    """A model with all that it needs to read audio and write text."""
+    """Transcribes audio files of any length: splits them at silence and decodes the segments."""
 
     model: SpeechLLM
     tokenizer: Tokenizer
     fbank: FbankConfig
     cmvn: Cmvn
-    cut: SegmentationConfig
+    segmentation: SegmentationConfig
     decode: DecodeConfig
     no_speech: NoSpeechConfig = NoSpeechConfig()
     batch_seconds: float = 240.0  # of padded audio, decoded together
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Recognizer:
-        """Of an exported folder (`dsasr export`), or of a run folder.
+        """The recognizer of an exported folder (`dsasr export`) or of a run folder.
 
-        Raises `UserError` if it is neither.
+        It is on the GPU if there is one. Raises `UserError` if ``folder`` is neither.
         """
         from dsasr.inference.export import is_export, load_export
 
         folder = Path(folder)
         if is_export(folder):
-            held = load_export(folder)
-            cut = SegmentationConfig(max_seconds=held.config.max_seconds)
-            model = held.model.to(device())
-            return cls(model, held.tokenizer, held.config.fbank, held.cmvn, cut, held.config.decode)
+            export = load_export(folder)
+            return cls(
+                export.model.to(device()),
+                export.tokenizer,
+                export.config.fbank,
+                export.cmvn,
+                SegmentationConfig(max_seconds=export.config.max_seconds),
+                export.config.decode,
+            )
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder} is neither an exported model nor a run folder")
         from dsasr.inference.model_from_run import RunModel
 
-        found = RunModel.from_run(folder)
-        data, build = found.build.recipe.data, found.build
-        cut = SegmentationConfig(max_seconds=data.dataloader.batch.max_seconds)
-        chosen = build.recipe.evaluation.decode
-        return cls(found.model, build.tokenizer, data.fbank, build.cmvn, cut, chosen)
+        run = RunModel.from_run(folder)
+        recipe = run.build.recipe
+        return cls(
+            run.model,
+            run.build.tokenizer,
+            recipe.data.fbank,
+            run.build.cmvn,
+            SegmentationConfig(max_seconds=recipe.data.dataloader.batch.max_seconds),
+            recipe.evaluation.decode,
+        )
+
+    def with_beam(self, beam: int) -> Recognizer:
+        """This recognizer with another beam width; 1 is greedy."""
+        return replace(self, decode=replace(self.decode, beam=beam))
 
     def transcribe(self, source: str | Path | BinaryIO) -> Transcription:
-        """One file of any length, by path or open for reading. Raises `UserError` if it is no
-        audio."""
+        """Transcribe one file, given by path or open for reading.
+
+        Raises `UserError` if it is no audio.
+        """
         return next(self.transcribe_all([source]))
 
     def transcribe_all(
         self,
         sources: Iterable[str | Path | BinaryIO],
         progress: Callable[[float], Any] = lambda seconds: None,
-        failed: Callable[[str, UserError], Any] | None = None,
+        on_error: Callable[[str, UserError], Any] | None = None,
     ) -> Iterator[Transcription]:
-        """Many files, in order; short ones are decoded together.
+        """Transcribe many files, in order; short ones are decoded together.
 
-        ``progress`` is told of seconds of audio; ``failed``, where given, of files that are no
-        audio, which are then left out instead of ending it all.
+        ``progress`` is called with seconds of audio read. ``on_error`` is called with the name and
+        the error of each file that is no audio, which is then left out; without it, the first such
+        file raises.
         """
-        waiting: list[tuple[int, Piece]] = []
+        waiting: list[tuple[int, AudioSegment]] = []  # (index of the file, segment)
         names: list[str] = []
-        found: dict[int, list[Segment]] = {}
-        ended, given = 0, 0  # files read to their end; files given out
+        segments: dict[int, list[Segment]] = {}  # by the index of the file
+        read, yielded = 0, 0  # files read to their end; files yielded or left out
 
-        def done() -> Iterator[Transcription]:
-            nonlocal given
-            for index in range(given, ended):
-                if index in found:
-                    yield Transcription(names[index], tuple(found.pop(index)))
-                given = index + 1
+        def complete() -> Iterator[Transcription]:
+            nonlocal yielded
+            for index in range(yielded, read):
+                if index in segments:
+                    yield Transcription(names[index], tuple(segments.pop(index)))
+                yielded = index + 1
 
         for source in sources:
             index = len(names)
             names.append(str(source) if isinstance(source, (str, Path)) else "-")
-            found[index] = []
-            at = 0.0
+            segments[index] = []
+            position = 0.0
             try:
-                for piece in pieces(source, self.cut):
-                    waiting.append((index, piece))
-                    progress(piece.start + piece.seconds - at)
-                    at = piece.start + piece.seconds
-                    if self._padded(waiting) >= self.batch_seconds:
-                        self._decode(waiting, found)
-                        yield from done()
+                for segment in split_audio(source, self.segmentation):
+                    waiting.append((index, segment))
+                    progress(segment.start + segment.seconds - position)
+                    position = segment.start + segment.seconds
+                    if self._padded_seconds(waiting) >= self.batch_seconds:
+                        self._decode(waiting, segments)
+                        yield from complete()
             except UserError as error:
-                if failed is None:
+                if on_error is None:
                     raise
-                failed(names[index], error)
-                waiting = [(i, p) for i, p in waiting if i != index]
-                del found[index]
-            ended += 1
-        self._decode(waiting, found)
-        yield from done()
+                on_error(names[index], error)
+                waiting = [(i, segment) for i, segment in waiting if i != index]
+                del segments[index]
+            read += 1
+        self._decode(waiting, segments)
+        yield from complete()
 
     @staticmethod
-    def _padded(waiting: Sequence[tuple[int, Piece]]) -> float:
-        return len(waiting) * max(piece.seconds for _, piece in waiting)
+    def _padded_seconds(waiting: Sequence[tuple[int, AudioSegment]]) -> float:
+        return len(waiting) * max(segment.seconds for _, segment in waiting)
 
-    def _decode(self, waiting: list[tuple[int, Piece]], found: dict[int, list[Segment]]) -> None:
-        """Decode what waits, together, and append each piece's segment to its file's."""
-        held, waiting[:] = list(waiting), []
-        if not held:
+    def _decode(
+        self, waiting: list[tuple[int, AudioSegment]], segments: dict[int, list[Segment]]
+    ) -> None:
+        """Decode and remove all of ``waiting``; append each transcript to its file's."""
+        audio, waiting[:] = list(waiting), []
+        if not audio:
             return
-        batch = self._batch([piece for _, piece in held]).to(device())
-        results = decode(self.model, batch, self.tokenizer, self.decode)
-        for (index, piece), result in zip(held, results, strict=True):
-            found[index].append(self._segment(piece, result))
+        batch = self._batch([segment for _, segment in audio]).to(device())
+        hypotheses = decode(self.model, batch, self.tokenizer, self.decode)
+        for (index, segment), hypothesis in zip(audio, hypotheses, strict=True):
+            segments[index].append(self._segment(segment, hypothesis))
 
-    def _batch(self, chosen: Sequence[Piece]) -> Batch:
-        rows = [self.cmvn.apply(fbank(_long_enough(p.wave), self.fbank)) for p in chosen]
+    def _batch(self, audio: Sequence[AudioSegment]) -> Batch:
+        rows = [self.cmvn.apply(fbank(_pad_to_minimum(a.wave), self.fbank)) for a in audio]
         return Batch.blank(
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             feature_lengths_B=torch.tensor([len(row) for row in rows]),
             keys=tuple(map(str, range(len(rows)))),
-            durations=tuple(p.seconds for p in chosen),
+            durations=tuple(a.seconds for a in audio),
         )
 
-    def _segment(self, piece: Piece, result: Hypothesis) -> Segment:
-        tokens = self._tokens(result)
-        sure = [math.exp(-h) for h in result.token_entropies]
-        confidence = sum(sure) / max(len(sure), 1)
-        quiet = piece.loudness < self.no_speech.loudness_db
-        unsure = confidence < self.no_speech.confidence
+    def _segment(self, audio: AudioSegment, hypothesis: Hypothesis) -> Segment:
+        confidences = [math.exp(-entropy) for entropy in hypothesis.token_entropies]
+        confidence = sum(confidences) / max(len(confidences), 1)
+        quiet = audio.loudness < self.no_speech.loudness_db
+        uncertain = confidence < self.no_speech.confidence
         return Segment(
-            start=round(piece.start, 3),
-            end=round(piece.start + piece.seconds, 3),
-            text=result.text,
+            start=round(audio.start, 3),
+            end=round(audio.start + audio.seconds, 3),
+            text=hypothesis.text,
             confidence=round(confidence, 4),
-            no_speech=quiet or unsure or not result.text,
-            finished=result.finished,
-            tokens=tokens,
+            no_speech=quiet or uncertain or not hypothesis.text,
+            finished=hypothesis.finished,
+            tokens=self._tokens(hypothesis),
         )
 
-    def _tokens(self, result: Hypothesis) -> tuple[Token, ...]:
+    def _tokens(self, hypothesis: Hypothesis) -> tuple[Token, ...]:
         """Each token with the text that it adds; one that only begins a character adds none."""
         tokens, before = [], ""
         for count, (_, entropy) in enumerate(
-            zip(result.ids, result.token_entropies, strict=False), 1
+            zip(hypothesis.ids, hypothesis.token_entropies, strict=False), 1
         ):
-            after = self.tokenizer.decode(list(result.ids[:count]))
-            whole = after.rstrip("\N{REPLACEMENT CHARACTER}")
-            added = whole[len(before) :] if whole.startswith(before) else ""
+            text = self.tokenizer.decode(list(hypothesis.ids[:count]))
+            complete = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            added = complete[len(before) :] if complete.startswith(before) else ""
             tokens.append(Token(added, round(math.exp(-entropy), 4)))
-            before = whole if whole.startswith(before) else before
+            before = complete if complete.startswith(before) else before
         return tuple(tokens)
 
 
-def _long_enough(wave: torch.Tensor) -> torch.Tensor:
+def _pad_to_minimum(wave: torch.Tensor) -> torch.Tensor:
     """At least 0.2 s: the encoder's subsampling needs some frames."""
     return torch.nn.functional.pad(wave, (0, max(3200 - len(wave), 0)))
 
 
 def audio_files(folder: Path) -> list[Path]:
-    """All audio files below ``folder``, by their names' endings, sorted."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not found:
+    """All audio files below ``folder``, by their names' endings, sorted. Raises `UserError` if
+    there is none."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not files:
         raise UserError(f"{folder} holds no audio ({', '.join(EXTENSIONS)})")
-    return found
-
-
-def with_beam(recognizer: Recognizer, beam: int) -> Recognizer:
-    """The same one with another beam."""
-    return replace(recognizer, decode=replace(recognizer.decode, beam=beam))
+    return files

@@ -1,4 +1,4 @@
-"""Audio of any length cut at silence, read in blocks: memory does not grow with the file."""
+"""Split audio of any length at silence; a file is read in blocks, in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ _FLOOR = 1e-10  # of power: -100 dB
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    """All values **ours**."""
+    """How audio is split; all values are **ours**."""
 
-    max_seconds: float = 30.0  # no piece is longer
-    pause_seconds: float = 0.5  # a silence that long ends a piece
-    margin_seconds: float = 0.2  # of silence, kept on both sides
-    silence_db: float = 35.0  # below the loud parts of the neighbourhood
-    quiet_db: float = -60.0  # full scale is 0: what stays below this is silence anywhere
+    max_seconds: float = 30.0  # no segment is longer
+    pause_seconds: float = 0.5  # a silence of this length ends a segment
+    margin_seconds: float = 0.2  # silence that stays on both sides of a segment
+    silence_db: float = 35.0  # a frame this far below the loud frames around it is silent
+    quiet_db: float = -60.0  # of full scale; a frame below this is silent anyway
 
     def __post_init__(self) -> None:
         if self.max_seconds < 1 or not 0.05 <= self.pause_seconds <= self.max_seconds / 2:
-            raise UserError("cutting: max_seconds ≥ 1 and 0.05 ≤ pause_seconds ≤ max_seconds / 2")
+            raise UserError(
+                "segmentation: max_seconds must be ≥ 1, and 0.05 ≤ pause_seconds ≤ max_seconds / 2"
+            )
 
 
 @dataclass(frozen=True)
-class Piece:
-    """``wave`` ([n] at 16 kHz) from second ``start`` on; ``loudness`` of its loud tenth, in dB."""
+class AudioSegment:
+    """``wave`` is float32 [n] at 16 kHz, from second ``start`` of the file on; ``loudness`` is the
+    90th percentile of its frames' power in dB of full scale."""
 
     start: float
     wave: Tensor
@@ -48,46 +51,48 @@ class Piece:
         return len(self.wave) / RATE
 
 
-def pieces(
+def split_audio(
     source: str | Path | BinaryIO, config: SegmentationConfig | None = None
-) -> Iterator[Piece]:
-    """The pieces of an audio file (whatever libsndfile reads: WAV, FLAC, Ogg, Opus, MP3 …).
+) -> Iterator[AudioSegment]:
+    """The segments of an audio file (whatever libsndfile reads: WAV, FLAC, Ogg, Opus, MP3 …).
 
     Together they cover all that is not silence, in order and without overlap. Raises `UserError`
-    for what is no audio; of a damaged file, after the pieces before the damage.
+    if ``source`` is no audio; of a damaged file, after the segments before the damage.
     """
     config = config or SegmentationConfig()
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
     try:
         with soundfile.SoundFile(source) as file:
             if not 1000 <= file.samplerate <= 768_000:
-                raise UserError(f"{name}: a sampling rate of {file.samplerate} Hz")
-            yield from _cut(file, config, name)
+                raise UserError(f"{name}: a sampling rate of {file.samplerate} Hz is not supported")
+            yield from _split(file, config, name)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
         reason = getattr(error, "error_string", str(error))
         raise UserError(f"{name} cannot be read as audio: {reason}") from None
 
 
-def _cut(file: soundfile.SoundFile, config: SegmentationConfig, name: str) -> Iterator[Piece]:
-    rate, held, start = file.samplerate, np.zeros(0, np.float32), 0  # start: in samples
-    most, over = int(config.max_seconds * rate), False
-    while not over or len(held):
-        while not over and len(held) <= most:
+def _split(
+    file: soundfile.SoundFile, config: SegmentationConfig, name: str
+) -> Iterator[AudioSegment]:
+    rate, buffer, start = file.samplerate, np.zeros(0, np.float32), 0  # start: in samples
+    limit, at_end = int(config.max_seconds * rate), False
+    while not at_end or len(buffer):
+        while not at_end and len(buffer) <= limit:
             block = file.read(frames=5 * rate, dtype="float32", always_2d=True)
-            over = not len(block)
-            held = np.concatenate((held, block.mean(axis=1)))
-        if not np.isfinite(held).all():
+            at_end = not len(block)
+            buffer = np.concatenate((buffer, block.mean(axis=1)))
+        if not np.isfinite(buffer).all():
             raise UserError(f"{name} holds samples that are not finite")
-        low, high, used = _next(held, rate, config, over)
+        low, high, used = _next_range(buffer, rate, config, at_end)
         if high > low:
-            yield _piece(held[low:high], rate, (start + low) / rate)
-        held, start = held[used:], start + used
+            yield _segment(buffer[low:high], rate, (start + low) / rate)
+        buffer, start = buffer[used:], start + used
 
 
-def _piece(wave: np.ndarray, rate: int, start: float) -> Piece:
+def _segment(wave: np.ndarray, rate: int, start: float) -> AudioSegment:
     loud = np.quantile(_power(wave, rate), 0.9)
-    made = resample(torch.from_numpy(np.ascontiguousarray(wave)), rate, RATE)
-    return Piece(start, made, 10 * math.log10(max(loud, _FLOOR)))
+    resampled = resample(torch.from_numpy(np.ascontiguousarray(wave)), rate, RATE)
+    return AudioSegment(start, resampled, 10 * math.log10(max(loud, _FLOOR)))
 
 
 def _power(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -100,24 +105,23 @@ def _power(wave: np.ndarray, rate: int) -> np.ndarray:
     return power
 
 
-def _next(
-    held: np.ndarray, rate: int, config: SegmentationConfig, over: bool
+def _next_range(
+    buffer: np.ndarray, rate: int, config: SegmentationConfig, at_end: bool
 ) -> tuple[int, int, int]:
-    """The next piece's range in ``held``, and how much of it is then done with (more than 0).
+    """The next segment's range of samples in ``buffer``, and how many samples are done then (> 0).
 
-    The piece ends at the first pause; without one, at the quietest place of the second half of
-    ``max_seconds``, or with the file.
+    The segment ends at the first pause; without one, at the quietest frame of the second half of
+    ``max_seconds``, or with the file if ``buffer`` is its rest (``at_end``).
     """
     size = max(int(FRAME * rate), 1)
-    most = int(config.max_seconds / FRAME)
-    power = _power(held[: most * size], rate)
+    longest = int(config.max_seconds / FRAME)
+    power = _power(buffer[: longest * size], rate)
     level = np.quantile(power, 0.95) * 10 ** (-config.silence_db / 10)
     silent = power <= max(level, 10 ** (config.quiet_db / 10))
     frames = len(power)
-    at_end = over and len(held) <= most * size
     speech = np.flatnonzero(~silent)
     if not len(speech):
-        return 0, 0, len(held[: most * size])
+        return 0, 0, len(buffer[: longest * size])
     margin, pause = int(config.margin_seconds / FRAME), int(config.pause_seconds / FRAME)
     first = max(speech[0] - margin, 0)
     gaps = np.flatnonzero(np.diff(speech) > pause)
@@ -125,12 +129,12 @@ def _next(
         end = speech[gaps[0]] + 1
         stop = min(end + margin, speech[gaps[0] + 1])
         return first * size, stop * size, stop * size
-    if at_end:
+    if at_end and len(buffer) <= longest * size:
         stop = min(speech[-1] + 1 + margin, frames)
-        return first * size, min(stop * size, len(held)), len(held)
+        return first * size, min(stop * size, len(buffer)), len(buffer)
     if first > 0:
-        # Silence before it: with that gone there is room for more of it.
+        # Drop the silence before the speech first: the segment may then reach further.
         return 0, 0, first * size
     smooth = np.convolve(power, np.ones(15) / 15, mode="same")
-    cut = most // 2 + int(np.argmin(smooth[most // 2 : frames - 1]))
-    return 0, cut * size, cut * size
+    stop = longest // 2 + int(np.argmin(smooth[longest // 2 : frames - 1]))
+    return 0, stop * size, stop * size

@@ -1,54 +1,60 @@
-"""Error rates of a branch while it trains, on the recipe's validation set; which was the best."""
+"""Evaluation during training: error rates on the recipe's validation set, and the best so far."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 
 from dsasr.build import Builder
 from dsasr.engine.branch_engine import BranchEngine
-from dsasr.evaluation import eval_sets, held_out, suite_results
+from dsasr.evaluation.eval_sets import read_recordings
+from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate
+from dsasr.evaluation.suite import build_suite
+from dsasr.evaluation.transcribe import transcribe, transcribe_clips
+from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.tracking.monitor import Monitor
 from dsasr.utils import distributed
 
 
 class Validation:
-    """A run's evaluations, and their scores: lower is better (`CheckpointConfig.best`)."""
+    """The evaluations of a run and their scores.
+
+    The score is the metric that `CheckpointConfig.best` names; lower is better.
+    """
 
     def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
         self.recipe, self.build, self.monitor = recipe, build, monitor
         self.best: float | None = None
-        self._last: tuple[int, float] = (-1, 0.0)  # steps, and the score there
+        self._last: tuple[int, float] = (-1, 0.0)  # steps of the newest evaluation, its score
 
     def evaluate(
         self,
         branch: BranchEngine,
         utterances: int,
         steps: int,
-        watched: Callable[[list], Iterable] = iter,
+        progress: Callable[[list], Iterable] = iter,
     ) -> None:
-        """`error_rates` of ``branch`` into metrics and the log; ``steps``: so many are made."""
+        """Write the `error_rates` of ``branch`` after ``steps`` steps to metrics and log."""
         started = time.monotonic()
-        values, shown = error_rates(self.recipe, self.build, branch, utterances, watched)
+        rates, samples = error_rates(self.recipe, self.build, branch, utterances, progress)
         stage = branch.stage.name
         head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
-        self.monitor.scalars(head, values | {"evaluation_seconds": time.monotonic() - started})
-        if shown:
-            self.monitor.text(f"valid_{stage}", shown, steps)
-        self.monitor.event("evaluated", stage=stage, steps=steps, **values)
-        score = values.get(self.recipe.checkpoint.best)
+        self.monitor.scalars(head, rates | {"evaluation_seconds": time.monotonic() - started})
+        if samples:
+            self.monitor.text(f"valid_{stage}", samples, steps)
+        self.monitor.event("evaluated", stage=stage, steps=steps, **rates)
+        score = rates.get(self.recipe.checkpoint.best)
         if score is not None:
             self._last = (steps, score)
             self.best = score if self.best is None else min(score, self.best)
 
     def score(self, steps: int) -> float | None:
-        """Of the evaluation after ``steps`` steps, if there was one."""
+        """The score of the evaluation after ``steps`` steps, None if there was none."""
         return self._last[1] if self._last[0] == steps else None
 
     def is_best(self, steps: int) -> bool:
-        """Whether that evaluation's score is the best so far."""
+        """Whether the evaluation after ``steps`` steps has the best score so far."""
         return self._last == (steps, self.best)
 
 
@@ -57,66 +63,67 @@ def error_rates(
     build: Builder,
     branch: BranchEngine,
     utterances: int,
-    watched: Callable[[list], Iterable] = iter,
+    progress: Callable[[list], Iterable] = iter,
 ) -> tuple[dict[str, float], str]:
-    """Rates by name over all ranks, and some transcripts beside their references; collective.
+    """Rates by name over all ranks, and some references beside their transcripts; collective.
 
-    Of a pretrain branch the phoneme error rate; of an sft branch what its transcripts give.
-    ``utterances`` limits the set; 0: all of it. "left_out": samples of it that were bad, if any.
-    ``watched`` goes round the batches.
+    The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
+    its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples of the set
+    that could not be read, if any. ``progress`` wraps the batches.
     """
-    held = build.held_out(branch.name, utterances)
-    dropped = sum(distributed.gather(sum(len(batch.bad) for batch in held)))
-    told = {"left_out": float(dropped)} if dropped else {}
-    batches = watched(held)
+    batches = build.held_out(branch.name, utterances)
+    bad = sum(distributed.gather(sum(len(batch.bad) for batch in batches)))
+    left_out = {"left_out": float(bad)} if bad else {}
     with branch.evaluating() as module:
         if branch.name == "pretrain":
-            rate = held_out.phoneme_error_rate(
-                module, batches, device=distributed.device(), sum_ranks=distributed.sum_ranks
+            rate = phoneme_error_rate(
+                module,
+                progress(batches),
+                device=distributed.device(),
+                sum_ranks=distributed.sum_ranks,
             )
-            return {"phoneme_error_rate": rate} | told, ""
-        found = held_out.transcribe(
+            return {"phoneme_error_rate": rate} | left_out, ""
+        results = transcribe(
             module,
-            batches,
+            progress(batches),
             build.tokenizer,
             recipe.evaluation.decode,
             device=distributed.device(),
             any_rank=distributed.any_rank,
             gather=distributed.gather,
         )
-        invented = _hallucinations(recipe, build, module)
-    summary = found.scores(recipe.evaluation.rules).summary()
-    samples = recipe.evaluation.samples
-    rows = found.rows[:: max(len(found.rows) // max(samples, 1), 1)][:samples]
-    shown = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
-    values = {k: v for k, v in summary.items() if not math.isnan(v)}
-    return values | invented | told, shown
+        hallucinations = _hallucination_rates(recipe, build, module)
+    rates = results.scores(rules=recipe.evaluation.rules).summary()
+    count = recipe.evaluation.samples
+    rows = results.rows[:: max(len(results.rows) // max(count, 1), 1)][:count]
+    samples = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
+    return rates | hallucinations | left_out, samples
 
 
-def _hallucinations(recipe: Recipe, build: Builder, module) -> dict[str, float]:
-    """The recipe's small suite, made of validation recordings; nothing if it wants none."""
-    chosen, data = recipe.evaluation, recipe.data
-    if not chosen.suite_utterances or not data.valid:
+def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> dict[str, float]:
+    """Rates on the recipe's noise suite of validation recordings; none if the recipe has none."""
+    evaluation, data = recipe.evaluation, recipe.data
+    if not evaluation.suite_utterances or not data.valid:
         return {}
-    held, _ = eval_sets.read(
+    recordings, _ = read_recordings(
         [s for d in data.valid for s in ([d.shards] if isinstance(d.shards, str) else d.shards)],
         rate=data.fbank.rate,
         text=data.text,
         source=data.dataloader.source,
-        limit=chosen.suite_utterances,
+        limit=evaluation.suite_utterances,
     )
-    found = suite_results.hear(
+    results = transcribe_clips(
         module,
-        suite_results.cases(held, chosen.suite, rate=data.fbank.rate),
+        build_suite(recordings, evaluation.suite, rate=data.fbank.rate),
         build.tokenizer,
-        chosen.decode,
+        evaluation.decode,
         fbank=data.fbank,
         cmvn=build.cmvn,
         device=distributed.device(),
         rank=distributed.rank(),
-        world=distributed.world(),
+        world_size=distributed.world(),
         any_rank=distributed.any_rank,
         gather=distributed.gather,
     )
-    totals = found.hallucinations().summary()
+    totals = results.hallucinations().summary()
     return {f"hallucination/{name}": value for name, value in totals.items()}

@@ -39,4 +39,4 @@ def test_evaluation_with_the_whole_suite_and_against_another(trained, tiny, tmp_
     assert again.returncode == 0, again.stderr
     assert "errors +0.00 (+0.00…+0.00), p 1.000" in again.stdout
     other = command("evaluate", trained, "--data", tiny.parent / "valid", "--against", trained)
-    assert other.returncode == 2 and "other cases" in other.stderr
+    assert other.returncode == 2 and "other clips" in other.stderr

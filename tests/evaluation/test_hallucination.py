@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -6,12 +5,12 @@ import pytest
 from dsasr.evaluation.hallucination import (
     HallucinationConfig,
     HallucinationReport,
-    chat,
-    flags,
-    overlap,
-    repeats,
+    bag_overlap,
+    chat_phrase,
+    count_characters,
+    find_hallucinations,
+    max_repeats,
     wilson,
-    written,
 )
 from dsasr.utils.errors import UserError
 
@@ -43,9 +42,7 @@ FIVE = "turn on the kitchen light"
     ],
 )
 def test_kinds(reference, hypothesis, lang, kinds):
-    found = flags(reference, hypothesis, lang)
-    assert set(found.detail) == kinds
-    assert bool(found) == bool(kinds)
+    assert set(find_hallucinations(reference, hypothesis, lang)) == kinds
 
 
 @pytest.mark.parametrize(
@@ -69,9 +66,9 @@ def test_kinds(reference, hypothesis, lang, kinds):
         "字幕由志愿者提供",
     ],
 )
-def test_chat_is_seen(text):
-    assert chat(text)
-    assert not chat(text, text)
+def test_chat_is_found(text):
+    assert chat_phrase(text)
+    assert not chat_phrase(text, text)
 
 
 @pytest.mark.parametrize(
@@ -87,21 +84,21 @@ def test_chat_is_seen(text):
     ],
 )
 def test_speech_is_not_chat(text):
-    assert not chat(text)
+    assert not chat_phrase(text)
 
 
 def test_overlap_and_repeats():
-    assert overlap(list("aab"), list("aac")) == pytest.approx(2 * 2 / 6)
-    assert overlap([], []) == 1 and overlap(["a"], []) == 0
-    assert repeats([], 3) == 0 and repeats(["a"], 3) == 1
-    assert repeats(list("xabababy"), 3) == 3
-    assert repeats(list("xabababy"), 1) == 1
-    assert repeats(list("abcabcabcabc"), 3) == 4
-    assert repeats(list("aaaa"), 12) == 4
+    assert bag_overlap(list("aab"), list("aac")) == pytest.approx(2 * 2 / 6)
+    assert bag_overlap([], []) == 1 and bag_overlap(["a"], []) == 0
+    assert max_repeats([], 3) == 0 and max_repeats(["a"], 3) == 1
+    assert max_repeats(list("xabababy"), 3) == 3
+    assert max_repeats(list("xabababy"), 1) == 1
+    assert max_repeats(list("abcabcabcabc"), 3) == 4
+    assert max_repeats(list("aaaa"), 12) == 4
 
 
-def _report(config=None):
-    report = HallucinationReport(config or HallucinationConfig())
+def _report():
+    report = HallucinationReport()
     report.add(FIVE, FIVE, "en", key="a")
     report.add(FIVE, "we met again yesterday near some old harbour", "en", condition="snr5")
     report.add("打开厨房的灯", "打开厨房的灯", "zh", condition="snr5")
@@ -112,10 +109,10 @@ def _report(config=None):
 
 def test_report_counts():
     report = _report()
-    assert report.total(condition="snr5").rate() == 0.5
-    assert report.total(lang="zh").rate() == 0
-    assert report.total(lang="en", condition="snr5").invented == 1
-    silence = report.total(condition="silence")
+    assert report.total("snr5").rate() == 0.5
+    assert report.cells["zh", "snr5"].rate() == 0
+    assert report.cells["en", "snr5"].invented == 1
+    silence = report.total("silence")
     assert silence.characters_per_minute == 7
     assert (silence.clips, silence.clips_with_text, silence.utterances) == (2, 1, 0)
     assert math.isnan(silence.rate())
@@ -133,8 +130,8 @@ def test_examples_of_a_language_are_not_crowded_out_by_another():
     for _ in range(3):
         report.add("eight two", "eight two " * 4, "en")
     report.add("打开厨房的灯", "打开厨房的灯谢谢谢谢谢谢谢谢", "zh")
-    kept = [(e.kind, e.lang) for e in report.examples]
-    assert kept == [(k, la) for la in ("en", "en", "zh") for k in ("loop", "burst")]
+    examples = [(e.kind, e.lang) for e in report.examples]
+    assert examples == [(k, la) for la in ("en", "en", "zh") for k in ("loop", "burst")]
 
 
 @pytest.mark.parametrize(
@@ -148,23 +145,13 @@ def test_examples_of_a_language_are_not_crowded_out_by_another():
         ("[ ] (…) ♪", 0),
     ],
 )
-def test_written_counts_what_is_in_brackets(text, characters):
-    assert written(text) == characters
+def test_characters_in_brackets_count(text, characters):
+    assert count_characters(text) == characters
 
 
-def test_report_merges_over_ranks():
-    merged = HallucinationReport(HallucinationConfig(examples=3))
-    for _ in range(4):
-        merged.merge(HallucinationReport.from_state(json.loads(json.dumps(_report().state()))))
-    assert merged.total().utterances == 12
-    assert merged.total().characters == 28
-    assert len(merged.examples) == 6
-    assert merged.summary()["flagged"] == _report().summary()["flagged"]
-
-
-def test_numbers_are_the_configs():
+def test_thresholds_come_from_the_config():
     strict = HallucinationConfig(length_ratio=1.0, overlap=0.5, extra_units=1)
-    assert "invented" in flags("go", "no way", "en", strict)
+    assert "invented" in find_hallucinations("go", "no way", "en", strict)
     for wrong in ({"length_ratio": 0.5}, {"overlap": 1.0}, {"loop_repeats": 1}):
         with pytest.raises(UserError):
             HallucinationConfig(**wrong)

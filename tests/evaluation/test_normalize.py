@@ -90,11 +90,11 @@ def _parse(spoken: str) -> int:
 
 
 @given(st.integers(0, 10**16 - 1) | st.integers(0, 10**5))
-def test_cardinal_reads_back(number):
+def test_cardinal_is_invertible(number):
     assert _parse(n.cardinal(number)) == number
 
 
-def test_cardinal_refuses_what_it_cannot_say():
+def test_cardinal_rejects_numbers_out_of_range():
     with pytest.raises(ValueError):
         n.cardinal(10**16)
 
@@ -109,7 +109,7 @@ def test_cardinal_refuses_what_it_cannot_say():
         ("", ""),
     ],
 )
-def test_english_is_whispers(text, expected):
+def test_english_follows_whisper(text, expected):
     assert n.english(text) == expected
 
 

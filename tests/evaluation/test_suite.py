@@ -1,17 +1,21 @@
 import numpy as np
 import pytest
 
-from dsasr.evaluation import suite as n
+from dsasr.evaluation import suite
+from dsasr.evaluation.eval_sets import Recording
+from dsasr.evaluation.suite import SuiteConfig, build_suite, spoken_prefix, truncated_share
 from dsasr.utils.errors import UserError
 
 RATE = 8000
 
 
-def _utterances(count=4):
+def _recordings(count=4):
     rng = np.random.default_rng(1)
+    waves = [(0.1 * rng.standard_normal(4000 + 500 * i)).astype(np.float32) for i in range(count)]
+    labels = [("a b c d", "en"), ("你好吗", "zh")] * (count // 2)
     return [
-        n.Utterance(f"u{i}", (0.1 * rng.standard_normal(4000 + 500 * i)).astype(np.float32), t, la)
-        for i, (t, la) in enumerate([("a b c d", "en"), ("你好吗", "zh")] * (count // 2))
+        Recording(f"u{i}", wave, text, lang, "s")
+        for i, (wave, (text, lang)) in enumerate(zip(waves, labels, strict=True))
     ]
 
 
@@ -24,7 +28,7 @@ def test_mix_has_the_ratio(snr):
     rng = np.random.default_rng(0)
     speech = (0.3 * rng.standard_normal(5000)).astype(np.float32)
     hum = rng.standard_normal(700).astype(np.float32)
-    mixed = n.mix(speech, hum, snr)
+    mixed = suite.mix(speech, hum, snr)
     assert np.abs(mixed).max() <= 1
     # Project the speech out: what is left is the noise at its level.
     tiled = np.resize(hum, speech.shape)
@@ -35,14 +39,14 @@ def test_mix_has_the_ratio(snr):
 
 def test_mix_with_silence():
     speech = np.ones(10, np.float32) * 0.1
-    np.testing.assert_array_equal(n.mix(speech, np.zeros(3), 5), speech)
-    np.testing.assert_array_equal(n.mix(np.zeros(10, np.float32), speech, 5), np.zeros(10))
+    np.testing.assert_array_equal(suite.mix(speech, np.zeros(3), 5), speech)
+    np.testing.assert_array_equal(suite.mix(np.zeros(10, np.float32), speech, 5), np.zeros(10))
 
 
-@pytest.mark.parametrize("kind", n.SOUNDS)
+@pytest.mark.parametrize("kind", suite.SOUNDS)
 def test_sounds(kind):
-    speech = [u.wave for u in _utterances()]
-    make = lambda seed: n.SOUNDS[kind](6001, RATE, np.random.default_rng(seed), speech)  # noqa: E731
+    speech = [r.wave for r in _recordings()]
+    make = lambda seed: suite.SOUNDS[kind](6001, RATE, np.random.default_rng(seed), speech)  # noqa: E731
     wave = make(0)
     assert wave.shape == (6001,) and wave.dtype == np.float32
     assert np.abs(wave).max() <= 1 and np.isfinite(wave).all()
@@ -58,46 +62,68 @@ def test_music_is_tonal():
     rng = np.random.default_rng(0)
     flatness = {}
     for kind in ("white", "music"):
-        power = np.abs(np.fft.rfft(n.SOUNDS[kind](RATE * 2, RATE, rng))) ** 2 + 1e-12
+        power = np.abs(np.fft.rfft(suite.SOUNDS[kind](RATE * 2, RATE, rng))) ** 2 + 1e-12
         flatness[kind] = np.exp(np.log(power).mean()) / power.mean()
     assert flatness["music"] < 0.05 < 0.5 < flatness["white"]
 
 
-def test_suite():
-    config = n.SuiteConfig(clips=3, seconds=0.5, snrs=(10.0, 0.0), truncations=(0.25,))
-    cases = list(n.suite(_utterances(), config, rate=RATE))
-    by = {}
-    for case in cases:
-        by.setdefault(case.condition, []).append(case)
-    assert {k: len(v) for k, v in by.items()} == {
+def test_suite_is_reproducible():
+    config = SuiteConfig(clips=3, seconds=0.5, snrs=(10.0, 0.0), truncations=(0.25,))
+    clips = build_suite(_recordings(), config, rate=RATE)
+    by_condition = {}
+    for clip in clips:
+        by_condition.setdefault(clip.condition, []).append(clip)
+    assert {k: len(v) for k, v in by_condition.items()} == {
         **dict.fromkeys(("silence", "white", "babble", "music"), 3),
         **dict.fromkeys(("clean", "snr10", "snr0", "cut25"), 4),
     }
-    assert all(c.text is None and c.seconds == 0.5 for c in by["music"])
-    # No language is heard in them; the babble is of two.
-    assert {c.lang for kind in n.SOUNDS for c in by[kind]} == {"und"}
-    assert [len(c.wave) for c in by["cut25"]] == [1000, 1125, 1250, 1375]
-    again = n.suite(_utterances(), config, rate=RATE)
-    assert all(np.array_equal(a.wave, b.wave) for a, b in zip(cases, again, strict=True))
-    # The same noise at both levels: the noisier clip minus the speech is the louder.
-    extra = [_power(by[k][0].wave - by["clean"][0].wave) for k in ("snr10", "snr0")]
-    assert extra[1] / extra[0] == pytest.approx(10, rel=0.2)
+    assert all(c.text is None and len(c.wave) == 0.5 * RATE for c in by_condition["music"])
+    # They are in no language; the babble is in two.
+    assert {c.lang for kind in suite.SOUNDS for c in by_condition[kind]} == {"und"}
+    assert [len(c.wave) for c in by_condition["cut25"]] == [1000, 1125, 1250, 1375]
+    again = build_suite(_recordings(), config, rate=RATE)
+    assert all(np.array_equal(a.wave, b.wave) for a, b in zip(clips, again, strict=True))
+    # The same noise at both levels: only its power differs.
+    clean, *noisy = (by_condition[k][0].wave for k in ("clean", "snr10", "snr0"))
+    powers = [_power(wave - clean) for wave in noisy]
+    assert powers[1] / powers[0] == pytest.approx(10, rel=0.2)
+
+
+def test_suite_of_speech_and_of_recordings_without_text():
+    speech = _recordings(2)[0]
+    nonspeech = Recording("bb", speech.wave, "", "en", "s")
+    assert [(c.key, c.condition, c.text) for c in build_suite([speech, nonspeech])] == [
+        ("u0", "clean", "a b c d"),
+        ("bb", "recorded", None),
+    ]
+    config = SuiteConfig(clips=1, seconds=0.5)
+    conditions = [c.condition for c in build_suite([speech, nonspeech], config)]
+    sounds = ["silence", "white", "babble", "music"]
+    assert conditions == [
+        *sounds, "clean", "snr20", "snr10", "snr5", "snr0", "cut50", "recorded"
+    ]  # fmt: skip
+    # Babble is made of speech.
+    without_speech = [c.condition for c in build_suite([nonspeech], config)]
+    assert without_speech == ["silence", "white", "music", "recorded"]
 
 
 def test_only_babble_of_one_language_has_one():
-    config = n.SuiteConfig(clips=2, seconds=0.5, snrs=(), truncations=())
-    english = [u for u in _utterances() if u.lang == "en"]
-    langs = {c.condition: c.lang for c in n.suite(english, config, rate=RATE)}
+    config = SuiteConfig(clips=2, seconds=0.5, snrs=(), truncations=())
+    english = [r for r in _recordings() if r.lang == "en"]
+    langs = {c.condition: c.lang for c in build_suite(english, config, rate=RATE)}
     assert langs == {
         "silence": "und", "white": "und", "babble": "en", "music": "und", "clean": "en"
     }  # fmt: skip
 
 
-def test_kept_reads_what_the_suite_names():
-    config = n.SuiteConfig(clips=1, seconds=0.5, snrs=(10.0,), truncations=(0.05, 0.5))
-    found = {c.condition: n.kept(c.condition) for c in n.suite(_utterances(), config, rate=RATE)}
-    cut = {name: share for name, share in found.items() if share is not None}
-    assert cut == {"cut5": 0.05, "cut50": 0.5} and len(found) == 8
+def test_truncated_share_parses_the_names_of_the_suite():
+    config = SuiteConfig(clips=1, seconds=0.5, snrs=(10.0,), truncations=(0.05, 0.5))
+    shares = {
+        c.condition: truncated_share(c.condition)
+        for c in build_suite(_recordings(), config, rate=RATE)
+    }
+    truncated = {name: share for name, share in shares.items() if share is not None}
+    assert truncated == {"cut5": 0.05, "cut50": 0.5} and len(shares) == 8
 
 
 def test_suite_refuses():
@@ -108,10 +134,9 @@ def test_suite_refuses():
         {"truncations": (1.0,)},
     ):
         with pytest.raises(UserError, match="noise suite"):
-            n.SuiteConfig(**wrong)
+            SuiteConfig(**wrong)
     with pytest.raises(UserError, match="babble"):
-        list(n.suite([], n.SuiteConfig(clips=1)))
-    assert len(list(n.suite([], n.SuiteConfig(clips=1, nonspeech=("white",))))) == 1
+        suite.babble(RATE, RATE, np.random.default_rng(0), [])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +151,7 @@ def test_suite_refuses():
         ("the cat sat on the mat", "the cat please bring water", "en", "the cat", "the cat sat"),
     ],
 )
-def test_best_prefix(reference, hypothesis, lang, nearest, judged):
+def test_spoken_prefix(reference, hypothesis, lang, nearest, judged):
     """The nearest prefix alone, and not below half of the units."""
-    assert n.best_prefix(reference, hypothesis, lang, 0.0) == nearest
-    assert n.best_prefix(reference, hypothesis, lang, 0.5) == judged
+    assert spoken_prefix(reference, hypothesis, lang, 0.0) == nearest
+    assert spoken_prefix(reference, hypothesis, lang, 0.5) == judged

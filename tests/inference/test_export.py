@@ -1,4 +1,4 @@
-"""Out of a checkpoint and back: bit-equal, from any world size, loadable by transformers alone."""
+"""Export and load: bit-equal, from any world size; the LLM loads with transformers alone."""
 
 from __future__ import annotations
 
@@ -15,41 +15,39 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-import dsasr
-from dsasr import config, recipe
+from dsasr import Recognizer, config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.safetensors_writer import Lazy, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
-from dsasr.inference.recognizer import Recognizer
 from dsasr.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_run(tiny: Path, run: Path, cuts: int) -> Path:
-    """A run folder whose one checkpoint was written by ``cuts`` ranks."""
-    chosen = recipe.load(str(tiny), [f"run={run}"])
-    build = Builder(chosen)
+def write_run(tiny: Path, run: Path, world_size: int) -> Path:
+    """A run folder whose only checkpoint was written by ``world_size`` ranks."""
+    cfg = recipe.load(str(tiny), [f"run={run}"])
+    build = Builder(cfg)
     model = build.speech_llm()
     folder = run / "checkpoints" / "step-0000000042"
     folder.mkdir(parents=True)
     files = {}
-    for rank in range(cuts):
-        held = {}
+    for rank in range(world_size):
+        fragments = {}
         for name, weight in model.named_parameters():
             flat = weight.detach().reshape(-1)
-            share = -(-flat.numel() // cuts)
+            share = -(-flat.numel() // world_size)
             low = min(rank * share, flat.numel())
-            held[f"sft/{name}"] = Fragment(tuple(weight.shape), low, flat[low : low + share])
-            held[f"sft/master/{name}"] = held[f"sft/{name}"]
+            fragments[f"sft/{name}"] = Fragment(tuple(weight.shape), low, flat[low : low + share])
+            fragments[f"sft/master/{name}"] = fragments[f"sft/{name}"]
         name = f"rank-{rank:05d}.safetensors"
-        files[name] = tensor_fragments.write_file(folder / name, held)
+        files[name] = tensor_fragments.write_file(folder / name, fragments)
     manifest = {"format": tensor_fragments.FORMAT, "steps": 42, "files": files}
     (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
-    (run / "recipe.yaml").write_text(config.dump(chosen))
+    (run / "recipe.yaml").write_text(config.dump(cfg))
     return run
 
 
@@ -60,8 +58,8 @@ def run(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run) -> Path:
-    chosen = config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml")))
-    return export.export_run(Builder(chosen), export.newest_checkpoint(run), run.parent / "model")
+    cfg = config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml")))
+    return export.export_run(Builder(cfg), export.newest_checkpoint(run), run.parent / "model")
 
 
 def tone(seconds: float = 1.2, rate: int = 16000) -> np.ndarray:
@@ -69,16 +67,15 @@ def tone(seconds: float = 1.2, rate: int = 16000) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
 
 
-def test_the_way_back_is_bit_equal(run, exported, tmp_path):
-    ours = RunModel.from_run(run).model
-    back = export.load_export(exported).model
-    state, other = ours.state_dict(), back.state_dict()
-    assert state.keys() == other.keys()
-    assert all(torch.equal(state[k], other[k]) for k in state)
+def test_a_loaded_export_is_bit_equal_to_the_run(run, exported, tmp_path):
+    of_run = RunModel.from_run(run).model.state_dict()
+    of_export = export.load_export(exported).model.state_dict()
+    assert of_run.keys() == of_export.keys()
+    assert all(torch.equal(of_run[k], of_export[k]) for k in of_run)
     soundfile.write(tmp_path / "a.wav", tone(), 16000)
-    direct = Recognizer.from_pretrained(run).transcribe(tmp_path / "a.wav")
-    again = dsasr.Recognizer.from_pretrained(exported).transcribe(tmp_path / "a.wav")
-    assert direct == again and again.segments[0].tokens
+    by_run = Recognizer.from_pretrained(run).transcribe(tmp_path / "a.wav")
+    by_export = Recognizer.from_pretrained(exported).transcribe(tmp_path / "a.wav")
+    assert by_run == by_export and by_export.segments[0].tokens
     buffer = io.BytesIO()
     soundfile.write(buffer, tone(), 16000, format="FLAC")
     buffer.seek(0)
@@ -103,19 +100,19 @@ def test_automodel_loads_it_without_remote_code(exported):
     code = (
         "import sys, torch, dsasr.inference.hf_auto\nfrom transformers import AutoModel\n"
         f"m = AutoModel.from_pretrained({str(exported)!r}, trust_remote_code=False)\n"
-        "print(type(m).__name__, m.parts.config.steps, 'deepspeed' in sys.modules)"
+        "print(type(m).__name__, m.export.config.steps, 'deepspeed' in sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout.split() == ["DsasrModel", "42", "False"], done.stderr[-2000:]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert process.stdout.split() == ["DsasrModel", "42", "False"], process.stderr[-2000:]
 
 
-def test_nothing_of_the_training_goes_along(run, exported):
+def test_nothing_of_the_training_is_exported(run, exported):
     names = {p.name for p in exported.rglob("*") if p.is_file()}
-    allowed = {"config.json", "cmvn.json", "model.safetensors", *export._BESIDE}
+    allowed = {"config.json", "cmvn.json", "model.safetensors", *export._LLM_FILES}
     assert names <= allowed
-    held = load_file(exported / "model.safetensors")
-    assert all(k.startswith(("encoder.", "adaptor.")) for k in held)
+    weights = load_file(exported / "model.safetensors")
+    assert all(k.startswith(("encoder.", "adaptor.")) for k in weights)
     text = (exported / "config.json").read_text()
     assert str(run.parent) not in text and "shards" not in text
 
@@ -123,26 +120,23 @@ def test_nothing_of_the_training_goes_along(run, exported):
 def test_large_models_go_to_several_files(run, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "FILE_BYTES", 20_000)
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
-    made = export.export_run(build, export.newest_checkpoint(run), tmp_path / "model")
-    assert (made / "model-00001-of-00002.safetensors").is_file() or len(
-        list(made.glob("model-*.safetensors"))
-    ) > 1
-    one, other = export.load_export(made).model, export.load_export(exported).model
-    state = other.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in one.state_dict().items())
+    folder = export.export_run(build, export.newest_checkpoint(run), tmp_path / "model")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+    state, expected = (export.load_export(f).model.state_dict() for f in (folder, exported))
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 def test_rounded_to_bfloat16(run, tmp_path):
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
     reader = export.newest_checkpoint(run)
-    made = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
-    held = load_file(made / "llm" / "model.safetensors")
-    assert {t.dtype for t in held.values()} == {torch.bfloat16}
-    name = next(iter(held))
-    assert torch.equal(held[name], reader.whole(f"sft/llm.{name}").to(torch.bfloat16))
+    folder = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
+    weights = load_file(folder / "llm" / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    name = next(iter(weights))
+    assert torch.equal(weights[name], reader.whole(f"sft/llm.{name}").to(torch.bfloat16))
 
 
-def test_what_cannot_be_exported_or_loaded_is_said(run, exported, tmp_path):
+def test_errors_name_what_cannot_be_exported_or_loaded(run, exported, tmp_path):
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
     with pytest.raises(UserError, match="exists"):
         export.export_run(build, export.newest_checkpoint(run), exported)
@@ -157,12 +151,12 @@ def test_what_cannot_be_exported_or_loaded_is_said(run, exported, tmp_path):
     for path in exported.iterdir():
         (broken / path.name).symlink_to(path)
     (broken / "config.json").unlink()
-    held = json.loads((exported / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**held, "format": 99}))
+    values = json.loads((exported / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="format 99"):
         export.load_export(broken)
-    held["encoder"]["layers"] = 2
-    (broken / "config.json").write_text(json.dumps(held))
+    values["encoder"]["layers"] = 2
+    (broken / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="lacks"):
         export.load_export(broken)
 
@@ -176,7 +170,7 @@ def test_tensors_written_one_by_one_are_safetensors(tmp_path):
     lazy = {**tensors, "a": Lazy(torch.float32, (7,), lambda: tensors["a"])}
     digest = write_tensors(tmp_path / "x.safetensors", lazy, {"format": "pt"})
     assert digest == tensor_fragments.file_digest(tmp_path / "x.safetensors")
-    back = load_file(tmp_path / "x.safetensors")
-    assert back.keys() == tensors.keys()
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert back[name].dtype is tensor.dtype and torch.equal(back[name], tensor)
+        assert loaded[name].dtype is tensor.dtype and torch.equal(loaded[name], tensor)

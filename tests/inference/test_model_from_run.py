@@ -1,4 +1,4 @@
-"""A recognizer out of a run folder: the newest checkpoint, or the one that is asked for."""
+"""Restoring a model from a run folder: the newest checkpoint, or one by name or path."""
 
 from __future__ import annotations
 
@@ -21,37 +21,36 @@ OLD, NEW, TORN = (f"step-{steps:010d}" for steps in (10, 20, 30))
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory) -> Path:
-    """Two whole checkpoints, the weights of the first 1 and of the second 2 more than the fresh
-    model's, and a torn third."""
+    """Two whole checkpoints, with a fresh model's weights plus 1 and plus 2, and a torn third."""
     folder = tmp_path_factory.mktemp("recognizer") / "run"
-    chosen = recipe.load(str(tiny), [f"run={folder}"])
-    model = Builder(chosen).speech_llm()
-    for more, name in enumerate((OLD, NEW, TORN), 1):
-        place = folder / "checkpoints" / name
-        place.mkdir(parents=True)
-        held = {
-            f"sft/{key}": Fragment(tuple(weight.shape), 0, weight.detach().reshape(-1) + more)
+    cfg = recipe.load(str(tiny), [f"run={folder}"])
+    model = Builder(cfg).speech_llm()
+    for number, name in enumerate((OLD, NEW, TORN), 1):
+        checkpoint = folder / "checkpoints" / name
+        checkpoint.mkdir(parents=True)
+        fragments = {
+            f"sft/{key}": Fragment(tuple(weight.shape), 0, weight.detach().reshape(-1) + number)
             for key, weight in model.named_parameters()
         }
         files = {
             "rank-00000.safetensors": tensor_fragments.write_file(
-                place / "rank-00000.safetensors", held
+                checkpoint / "rank-00000.safetensors", fragments
             )
         }
-        manifest = {"format": tensor_fragments.FORMAT, "steps": 10 * more, "files": files}
-        (place / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
-    with open(place / "rank-00000.safetensors", "r+b") as file:
+        manifest = {"format": tensor_fragments.FORMAT, "steps": 10 * number, "files": files}
+        (checkpoint / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+    with open(checkpoint / "rank-00000.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"torn")
-    (folder / "recipe.yaml").write_text(config.dump(chosen))
+    (folder / "recipe.yaml").write_text(config.dump(cfg))
     return folder
 
 
-def test_the_checkpoint_asked_for_is_the_one_loaded(run):
+def test_the_newest_checkpoint_or_the_named_one_is_loaded(run):
     newest = RunModel.from_run(run)
     assert newest.checkpoint.name == NEW
-    for given in (OLD, str(run / "checkpoints" / OLD)):
-        older = RunModel.from_run(run, given)
+    for checkpoint in (OLD, str(run / "checkpoints" / OLD)):
+        older = RunModel.from_run(run, checkpoint)
         assert older.checkpoint == run / "checkpoints" / OLD
         pairs = zip(newest.model.parameters(), older.model.parameters(), strict=True)
         assert all(torch.allclose(a, b + 1, atol=1e-5) for a, b in pairs)
@@ -59,16 +58,16 @@ def test_the_checkpoint_asked_for_is_the_one_loaded(run):
 
 def test_a_job_of_a_concurrent_run_knows_its_folder_and_the_snapshots(tiny, tmp_path):
     for branch in ("sft", "pretrain", "both"):
-        chosen = recipe.load(str(tiny), [f"run={tmp_path / 'before'}", f"branch={branch}"])
+        cfg = recipe.load(str(tiny), [f"run={tmp_path / 'before'}", f"branch={branch}"])
         folder = tmp_path / "moved" / branch
         folder.mkdir(parents=True)
-        (folder / "recipe.yaml").write_text(config.dump(chosen))
-        found = run_recipe(folder)
+        (folder / "recipe.yaml").write_text(config.dump(cfg))
+        restored = run_recipe(folder)
         home = folder if branch == "both" else tmp_path / "moved"
-        assert found.folder == folder and found.store_folder == home / "snapshots"
+        assert restored.folder == folder and restored.store_folder == home / "snapshots"
 
 
-def test_a_missing_or_torn_checkpoint_is_refused_by_name(run):
+def test_the_error_of_a_missing_or_torn_checkpoint_names_the_others(run):
     with pytest.raises(UserError, match=f"no checkpoint step-5; .*{OLD}, {NEW}, {TORN}"):
         RunModel.from_run(run, "step-5")
     with pytest.raises(UserError, match=f"{TORN} is not whole: .*altered.*{OLD}, {NEW}"):

@@ -1,4 +1,4 @@
-"""Files to text: order, batches, confidence, formats; the model is a stand-in."""
+"""Files to text: order, batches, confidence, formats; decoding is replaced by a stand-in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,7 @@ import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
-from dsasr.inference.recognizer import Recognizer, Token
-from dsasr.inference.recognizer import _clock as clock
+from dsasr.inference.recognizer import Recognizer, Token, _srt_time
 from dsasr.inference.segmentation import SegmentationConfig
 from dsasr.utils.errors import UserError
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Letters:
-    """A tokenizer of one letter a token; 0 and 1 together are one character of two tokens."""
+    """A tokenizer of one letter a token; tokens 0 and 1 together are one character."""
 
     end_id = 99
 
@@ -35,17 +35,17 @@ class Letters:
 
 @pytest.fixture
 def batches(monkeypatch) -> list[int]:
-    """Sizes of the batches that were decoded; each piece's text is its length in seconds."""
+    """Sizes of the decoded batches; the text of a segment is its length in seconds."""
     sizes: list[int] = []
 
     def decode(_model, batch, tokenizer, _config):
         sizes.append(len(batch))
-        found = []
+        hypotheses = []
         for key, seconds in zip(batch.keys, batch.durations, strict=True):
             ids = tuple(ord(c) for c in f"{seconds:.1f}")
             entropies = (*(0.1 * i for i in range(len(ids))), 0.0)
-            found.append(Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies))
-        return found
+            hypotheses.append(Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies))
+        return hypotheses
 
     monkeypatch.setattr("dsasr.inference.recognizer.decode", decode)
     return sizes
@@ -63,7 +63,7 @@ def loud(seconds: float) -> np.ndarray:
 
 
 def write(path: Path, *parts: float) -> Path:
-    """Speech and pauses of a second taking turns."""
+    """Write speech of ``parts`` seconds, each followed by a second of silence."""
     pause = np.zeros(16000, np.float32)
     wave = np.concatenate([x for s in parts for x in (loud(s), pause)])
     soundfile.write(path, wave, 16000)
@@ -73,16 +73,16 @@ def write(path: Path, *parts: float) -> Path:
 def test_files_come_in_order_and_short_ones_are_decoded_together(recognizer, batches, tmp_path):
     paths = [write(tmp_path / f"{i}.wav", *parts) for i, parts in enumerate(
         [(1.0,), (2.0, 3.0, 5.0), (0.5,), (4.0,)])]  # fmt: skip
-    seen: list[float] = []
-    found = list(recognizer.transcribe_all(paths, seen.append))
-    assert [Path(t.path).name for t in found] == ["0.wav", "1.wav", "2.wav", "3.wav"]
-    texts = [t.text.split() for t in found]
+    progress: list[float] = []
+    transcriptions = list(recognizer.transcribe_all(paths, progress.append))
+    assert [Path(t.path).name for t in transcriptions] == ["0.wav", "1.wav", "2.wav", "3.wav"]
+    texts = [t.text.split() for t in transcriptions]
     assert [len(words) for words in texts] == [1, 3, 1, 1]
     assert sum(batches) == 6 and max(batches) > 1
-    for transcript in found:
-        for before, after in zip(transcript.segments, transcript.segments[1:], strict=False):
+    for transcription in transcriptions:
+        for before, after in pairwise(transcription.segments):
             assert before.end <= after.start
-    assert 17 < sum(seen) < 25
+    assert 17 < sum(progress) < 25
 
 
 def test_confidence_and_times(recognizer, batches, tmp_path):
@@ -98,10 +98,10 @@ def test_confidence_and_times(recognizer, batches, tmp_path):
 def test_quiet_or_uncertain_is_probably_no_speech(recognizer, batches, monkeypatch, tmp_path):
     soundfile.write(tmp_path / "hiss.wav", loud(2.0) * 0.015, 16000, subtype="FLOAT")
     (segment,) = recognizer.transcribe(tmp_path / "hiss.wav").segments
-    assert segment.no_speech and segment.text  # shown by segment, left out of the text
+    assert segment.no_speech and segment.text  # left out of the transcription's text only
     assert recognizer.transcribe(tmp_path / "hiss.wav").text == ""
-    unsure = Hypothesis("0", (65, 66), "AB", -9.0, (3.0, 3.0, 3.0))
-    monkeypatch.setattr("dsasr.inference.recognizer.decode", lambda *_: [unsure])
+    uncertain = Hypothesis("0", (65, 66), "AB", -9.0, (3.0, 3.0, 3.0))
+    monkeypatch.setattr("dsasr.inference.recognizer.decode", lambda *_: [uncertain])
     assert recognizer.transcribe(write(tmp_path / "a.wav", 1.0)).segments[0].no_speech
 
 
@@ -111,23 +111,24 @@ def test_a_character_of_two_tokens_belongs_to_the_second(recognizer):
 
 
 def test_subtitles(recognizer, batches, tmp_path):
-    srt = recognizer.transcribe(write(tmp_path / "a.wav", 2.0, 3.0)).srt()
+    srt = recognizer.transcribe(write(tmp_path / "a.wav", 2.0, 3.0)).to_srt()
     first, second = srt.split("\n\n")
     assert first == "1\n00:00:00,000 --> 00:00:02,200\n2.2"
     assert second.startswith("2\n00:00:02,8")
-    assert clock(3725.0415) == "01:02:05,042"
-    assert clock(59.9996) == "00:01:00,000"
+    assert _srt_time(3725.0415) == "01:02:05,042"
+    assert _srt_time(59.9996) == "00:01:00,000"
 
 
-def test_one_bad_file_ends_it_or_is_left_out(recognizer, batches, tmp_path):
+def test_a_bad_file_raises_or_is_left_out(recognizer, batches, tmp_path):
     good, bad = write(tmp_path / "a.wav", 1.0), tmp_path / "b.wav"
     bad.write_bytes(b"no audio")
     with pytest.raises(UserError, match=r"b\.wav cannot be read"):
         list(recognizer.transcribe_all([good, bad]))
     failures: list[str] = []
-    found = list(recognizer.transcribe_all(
-        [good, bad, good], failed=lambda path, _: failures.append(path)))  # fmt: skip
-    assert len(found) == 2 and all(t.text for t in found) and failures == [str(bad)]
+    transcriptions = list(recognizer.transcribe_all(
+        [good, bad, good], on_error=lambda path, _: failures.append(path)))  # fmt: skip
+    assert len(transcriptions) == 2 and all(t.text for t in transcriptions)
+    assert failures == [str(bad)]
     silent = tmp_path / "c.wav"
     soundfile.write(silent, np.zeros(16000), 16000)
     assert recognizer.transcribe(silent).segments == ()
@@ -151,14 +152,15 @@ def test_the_command_reads_files_folders_and_standard_input(transcribe, tmp_path
     write(folder / "b.flac", 1.0)
     write(folder / "deep" / "a.wav", 2.0)
     (folder / "notes.txt").write_text("no audio")
-    code, told = transcribe(folder, "--quiet")
-    assert code == 0 and [x.split("\t")[0][-6:] for x in told.splitlines()] == ["b.flac", "/a.wav"]
+    code, printed = transcribe(folder, "--quiet")
+    names = [line.split("\t")[0][-6:] for line in printed.splitlines()]
+    assert code == 0 and names == ["b.flac", "/a.wav"]
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "b.flac").read_bytes()))
     )
-    code, told = transcribe("-", "--quiet", "--format", "jsonl")
-    assert code == 0 and json.loads(told)["path"] == "-"
-    assert json.loads(told)["segments"][0]["tokens"][0]["confidence"] == 1.0
+    code, printed = transcribe("-", "--quiet", "--format", "jsonl")
+    assert code == 0 and json.loads(printed)["path"] == "-"
+    assert json.loads(printed)["segments"][0]["tokens"][0]["confidence"] == 1.0
     out = tmp_path / "out"
     assert transcribe(folder, folder / "b.flac", "--format", "srt", "--out", out)[0] == 0
     assert {p.name for p in out.iterdir()} == {"b.srt", "a.srt", "b-2.srt"}
@@ -166,5 +168,5 @@ def test_the_command_reads_files_folders_and_standard_input(transcribe, tmp_path
     assert transcribe(tmp_path / "nothing.wav")[0] == 2
     bad = tmp_path / "bad.wav"
     bad.write_bytes(b"no")
-    code, told = transcribe(bad, folder / "b.flac", "--quiet")
-    assert code == 1 and "b.flac" in told and "bad.wav" not in told
+    code, printed = transcribe(bad, folder / "b.flac", "--quiet")
+    assert code == 1 and "b.flac" in printed and "bad.wav" not in printed

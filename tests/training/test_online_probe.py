@@ -15,7 +15,7 @@ from dsasr import recipe
 from dsasr.analysis import probed_encoders
 from dsasr.checkpoint import tensor_fragments
 from dsasr.entropy_allocation.cka import cka
-from dsasr.evaluation import eval_sets
+from dsasr.evaluation.eval_sets import read_recordings
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
 from dsasr.training.online_probe import OnlineProbe
@@ -61,7 +61,7 @@ def test_looks_on_two_ranks_change_nothing_and_are_logged(start, tiny, tmp_path)
     swaps = [json.loads(x) for x in (watched / "events.jsonl").read_text().splitlines()]
     [last] = [x for x in swaps if x["event"] == "swap" and x["stage"] == "joint"]
     final = probed_encoders.open_checkpoint(watched / "snapshots" / last["snapshot"])
-    shown = final.encode(eval_sets.read(str(tiny.parent / "valid"))[0])
+    shown = final.encode(read_recordings(str(tiny.parent / "valid"))[0])
     began = load_file(watched / "allocation" / "start-joint.safetensors")
     assert began.keys() == shown.keys()
     for key, frames in began.items():

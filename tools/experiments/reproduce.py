@@ -29,8 +29,8 @@ import systems
 from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, named
 
 from dsasr import config
-from dsasr.evaluation import suite_results
-from dsasr.evaluation.hallucination import Example, written
+from dsasr.evaluation.hallucination import Example, count_characters
+from dsasr.evaluation.results import Results, read_results
 from dsasr.inference.model_from_run import events, finished, run_recipe
 from dsasr.recipe import Recipe
 from dsasr.reporting import run_data
@@ -148,18 +148,18 @@ def probe(
     return [{k: v for k, v in row.items() if k not in ("run", "measured")} for row in rows]
 
 
-def per_clip(found: suite_results.Trials, rules: str) -> dict[str, dict[str, list]]:
+def per_clip(results: Results, rules: str) -> dict[str, dict[str, list]]:
     """What bootstraps need of each clip, by condition, in the order of keys."""
     out: dict[str, dict[str, list]] = {}
-    for condition in sorted(found.conditions()):
-        rows = sorted((r for r in found.rows if r.condition == condition), key=lambda r: r.key)
-        scores = {u.key: u.units for u in found.scores(condition, rules).utterances}
+    for condition in sorted(results.conditions()):
+        rows = sorted((r for r in results.rows if r.condition == condition), key=lambda r: r.key)
+        scores = {u.key: u.units for u in results.scores(condition, rules).utterances}
         held: dict[str, list] = {"lang": [r.lang for r in rows]}
         if rows[0].reference is None:
-            held["characters"] = [written(r.hypothesis) for r in rows]
+            held["characters"] = [count_characters(r.hypothesis) for r in rows]
             held["seconds"] = [round(r.seconds, 3) for r in rows]
         else:
-            held["flagged"] = [int(suite_results.flagged(r)) for r in rows]
+            held["flagged"] = [int(r.hallucinated) for r in rows]
         if scores:
             held["errors"] = [scores[r.key].errors for r in rows]
             held["units"] = [scores[r.key].reference for r in rows]
@@ -185,7 +185,7 @@ def result(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """All that is kept of a trained system, its encoder measured before joint SFT and after."""
-    heard = suite_results.read(listen(found, args))
+    results = read_results(listen(found, args))
     jobs = [run_data.collect(folder) for folder in (found.pretrain, found.sft)]
     stages = found.stages()
     jobs = [replace(j, metrics=[m for m in j.metrics if m["stage"] in stages]) for j in jobs]
@@ -213,8 +213,8 @@ def result(
         "before": before,
         "after": after,
         "cka_through_joint": after.get("cka_to_first"),
-        "examples": [asdict(e) for e in varied(heard.hallucinations().examples, 40)],
-        "clips": per_clip(heard, "plain" if args.kind == "digits" else "standard"),
+        "examples": [asdict(e) for e in varied(results.hallucinations().examples, 40)],
+        "clips": per_clip(results, "plain" if args.kind == "digits" else "standard"),
     }
 
 
