@@ -16,8 +16,8 @@ from dsasr.stages import (
     Schedule,
     Snapshot,
     StageConfig,
+    add_published,
     learning_rate,
-    with_published,
 )
 from dsasr.utils.errors import UserError
 
@@ -35,7 +35,7 @@ def play(schedule: Schedule, triggers=(), progress: Progress | None = None, limi
     progress = progress or Progress()
     turns, swaps = [], []
     for _ in range(limit):
-        turn = schedule.at(progress)
+        turn = schedule.next_turn(progress)
         if turn.kind != "step":
             return turns, swaps, progress, turn.kind
         if turn.load:
@@ -46,7 +46,7 @@ def play(schedule: Schedule, triggers=(), progress: Progress | None = None, limi
             at = progress.pretrain
             cause = schedule.publishes_at(at) or ("drift" if at in triggers else None)
             if cause:
-                progress = with_published(progress, [Snapshot(f"s{at}", at, cause)])
+                progress = add_published(progress, [Snapshot(f"s{at}", at, cause)])
     raise AssertionError("the schedule never ends")
 
 
@@ -102,7 +102,7 @@ def test_conventional_recipe_runs_one_stage_after_the_other():
 
 def test_alignment_with_a_finished_encoder_and_no_pretraining():
     schedule = Schedule((ALIGN, replace(IA_SFT, steps_after_final_swap=10), JOINT))
-    given = with_published(Progress(), [Snapshot("given", 0, "given")])
+    given = add_published(Progress(), [Snapshot("given", 0, "given")])
     turns, swaps, _, end = play(schedule, progress=given)
     assert end == "end" and len(turns) == 17 and swaps == [("given", 0, "align")]
 
@@ -134,10 +134,10 @@ def test_one_branch_alone():
     sft = Schedule(ALL, branch="sft")
     turns, _, progress, end = play(sft)
     assert (turns, end) == ([], "wait")
-    progress = with_published(progress, [Snapshot("a", 7, "drift")])
+    progress = add_published(progress, [Snapshot("a", 7, "drift")])
     turns, _, progress, end = play(sft, progress=progress)
     assert end == "wait" and len(turns) == 4 + 7
-    progress = with_published(progress, [Snapshot("b", 20, "final")])
+    progress = add_published(progress, [Snapshot("b", 20, "final")])
     turns, swaps, _, end = play(sft, progress=progress)
     assert end == "end" and swaps[0][0] == "b"
 
@@ -155,13 +155,13 @@ def test_stopping_and_going_on_anywhere_changes_nothing(cut, triggers, ratio):
     for _ in range(len(whole)):
         if len(turns) == cut:  # what a resume does: the same progress, read back
             progress = Progress(**{f: getattr(progress, f) for f in progress.__dataclass_fields__})
-        turn = schedule.at(progress)
+        turn = schedule.next_turn(progress)
         turns.append((turn.stage.name, turn.step))
         progress = schedule.advance(progress, turn)
         at = progress.pretrain
         cause = schedule.publishes_at(at) or ("drift" if at in triggers else None)
         if turn.stage.branch == "pretrain" and cause:
-            progress = with_published(progress, [Snapshot(f"s{at}", at, cause)])
+            progress = add_published(progress, [Snapshot(f"s{at}", at, cause)])
     assert turns == whole and progress == end
 
 
@@ -280,7 +280,7 @@ def test_recipe_that_aligns_with_a_finished_encoder(tmp_path):
     # ... or an encoder from elsewhere and no pretraining at all.
     given = {"llm": {"path": "l"}, "encoder_from": "snapshot"}
     schedule = of_recipe(tmp_path, FOUR_ROWS[1:], model=given)
-    progress = with_published(Progress(), [Snapshot("given", 0, "given")])
+    progress = add_published(Progress(), [Snapshot("given", 0, "given")])
     turns, swaps, _, end = play(schedule, progress=progress)
     assert end == "end" and swaps == [("given", 0, "align")]
     assert [t[0] for t in turns] == ["align"] * 4 + ["ia_sft"] * 10 + ["joint"] * 3
