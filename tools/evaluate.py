@@ -20,9 +20,10 @@ from dsasr.evaluation import eval_sets, suite_results
 from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.normalize import check_rules
 from dsasr.evaluation.suite import SuiteConfig
-from dsasr.inference.model_from_run import RunModel, events, finished
+from dsasr.inference.model_from_run import RunModel
 from dsasr.recipe import quiet
-from dsasr.tracking.monitor import clock
+from dsasr.tracking.console import clock
+from dsasr.tracking.run_log import is_finished, read_events
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, json_text
 from dsasr.utils.progress import Bar
@@ -32,7 +33,7 @@ TRANSCRIPTS = "transcripts.jsonl"
 
 def stage_rows(folder: Path) -> list[tuple[str, int, float]]:
     """(stage, steps of the run at its end, seconds spent in it), in the order of their ends."""
-    ends = [e for e in events(folder) if e["event"] == "stage_end"]
+    ends = [e for e in read_events(folder) if e["event"] == "stage_end"]
     return [(e["name"], e["steps"], e["stage_seconds"]) for e in ends]
 
 
@@ -140,7 +141,7 @@ def against(found: suite_results.Trials, other: Path, rules: str) -> dict:
 def main() -> int:
     args = parse()
     if args.is_finished:
-        return 0 if finished(args.run) else 1
+        return 0 if is_finished(args.run) else 1
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     recognizer = RunModel.from_run(args.run, args.checkpoint)

@@ -5,7 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from dsasr.training.drift import DriftTrigger
+
 PROGRAM = Path(__file__).parents[1] / "programs" / "drift_two.py"
+
+
+@pytest.mark.parametrize(
+    ("cka", "fires"),
+    [(1.0, False), (0.975, False), (0.9749, True), (0.5, True), (-0.1, True), (1.01, False)],
+)
+def test_trigger_fires_below_the_threshold(cka, fires):
+    assert DriftTrigger(0.975).fires(cka) is fires
+
+
+def test_trigger_refuses_nan():
+    with pytest.raises(ValueError, match="not a number"):
+        DriftTrigger(0.975).fires(float("nan"))
 
 
 @pytest.mark.launcher
