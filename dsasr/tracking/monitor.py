@@ -28,7 +28,7 @@ from dsasr.utils.io import json_text
 class MonitorConfig:
     every: int = 10  # steps of a branch between two lines
     tensorboard: bool = True
-    ledger: bool = False  # ledger.jsonl: which samples each step was made of, on all ranks
+    ledger: bool = False  # ledger.jsonl: the samples of each step, on all ranks
 
 
 # Curves that TensorBoard draws into one chart.

@@ -74,15 +74,15 @@ def truncate_log(path: Path, steps: int, line_count: int | None) -> int:
     """
     if not path.is_file():
         return 0
-    kept = [
+    lines = [
         line + "\n"
         for number, line, row in _parsed_lines(path)
         if steps
         and row.get("steps", 0) <= steps
         and (line_count is None or number < line_count or row.get("event") in JOB_EVENTS)
     ]
-    atomic_write(path, "".join(kept))
-    return len(kept)
+    atomic_write(path, "".join(lines))
+    return len(lines)
 
 
 def _read(path: Path) -> list[Row]:

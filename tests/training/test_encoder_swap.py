@@ -208,7 +208,7 @@ def test_an_encoder_that_cannot_be_published_is_an_event_with_its_step(
     )
     # The plot shows the refusal.
     drawn = []
-    axis = type("Axis", (), {"plot": lambda self, *given, **_: drawn.append(given[:2])})()
+    axis = type("Axis", (), {"plot": lambda self, *args, **_: drawn.append(args[:2])})()
     timeline_plot._draw_swaps(axis, read_events(trainer.recipe.folder), 20, 2)
     assert drawn[0] == (9, 0.3)
     trainer.close()

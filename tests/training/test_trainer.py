@@ -63,7 +63,7 @@ def test_four_stages_with_drift_and_swaps(whole):
     assert {p["cause"] for p in published} == {"drift", "final"} and published[-1]["pretrain"] == 20
     swaps = events(whole, "swap")
     assert swaps[0]["stage"] == "align" and swaps[-1]["cause"] == "final"
-    # After each swap the sft branch's encoder is, over all ranks, the one that was published.
+    # After each swap the sft branch's encoder is, over all ranks, the published one.
     for swap in swaps:
         manifest = tensor_fragments.verify(whole / "snapshots" / swap["snapshot"])
         assert manifest["checksum"] == swap["checksum"]

@@ -60,19 +60,19 @@ def trained(launch, tiny, tmp_path_factory):
 
 @pytest.mark.launcher
 def test_zero_3_resumes_as_zero_1_and_back(trained):
-    whole = trained("three", 3)
-    one = trained("one", 1, whole, 6)
-    back = trained("back", 3, one, 15)  # in the joint stage
+    zero_3 = trained("three", 3)
+    as_zero_1 = trained("one", 1, zero_3, 6)
+    back = trained("back", 3, as_zero_1, 15)  # in the joint stage
     # Frozen is frozen: between 6 and 12 only the adaptor is trained.
-    before, after = checkpoint_at(whole, 6), checkpoint_at(one, 12)
+    before, after = checkpoint_at(zero_3, 6), checkpoint_at(as_zero_1, 12)
     frozen = [k for k in before.shapes if k.startswith(("sft/encoder.", "sft/llm."))]
     trained_keys = [k for k in before.shapes if k.startswith("sft/adaptor.")]
     assert len(frozen) > 10
     assert all(torch.equal(before.whole(k), after.whole(k)) for k in frozen)
     assert not any(torch.equal(before.whole(k), after.whole(k)) for k in trained_keys)
-    expected = metrics_by_step(whole)
+    expected = metrics_by_step(zero_3)
     assert set(expected) == set(range(1, 18))
-    for run, since in ((one, 7), (back, 16)):
+    for run, since in ((as_zero_1, 7), (back, 16)):
         metrics = metrics_by_step(run)
         assert set(metrics) == set(expected)
         for steps in range(since, 18):
@@ -88,8 +88,8 @@ def test_zero_3_resumes_as_zero_1_and_back(trained):
             )
             assert values == pytest.approx(expected_values, rel=1e-6), (run.name, steps)
     assert expected[16]["lr_encoder"] < expected[16]["lr_adaptor"]
-    for run in (one, back):
-        assert largest_difference(checkpoint_at(run, 17), checkpoint_at(whole, 17)) < 1e-6
+    for run in (as_zero_1, back):
+        assert largest_difference(checkpoint_at(run, 17), checkpoint_at(zero_3, 17)) < 1e-6
 
 
 def largest_difference(a: FragmentReader, b: FragmentReader) -> float:
