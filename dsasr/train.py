@@ -50,7 +50,7 @@ def train(trainer: Trainer) -> None:
         report = engine.step(trainer.next_batches(turn.stage), turn.step)
         trainer.advance(turn)
         if engine.name == "pretrain":
-            cause, cka = trainer.check_drift()  # decided once for all ranks
+            cause, cka = trainer.check_drift()  # the same on all ranks
             if cause is not None:
                 trainer.publish_encoder(cause, cka)
         trainer.log(report)
