@@ -1,13 +1,14 @@
-"""The stage table and its pure lookup: which branch steps next, what trains, on which encoder.
+"""The stage table and the schedule: which branch steps next, what it trains, on which encoder.
 
-Nothing here touches a tensor. `Schedule.at` maps the progress of both branches, and the swaps
-decided so far, to the next turn; `learning_rate` maps a stage's step to its rate. Both are pure, so
-a whole run can be printed, and tested, before any of it is trained (``dsasr timeline``).
+No tensor is needed here. `Schedule.next_turn` maps the progress of both branches, published
+snapshots included, to the next turn; `learning_rate` maps a stage's step to its learning rate. Both
+are pure functions, so that a whole run can be printed, and tested, before it is trained
+(``dsasr timeline``).
 
 Two branches share a run. The *pretrain* branch trains the live encoder and its CTC head; the *sft*
-branch trains adaptor and LLM (and, late, all) on a snapshot of that encoder. The sft branch starts
-with the first published snapshot, takes later ones by hot-swap where its stage allows it, and gets
-the final encoder when pretraining ends.
+branch trains adaptor and LLM (in the joint stage, the encoder too) on a snapshot of that encoder.
+The sft branch starts with the first published snapshot, loads later ones by hot-swap where its
+stage allows it, and gets the final encoder when pretraining ends.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dsasr.utils.errors import UserError
 BranchName = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
     "pretrain": ("encoder", "ctc"),
-    "sft": ("encoder", "adaptor", "llm", "lora"),  # lora: where the recipe has model.lora
+    "sft": ("encoder", "adaptor", "llm", "lora"),  # lora: if the recipe has model.lora
 }
 OBJECTIVES = {"pretrain": ("cr_ctc", "ctc"), "sft": ("ce",)}
 
@@ -34,8 +35,8 @@ class StageConfig:
     """One row of the stage table.
 
     ``trains`` maps the parts that this stage trains to their maximum learning rates: one optimizer
-    parameter group each. All other parts are frozen. ``lora`` stands for the LoRA matrices in the
-    language model (`model.lora`), ``llm`` for the model's own weights.
+    parameter group each. All other parts are frozen. ``lora`` is the LoRA matrices in the language
+    model (`model.lora`), ``llm`` the model's own weights.
     """
 
     name: str
@@ -51,8 +52,8 @@ class StageConfig:
     batch: BatchConfig | None = None  # None: the recipe's data.batch
     mixture: dict[str, float] | None = None  # data set → weight; None: the data sets' own weights
     swaps: bool = False  # takes newer snapshots while it runs
-    steps_after_final_swap: int = 0  # the last so many steps wait for the final encoder
-    keep_moments: bool = False  # take the Adam moments over from the stage before
+    steps_after_final_swap: int = 0  # this many last steps wait for the final encoder
+    keep_moments: bool = False  # keep the Adam moments of the stage before
 
     def __post_init__(self) -> None:
         where = f"stage '{self.name}'"
@@ -91,7 +92,7 @@ class StageConfig:
 
     @property
     def needs_final_encoder(self) -> bool:
-        """Training the sft branch's encoder cuts it off from pretraining, so that must be over."""
+        """Whether the stage trains the sft branch's encoder: later snapshots cannot replace it."""
         return self.branch == "sft" and "encoder" in self.trains
 
 
@@ -99,7 +100,7 @@ class StageConfig:
 class PlannedSwap:
     """A swap at fixed steps: the encoder of pretrain step ``pretrain`` from sft step ``sft`` on.
 
-    ``sft`` counts the sft branch's steps over all its stages; None: as soon as it is there.
+    ``sft`` counts the sft branch's steps over all its stages; None: as soon as it is published.
     """
 
     pretrain: int
@@ -108,7 +109,7 @@ class PlannedSwap:
 
 @dataclass(frozen=True)
 class DriftConfig:
-    """When encoder snapshots are taken. Steps are pretrain steps; shares are of their total."""
+    """When the encoder is published. Steps are pretrain steps; shares are of their total."""
 
     mode: Literal["cka", "fixed", "final"] = "cka"
     start: float = 0.25  # share of pretraining at which the first reference is taken
@@ -127,8 +128,8 @@ class DriftConfig:
         steps = [s.pretrain for s in self.swaps]
         if steps != sorted(set(steps)) or any(s < 1 for s in steps):
             raise UserError("drift.swaps must name rising pretrain steps, from 1 on")
-        taken = [s.sft for s in self.swaps if s.sft is not None]
-        if taken != sorted(taken) or any(s < 0 for s in taken):
+        sft_steps = [s.sft for s in self.swaps if s.sft is not None]
+        if sft_steps != sorted(sft_steps) or any(s < 0 for s in sft_steps):
             raise UserError("drift.swaps must name sft steps that do not fall, from 0 on")
         if self.probe_utterances < 1:
             raise UserError("drift.probe_utterances must be at least 1")
@@ -139,19 +140,19 @@ class Snapshot:
     """An encoder that pretraining has published for the sft branch."""
 
     id: str
-    pretrain: int  # pretrain step after which it was taken
+    pretrain: int  # pretrain steps done when it was published
     cause: str  # drift, fixed, final, or given (an encoder from outside)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. Small and plain: it is saved with every checkpoint."""
+    """The steps done and snapshots published in a run; part of every checkpoint."""
 
     pretrain: int = 0  # steps done in the pretrain branch
     stage: int = 0  # position in the sft branch's list of stages
     step: int = 0  # steps done in that stage
     sft: int = 0  # steps done in the sft branch over all its stages
-    sft_since: int = 0  # pretrain steps that were done when the sft branch began
+    sft_since: int = 0  # pretrain steps done when the sft branch started
     published: tuple[Snapshot, ...] = ()
     in_use: str | None = None  # id of the snapshot in the sft branch
 
@@ -163,20 +164,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the loop does next."""
+    """What the training loop does next: one step of a branch, a wait for an encoder, or the end."""
 
     kind: Literal["step", "wait", "end"]
     stage: StageConfig | None = None
-    step: int = 0  # the stage's step about to be made, from 0
-    load: Snapshot | None = None  # put this encoder into the sft branch first
+    step: int = 0  # the stage's next step, from 0
+    load: Snapshot | None = None  # the encoder that the sft branch loads before the step
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stage table with its lookup.
+    """The stage table, and which turn comes next in it.
 
     ``interleave`` (pretrain steps, sft steps) is the ratio in which the branches take turns in a
-    colocated run. ``branch`` restricts the run to one branch, for the concurrent mode.
+    colocated run. ``branch`` restricts a job of a concurrent run to one branch.
     """
 
     stages: tuple[StageConfig, ...]
@@ -217,16 +218,16 @@ class Schedule:
     def pretrain_steps(self) -> int:
         return self.pretrain.steps if self.pretrain else 0
 
-    def monitoring(self) -> tuple[int, int]:
-        """(first pretrain step at which CKA's reference is taken, steps between measurements)."""
+    def drift_steps(self) -> tuple[int, int]:
+        """(pretrain step of the first drift reference, pretrain steps between measurements)."""
         total = self.pretrain_steps()
         return max(1, round(self.drift.start * total)), max(1, round(self.drift.interval * total))
 
     def measures_at(self, pretrain: int) -> Literal["reference", "measure"] | None:
-        """What the drift monitor does after pretrain step number ``pretrain`` (1-based)."""
+        """What the drift monitor does after pretrain step ``pretrain`` (from 1)."""
         if self.drift.mode != "cka" or self.pretrain is None:
             return None
-        first, interval = self.monitoring()
+        first, interval = self.drift_steps()
         if pretrain == first:
             return "reference"
         if pretrain > first and (pretrain - first) % interval == 0:
@@ -234,7 +235,7 @@ class Schedule:
         return None
 
     def publishes_at(self, pretrain: int) -> str | None:
-        """The cause for which pretraining publishes after this step whatever the drift, if any."""
+        """Why the encoder is published after this pretrain step whatever its drift, if it is."""
         if self.pretrain is None:
             return None
         if pretrain == self.pretrain_steps():
@@ -243,11 +244,11 @@ class Schedule:
         return "fixed" if fixed else None
 
     def finished_pretraining(self, progress: Progress) -> bool:
-        """Whether the final encoder is there, published here or by the other job."""
+        """Whether the final encoder is published, by this job or the other one."""
         return self.pretrain is None or any(s.cause == "final" for s in progress.published)
 
-    def at(self, progress: Progress) -> Turn:
-        """The next turn. Pure: the same progress always gives the same turn."""
+    def next_turn(self, progress: Progress) -> Turn:
+        """The turn that follows ``progress``; a pure function."""
         sft = self._sft_turn(progress) if self.branch != "pretrain" else Turn("end")
         pretrain = self._pretrain_turn(progress) if self.branch != "sft" else Turn("end")
         if sft.kind == "step" and pretrain.kind == "step":
@@ -265,46 +266,48 @@ class Schedule:
 
     def _sft_turn(self, progress: Progress) -> Turn:
         stages = self.sft
-        at = progress.stage
-        if at >= len(stages):
+        if progress.stage >= len(stages):
             return Turn("end")
-        stage, step = stages[at], progress.step
+        stage, step = stages[progress.stage], progress.step
         final = self.finished_pretraining(progress)
         waits_for_final = stage.needs_final_encoder or (
             stage.steps_after_final_swap and step >= stage.steps - stage.steps_after_final_swap
         )
         if waits_for_final and not final:
             return Turn("wait", stage, step)
-        # An encoder that the sft branch itself has trained is never swapped away.
-        own = any(s.needs_final_encoder for s in stages[:at]) or (
+        # An encoder that the sft branch itself has trained is never replaced.
+        trained_here = any(s.needs_final_encoder for s in stages[: progress.stage]) or (
             stage.needs_final_encoder and step > 0
         )
-        if own:
+        if trained_here:
             return Turn("step", stage, step)
-        newest = progress.published[-1] if stage.needs_final_encoder else self._newest(progress)
-        if newest is None or newest is _LATER:
+        due = progress.published[-1] if stage.needs_final_encoder else self._due(progress)
+        if due is None or due is _NOT_YET:
             return Turn("wait", stage, step)
-        takes = stage.swaps or stage.needs_final_encoder or progress.in_use is None
-        if takes and newest.id != progress.in_use:
-            return Turn("step", stage, step, load=newest)
+        may_swap = stage.swaps or stage.needs_final_encoder or progress.in_use is None
+        if may_swap and due.id != progress.in_use:
+            return Turn("step", stage, step, load=due)
         return Turn("step", stage, step)
 
-    def _newest(self, progress: Progress) -> Snapshot | None:
-        """The snapshot that the sft branch should be on, by age or by the plan's sft steps."""
-        usable = progress.published
+    def _due(self, progress: Progress) -> Snapshot | None:
+        """The snapshot that the sft branch should use: the newest, or the one planned for its step.
+
+        None: none is published; `_NOT_YET`: the planned one is not.
+        """
+        snapshots = progress.published
         if self.drift.mode == "fixed" and any(s.sft is not None for s in self.drift.swaps):
-            due = [s for s in self.drift.swaps if s.sft is None or s.sft <= progress.sft]
-            if due:
-                wanted = due[-1].pretrain
-                if not any(s.pretrain == wanted for s in usable):
-                    return _LATER
-                usable = tuple(s for s in usable if s.pretrain <= wanted)
+            planned = [s for s in self.drift.swaps if s.sft is None or s.sft <= progress.sft]
+            if planned:
+                step = planned[-1].pretrain
+                if not any(s.pretrain == step for s in snapshots):
+                    return _NOT_YET
+                snapshots = tuple(s for s in snapshots if s.pretrain <= step)
             elif self.drift.swaps:
-                return _LATER if not usable else usable[0]
-        return usable[-1] if usable else None
+                return snapshots[0] if snapshots else _NOT_YET
+        return snapshots[-1] if snapshots else None
 
     def advance(self, progress: Progress, turn: Turn) -> Progress:
-        """Progress after ``turn``, a step, was made."""
+        """Progress after the step of ``turn``."""
         assert turn.kind == "step" and turn.stage is not None
         if turn.stage.branch == "pretrain":
             return replace(progress, pretrain=progress.pretrain + 1)
@@ -320,17 +323,17 @@ class Schedule:
         return progress
 
 
-# Returned by `Schedule._newest` when the plan asks for an encoder that is not there yet.
-_LATER = Snapshot("", -1, "later")
+# Returned by `Schedule._due` while the planned encoder is not published.
+_NOT_YET = Snapshot("", -1, "later")
 
 
 def learning_rate(stage: StageConfig, part: str, step: int) -> float:
-    """The rate of ``part`` at ``step`` (from 0) of the stage: linear warm-up, then the decay."""
+    """The lr of ``part`` at ``step`` (from 0) of the stage: linear warm-up, then the decay."""
     peak = stage.trains[part]
     if step < stage.warmup_steps:
         return peak * (step + 1) / stage.warmup_steps
-    left = stage.steps - stage.warmup_steps
-    share = (step - stage.warmup_steps) / max(left, 1)
+    decay_steps = stage.steps - stage.warmup_steps
+    share = (step - stage.warmup_steps) / max(decay_steps, 1)
     if stage.decay == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     elif stage.decay == "linear":
@@ -340,8 +343,8 @@ def learning_rate(stage: StageConfig, part: str, step: int) -> float:
     return peak * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * shape)
 
 
-def with_published(progress: Progress, snapshots: Sequence[Snapshot]) -> Progress:
-    """Progress that knows of ``snapshots`` too; those that it knows already stay as they are."""
+def add_published(progress: Progress, snapshots: Sequence[Snapshot]) -> Progress:
+    """``progress`` with ``snapshots`` added; those with an id that it has already are skipped."""
     known = {s.id for s in progress.published}
     new = tuple(s for s in snapshots if s.id not in known)
     return replace(progress, published=progress.published + new) if new else progress

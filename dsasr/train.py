@@ -4,12 +4,14 @@
 output; ``python dsasr/train.py --recipe demo`` trains on one rank without a launcher.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 
 if __name__ == "__main__":
-    # Run as a script, this folder stands first on the path, where transformers' optional
-    # ``import kernels`` would find ours.
+    # A script's own folder is first on the path: transformers' optional ``import kernels`` would
+    # find the package's kernels there.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != here]
     sys.path.insert(0, os.path.dirname(here))
@@ -17,11 +19,15 @@ if __name__ == "__main__":
 import argparse
 import signal
 import time
+from typing import TYPE_CHECKING
 
 from dsasr.launch.orphan_ranks import end_with_launcher
 from dsasr.utils.errors import UserError, run_tool
 
-PATIENCE = 5.0  # seconds in which rank 0 tells a mistake and is gone
+if TYPE_CHECKING:
+    from dsasr.training.trainer import Trainer
+
+RANK_0_SECONDS = 5.0  # in which rank 0 prints an error and ends
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,25 +39,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train(run) -> None:
-    """The loop. One turn is one optimizer step of one branch."""
-    while (turn := run.turn()).kind != "end":
+def train(trainer: Trainer) -> None:
+    """The training loop. A turn is one optimizer step of one branch."""
+    while (turn := trainer.next_turn()).kind != "end":
         if turn.kind == "wait":
-            run.wait()
+            trainer.wait_for_encoder()
             continue
-        branch = run.enter(turn.stage)  # no-op unless the stage or the branch changed
-        if turn.load is not None and not run.swap(branch, turn.load):
-            continue  # refused: the log says why
-        report = branch.step(run.batches(turn.stage), turn.step)
-        run.advance(turn)
-        if branch.name == "pretrain":
-            cause, found = run.drift_cause()
+        engine = trainer.enter(turn.stage)  # no-op unless the stage or the branch changes
+        if turn.load is not None and not trainer.swap_encoder(engine, turn.load):
+            continue  # refused: an event says why
+        report = engine.step(trainer.next_batches(turn.stage), turn.step)
+        trainer.advance(turn)
+        if engine.name == "pretrain":
+            cause, cka = trainer.check_drift()  # the same on all ranks
             if cause is not None:
-                run.publish(cause, found)
-        run.write(report)
-        run.evaluate_if_due(branch, report)
-        run.save_if_due()
-    run.finish()
+                trainer.publish_encoder(cause, cka)
+        trainer.log(report)
+        trainer.evaluate_if_due(engine, report)
+        trainer.save_if_due()
+    trainer.finish()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,45 +72,45 @@ def main(arguments: list[str] | None = None) -> int:
     from dsasr.utils import distributed
 
     recipe.quiet()
-    chosen = recipe.load(options.recipe, options.overrides)
-    branch_engine.set_threads(chosen.engine)
-    dispatch.select(chosen.kernels)
-    branch_engine.check_disk(chosen.engine)
-    build.Builder(chosen).check()
+    cfg = recipe.load(options.recipe, options.overrides)
+    branch_engine.set_threads(cfg.engine)
+    dispatch.select(cfg.kernels)
+    branch_engine.check_disk(cfg.engine)
+    build.Builder(cfg).check()
     if options.check:
         print("the recipe and its files are in order")
         return 0
-    dog = watchdog.for_rank(chosen.folder, chosen.watchdog)
-    dog.at("start")
-    # The watchdog speaks first: it knows more.
-    limits = chosen.watchdog.seconds, chosen.watchdog.start_seconds
-    run = None
+    rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)
+    rank_watchdog.at("start")
+    # A hang ends by the watchdog before the process group's timeout: its message says more.
+    limits = cfg.watchdog.seconds, cfg.watchdog.start_seconds
+    trainer = None
     try:
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
-        run = Trainer(chosen, dog)
-        train(run)
+        trainer = Trainer(cfg, rank_watchdog)
+        train(trainer)
     except Stopped:
         return 0
     finally:
-        if run is not None:
-            run.close()
-        dog.close()
+        if trainer is not None:
+            trainer.close()
+        rank_watchdog.close()
         distributed.leave()
     return 0
 
 
 def main_once() -> int:
-    """`main`, with a user's mistake told by one rank instead of by all.
+    """`main`, with a user's mistake printed by one rank instead of by all.
 
-    The end of the first rank that ends is everyone's, by the launcher or by Slurm: rank 0 is to
-    speak before. A mistake that rank 0 has no part in is told by the ranks that it stops.
+    The launcher, or Slurm, ends all ranks when the first one ends, so the others give rank 0 time
+    to print it first. A mistake that rank 0 does not meet is printed by the ranks that do.
     """
     try:
         return main()
     except UserError:
         if os.environ.get("RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run takes it for a wish to stop
-            time.sleep(PATIENCE)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would save
+            time.sleep(RANK_0_SECONDS)
         raise
 
 

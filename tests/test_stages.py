@@ -16,8 +16,8 @@ from dsasr.stages import (
     Schedule,
     Snapshot,
     StageConfig,
+    add_published,
     learning_rate,
-    with_published,
 )
 from dsasr.utils.errors import UserError
 
@@ -31,11 +31,11 @@ ALL = (PRETRAIN, ALIGN, IA_SFT, JOINT)
 
 
 def play(schedule: Schedule, triggers=(), progress: Progress | None = None, limit=1000):
-    """Run the schedule without a model: (turns made, swaps as (id, sft step, stage), progress)."""
+    """Run the schedule without a model: (turns, swaps as (id, sft step, stage), progress)."""
     progress = progress or Progress()
     turns, swaps = [], []
     for _ in range(limit):
-        turn = schedule.at(progress)
+        turn = schedule.next_turn(progress)
         if turn.kind != "step":
             return turns, swaps, progress, turn.kind
         if turn.load:
@@ -46,7 +46,7 @@ def play(schedule: Schedule, triggers=(), progress: Progress | None = None, limi
             at = progress.pretrain
             cause = schedule.publishes_at(at) or ("drift" if at in triggers else None)
             if cause:
-                progress = with_published(progress, [Snapshot(f"s{at}", at, cause)])
+                progress = add_published(progress, [Snapshot(f"s{at}", at, cause)])
     raise AssertionError("the schedule never ends")
 
 
@@ -54,7 +54,7 @@ def steps_of(turns, name):
     return [step for stage, step in turns if stage == name]
 
 
-def test_the_papers_course():
+def test_the_papers_stages():
     schedule = Schedule(ALL)
     turns, swaps, _, end = play(schedule, triggers=(10, 14))
     assert end == "end"
@@ -102,8 +102,8 @@ def test_conventional_recipe_runs_one_stage_after_the_other():
 
 def test_alignment_with_a_finished_encoder_and_no_pretraining():
     schedule = Schedule((ALIGN, replace(IA_SFT, steps_after_final_swap=10), JOINT))
-    given = with_published(Progress(), [Snapshot("given", 0, "given")])
-    turns, swaps, _, end = play(schedule, progress=given)
+    progress = add_published(Progress(), [Snapshot("given", 0, "given")])
+    turns, swaps, _, end = play(schedule, progress=progress)
     assert end == "end" and len(turns) == 17 and swaps == [("given", 0, "align")]
 
 
@@ -115,7 +115,7 @@ def test_joint_with_a_frozen_encoder_and_stages_after_joint():
     after = replace(frozen, name="after", swaps=True, steps_after_final_swap=0)
     turns, swaps, _, _ = play(Schedule((PRETRAIN, ALIGN, frozen, JOINT, context, after)), (5,))
     assert steps_of(turns, "context") == [0, 1] and steps_of(turns, "after") == list(range(5))
-    # Joint takes the final encoder; nothing replaces the one that it then trains.
+    # Joint loads the final encoder; none replaces it once joint trains it.
     assert swaps == [("s5", 0, "align"), ("s20", 9, "joint")]
 
 
@@ -134,10 +134,10 @@ def test_one_branch_alone():
     sft = Schedule(ALL, branch="sft")
     turns, _, progress, end = play(sft)
     assert (turns, end) == ([], "wait")
-    progress = with_published(progress, [Snapshot("a", 7, "drift")])
+    progress = add_published(progress, [Snapshot("a", 7, "drift")])
     turns, _, progress, end = play(sft, progress=progress)
     assert end == "wait" and len(turns) == 4 + 7
-    progress = with_published(progress, [Snapshot("b", 20, "final")])
+    progress = add_published(progress, [Snapshot("b", 20, "final")])
     turns, swaps, _, end = play(sft, progress=progress)
     assert end == "end" and swaps[0][0] == "b"
 
@@ -147,21 +147,21 @@ def test_one_branch_alone():
     st.lists(st.integers(1, 19), unique=True, max_size=4).map(sorted),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
 )
-def test_stopping_and_going_on_anywhere_changes_nothing(cut, triggers, ratio):
+def test_stopping_and_resuming_anywhere_changes_nothing(cut, triggers, ratio):
     schedule = Schedule(ALL, interleave=ratio)
     whole, _, end, _ = play(schedule, triggers)
     progress = Progress()
     turns = []
     for _ in range(len(whole)):
-        if len(turns) == cut:  # what a resume does: the same progress, read back
+        if len(turns) == cut:  # as at a resume: the same progress from a checkpoint
             progress = Progress(**{f: getattr(progress, f) for f in progress.__dataclass_fields__})
-        turn = schedule.at(progress)
+        turn = schedule.next_turn(progress)
         turns.append((turn.stage.name, turn.step))
         progress = schedule.advance(progress, turn)
         at = progress.pretrain
         cause = schedule.publishes_at(at) or ("drift" if at in triggers else None)
         if turn.stage.branch == "pretrain" and cause:
-            progress = with_published(progress, [Snapshot(f"s{at}", at, cause)])
+            progress = add_published(progress, [Snapshot(f"s{at}", at, cause)])
     assert turns == whole and progress == end
 
 
@@ -217,7 +217,7 @@ def test_impossible_schedules_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("settings", "words"),
     [
         ({"mode": "fixed"}, "needs drift.swaps"),
         ({"swaps": (PlannedSwap(5), PlannedSwap(4))}, "rising pretrain steps"),
@@ -228,12 +228,12 @@ def test_impossible_schedules_are_refused():
         ({"interval": 0.0}, "shares of pretraining"),
     ],
 )
-def test_impossible_drift_is_refused(given, words):
+def test_impossible_drift_is_refused(settings, words):
     with pytest.raises(UserError, match=words):
-        DriftConfig(**given)
+        DriftConfig(**settings)
 
 
-# -- other shapes are recipes, not code ------------------------------------------------------
+# -- other stage tables by recipe alone ------------------------------------------------------
 
 BOTH = "{adaptor: 1.0e-5, llm: 1.0e-5}"
 FOUR = f"""
@@ -245,11 +245,11 @@ FOUR = f"""
 FOUR_ROWS = FOUR.strip().splitlines()
 
 
-def of_recipe(folder, stages: list[str], **more) -> Schedule:
+def schedule_of_recipe(folder, stages: list[str], **keys) -> Schedule:
     """The schedule of a recipe file with these stages."""
     data = {"cmvn": "c", "phonemes": "p", "train": [{"name": "a", "shards": "a"}]}
     data["valid"] = [{"name": "v", "shards": "v"}]
-    values = {"run": "r", "data": data, "model": {"llm": {"path": "l"}}, **more}
+    values = {"run": "r", "data": data, "model": {"llm": {"path": "l"}}, **keys}
     text = yaml.safe_dump(values) + "stages:\n" + "\n".join(stages) + "\n"
     (folder / "r.yaml").write_text(text)
     return recipe.load(str(folder / "r.yaml")).schedule()
@@ -257,16 +257,16 @@ def of_recipe(folder, stages: list[str], **more) -> Schedule:
 
 def test_recipe_with_fixed_swap_steps_and_no_cka(tmp_path):
     drift = {"mode": "fixed", "swaps": [{"pretrain": 6}, {"pretrain": 12}]}
-    schedule = of_recipe(tmp_path, FOUR_ROWS, drift=drift)
+    schedule = schedule_of_recipe(tmp_path, FOUR_ROWS, drift=drift)
     assert not any(schedule.measures_at(s) for s in range(1, 21))
-    # Whatever CKA would have said, the encoders are those of the plan.
+    # Whatever CKA is, the encoders are the planned ones.
     turns, swaps, _, end = play(schedule)
     assert end == "end" and turns.index(("align", 0)) == 6
     assert [(s[0], s[2]) for s in swaps] == [("s6", "align"), ("s12", "ia_sft"), ("s20", "ia_sft")]
 
 
-def test_recipe_of_the_conventional_course(tmp_path):
-    schedule = of_recipe(tmp_path, [*FOUR_ROWS[:2], FOUR_ROWS[3]], drift={"mode": "final"})
+def test_recipe_of_the_conventional_stages(tmp_path):
+    schedule = schedule_of_recipe(tmp_path, [*FOUR_ROWS[:2], FOUR_ROWS[3]], drift={"mode": "final"})
     turns, swaps, _, end = play(schedule, triggers=())
     assert end == "end" and swaps == [("s20", 0, "align")]
     assert [t[0] for t in turns] == ["pretrain"] * 20 + ["align"] * 4 + ["joint"] * 3
@@ -274,13 +274,13 @@ def test_recipe_of_the_conventional_course(tmp_path):
 
 def test_recipe_that_aligns_with_a_finished_encoder(tmp_path):
     # Pretraining first, then alignment and IA-SFT on its last encoder ...
-    schedule = of_recipe(tmp_path, FOUR_ROWS, drift={"mode": "final"})
+    schedule = schedule_of_recipe(tmp_path, FOUR_ROWS, drift={"mode": "final"})
     turns, swaps, _, _ = play(schedule)
     assert turns[20] == ("align", 0) and swaps == [("s20", 0, "align")]
     # ... or an encoder from elsewhere and no pretraining at all.
-    given = {"llm": {"path": "l"}, "encoder_from": "snapshot"}
-    schedule = of_recipe(tmp_path, FOUR_ROWS[1:], model=given)
-    progress = with_published(Progress(), [Snapshot("given", 0, "given")])
+    model = {"llm": {"path": "l"}, "encoder_from": "snapshot"}
+    schedule = schedule_of_recipe(tmp_path, FOUR_ROWS[1:], model=model)
+    progress = add_published(Progress(), [Snapshot("given", 0, "given")])
     turns, swaps, _, end = play(schedule, progress=progress)
     assert end == "end" and swaps == [("given", 0, "align")]
     assert [t[0] for t in turns] == ["align"] * 4 + ["ia_sft"] * 10 + ["joint"] * 3
@@ -291,10 +291,10 @@ def test_recipe_of_a_joint_stage_with_a_frozen_encoder_and_stages_after_it(tmp_p
     every = "{encoder: 1.0e-6, adaptor: 1.0e-6, llm: 1.0e-6}"
     context = f"- {{name: context, branch: sft, trains: {every}, steps: 2}}"
     reward = f"- {{name: last, branch: sft, trains: {BOTH}, steps: 2}}"
-    schedule = of_recipe(tmp_path, [*FOUR_ROWS[:3], frozen, context, reward])
+    schedule = schedule_of_recipe(tmp_path, [*FOUR_ROWS[:3], frozen, context, reward])
     turns, swaps, _, end = play(schedule, triggers=(8,))
     names = [name for name, _ in turns]
     assert end == "end" and names[-7:] == ["joint"] * 3 + ["context"] * 2 + ["last"] * 2
     assert not schedule.stages[3].needs_final_encoder
-    # The last encoder is pretraining's final one, for all of them.
+    # All of them use pretraining's final encoder.
     assert swaps[-1][0] == "s20" and [s[0] for s in swaps] == ["s8", "s20"]

@@ -1,10 +1,9 @@
-"""Kill a run again and again; compare its end with that of an undisturbed run, bit for bit.
+"""Kill a run again and again, and compare it with one that is never killed, bit for bit.
 
 python tools/soak.py --recipe mine.yaml --out soak --kills 30 --ranks 2
 python tools/soak.py --recipe mine.yaml --out soak-pair --kills 30 --concurrent
 
-Prints the kills by target, place and job, and one JSON line; the exit code is 1 if anything
-differs.
+Prints each kill (job, target, phase) and one JSON line; the exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -37,30 +36,30 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with Bar(total=args.kills, unit="kill") as bar:
 
-        def tell(line: str) -> None:
+        def report(line: str) -> None:
             bar.update(line.startswith("kill "))
             Bar.write(line)
 
-        verdict = soak(
+        result = soak(
             args.recipe, args.overrides, args.out, kills=args.kills, world=args.ranks,
-            seed=args.seed, concurrent=args.concurrent, patience=args.patience, tell=tell,
+            seed=args.seed, concurrent=args.concurrent, patience=args.patience, report=report,
         )  # fmt: skip
-    for fault in verdict.faults:
+    for fault in result.faults:
         print(f"fault: {fault}")
     line = {
         "mode": "concurrent" if args.concurrent else "colocated",
         "ranks": args.ranks,
-        "kills": sum(verdict.kills.values()),
-        "starts": verdict.starts,
-        "by_target": verdict.by(1),
-        "by_place": verdict.by(2),
-        "by_job": verdict.by(0),
-        "ledger": {x: getattr(verdict, x) for x in ("steps", "samples", "epochs")},
-        "minutes": round(verdict.seconds / 60, 1),
-        "faults": len(verdict.faults),
+        "kills": sum(result.kills.values()),
+        "starts": result.starts,
+        "by_target": result.kills_by(1),
+        "by_phase": result.kills_by(2),
+        "by_job": result.kills_by(0),
+        "ledger": {x: getattr(result, x) for x in ("steps", "samples", "epochs")},
+        "minutes": round(result.seconds / 60, 1),
+        "faults": len(result.faults),
     }
     print(json.dumps(line))
-    return 1 if verdict.faults else 0
+    return 1 if result.faults else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SnapshotStore: encoders published by the pretrain branch, and DriftTrigger: when to publish.
+"""SnapshotStore: encoders published by the pretrain branch.
 
 A store is a folder on any file system that ranks or jobs share. A snapshot is a folder of fragments
 (`tensor_fragments`) that appears by rename: readers never meet a torn one. Nothing in the store is
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +28,6 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, fsync_file
 
 OWNER, HEARTBEAT, IN_USE = "PUBLISHER", "heartbeat", "in-use-"
-
-
-@dataclass(frozen=True)
-class DriftTrigger:
-    """Fires when the encoder has drifted from its reference. Pure: values in, decisions out."""
-
-    threshold: float
-
-    def fires(self, cka: float) -> bool:
-        """Whether this value publishes a snapshot. Not a number is an error, never a trigger."""
-        if math.isnan(cka):
-            raise ValueError("CKA is not a number: the encoder's features are not finite")
-        return cka < self.threshold
-
-    def decide(self, values: Iterable[float]) -> list[bool]:
-        """One decision a value; each value is relative to the reference that then held."""
-        return [self.fires(v) for v in values]
 
 
 class SnapshotStore:

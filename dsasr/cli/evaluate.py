@@ -74,11 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.evaluation.normalize import check_rules
     from dsasr.evaluation.results import compare, read_results
     from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
-    from dsasr.inference.model_from_run import RunModel, finished
+    from dsasr.inference.model_from_run import RunModel
     from dsasr.recipe import quiet
+    from dsasr.tracking.run_log import is_finished
 
     if args.is_finished:
-        return 0 if finished(args.run) else 1
+        return 0 if is_finished(args.run) else 1
     quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     run = RunModel.from_run(args.run, args.checkpoint)
@@ -125,12 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_report(args: argparse.Namespace, summary: dict) -> None:
     """RUN/report.json: the results, and the steps and seconds of each stage."""
-    from dsasr.inference.model_from_run import events
-    from dsasr.tracking.monitor import clock
+    from dsasr.tracking.console import clock
+    from dsasr.tracking.run_log import read_events
 
     stages = [
         {"stage": e["name"], "steps": e["steps"], "seconds": e["stage_seconds"]}
-        for e in events(args.run)
+        for e in read_events(args.run)
         if e["event"] == "stage_end"
     ]
     data = args.data[0] if len(args.data) == 1 else args.data

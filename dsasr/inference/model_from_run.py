@@ -18,7 +18,6 @@ from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import json_lines
 
 
 @dataclass(frozen=True)
@@ -123,13 +122,3 @@ def named(folder: Path, checkpoint: str) -> FragmentReader:
         problem = f"there is no checkpoint {checkpoint}"
     held = ", ".join(sorted(p.name for p in (folder / "checkpoints").glob("step-*")))
     raise UserError(f"{problem}; {folder} has {held or 'none yet'}")
-
-
-def events(folder: Path) -> list[dict]:
-    """The run's events, oldest first; torn lines are left out."""
-    return json_lines(folder / "events.jsonl")
-
-
-def finished(folder: Path) -> bool:
-    """Whether the run has come to the end of its schedule."""
-    return any(e["event"] == "finished" for e in events(folder))

@@ -23,8 +23,8 @@ from dsasr.stages import (
     Schedule,
     Snapshot,
     StageConfig,
+    add_published,
     learning_rate,
-    with_published,
 )
 from dsasr.utils.errors import UserError
 
@@ -37,8 +37,8 @@ def simulate(schedule: Schedule, triggers: Sequence[int] = ()) -> list[dict[str,
     progress, events = Progress(), []
     if schedule.pretrain is None or schedule.branch == "sft":
         given = Snapshot("given", 0, "final" if schedule.pretrain else "given")
-        progress = with_published(progress, [given])
-    while (turn := schedule.at(progress)).kind == "step":
+        progress = add_published(progress, [given])
+    while (turn := schedule.next_turn(progress)).kind == "step":
         steps, stage = progress.pretrain + progress.sft, turn.stage
         here = {"steps": steps, "branch": stage.branch}
         if turn.step == 0:
@@ -56,7 +56,7 @@ def simulate(schedule: Schedule, triggers: Sequence[int] = ()) -> list[dict[str,
         cause = schedule.publishes_at(at) or ("drift" if at in triggers else None)
         if cause:
             snapshot = Snapshot(f"encoder-{at:09d}", at, cause)
-            progress = with_published(progress, [snapshot])
+            progress = add_published(progress, [snapshot])
             named = {"snapshot": snapshot.id, "cause": cause, "pretrain": at}
             events.append({"event": "published", **named, **here})
     return events
@@ -219,7 +219,7 @@ def rule(schedule: Schedule) -> str:
     if schedule.pretrain is None:
         return "encoder: given (model.encoder_from), never swapped"
     if drift.mode == "cka":
-        first, interval = schedule.monitoring()
+        first, interval = schedule.drift_steps()
         return (
             f"encoders: reference after pretrain step {first:,}, then CKA every {interval:,} steps "
             f"on {drift.probe_utterances} utterances; below {drift.threshold} the encoder is "

@@ -101,7 +101,7 @@ def timeline(run: RunData, path: Path) -> Path | None:
     lrs = lr_curves(run.schedule, run.events) if run.schedule else ()
     cka = [(m["steps"], m["cka"]) for m in run.drift]
     title = f"{run.name}: stages, encoders taken, drift"
-    more = {"clock": "optimizer steps, of each branch its own"} if len(run.jobs) > 1 else {}
+    more = {"x_label": "optimizer steps, of each branch its own"} if len(run.jobs) > 1 else {}
     plot(run.events, path, title, cka=cka, threshold=threshold, lrs=lrs, losses=losses, **more)
     return path
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dsasr.reporting import figures
 from dsasr.reporting.run_data import Row, RunData, audio_hours
-from dsasr.tracking.monitor import clock
+from dsasr.tracking.console import clock
 from dsasr.tracking.timeline_plot import DPI
 from dsasr.utils.io import atomic_write
 

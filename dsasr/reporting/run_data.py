@@ -6,14 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.stages import Schedule
+from dsasr.tracking.run_log import Row, read_events, read_metrics, without_missing
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import finite, json_lines
 
-Row = dict[str, Any]
 LIMITED = ("found", "limit")  # of an estimate: is there any, and what would have stood out
 
 
@@ -85,7 +84,8 @@ def collect(folder: str | Path, name: str = "") -> RunData:
 def _job(folder: Path, name: str) -> RunData:
     recipe = run_recipe(folder)
     run = RunData(name, schedule=recipe.schedule(), jobs=(folder.resolve().name,))
-    run.events, run.metrics = (_measured(folder / f"{n}.jsonl") for n in ("events", "metrics"))
+    run.events = [without_missing(row) for row in read_events(folder)]
+    run.metrics = [without_missing(row) for row in read_metrics(folder)]
     if not run.metrics:
         raise UserError(f"{folder} has no metrics yet: let it train first")
     run.checkpoints = _measured(folder / "allocation.jsonl")
@@ -108,14 +108,8 @@ def _taken(folder: Path, store: Path) -> list[Row]:
 
 
 def _measured(path: Path) -> list[Row]:
-    """A file's rows without what is null or no finite number in them: that was not measured."""
-
-    def held(row: Any) -> Any:
-        if not isinstance(row, dict):
-            return row
-        return {key: held(value) for key, value in row.items() if value is not None}
-
-    return [held(finite(row)) for row in json_lines(path)]
+    """The rows of a file of JSON lines without what is null or not finite: it was not measured."""
+    return [without_missing(row) for row in json_lines(path)]
 
 
 def named(folders: Sequence[str | Path]) -> list[RunData]:

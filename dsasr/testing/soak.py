@@ -1,14 +1,14 @@
-"""A run that is killed again and again, against one that is not: law 2 and law 3 under fire.
+"""Soak test: a run that is killed again and again must equal one that is never killed.
 
-What is killed with ``kill -9``: one rank, all of them as a dying node does, DeepSpeed's launcher,
-or the ``deepspeed`` command above it. Where: at any moment, or while the rank stands still at a
-place of its own choosing (`soak_rank`): in its start, between two halves of a save, a swap
-or a publication, in an evaluation … In the end weights, masters, moments and the cursors of the
-data must equal the uninterrupted run's bit for bit, and so must every line of its metrics and of
-its ledger, in which each epoch has each sample exactly once.
+Tests "Interrupted is uninterrupted" and "Exactly once". Killed with ``kill -9`` are one rank, all
+ranks (a node that fails), DeepSpeed's launcher, or the ``deepspeed`` command above it: at a random
+time, or while a rank is paused in a phase (`soak_rank`): its start, within a save, a swap or a
+publication, an evaluation … At the end weights, masters, moments and the dataloaders' state must
+equal the baseline run's bit for bit, and so must every line of its metrics and of its ledger, in
+which each epoch has each sample exactly once.
 
-Ranks are forked from a process that has imported everything, which makes a start cheap; those
-whose launcher is to be killed are started by it, as a user's are.
+Ranks are forked from a process that has imported everything, so that a start is fast; ranks whose
+launcher is killed are started by it, as a user's are.
 """
 
 from __future__ import annotations
@@ -31,37 +31,44 @@ from typing import Any
 
 from dsasr import recipe
 from dsasr.testing import soak_rank
-from dsasr.testing.soak_check import balance, differences, finished, newest_steps, repeated
-from dsasr.testing.soak_rank import Plan
+from dsasr.testing.soak_check import (
+    check_ledger,
+    differences,
+    newest_checkpoint_steps,
+    sft_differences,
+)
+from dsasr.testing.soak_rank import PAUSED, PausePlan
 from dsasr.tracking import swap_replay
+from dsasr.tracking.run_log import is_finished
 from dsasr.utils.errors import UserError
 
 PROGRAM = Path(__file__).parent / "soak_rank.py"
 TARGETS = ("rank", "node", "rank", "node", "rank", "node", "launcher", "rank", "node", "command")
-# Where to kill, and how often a life may come by before it is killed there. Any: by the clock.
-PLACES = {
+# Phase to kill in → how often a job may enter it, at most, before it is killed there ("any": at a
+# random time).
+PHASES = {
     "save": 4, "swap": 2, "evaluation": 4, "any": 1, "publish": 3, "step": 8, "stage": 2,
     "start": 3, "drift": 2, "load": 1, "data": 8, "turn": 8,
 }  # fmt: skip
-SELDOM = ("swap", "publish", "drift", "evaluation")
-ABSENT = {"pretrain": {"swap"}, "sft": {"publish", "drift"}, "both": set()}
-Card = tuple[str, str]  # whom to kill, and where
+RARE_PHASES = ("swap", "publish", "drift", "evaluation")
+ABSENT_PHASES = {"pretrain": {"swap"}, "sft": {"publish", "drift"}, "both": set()}
+Kill = tuple[str, str]  # target, phase
 
 
 @dataclass
-class Verdict:
-    """What a soak has found. ``faults`` is empty when all is well."""
+class SoakResult:
+    """The kills of a soak test and its faults; a test without faults has passed."""
 
-    kills: Counter = field(default_factory=Counter)  # (branch, target, place) → how often
+    kills: Counter = field(default_factory=Counter)  # (branch, target, phase) → count
     starts: int = 0
-    steps: int = 0  # of the killed run's ledger, and the samples and whole epochs in it
+    steps: int = 0  # in the killed run's ledger, as are samples and whole epochs
     samples: int = 0
     epochs: int = 0
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
 
-    def by(self, position: int) -> dict[str, int]:
-        """How many kills by branch (0), target (1) or place (2)."""
+    def kills_by(self, position: int) -> dict[str, int]:
+        """Number of kills by branch (position 0), target (1) or phase (2)."""
         counts: Counter[str] = Counter()
         for key, number in self.kills.items():
             counts[key[position]] += number
@@ -69,10 +76,15 @@ class Verdict:
 
 
 class Job:
-    """One life of a job: ``world`` ranks, forked or under the launcher, and their common log."""
+    """One start of a job: ``world`` ranks, forked or under the launcher, with a common log file."""
 
     def __init__(
-        self, arguments: Sequence[str], world: int, log: Path, plan: Plan, launched: bool = False
+        self,
+        arguments: Sequence[str],
+        world: int,
+        log: Path,
+        plan: PausePlan,
+        launched: bool = False,
     ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -98,9 +110,9 @@ class Job:
             "MASTER_PORT": str(self.port),
         }
         for rank in range(self.world):
-            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = context.Process(
-                target=soak_rank.forked, args=(list(arguments), own, str(self.log))
+                target=soak_rank.forked, args=(list(arguments), env, str(self.log))
             )
             process.start()
             self._ranks.append(process)
@@ -112,63 +124,66 @@ class Job:
             *("--master_port", str(self.port), str(PROGRAM), *arguments),
         ]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        own = {**os.environ, **self.plan.environment(), "PATH": path, "PYTHONPATH": root}
+        env = {**os.environ, **self.plan.environment(), "PATH": path, "PYTHONPATH": root}
         with open(self.log, "ab") as file:
-            self._launcher = subprocess.Popen(command, stdout=file, stderr=file, env=own)
+            self._launcher = subprocess.Popen(command, stdout=file, stderr=file, env=env)
 
-    # -- where its ranks are -----------------------------------------------------------------
+    # -- status of its ranks -----------------------------------------------------------------
 
-    def said(self, rank: int) -> tuple[int, int, str] | None:
-        """Process, parent and place of a rank, as it last said; None: not a word yet."""
+    def rank_status(self, rank: int) -> tuple[int, int, str] | None:
+        """Process id, parent's id and phase that a rank last reported; None: nothing yet."""
         try:
-            words = (self.folder / f"rank-{rank}").read_text(encoding="utf-8").split()
-            return int(words[0]), int(words[1]), words[2]
-        except (OSError, ValueError, IndexError):
-            return None
-
-    @property
-    def halted(self) -> str | None:
-        """The place where a rank stands still."""
-        try:
-            return json.loads((self.folder / "halted").read_text(encoding="utf-8"))["place"]
+            pid, parent, phase, *_ = (
+                (self.folder / f"rank-{rank}").read_text(encoding="utf-8").split()
+            )
+            return int(pid), int(parent), phase
         except (OSError, ValueError):
             return None
 
-    def _processes(self) -> list[int]:
-        """Of the ranks that have said a word."""
-        return [held[0] for r in range(self.world) if (held := self.said(r)) is not None]
+    @property
+    def paused_phase(self) -> str | None:
+        """The phase that a rank is paused in, if one is."""
+        try:
+            return json.loads((self.folder / PAUSED).read_text(encoding="utf-8"))["phase"]
+        except (OSError, ValueError):
+            return None
+
+    def _pids(self) -> list[int]:
+        """Process ids of the ranks that have reported."""
+        return [s[0] for r in range(self.world) if (s := self.rank_status(r)) is not None]
 
     @property
     def running(self) -> bool:
         if self._launcher is not None:
-            return self._launcher.poll() is None or any(map(_alive, self._processes()))
+            return self._launcher.poll() is None or any(map(_alive, self._pids()))
         return any(p.is_alive() for p in self._ranks)
 
     # -- its end -----------------------------------------------------------------------------
 
     def kill(self, target: str) -> str:
-        """``kill -9``; returns the place that it fell on."""
-        place = self.halted or (self.said(self.plan.rank) or (0, 0, "start"))[2]
+        """``kill -9`` of the target's processes; returns the phase that the job was in."""
+        phase = self.paused_phase or (self.rank_status(self.plan.rank) or (0, 0, "start"))[2]
         if target == "rank":
-            doomed = [self._of(self.plan.rank)]
+            pids = [self._pid_of(self.plan.rank)]
         elif target == "node":
-            doomed = [self._of(rank) for rank in range(self.world)]
+            pids = [self._pid_of(rank) for rank in range(self.world)]
         elif target == "launcher":
-            doomed = [held[1] for r in range(self.world) if (held := self.said(r)) is not None][:1]
+            statuses = map(self.rank_status, range(self.world))
+            pids = [status[1] for status in statuses if status is not None][:1]
         else:
-            doomed = [self._launcher.pid]
-        for process in filter(None, doomed):
-            _kill(process)
-        return place
+            pids = [self._launcher.pid]
+        for pid in filter(None, pids):
+            _kill(pid)
+        return phase
 
-    def _of(self, rank: int) -> int | None:
+    def _pid_of(self, rank: int) -> int | None:
         if self._ranks:
             return self._ranks[rank].pid
-        held = self.said(rank)
-        return held[0] if held is not None else None
+        status = self.rank_status(rank)
+        return status[0] if status is not None else None
 
     def wait(self, seconds: float) -> list[int] | None:
-        """Exit codes; None when something still ran after ``seconds`` (it is killed then)."""
+        """Exit codes; None when a process still runs after ``seconds`` (it is killed then)."""
         end, hung = time.monotonic() + seconds, False
         while self.running:
             if time.monotonic() > end:
@@ -177,8 +192,8 @@ class Job:
                 if self._launcher is not None:
                     self._launcher.kill()
             time.sleep(0.02)
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
-            left.unlink(missing_ok=True)  # 66 MiB a rank, which killed ones leave behind
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
+            buffer.unlink(missing_ok=True)  # 66 MiB a rank, left by killed ones
         if hung:
             return None
         if self._launcher is not None:
@@ -188,154 +203,164 @@ class Job:
         return [process.exitcode for process in self._ranks]
 
 
-def _kill(process: int) -> None:
+def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
 
 
-def _alive(process: int) -> bool:
+def _alive(pid: int) -> bool:
     try:
-        held = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return held.rpartition(")")[2].split()[0] not in "ZX"
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 class Soak:
-    """One soak below ``folder``; `soak` runs it."""
+    """The state of one soak test below ``folder``; `soak` runs it."""
 
     def __init__(self, name: str, overrides: Sequence[str], folder: Path, world: int, seed: int,
-                 concurrent: bool, patience: float, tell: Callable[[str], Any]):  # fmt: skip
-        # A rank may be killed where the others wait for it without a word; the watchdog's limit,
-        # and the process group's above it, must end that before patience does.
+                 concurrent: bool, patience: float, report: Callable[[str], Any]):  # fmt: skip
+        # A rank may be killed where the others wait for it silently; the watchdog's limit, and the
+        # process group's above it, must end that before ``patience`` does.
         limits = [f"watchdog.{k}={patience / 4:g}" for k in ("seconds", "start_seconds")]
-        given = [*limits, *overrides, "monitor.ledger=true"]
-        self.arguments = ["--recipe", name, *given]
-        self.recipe = recipe.load(name, given)
-        self.folder, self.world, self.patience, self.tell = folder, world, patience, tell
-        self.calm, self.run = folder / "calm", folder / "killed"
-        self.draw, self.verdict = random.Random(seed), Verdict()
+        overrides = [*limits, *overrides, "monitor.ledger=true"]
+        self.arguments = ["--recipe", name, *overrides]
+        self.recipe = recipe.load(name, overrides)
+        self.folder, self.world, self.patience, self.report = folder, world, patience, report
+        self.baseline, self.killed = folder / "baseline", folder / "killed"
+        self.rng, self.result = random.Random(seed), SoakResult()
         self.branches = ["pretrain", "sft"] if concurrent else ["both"]
-        self.concurrent, self._lives = concurrent, 0
-        self.length = 0.0  # seconds, of the undisturbed run
+        self.concurrent, self._starts = concurrent, 0
+        self.baseline_seconds = 0.0
 
-    def place(self, branch: str) -> Path:
-        return self.run if branch == "both" else self.run / branch
+    def killed_folder(self, branch: str) -> Path:
+        """The run folder of the killed job."""
+        return self.killed if branch == "both" else self.killed / branch
 
-    def total(self, branch: str) -> int:
+    def total_steps(self, branch: str) -> int:
         """Optimizer steps of a job."""
         stages = self.recipe.stages
         return sum(s.steps for s in stages if branch in ("both", s.branch))
 
-    def job(self, name: str, run: Path, *more: str, launched: bool = False, **plan: Any) -> Job:
-        self._lives += 1
-        held = Plan(str(self.folder / "lives" / f"{self._lives:04d}"), **plan)
-        given = [*self.arguments, f"run={run}", *more]
-        return Job(given, self.world, self.folder / f"{name}.log", held, launched)
+    def start_job(
+        self, name: str, run: Path, *overrides: str, launched: bool = False, **plan: Any
+    ) -> Job:
+        self._starts += 1
+        pause_plan = PausePlan(str(self.folder / "starts" / f"{self._starts:04d}"), **plan)
+        arguments = [*self.arguments, f"run={run}", *overrides]
+        return Job(arguments, self.world, self.folder / f"{name}.log", pause_plan, launched)
 
-    def undisturbed(self) -> None:
-        """The run to compare with; of a concurrent soak, its pretrain branch."""
+    def run_baseline(self) -> None:
+        """Train the run to compare with; in a concurrent soak test, its pretrain branch."""
         began = time.monotonic()
-        job = self.job("calm", self.calm, f"branch={self.branches[0]}")
+        job = self.start_job("baseline", self.baseline, f"branch={self.branches[0]}")
         codes = job.wait(self.patience)
         if codes != [0] * self.world:
-            raise UserError(f"the undisturbed run failed ({codes}): see {self.folder}/calm.log")
-        self.length = time.monotonic() - began
+            raise UserError(f"the baseline run failed ({codes}): see {job.log}")
+        self.baseline_seconds = time.monotonic() - began
 
-    def start(self, branch: str, cards: Sequence[Card]) -> Job:
-        """The next life of a job, to end as the first of ``cards`` says."""
-        self.verdict.starts += 1
-        name, more = f"killed-{branch}", f"branch={branch}"
-        if not cards:
-            return self.job(name, self.run, more)
-        target, place = cards[0]
-        done, total = newest_steps(self.place(branch)), self.total(branch)
-        # Progress is for all cards, and none may be left when the run is over.
-        rope = max(6, (9 if place in SELDOM else 3) * (total - done) // len(cards))
-        return self.job(
-            name, self.run, more,
+    def start_killed(self, branch: str, kills: Sequence[Kill]) -> Job:
+        """Start the killed job again, to be killed as the first of ``kills`` says."""
+        self.result.starts += 1
+        name, override = f"killed-{branch}", f"branch={branch}"
+        if not kills:
+            return self.start_job(name, self.killed, override)
+        target, phase = kills[0]
+        done = newest_checkpoint_steps(self.killed_folder(branch))
+        total = self.total_steps(branch)
+        # Each kill gets its share of the steps left, so that none remains when the run ends.
+        step_budget = max(6, (9 if phase in RARE_PHASES else 3) * (total - done) // len(kills))
+        return self.start_job(
+            name, self.killed, override,
             launched=target in ("launcher", "command"),
-            place=place if place != "any" else "",
-            count=self.draw.randint(1, PLACES.get(place, 1)),
-            limit=min(done + rope, total - 1),
-            rank=self.draw.randrange(self.world),
+            phase=phase if phase != "any" else "",
+            count=self.rng.randint(1, PHASES.get(phase, 1)),
+            limit=min(done + step_budget, total - 1),
+            rank=self.rng.randrange(self.world),
         )  # fmt: skip
 
-    def under_fire(self, decks: dict[str, list[Card]]) -> None:
-        """Kill until the decks are through, then let the jobs end."""
-        jobs = {branch: self.start(branch, decks[branch]) for branch in self.branches}
-        moments = {branch: self._moment() for branch in jobs}
+    def run_with_kills(self, kill_plans: dict[str, list[Kill]]) -> None:
+        """Kill each branch's job by its plan, then let the jobs end."""
+        jobs = {branch: self.start_killed(branch, kill_plans[branch]) for branch in self.branches}
+        kill_after = {branch: self._random_seconds() for branch in jobs}
         while jobs:
             time.sleep(0.01)
             for branch, job in list(jobs.items()):
-                deck, verdict = decks[branch], self.verdict
+                kills, result = kill_plans[branch], self.result
                 age = time.monotonic() - job.began
-                by_clock = bool(deck) and deck[0][1] == "any" and age > moments[branch]
-                if deck and (job.halted or by_clock) and job.running:
-                    target = deck.pop(0)[0]
-                    # Also a kill by the clock waits for a launcher's ranks: they are to be orphans.
-                    fell = job.kill(target)
-                    verdict.kills[branch, target, fell] += 1
-                    self.tell(f"kill {sum(verdict.kills.values())}: {branch}, {target}, in {fell}")
-                    if job.wait(self.patience) is None:
-                        fault = f"life {job.folder.name}: hung after a killed {target} in {fell}"
-                        verdict.faults.append(fault)
-                    jobs[branch], moments[branch] = self.start(branch, deck), self._moment()
+                by_time = bool(kills) and kills[0][1] == "any" and age > kill_after[branch]
+                if kills and (job.paused_phase or by_time) and job.running:
+                    self._kill_and_wait(branch, job, kills.pop(0)[0])
+                    jobs[branch] = self.start_killed(branch, kills)
+                    kill_after[branch] = self._random_seconds()
                 elif not job.running:
                     codes = job.wait(1.0)
-                    if not finished(self.place(branch)):
-                        verdict.faults.append(f"{branch} ended by itself ({codes}): see {job.log}")
-                    elif deck:
-                        verdict.faults.append(f"{branch} was over with {len(deck)} kills to go")
+                    if not is_finished(self.killed_folder(branch)):
+                        result.faults.append(f"{branch} ended by itself ({codes}): see {job.log}")
+                    elif kills:
+                        result.faults.append(f"{branch} ended with {len(kills)} kills to go")
                     del jobs[branch]
                 elif age > self.patience:
-                    verdict.faults.append(f"life {job.folder.name} of {branch} never ended")
+                    result.faults.append(f"start {job.folder.name} of {branch} never ended")
                     job.wait(0.0)
 
-    def _moment(self) -> float:
-        return self.draw.uniform(0.0, self.length / 4)
+    def _kill_and_wait(self, branch: str, job: Job, target: str) -> None:
+        result, phase = self.result, job.kill(target)
+        result.kills[branch, target, phase] += 1
+        self.report(f"kill {sum(result.kills.values())}: {branch}, {target}, in {phase}")
+        if job.wait(self.patience) is None:
+            fault = f"start {job.folder.name}: hung after a killed {target} in {phase}"
+            result.faults.append(fault)
+
+    def _random_seconds(self) -> float:
+        return self.rng.uniform(0.0, self.baseline_seconds / 4)
 
     def compare(self) -> None:
-        first, verdict = self.branches[0], self.verdict
+        """Compare the killed run with the baseline, and check its ledger."""
+        first, result = self.branches[0], self.result
         for branch in self.branches:
-            if not finished(self.place(branch)):
-                verdict.faults.append(f"{branch} never finished")
+            if not is_finished(self.killed_folder(branch)):
+                result.faults.append(f"{branch} never finished")
                 return
-        self.tell("comparing")
-        calm = self.calm / first if self.concurrent else self.calm
-        verdict.faults += differences(calm, self.place(first))
+        self.report("comparing")
+        baseline = self.baseline / first if self.concurrent else self.baseline
+        result.faults += differences(baseline, self.killed_folder(first))
         if self.concurrent:
-            again = self.folder / "repeated"
-            job = self.job("repeated", again, *swap_replay.overrides(self.run / "sft"))
+            repeated = self.folder / "repeated"
+            swaps = swap_replay.overrides(self.killed / "sft")
+            job = self.start_job("repeated", repeated, *swaps)
             codes = job.wait(self.patience)
             if codes != [0] * self.world:
-                verdict.faults.append(f"the repeated run failed ({codes}): see {job.log}")
+                result.faults.append(f"the repeated run failed ({codes}): see {job.log}")
                 return
-            verdict.faults += repeated(again, self.run / "sft")
+            result.faults += sft_differences(repeated, self.killed / "sft")
         for branch in self.branches:
-            held = balance(self.place(branch), self.recipe)
-            verdict.faults += held.faults
-            verdict.steps += held.steps
-            verdict.samples += held.samples
-            verdict.epochs += held.epochs
+            ledger = check_ledger(self.killed_folder(branch), self.recipe)
+            result.faults += ledger.faults
+            result.steps += ledger.steps
+            result.samples += ledger.samples
+            result.epochs += ledger.epochs
 
 
-def deal(branches: Sequence[str], kills: int, draw: random.Random) -> dict[str, list[Card]]:
-    """A deck for each job: all targets and places in turn, shuffled."""
-    decks: dict[str, list[Card]] = {}
+def plan_kills(
+    branches: Sequence[str], kill_count: int, rng: random.Random
+) -> dict[str, list[Kill]]:
+    """Branch → its job's kills: all targets and phases in turn, shuffled."""
+    plans: dict[str, list[Kill]] = {}
     for number, branch in enumerate(branches):
-        places = [p for p in PLACES if p not in ABSENT[branch]]
-        count = kills // len(branches) + (number < kills % len(branches))
+        count = kill_count // len(branches) + (number < kill_count % len(branches))
+        branch_phases = [p for p in PHASES if p not in ABSENT_PHASES[branch]]
         targets = [TARGETS[i % len(TARGETS)] for i in range(count)]
-        where = [places[i % len(places)] for i in range(count)]
-        draw.shuffle(targets)
-        draw.shuffle(where)
-        # A launcher is killed above ranks that are there: they must have said where they are.
-        deck = list(zip(targets, where, strict=True))
-        decks[branch] = [
-            (t, "turn" if t in ("launcher", "command") and p == "any" else p) for t, p in deck
+        phases = [branch_phases[i % len(branch_phases)] for i in range(count)]
+        rng.shuffle(targets)
+        rng.shuffle(phases)
+        # A launcher is killed once its ranks have reported, so that they become orphans.
+        plans[branch] = [
+            (t, "turn" if t in ("launcher", "command") and p == "any" else p)
+            for t, p in zip(targets, phases, strict=True)
         ]
-    return decks
+    return plans
 
 
 def soak(
@@ -348,25 +373,24 @@ def soak(
     seed: int,
     concurrent: bool = False,
     patience: float = 900.0,
-    decks: dict[str, list[Card]] | None = None,
-    tell: Callable[[str], Any] = print,
-) -> Verdict:
-    """Train recipe ``name`` twice below ``folder``, once undisturbed and once killed ``kills``
-    times.
+    kill_plans: dict[str, list[Kill]] | None = None,
+    report: Callable[[str], Any] = print,
+) -> SoakResult:
+    """Train recipe ``name`` twice below ``folder``: never killed, and killed ``kills`` times.
 
-    ``concurrent``: as two jobs; the undisturbed run is then of the pretrain branch, and the sft
-    branch is held to one job that repeats its swaps. ``patience``: seconds that a job may take to
-    its end, and its ranks to die after a kill. ``decks``: whom to kill where, instead of what
-    ``kills`` and ``seed`` deal.
+    ``concurrent``: as two jobs; the baseline run is then of the pretrain branch, and the sft branch
+    is compared with one job that repeats its swaps. ``patience``: seconds that a job may take to
+    its end, and its ranks to die after a kill. ``kill_plans``: branch → kills, instead of those
+    planned by ``kills`` and ``seed``. ``report`` gets a line for each step of the test.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds a soak already, or something else: give a new folder")
+        raise UserError(f"{folder} is not empty: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    one = Soak(name, overrides, folder, world, seed, concurrent, patience, tell)
-    tell("the undisturbed run")
-    one.undisturbed()
-    one.under_fire(decks or deal(one.branches, kills, one.draw))
-    one.compare()
-    one.verdict.seconds = time.monotonic() - began
-    return one.verdict
+    state = Soak(name, overrides, folder, world, seed, concurrent, patience, report)
+    report("the baseline run")
+    state.run_baseline()
+    state.run_with_kills(kill_plans or plan_kills(state.branches, kills, state.rng))
+    state.compare()
+    state.result.seconds = time.monotonic() - began
+    return state.result

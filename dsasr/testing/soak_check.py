@@ -1,14 +1,12 @@
-"""Whether a run's end is that of an undisturbed one, and whether its ledger shows exactly once."""
+"""Comparison of a killed run with its baseline, and the check of a run's ledger of samples."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,59 +15,70 @@ from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.shards.index import index_path, load_index
 from dsasr.data.shards.storage import ShardStorage
 from dsasr.recipe import Recipe
-from dsasr.tracking.monitor import LEDGER, METRICS
-from dsasr.utils.io import text_lines
+from dsasr.tracking.run_log import Row, read_ledger, read_metrics
+from dsasr.utils.io import json_lines
 
-CLOCK = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on the clock
-
-
-def differences(calm: Path, run: Path) -> list[str]:
-    """How the end of ``run`` differs from that of ``calm``."""
-    found, one, other = [], last(calm), last(run)
-    if one is None or other is None:
-        return [f"{calm if one is None else run} has no whole checkpoint"]
-    for key in ("steps", "progress", "streams", "branches"):
-        if one.manifest[key] != other.manifest[key]:
-            found.append(f"{key} of the last checkpoint")
-    found += _weights(one, other, "")
-    found += _lines("metrics", _trace(calm), _trace(run))
-    return found + _lines("ledger", _read(calm / LEDGER), _read(run / LEDGER))
+TIMED = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on wall-clock time
 
 
-def repeated(again: Path, run: Path) -> list[str]:
+def differences(baseline: Path, run: Path) -> list[str]:
+    """How ``run`` differs from ``baseline``: last checkpoint, metrics, ledger."""
+    expected, actual = last_checkpoint(baseline), last_checkpoint(run)
+    if expected is None or actual is None:
+        return [f"{baseline if expected is None else run} has no whole checkpoint"]
+    keys = ("steps", "progress", "streams", "branches")
+    return [
+        *(
+            f"{k} of the last checkpoint"
+            for k in keys
+            if expected.manifest[k] != actual.manifest[k]
+        ),
+        *_tensor_differences(expected, actual),
+        *_row_differences("metrics", _untimed_metrics(baseline), _untimed_metrics(run)),
+        *_row_differences("ledger", read_ledger(baseline), read_ledger(run)),
+    ]
+
+
+def sft_differences(repeated: Path, run: Path) -> list[str]:
     """How the sft branch of ``run`` differs from that of a colocated run with the same swaps."""
-    one, other = last(again), last(run)
-    if one is None or other is None:
-        return [f"{again if one is None else run} has no whole checkpoint"]
-    mine, theirs = (
-        # Steps are counted over both branches there.
-        [{**line, "steps": 0} for line in _read(folder / LEDGER) if line["branch"] == "sft"]
-        for folder in (again, run)
+    expected, actual = last_checkpoint(repeated), last_checkpoint(run)
+    if expected is None or actual is None:
+        return [f"{repeated if expected is None else run} has no whole checkpoint"]
+    expected_rows, rows = (
+        # A colocated run counts the steps of both branches.
+        [{**row, "steps": 0} for row in read_ledger(folder) if row["branch"] == "sft"]
+        for folder in (repeated, run)
     )
-    return _weights(one, other, "sft/") + _lines("sft ledger", mine, theirs)
+    return [
+        *_tensor_differences(expected, actual, "sft/"),
+        *_row_differences("sft ledger", expected_rows, rows),
+    ]
 
 
-def _weights(one: FragmentReader, other: FragmentReader, prefix: str) -> list[str]:
-    keys = {k for k in one.shapes if k.startswith(prefix)}
-    if keys != {k for k in other.shapes if k.startswith(prefix)}:
+def _tensor_differences(
+    expected: FragmentReader, actual: FragmentReader, prefix: str = ""
+) -> list[str]:
+    """Names of tensors that are not bit-equal."""
+    keys = {k for k in expected.shapes if k.startswith(prefix)}
+    if keys != {k for k in actual.shapes if k.startswith(prefix)}:
         return ["the tensors of the last checkpoint"]
-    return [k for k in sorted(keys) if not torch.equal(one.whole(k), other.whole(k))]
+    return [k for k in sorted(keys) if not torch.equal(expected.whole(k), actual.whole(k))]
 
 
-def _lines(what: str, mine: list[dict], theirs: list[dict]) -> list[str]:
-    """Where two files of JSON lines part."""
-    found = []
-    if len(mine) != len(theirs):
-        found.append(f"{len(theirs)} lines of {what} instead of {len(mine)}")
-    for number, (a, b) in enumerate(zip(mine, theirs, strict=False), 1):
+def _row_differences(name: str, expected: list[Row], actual: list[Row]) -> list[str]:
+    """The first line in which two logs differ, and whether their lengths do."""
+    problems = []
+    if len(expected) != len(actual):
+        problems.append(f"{len(actual)} lines of {name} instead of {len(expected)}")
+    for number, (a, b) in enumerate(zip(expected, actual, strict=False), 1):
         if a != b:
             keys = [k for k in a if a.get(k) != b.get(k)]
-            return [*found, f"line {number} of the {what}: {', '.join(keys)}"]
-    return found
+            return [*problems, f"line {number} of the {name}: {', '.join(keys)}"]
+    return problems
 
 
-def last(run: Path) -> FragmentReader | None:
-    """The newest whole checkpoint."""
+def last_checkpoint(run: Path) -> FragmentReader | None:
+    """The newest checkpoint whose checksums hold."""
     for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
             tensor_fragments.verify(path)
@@ -79,95 +88,85 @@ def last(run: Path) -> FragmentReader | None:
     return None
 
 
-def newest_steps(run: Path) -> int:
-    """After how many steps the newest published checkpoint was written; 0: there is none."""
-    found = sorted((run / "checkpoints").glob("step-*"))
-    return int(found[-1].name.partition("-")[2]) if found else 0
+def newest_checkpoint_steps(run: Path) -> int:
+    """Optimizer steps of the newest checkpoint; 0 without one."""
+    paths = sorted((run / "checkpoints").glob("step-*"))
+    return int(paths[-1].name.partition("-")[2]) if paths else 0
 
 
-def finished(run: Path) -> bool:
-    try:
-        lines = text_lines(run / "events.jsonl")
-        return bool(lines) and json.loads(lines[-1])["event"] == "finished"
-    except (OSError, ValueError):
-        return False
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    lines = text_lines(path) if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
-def _trace(run: Path) -> list[dict[str, str]]:
-    """The metrics without what a clock said, NaN made comparable."""
-    lines = _read(run / METRICS)
-    return [{k: repr(v) for k, v in line.items() if not CLOCK.search(k)} for line in lines]
+def _untimed_metrics(run: Path) -> list[dict[str, str]]:
+    """The metrics without those that depend on wall-clock time; as text, so that NaN equals NaN."""
+    rows = read_metrics(run)
+    return [{k: repr(v) for k, v in row.items() if not TIMED.search(k)} for row in rows]
 
 
 # -- exactly once --------------------------------------------------------------------------------
 
 
 @dataclass
-class Balance:
-    """What a ledger holds, and what is wrong with it."""
+class LedgerCheck:
+    """The counts of a ledger and its faults; a ledger without faults has passed."""
 
     steps: int = 0
     samples: int = 0
-    epochs: int = 0  # whole ones
+    epochs: int = 0  # complete ones
     faults: list[str] = field(default_factory=list)
 
 
-def balance(run: Path, recipe: Recipe) -> Balance:
-    """Whether the ledger of a finished run shows every step once and, over all ranks, every sample
+def check_ledger(run: Path, recipe: Recipe) -> LedgerCheck:
+    """Whether the ledger of a finished run has every step once and, over all ranks, every sample
     once an epoch.
 
-    Samples are those of the shards' indexes, without those that the run has dropped and named. A
-    stage's last epoch is cut off: no sample of it may come twice. What a mixture of data sets
-    calls an epoch differs by set, so that a stage with more than one is held to its steps alone.
+    The samples are those in the shards' indexes but not in the log of bad samples. In a stage's
+    last epoch, which ends early, samples may be missing but not repeated. Of a stage with more than
+    one dataset only the steps are checked, for epochs differ by dataset.
     """
-    found, lines = Balance(), _read(run / LEDGER)
-    found.steps = len(lines)
-    steps, of_stage = defaultdict(list), defaultdict(lambda: defaultdict(Counter))
-    for line in lines:
-        steps[line["branch"], line["stage"]].append(line["step"])
-        for micro in line["samples"]:
-            for epoch, keys in micro:
-                found.samples += len(keys)
-                of_stage[line["stage"]][epoch].update(keys)
-    if not lines:
-        found.faults.append(f"{run} has no ledger")
-    if [line["steps"] for line in lines] != list(range(1, len(lines) + 1)):
-        found.faults.append("the ledger's steps are not 1, 2, 3 …")
+    check, rows = LedgerCheck(), read_ledger(run)
+    check.steps = len(rows)
+    steps, epochs = defaultdict(list), defaultdict(lambda: defaultdict(Counter))
+    for row in rows:
+        steps[row["branch"], row["stage"]].append(row["step"])
+        for micro_batches in row["samples"]:
+            for epoch, keys in micro_batches:
+                check.samples += len(keys)
+                epochs[row["stage"]][epoch].update(keys)
+    if not rows:
+        check.faults.append(f"{run} has no ledger")
+    if [row["steps"] for row in rows] != list(range(1, len(rows) + 1)):
+        check.faults.append("the ledger's steps are not 1, 2, 3 …")
     branches = {branch for branch, _ in steps}
     for stage in recipe.stages:
-        made = steps.get((stage.branch, stage.name), [])
-        if stage.branch in branches and made != list(range(1, stage.steps + 1)):
-            found.faults.append(f"the ledger of stage {stage.name} lacks steps, or has some twice")
-    dropped = {bad["key"] for bad in _read(run / "bad_samples.jsonl") if "key" in bad}
+        stage_steps = steps.get((stage.branch, stage.name), [])
+        if stage.branch in branches and stage_steps != list(range(1, stage.steps + 1)):
+            check.faults.append(f"the ledger of stage {stage.name} lacks steps, or repeats some")
+    bad = {row["key"] for row in json_lines(run / "bad_samples.jsonl") if "key" in row}
     for stage in recipe.stages:
         _, datasets = recipe.dataloader(stage)
-        if len(datasets) == 1 and stage.name in of_stage:
-            wanted = _keys(datasets[0].shards)
-            _epochs(found, stage.name, of_stage[stage.name], wanted, dropped)
-    return found
+        if len(datasets) == 1 and stage.name in epochs:
+            expected = sample_keys(datasets[0].shards)
+            _check_epochs(check, stage.name, epochs[stage.name], expected, bad)
+    return check
 
 
-def _epochs(
-    found: Balance, stage: str, epochs: dict[int, Counter], wanted: set[str], dropped: set[str]
+def _check_epochs(
+    check: LedgerCheck, stage: str, epochs: dict[int, Counter], expected: set[str], bad: set[str]
 ) -> None:
-    for epoch, keys in sorted(epochs.items()):
-        twice = [key for key, times in keys.items() if times > 1]
-        strange = set(keys) - wanted
-        missing = wanted - dropped - set(keys) if epoch < max(epochs) else set()
-        for what, which in (("twice", twice), ("unknown", strange), ("missing", missing)):
-            if which:
-                named = ", ".join(sorted(which)[:3])
-                found.faults.append(f"{stage}, epoch {epoch}: {len(which)} {what} ({named} …)")
-        found.epochs += epoch < max(epochs)
+    for epoch, counts in sorted(epochs.items()):
+        complete = epoch < max(epochs)
+        check.epochs += complete
+        faulty = {
+            "repeated": [key for key, count in counts.items() if count > 1],
+            "unknown": set(counts) - expected,
+            "missing": expected - bad - set(counts) if complete else set(),
+        }
+        for fault, keys in faulty.items():
+            if keys:
+                examples = ", ".join(sorted(keys)[:3])
+                check.faults.append(f"{stage}, epoch {epoch}: {len(keys)} {fault} ({examples} …)")
 
 
-def _keys(shards: str | Iterable[str]) -> set[str]:
-    """Of all samples in local shards."""
+def sample_keys(shards: str | Iterable[str]) -> set[str]:
+    """The keys of all samples in local shards."""
     spec = shards if isinstance(shards, str) else list(shards)
     return {
         key

@@ -1,7 +1,7 @@
-"""One rank of a soak: train.py that stands still at a chosen place, for its killer to find it.
+"""One rank of a soak test: train.py that reports its phase, and pauses in one to be killed there.
 
-The place, the how-manieth time, and the folder in which ranks say where they are come in the
-environment (`PLAN`). Nothing else differs from train.py: no number, no call.
+The phase, at which entry into it, and the folder for the reports come in the environment variable
+`PAUSE_PLAN`. Otherwise a rank is that of train.py: the same values, the same calls.
 """
 
 import os
@@ -24,8 +24,9 @@ from typing import Any
 from dsasr.utils.errors import run_tool
 from dsasr.utils.io import atomic_write
 
-PLAN = "DSASR_SOAK"
-# Loaded once by the server that the ranks are forked from.
+PAUSE_PLAN = "DSASR_SOAK"
+PAUSED = "paused"  # file in the plan's folder
+# Imported once by the server that the ranks are forked from.
 PRELOAD = [
     "dsasr.testing.soak_rank",
     "dsasr.train",
@@ -33,96 +34,97 @@ PRELOAD = [
     "dsasr.tracking.timeline_plot",
     "deepspeed",
 ]
-PATIENCE = 120.0  # seconds to stand still without being killed
+PAUSE_SECONDS = 120.0  # of a pause, if no kill ends it
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where rank ``rank`` of one job is to stand still; its ranks speak in ``folder``."""
+class PausePlan:
+    """When rank ``rank`` of a job pauses; all its ranks report to ``folder``."""
 
     folder: str
-    place: str = ""  # "": nowhere
-    count: int = 1  # the so-manieth time that it comes by
-    limit: int = 0  # at the latest at the turn after so many steps; 0: no limit
+    phase: str = ""  # "": no pause
+    count: int = 1  # at this entry into the phase
+    limit: int = 0  # at the latest at the turn after this many steps; 0: no limit
     rank: int = 0
 
     def environment(self) -> dict[str, str]:
-        return {PLAN: json.dumps(asdict(self))}
+        return {PAUSE_PLAN: json.dumps(asdict(self))}
 
 
-class Halts:
-    """Tells where this rank is, and stands still once, where the plan says so."""
+class PhaseReporter:
+    """Reports the phase of this rank, and pauses it once, as planned."""
 
-    def __init__(self, plan: Plan, rank: int):
-        self.plan, self._rank = plan, rank
+    def __init__(self, plan: PausePlan, rank: int):
+        self.plan = plan
         self._lock = threading.Lock()
-        self._passed, self._over = 0, plan.rank != rank
-        name = Path(plan.folder) / f"rank-{rank}"
-        self._file = os.open(name, os.O_CREAT | os.O_WRONLY, 0o644)
-        self.at("start")
+        self._entries, self._paused = 0, plan.rank != rank
+        self._file = os.open(Path(plan.folder) / f"rank-{rank}", os.O_CREAT | os.O_WRONLY, 0o644)
+        self.enter("start")
 
-    def at(self, place: str, step: int = 0) -> None:
-        """This rank is at ``place``; ``step``: so many steps are done, if it is a turn."""
-        words = f"{os.getpid()} {os.getppid()} {place}"
-        os.pwrite(self._file, words.ljust(64).encode(), 0)
+    def enter(self, phase: str, step: int = 0) -> None:
+        """This rank enters ``phase``; ``step``: steps done, if it is a turn."""
+        status = f"{os.getpid()} {os.getppid()} {phase}"
+        os.pwrite(self._file, status.ljust(64).encode(), 0)
         plan = self.plan
         with self._lock:
-            self._passed += place == plan.place
-            reached = place == plan.place and self._passed >= plan.count
-            late = place == "turn" and plan.limit and step >= plan.limit
-            stand = not self._over and (reached or late)
-            self._over |= bool(stand)
-        if stand:
-            atomic_write(Path(plan.folder) / "halted", json.dumps({"place": place}))
-            time.sleep(PATIENCE)
+            self._entries += phase == plan.phase
+            reached = phase == plan.phase and self._entries >= plan.count
+            late = phase == "turn" and plan.limit and step >= plan.limit
+            pause = not self._paused and (reached or late)
+            self._paused |= bool(pause)
+        if pause:
+            atomic_write(Path(plan.folder) / PAUSED, json.dumps({"phase": phase}))
+            time.sleep(PAUSE_SECONDS)
 
-    def around(self, act: Callable, place: str | Callable[..., str]) -> Callable:
-        """``act`` that says so before and after it, on whatever thread it runs."""
+    def reporting(self, function: Callable, phase: str | Callable[..., str]) -> Callable:
+        """``function`` that enters ``phase`` before and after its call, on whatever thread."""
 
-        @functools.wraps(act)
-        def told(*args: Any, **named: Any) -> Any:
-            here = place(*args) if callable(place) else place
-            self.at(here)
-            result = act(*args, **named)
-            self.at(here)
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            current = phase(*args) if callable(phase) else phase
+            self.enter(current)
+            result = function(*args, **named)
+            self.enter(current)
             return result
 
-        return told
+        return call
 
 
-def _written(path: Path, *_: Any) -> str:
-    """Of a file or folder of fragments: whether a checkpoint's or a snapshot's."""
+def _phase_of(path: Path, *_: Any) -> str:
+    """The phase that writes a file or folder of fragments: a checkpoint's or a snapshot's."""
     return "save" if "checkpoints" in Path(path).parts else "publish"
 
 
-def install(halts: Halts) -> None:
-    """Have the parts of a run tell where they are."""
+def install(reporter: PhaseReporter) -> None:
+    """Have the parts of a run report their phases."""
     from dsasr.checkpoint import tensor_fragments
     from dsasr.engine import branch_engine
     from dsasr.launch.watchdog import Watchdog
 
-    note = Watchdog.at
+    watchdog_at = Watchdog.at
 
-    @functools.wraps(note)
-    def at(dog: Watchdog, doing: str, stage: str = "", step: int = 0, keys: Sequence[str] = ()):
-        note(dog, doing, stage, step, keys)
-        halts.at("save" if doing == "checkpoint" else doing, step)
+    @functools.wraps(watchdog_at)
+    def at(
+        watchdog: Watchdog, doing: str, stage: str = "", step: int = 0, keys: Sequence[str] = ()
+    ):
+        watchdog_at(watchdog, doing, stage, step, keys)
+        reporter.enter("save" if doing == "checkpoint" else doing, step)
 
     Watchdog.at = at
-    branch_engine.init_distributed = halts.around(branch_engine.init_distributed, "start")
-    branch_engine.BranchEngine.load = halts.around(branch_engine.BranchEngine.load, "load")
-    branch_engine.BranchEngine.load_encoder = halts.around(
+    branch_engine.init_distributed = reporter.reporting(branch_engine.init_distributed, "start")
+    branch_engine.BranchEngine.load = reporter.reporting(branch_engine.BranchEngine.load, "load")
+    branch_engine.BranchEngine.load_encoder = reporter.reporting(
         branch_engine.BranchEngine.load_encoder, "swap"
     )
-    tensor_fragments.write_file = halts.around(tensor_fragments.write_file, _written)
-    tensor_fragments.replace_folder = halts.around(tensor_fragments.replace_folder, _written)
+    tensor_fragments.write_file = reporter.reporting(tensor_fragments.write_file, _phase_of)
+    tensor_fragments.replace_folder = reporter.reporting(tensor_fragments.replace_folder, _phase_of)
 
 
 def main() -> int:
     from dsasr import train
 
-    plan = Plan(**json.loads(os.environ[PLAN]))
-    install(Halts(plan, int(os.environ["RANK"])))
+    plan = PausePlan(**json.loads(os.environ[PAUSE_PLAN]))
+    install(PhaseReporter(plan, int(os.environ["RANK"])))
     return train.main_once()
 
 

@@ -1,12 +1,11 @@
-"""What a run says of itself: metrics.jsonl and events.jsonl always, TensorBoard, a progress line.
+"""A run's metrics and events: into the run log's files, TensorBoard, and the console.
 
-Only rank 0 writes. Sums over ranks are made when a line is due, not every step, so that a step
-needs no synchronization with the host.
+Only rank 0 writes. Values are summed over the ranks once a log interval, not every step, so that a
+step needs no synchronization with the host.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -19,32 +18,32 @@ from typing import Any, TextIO
 import torch
 
 from dsasr.engine.branch_engine import StepReport
+from dsasr.tracking import console
+from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, truncate_log
 from dsasr.utils import distributed
-from dsasr.utils.io import atomic_write, json_text, text_lines
+from dsasr.utils.io import json_text
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
     every: int = 10  # steps of a branch between two lines
     tensorboard: bool = True
-    ledger: bool = False  # ledger.jsonl: which samples each step was made of, on all ranks
+    ledger: bool = False  # ledger.jsonl: the samples of each step, on all ranks
 
 
-OF_THE_JOB = ("checkpoint", "checkpoint_failed", "checkpoint_passed_over", "resumed", "stopped")
-METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
-# Curves that TensorBoard is to draw into one chart.
+# Curves that TensorBoard draws into one chart.
 CHARTS = {
     "encoder": {
         "drift and swaps": ["Multiline", ["drift/cka$", "drift/cka_threshold", "drift/swap_mark"]],
         "loss around a swap": ["Multiline", ["encoder/nll_before", "encoder/nll_after"]],
     }
 }
-_TIMES = ("read", "text", "decode", "augment", "feature")  # seconds of the makers, over all workers
+_TIMES = ("read", "text", "decode", "augment", "feature")  # seconds of the dataloader workers
 _COUNTS = ("audio", "frames", "padded", "wait", "bad", "bytes", "queue", "batches", *_TIMES)
 
 
 class Meter:
-    """Sums of one branch's steps since its last line."""
+    """Sums over one branch's steps since its last line of metrics."""
 
     def __init__(self) -> None:
         self.reset()
@@ -74,13 +73,13 @@ class Meter:
         self.steps += 1
 
     def state(self) -> dict[str, Any]:
-        """The sums as plain numbers."""
+        """The sums as plain numbers, for `load`."""
         values = {k: getattr(self, k) for k in _COUNTS}
         values["sums"] = {k: [float(a), float(b)] for k, (a, b) in self.sums.items()}
         return values | {"steps": self.steps, "elapsed": time.monotonic() - self.started}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Add what `state` gave, of a rank that made the same steps."""
+        """Add the sums of `state`, of a rank that took the same steps."""
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + state.get(name, 0.0))
         self.steps = max(self.steps, state["steps"])
@@ -91,7 +90,7 @@ class Meter:
 
     def collect(self) -> dict[str, float]:
         """Means and rates over all ranks since the last call; collective."""
-        names = sorted({n for held in distributed.gather(sorted(self.sums)) for n in held})
+        names = sorted({n for names in distributed.gather(sorted(self.sums)) for n in names})
         values = []
         for name in names:
             total, count = self.sums.get(name, (0.0, 0.0))
@@ -115,14 +114,14 @@ class Meter:
             "bytes_per_second": data["bytes"] / elapsed,
             "queue_depth": data["queue"] / max(data["batches"], 1.0),
         }
-        # What a second of audio costs the makers, in milliseconds of one core.
+        # What a second of audio costs the dataloader workers, in milliseconds of one core.
         line |= {f"{name}_ms_per_s": 1e3 * data[name] / max(data["audio"], 1e-9) for name in _TIMES}
         self.reset()
         return line
 
 
 class Monitor:
-    """Writes a run's metrics and events, and the progress line on a terminal or in a log."""
+    """Writes a run's metrics and events to its folder, and a line of each to the console."""
 
     def __init__(
         self,
@@ -132,24 +131,27 @@ class Monitor:
         from_steps: int = 0,
         written: Mapping[str, int] | None = None,
     ):
-        """``from_steps``: go on after so many; lines that a killed run wrote beyond are dropped.
+        """``from_steps``: steps of the checkpoint resumed from; lines of later steps are removed.
 
-        ``written``: of each file, the lines that were there at that point (from `state`), for what
-        comes after it and before the next step belongs to the same number of steps.
+        ``written``: each file's number of lines at that checkpoint (from `state`): a line that
+        follows it and precedes the next step has the same number of steps.
         """
         self.config = config
         self.total_steps = total_steps
         self._meters: dict[str, Meter] = {}
         self._began = self._started = time.monotonic()  # of this process, of the run
-        self._first: int | None = None
+        self._first: int | None = None  # steps done before this process' first one
+        self._last_steps = from_steps
         self._writer = None
-        self._unwritten = ""  # why the last line could not be written
+        self._write_error = ""  # why the last line could not be written
         self._files: dict[str, TextIO] = {}
         self._lines: dict[str, int] = {}
         if distributed.main_rank():
             folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, EVENTS, *[LEDGER] * config.ledger):
-                self._lines[name] = _cut(folder / name, from_steps, (written or {}).get(name))
+                self._lines[name] = truncate_log(
+                    folder / name, from_steps, (written or {}).get(name)
+                )
                 self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -164,52 +166,57 @@ class Monitor:
         steps: int,
         wait: float,
         last: bool = False,
-        more: Mapping[str, float] | None = None,
+        extra: Mapping[str, float] | None = None,
     ) -> dict | None:
         """Count a step; write a line when one is due and return it (on every rank); collective.
 
-        ``more`` joins the line, if one is written.
+        ``wait``: seconds that the step waited for its batches. ``extra``: further values of the
+        line, if one is written.
         """
         if self._first is None:
             self._first = steps - 1
+        self._last_steps = steps
         meter = self._meters.setdefault(report.branch, Meter())
         meter.add(report, wait)
         if self.config.ledger:
-            self._account(report, steps)
+            self._write_ledger(report, steps)
         if not last and (report.step + 1) % self.config.every:
             return None
         line = meter.collect()
         line |= {f"lr_{part}": lr for part, lr in report.lrs.items()}
         if report.grad_norm is not None:
             line["grad_norm"] = float(report.grad_norm)
-        line |= more or {}
+        line |= extra or {}
         head = {"steps": steps, "branch": report.branch, "stage": report.stage}
         self._write(head | {"step": report.step + 1}, line)
         self._progress(report, steps, line)
         return line
 
     def state(self) -> dict[str, Any]:
-        """What is counted but not yet written, of all ranks, for the checkpoint; collective."""
-        own = {branch: meter.state() for branch, meter in self._meters.items()}
-        seconds = time.monotonic() - self._started
-        return {"meters": distributed.gather(own), "seconds": seconds, "written": dict(self._lines)}
+        """The sums not yet written, of all ranks, for the checkpoint; collective."""
+        meters = {branch: meter.state() for branch, meter in self._meters.items()}
+        return {
+            "meters": distributed.gather(meters),
+            "seconds": time.monotonic() - self._started,
+            "written": dict(self._lines),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where `state` was; on another world size rank r takes r, r + world …"""
+        """Restore `state`; with another world size rank r takes the sums of ranks r, r + world …"""
         self._started = time.monotonic() - state["seconds"]
-        for held in state["meters"][distributed.rank() :: distributed.world()]:
-            for branch, values in held.items():
-                self._meters.setdefault(branch, Meter()).load(values)
+        for meters in state["meters"][distributed.rank() :: distributed.world()]:
+            for branch, sums in meters.items():
+                self._meters.setdefault(branch, Meter()).load(sums)
 
-    def _account(self, report: StepReport, steps: int) -> None:
-        """Into the ledger: of each rank and micro-batch its epoch and its samples' keys."""
+    def _write_ledger(self, report: StepReport, steps: int) -> None:
+        """The step's line of the ledger: epoch and keys of each rank's micro-batches."""
         samples = distributed.gather([[batch.epoch, list(batch.keys)] for batch in report.batches])
         head = {"steps": steps, "branch": report.branch, "stage": report.stage}
         self._append(LEDGER, {**head, "step": report.step + 1, "samples": samples})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if name in self._files:
-            with self._despite_full_disk():
+            with self._tolerate_full_disk():
                 self._files[name].write(json_text(line) + "\n")
                 self._files[name].flush()
                 self._lines[name] += 1
@@ -217,7 +224,7 @@ class Monitor:
     def _write(self, head: Mapping[str, Any], line: Mapping[str, float]) -> None:
         self._append(METRICS, {**head, "seconds": self._seconds(), **line})
         if self._writer is not None:
-            with self._despite_full_disk():
+            with self._tolerate_full_disk():
                 for name, value in line.items():
                     self._writer.add_scalar(f"{head['stage']}/{name}", value, head["steps"])
 
@@ -225,58 +232,53 @@ class Monitor:
         return round(time.monotonic() - self._started, 3)
 
     @contextmanager
-    def _despite_full_disk(self) -> Iterator[None]:
-        """A line lost is told, once a reason; it is no reason for rank 0 to leave the others."""
+    def _tolerate_full_disk(self) -> Iterator[None]:
+        """Print why a line is lost, once a reason: rank 0 must not stop alone for it."""
         try:
             yield
         except OSError as error:
-            if str(error) != self._unwritten:
-                self._unwritten = str(error)
-                print(f"— metrics cannot be written: {error}", flush=True)
+            if str(error) != self._write_error:
+                self._write_error = str(error)
+                print(console.warning_line(f"metrics cannot be written: {error}"), flush=True)
 
     def _progress(self, report: StepReport, steps: int, line: Mapping[str, float]) -> None:
         if not distributed.main_rank():
             return
-        done = steps - (self._first or 0)
-        left = (time.monotonic() - self._began) / max(done, 1) * (self.total_steps - steps)
-        losses = " ".join(
-            f"{k} {line[k]:.3f}"
-            for k in ("ctc", "consistency", "nll", "entropy", "accuracy")
-            if k in line
-        )
-        text = (
-            f"[{steps}/{self.total_steps}] {report.stage} {report.step + 1}  {losses}  "
-            f"{line['audio_hours_per_hour']:.0f} h/h  {clock(left)} left"
-        )
-        print(text, flush=True)
+        seconds_a_step = (time.monotonic() - self._began) / max(steps - (self._first or 0), 1)
+        left = seconds_a_step * (self.total_steps - steps)
+        where = steps, self.total_steps, report.stage, report.step + 1
+        print(console.progress_line(*where, line, left), flush=True)
 
     def scalars(self, head: Mapping[str, Any], values: Mapping[str, float]) -> None:
-        """Values outside a step's line: evaluation, CKA, swap costs. Rank 0 writes."""
+        """Write values outside a step's line: evaluation, CKA, swap costs; ``head`` as a line's."""
         self._write(head, values)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Something that happened once: a trigger, a swap, a checkpoint, a stage's end."""
+        """Write and print something that happens once: a drift trigger, a swap, a checkpoint …
+
+        The kinds and their fields are those of `console.event_line`.
+        """
         if not distributed.main_rank():
             return
         self._append(EVENTS, {"event": kind, "seconds": self._seconds(), **fields})
-        shown = "  ".join(f"{k}={_short(v)}" for k, v in fields.items())
-        print(f"— {kind}: {shown}", flush=True)
+        steps = fields.get("steps", self._last_steps)
+        print(console.event_line(steps, self.total_steps, kind, fields), flush=True)
 
     def text(self, name: str, text: str, steps: int) -> None:
-        """A text sample for TensorBoard."""
+        """Write a text sample to TensorBoard."""
         if self._writer is not None:
-            with self._despite_full_disk():
+            with self._tolerate_full_disk():
                 self._writer.add_text(name, text, steps)
 
     def close(self) -> None:
         for handle in (*self._files.values(), *([self._writer] if self._writer else [])):
-            with self._despite_full_disk():
+            with self._tolerate_full_disk():
                 handle.close()
         sys.stdout.flush()
 
 
 def add_images(folder: Path, pictures: Sequence[Path], steps: int) -> None:
-    """Show PNGs in a TensorBoard folder, under ``report/``."""
+    """Write PNG files to a TensorBoard folder, under ``report/``."""
     import numpy as np
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
@@ -285,35 +287,3 @@ def add_images(folder: Path, pictures: Sequence[Path], steps: int) -> None:
         for path in pictures:
             image = np.asarray(Image.open(path).convert("RGB"))
             writer.add_image(f"report/{path.stem}", image, steps, dataformats="HWC")
-
-
-def _cut(path: Path, steps: int, written: int | None) -> int:
-    """Keep the first ``written`` lines, of the first ``steps`` steps: the rest will be made again.
-
-    What tells of the job and not of the training stays. Returns how many lines are left.
-    """
-    if not path.is_file():
-        return 0
-    kept = []
-    for number, line in enumerate(text_lines(path)):
-        try:
-            held = json.loads(line)
-        except ValueError:
-            continue  # the torn last line of a killed run
-        before = written is None or number < written or held.get("event") in OF_THE_JOB
-        if steps and before and held.get("steps", 0) <= steps:
-            kept.append(line + "\n")
-    atomic_write(path, "".join(kept))
-    return len(kept)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03`` of a duration in seconds."""
-    seconds = max(int(seconds), 0)
-    hours, rest = divmod(seconds, 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

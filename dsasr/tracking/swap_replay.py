@@ -1,8 +1,7 @@
-"""The swap history of a run, as a recipe for repeating it.
+"""The encoder swaps of a run, as recipe overrides that repeat them.
 
-``dsasr replay RUN`` reads a run folder's events and prints the overrides that make a
-colocated run take the same encoders at the same steps: a concurrent run, whose swaps depend on how
-fast two jobs went, can so be repeated bit for bit.
+In a concurrent run the steps of the swaps depend on the speed of two jobs. A colocated run with
+these overrides loads the same encoders at the same steps, and so repeats it bit for bit.
 """
 
 from __future__ import annotations
@@ -10,40 +9,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from dsasr.tracking.run_log import Row, read_events
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import text_lines
 
 
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run folder; a torn last line is left out. Raises `UserError`."""
-    try:
-        lines = text_lines(folder / "events.jsonl")
-    except OSError as error:
-        raise UserError(f"{folder} is no run folder: {error.strerror}") from None
-    events = []
-    for number, line in enumerate(lines, 1):
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{folder}/events.jsonl line {number} is not JSON") from None
-    return events
-
-
-def swaps(events: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
-    """The swaps of the sft branch as entries of ``drift.swaps``; the last of a step counts."""
-    taken: dict[int, int] = {}
+def planned_swaps(events: Sequence[Row]) -> list[dict[str, int]]:
+    """The swaps of the sft branch as entries of ``drift.swaps``; of one step, the last counts."""
+    pretrain_step: dict[int, int] = {}  # by sft step
     for event in events:
         if event["event"] == "swap" and event["cause"] != "given":
-            taken[event["sft"]] = event["pretrain"]
-    return [{"pretrain": p, "sft": s} for s, p in sorted(taken.items())]
+            pretrain_step[event["sft"]] = event["pretrain"]
+    return [{"pretrain": p, "sft": s} for s, p in sorted(pretrain_step.items())]
 
 
 def overrides(folder: Path) -> list[str]:
-    """``key=value`` overrides that repeat the history of the run in ``folder``."""
-    held = swaps(read_events(folder))
-    if not held:
+    """``key=value`` overrides that repeat the swaps of the run in ``folder``.
+
+    Raises `UserError` where its events cannot be read in full or have no swap.
+    """
+    swaps = planned_swaps(read_events(folder, strict=True))
+    if not swaps:
         raise UserError(f"{folder} has swapped no encoder yet: there is no history to repeat")
-    return ["branch=both", "drift.mode=fixed", f"drift.swaps={json.dumps(held)}"]
+    return ["branch=both", "drift.mode=fixed", f"drift.swaps={json.dumps(swaps)}"]

@@ -1,15 +1,14 @@
-"""``timeline.png``: both branches of a run, or of a plan, with swaps, drift, rates and losses."""
+"""The plot of a run's timeline: stages of both branches, swaps, drift, learning rates, losses."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dsasr.stages import Schedule, learning_rate
-from dsasr.utils.io import atomic_path, text_lines
+from dsasr.tracking.run_log import Row, read_events, read_metrics
+from dsasr.utils.io import atomic_path
 
 COLORS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a", "#6b4a2b")
 LINES = ("-", "--", ":", "-.")
@@ -18,7 +17,7 @@ DPI = 140
 
 @dataclass(frozen=True)
 class Span:
-    """A stage on the run's clock: optimizer steps, counted over both branches."""
+    """A stage from its first to its last step, in optimizer steps of both branches together."""
 
     name: str
     branch: str
@@ -26,21 +25,20 @@ class Span:
     stop: int
 
 
-def spans(events: Sequence[dict[str, Any]]) -> list[Span]:
-    """The stages on the run's clock; one that has not ended reaches to the last event."""
-    begun: dict[str, Span] = {}
+def stage_spans(events: Sequence[Row]) -> list[Span]:
+    """The spans of the stages, by start; a stage that has not ended reaches to the last event."""
+    spans: dict[str, Span] = {}
     last = max((e["steps"] for e in events if "steps" in e), default=1)
     for event in events:
-        if event["event"] == "stage" and event["name"] not in begun:
-            at = event["steps"]
-            begun[event["name"]] = Span(event["name"], event["branch"], at, last)
-        elif event["event"] == "stage_end" and event["name"] in begun:
-            begun[event["name"]] = replace(begun[event["name"]], stop=event["steps"])
-    return sorted(begun.values(), key=lambda s: s.start)
+        if event["event"] == "stage" and event["name"] not in spans:
+            spans[event["name"]] = Span(event["name"], event["branch"], event["steps"], last)
+        elif event["event"] == "stage_end" and event["name"] in spans:
+            spans[event["name"]] = replace(spans[event["name"]], stop=event["steps"])
+    return sorted(spans.values(), key=lambda s: s.start)
 
 
 def plot(
-    events: Sequence[dict[str, Any]],
+    events: Sequence[Row],
     path: Path,
     title: str,
     *,
@@ -48,54 +46,54 @@ def plot(
     threshold: float | None = None,
     lrs: Sequence[tuple[str, Sequence[int], Sequence[float]]] = (),
     losses: dict[str, Sequence[tuple[int, float]]] | None = None,
-    clock: str = "optimizer steps of the run, both branches counted",
+    x_label: str = "optimizer steps of the run, both branches counted",
 ) -> None:
-    """Both branches over the run's steps with triggers and swaps; below, what else is given.
+    """Write a PNG of both branches over the run's steps with published snapshots and swaps.
 
-    ``lrs``: (label, steps, learning rates) curves; ``losses``: name → (step, value); ``clock`` says
-    what the steps are.
+    Panels below it, each where it has data: ``lrs``, curves of (label, steps, learning rates);
+    ``cka``, points of (step, CKA) with the ``threshold``; ``losses``, name → (step, value).
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = ["bars"] + ["lrs"] * bool(lrs) + ["cka"] * bool(cka) + ["losses"] * bool(losses)
-    heights = [1.5 if p == "bars" else 1.2 for p in panels]
+    panels = ["stages"] + ["lrs"] * bool(lrs) + ["cka"] * bool(cka) + ["losses"] * bool(losses)
+    heights = [1.5 if p == "stages" else 1.2 for p in panels]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(11, 1.5 * sum(heights) + 0.8), sharex=True, squeeze=False,
         gridspec_kw={"height_ratios": heights}, layout="constrained",
     )  # fmt: skip
-    held = dict(zip(panels, axes[:, 0], strict=True))
-    _draw_bars(held["bars"], events, title)
-    marks = [e["steps"] for e in events if e["event"] == "swap"]
+    axis_of = dict(zip(panels, axes[:, 0], strict=True))
+    _draw_stages(axis_of["stages"], events, title)
+    swap_steps = [e["steps"] for e in events if e["event"] == "swap"]
     if lrs:
-        _draw_lrs(held["lrs"], lrs)
+        _draw_lrs(axis_of["lrs"], lrs)
     if cka:
-        _draw_cka(held["cka"], cka, threshold)
+        _draw_cka(axis_of["cka"], cka, threshold)
     if losses:
-        _draw_losses(held["losses"], losses)
-    for name, axis in held.items():
+        _draw_losses(axis_of["losses"], losses)
+    for name, axis in axis_of.items():
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-        if name != "bars":
-            for mark in marks:
-                axis.axvline(mark, color="#999999", lw=0.6, zorder=0)
+        if name != "stages":
+            for step in swap_steps:
+                axis.axvline(step, color="#999999", lw=0.6, zorder=0)
             axis.yaxis.grid(True, color="#eeeeee")
             axis.set_axisbelow(True)
     bottom = axes[-1][0]
-    bottom.set_xlabel(clock)
+    bottom.set_xlabel(x_label)
     bottom.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
     plt.close(figure)
 
 
-def _draw_bars(axis, events: Sequence[dict[str, Any]], title: str) -> None:
-    held = spans(events)
-    last = max((s.stop for s in held), default=1)
-    lanes = ["sft", "pretrain"] if any(s.branch == "pretrain" for s in held) else ["sft"]
-    for i, span in enumerate(held):
+def _draw_stages(axis, events: Sequence[Row], title: str) -> None:
+    spans = stage_spans(events)
+    last = max((s.stop for s in spans), default=1)
+    lanes = ["sft", "pretrain"] if any(s.branch == "pretrain" for s in spans) else ["sft"]
+    for i, span in enumerate(spans):
         lane, width = lanes.index(span.branch), span.stop - span.start
         axis.barh(lane, width, left=span.start, height=0.46, color=COLORS[i % len(COLORS)])
         middle = (span.start + span.stop) / 2
@@ -113,26 +111,26 @@ def _draw_bars(axis, events: Sequence[dict[str, Any]], title: str) -> None:
     axis.tick_params(axis="y", length=0)
 
 
-def _draw_swaps(axis, events: Sequence[dict[str, Any]], last: int, lanes: int) -> None:
-    """A published encoder is a dot on the pretrain bar, its way into the sft branch an arrow."""
-    made: dict[str, int] = {}
+def _draw_swaps(axis, events: Sequence[Row], last: int, lanes: int) -> None:
+    """A published encoder is a dot on the pretrain bar, its swap into the sft branch an arrow."""
+    published_at: dict[str, int] = {}
     labeled = -last
     for event in events:
         if event["event"] == "published":
-            made[event["snapshot"]] = event["steps"]
+            published_at[event["snapshot"]] = event["steps"]
             axis.plot(event["steps"], 0.77, "o", color="#222222", ms=3.5, clip_on=False)
         elif event["event"] == "refused" and "snapshot" in event and "steps" in event:
             axis.plot(event["steps"], 0.3, "x", color="#b03a2e", ms=7)
         elif event["event"] == "swap":
-            at = event["steps"]
-            start = made.get(event["snapshot"], at) if lanes == 2 else at
+            step = event["steps"]
+            start = published_at.get(event["snapshot"], step) if lanes == 2 else step
             arrow = {"arrowstyle": "-|>", "color": "#222222", "lw": 1.1}
-            axis.annotate("", (at, 0.24), (start, 0.75), arrowprops=arrow)
-            if at - labeled > 0.05 * last:
+            axis.annotate("", (step, 0.24), (start, 0.75), arrowprops=arrow)
+            if step - labeled > 0.05 * last:
                 behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-                axis.annotate(event["cause"], (at, 0.42), (7, 0), textcoords="offset points",
+                axis.annotate(event["cause"], (step, 0.42), (7, 0), textcoords="offset points",
                               fontsize=8, va="center", bbox=behind)  # fmt: skip
-                labeled = at
+                labeled = step
 
 
 def _draw_lrs(axis, lrs) -> None:
@@ -172,34 +170,32 @@ def _draw_losses(axis, losses: dict[str, Sequence[tuple[int, float]]]) -> None:
 
 
 def lr_curves(
-    schedule: Schedule, events: Sequence[dict[str, Any]], points: int = 200
+    schedule: Schedule, events: Sequence[Row], points: int = 200
 ) -> list[tuple[str, list[int], list[float]]]:
-    """Each group's rate over the run's steps; a stage's steps are spread over its span.
+    """Curves of (label, run steps, learning rates), one for the parts of a stage with equal rates.
 
-    Groups of equal rates share a curve.
+    A stage's own steps are spread evenly over its span; about ``points`` of them are drawn.
     """
     stages, curves = {s.name: s for s in schedule.stages}, []
-    for span in spans(events):
+    for span in stage_spans(events):
         stage = stages[span.name]
-        count = min(points, stage.steps)
-        own = sorted({*(i * (stage.steps - 1) // max(count - 1, 1) for i in range(count))})
-        own = sorted({*own, min(stage.warmup_steps, stage.steps - 1)})
-        wide = (span.stop - span.start) / max(stage.steps - 1, 1)
-        at = [round(span.start + s * wide) for s in own]
-        alike: dict[float, list[str]] = {}
+        count, last = min(points, stage.steps), stage.steps - 1
+        stage_steps = {i * last // max(count - 1, 1) for i in range(count)}
+        stage_steps = sorted(stage_steps | {min(stage.warmup_steps, last)})
+        run_steps_each = (span.stop - span.start) / max(last, 1)
+        run_steps = [round(span.start + s * run_steps_each) for s in stage_steps]
+        parts_by_peak: dict[float, list[str]] = {}
         for part, peak in stage.trains.items():
-            alike.setdefault(peak, []).append(part)
-        for parts in alike.values():
-            values = [learning_rate(stage, parts[0], s) for s in own]
-            curves.append((f"{stage.name}: {', '.join(parts)}", at, values))
+            parts_by_peak.setdefault(peak, []).append(part)
+        for parts in parts_by_peak.values():
+            lrs = [learning_rate(stage, parts[0], s) for s in stage_steps]
+            curves.append((f"{stage.name}: {', '.join(parts)}", run_steps, lrs))
     return curves
 
 
 def plot_run(folder: Path) -> Path:
-    """``timeline.png`` of a run folder, from its events and metrics. Raises `OSError` or
-    ValueError where these cannot be read."""
-    events = _read(folder / "events.jsonl")
-    metrics = _read(folder / "metrics.jsonl")
+    """Write ``timeline.png`` into a run folder, from its events and metrics; returns its path."""
+    events, metrics = read_events(folder), read_metrics(folder)
     cka = [(m["steps"], m["cka"]) for m in metrics if m.get("cka") is not None]
     threshold = next((m["cka_threshold"] for m in metrics if "cka_threshold" in m), None)
     losses = {
@@ -211,7 +207,3 @@ def plot_run(folder: Path) -> Path:
     title = f"{folder.name}: stages, encoder swaps, drift"
     plot(events, path, title, cka=cka, threshold=threshold, losses=losses)
     return path
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text_lines(path)]

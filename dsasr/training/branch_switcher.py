@@ -1,4 +1,4 @@
-"""The branches of a run: one in its turn, the other offloaded beside it."""
+"""The branch engines of a run: one is in training, the other is offloaded."""
 
 from __future__ import annotations
 
@@ -16,74 +16,80 @@ from dsasr.utils.errors import UserError
 
 
 class BranchSwitcher:
-    """Those made so far; each is made when it is first needed. Every method is collective."""
+    """A `BranchEngine` for each branch, built when first needed. Every method is collective."""
 
-    def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
-        self.recipe, self.build, self.monitor = recipe, build, monitor
-        self._made: dict[str, BranchEngine] = {}
+    def __init__(self, recipe: Recipe, builder: Builder, monitor: Monitor):
+        self.recipe, self.builder, self.monitor = recipe, builder, monitor
+        self._engines: dict[str, BranchEngine] = {}
 
     def __iter__(self) -> Iterator[BranchEngine]:
-        return iter(self._made.values())
+        """The engines built so far."""
+        return iter(self._engines.values())
 
-    def made(self, name: str) -> BranchEngine | None:
-        """That branch, if it is there."""
-        return self._made.get(name)
+    def get_if_built(self, branch: str) -> BranchEngine | None:
+        """The engine of ``branch``, or None if it is not built yet."""
+        return self._engines.get(branch)
 
-    def get(self, name: str) -> BranchEngine:
-        """That branch, made if it is not there yet."""
-        if name not in self._made:
-            module = self.build.module(name, partitioner(self.recipe.engine))
-            self._made[name] = BranchEngine(name, module, self.recipe.engine, self.recipe.folder)
-        return self._made[name]
+    def get(self, branch: str) -> BranchEngine:
+        """The engine of ``branch``, built if it is not yet."""
+        if branch not in self._engines:
+            config, folder = self.recipe.engine, self.recipe.folder
+            module = self.builder.module(branch, partitioner(config))
+            self._engines[branch] = BranchEngine(branch, module, config, folder)
+        return self._engines[branch]
 
     def enter(self, stage: StageConfig, steps: int) -> BranchEngine:
-        """The branch of ``stage``, in that stage; the other branch is offloaded.
+        """The engine of the stage's branch, in that stage; the other branch is offloaded.
 
-        ``steps``: optimizer steps that the run has made, for the log.
+        ``steps``: optimizer steps done in the run, for the log.
         """
-        branch = self.get(stage.branch)
-        for other in self:
-            if other is not branch:
-                other.offload()
-        if branch.stage is None or branch.stage.name != stage.name:
+        engine = self.get(stage.branch)
+        for built in self:
+            if built is not engine:
+                built.offload()
+        if engine.stage is None or engine.stage.name != stage.name:
             started = time.monotonic()
-            branch.enter(stage)
+            engine.enter(stage)
             self.monitor.event(
                 "stage",
                 name=stage.name,
-                branch=branch.name,
+                branch=engine.name,
                 steps=steps,
                 switch_seconds=time.monotonic() - started,
             )
         else:
-            branch.reload()
-        return branch
+            engine.reload()
+        return engine
 
-    def offloaded_bytes(self, beside: str) -> int:
-        """What the other branches of the one called ``beside`` have offloaded."""
-        return sum(b.offloaded_bytes for b in self if b.name != beside)
+    def offloaded_bytes(self, active: str) -> int:
+        """Bytes offloaded by the branch that is not ``active``."""
+        return sum(engine.offloaded_bytes for engine in self if engine.name != active)
 
-    def close(self, name: str) -> None:
-        """Nothing needs that branch any more."""
-        self._made.pop(name).close()
+    def close(self, branch: str) -> None:
+        """Free a branch that is not needed any more."""
+        self._engines.pop(branch).close()
 
     # -- saving and loading ------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's manifest keeps; `fragments` is the rest."""
+        """The plain values for a checkpoint's manifest; its tensors are `fragments`."""
         return {
-            b.name: {"stage": b.stage.name if b.stage else None, "adam_steps": b.adam_steps()}
-            for b in self
+            engine.name: {
+                "stage": engine.stage.name if engine.stage else None,
+                "adam_steps": engine.adam_steps(),
+            }
+            for engine in self
         }
 
     def fragments(self) -> dict[str, Fragment]:
-        return {key: fragment for b in self for key, fragment in b.fragments().items()}
+        """Weights, masters and moments of both branches, for a checkpoint."""
+        return {key: fragment for engine in self for key, fragment in engine.fragments().items()}
 
     def load(self, reader: FragmentReader) -> None:
-        """Go on from what `state` and `fragments` gave, or say that this recipe's cannot."""
+        """Restore `state` and `fragments`; raises `UserError` where this recipe's model differs."""
         stages = {s.name: s for s in self.recipe.stages}
         try:
-            for name, held in reader.manifest["branches"].items():
-                self.get(name).load(reader, stages.get(held["stage"]), held["adam_steps"])
+            for branch, state in reader.manifest["branches"].items():
+                self.get(branch).load(reader, stages.get(state["stage"]), state["adam_steps"])
         except FragmentError as error:  # with allow_changed: another model, or another part trains
             raise UserError(f"cannot go on: {error}; give run=FOLDER for a new run") from None

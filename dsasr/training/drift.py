@@ -1,11 +1,12 @@
-"""How far the live encoder has moved from its reference: CKA on a fixed set of probe utterances.
+"""Encoder drift: CKA of the live encoder to its reference on probe utterances, and its trigger.
 
-The reference is kept as its features, not as a second encoder. Features are kept by utterance, each
-on the rank that computes it, so nothing is gathered: only CKA's sums travel.
+The reference is stored as its features, not as a second encoder. Each rank keeps the features of
+its own probe utterances, so that only CKA's sums are reduced over the ranks.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,52 +26,66 @@ PREFIX = "drift/"
 
 
 @dataclass(frozen=True)
+class DriftTrigger:
+    """Whether a drift publishes the encoder: CKA to the reference falls below ``threshold``."""
+
+    threshold: float
+
+    def fires(self, cka: float) -> bool:
+        """Raises ValueError for a NaN, which comes of an encoder whose features are not finite."""
+        if math.isnan(cka):
+            raise ValueError("CKA is not a number: the encoder's features are not finite")
+        return cka < self.threshold
+
+
+@dataclass(frozen=True)
 class Drift:
-    """One measurement: CKA of the encoder's output (and layers) to the reference, and its cost."""
+    """One measurement: CKA of the encoder's output, and of its layers, to the reference."""
 
     cka: float
     layers: tuple[float, ...]
     frames: int
-    seconds: float
+    seconds: float  # that the measurement took
 
 
 class DriftMonitor:
-    """Measures a branch's encoder against the reference; every call is collective.
+    """Measures a branch's encoder against the reference; every method is collective.
 
-    Raises `UserError` on all ranks when no rank has a probe utterance.
+    ``probe_batches``: this rank's batches of probe utterances. Raises `UserError` on all ranks when
+    no rank has an utterance.
     """
 
-    def __init__(self, config: DriftConfig, probe: Sequence[Batch]):
+    def __init__(self, config: DriftConfig, probe_batches: Sequence[Batch]):
         self.config = config
-        self.probe = list(probe)
-        if not distributed.any_rank(any(len(batch) for batch in self.probe)):
+        self.probe_batches = list(probe_batches)
+        if not distributed.any_rank(any(len(batch) for batch in self.probe_batches)):
             raise UserError(
                 "drift: data.valid gave no utterance to measure on: see bad_samples.jsonl for why"
             )
         self._reference: dict[str, list[Tensor]] = {}
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent on references and measurements
 
     @property
     def has_reference(self) -> bool:
         return distributed.any_rank(bool(self._reference))
 
     def take_reference(self, branch: BranchEngine) -> None:
-        """Make the branch's present encoder the reference."""
+        """Make the branch's current encoder the reference."""
         started = time.monotonic()
         self._reference = self._features(branch)
         self.seconds += time.monotonic() - started
 
     def measure(self, branch: BranchEngine) -> Drift:
-        """CKA between the branch's present encoder and the reference, over what both have seen.
+        """CKA between the branch's current encoder and the reference, over their common utterances.
 
         After a resume with another world size the probe set may end a batch earlier or later.
         """
         started = time.monotonic()
         features = self._features(branch)
         widths = distributed.gather([x.shape[1] for x in next(iter(features.values()), [])])
-        # On the device: sums travel by its backend, and there the products are fast.
+        # On the device, for its backend reduces the sums and its matrix products are fast.
         sums = LayerCka(next(w for w in widths if w), device=distributed.device())
-        for key, layers in features.items():  # in the probe set's order: sums are not associative
+        for key, layers in features.items():  # in one order: float sums are not associative
             if key in self._reference:
                 sums.update(layers, self._reference[key])
         sums.reduce(distributed.sum_ranks)
@@ -80,20 +95,20 @@ class DriftMonitor:
         return Drift(values[-1], tuple(values[:-1]), sums.layers[-1].frames, seconds)
 
     def _features(self, branch: BranchEngine) -> dict[str, list[Tensor]]:
-        """Key → valid frames [S, E] (fp32, CPU): layers' if asked for, the output's last."""
-        found: dict[str, list[Tensor]] = {}
+        """Key → valid frames [S, E] (fp32, CPU): of the layers if configured, the output's last."""
+        features: dict[str, list[Tensor]] = {}
         with branch.evaluating() as module:
-            for batch in self.probe:
-                # A rank without an utterance of its own must still make the collective calls.
-                nonempty = batch.or_silence(module.encoder.cfg.mels).to(distributed.device())
+            for batch in self.probe_batches:
+                # A rank without an utterance must still make the collective calls.
+                inputs = batch.or_silence(module.encoder.cfg.mels).to(distributed.device())
                 out = module.encoder(
-                    nonempty.features_BTF, nonempty.feature_lengths_B, layers=self.config.layers
+                    inputs.features_BTF, inputs.feature_lengths_B, layers=self.config.layers
                 )
+                layers = [*out.layers, out.frames_BSE] if self.config.layers else [out.frames_BSE]
                 for i, key in enumerate(batch.keys):
                     length = int(out.lengths_B[i])
-                    kept = [*out.layers, out.frames_BSE] if self.config.layers else [out.frames_BSE]
-                    found[key] = [x[i, :length].float().cpu() for x in kept]
-        return found
+                    features[key] = [x_BSE[i, :length].float().cpu() for x_BSE in layers]
+        return features
 
     def fragments(self) -> dict[str, Fragment]:
         """The reference's features, for the checkpoint."""
@@ -104,21 +119,21 @@ class DriftMonitor:
         }
 
     def load(self, reader: FragmentReader) -> None:
-        """Restore the reference for this rank's probe utterances, whatever rank had them.
+        """Restore the reference of this rank's probe utterances, whichever rank saved them.
 
-        Raises `UserError` on all ranks when it holds none of any rank's.
+        Raises `UserError` on all ranks when it has none of any rank's utterances.
         """
         below, counts = Below(reader, PREFIX), Counter()
         for name in below.shapes:
             counts[name.rpartition("/")[0]] += 1
         self._reference = {
             key: [below.whole(f"{key}/{i}") for i in range(counts[key])]
-            for batch in self.probe
+            for batch in self.probe_batches
             for key in batch.keys
             if counts[key]
         }
         if not self.has_reference:
             raise UserError(
-                f"{reader.folder}: drift was measured on other utterances than data.valid holds "
-                "now: give back the validation set, or start anew in another run folder"
+                f"{reader.folder}: drift was measured on other utterances than data.valid has "
+                "now: restore the validation set, or start a new run in another run folder"
             )

@@ -1,75 +1,74 @@
-"""The exchange of encoders: when pretraining gives one away, and how the sft branch takes it.
+"""Encoder hot-swap: drift measured, the encoder published, and loaded into the sft branch.
 
-In the order of the method: the live encoder's drift is measured, a drifted one is published to the
-store, the sft branch finds it (at once in a colocated run, by a look at the store in a concurrent
-one) and takes it by hot-swap, or refuses it and goes on as it is. What a run knows of encoders is
-its `Progress`, so the methods here that change it return it.
+The live encoder's drift is measured; a drifted encoder is published to the snapshot store; the sft
+branch finds it there (at once in a colocated run, by polling in a concurrent one) and loads it, or
+refuses it and keeps the one in use. The snapshots of a run are part of its `Progress`, which the
+methods here take and return.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint.snapshot_store import DriftTrigger, SnapshotStore
+from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER, agree
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.recipe import Recipe
-from dsasr.stages import Progress, Snapshot, with_published
+from dsasr.stages import Progress, Snapshot, add_published
 from dsasr.tracking.monitor import Monitor
-from dsasr.training.drift import DriftMonitor
+from dsasr.training.drift import DriftMonitor, DriftTrigger
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
-GIVEN = "given"
+EXTERNAL = "given"  # id and cause of the encoder that model.encoder_from names
 
 
 class EncoderSwap:
-    """A run's side of its `SnapshotStore`. Every public method is collective."""
+    """Publishes to and loads from a run's `SnapshotStore`. Every public method is collective."""
 
-    def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
-        self.recipe, self.build, self.monitor = recipe, build, monitor
+    def __init__(self, recipe: Recipe, builder: Builder, monitor: Monitor):
+        self.recipe, self.builder, self.monitor = recipe, builder, monitor
         self.schedule = recipe.schedule()
         self.store = SnapshotStore(recipe.store_folder, recipe.store.keep)
         self.trigger = DriftTrigger(recipe.drift.threshold)
         self._identity = str(recipe.folder.resolve())
         self._architecture = config.fingerprint(config.to_plain(recipe.model.encoder))
         self._drift: DriftMonitor | None = None
-        self._reference: str | None = None  # what drift is measured from
+        self._reference: str | None = None  # name of the encoder that drift is measured from
         self._refused: set[str] = set()
-        self._polled = -math.inf
-        self._waits_at = -1  # sft step at which a wait was last told
-        self._last_nll: float | None = None  # of the sft branch's last line
-        self._swapped_at: int | None = None  # sft step of a swap that no line has followed yet
+        self._polled_at = -math.inf
+        self._waited_at = -1  # sft step of the last wait in the event log
+        self._last_nll: float | None = None  # of the sft branch's last line of metrics
+        self._swapped_at: int | None = None  # sft step of a swap without a line of metrics yet
 
     # -- start, resume -----------------------------------------------------------------------
 
     def claim(self, fresh: bool) -> None:
         """Become the store's publisher.
 
-        A ``fresh`` start may find its own snapshots of an earlier attempt there, but no other
-        recipe's: `UserError`.
+        Raises `UserError` where a ``fresh`` start finds snapshots of another recipe there; its own
+        of an earlier attempt may be.
         """
         self.store.claim(self._identity)
-        own = self.recipe.encoder_fingerprint()
-        held = distributed.broadcast(
+        fingerprint = self.recipe.encoder_fingerprint()
+        manifests = distributed.broadcast(
             self.store.manifests() if fresh and distributed.main_rank() else []
         )
-        if any(m.get("config") != own for m in held):
+        if any(m.get("config") != fingerprint for m in manifests):
             raise UserError(
                 f"{self.store.folder} holds encoders of another recipe: give store.path=FOLDER or "
                 "run=FOLDER, or delete it"
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's manifest keeps; `fragments` is the rest."""
+        """The plain values for a checkpoint's manifest; its tensors are `fragments`."""
         return {
             "reference": self._reference,
             "refused": sorted(self._refused),
@@ -79,50 +78,50 @@ class EncoderSwap:
         }
 
     def fragments(self) -> dict[str, Fragment]:
+        """The drift reference's features, for a checkpoint."""
         return self._drift.fragments() if self._drift is not None else {}
 
     def load(self, reader: FragmentReader) -> None:
-        """Go on from what `state` and `fragments` gave."""
-        held = reader.manifest
-        self._refused = set(held.get("refused", ()))
-        in_use = held["progress"]["in_use"]
-        if in_use not in (None, GIVEN):
-            self._mark(in_use)
-        self._reference = held["reference"]
-        self._last_nll, self._swapped_at = held["last_nll"], held["swapped_at"]
+        """Restore `state` and `fragments`."""
+        manifest = reader.manifest
+        self._refused = set(manifest.get("refused", ()))
+        in_use = manifest["progress"]["in_use"]
+        if in_use not in (None, EXTERNAL):
+            self._mark_in_use(in_use)
+        self._reference = manifest["reference"]
+        self._last_nll, self._swapped_at = manifest["last_nll"], manifest["swapped_at"]
         if self._reference is not None and self.recipe.branch != "sft":
-            self._probe().load(reader)
-            self._probe().seconds = held["drift_seconds"]
+            self._drift_monitor().load(reader)
+            self._drift_monitor().seconds = manifest["drift_seconds"]
 
-    # -- giving ------------------------------------------------------------------------------
+    # -- drift and publication ---------------------------------------------------------------
 
-    def drift_cause(
-        self, branch: BranchEngine, progress: Progress, trained_seconds: float
-    ) -> tuple[str | None, dict[str, Any]]:
-        """Whether to publish ``branch``'s encoder after this pretrain step, and what was measured.
+    def check_drift(
+        self, live: BranchEngine, progress: Progress, trained_seconds: float
+    ) -> tuple[str | None, float | None]:
+        """Measure drift if due after this pretrain step; returns (cause to publish, CKA measured).
 
-        ``trained_seconds`` is what the run's steps have taken, for drift's share of the time.
+        ``trained_seconds`` is the time that the run's steps have taken, for drift's share of it.
         """
-        at = progress.pretrain
-        cause, found = self.schedule.publishes_at(at), {}
-        due = self.schedule.measures_at(at)
+        step = progress.pretrain
+        cause, cka = self.schedule.publishes_at(step), None
+        due = self.schedule.measures_at(step)
         if due == "reference":
-            self._probe().take_reference(branch)
-            self._reference = f"step-{at}"
-            self.monitor.event("reference", pretrain=at, steps=progress.steps)
+            self._drift_monitor().take_reference(live)
+            self._reference = f"step-{step}"
+            self.monitor.event("reference", pretrain=step, steps=progress.steps)
         elif due == "measure" and self._reference is not None:
-            cka = self._measure(branch, progress, trained_seconds)
-            found = {"cka": cka}
+            cka = self._measure(live, progress, trained_seconds)
             if math.isnan(cka):
-                self._tell_refused(progress, "CKA is not a number", pretrain=at)
+                self._log_refused(progress, "CKA is not a number", pretrain=step)
             elif cause is None and self.trigger.fires(cka):
                 cause = "drift"
-        return cause, found
+        return cause, cka
 
-    def _measure(self, branch: BranchEngine, progress: Progress, trained_seconds: float) -> float:
-        drift = self._probe().measure(branch)
-        spent, threshold = self._probe().seconds, self.recipe.drift.threshold
-        share = spent / (spent + trained_seconds)
+    def _measure(self, live: BranchEngine, progress: Progress, trained_seconds: float) -> float:
+        drift = self._drift_monitor().measure(live)
+        drift_seconds, threshold = self._drift_monitor().seconds, self.recipe.drift.threshold
+        share = drift_seconds / (drift_seconds + trained_seconds)
         values = {"cka": drift.cka, "cka_threshold": threshold}
         values |= {f"cka_layer_{i}": value for i, value in enumerate(drift.layers)}
         values |= {"drift_seconds": drift.seconds, "drift_share": share}
@@ -138,45 +137,50 @@ class EncoderSwap:
         )
         return drift.cka
 
-    def _probe(self) -> DriftMonitor:
+    def _drift_monitor(self) -> DriftMonitor:
         if self._drift is None:
-            probe = self.build.held_out("pretrain", self.recipe.drift.probe_utterances)
-            self._drift = DriftMonitor(self.recipe.drift, probe)
+            batches = self.builder.held_out("pretrain", self.recipe.drift.probe_utterances)
+            self._drift = DriftMonitor(self.recipe.drift, batches)
         return self._drift
 
     def publish(
-        self, branch: BranchEngine, progress: Progress, cause: str, found: Mapping[str, Any]
+        self, live: BranchEngine, progress: Progress, cause: str, cka: float | None
     ) -> Progress:
-        """Publish ``branch``'s encoder for the sft branch; a drifted one becomes the reference."""
-        at = progress.pretrain
-        snapshot = Snapshot(f"encoder-{at:09d}", at, cause)
+        """Publish the live encoder for the sft branch; drift is then measured from it.
+
+        Raises `UserError` where the final encoder cannot be published; another one that cannot is
+        skipped, with an event.
+        """
+        step = progress.pretrain
+        snapshot = Snapshot(f"encoder-{step:09d}", step, cause)
+        measured = {} if cka is None else {"cka": cka}
         if any(s.id == snapshot.id for s in progress.published):
             return progress
         info = {
-            **found,
+            **measured,
             "reference": self._reference,
             "parent": progress.published[-1].id if progress.published else None,
             "architecture": self._architecture,
             "config": self.recipe.encoder_fingerprint(),
         }
-        masters = branch.masters("") if _low_precision(branch) else {}
+        masters = live.masters("") if _low_precision(live) else {}
         started = time.monotonic()
         try:
-            done = self.store.publish(branch.module, masters, snapshot, info)
-            problem = None if done else "a weight is not finite"
+            published = self.store.publish(live.module, masters, snapshot, info)
+            problem = None if published else "a weight is not finite"
         except OSError as error:
             problem = str(error)
         if problem:
-            self._tell_refused(progress, problem, snapshot=snapshot.id, pretrain=at)
+            self._log_refused(progress, problem, snapshot=snapshot.id, pretrain=step)
             if cause == "final":
                 raise UserError(
                     f"the final encoder could not be published: {problem}; mend that and start "
                     "again, which repeats the steps since the last checkpoint"
                 )
             return progress
-        progress = with_published(progress, [snapshot])
+        progress = add_published(progress, [snapshot])
         if self._drift is not None and self.recipe.drift.mode == "cka":
-            self._drift.take_reference(branch)
+            self._drift.take_reference(live)
             self._reference = snapshot.id
         if distributed.main_rank():
             self.store.prune(s.id for s in progress.published[-2:])
@@ -184,136 +188,140 @@ class EncoderSwap:
             "published",
             snapshot=snapshot.id,
             cause=cause,
-            pretrain=at,
+            pretrain=step,
             steps=progress.steps,
             publish_seconds=time.monotonic() - started,
-            **found,
+            **measured,
         )
         return progress
 
-    # -- finding -----------------------------------------------------------------------------
+    # -- waiting for the other job -----------------------------------------------------------
 
     def poll(self, progress: Progress) -> Progress:
-        """Look for new snapshots of the other job; rank 0 decides what all ranks see."""
+        """Find new snapshots of the other job; rank 0 decides what all ranks see."""
         now = time.monotonic()
-        if not distributed.broadcast(now - self._polled >= self.recipe.store.poll_seconds):
+        if not distributed.broadcast(now - self._polled_at >= self.recipe.store.poll_seconds):
             return progress
-        self._polled = now
-        found = self.store.snapshots() if distributed.main_rank() else []
-        found = [s for s in distributed.broadcast(found) if s.id not in self._refused]
-        return with_published(progress, found)
+        self._polled_at = now
+        snapshots = self.store.snapshots() if distributed.main_rank() else []
+        snapshots = [s for s in distributed.broadcast(snapshots) if s.id not in self._refused]
+        return add_published(progress, snapshots)
 
-    def late(self, progress: Progress) -> Progress:
-        """Nothing can step before the publisher has moved on; the recipe says how long to wait.
+    def check_publisher(self, progress: Progress) -> Progress:
+        """While no step is possible: whether to wait for the publisher, by the recipe's store.late.
 
-        The same progress: wait. Another one: go on with the last encoder as if it were final.
-        `UserError`: give up.
+        Returns the same progress to wait, or another one that has the last encoder as the final
+        one; raises `UserError` to stop.
         """
         if self.recipe.branch == "both":
             raise UserError("pretraining is over, but the next encoder was not published")
         late = self.recipe.store.late
         silent = distributed.broadcast(self.store.silent_for())
-        if self._waits_at != progress.sft:
-            self._waits_at = progress.sft
+        if self._waited_at != progress.sft:
+            self._waited_at = progress.sft
             self.monitor.event("waiting", sft=progress.sft, steps=progress.steps, late=late)
         if silent <= self.recipe.store.silent_seconds or late == "wait":
             return progress
-        usable = progress.published
-        if late == "stop" or not usable:
+        snapshots = progress.published
+        if late == "stop" or not snapshots:
             raise UserError(
                 f"{self.store.folder}: its publisher has been silent for {silent:.0f} s"
             )
-        last = usable[-1]
+        last = snapshots[-1]
         self.monitor.event("publisher_lost", silent_seconds=silent, last=last.id)
-        return replace(progress, published=(*usable[:-1], replace(last, cause="final")))
+        return replace(progress, published=(*snapshots[:-1], replace(last, cause="final")))
 
-    # -- taking ------------------------------------------------------------------------------
+    # -- hot-swap ----------------------------------------------------------------------------
 
     def swap(
         self,
         progress: Progress,
         snapshot: Snapshot,
-        branch: BranchEngine,
+        sft: BranchEngine,
         live: BranchEngine | None,
     ) -> tuple[Progress, bool]:
-        """Put ``snapshot`` into ``branch``: from the live branch if that is it, else the store.
+        """Load ``snapshot`` into the sft branch: from the live branch if it is its encoder, else
+        from the store.
 
-        False, with progress that no longer knows of it, when it was refused; the branch is then as
-        it was, and the log says why. There is no going on without the final one: `UserError`.
+        Returns False, and progress without the snapshot, when it is refused: the branch is then
+        unchanged, and an event says why. Raises `UserError` when that is the final encoder.
         """
         started = time.monotonic()
-        if snapshot.id == GIVEN:
-            self._load_given(branch)
+        if snapshot.id == EXTERNAL:
+            self._load_external(sft)
         elif live is not None and snapshot.pretrain == progress.pretrain:
-            self._mark(snapshot.id)
-            branch.load_encoder(live)
+            self._mark_in_use(snapshot.id)
+            sft.load_encoder(live)
         else:
-            self._mark(snapshot.id)  # from here on it is not pruned
+            self._mark_in_use(snapshot.id)  # from here on it is not pruned
             try:
-                branch.load_encoder(self.store.open(snapshot.id, self._architecture))
+                sft.load_encoder(self.store.open(snapshot.id, self._architecture))
             except FragmentError as error:
-                self._mark(progress.in_use)
+                self._mark_in_use(progress.in_use)
                 return self._refuse(progress, snapshot, str(error)), False
         seconds = time.monotonic() - started
         self.monitor.event(
             "swap",
             snapshot=snapshot.id,
             cause=snapshot.cause,
-            stage=branch.stage.name,
+            stage=sft.stage.name,
             pretrain=snapshot.pretrain,
             sft=progress.sft,
             steps=progress.steps,
             swap_seconds=seconds,
-            checksum=self._check(branch, snapshot),
+            checksum=self._verified_checksum(sft, snapshot),
             nll_before=self._last_nll,
         )
         self._swapped_at = progress.sft
         self._encoder_scalars(progress, swap_seconds=seconds, in_use=float(snapshot.pretrain))
-        # A point on the threshold's line, beside the curve of CKA.
+        # TensorBoard shows it as a point on the threshold's line, beside the curve of CKA.
         mark = {"swap_mark": self.recipe.drift.threshold}
         self.monitor.scalars({"steps": progress.steps, "branch": "sft", "stage": "drift"}, mark)
         self.monitor.text("encoder", f"{snapshot.id} ({snapshot.cause})", progress.steps)
         return progress, True
 
-    def _check(self, branch: BranchEngine, snapshot: Snapshot) -> str | None:
-        """The checksum of the branch's encoder over all ranks: the snapshot's, or it stops."""
-        if snapshot.id == GIVEN:
+    def _verified_checksum(self, sft: BranchEngine, snapshot: Snapshot) -> str | None:
+        """The checksum of the branch's encoder over all ranks; RuntimeError if not the snapshot's.
+
+        None for an encoder from outside the run.
+        """
+        if snapshot.id == EXTERNAL:
             return None
         manifest = distributed.broadcast(
             self.store.manifest(snapshot.id) if distributed.main_rank() else {}
         )
-        found = branch.checksum()
-        if manifest.get("checksum") not in (None, found):
+        checksum = sft.checksum()
+        if manifest.get("checksum") not in (None, checksum):
             raise RuntimeError(
-                f"{snapshot.id} was loaded wrongly: checksum {found}, not {manifest['checksum']}"
+                f"{snapshot.id} was loaded wrongly: checksum {checksum}, not {manifest['checksum']}"
             )
-        return found
+        return checksum
 
-    def _mark(self, name: str | None) -> None:
-        """Say in the store that ``name`` is in use.
+    def _mark_in_use(self, name: str | None) -> None:
+        """Mark snapshot ``name`` in the store as used by this run, so that it is not pruned.
 
-        A store that cannot be written may still be read, so that stops no swap.
+        A store that cannot be written may still be read: that is an event and stops no swap.
         """
         try:
             self.store.use(_file_name(self._identity), name)
         except OSError as error:
             self.monitor.event("not_marked", snapshot=name, reason=str(error))
 
-    def _tell_refused(self, progress: Progress, reason: str, **more: Any) -> None:
-        self.monitor.event("refused", reason=reason, steps=progress.steps, **more)
+    def _log_refused(self, progress: Progress, reason: str, **fields: Any) -> None:
+        self.monitor.event("refused", reason=reason, steps=progress.steps, **fields)
 
     def _refuse(self, progress: Progress, snapshot: Snapshot, reason: str) -> Progress:
-        self._tell_refused(progress, reason, snapshot=snapshot.id, sft=progress.sft)
+        self._log_refused(progress, reason, snapshot=snapshot.id, sft=progress.sft)
         if snapshot.cause == "final":
             raise UserError(f"the final encoder cannot be used: {reason}")
         self._refused.add(snapshot.id)
-        rest = tuple(s for s in progress.published if s.id != snapshot.id)
-        return replace(progress, published=rest)
+        usable = tuple(s for s in progress.published if s.id != snapshot.id)
+        return replace(progress, published=usable)
 
-    def _load_given(self, branch: BranchEngine) -> None:
+    def _load_external(self, sft: BranchEngine) -> None:
         folder = Path(self.recipe.model.encoder_from)
         try:
-            branch.load_encoder(agree(lambda: FragmentReader(folder)))
+            sft.load_encoder(agree(lambda: FragmentReader(folder)))
         except FragmentError as error:
             raise UserError(f"model.encoder_from: {error}") from None
 
@@ -321,8 +329,8 @@ class EncoderSwap:
         head = {"steps": progress.steps, "branch": "sft", "stage": "encoder"}
         self.monitor.scalars(head, values)
 
-    def line(self, nll: float, progress: Progress) -> None:
-        """Keep the sft branch's loss of a line; the first after a swap tells what that changed."""
+    def log_loss(self, nll: float, progress: Progress) -> None:
+        """Keep the loss of an sft line of metrics; the first after a swap is compared with it."""
         if self._swapped_at is not None:
             self.monitor.event(
                 "after_swap",

@@ -1,4 +1,4 @@
-"""A run's folder at a start: what it holds already, and whether the recipe may go on with that."""
+"""The checkpoint that a run resumes from, and whether its recipe may."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
 
-def choose(
+def find_checkpoint(
     recipe: Recipe, checkpoints: CheckpointManager
 ) -> tuple[FragmentReader | None, list[str]]:
-    """The checkpoint to go on from, and why not from newer ones; None: a fresh start. Collective.
+    """The checkpoint to resume from (None: start afresh), and why newer ones cannot be. Collective.
 
-    Raises `UserError` where there is none to be read, none is to be there, or another recipe's is.
+    Raises `UserError` where ``resume`` names a checkpoint that cannot be read, where it is "never"
+    and the folder has one, or where the checkpoint is of another recipe.
     """
     reader, passed_over = _find(recipe, checkpoints)
     if reader is not None and not recipe.allow_changed:
@@ -49,8 +50,8 @@ def _find(
     return None, []
 
 
-def keep_recipe(recipe: Recipe) -> None:
-    """``recipe.yaml`` in the run's folder, or `UserError`; collective."""
+def save_recipe(recipe: Recipe) -> None:
+    """Write ``recipe.yaml`` into the run folder, or raise `UserError`; collective."""
     try:
         distributed.by_main(
             lambda: atomic_write(recipe.folder / "recipe.yaml", config.dump(recipe))

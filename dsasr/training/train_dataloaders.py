@@ -1,4 +1,4 @@
-"""The training streams of a run: each branch's, at the place that its steps have come to."""
+"""The training dataloaders of a run: one for each branch, at the position of its steps."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from dsasr.stages import StageConfig
 
 
 class TrainDataLoaders:
-    """At most one open stream a branch; another stage of the branch opens its own."""
+    """At most one open dataloader a branch; each stage of the branch opens its own."""
 
-    def __init__(self, build: Builder):
-        self._build = build
-        self._open: dict[str, tuple[str, StreamingDataLoader]] = {}  # branch: stage, its stream
-        self._cursors: dict[str, tuple[str, dict]] = {}  # branch: stage, where its stream stands
+    def __init__(self, builder: Builder):
+        self._builder = builder
+        self._open: dict[str, tuple[str, StreamingDataLoader]] = {}  # branch: stage, dataloader
+        self._cursors: dict[str, tuple[str, dict]] = {}  # branch: stage, its dataloader's state
 
-    def next(self, stage: StageConfig) -> list[Batch]:
+    def next_batches(self, stage: StageConfig) -> list[Batch]:
         """This rank's micro-batches of the next step of ``stage``."""
-        held = self._open.get(stage.branch)
-        if held is None or held[0] != stage.name:
-            self.close(stage.branch)
-            name, state = self._cursors.get(stage.branch, ("", None))
-            stream = self._build.train_stream(stage, state if name == stage.name else None)
-            self._open[stage.branch] = held = (stage.name, stream)
-        batches = [next(held[1]) for _ in range(stage.grad_accum_steps)]
+        dataloader = self._dataloader(stage)
+        batches = [next(dataloader) for _ in range(stage.grad_accum_steps)]
         self._cursors[stage.branch] = (stage.name, batches[-1].state)
         return batches
 
+    def _dataloader(self, stage: StageConfig) -> StreamingDataLoader:
+        open_stage, dataloader = self._open.get(stage.branch, ("", None))
+        if open_stage != stage.name:
+            self.close(stage.branch)
+            cursor_stage, state = self._cursors.get(stage.branch, ("", None))
+            state = state if cursor_stage == stage.name else None
+            dataloader = self._builder.train_stream(stage, state)
+            self._open[stage.branch] = (stage.name, dataloader)
+        return dataloader
+
     def state(self) -> dict[str, Any]:
-        """Plain values for `load`: after which batch each branch's stream goes on."""
+        """Plain values for `load`: each branch's stage and the state after its last batch."""
         return {k: {"stage": name, "state": state} for k, (name, state) in self._cursors.items()}
 
-    def load(self, held: dict[str, Any]) -> None:
-        self._cursors = {k: (v["stage"], v["state"]) for k, v in held.items()}
+    def load(self, state: dict[str, Any]) -> None:
+        self._cursors = {k: (v["stage"], v["state"]) for k, v in state.items()}
 
     def close(self, *branches: str) -> None:
-        """Close the streams of ``branches``; of all, if none is named."""
+        """Close the dataloaders of ``branches``; all of them, if none is named."""
         for branch in branches or tuple(self._open):
-            _, stream = self._open.pop(branch, ("", None))
-            if stream is not None:
-                stream.close()
+            _, dataloader = self._open.pop(branch, ("", None))
+            if dataloader is not None:
+                dataloader.close()

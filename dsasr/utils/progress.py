@@ -10,6 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS = 20.0  # between two lines of a bar in a log
+WITH_TOTAL = "{l_bar}{bar}| {count} [{elapsed}<{remaining}, {speed}{postfix}]"
+WITHOUT_TOTAL = "{title}{count} [{elapsed}, {speed}{postfix}]"
 
 
 class Bar(tqdm):
@@ -27,6 +29,28 @@ class Bar(tqdm):
         if self._logged:
             named["smoothing"] = 0  # the rate of the whole, as lines are far apart
         super().__init__(*given, file=file, **named)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """tqdm's values, with ``{count}`` and ``{speed}`` in few digits for its format string.
+
+        Unit "s" (seconds of audio) is counted as ``59:33/4:00:00``.
+        """
+        values = super().format_dict
+        done, total, elapsed = values["n"], values["total"], values["elapsed"]
+        unit = values["unit"] if values["unit_scale"] else f" {values['unit']}"
+        digits = self.format_sizeof if values["unit_scale"] else _digits
+        count = self.format_interval if values["unit"] == "s" else digits
+        rate = values["rate"] or ((done - values["initial"]) / elapsed if elapsed else 0.0)
+        speed = f"{digits(rate)}{unit}/s" if rate >= 1 else f"? {values['unit']}/s"
+        if 0 < rate < 1:
+            speed = f"{_digits(1 / rate)} s/{values['unit']}"
+        return values | {
+            "title": f"{values['prefix'].removesuffix(': ')}: " if values["prefix"] else "",
+            "count": f"{count(done)}/{count(total)}" if total else f"{count(done)}{unit}",
+            "speed": speed,
+            "bar_format": values["bar_format"] or (WITH_TOTAL if total else WITHOUT_TOTAL),
+        }
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not self._logged:
@@ -50,3 +74,8 @@ class Bar(tqdm):
         self._due = time.monotonic() + SECONDS
         self.fp.write(f"{self}\n")
         self.fp.flush()
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, all of a count or of a large number; thousands in groups."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.snapshot_store import HEARTBEAT, OWNER, DriftTrigger, SnapshotStore
+from dsasr.checkpoint.snapshot_store import HEARTBEAT, OWNER, SnapshotStore
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader, checksum
 from dsasr.stages import Snapshot
 from dsasr.utils.errors import UserError
@@ -36,24 +36,6 @@ def publish(store, number, module=None, cause="drift", **info):
     snapshot = Snapshot(f"encoder-{number:09d}", number, cause)
     info = {"reference": None, "config": "c", **info}
     return store.publish(module or Both(seed=number), {}, snapshot, info)
-
-
-@pytest.mark.parametrize(
-    ("values", "fires"),
-    [
-        ([], []),
-        ([1.0, 0.98, 0.975], [False, False, False]),
-        ([0.98, 0.9749, 0.99, 0.5], [False, True, False, True]),
-        ([-0.1, 1.01], [True, False]),
-    ],
-)
-def test_trigger_fires_below_the_threshold(values, fires):
-    assert DriftTrigger(0.975).decide(values) == fires
-
-
-def test_trigger_refuses_what_is_no_number():
-    with pytest.raises(ValueError, match="not a number"):
-        DriftTrigger(0.975).fires(float("nan"))
 
 
 def test_what_is_published_is_what_is_read(tmp_path):

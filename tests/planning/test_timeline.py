@@ -7,7 +7,7 @@ import pytest
 from dsasr import recipe
 from dsasr.planning import timeline
 from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig
-from dsasr.tracking.timeline_plot import lr_curves, plot_run, spans
+from dsasr.tracking.timeline_plot import lr_curves, plot_run, stage_spans
 
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=2000)
 ALIGN = StageConfig("align", "sft", {"adaptor": 1e-3}, steps=400)
@@ -29,7 +29,7 @@ def named(events, kind):
 
 def test_the_papers_course_on_a_clock():
     events = timeline.course(Schedule(ALL), (1010, 1320))
-    held = {s.name: (s.start, s.stop) for s in spans(events)}
+    held = {s.name: (s.start, s.stop) for s in stage_spans(events)}
     assert held["pretrain"][0] == 0 and held["align"][0] == 1010
     # From the first trigger on the branches take turns, so align's 400 steps take 799.
     assert held["align"][1] == 1010 + 799
@@ -64,7 +64,7 @@ def test_a_long_course_is_walked_in_jumps():
 
 def test_the_sft_branch_alone_and_a_given_encoder():
     events = timeline.simulate(Schedule(ALL, branch="sft"))
-    assert [s.name for s in spans(events)] == ["align", "ia_sft", "joint"]
+    assert [s.name for s in stage_spans(events)] == ["align", "ia_sft", "joint"]
     events = timeline.simulate(Schedule((ALIGN, JOINT)))
     assert [e["cause"] for e in named(events, "swap")] == ["given"]
 

@@ -1,4 +1,4 @@
-"""CKA over ranks against one float64 computation; usage: drift_two.py OUT (ranks as started)."""
+"""CKA reduced over the ranks, against one float64 computation; usage: drift_two.py OUT."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Model(nn.Module):
         self.encoder.reset_parameters(torch.Generator().manual_seed(0))
 
 
-class Held:
-    """What a monitor needs of a branch."""
+class Branch:
+    """The part of `BranchEngine` that a drift monitor uses."""
 
     def __init__(self):
         self.module = Model().eval()
@@ -57,68 +57,68 @@ def frames(module: nn.Module, batches: list[Batch], layer: int | None = None) ->
         if len(b):
             with torch.no_grad():
                 out = module.encoder(b.features_BTF, b.feature_lengths_B, layers=layer is not None)
-            held = out.frames_BSE if layer is None else out.layers[layer]
-            rows += [x[:n] for x, n in zip(held, out.lengths_B, strict=True)]
+            frames_BSE = out.frames_BSE if layer is None else out.layers[layer]
+            rows += [x[:n] for x, n in zip(frames_BSE, out.lengths_B, strict=True)]
     return torch.cat(rows).double()
 
 
-def drifted(module: nn.Module, by: float) -> None:
+def add_noise(module: nn.Module, scale: float) -> None:
     generator = torch.Generator().manual_seed(5)
     for parameter in module.parameters():
-        parameter.data += by * torch.randn(parameter.shape, generator=generator)
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def main() -> None:
     folder = Path(sys.argv[-1])
     branch_engine.init_distributed()
     # Uneven on purpose: the last rank has no utterance in its second batch.
-    every = [batch(0, 3), batch(1, 2), batch(2, 4), batch(3, 0)]
-    mine = every[distributed.rank() :: distributed.world()]
+    batches = [batch(0, 3), batch(1, 2), batch(2, 4), batch(3, 0)]
+    own_batches = batches[distributed.rank() :: distributed.world()]
     config = DriftConfig(layers=True)
-    monitor, held = DriftMonitor(config, mine), Held()
-    before = frames(held.module, every)
-    monitor.take_reference(held)
-    found = {"same": monitor.measure(held).cka}
-    layered = [frames(held.module, every, i) for i in range(2)]
-    drifted(held.module, 0.05)
-    moved = [frames(held.module, every, i) for i in range(2)]
-    found["expected_layers"] = [cka(x, y) for x, y in zip(layered, moved, strict=True)]
-    pairs = zip(layered, moved, strict=True)
-    found["expected_unbiased_layers"] = [cka(x, y, unbiased=True) for x, y in pairs]
-    after = frames(held.module, every)
-    skip = len(frames(held.module, every[:1]))
-    drift = monitor.measure(held)
-    found |= {"cka": drift.cka, "expected": cka(before, after), "frames": drift.frames}
-    found |= {"layers": list(drift.layers), "expected_frames": len(before)}
+    monitor, branch = DriftMonitor(config, own_batches), Branch()
+    before = frames(branch.module, batches)
+    monitor.take_reference(branch)
+    results = {"same": monitor.measure(branch).cka}
+    layers_before = [frames(branch.module, batches, i) for i in range(2)]
+    add_noise(branch.module, 0.05)
+    layers_after = [frames(branch.module, batches, i) for i in range(2)]
+    pairs = list(zip(layers_before, layers_after, strict=True))
+    results["expected_layers"] = [cka(x, y) for x, y in pairs]
+    results["expected_unbiased_layers"] = [cka(x, y, unbiased=True) for x, y in pairs]
+    after = frames(branch.module, batches)
+    first_frames = len(frames(branch.module, batches[:1]))
+    drift = monitor.measure(branch)
+    results |= {"cka": drift.cka, "expected": cka(before, after), "frames": drift.frames}
+    results |= {"layers": list(drift.layers), "expected_frames": len(before)}
     # The reference survives a checkpoint.
     write_folder(folder / "saved", monitor.fragments(), {})
-    again = DriftMonitor(config, mine)
-    again.load(FragmentReader(folder / "saved"))
-    found["again"] = again.measure(held).cka
-    # Resumed with a probe set that ends a batch earlier or later: what both have seen is compared.
-    fewer = DriftMonitor(config, [b for b in mine if b.keys[:1] != ("utt/0-0",)])
-    fewer.load(FragmentReader(folder / "saved"))
-    more = DriftMonitor(config, [*mine, batch(7 + distributed.rank(), 2)])
-    more.load(FragmentReader(folder / "saved"))
-    found["fewer"], found["more"] = fewer.measure(held).cka, more.measure(held).cka
-    found["expected_fewer"] = cka(before[skip:], after[skip:])
-    for name, probe in (("other", [batch(9, 2)]), ("none", [batch(3, 0)])):
+    resumed = DriftMonitor(config, own_batches)
+    resumed.load(FragmentReader(folder / "saved"))
+    results["resumed"] = resumed.measure(branch).cka
+    # Resumed with a probe set that ends a batch earlier or later: common utterances are compared.
+    smaller = DriftMonitor(config, [b for b in own_batches if b.keys[:1] != ("utt/0-0",)])
+    smaller.load(FragmentReader(folder / "saved"))
+    larger = DriftMonitor(config, [*own_batches, batch(7 + distributed.rank(), 2)])
+    larger.load(FragmentReader(folder / "saved"))
+    results["smaller"] = smaller.measure(branch).cka
+    results["larger"] = larger.measure(branch).cka
+    results["expected_smaller"] = cka(before[first_frames:], after[first_frames:])
+    for name, probe_batches in (("unknown", [batch(9, 2)]), ("empty", [batch(3, 0)])):
         try:
-            DriftMonitor(config, probe).load(FragmentReader(folder / "saved"))
+            DriftMonitor(config, probe_batches).load(FragmentReader(folder / "saved"))
         except UserError as error:
-            found[name] = str(error)
-    unbiased = DriftMonitor(DriftConfig(unbiased=True, layers=True), mine)
-    clean = Held()
-    unbiased.take_reference(clean)
-    drift = unbiased.measure(held)
-    found |= {"unbiased": drift.cka, "unbiased_layers": list(drift.layers)}
-    found["expected_unbiased"] = cka(before, after, unbiased=True)
-    # What a NaN in the encoder gives is no number, and no crash on any rank.
-    held.module.encoder.reset_parameters(torch.Generator().manual_seed(1))
-    next(held.module.parameters()).data.fill_(float("nan"))
-    found["broken"] = repr(monitor.measure(held).cka)
+            results[name] = str(error)
+    unbiased = DriftMonitor(DriftConfig(unbiased=True, layers=True), own_batches)
+    unbiased.take_reference(Branch())
+    drift = unbiased.measure(branch)
+    results |= {"unbiased": drift.cka, "unbiased_layers": list(drift.layers)}
+    results["expected_unbiased"] = cka(before, after, unbiased=True)
+    # A NaN in the encoder gives a NaN, and no rank raises.
+    branch.module.encoder.reset_parameters(torch.Generator().manual_seed(1))
+    next(branch.module.parameters()).data.fill_(float("nan"))
+    results["nan"] = repr(monitor.measure(branch).cka)
     if distributed.main_rank():
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "results.json").write_text(json.dumps(results))
     distributed.end_process()
 
 

@@ -1,6 +1,6 @@
-"""train.py on a full store: rank 1 cannot write its snapshots, nor rank 0 its marks.
+"""train.py on a full snapshot store: rank 1 cannot write snapshots, rank 0 no in-use marks.
 
-Each fails on one rank alone, as it may where ranks are on several machines.
+Each write fails on one rank alone, as it may where the ranks are on several machines.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def fails(path: Path, rank: str) -> bool:
     return os.environ["RANK"] == rank and "snapshots" in Path(path).parts
 
 
-def full_file(path: Path, held: dict) -> str:
+def write_file_or_fail(path: Path, fragments: dict) -> str:
     if fails(path, "1"):
         raise FULL
-    return write_file(path, held)
+    return write_file(path, fragments)
 
 
-def full_mark(path: Path, data: str) -> None:
+def write_mark_or_fail(path: Path, data: str) -> None:
     if fails(path, "0") and Path(path).name.startswith(snapshot_store.IN_USE):
         raise FULL
     atomic_write(path, data)
 
 
-tensor_fragments.write_file = full_file
-snapshot_store.atomic_write = full_mark
+tensor_fragments.write_file = write_file_or_fail
+snapshot_store.atomic_write = write_mark_or_fail
 distributed.end_process(run_tool(train.main_once))

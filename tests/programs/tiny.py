@@ -1,6 +1,6 @@
 """A recipe that trains in seconds: 60 utterances of tones, a 16-wide encoder, a one-layer LM.
 
-Made by the `tiny` fixture; each "word" is a tone of its own, so that there is something to learn.
+The `tiny` fixture builds it; each "word" is a tone of its own, so that training can learn it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WORDS = ("ba", "do", "fi", "gu")
 
 
 def make(folder: Path) -> Path:
-    """The corpus and the recipe's path."""
+    """Write the corpus, the language model and the recipe; returns the recipe's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     features, texts = [], []

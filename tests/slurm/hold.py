@@ -41,7 +41,7 @@ def hold(step: int, start: int) -> None:
         atomic_write(run.recipe.folder / name, json.dumps(here))
         while run._signal is None:
             time.sleep(0.05)
-        run._check_signal()
+        run._stop_if_signaled()
 
     Trainer.save_if_due = wait
 

@@ -14,7 +14,7 @@ import pytest
 from dsasr import config
 from dsasr.evaluation.hallucination import Example
 from dsasr.recipe import Recipe
-from dsasr.stages import Progress, Snapshot, with_published
+from dsasr.stages import Progress, Snapshot, add_published
 from dsasr.utils.errors import UserError
 
 FOLDER = Path(__file__).parent.parent.parent / "tools" / "experiments"
@@ -89,8 +89,8 @@ def test_systems_that_share_a_job(experiment):
 
 def taken(schedule, published) -> list[tuple[int, str, int]]:
     """(sft step, stage, pretrain step) of each encoder that an sft job takes."""
-    found, progress = [], with_published(Progress(), published)
-    while (turn := schedule.at(progress)).kind == "step":
+    found, progress = [], add_published(Progress(), published)
+    while (turn := schedule.next_turn(progress)).kind == "step":
         if turn.load is not None:
             found.append((progress.sft, turn.stage.name, turn.load.pretrain))
         progress = schedule.advance(progress, turn)

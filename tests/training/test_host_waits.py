@@ -44,11 +44,11 @@ class BlockingCopies(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = str(func)
         source = args[1] if name.startswith("aten.copy_") else args[0] if args else None
-        moved = name.startswith(("aten._to_copy", "aten.copy_")) and source.device.type == "cpu"
-        if moved and out.device.type == "meta":
+        copied = name.startswith(("aten._to_copy", "aten.copy_")) and source.device.type == "cpu"
+        if copied and out.device.type == "meta":
             self.copies += 1
-            late = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-            if not late:
+            non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            if not non_blocking:
                 self.blocking.append(f"{name} {tuple(source.shape)}")
         return out
 
@@ -67,20 +67,17 @@ def batch(count: int = 4) -> Batch:
     )
 
 
-def step(model, held: Batch) -> BlockingCopies:
+def step(model, cpu_batch: Batch) -> BlockingCopies:
     """One whole step on the device, all but DeepSpeed's part of it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     with BlockingCopies() as copies:
-        outputs = model(held.to("meta"))
+        outputs = model(cpu_batch.to("meta"))
         outputs.loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         sums = {}
         for name, (total, count) in outputs.sums.items():
-            sums[name] = (
-                0.0 + total,
-                0.0 + count,
-            )  # as `BranchEngine.step` and the monitor add them
+            sums[name] = (0.0 + total, 0.0 + count)  # as `BranchEngine.step` and the monitor do
     assert outputs.loss.device.type == "meta" and sums
     assert all(p.grad is not None for p in trained)
     return copies
@@ -126,7 +123,7 @@ def speech_llm(stage: str, pack: int, device: str) -> SpeechLLM:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("utterances", [4, 0], ids=["batch", "empty"])
 def test_fine_tuning_waits_for_nothing(monkeypatch, stage, pack, utterances):
-    if not pack:  # transformers' one question, which rows of one utterance each do not spare it
+    if not pack:  # a check of transformers that waits, of rows with an utterance each
         monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     model = speech_llm(stage, pack, "meta")
     copies = step(model, batch(utterances))
@@ -138,12 +135,14 @@ def test_fine_tuning_waits_for_nothing(monkeypatch, stage, pack, utterances):
 @pytest.mark.parametrize("stage", STAGES)
 def test_fine_tuning_waits_for_nothing_on_a_gpu(stage):
     """torch itself raises at every wait that it knows of."""
-    model, held = speech_llm(stage, 64, "cuda"), batch()
-    model(held.to("cuda")).loss.backward()  # compiles the kernels, makes the libraries' handles
+    model, cpu_batch = speech_llm(stage, 64, "cuda"), batch()
+    model(
+        cpu_batch.to("cuda")
+    ).loss.backward()  # compiles the kernels, creates the libraries' handles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(held.to("cuda")).loss.backward()
+        model(cpu_batch.to("cuda")).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -162,9 +161,9 @@ def test_the_device_shows_what_waits():
 
 
 def test_a_batch_remembers_where_it_came_from():
-    held = batch()
-    assert held.host is held
-    moved = held.to("meta")
-    assert moved.host is held and moved.to("meta").host is held
-    changed = dataclasses.replace(moved, seed=4)
-    assert changed.host is held and changed.features_BTF.device.type == "meta"
+    cpu_batch = batch()
+    assert cpu_batch.host is cpu_batch
+    meta_batch = cpu_batch.to("meta")
+    assert meta_batch.host is cpu_batch and meta_batch.to("meta").host is cpu_batch
+    changed_batch = dataclasses.replace(meta_batch, seed=4)
+    assert changed_batch.host is cpu_batch and changed_batch.features_BTF.device.type == "meta"

@@ -1,4 +1,4 @@
-"""Which checkpoint a start goes on from, and when it must not."""
+"""Which checkpoint a run resumes from, and when it must not."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from dsasr.training import resume
 from dsasr.utils.errors import UserError
 
 
-def saved(tiny: Path, folder: Path) -> CheckpointManager:
+def two_checkpoints(tiny: Path, folder: Path) -> CheckpointManager:
     """Two checkpoints of the tiny recipe."""
-    chosen = recipe.load(str(tiny), [f"run={folder}", "checkpoint.keep=2"])
-    kept = CheckpointManager(folder / "checkpoints", chosen.checkpoint)
+    cfg = recipe.load(str(tiny), [f"run={folder}", "checkpoint.keep=2"])
+    manager = CheckpointManager(folder / "checkpoints", cfg.checkpoint)
     for steps in (1, 2):
         weights = {"w": Fragment((3,), 0, torch.full((3,), float(steps)))}
-        kept.save(steps, weights, {"recipe": config.to_plain(chosen)})
-    return kept
+        manager.save(steps, weights, {"recipe": config.to_plain(cfg)})
+    return manager
 
 
-def choose(tiny: Path, kept: CheckpointManager, *overrides: str):
-    chosen = recipe.load(str(tiny), [f"run={kept.folder.parent}", *overrides])
-    reader, passed_over = resume.choose(chosen, kept)
+def found_steps(tiny: Path, manager: CheckpointManager, *overrides: str):
+    cfg = recipe.load(str(tiny), [f"run={manager.folder.parent}", *overrides])
+    reader, passed_over = resume.find_checkpoint(cfg, manager)
     return (reader.manifest["steps"] if reader else None), passed_over
 
 
-def test_auto_takes_the_newest_whole_one_and_a_path_takes_that_one(tiny, tmp_path):
-    kept = saved(tiny, tmp_path / "run")
-    first, second = kept.list()
-    assert choose(tiny, kept) == (2, [])
-    assert choose(tiny, kept, f"resume={first}") == (1, [])
+def test_auto_resumes_from_the_newest_whole_checkpoint_and_a_path_from_its_own(tiny, tmp_path):
+    manager = two_checkpoints(tiny, tmp_path / "run")
+    first, second = manager.list()
+    assert found_steps(tiny, manager) == (2, [])
+    assert found_steps(tiny, manager, f"resume={first}") == (1, [])
     file = next(second.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-4])
-    steps, passed_over = choose(tiny, kept)
+    steps, passed_over = found_steps(tiny, manager)
     assert steps == 1 and second.name in passed_over[0]
-    empty = CheckpointManager(tmp_path / "none" / "checkpoints", kept.config)
-    assert choose(tiny, empty) == choose(tiny, empty, "resume=never") == (None, [])
+    empty = CheckpointManager(tmp_path / "none" / "checkpoints", manager.config)
+    assert found_steps(tiny, empty) == found_steps(tiny, empty, "resume=never") == (None, [])
 
 
-def test_what_may_not_go_on_is_told_with_the_way_out(tiny, tmp_path):
-    kept = saved(tiny, tmp_path / "run")
+def test_a_refused_resume_names_the_fix(tiny, tmp_path):
+    manager = two_checkpoints(tiny, tmp_path / "run")
     with pytest.raises(UserError, match=r"holds a run already.*run=FOLDER"):
-        choose(tiny, kept, "resume=never")
+        found_steps(tiny, manager, "resume=never")
     with pytest.raises(UserError, match=r"resume=.*nowhere"):
-        choose(tiny, kept, f"resume={tmp_path / 'nowhere'}")
+        found_steps(tiny, manager, f"resume={tmp_path / 'nowhere'}")
     changed = "model.encoder.dropout=0.3"
     with pytest.raises(UserError, match=r"model\.encoder\.dropout: 0\.1 → 0\.3.*allow_changed"):
-        choose(tiny, kept, changed)
-    assert choose(tiny, kept, changed, "allow_changed=true") == (2, [])
+        found_steps(tiny, manager, changed)
+    assert found_steps(tiny, manager, changed, "allow_changed=true") == (2, [])
 
 
-def test_the_recipe_is_kept_in_the_runs_folder(tiny, tmp_path):
-    chosen = recipe.load(str(tiny), [f"run={tmp_path / 'run'}"])
-    resume.keep_recipe(chosen)
-    assert (chosen.folder / "recipe.yaml").read_text() == config.dump(chosen)
+def test_the_recipe_is_saved_in_the_run_folder(tiny, tmp_path):
+    cfg = recipe.load(str(tiny), [f"run={tmp_path / 'run'}"])
+    resume.save_recipe(cfg)
+    assert (cfg.folder / "recipe.yaml").read_text() == config.dump(cfg)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        resume.keep_recipe(recipe.load(str(tiny), [f"run={tmp_path / 'file' / 'run'}"]))
+        resume.save_recipe(recipe.load(str(tiny), [f"run={tmp_path / 'file' / 'run'}"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from dsasr import recipe
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import FragmentReader
+from dsasr.tracking import console
+from dsasr.tracking.run_log import METRICS, read_events, read_metrics
 from dsasr.training.trainer import Trainer
 from dsasr.utils.errors import UserError
 
@@ -20,13 +21,9 @@ TIMES = ("seconds", "audio_hours_per_hour", "wait_share", "step_seconds", "queue
 TIMES += ("drift_seconds", "drift_share", "swap_seconds", "evaluation_seconds")
 
 
-def lines(folder: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(x) for x in (folder / f"{name}.jsonl").read_text().splitlines()]
-
-
 def trace(folder: Path) -> list[dict]:
-    """The metrics without what a clock said, NaN made comparable."""
-    return [{k: repr(v) for k, v in line.items() if not timed(k)} for line in lines(folder)]
+    """The metrics without those that depend on wall-clock time, NaN comparable."""
+    return [{k: repr(v) for k, v in line.items() if not timed(k)} for line in read_metrics(folder)]
 
 
 def timed(name: str) -> bool:
@@ -34,17 +31,17 @@ def timed(name: str) -> bool:
 
 
 def events(folder: Path, kind: str) -> list[dict]:
-    return [e for e in lines(folder, "events") if e["event"] == kind]
+    return [e for e in read_events(folder) if e["event"] == kind]
 
 
 def last_checkpoint(folder: Path) -> Path:
     return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
 
-def learned(folder: Path) -> list[tuple]:
-    """What the pretrain branch's lines say of its learning."""
-    kept = ("step", "ctc", "consistency", "grad_norm")
-    return [tuple(x[k] for k in kept) for x in lines(folder) if x["stage"] == "pretrain"]
+def pretrain_losses(folder: Path) -> list[tuple]:
+    """Losses and gradient norms of the pretrain branch."""
+    keys = ("step", "ctc", "consistency", "grad_norm")
+    return [tuple(x[k] for k in keys) for x in read_metrics(folder) if x["stage"] == "pretrain"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ def test_four_stages_with_drift_and_swaps(whole):
     assert {p["cause"] for p in published} == {"drift", "final"} and published[-1]["pretrain"] == 20
     swaps = events(whole, "swap")
     assert swaps[0]["stage"] == "align" and swaps[-1]["cause"] == "final"
-    # After each swap the sft branch's encoder is, over all ranks, the one that was published.
+    # After each swap the sft branch's encoder is, over all ranks, the published one.
     for swap in swaps:
         manifest = tensor_fragments.verify(whole / "snapshots" / swap["snapshot"])
         assert manifest["checksum"] == swap["checksum"]
@@ -76,18 +73,20 @@ def test_four_stages_with_drift_and_swaps(whole):
     reader = FragmentReader(last_checkpoint(whole))
     assert reader.manifest["progress"]["in_use"] == "encoder-000000020"
     assert events(whole, "finished") and events(whole, "evaluated")
-    lined = [x for x in lines(whole) if x["stage"] == "ia_sft"]
-    assert lined[-1]["encoder_in_use"] == 20.0 and "offloaded_bytes" in lined[0]
+    ia_sft = [x for x in read_metrics(whole) if x["stage"] == "ia_sft"]
+    assert ia_sft[-1]["encoder_in_use"] == 20.0 and "offloaded_bytes" in ia_sft[0]
     assert (whole / "timeline.png").stat().st_size > 10_000
     assert any((whole / "tensorboard").iterdir())
 
 
 @pytest.mark.launcher
-def test_tensorboard_holds_what_the_log_says(whole):
+def test_tensorboard_equals_the_events(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    held = EventAccumulator(str(whole / "tensorboard")).Reload()
-    curves = {tag: [(e.step, e.value) for e in held.Scalars(tag)] for tag in held.Tags()["scalars"]}
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    curves = {
+        tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]
+    }
     drift = [(e["steps"], pytest.approx(e["cka"])) for e in events(whole, "drift")]
     assert drift and curves["drift/cka"] == drift
     assert {round(v, 6) for _, v in curves["drift/cka_threshold"]} == {0.999}
@@ -101,17 +100,17 @@ def test_tensorboard_holds_what_the_log_says(whole):
         assert curves[tag] == [(e["steps"], pytest.approx(e[name])) for e in around] != []
     for stage in ("align", "ia_sft", "joint"):
         assert {f"{stage}/{n}" for n in ("nll", "offloaded_bytes", "encoder_in_use")} <= set(curves)
-    assert "encoder/text_summary" in held.Tags()["tensors"]
+    assert "encoder/text_summary" in board.Tags()["tensors"]
 
 
 @pytest.mark.launcher
 def test_drift_takes_its_share_of_the_time_and_no_more_than_its_budget(whole):
-    told = [x for x in lines(whole) if "drift_share" in x]
-    ends = events(whole, "drift")
-    assert [x["drift_share"] for x in told] == [e["share_of_time"] for e in ends]
+    measured = [x for x in read_metrics(whole) if "drift_share" in x]
+    shares = [e["share_of_time"] for e in events(whole, "drift")]
+    assert [x["drift_share"] for x in measured] == shares
     # At the paper's interval, 0.5% of two million steps, of these steps; the budget is 2%.
-    step = min(x["step_seconds"] for x in lines(whole) if x["stage"] == "pretrain")
-    worst = max(x["drift_seconds"] for x in told)
+    step = min(x["step_seconds"] for x in read_metrics(whole) if x["stage"] == "pretrain")
+    worst = max(x["drift_seconds"] for x in measured)
     assert worst / (worst + 10_000 * step) < 0.02
 
 
@@ -119,7 +118,7 @@ def test_drift_takes_its_share_of_the_time_and_no_more_than_its_budget(whole):
 def test_killed_and_resumed_is_uninterrupted(whole, start, tmp_path):
     folder = tmp_path / "run"
     job = start(f"run={folder}", "monitor.tensorboard=true")
-    job.until("checkpoint: name=step-0000000021")
+    job.until("checkpoint step-0000000021 saved")
     job.until("[24/42]")
     job.ranks[1].kill()
     codes = job.wait()
@@ -128,10 +127,10 @@ def test_killed_and_resumed_is_uninterrupted(whole, start, tmp_path):
     again = start(f"run={folder}", "resume=auto", "monitor.tensorboard=true")
     assert again.wait() == [0, 0], again.output[-3000:]
     assert events(folder, "resumed")
-    # Law 2: weights, masters, moments and the trace, bit for bit.
-    one = tensor_fragments.verify(last_checkpoint(whole))
-    other = tensor_fragments.verify(last_checkpoint(folder))
-    assert one["files"] == other["files"] and one["progress"] == other["progress"]
+    # Interrupted is uninterrupted: weights, masters, moments and the trace, bit for bit.
+    expected = tensor_fragments.verify(last_checkpoint(whole))
+    manifest = tensor_fragments.verify(last_checkpoint(folder))
+    assert all(manifest[key] == expected[key] for key in ("files", "progress"))
     assert trace(folder) == trace(whole)
 
 
@@ -139,7 +138,7 @@ def test_killed_and_resumed_is_uninterrupted(whole, start, tmp_path):
 def test_a_signal_to_one_rank_stops_all_and_one_rank_goes_on(start, tmp_path):
     folder = tmp_path / "run"
     job = start(f"run={folder}", "checkpoint.every_steps=0")
-    job.until("] ia_sft 3")
+    job.until(f"] {console.stage_step('ia_sft', 3)} ")
     job.ranks[1].send_signal(signal.SIGTERM)
     assert job.wait() == [0, 0], job.output[-3000:]
     stopped = events(folder, "stopped")[0]["steps"]
@@ -150,41 +149,41 @@ def test_a_signal_to_one_rank_stops_all_and_one_rank_goes_on(start, tmp_path):
     assert alone.wait() == [0], alone.output[-3000:]
     assert events(folder, "resumed")[0]["steps"] == stopped
     assert events(folder, "finished")[0]["steps"] == 42
-    made = lines(folder)
-    assert [x["step"] for x in made if x["stage"] == "pretrain"] == [3, 6, 9, 12, 15, 18, 20]
-    assert [x["step"] for x in made if x["stage"] == "joint"] == [3, 4]
+    metrics = read_metrics(folder)
+    assert [x["step"] for x in metrics if x["stage"] == "pretrain"] == [3, 6, 9, 12, 15, 18, 20]
+    assert [x["step"] for x in metrics if x["stage"] == "joint"] == [3, 4]
 
 
 @pytest.mark.launcher
 def test_a_changed_recipe_is_refused_with_the_difference(whole, start):
     job = start(f"run={whole}", "model.encoder.dropout=0.3", "monitor.every=7", world=1)
     assert job.wait() == [2]
-    told = [x for x in job.output.splitlines() if x.startswith("error:")]
-    assert len(told) == 1 and "model.encoder.dropout: 0.1 → 0.3" in told[0]
-    assert "allow_changed" in told[0] and "monitor" not in told[0]
+    errors = [x for x in job.output.splitlines() if x.startswith("error:")]
+    assert len(errors) == 1 and "model.encoder.dropout: 0.1 → 0.3" in errors[0]
+    assert "allow_changed" in errors[0] and "monitor" not in errors[0]
 
 
 @pytest.mark.launcher
 def test_another_model_cannot_go_on_even_if_allowed(whole, start, tmp_path):
-    kept = last_checkpoint(whole)
-    shutil.copytree(kept, tmp_path / "run" / "checkpoints" / kept.name)
+    checkpoint = last_checkpoint(whole)
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / checkpoint.name)
     changed = ("model.encoder.ffn=48", "allow_changed=true")
     job = start(f"run={tmp_path / 'run'}", *changed, world=1)
     assert job.wait() == [2], job.output[-3000:]
-    told = [x for x in job.output.splitlines() if x.startswith("error:")]
-    assert len(told) == 1 and "another architecture" in told[0] and "run=FOLDER" in told[0]
+    errors = [x for x in job.output.splitlines() if x.startswith("error:")]
+    assert len(errors) == 1 and "another architecture" in errors[0] and "run=FOLDER" in errors[0]
 
 
 @pytest.mark.launcher
 def test_a_used_folder_is_not_overwritten(whole, tiny):
-    before = (whole / "metrics.jsonl").read_text()
+    before = (whole / METRICS).read_text()
     with pytest.raises(UserError, match="holds a run already"):
         Trainer(recipe.load(str(tiny), [f"run={whole}", "resume=never"]))
     # Another run may not write into its store either.
-    other = [f"run={whole.parent / 'other'}", f"store.path={whole / 'snapshots'}"]
+    overrides = [f"run={whole.parent / 'other'}", f"store.path={whole / 'snapshots'}"]
     with pytest.raises(UserError, match="has a publisher already"):
-        Trainer(recipe.load(str(tiny), other))
-    assert (whole / "metrics.jsonl").read_text() == before
+        Trainer(recipe.load(str(tiny), overrides))
+    assert (whole / METRICS).read_text() == before
 
 
 @pytest.mark.launcher
@@ -193,8 +192,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, tmp_p
     folder = tmp_path / "run"
     job = start(f"run={folder}", rates, "checkpoint.every_steps=1", "checkpoint.keep=99", world=1)
     assert job.wait() == [2]
-    told = [x for x in job.output.splitlines() if x.startswith("error:")]
-    assert len(told) == 1 and "not finite" in told[0] and "stage pretrain, step" in told[0]
+    errors = [x for x in job.output.splitlines() if x.startswith("error:")]
+    assert len(errors) == 1 and "not finite" in errors[0] and "stage pretrain, step" in errors[0]
     for path in (folder / "checkpoints").glob("step-*"):
         reader = FragmentReader(path)
         keys = [k for k in reader.shapes if k.startswith("pretrain/encoder")]
@@ -207,8 +206,8 @@ def test_a_full_store_costs_swaps_not_the_run(whole, launch, tiny, tmp_path):
     program = Path(__file__).parents[1] / "programs" / "full_store.py"
     done = launch(program, "--recipe", tiny, f"run={folder}")
     assert done.returncode != 0 and "Traceback" not in done.stdout, done.stdout[-3000:]
-    told = [x for x in done.stdout.splitlines() if "error: the final encoder" in x]
-    assert len(told) == 1 and "No space left" in told[0] and "start again" in told[0]
+    errors = [x for x in done.stdout.splitlines() if "error: the final encoder" in x]
+    assert len(errors) == 1 and "No space left" in errors[0] and "start again" in errors[0]
     refused = events(folder, "refused")
     assert len(refused) >= 2 and refused[-1]["steps"] == 20
     assert all("rank 1" in e["reason"] and "snapshot" in e for e in refused)
@@ -220,11 +219,11 @@ def test_a_full_store_costs_swaps_not_the_run(whole, launch, tiny, tmp_path):
     assert events(folder, "resumed") and events(folder, "swap")[-1]["cause"] == "final"
     assert events(folder, "finished")
 
-    assert learned(folder) == learned(whole)
-    one, other = (
+    assert pretrain_losses(folder) == pretrain_losses(whole)
+    snapshot, expected = (
         tensor_fragments.read_manifest(r / "snapshots/encoder-000000020") for r in (folder, whole)
     )
-    assert one["checksum"] == other["checksum"]
+    assert snapshot["checksum"] == expected["checksum"]
 
 
 @pytest.mark.launcher
@@ -234,15 +233,15 @@ def test_pretraining_alone_and_a_reader_whose_marks_fail(whole, launch, tiny, tm
         Path(__file__).parents[1] / "programs" / "full_store.py",
     )
     train = program.parent.parent.parent / "dsasr/train.py"
-    made = launch(train, "--recipe", tiny, f"run={tmp_path / 'a'}", "branch=pretrain",
+    pretrain = launch(train, "--recipe", tiny, f"run={tmp_path / 'a'}", "branch=pretrain",
                   f"store.path={store}")  # fmt: skip
-    assert made.returncode == 0, made.stdout[-3000:]
+    assert pretrain.returncode == 0, pretrain.stdout[-3000:]
     # Beside an sft branch, with swaps, pretraining is what it is alone, bit for bit.
-    assert learned(tmp_path / "a" / "pretrain") == learned(whole)
+    assert pretrain_losses(tmp_path / "a" / "pretrain") == pretrain_losses(whole)
     final = "encoder-000000020"
-    one = tensor_fragments.read_manifest(store / final)
-    other = tensor_fragments.read_manifest(whole / "snapshots" / final)
-    assert one["files"] == other["files"] and one["checksum"] == other["checksum"]
+    manifest = tensor_fragments.read_manifest(store / final)
+    expected = tensor_fragments.read_manifest(whole / "snapshots" / final)
+    assert all(manifest[key] == expected[key] for key in ("files", "checksum"))
     # The encoders are there already, so only rank 0's marks fail; no rank is left alone by it.
     done = launch(program, "--recipe", tiny, f"run={tmp_path / 'b'}", "branch=sft",
                   f"store.path={store}")  # fmt: skip

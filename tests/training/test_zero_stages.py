@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.snapshot_store import OWNER
 from dsasr.checkpoint.tensor_fragments import FragmentReader
+from dsasr.tracking.run_log import read_metrics
 
 TRAIN = Path(__file__).parents[2] / "dsasr" / "train.py"
 # Four steps of pretraining, eight that train the adaptor alone, one, four that train all parts.
@@ -20,16 +20,15 @@ SHORT = [*[f"stages.{name}.steps={steps}" for name, steps in STAGES.items()],
          "stages.pretrain.warmup_steps=0", "stages.ia_sft.steps_after_final_swap=0",
          "stages.joint.warmup_steps=3",
          "drift.mode=final", "monitor.every=1", "checkpoint.every_steps=3"]  # fmt: skip
-LEARNED = ("ctc", "nll", "entropy", "accuracy", "grad_norm")
+LOSSES = ("ctc", "nll", "entropy", "accuracy", "grad_norm")
 RATES = ("lr_encoder", "lr_ctc", "lr_adaptor", "lr_llm")
 
 
-def lines(folder: Path) -> dict[int, dict]:
-    held = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {x["steps"]: x for x in held if "grad_norm" in x}
+def metrics_by_step(folder: Path) -> dict[int, dict]:
+    return {x["steps"]: x for x in read_metrics(folder) if "grad_norm" in x}
 
 
-def at(folder: Path, steps: int) -> FragmentReader:
+def checkpoint_at(folder: Path, steps: int) -> FragmentReader:
     path = folder / "checkpoints" / f"step-{steps:010d}"
     tensor_fragments.verify(path)
     return FragmentReader(path)
@@ -37,12 +36,12 @@ def at(folder: Path, steps: int) -> FragmentReader:
 
 @pytest.fixture(scope="module")
 def trained(launch, tiny, tmp_path_factory):
-    """``trained(zero, source, steps)``: a run under ZeRO stage ``zero``, from the start or from
-    what ``source`` was after so many steps."""
-    here = tmp_path_factory.mktemp("zero")
+    """``trained(name, zero, source, steps)``: a run under ZeRO stage ``zero``, from the start or
+    resumed from the checkpoint of ``source`` after ``steps`` steps."""
+    root = tmp_path_factory.mktemp("zero")
 
     def run(name: str, zero: int, source: Path | None = None, steps: int = 0) -> Path:
-        folder = here / name
+        folder = root / name
         if source is not None:
             shutil.copytree(source, folder)
             (folder / "snapshots" / OWNER).unlink()  # the copy is another run
@@ -53,45 +52,47 @@ def trained(launch, tiny, tmp_path_factory):
                       "allow_changed=true", *SHORT)  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:]
         if source is not None:
-            assert f"resumed: steps={steps}" in done.stdout, done.stdout[-3000:]
+            assert f"resumed from checkpoint step-{steps:010d}" in done.stdout, done.stdout[-3000:]
         return folder
 
     return run
 
 
 @pytest.mark.launcher
-def test_zero_3_goes_on_as_zero_1_and_back(trained):
-    whole = trained("three", 3)
-    one = trained("one", 1, whole, 6)
-    back = trained("back", 3, one, 15)  # in the joint stage
+def test_zero_3_resumes_as_zero_1_and_back(trained):
+    zero_3 = trained("three", 3)
+    as_zero_1 = trained("one", 1, zero_3, 6)
+    back = trained("back", 3, as_zero_1, 15)  # in the joint stage
     # Frozen is frozen: between 6 and 12 only the adaptor is trained.
-    before, after = at(whole, 6), at(one, 12)
+    before, after = checkpoint_at(zero_3, 6), checkpoint_at(as_zero_1, 12)
     frozen = [k for k in before.shapes if k.startswith(("sft/encoder.", "sft/llm."))]
-    moves = [k for k in before.shapes if k.startswith("sft/adaptor.")]
+    trained_keys = [k for k in before.shapes if k.startswith("sft/adaptor.")]
     assert len(frozen) > 10
     assert all(torch.equal(before.whole(k), after.whole(k)) for k in frozen)
-    assert not any(torch.equal(before.whole(k), after.whole(k)) for k in moves)
-    told = lines(whole)
-    assert set(told) == set(range(1, 18))
-    for run, since in ((one, 7), (back, 16)):
-        found = lines(run)
-        assert set(found) == set(told)
+    assert not any(torch.equal(before.whole(k), after.whole(k)) for k in trained_keys)
+    expected = metrics_by_step(zero_3)
+    assert set(expected) == set(range(1, 18))
+    for run, since in ((as_zero_1, 7), (back, 16)):
+        metrics = metrics_by_step(run)
+        assert set(metrics) == set(expected)
         for steps in range(since, 18):
             for name in RATES:  # each group's own
-                assert found[steps].get(name) == told[steps].get(name), (run.name, steps, name)
-            # ZeRO stages add up the gradient's norm in other orders.
-            mine, theirs = (
-                {k: x[steps][k] for k in LEARNED if k in x[steps]} for x in (found, told)
+                assert metrics[steps].get(name) == expected[steps].get(name), (
+                    run.name,
+                    steps,
+                    name,
+                )
+            # ZeRO stages sum the gradient norm in different orders.
+            values, expected_values = (
+                {k: x[steps][k] for k in LOSSES if k in x[steps]} for x in (metrics, expected)
             )
-            assert mine == pytest.approx(theirs, rel=1e-6), (run.name, steps)
-    assert told[16]["lr_encoder"] < told[16]["lr_adaptor"]
-    for run in (one, back):
-        assert run_apart(at(run, 17), at(whole, 17)) < 1e-6
+            assert values == pytest.approx(expected_values, rel=1e-6), (run.name, steps)
+    assert expected[16]["lr_encoder"] < expected[16]["lr_adaptor"]
+    for run in (as_zero_1, back):
+        assert largest_difference(checkpoint_at(run, 17), checkpoint_at(zero_3, 17)) < 1e-6
 
 
-def run_apart(one: FragmentReader, other: FragmentReader) -> float:
+def largest_difference(a: FragmentReader, b: FragmentReader) -> float:
     """The largest difference between weights, masters and moments of two checkpoints."""
-    assert set(one.shapes) == set(other.shapes)
-    return max(
-        float((one.whole(k).double() - other.whole(k).double()).abs().max()) for k in one.shapes
-    )
+    assert set(a.shapes) == set(b.shapes)
+    return max(float((a.whole(k).double() - b.whole(k).double()).abs().max()) for k in a.shapes)

@@ -72,6 +72,27 @@ def test_on_a_terminal_it_is_tqdm(clock):
     assert len(shown) > 9 and shown[-1].endswith("\n") and "10/10" in shown[-1]
 
 
+@pytest.mark.parametrize(
+    ("options", "done", "line"),
+    [
+        ({"total": 14_400.0, "unit": "s", "desc": "train"}, 3573.9821999999986,
+         "train:  25%|##4       | 59:33/4:00:00 [00:10<00:30, 357 s/s]"),
+        ({"total": 1400, "unit": "utt"}, 1234,
+         " 88%|########8 | 1,234/1,400 [00:10<00:01, 123 utt/s]"),
+        ({"total": 5, "unit": "kill"}, 0, "  0%|          | 0/5 [00:10<?, ? kill/s]"),
+        ({"total": 5, "unit": "kill"}, 2, " 40%|####      | 2/5 [00:10<00:15, 5 s/kill]"),
+        ({"desc": "probe", "unit": "trial"}, 12, "probe: 12 trial [00:10, 1.2 trial/s]"),
+        ({"desc": "export", "unit": "B", "unit_scale": True}, 123_456_789,
+         "export: 123MB [00:10, 12.3MB/s]"),
+    ],
+)  # fmt: skip
+def test_numbers_have_units_and_few_digits(clock, options, done, line):
+    bar = Bar(file=io.StringIO(), smoothing=0, **options)
+    clock(10)
+    bar.n = done
+    assert str(bar) == line
+
+
 def test_every_bar_is_this_one():
     for path in [*(ROOT / "dsasr").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
         if path == Path(progress.__file__):

@@ -31,9 +31,10 @@ from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, na
 from dsasr import config
 from dsasr.evaluation.hallucination import Example, count_characters
 from dsasr.evaluation.results import Results, read_results
-from dsasr.inference.model_from_run import events, finished, run_recipe
+from dsasr.inference.model_from_run import run_recipe
 from dsasr.recipe import Recipe
 from dsasr.reporting import run_data
+from dsasr.tracking.run_log import is_finished, read_events
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, text_lines
 
@@ -53,7 +54,7 @@ def train(values: dict[str, Any], ranks: int) -> Path:
     Raises `UserError` if the folder holds a run of another recipe, or training fails.
     """
     folder = Path(values["run"]) / values["branch"]
-    if finished(folder):
+    if is_finished(folder):
         wanted = asdict(config.build(Recipe, values))
         held = asdict(run_recipe(folder))
         changed = [k for k in DECIDING if wanted[k] != held[k]]
@@ -65,7 +66,7 @@ def train(values: dict[str, Any], ranks: int) -> Path:
     command = [*DSASR, "train", "--recipe", str(path), "--ranks", str(ranks)]
     with open(path.with_suffix(".log"), "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_one()).returncode
-    if code or not finished(folder):
+    if code or not is_finished(folder):
         raise UserError(f"training {folder} failed: see {path.with_suffix('.log')}")
     return folder
 
@@ -103,7 +104,7 @@ class Trained:
 def train_system(args: argparse.Namespace, system: System, seed: int, pretrain: Path) -> Trained:
     """The sft job of ``system`` on the snapshots of a finished pretraining."""
     whole = systems.trained(system)
-    published = [e["pretrain"] for e in events(pretrain) if e["event"] == "published"]
+    published = [e["pretrain"] for e in read_events(pretrain) if e["event"] == "published"]
     run, store = args.runs / f"seed{seed}" / whole.name, pretrain.parent / "snapshots"
     given = (args.kind, args.sizes, seed, args.corpus, run, store, published)
     folder = train(systems.sft(whole, *given), args.ranks)

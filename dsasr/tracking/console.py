@@ -1,0 +1,243 @@
+"""The lines that a run prints: one each log interval, one for each event, warnings marked.
+
+Every line starts with the run's optimizer steps, as ``[   120/14,400]``. Values have units and few
+digits; all of them, in full, are in metrics.jsonl and events.jsonl. No function here prints.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+LOSSES = {"ctc": "CTC", "consistency": "consistency", "nll": "NLL", "entropy": "entropy"}  # nats
+WARNINGS = {
+    "bad_samples",
+    "checkpoint_failed",
+    "checkpoint_passed_over",
+    "not_marked",
+    "publisher_lost",
+    "refused",
+}
+ERROR_RATES = {"wer": "WER", "cer": "CER", "mer": "MER", "phoneme_error_rate": "PER"}
+
+
+# -- numbers -------------------------------------------------------------------------------------
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03`` of a duration in seconds."""
+    seconds = max(int(seconds), 0)
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def duration(seconds: float) -> str:
+    """A duration with its unit: ``0.03 s``, ``4.2 s``, ``12 s``, ``1:02:03``."""
+    if seconds >= 60:
+        return clock(seconds)
+    digits = 2 if seconds < 1 else 1 if seconds < 10 else 0
+    return f"{seconds:.{digits}f} s"
+
+
+def percent(share: float) -> str:
+    """``12.3%`` of a share from 0 to 1."""
+    return f"{100 * share:.1f}%"
+
+
+def number(value: Any) -> str:
+    """At most four significant digits of a float; thousands in groups."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+# -- lines ---------------------------------------------------------------------------------------
+
+
+def head(steps: int, total_steps: int) -> str:
+    """The start of every line, of equal width over a run."""
+    total = f"{total_steps:,}"
+    return f"[{steps:>{len(total)},}/{total}]"
+
+
+def stage_step(stage: str, step: int) -> str:
+    """A stage's name and its own steps done, in columns."""
+    return f"{stage:<10} {step:>7,}"
+
+
+def progress_line(
+    steps: int,
+    total_steps: int,
+    stage: str,
+    step: int,
+    line: Mapping[str, float],
+    seconds_left: float,
+) -> str:
+    """The line of a log interval: losses, learning rate, audio hours an hour, time left.
+
+    ``line`` holds the interval's metrics, ``step`` the stage's own steps done.
+    """
+    cells = [f"{label} {_loss(line[key])}" for key, label in LOSSES.items() if key in line]
+    if "accuracy" in line:
+        cells.append(f"accuracy {percent(line['accuracy'])}")
+    rates = [value for key, value in line.items() if key.startswith("lr_")]
+    if rates:
+        low, high = f"{min(rates):.1e}", f"{max(rates):.1e}"
+        cells.append(f"lr {low}" if low == high else f"lr {low}…{high}")
+    cells.append(f"{line['audio_hours_per_hour']:,.0f} audio h/h")
+    cells.append(f"ETA {clock(seconds_left)}")
+    return f"{head(steps, total_steps)} {stage_step(stage, step)}  {'  '.join(cells)}"
+
+
+def event_line(steps: int, total_steps: int, kind: str, fields: Mapping[str, Any]) -> str:
+    """The line of an event, as `Monitor.event` has it; a warning is marked as one."""
+    text = _EVENTS[kind](fields) if kind in _EVENTS else _unknown(kind, fields)
+    mark = "WARNING" if kind in WARNINGS else "—"
+    return f"{head(steps, total_steps)} {mark} {text}"
+
+
+def warning_line(text: str) -> str:
+    """The line of a problem that is no event of the log."""
+    return f"WARNING {text}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e3 else f"{value:.3g}"
+
+
+def _unknown(kind: str, fields: Mapping[str, Any]) -> str:
+    values = "  ".join(f"{k} {number(v)}" for k, v in fields.items() if k != "steps")
+    return f"{kind}  {values}".rstrip()
+
+
+def _stage(e: Mapping[str, Any]) -> str:
+    return f"stage {e['name']} starts ({e['branch']} branch, ready in {_time(e, 'switch')})"
+
+
+def _stage_end(e: Mapping[str, Any]) -> str:
+    return f"stage {e['name']} ends after {duration(e['stage_seconds'])} of training"
+
+
+def _resumed(e: Mapping[str, Any]) -> str:
+    return f"resumed from checkpoint {e['checkpoint']}"
+
+
+def _checkpoint(e: Mapping[str, Any]) -> str:
+    stall = _time(e, "stall")
+    return f"checkpoint {e['name']} saved in {_time(e, 'save')} (training waited {stall})"
+
+
+def _checkpoint_failed(e: Mapping[str, Any]) -> str:
+    return f"checkpoint not saved: {e['reason']}"
+
+
+def _checkpoint_passed_over(e: Mapping[str, Any]) -> str:
+    return f"checkpoint not resumed from: {e['reason']}"
+
+
+def _reference(e: Mapping[str, Any]) -> str:
+    return f"drift reference taken at pretrain step {e['pretrain']:,}"
+
+
+def _drift(e: Mapping[str, Any]) -> str:
+    cka, threshold = e["cka"], e["threshold"]
+    sign = "<" if cka < threshold else "≥" if cka >= threshold else "against"
+    return (
+        f"drift at pretrain step {e['pretrain']:,}: CKA {cka:.4f} {sign} threshold {threshold:g} "
+        f"(measuring takes {percent(e['share_of_time'])} of the time)"
+    )
+
+
+def _published(e: Mapping[str, Any]) -> str:
+    cause = f"{e['cause']}, CKA {e['cka']:.4f}" if "cka" in e else e["cause"]
+    return f"published {e['snapshot']} ({cause}) in {_time(e, 'publish')}"
+
+
+def _swap(e: Mapping[str, Any]) -> str:
+    return (
+        f"swapped to {e['snapshot']} ({e['cause']}) at sft step {e['sft']:,} in {_time(e, 'swap')}"
+    )
+
+
+def _after_swap(e: Mapping[str, Any]) -> str:
+    before = "" if e["nll_before"] is None else f"{_loss(e['nll_before'])} → "
+    return f"NLL {before}{_loss(e['nll'])}, {e['sft_steps']:,} sft steps after the swap"
+
+
+def _refused(e: Mapping[str, Any]) -> str:
+    name = e.get("snapshot") or f"encoder of pretrain step {e['pretrain']:,}"
+    return f"{name} refused: {e['reason']}"
+
+
+def _waiting(e: Mapping[str, Any]) -> str:
+    return f"waiting for the next encoder at sft step {e['sft']:,} (store.late={e['late']})"
+
+
+def _publisher_lost(e: Mapping[str, Any]) -> str:
+    silent = duration(e["silent_seconds"])
+    return f"publisher silent for {silent}: {e['last']} is used as the final encoder"
+
+
+def _not_marked(e: Mapping[str, Any]) -> str:
+    return f"{e['snapshot'] or 'no snapshot'} not marked as in use: {e['reason']}"
+
+
+def _bad_samples(e: Mapping[str, Any]) -> str:
+    causes = {k: v for k, v in e.items() if k != "steps"}
+    shown = ", ".join(f"{name} {count:,}" for name, count in causes.items())
+    return f"bad samples so far: {sum(causes.values()):,} ({shown})"
+
+
+def _evaluated(e: Mapping[str, Any]) -> str:
+    """Error rates, by language where there is more than one, and the share of hallucinations."""
+    cells = []
+    for key, value in e.items():
+        name, _, lang = key.partition("/")
+        if name in ERROR_RATES:
+            cells.append(f"{ERROR_RATES[name]} {f'{lang} ' if lang else ''}{percent(value)}")
+    cells = [cell for cell in cells if cell.count(" ") > 1] or cells
+    if "hallucination/flagged" in e:
+        cells.append(f"hallucination {percent(e['hallucination/flagged'])}")
+    left_out = f"  ({e['left_out']:,.0f} bad samples left out)" if e.get("left_out") else ""
+    return f"evaluated {e['stage']}: {'  '.join(cells) or 'no reference text'}{left_out}"
+
+
+def _stopped(e: Mapping[str, Any]) -> str:
+    received = e["signal"]  # None where rank 0 has none
+    name = signal.Signals(received).name if received else "a signal to another rank"
+    return f"stopped by {name}"
+
+
+def _finished(_: Mapping[str, Any]) -> str:
+    return "finished"
+
+
+def _time(e: Mapping[str, Any], name: str) -> str:
+    return duration(e[f"{name}_seconds"])
+
+
+_EVENTS = {
+    "stage": _stage,
+    "stage_end": _stage_end,
+    "resumed": _resumed,
+    "checkpoint": _checkpoint,
+    "checkpoint_failed": _checkpoint_failed,
+    "checkpoint_passed_over": _checkpoint_passed_over,
+    "reference": _reference,
+    "drift": _drift,
+    "published": _published,
+    "swap": _swap,
+    "after_swap": _after_swap,
+    "refused": _refused,
+    "waiting": _waiting,
+    "publisher_lost": _publisher_lost,
+    "not_marked": _not_marked,
+    "bad_samples": _bad_samples,
+    "evaluated": _evaluated,
+    "stopped": _stopped,
+    "finished": _finished,
+}
