@@ -239,7 +239,7 @@ class Builder:
             _ = self.llm_folder, self.tokenizer
             self._check_prompt()
             self._check_lora()
-        if self.recipe.encoder_given:
+        if self.recipe.starts_from_snapshot:
             manifest = Path(self.recipe.model.encoder_from) / MANIFEST
             self._file(str(manifest), "model.encoder_from", "give a snapshot's folder")
         if self.cmvn.mean_F.shape[0] != self.recipe.model.encoder.mels:

@@ -1,4 +1,4 @@
-"""The root of a recipe: every module's settings, and what only holds between them."""
+"""The root of a recipe: every module's settings, and the rules between them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
 from dsasr.tracking.monitor import MonitorConfig
 from dsasr.utils.errors import UserError
 
-SUBSAMPLING = 4  # feature frames to one of the encoder's, whatever its size
+SUBSAMPLING = 4  # feature frames to one encoder frame, of every encoder size
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class SftConfig:
+class SftInputConfig:
     """What the sft branch does to its input in training."""
 
     spec: bool = True  # SpecAugment, as in pretraining
@@ -69,7 +69,7 @@ class ModelConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
     pretrain: CtcModelConfig = field(default_factory=CtcModelConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
+    sft: SftInputConfig = field(default_factory=SftInputConfig)
     tokenizer: str = ""  # empty: the language model's folder
     encoder_from: str = ""  # a snapshot's folder to start from; empty: random weights
 
@@ -97,7 +97,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class StoreConfig:
+class SnapshotStoreConfig:
     """Snapshots. ``late``: what an sft job does when its publisher has been silent too long."""
 
     path: str = ""  # empty: RUN/snapshots
@@ -137,7 +137,7 @@ class Recipe:
     branch: Literal["both", "pretrain", "sft"] = "both"
     interleave: tuple[int, int] = (1, 1)  # pretrain steps : sft steps while both branches run
     drift: DriftConfig = field(default_factory=DriftConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
+    store: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -169,7 +169,11 @@ class Recipe:
                     f"frames, the model at {per_token}: give batch.frames_per_token={per_token}"
                 )
         self._check_lora()
-        if self.branch != "pretrain" and not self.schedule().pretrain and not self.encoder_given:
+        if (
+            self.branch != "pretrain"
+            and not self.schedule().pretrain
+            and not self.starts_from_snapshot
+        ):
             raise UserError(
                 "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT"
             )
@@ -191,7 +195,7 @@ class Recipe:
         return tuple(p for p in PARTS[branch] if p != "lora" or self.model.lora is not None)
 
     @property
-    def encoder_given(self) -> bool:
+    def starts_from_snapshot(self) -> bool:
         return bool(self.model.encoder_from)
 
     @property
@@ -204,49 +208,66 @@ class Recipe:
         return Path(self.store.path) if self.store.path else Path(self.run) / "snapshots"
 
     def encoder_fingerprint(self) -> str:
-        """Of all settings that decide what pretraining makes of the encoder."""
-        deciding = (self.seed, self.data, self.model.encoder, self.model.pretrain)
-        return config.fingerprint([*deciding, self.schedule().pretrain])
+        """A hash of all settings that the pretrained encoder depends on."""
+        settings = (self.seed, self.data, self.model.encoder, self.model.pretrain)
+        return config.fingerprint([*settings, self.schedule().pretrain])
 
     def schedule(self) -> Schedule:
         return Schedule(self.stages, self.drift, self.interleave, self.branch)
 
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name. Raises `UserError` with the nearest name."""
+        names = [stage.name for stage in self.stages]
+        if name not in names:
+            raise UserError(f"no stage '{name}'{nearest(name, names)}")
+        return self.stages[names.index(name)]
+
     def dataloader(self, stage: StageConfig) -> tuple[DataLoaderConfig, tuple[DatasetConfig, ...]]:
-        """The stream's settings and the mixture of a stage."""
+        """A stage's dataloader settings, and its datasets with their weights in the mixture."""
         batch = stage.batch or self.data.dataloader.batch
-        stream = replace(self.data.dataloader, batch=batch)
+        loader = replace(self.data.dataloader, batch=batch)
         if stage.mixture is None:
-            return stream, self.data.train
-        chosen = tuple(
+            return loader, self.data.train
+        mixture = tuple(
             replace(d, weight=stage.mixture[d.name])
             for d in self.data.train
             if stage.mixture.get(d.name)
         )
-        return stream, chosen
+        return loader, mixture
 
 
-# What may differ between a run and its continuation without changing what is learned.
-HARMLESS = ("run", "resume", "allow_changed", "monitor", "checkpoint", "evaluation", "store")
-HARMLESS += ("probe", "slurm", "watchdog")
+# Keys that a resumed run may change without a change to what is learned.
+RESUME_MAY_CHANGE = (
+    "run",
+    "resume",
+    "allow_changed",
+    "monitor",
+    "checkpoint",
+    "evaluation",
+    "store",
+)
+RESUME_MAY_CHANGE += ("probe", "slurm", "watchdog")
 
 
 def load(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:
-    """The recipe of that packaged name or path with ``key=value`` overrides applied."""
+    """The recipe of that packaged name or path with ``key=value`` overrides applied.
+
+    Raises `UserError` for a missing file, an unknown key or an invalid value.
+    """
     values = config.override(config.read_recipe(name_or_path), assignments)
     return config.build(Recipe, values)
 
 
-def changes(old: dict, new: Recipe) -> list[str]:
-    """One line for each setting that differs and matters, between a saved recipe and a new one."""
-    keep = [k for k in old if k not in HARMLESS]
-    new_values = config.to_plain(new)
+def changed_settings(old: dict, new: Recipe) -> list[str]:
+    """One line for each setting that differs between a saved recipe and a new one, of those that
+    change what is learned."""
     return config.difference(
-        {k: old[k] for k in keep},
-        {k: v for k, v in new_values.items() if k not in HARMLESS},
+        {k: v for k, v in old.items() if k not in RESUME_MAY_CHANGE},
+        {k: v for k, v in config.to_plain(new).items() if k not in RESUME_MAY_CHANGE},
     )
 
 
-def quiet() -> None:
-    """Silence warnings of libraries that a user can do nothing about."""
+def silence_library_warnings() -> None:
+    """Filter warnings of libraries that a user can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")

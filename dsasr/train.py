@@ -64,7 +64,7 @@ def main() -> int:
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
-    recipe.quiet()
+    recipe.silence_library_warnings()
     chosen = recipe.load(options.recipe, options.overrides)
     branch_engine.set_threads(chosen.engine)
     dispatch.select(chosen.kernels)

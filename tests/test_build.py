@@ -13,13 +13,12 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.features import decode, fbank
 from dsasr.data.shards.index import build_index, read_sample
-from dsasr.planning import batch_search
 from dsasr.utils.errors import UserError
 
 
 def batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
     chosen = recipe.load(str(tiny), overrides)
-    with Builder(chosen).train_stream(batch_search.stage_of(chosen, stage), None) as stream:
+    with Builder(chosen).train_stream(chosen.stage(stage), None) as stream:
         return [next(stream) for _ in range(count)]
 
 

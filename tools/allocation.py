@@ -19,7 +19,7 @@ from dsasr.analysis import measure as measures
 from dsasr.analysis import probed_encoders
 from dsasr.entropy_allocation.v_information import SPIKES, VInformationConfig
 from dsasr.evaluation import eval_sets
-from dsasr.recipe import quiet
+from dsasr.recipe import silence_library_warnings
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, json_lines, json_text
 from dsasr.utils.progress import Bar
@@ -133,7 +133,7 @@ def write(rows: Iterable[Row], home: str, measured: Row, out: Path | None) -> No
 
 def main() -> int:
     args = parse()
-    quiet()
+    silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     own = [c for c in args.checkpoints if not probed_encoders.is_foreign(c)]
     chosen = args.aligner or (own[-1] if own else None)

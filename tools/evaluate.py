@@ -21,7 +21,7 @@ from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.normalize import check_rules
 from dsasr.evaluation.suite import SuiteConfig
 from dsasr.inference.model_from_run import RunModel, events, finished
-from dsasr.recipe import quiet
+from dsasr.recipe import silence_library_warnings
 from dsasr.tracking.monitor import clock
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, json_text
@@ -141,7 +141,7 @@ def main() -> int:
     args = parse()
     if args.is_finished:
         return 0 if finished(args.run) else 1
-    quiet()
+    silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     recognizer = RunModel.from_run(args.run, args.checkpoint)
     recipe = recognizer.build.recipe

@@ -15,7 +15,7 @@ import torch
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.inference.export import export_run, newest_checkpoint
-from dsasr.recipe import Recipe, quiet
+from dsasr.recipe import Recipe, silence_library_warnings
 from dsasr.utils.errors import UserError, run_tool
 
 DTYPES = {"as-trained": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="where files are now, such as model.llm.path=…")  # fmt: skip
     args = parser.parse_intermixed_args()
-    quiet()
+    silence_library_warnings()
     places = [p for p in (args.run, args.run / "sft") if (p / "recipe.yaml").is_file()]
     if not places:
         raise UserError(f"{args.run} is no run folder: it has no recipe.yaml")

@@ -12,8 +12,11 @@ import datetime
 import sys
 
 from dsasr import recipe
+from dsasr.build import Builder
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.planning import batch_search, cluster_sizing
+from dsasr.planning.memory import Machine, Traffic
+from dsasr.planning.model_parts import count_parts
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.progress import Bar
 
@@ -44,15 +47,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "cluster", help="memory of a GPU, time and traffic of a step, GPU-hours, from shapes alone"
     )
     cluster.set_defaults(run=plan_cluster)
-    given = cluster_sizing.Machine()
+    given = Machine()
     for name, value, text in (
         ("--gpu-memory", given.memory, "GB of a GPU"),
         ("--rate", given.rate, "TFLOP/s that a GPU sustains; 0: measured on this machine"),
         ("--inside", given.inside, "GB/s of a GPU inside a node"),
         ("--network", given.network, "GB/s of a GPU between nodes"),
         ("--storage", given.storage, "GB/s that all GPUs together read from the shards"),
-        ("--utterance", cluster_sizing.Traffic().seconds, "seconds of an average utterance"),
-        ("--tokens", cluster_sizing.Traffic().tokens, "transcript tokens a second"),
+        ("--utterance", Traffic().seconds, "seconds of an average utterance"),
+        ("--tokens", Traffic().tokens, "transcript tokens a second"),
     ):
         cluster.add_argument(name, type=float, default=value, help=f"{text} ({value:g})")
     cluster.add_argument("--nodes", type=int, default=given.nodes)
@@ -71,29 +74,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def plan_batch(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
     if args.memory < 0 or not 0 <= args.margin < 1 or args.most < batch_search.ROUND:
         raise UserError(f"give --memory ≥ 0, --margin in [0, 1) and --most ≥ {batch_search.ROUND}")
-    batch_search.check(chosen)
+    Builder(chosen).check()
     for stage in stages(args, chosen):
-        with Bar(desc=stage.name, unit="trial") as bar:
+        with Bar(desc=stage.name, unit="probe") as bar:
 
-            def tell(trial: batch_search.Trial, bar=bar) -> None:
-                bar.set_postfix_str(f"{trial.frames} frames {'fit' if trial.fits else 'do not'}")
+            def report(probe: batch_search.BudgetProbe, bar=bar) -> None:
+                bar.set_postfix_str(f"{probe.frames} frames {'fit' if probe.fits else 'do not'}")
                 bar.update()
 
-            found = batch_search.probe(
+            result = batch_search.search_budget(
                 chosen, stage, memory=round(args.memory * batch_search.GIB), margin=args.margin,
-                most=args.most, tell=tell,
+                limit=args.most, report=report,
             )  # fmt: skip
-        print(batch_search.table(found), end="\n\n")
+        print(batch_search.search_table(result), end="\n\n")
 
 
 def plan_padding(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
     print(f"{'stage':<12} {'samples':>9} {'hours':>8} {'batches':>8} {'longest':>8} "
           f"{'filled':>7} {'padding':>8}  left out")  # fmt: skip
     for stage in stages(args, chosen):
-        told = batch_search.outlook(chosen, stage, args.shards)
-        causes = ", ".join(f"{cause} {n}" for cause, n in told.left_out.most_common())
-        print(f"{stage.name:<12} {told.samples:>9} {told.hours:>8.2f} {told.batches:>8} "
-              f"{told.longest / FRAMES_PER_SECOND:>6.1f} s {told.fill:>7.1%} {told.padding:>8.2%}"
+        plan = batch_search.forecast_stage(chosen, stage, args.shards)
+        causes = ", ".join(f"{cause} {n}" for cause, n in plan.left_out.most_common())
+        print(f"{stage.name:<12} {plan.samples:>9} {plan.hours:>8.2f} {plan.batches:>8} "
+              f"{plan.longest / FRAMES_PER_SECOND:>6.1f} s {plan.fill:>7.1%} {plan.padding:>8.2%}"
               f"  {causes or '-'}")  # fmt: skip
 
 
@@ -103,53 +106,56 @@ def plan_cluster(args: argparse.Namespace, chosen: recipe.Recipe) -> None:
         or min(args.inside, args.network, args.storage, args.utterance) <= 0
     ):
         raise UserError("give at least one node and GPU, and rates above 0")
-    machine = cluster_sizing.Machine(
-        args.nodes, args.gpus, args.gpu_memory, args.rate or cluster_sizing.measured_rate(),
+    machine = Machine(
+        args.nodes, args.gpus, args.gpu_memory, args.rate or cluster_sizing.measure_rate(),
         args.inside, args.network, storage=args.storage,
     )  # fmt: skip
-    traffic = cluster_sizing.Traffic(args.utterance, args.tokens)
+    traffic = Traffic(args.utterance, args.tokens)
     try:
         start = datetime.date.fromisoformat(args.start) if args.start else datetime.date.today()
     except ValueError:
         raise UserError(f"--start {args.start}: give a day as 2026-01-31") from None
-    counted = cluster_sizing.parts(chosen)
-    shown = ", ".join(f"{n} {p.parameters / 1e6:,.1f} M" for n, p in counted.items())
+    parts = count_parts(chosen)
+    shown = ", ".join(f"{n} {p.parameters / 1e6:,.1f} M" for n, p in parts.items())
     print(f"parameters: {shown}")
     print(f"{machine.nodes} x {machine.gpus} GPUs of {machine.memory:g} GB at "
           f"{machine.rate:.3g} TFLOP/s\n")  # fmt: skip
-    made = [cluster_sizing.step(chosen, s, machine, traffic, counted) for s in stages(args, chosen)]
-    names = list(dict.fromkeys(name for one in made for name in one.memory))
+    costs = [
+        cluster_sizing.estimate_step(chosen, s, machine, traffic, parts)
+        for s in stages(args, chosen)
+    ]
+    names = list(dict.fromkeys(name for cost in costs for name in cost.memory))
     print(f"{'GB of a GPU':<12} {'all':>7} " + " ".join(f"{n:>11}" for n in names))
-    for one in made:
-        cells = " ".join(f"{one.memory.get(n, 0.0):>11.2f}" for n in names)
-        print(f"{one.stage:<12} {one.peak:>7.1f} {cells}")
+    for cost in costs:
+        cells = " ".join(f"{cost.memory.get(n, 0.0):>11.2f}" for n in names)
+        print(f"{cost.stage:<12} {cost.peak:>7.1f} {cells}")
     print(f"\n{'stage':<12} {'steps':>10} {'s/step':>8} {'products':>9} {'network':>8} "
           f"{'GB sent':>8} {'h audio':>8} {'days':>7} {'GPU-hours':>10}  limited by")  # fmt: skip
     total = 0.0
-    for one in made:
-        hours = one.steps * one.seconds / 3600
+    for cost in costs:
+        hours = cost.steps * cost.seconds / 3600
         total += hours
-        print(f"{one.stage:<12} {one.steps:>10,} {one.seconds:>8.3f} {one.compute:>9.3f} "
-              f"{one.network:>8.3f} {one.traffic / 1e9:>8.1f} {one.audio_hours:>8.2f} "
-              f"{hours / 24:>7.1f} {hours * machine.world:>10,.0f}  {one.bottleneck}")  # fmt: skip
+        print(f"{cost.stage:<12} {cost.steps:>10,} {cost.seconds:>8.3f} {cost.compute:>9.3f} "
+              f"{cost.network:>8.3f} {cost.traffic / 1e9:>8.1f} {cost.audio_hours:>8.2f} "
+              f"{hours / 24:>7.1f} {hours * machine.world:>10,.0f}  {cost.bottleneck}")  # fmt: skip
     end = start + datetime.timedelta(hours=total)
-    saved = cluster_sizing.checkpoint_bytes(chosen, counted) / 1e9
+    saved = cluster_sizing.checkpoint_bytes(chosen, parts) / 1e9
     whole = f"{total / 24:,.1f} days, {total * machine.world:,.0f} GPU-hours"
     print(f"\nfrom {start} to {end}: {whole}; a checkpoint is {saved:.1f} GB")
-    longest = max(made, key=lambda one: one.steps * one.seconds).stage
-    stage = next(s for s in chosen.stages if s.name == longest)
+    longest = max(costs, key=lambda cost: cost.steps * cost.seconds).stage
+    stage = chosen.stage(longest)
     print(f"\nstage {longest} by size\n{'GPUs':>5} {'GB':>6} {'s/step':>8} {'h audio/step':>13} "
           f"{'h audio/GPU-h':>14}  {'limited by':<10}  change")  # fmt: skip
-    for size in cluster_sizing.layouts(machine):
-        one = cluster_sizing.step(chosen, stage, size, traffic, counted)
-        speed = one.audio_hours / (one.seconds * size.world / 3600)
-        print(f"{size.world:>5} {one.peak:>6.1f} {one.seconds:>8.3f} {one.audio_hours:>13.1f} "
-              f"{speed:>14,.0f}  {one.bottleneck:<10}  "
-              f"{cluster_sizing.advice(one, size, chosen)}")  # fmt: skip
+    for size in cluster_sizing.machine_sizes(machine):
+        cost = cluster_sizing.estimate_step(chosen, stage, size, traffic, parts)
+        speed = cost.audio_hours / (cost.seconds * size.world / 3600)
+        print(f"{size.world:>5} {cost.peak:>6.1f} {cost.seconds:>8.3f} {cost.audio_hours:>13.1f} "
+              f"{speed:>14,.0f}  {cost.bottleneck:<10}  "
+              f"{cluster_sizing.advice(cost, size, chosen)}")  # fmt: skip
 
 
 def stages(args: argparse.Namespace, chosen: recipe.Recipe) -> list:
-    return [batch_search.stage_of(chosen, args.stage)] if args.stage else list(chosen.stages)
+    return [chosen.stage(args.stage)] if args.stage else list(chosen.stages)
 
 
 def main() -> None:

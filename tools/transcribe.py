@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from dsasr.inference.recognizer import Recognizer, Transcription, audio_files, with_beam
-from dsasr.recipe import quiet
+from dsasr.recipe import silence_library_warnings
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, json_text
 from dsasr.utils.progress import Bar
@@ -78,7 +78,7 @@ def main() -> int:
     sources = find(args.audio)
     if args.format == "srt" and len(sources) > 1 and not args.out:
         raise UserError("subtitles of several files need --out FOLDER")
-    quiet()
+    silence_library_warnings()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     recognizer = with_beam(Recognizer.from_pretrained(args.model), args.beam)

@@ -95,7 +95,7 @@ class Trainer:
         if reader is not None:
             self._restore(reader)
             self.monitor.event("resumed", steps=self.steps, checkpoint=reader.folder.name)
-        elif self.recipe.encoder_given:
+        elif self.recipe.starts_from_snapshot:
             given = Snapshot(GIVEN, 0, "given")
             self.progress = with_published(self.progress, [given])
         for reason in passed_over:

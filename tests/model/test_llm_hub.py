@@ -11,7 +11,7 @@ import torch
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.model.llm_hub import find_llm, is_hub_name
-from dsasr.planning import timeline
+from dsasr.planning.model_parts import count_parts
 from dsasr.utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
     chosen = recipe.load(str(tiny), ["model.llm.path=someone/tiny-lm"])
     build = Builder(chosen)
     build.check()
-    assert timeline.part_sizes(chosen) == timeline.part_sizes(recipe.load(str(tiny)))
+    assert count_parts(chosen) == count_parts(recipe.load(str(tiny)))
     assert build.llm_folder == held / "snapshots" / ("0" * 40)
     wanted = Builder(recipe.load(str(tiny))).speech_llm().state_dict()
     got = build.speech_llm().state_dict()

@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from dsasr import recipe
 from dsasr.planning import timeline
+from dsasr.planning.memory import Machine, between_steps, step_memory
+from dsasr.planning.model_parts import count_parts
 from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig
 from dsasr.tracking.timeline_plot import lr_curves, plot_run, spans
 from dsasr.utils.errors import UserError
@@ -30,20 +33,18 @@ def named(events, kind):
     return [e for e in events if e["event"] == kind]
 
 
-def test_the_papers_course_on_a_clock():
-    events = timeline.course(Schedule(ALL), (1010, 1320))
-    held = {s.name: (s.start, s.stop) for s in spans(events)}
-    assert held["pretrain"][0] == 0 and held["align"][0] == 1010
+def test_the_papers_schedule():
+    events, accuracy = timeline.simulate_scaled(Schedule(ALL), (1010, 1320))
+    steps = {s.name: (s.start, s.stop) for s in spans(events)}
+    assert steps["pretrain"][0] == 0 and steps["align"][0] == 1010
     # From the first trigger on the branches take turns, so align's 400 steps take 799.
-    assert held["align"][1] == 1010 + 799
-    assert held["joint"][1] == sum(s.steps for s in ALL)
+    assert steps["align"][1] == 1010 + 799
+    assert steps["joint"][1] == sum(s.steps for s in ALL) and accuracy == 1
     assert [e["pretrain"] for e in named(events, "swap")] == [1010, 1320, 2000]
     assert [e["cause"] for e in named(events, "published")] == ["drift", "drift", "final"]
 
 
-def test_a_long_course_is_walked_in_jumps():
-    from dataclasses import replace
-
+def test_a_long_schedule_is_simulated_at_a_scale():
     long = tuple(
         replace(
             s,
@@ -54,18 +55,18 @@ def test_a_long_course_is_walked_in_jumps():
         for s in ALL
     )
     drift = DriftConfig(mode="fixed", swaps=(PlannedSwap(1_010_000), PlannedSwap(1_320_000, 700)))
-    events = timeline.course(Schedule(long, drift), ())
+    events, _ = timeline.simulate_scaled(Schedule(long, drift), ())
     assert events[-1]["steps"] == pytest.approx(4_100_000, rel=1e-3)
-    at = [e["pretrain"] for e in named(events, "swap")]
-    assert at == pytest.approx([1_010_000, 1_320_000, 2_000_000], rel=1e-3)
-    # Swaps nearer to each other than a jump is long are shown as the last of them.
+    swaps = [e["pretrain"] for e in named(events, "swap")]
+    assert swaps == pytest.approx([1_010_000, 1_320_000, 2_000_000], rel=1e-3)
+    # Of swaps that fall on one step at that scale, the last is shown.
     near = DriftConfig(mode="fixed", swaps=(PlannedSwap(1), PlannedSwap(3), PlannedSwap(5)))
-    shorter, by = timeline.shrink(Schedule(long, near))
-    assert by > 5 and shorter.drift.swaps == (PlannedSwap(1),)
-    assert f"to within {by:,}" in timeline.describe(events, by).splitlines()[0]
+    shorter, divisor = timeline.scale_down(Schedule(long, near))
+    assert divisor > 5 and shorter.drift.swaps == (PlannedSwap(1),)
+    assert f"to within {divisor:,}" in timeline.format_events(events, divisor).splitlines()[0]
 
 
-def test_the_sft_branch_alone_and_a_given_encoder():
+def test_the_sft_branch_alone_and_an_initial_encoder():
     events = timeline.simulate(Schedule(ALL, branch="sft"))
     assert [s.name for s in spans(events)] == ["align", "ia_sft", "joint"]
     events = timeline.simulate(Schedule((ALIGN, JOINT)))
@@ -74,7 +75,7 @@ def test_the_sft_branch_alone_and_a_given_encoder():
 
 def test_rates_are_drawn_over_the_run_and_equal_groups_once():
     schedule = Schedule(ALL)
-    curves = lr_curves(schedule, timeline.course(schedule, (1010,)))
+    curves = lr_curves(schedule, timeline.simulate(schedule, (1010,)))
     labels = [label for label, *_ in curves]
     assert labels == [
         "pretrain: encoder, ctc",
@@ -91,21 +92,17 @@ def test_the_table_names_sizes_rates_and_memory(tiny, capsys, tmp_path):
     picture = tmp_path / "plan.png"
     options = ["--recipe", str(tiny), "--ranks", "2", "--plot", str(picture), "--triggers", "8"]
     assert timeline.main(options) == 0
-    told = capsys.readouterr().out
-    chosen = recipe.load(str(tiny))
-    sizes = timeline.part_sizes(chosen)
-    assert set(sizes) == {"encoder", "ctc", "adaptor", "llm"}
-    assert "1 pretrain: 20 steps of cr_ctc" in told and "the last 3 steps wait" in told
-    assert "starts from the final encoder" in told and "not known" not in told
-    assert "CKA every 2 steps" in told and "pretrain steps 8 (--triggers)" in told
+    table = capsys.readouterr().out
+    assert "1 pretrain: 20 steps of cr_ctc" in table and "the last 3 steps wait" in table
+    assert "starts from the final encoder" in table and "not known" not in table
+    assert "CKA every 2 steps" in table and "pretrain steps 8 (--triggers)" in table
     assert picture.stat().st_size > 10_000
-    # By hand, for the joint stage: bf16 weights of all, 2 + 12 bytes more of what trains.
-    joint = chosen.stages[-1]
-    every = sizes["encoder"] + sizes["adaptor"] + sizes["llm"]
-    assert timeline.memory(chosen, joint, sizes, 2) == 16 * every / 2 / 2**30
-    # Beside pretraining the align stage holds both branches, pretraining's masters among them.
-    align = 2 * every + 14 * sizes["adaptor"] + 14 * (sizes["encoder"] + sizes["ctc"])
-    assert timeline.memory(chosen, chosen.stages[1], sizes, 1) == align / 2**30
+    # The memory is the planner's.
+    cfg = recipe.load(str(tiny))
+    for stage in cfg.stages:
+        memory = step_memory(cfg, stage, Machine(nodes=1, gpus=2), count_parts(cfg))
+        peak, resident = sum(memory.values()), between_steps(memory)
+        assert f"{peak:.3g} GB a rank on 2 ranks, {resident:.3g} GB of it also between" in table
     with pytest.raises(UserError, match=r"ends in \.png"):
         timeline.main(["--recipe", str(tiny), "--plot", str(tmp_path / "x.txt")])
 
@@ -128,14 +125,16 @@ def test_as_a_module_it_prints_and_draws(tiny, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: --plot")
 
 
-def test_sizes_that_cannot_be_known_are_said_to_be(tiny, capsys):
+def test_unknown_sizes_are_reported(tiny, capsys):
     assert timeline.main(["--recipe", str(tiny), "model.llm.path=/nowhere"]) == 0
-    told = capsys.readouterr().out
-    assert "sizes of adaptor, llm, and so the memory, not known: model.llm.path not there" in told
-    assert "memory   not known\n" in told
+    table = capsys.readouterr().out
+    assert "sizes of adaptor, llm, and so the memory, not known: model.llm.path not there" in table
+    assert "memory   not known\n" in table
+    assert timeline.main(["--recipe", str(tiny), "data.phonemes=/nowhere"]) == 0
+    assert "for 256 phonemes, as data.phonemes is not there" in capsys.readouterr().out
 
 
-def test_a_run_is_drawn_from_what_it_wrote(tmp_path):
+def test_a_run_is_drawn_from_its_own_events(tmp_path):
     events = timeline.simulate(Schedule(ALL), (1010, 1320))
     refused = {"event": "refused", "snapshot": "x", "steps": 1200, "reason": "not finite"}
     events += [

@@ -65,8 +65,8 @@ def test_a_share_of_the_shards_is_evenly_chosen() -> None:
 
 def test_the_stream_makes_what_was_forecast(tiny) -> None:
     chosen = recipe.load(str(tiny), ["data.augment={speeds: [0.9, 1.1], noise_share: 0.5}"])
-    stage = batch_search.stage_of(chosen, "align")
-    got = batch_search.outlook(chosen, stage)
+    stage = chosen.stage("align")
+    got = batch_search.forecast_stage(chosen, stage)
     padded = useful = batches = 0
     with Builder(chosen).train_stream(stage, None) as stream:
         for batch in stream:
