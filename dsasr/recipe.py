@@ -37,16 +37,21 @@ SUBSAMPLING = 4  # feature frames to one encoder frame, of every encoder size
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: tuple[DatasetConfig, ...]
-    valid: tuple[DatasetConfig, ...]
-    cmvn: str  # from tools/cmvn.py
-    phonemes: str  # the phoneme vocabulary, from tools/make_phonemes.py
+    train: tuple[DatasetConfig, ...]  # training datasets, mixed by weight; names must differ
+    valid: tuple[DatasetConfig, ...]  # validation datasets, read whole and in order
+    cmvn: str  # file with mean and variance of the features, by `dsasr data cmvn`
+    phonemes: str  # file with the phoneme vocabulary, by `dsasr data phonemes`
+    # log-Mel features; must be those that cmvn was computed from
     fbank: FbankConfig = field(default_factory=FbankConfig)
+    # augmentation of the training audio; null: none
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    # form of the transcripts that are trained on
     text: TextConfig = field(default_factory=TextConfig)
+    # where phoneme labels come from
     phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)
+    # reading, shuffling and batching
     dataloader: DataLoaderConfig = field(default_factory=DataLoaderConfig)
-    # cause → how many samples of a run may be dropped for it; "*": each other cause, "total": all
+    # cause → samples of a run that may be dropped for it; "*": every other cause, "total": all
     bad_limits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,33 +63,39 @@ class DataConfig:
 class SftInputConfig:
     """What the sft branch does to its input in training."""
 
-    spec: bool = True  # SpecAugment, as in pretraining
-    chunks: ChunkConfig | None = None  # None: full context
+    spec: bool = True  # SpecAugment with the settings of model.pretrain.spec
+    # dynamic chunks, as in model.pretrain.chunks; null: full context
+    chunks: ChunkConfig | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    llm: LlmConfig
-    lora: LoraConfig | None = None  # for stages that train 'lora'
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    llm: LlmConfig  # the language model
+    # LoRA in the language model, for stages that train 'lora'; null: none
+    lora: LoraConfig | None = None
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # sizes of the Conformer
+    # between encoder and language model
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
+    # objective and input of the pretrain branch
     pretrain: CtcModelConfig = field(default_factory=CtcModelConfig)
-    sft: SftInputConfig = field(default_factory=SftInputConfig)
-    tokenizer: str = ""  # empty: the language model's folder
-    encoder_from: str = ""  # a snapshot's folder to start from; empty: random weights
+    sft: SftInputConfig = field(default_factory=SftInputConfig)  # input of the sft branch
+    tokenizer: str = ""  # folder of a tokenizer; empty: the language model's
+    # folder of an encoder snapshot for the sft branch to start from; empty: pretraining's
+    encoder_from: str = ""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int = 0  # steps of a stage between two evaluations; 0: only at the run's end
-    utterances: int = 64  # of the validation set, in each evaluation during training
-    samples: int = 3  # reference/hypothesis pairs shown
-    # Normalization of what is scored. plain: digit strings stay words; the path of a Whisper
-    # checkpoint's normalizer.json: standard, and British spellings count as American ones.
+    every: int = 0  # steps of a stage between two evaluations; 0: only at the end of the run
+    utterances: int = 64  # of the validation set, in an evaluation during training; 0: all
+    samples: int = 3  # pairs of reference and hypothesis that each evaluation logs
+    # normalization before scoring: standard, plain (digit strings stay words), or the path of a
+    # Whisper normalizer.json (standard, and British spellings count as American ones)
     rules: str = "standard"
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    # Hallucinations during training: the suite on so many utterances; 0: not at all.
+    decode: DecodeConfig = field(default_factory=DecodeConfig)  # decoding of the validation set
+    # utterances for the hallucination suite in each evaluation; 0: no suite
     suite_utterances: int = 0
+    # the hallucination suite, smaller than the one of `dsasr evaluate`
     suite: SuiteConfig = field(
         default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
     )
@@ -100,10 +111,15 @@ class EvaluationConfig:
 class SnapshotStoreConfig:
     """Snapshots. ``late``: what an sft job does when its publisher has been silent too long."""
 
-    path: str = ""  # empty: RUN/snapshots
+    # folder of the snapshots, on a file system that both jobs see; empty: RUN/snapshots
+    path: str = ""
+    # newest snapshots kept; never removed: the final one, the reference, those in use
     keep: int = 5
+    # seconds between two polls of the store, and of each wait for a snapshot
     poll_seconds: float = 5.0
+    # seconds without a sign of life of the pretrain job after which `late` applies
     silent_seconds: float = 600.0
+    # an sft job without its next encoder: wait on, continue with the newest one as final, or stop
     late: Literal["wait", "continue", "stop"] = "wait"
 
 
@@ -114,10 +130,11 @@ class OnlineProbeConfig:
     ``frames`` frames; ``utterances`` of the validation set are the probe set; ``budget``: the share
     of the training time that looks may take."""
 
-    every: int = 0
-    probes: int = 4
-    utterances: int = 48
-    frames: int = 10_000
+    every: int = 0  # steps of a stage between two measurements, and one at its end; 0: none at all
+    probes: int = 4  # every n-th measurement of a branch also fits probes (PAI, CSAI); 0: never
+    utterances: int = 48  # of the validation set, as the probe set; at least 3
+    frames: int = 10_000  # encoder frames that probes are fitted on, at most; at least 100
+    # share of the training time that measurements may take, above 0 and at most 1
     budget: float = 0.05
 
     def __post_init__(self) -> None:
@@ -129,25 +146,38 @@ class OnlineProbeConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    run: str  # the run folder
-    data: DataConfig
-    model: ModelConfig
+    # the run folder; with branch pretrain or sft the job writes into RUN/pretrain or RUN/sft
+    run: str
+    data: DataConfig  # training and validation data, and how it is read
+    model: ModelConfig  # encoder, CTC head, adaptor and language model
+    # the stage table: what trains, on what, for how long; names must differ
     stages: tuple[StageConfig, ...]
-    seed: int = 1
+    seed: int = 1  # of all random numbers: weights, order of the data, augmentation, dropout
+    # both: one job; pretrain or sft: that branch alone, beside a second job with the other
     branch: Literal["both", "pretrain", "sft"] = "both"
-    interleave: tuple[int, int] = (1, 1)  # pretrain steps : sft steps while both branches run
+    # [pretrain steps, sft steps] in turn while both branches run in one job
+    interleave: tuple[int, int] = (1, 1)
+    # when pretraining publishes an encoder snapshot for the sft branch
     drift: DriftConfig = field(default_factory=DriftConfig)
+    # where snapshots are exchanged
     store: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)  # DeepSpeed, precision and optimizer
+    # when checkpoints are saved, and which are kept
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # error rates and hallucinations during training
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)  # the run's log
+    # measurements of entropy allocation during training
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
-    resume: str = "auto"  # auto: the run folder's newest whole checkpoint; never; or a checkpoint
-    allow_changed: bool = False  # resume although the recipe is not the run's
+    # auto: from the run folder's newest whole checkpoint, if any; never; or a checkpoint's folder
+    resume: str = "auto"
+    # resume although settings that change what is learned differ from the checkpoint's
+    allow_changed: bool = False
+    # implementation of the fused operations; auto: triton on CUDA, torch elsewhere
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)  # for tools/submit.py
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # ends a run that hangs
+    # size and options of the job that `dsasr submit` starts; training itself ignores them
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         self.schedule()

@@ -25,9 +25,9 @@ from dsasr.utils.io import atomic_write, json_text, text_lines
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    every: int = 10  # steps of a branch between two lines
-    tensorboard: bool = True
-    ledger: bool = False  # ledger.jsonl: which samples each step was made of, on all ranks
+    every: int = 10  # steps of a branch between two lines of metrics
+    tensorboard: bool = True  # write TensorBoard files too
+    ledger: bool = False  # write ledger.jsonl: the samples of every step, on all ranks
 
 
 OF_THE_JOB = ("checkpoint", "checkpoint_failed", "checkpoint_passed_over", "resumed", "stopped")

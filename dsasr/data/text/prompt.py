@@ -33,9 +33,9 @@ class TextConfig:
     and whose transcript is the end token alone.
     """
 
-    case: str = "keep"
-    punctuation: str = "keep"
-    empty: str = "drop"
+    case: str = "keep"  # keep, lower or upper
+    punctuation: str = "keep"  # keep or strip
+    empty: str = "drop"  # samples without text: drop (counted as empty_text), or keep as non-speech
 
     def __post_init__(self) -> None:
         if self.case not in ("keep", "lower", "upper"):
