@@ -37,6 +37,8 @@ SUBSAMPLING = 4  # feature frames to one encoder frame, of every encoder size
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Training and validation data."""
+
     train: tuple[DatasetConfig, ...]  # training datasets, mixed by weight; names must differ
     valid: tuple[DatasetConfig, ...]  # validation datasets, read whole and in order
     cmvn: str  # file with mean and variance of the features, by `dsasr data cmvn`
@@ -61,7 +63,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SftInputConfig:
-    """What the sft branch does to its input in training."""
+    """Input of the sft branch in training."""
 
     spec: bool = True  # SpecAugment with the settings of model.pretrain.spec
     # dynamic chunks, as in model.pretrain.chunks; null: full context
@@ -70,6 +72,8 @@ class SftInputConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The parts of the model."""
+
     llm: LlmConfig  # the language model
     # LoRA in the language model, for stages that train 'lora'; null: none
     lora: LoraConfig | None = None
@@ -86,6 +90,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """Error rates and hallucinations during training, and at the end of the run."""
+
     every: int = 0  # steps of a stage between two evaluations; 0: only at the end of the run
     utterances: int = 64  # of the validation set, in an evaluation during training; 0: all
     samples: int = 3  # pairs of reference and hypothesis that each evaluation logs
@@ -109,7 +115,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class SnapshotStoreConfig:
-    """Snapshots. ``late``: what an sft job does when its publisher has been silent too long."""
+    """The snapshot store: where pretraining publishes encoders for the sft branch."""
 
     # folder of the snapshots, on a file system that both jobs see; empty: RUN/snapshots
     path: str = ""
@@ -125,10 +131,7 @@ class SnapshotStoreConfig:
 
 @dataclass(frozen=True)
 class OnlineProbeConfig:
-    """Entropy allocation during training (`watch`). ``every``: steps of a stage between two looks
-    (0: none at all); ``probes``: looks of a branch between two with probes (0: never), on at most
-    ``frames`` frames; ``utterances`` of the validation set are the probe set; ``budget``: the share
-    of the training time that looks may take."""
+    """Measurements of entropy allocation during training (`dsasr.training.online_probe`)."""
 
     every: int = 0  # steps of a stage between two measurements, and one at its end; 0: none at all
     probes: int = 4  # every n-th measurement of a branch also fits probes (PAI, CSAI); 0: never
@@ -146,6 +149,8 @@ class OnlineProbeConfig:
 
 @dataclass(frozen=True)
 class Recipe:
+    """All settings of a run."""
+
     # the run folder; with branch pretrain or sft the job writes into RUN/pretrain or RUN/sft
     run: str
     data: DataConfig  # training and validation data, and how it is read
@@ -189,10 +194,8 @@ class Recipe:
                         f"stage '{stage.name}' mixes an unknown dataset '{name}'"
                         f"{nearest(name, names)}"
                     )
-            batch, per_token = (
-                self.dataloader(stage)[0].batch,
-                SUBSAMPLING * self.model.adaptor.stack,
-            )
+            batch = self.dataloader(stage)[0].batch
+            per_token = SUBSAMPLING * self.model.adaptor.stack
             if stage.branch == "sft" and batch.tokens and batch.frames_per_token != per_token:
                 raise UserError(
                     f"stage '{stage.name}' counts speech at one token for {batch.frames_per_token} "
@@ -209,32 +212,34 @@ class Recipe:
             )
 
     def _check_lora(self) -> None:
-        using = [stage.name for stage in self.stages if "lora" in stage.trains]
-        if using and self.model.lora is None:
+        training = [stage.name for stage in self.stages if "lora" in stage.trains]
+        if training and self.model.lora is None:
             raise UserError(
-                f"stage '{using[0]}' trains 'lora': give model.lora, such as model.lora.rank=16"
+                f"stage '{training[0]}' trains 'lora': give model.lora, such as model.lora.rank=16"
             )
-        if self.model.lora is not None and self.schedule().sft and not using:
+        if self.model.lora is not None and self.schedule().sft and not training:
             raise UserError(
                 "model.lora is given, but no stage trains 'lora': name it in a stage's trains, in "
                 "place of 'llm', or give model.lora=null"
             )
 
     def parts(self, branch: str) -> tuple[str, ...]:
-        """The parts of a branch's model."""
+        """Names of the parts of a branch's model."""
         return tuple(p for p in PARTS[branch] if p != "lora" or self.model.lora is not None)
 
     @property
     def starts_from_snapshot(self) -> bool:
+        """Whether the sft branch starts from the encoder snapshot of ``model.encoder_from``."""
         return bool(self.model.encoder_from)
 
     @property
     def folder(self) -> Path:
-        """Where the job writes; two jobs of a concurrent run have a folder each below ``run``."""
+        """Where the job writes; the two jobs of a concurrent run have a folder each in ``run``."""
         return Path(self.run) if self.branch == "both" else Path(self.run) / self.branch
 
     @property
     def store_folder(self) -> Path:
+        """The folder of the snapshot store, the same for both jobs of a concurrent run."""
         return Path(self.store.path) if self.store.path else Path(self.run) / "snapshots"
 
     def encoder_fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe says about data reaches the stream and the model that a run builds."""
+"""The recipe's data settings reach the dataloader and the model that a run builds."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from dsasr.utils.errors import UserError
 
 
 def batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
-    chosen = recipe.load(str(tiny), overrides)
-    with Builder(chosen).train_stream(chosen.stage(stage), None) as stream:
-        return [next(stream) for _ in range(count)]
+    cfg = recipe.load(str(tiny), overrides)
+    with Builder(cfg).train_dataloader(cfg.stage(stage), None) as loader:
+        return [next(loader) for _ in range(count)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_features_are_computed_where_the_recipe_says_and_are_the_same(tiny, workers) -> None:
-    """By workers or in the training process: `fbank`'s, normalized, to a thousandth."""
-    given = f"data.dataloader.num_workers={workers}"
-    one = batches(tiny, "pretrain", 6, given, "data.dataloader.features=worker")
-    two = batches(tiny, "pretrain", 6, given, "data.dataloader.features=device")
+def test_features_of_workers_and_of_the_device_are_the_same(tiny, workers) -> None:
+    """Those of `fbank`, normalized, to a thousandth."""
+    override = f"data.dataloader.num_workers={workers}"
+    by_worker = batches(tiny, "pretrain", 6, override, "data.dataloader.features=worker")
+    by_device = batches(tiny, "pretrain", 6, override, "data.dataloader.features=device")
     cmvn = Builder(recipe.load(str(tiny))).cmvn
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(by_worker, by_device, strict=True):
         assert a.keys == b.keys and torch.equal(a.feature_lengths_B, b.feature_lengths_B)
         torch.testing.assert_close(a.features_BTF, b.features_BTF, atol=1e-3, rtol=0)
         entry = next(e for e in build_index(a.shards[0]) if e.key == a.keys[0])
         wave = decode(read_sample(a.shards[0], entry).audio)
-        want = cmvn.apply(fbank(wave, recipe.load(str(tiny)).data.fbank))
+        expected = cmvn.apply(fbank(wave, recipe.load(str(tiny)).data.fbank))
         for batch in (a, b):
-            got = batch.features_BTF[0, : len(want)]
-            torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+            features = batch.features_BTF[0, : len(expected)]
+            torch.testing.assert_close(features, expected, atol=1e-3, rtol=0)
         assert a.stats["feature_s"] > 0
 
 
 def test_a_stages_mixture_has_its_own_weights_and_sets(tiny) -> None:
     folder = tiny.parent
     sets = [
-        {"name": name, "shards": str(folder / place), "weight": weight}
-        for name, place, weight in (("a", "train", 1.0), ("b", "valid", 1.0))
+        {"name": name, "shards": str(folder / split), "weight": weight}
+        for name, split, weight in (("a", "train", 1.0), ("b", "valid", 1.0))
     ]
-    given = f"data.train={json.dumps(sets)}"
-    mixed = batches(tiny, "pretrain", 60, given, "stages.pretrain.mixture={a: 3, b: 1}")
+    override = f"data.train={json.dumps(sets)}"
+    mixed = batches(tiny, "pretrain", 60, override, "stages.pretrain.mixture={a: 3, b: 1}")
     from_valid = Counter(batch.keys[0].startswith("valid") for batch in mixed)
     assert from_valid == {False: 45, True: 15}
-    alone = batches(tiny, "align", 20, given, "stages.align.mixture={b: 1}")
+    alone = batches(tiny, "align", 20, override, "stages.align.mixture={b: 1}")
     assert all(key.startswith("valid") for batch in alone for key in batch.keys)
     # Exactly once an epoch, whatever the weights.
     for name, count in (("train", 52), ("valid", 8)):
@@ -59,7 +59,7 @@ def test_a_stages_mixture_has_its_own_weights_and_sets(tiny) -> None:
         first = Counter(key for epoch, key in mine if epoch == 0)
         assert len(first) == count and set(first.values()) == {1}
     with pytest.raises(UserError, match="unknown dataset 'c'"):
-        batches(tiny, "align", 1, given, "stages.align.mixture={c: 1}")
+        batches(tiny, "align", 1, override, "stages.align.mixture={c: 1}")
 
 
 def test_recorded_noise_comes_from_the_recipes_shards(tiny) -> None:
@@ -76,34 +76,36 @@ def test_recorded_noise_comes_from_the_recipes_shards(tiny) -> None:
 
 def test_packed_rows_have_the_unpacked_loss(tiny) -> None:
     """`model.llm.pack` end to end: the recipe's model on the stage's own batches."""
-    made = batches(tiny, "ia_sft", 3)
+    stage_batches = batches(tiny, "ia_sft", 3)
     losses = []
     for pack in (0, 90, 400):
-        chosen = recipe.load(str(tiny), [f"model.llm.pack={pack}"])
-        model = Builder(chosen).speech_llm().eval()
+        cfg = recipe.load(str(tiny), [f"model.llm.pack={pack}"])
+        model = Builder(cfg).speech_llm().eval()
         rows = []
         forward = model.llm.base_model.forward
 
-        def count(*args, inputs_embeds, forward=forward, rows=rows, **given):
+        def count(*args, inputs_embeds, forward=forward, rows=rows, **options):
             rows.append(inputs_embeds.shape[:2])
-            return forward(*args, inputs_embeds=inputs_embeds, **given)
+            return forward(*args, inputs_embeds=inputs_embeds, **options)
 
         model.llm.base_model.forward = count
         with torch.no_grad():
-            losses.append([float(model(batch).loss) for batch in made])
+            losses.append([float(model(batch).loss) for batch in stage_batches])
         if pack:
-            assert all(r < len(b) and n <= pack for (r, n), b in zip(rows, made, strict=True))
+            assert all(
+                r < len(b) and n <= pack for (r, n), b in zip(rows, stage_batches, strict=True)
+            )
         else:
-            assert [r for r, _ in rows] == [len(b) for b in made]
+            assert [r for r, _ in rows] == [len(b) for b in stage_batches]
     for packed in losses[1:]:
         assert packed == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_token_budgets_bound_the_language_models_rows(tiny) -> None:
     over = "stages.align.batch={frames: 400, tokens: 120, min_seconds: 0.05, prompt_tokens: 20}"
-    made = batches(tiny, "align", 20, over)
-    assert max(len(b) for b in made) < max(len(b) for b in batches(tiny, "align", 20))
-    for batch in made:
+    stage_batches = batches(tiny, "align", 20, over)
+    assert max(len(b) for b in stage_batches) < max(len(b) for b in batches(tiny, "align", 20))
+    for batch in stage_batches:
         positions = 20 + -(-batch.feature_lengths_B // 16) + batch.token_lengths_B
         assert len(batch) * int(positions.max()) <= 120
 
@@ -112,7 +114,7 @@ def test_a_token_budget_must_count_speech_and_prompt_as_the_model_does(tiny) -> 
     over = "stages.align.batch={frames: 400, tokens: 200"
     with pytest.raises(UserError, match=r"batch\.frames_per_token=16"):
         recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}"])
-    chosen = recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}", "model.adaptor.stack=8"])
-    Builder(chosen).check()
+    cfg = recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}", "model.adaptor.stack=8"])
+    Builder(cfg).check()
     with pytest.raises(UserError, match=r"batch\.prompt_tokens"):
         Builder(recipe.load(str(tiny), [f"{over}, prompt_tokens: 1}}"])).check()

@@ -140,7 +140,7 @@ class EncoderSwap:
 
     def _probe(self) -> DriftMonitor:
         if self._drift is None:
-            probe = self.build.held_out("pretrain", self.recipe.drift.probe_utterances)
+            probe = self.build.validation_batches("pretrain", self.recipe.drift.probe_utterances)
             self._drift = DriftMonitor(self.recipe.drift, probe)
         return self._drift
 

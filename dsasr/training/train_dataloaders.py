@@ -24,7 +24,7 @@ class TrainDataLoaders:
         if held is None or held[0] != stage.name:
             self.close(stage.branch)
             name, state = self._cursors.get(stage.branch, ("", None))
-            stream = self._build.train_stream(stage, state if name == stage.name else None)
+            stream = self._build.train_dataloader(stage, state if name == stage.name else None)
             self._open[stage.branch] = held = (stage.name, stream)
         batches = [next(held[1]) for _ in range(stage.grad_accum_steps)]
         self._cursors[stage.branch] = (stage.name, batches[-1].state)

@@ -65,7 +65,7 @@ def error_rates(
     ``utterances`` limits the set; 0: all of it. "left_out": samples of it that were bad, if any.
     ``watched`` goes round the batches.
     """
-    held = build.held_out(branch.name, utterances)
+    held = build.validation_batches(branch.name, utterances)
     dropped = sum(distributed.gather(sum(len(batch.bad) for batch in held)))
     told = {"left_out": float(dropped)} if dropped else {}
     batches = watched(held)

@@ -1,4 +1,4 @@
-"""The budget search: bisection, worst batches, and real probes that run out of memory."""
+"""The budget search: bisection, worst batches, and probes that run out of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs against torch's own counter on real modules, and against numbers worked out by hand."""
+"""FLOPs against torch's counter on modules, and against numbers worked out by hand."""
 
 from __future__ import annotations
 

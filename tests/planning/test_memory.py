@@ -56,7 +56,7 @@ def test_where_optimizer_states_are_offloaded_to(nim, parts):
         return "offloaded" in step_memory(replace(nim, engine=engine), stage, machine, parts)
 
     assert offloaded("none", gpus) and offloaded("none", cpus)
-    # On a CPU the host's memory is the rank's own.
+    # A CPU rank's memory is the host's.
     assert not offloaded("cpu", gpus) and offloaded("cpu", cpus)
     assert not offloaded("disk", gpus) and not offloaded("disk", cpus)
     engine = replace(nim.engine, deepspeed="zero3-offload")

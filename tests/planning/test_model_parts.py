@@ -17,7 +17,7 @@ def test_parameters_are_those_of_the_modules(tiny):
     parts, build = count_parts(cfg), Builder(cfg)
     model = build.speech_llm()
     modules = {name: getattr(model, name) for name in ("encoder", "adaptor", "llm")}
-    modules["ctc"] = build.pretrainer().ctc
+    modules["ctc"] = build.module("pretrain").ctc
     for name, module in modules.items():
         assert parts[name].parameters == sum(p.numel() for p in module.parameters())
 

@@ -13,7 +13,6 @@ from dsasr.planning.memory import Machine, between_steps, step_memory
 from dsasr.planning.model_parts import count_parts
 from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig
 from dsasr.tracking.timeline_plot import lr_curves, plot_run, spans
-from dsasr.utils.errors import UserError
 
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=2000)
 ALIGN = StageConfig("align", "sft", {"adaptor": 1e-3}, steps=400)
@@ -88,23 +87,21 @@ def test_rates_are_drawn_over_the_run_and_equal_groups_once():
     assert steps[0] == 1010 and rates[0] == 1e-3 and rates == sorted(rates, reverse=True)
 
 
-def test_the_table_names_sizes_rates_and_memory(tiny, capsys, tmp_path):
-    picture = tmp_path / "plan.png"
-    options = ["--recipe", str(tiny), "--ranks", "2", "--plot", str(picture), "--triggers", "8"]
-    assert timeline.main(options) == 0
-    table = capsys.readouterr().out
+def test_the_table_shows_sizes_rates_and_the_planners_memory(tiny):
+    cfg = recipe.load(str(tiny))
+    table = timeline.stage_table(cfg, ranks=2)
     assert "1 pretrain: 20 steps of cr_ctc" in table and "the last 3 steps wait" in table
     assert "starts from the final encoder" in table and "not known" not in table
-    assert "CKA every 2 steps" in table and "pretrain steps 8 (--triggers)" in table
-    assert picture.stat().st_size > 10_000
-    # The memory is the planner's.
-    cfg = recipe.load(str(tiny))
+    assert "CKA every 2 steps" in timeline.swap_rule(cfg.schedule())
     for stage in cfg.stages:
         memory = step_memory(cfg, stage, Machine(nodes=1, gpus=2), count_parts(cfg))
         peak, resident = sum(memory.values()), between_steps(memory)
         assert f"{peak:.3g} GB a rank on 2 ranks, {resident:.3g} GB of it also between" in table
-    with pytest.raises(UserError, match=r"ends in \.png"):
-        timeline.main(["--recipe", str(tiny), "--plot", str(tmp_path / "x.txt")])
+
+
+def test_drift_steps_of_the_paper():
+    assert timeline.paper_drift_steps(Schedule(ALL)) == [1010, 1320]
+    assert timeline.paper_drift_steps(Schedule(ALL, DriftConfig(mode="final"))) == []
 
 
 def test_as_a_module_it_prints_and_draws(tiny, tmp_path):
@@ -125,13 +122,12 @@ def test_as_a_module_it_prints_and_draws(tiny, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: --plot")
 
 
-def test_unknown_sizes_are_reported(tiny, capsys):
-    assert timeline.main(["--recipe", str(tiny), "model.llm.path=/nowhere"]) == 0
-    table = capsys.readouterr().out
+def test_unknown_sizes_are_reported(tiny):
+    table = timeline.stage_table(recipe.load(str(tiny), ["model.llm.path=/nowhere"]))
     assert "sizes of adaptor, llm, and so the memory, not known: model.llm.path not there" in table
     assert "memory   not known\n" in table
-    assert timeline.main(["--recipe", str(tiny), "data.phonemes=/nowhere"]) == 0
-    assert "for 256 phonemes, as data.phonemes is not there" in capsys.readouterr().out
+    table = timeline.stage_table(recipe.load(str(tiny), ["data.phonemes=/nowhere"]))
+    assert "for 256 phonemes, as data.phonemes is not there" in table
 
 
 def test_a_run_is_drawn_from_its_own_events(tmp_path):

@@ -64,7 +64,7 @@ def main() -> None:
     for stage in chosen.stages:
         branch = branches[stage.branch]
         branch.enter(stage)
-        with build.train_stream(stage, None) as stream:
+        with build.train_dataloader(stage, None) as stream:
             for number in range(3):  # ZeRO-3 learns in the first ones what is used when
                 branch.step([next(stream)], number)
             batch = next(stream)

@@ -58,7 +58,7 @@ def main() -> None:
     chosen = recipe.load(given)
     build = Builder(chosen)
     stages = {s.name: s for s in chosen.stages}
-    batches = build.held_out("sft")
+    batches = build.validation_batches("sft")
     found: dict = {"frozen": {}, "sharded": sharded(build)}
     config = EngineConfig(precision="bf16")
     branch = BranchEngine("sft", build.speech_llm(), config, folder)

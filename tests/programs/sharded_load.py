@@ -43,7 +43,7 @@ def compare(chosen: recipe.Recipe, name: str, folder: Path) -> dict:
     """A branch whole and in slices, from its weights to three steps of its last stage."""
     build = Builder(chosen)
     stage = next(s for s in reversed(chosen.stages) if s.branch == name)
-    batches = build.held_out(name)
+    batches = build.validation_batches(name)
     cut = Counted(partitioner(chosen.engine))
     whole, slices = build.module(name), build.module(name, cut)
     total = sum(p.numel() for p in whole.parameters())

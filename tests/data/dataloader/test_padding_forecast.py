@@ -68,7 +68,7 @@ def test_the_stream_makes_what_was_forecast(tiny) -> None:
     stage = chosen.stage("align")
     got = batch_search.forecast_stage(chosen, stage)
     padded = useful = batches = 0
-    with Builder(chosen).train_stream(stage, None) as stream:
+    with Builder(chosen).train_dataloader(stage, None) as stream:
         for batch in stream:
             if batch.epoch:
                 break
