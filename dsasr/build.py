@@ -1,4 +1,4 @@
-"""From a recipe to its objects: text, streams, modules. What is missing is said beforehand."""
+"""Build the objects of a recipe: text encoders, dataloaders, models; check its files beforehand."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.tensor_fragments import MANIFEST
 from dsasr.data.audio.features import Cmvn
+from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.text.phonemes import PhonemeVocab, build_phonemizer
@@ -30,21 +31,21 @@ from dsasr.model.llm import embedding_rms, load_llm
 from dsasr.model.llm_hub import find_llm
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.recipe import Recipe
+from dsasr.recipe import SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
 
 def sub_seed(seed: int, purpose: str) -> int:
-    """A 31-bit seed of its own for ``purpose``."""
+    """A 31-bit seed derived from ``seed``, independent for each ``purpose``."""
     digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 33
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Builds the parts of a run. Properties are made once, on first use."""
+    """Builds the parts of a run; properties are built on first use and cached."""
 
     recipe: Recipe
 
@@ -52,41 +53,45 @@ class Builder:
 
     @property
     def frame_seconds(self) -> float:
-        """Of an encoder frame: four feature frames."""
-        return 4 * self.recipe.data.fbank.shift_ms / 1000
+        """Seconds of an encoder frame."""
+        return SUBSAMPLING * self.recipe.data.fbank.shift_ms / 1000
 
     @cached_property
     def cmvn(self) -> Cmvn:
-        path = self._file(self.recipe.data.cmvn, "data.cmvn", "make it with `dsasr data cmvn`")
+        hint = "make it with `dsasr data cmvn`"
+        path = self._existing_file(self.recipe.data.cmvn, "data.cmvn", hint)
         return Cmvn.load(path)
 
     @cached_property
     def phonemes(self) -> PhonemeVocab:
         hint = "make it with `dsasr data phonemes`"
-        return PhonemeVocab.load(self._file(self.recipe.data.phonemes, "data.phonemes", hint))
+        return PhonemeVocab.load(
+            self._existing_file(self.recipe.data.phonemes, "data.phonemes", hint)
+        )
 
     @cached_property
     def llm_folder(self) -> Path:
-        """The language model's, by ``model.llm.path``: a local folder or a hub name."""
+        """The folder of ``model.llm.path``, which is itself or a hub name (`find_llm`)."""
         return find_llm(self.recipe.model.llm.path)
 
     @property
     def tokenizer_folder(self) -> Path:
-        given = self.recipe.model.tokenizer
-        return Path(given) if given else self.llm_folder
+        folder = self.recipe.model.tokenizer
+        return Path(folder) if folder else self.llm_folder
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer_folder)
 
     @staticmethod
-    def _file(path: str, key: str, hint: str) -> Path:
+    def _existing_file(path: str, key: str, hint: str) -> Path:
+        """``path`` of the recipe's ``key``, or `UserError` with ``hint``."""
         if not Path(path).is_file():
             raise UserError(f"{key}: there is no {path}; {hint}")
         return Path(path)
 
-    def text(self, phonemes: bool, tokens: bool) -> TextEncoder:
-        """What turns transcripts into labels, for a branch that needs one kind or both."""
+    def text_encoder(self, phonemes: bool, tokens: bool) -> TextEncoder:
+        """From transcripts to labels: phonemes, tokens or both."""
         data = self.recipe.data
         return TextEncoder(
             config=data.text,
@@ -95,10 +100,10 @@ class Builder:
             tokenizer=self.tokenizer if tokens else None,
         )
 
-    def train_stream(
+    def train_dataloader(
         self, stage: StageConfig, state: Mapping[str, Any] | None
     ) -> StreamingDataLoader:
-        """The endless stream of a stage, from ``state`` on."""
+        """A stage's endless dataloader, from ``state`` on."""
         config, datasets = self.recipe.dataloader(stage)
         return self._dataloader(
             config,
@@ -109,16 +114,22 @@ class Builder:
             state=state,
         )
 
-    def held_out(self, branch: str, utterances: int = 0, datasets=None) -> list:
-        """This rank's batches of the validation set (or ``datasets``), up to ``utterances``.
+    def validation_batches(
+        self,
+        branch: str,
+        utterances: int = 0,
+        datasets: tuple[DatasetConfig, ...] | None = None,
+    ) -> list[Batch]:
+        """This rank's batches of the validation set (or ``datasets``), until all ranks together
+        have ``utterances`` (0: all of it).
 
-        Every rank gets equally many batches; some may hold no utterance.
+        Every rank gets equally many batches; some may have no utterance. Collective.
         """
         config = replace(self.recipe.data.dataloader, num_workers=0)
-        chosen = datasets or self.recipe.data.valid
-        with self._dataloader(config, chosen, branch, purpose="eval", seed=0) as stream:
+        datasets = datasets or self.recipe.data.valid
+        with self._dataloader(config, datasets, branch, purpose="eval", seed=0) as loader:
             batches, seen = [], 0
-            for batch in stream:
+            for batch in loader:
                 batches.append(batch)
                 seen += sum(distributed.gather(len(batch))) if utterances else 0
                 if utterances and seen >= utterances:
@@ -130,18 +141,18 @@ class Builder:
         config: DataLoaderConfig,
         datasets: tuple[DatasetConfig, ...],
         branch: str,
-        **given: Any,
+        **options: Any,
     ) -> StreamingDataLoader:
         return StreamingDataLoader(
             config,
             datasets=datasets,
-            text=self.text(phonemes=branch == "pretrain", tokens=branch == "sft"),
+            text=self.text_encoder(phonemes=branch == "pretrain", tokens=branch == "sft"),
             fbank=self.recipe.data.fbank,
             cmvn=self.cmvn,
             rank=distributed.rank(),
             world=distributed.world(),
             device=distributed.device(),
-            **given,
+            **options,
         )
 
     # -- models ------------------------------------------------------------------------------
@@ -235,7 +246,7 @@ class Builder:
     # -- checks ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `UserError` for whatever of the recipe's files is missing or does not fit."""
+        """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
         schedule = self.recipe.schedule()
         _ = self.cmvn
         if schedule.pretrain is not None and self.recipe.branch != "sft":
@@ -244,9 +255,9 @@ class Builder:
             _ = self.llm_folder, self.tokenizer
             self._check_prompt()
             self._check_lora()
-        if self.recipe.encoder_given:
+        if self.recipe.starts_from_snapshot:
             manifest = Path(self.recipe.model.encoder_from) / MANIFEST
-            self._file(str(manifest), "model.encoder_from", "give a snapshot's folder")
+            self._existing_file(str(manifest), "model.encoder_from", "give a snapshot's folder")
         if self.cmvn.mean_F.shape[0] != self.recipe.model.encoder.mels:
             raise UserError(
                 f"{self.recipe.data.cmvn} has {self.cmvn.mean_F.shape[0]} mel bins, "
@@ -260,7 +271,7 @@ class Builder:
                 sources.resolve(dataset.shards)
 
     def _check_prompt(self) -> None:
-        """The prompt must not be longer than the token budgets take it for."""
+        """The prompt must not be longer than the token budgets count it."""
         length = sum(map(len, Prompt.build(self.tokenizer)))
         for stage in self.recipe.schedule().sft:
             batch = self.recipe.dataloader(stage)[0].batch
@@ -271,8 +282,8 @@ class Builder:
                 )
 
     def _check_lora(self) -> None:
-        """The layers that are to be adapted must be there."""
-        chosen = self.recipe.model
-        if chosen.lora is not None:
+        """The language model must have the layers that LoRA targets."""
+        config = self.recipe.model.lora
+        if config is not None:
             with torch.device("meta"):
-                lora.check(load_llm(self.llm_folder, weights=False), chosen.lora)
+                lora.check(load_llm(self.llm_folder, weights=False), config)

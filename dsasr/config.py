@@ -1,8 +1,9 @@
-"""Recipes: YAML → nested dataclasses, ``key=value`` overrides, validation, dump.
+"""Reading, validation and writing of recipes: YAML ⇄ nested dataclasses, ``key=value`` overrides.
 
-The order of authority is: dataclass defaults < recipe file < command line. Each module owns the
-dataclass of its own settings; this one only reads, checks and writes them. Unknown keys fail with
-the nearest valid name, so that a typo never trains silently with a default.
+The order of authority is: dataclass defaults < recipe file < command line. Each module defines the
+dataclass of its settings; this one only reads, checks and writes them. Unknown keys fail with the
+nearest valid name, so a typo never trains silently with a default. ``recipes/README.md`` lists all
+keys.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest of ``valid``, else the list of them."""
+    """The end of an error message: the name of ``valid`` closest to ``name``, else all of them."""
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     if close:
         return f" (did you mean '{close[0]}'?)"
@@ -42,7 +43,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     if dataclasses.is_dataclass(values) and isinstance(values, cls):
         return values
     if not isinstance(values, Mapping):
-        raise UserError(f"{path or 'recipe'} must be a mapping, not {_shown(values)}")
+        raise UserError(f"{path or 'recipe'} must be a mapping, not {_abbreviated(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     arguments = {}
@@ -61,7 +62,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     return cls(**arguments)
 
 
-def _shown(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -77,22 +78,22 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
             choices = ", ".join(map(str, typing.get_args(hint)))
-            raise UserError(f"{where} must be one of {choices}, not {_shown(value)}")
+            raise UserError(f"{where} must be one of {choices}, not {_abbreviated(value)}")
         return value
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where} must be a list, not {_shown(value)}")
+            raise UserError(f"{where} must be a list, not {_abbreviated(value)}")
         inner = typing.get_args(hint)
         kinds = [inner[0]] * len(value) if origin is list or inner[1:] == (...,) else list(inner)
         if len(kinds) != len(value):
             raise UserError(f"{where} must have {len(kinds)} entries, not {len(value)}")
         return origin(
-            _convert(k, v, _entry(where, i, v))
+            _convert(k, v, _entry_path(where, i, v))
             for i, (k, v) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a mapping, not {_shown(value)}")
+            raise UserError(f"{where} must be a mapping, not {_abbreviated(value)}")
         kind = typing.get_args(hint)[1]
         return {str(k): _convert(kind, v, f"{where}.{k}") for k, v in value.items()}
     return _convert_scalar(hint, value, where)
@@ -119,20 +120,20 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise UserError(f"{where} must be a number, not {_shown(value)}") from None
+            raise UserError(f"{where} must be a number, not {_abbreviated(value)}") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) and hint is not bool:
-        raise UserError(f"{where} must be a {hint.__name__}, not {_shown(value)}")
+        raise UserError(f"{where} must be a {hint.__name__}, not {_abbreviated(value)}")
     if not isinstance(value, hint):
-        raise UserError(f"{where} must be a {hint.__name__}, not {_shown(value)}")
+        raise UserError(f"{where} must be a {hint.__name__}, not {_abbreviated(value)}")
     return value
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what YAML and JSON know."""
+    """Dataclasses as mappings, tuples as lists, paths as strings: values for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -143,10 +144,10 @@ def to_plain(value: Any) -> Any:
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """The plain values of a packaged recipe's name or of a YAML file's path, bases merged in.
+    """The plain values of a packaged recipe, or of the YAML file at a path, bases merged in.
 
-    A recipe may name another with ``base:``; its own values then override the base's, mapping by
-    mapping. Raises `UserError` when it is not there or not YAML.
+    A recipe may name another one with ``base:``; its values then override the base's (`merge`).
+    Raises `UserError` for a file that is missing or not YAML.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -165,7 +166,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``; mappings merge key by key, all else is replaced."""
+    """``over`` on top of ``base``: mappings merge key by key, lists and all else are replaced."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
@@ -178,8 +179,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """``a.b=value`` assignments applied to a copy of ``values``.
 
-    The right side is YAML, so ``lr=[1e-3, 2e-3]`` works. A list is entered by index or, where its
-    entries have a ``name``, by that name: ``stages.align.steps=100``.
+    The right side is YAML: ``interleave=[1, 2]``. An entry of a list is named by its index or, if
+    it has one, by its ``name``: ``stages.align.steps=100``. Raises `UserError` for a key that does
+    not exist.
     """
     values = json.loads(json.dumps(values, default=str))
     for assignment in assignments:
@@ -199,7 +201,7 @@ def _assign(values: Any, key: str, value: Any) -> None:
     target = values
     for part in parents:
         if isinstance(target, list):
-            target = target[_position(target, part, key)]
+            target = target[_entry_index(target, part, key)]
         else:
             if target.get(part) is None:
                 target[part] = {}
@@ -207,12 +209,12 @@ def _assign(values: Any, key: str, value: Any) -> None:
         if not isinstance(target, (dict, list)):
             raise UserError(f"'{key}' does not exist: '{part}' holds a plain value")
     if isinstance(target, list):
-        target[_position(target, last, key)] = value
+        target[_entry_index(target, last, key)] = value
     else:
         target[last] = value
 
 
-def _position(entries: list, part: str, key: str) -> int:
+def _entry_index(entries: list, part: str, key: str) -> int:
     if part.isdigit() and int(part) < len(entries):
         return int(part)
     names = [e.get("name", "") if isinstance(e, dict) else "" for e in entries]
@@ -223,24 +225,24 @@ def _position(entries: list, part: str, key: str) -> int:
 
 
 def dump(value: Any) -> str:
-    """A dataclass as YAML that `read_recipe` and `build` read back to an equal one."""
+    """A dataclass as YAML; `read_recipe` and `build` read it back to an equal one."""
     return yaml.safe_dump(to_plain(value), sort_keys=False, allow_unicode=True)
 
 
 def fingerprint(value: Any) -> str:
-    """A short, stable hash of a dataclass or of plain values."""
+    """16 hex digits of a SHA-256 over a dataclass or plain values, the same in every process."""
     text = json.dumps(to_plain(value), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _entry(path: str, index: int, value: Any) -> str:
-    """A list's entry as an override would call it: by its name, if it has one."""
+def _entry_path(path: str, index: int, value: Any) -> str:
+    """The dotted path of a list's entry: by its name, if it has one, else by its index."""
     name = value.get("name") if isinstance(value, Mapping) else None
     return f"{path}.{name}" if isinstance(name, str) and name else f"{path}[{index}]"
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line per leaf that differs between two plain values: ``a.b: 1 → 2``."""
+    """One line for each leaf that differs between two plain values: ``a.b: 1 → 2``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
         for key in [*old, *(k for k in new if k not in old)]:
@@ -251,6 +253,6 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
         return [
             line
             for i, (a, b) in enumerate(zip(old, new, strict=True))
-            for line in difference(a, b, _entry(path, i, b))
+            for line in difference(a, b, _entry_path(path, i, b))
         ]
-    return [] if old == new else [f"{path}: {_shown(old)} → {_shown(new)}"]
+    return [] if old == new else [f"{path}: {_abbreviated(old)} → {_abbreviated(new)}"]

@@ -1,4 +1,4 @@
-"""The root of a recipe: every module's settings, and what only holds between them."""
+"""The root of a recipe: every module's settings, and the rules between them."""
 
 from __future__ import annotations
 
@@ -32,21 +32,28 @@ from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
 from dsasr.tracking.monitor import MonitorConfig
 from dsasr.utils.errors import UserError
 
-SUBSAMPLING = 4  # feature frames to one of the encoder's, whatever its size
+SUBSAMPLING = 4  # feature frames to one encoder frame, of every encoder size
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: tuple[DatasetConfig, ...]
-    valid: tuple[DatasetConfig, ...]
-    cmvn: str  # from `dsasr data cmvn`
-    phonemes: str  # the phoneme vocabulary, from `dsasr data phonemes`
+    """Training and validation data."""
+
+    train: tuple[DatasetConfig, ...]  # training datasets, mixed by weight; names must differ
+    valid: tuple[DatasetConfig, ...]  # validation datasets, read whole and in order
+    cmvn: str  # file with mean and variance of the features, by `dsasr data cmvn`
+    phonemes: str  # file with the phoneme vocabulary, by `dsasr data phonemes`
+    # log-Mel features; must be those that cmvn was computed from
     fbank: FbankConfig = field(default_factory=FbankConfig)
+    # augmentation of the training audio; null: none
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    # form of the transcripts that are trained on
     text: TextConfig = field(default_factory=TextConfig)
+    # where phoneme labels come from
     phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)
+    # reading, shuffling and batching
     dataloader: DataLoaderConfig = field(default_factory=DataLoaderConfig)
-    # cause → how many samples of a run may be dropped for it; "*": each other cause, "total": all
+    # cause → samples of a run that may be dropped for it; "*": every other cause, "total": all
     bad_limits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,36 +62,46 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class SftConfig:
-    """What the sft branch does to its input in training."""
+class SftInputConfig:
+    """Input of the sft branch in training."""
 
-    spec: bool = True  # SpecAugment, as in pretraining
-    chunks: ChunkConfig | None = None  # None: full context
+    spec: bool = True  # SpecAugment with the settings of model.pretrain.spec
+    # dynamic chunks, as in model.pretrain.chunks; null: full context
+    chunks: ChunkConfig | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    llm: LlmConfig
-    lora: LoraConfig | None = None  # for stages that train 'lora'
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The parts of the model."""
+
+    llm: LlmConfig  # the language model
+    # LoRA in the language model, for stages that train 'lora'; null: none
+    lora: LoraConfig | None = None
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # sizes of the Conformer
+    # between encoder and language model
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
+    # objective and input of the pretrain branch
     pretrain: CtcModelConfig = field(default_factory=CtcModelConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
-    tokenizer: str = ""  # empty: the language model's folder
-    encoder_from: str = ""  # a snapshot's folder to start from; empty: random weights
+    sft: SftInputConfig = field(default_factory=SftInputConfig)  # input of the sft branch
+    tokenizer: str = ""  # folder of a tokenizer; empty: the language model's
+    # folder of an encoder snapshot for the sft branch to start from; empty: pretraining's
+    encoder_from: str = ""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int = 0  # steps of a stage between two evaluations; 0: only at the run's end
-    utterances: int = 64  # of the validation set, in each evaluation during training
-    samples: int = 3  # reference/hypothesis pairs shown
-    # Normalization of what is scored. plain: digit strings stay words; the path of a Whisper
-    # checkpoint's normalizer.json: standard, and British spellings count as American ones.
+    """Error rates and hallucinations during training, and at the end of the run."""
+
+    every: int = 0  # steps of a stage between two evaluations; 0: only at the end of the run
+    utterances: int = 64  # of the validation set, in an evaluation during training; 0: all
+    samples: int = 3  # pairs of reference and hypothesis that each evaluation logs
+    # normalization before scoring: standard, plain (digit strings stay words), or the path of a
+    # Whisper normalizer.json (standard, and British spellings count as American ones)
     rules: str = "standard"
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    # Hallucinations during training: the suite on so many utterances; 0: not at all.
+    decode: DecodeConfig = field(default_factory=DecodeConfig)  # decoding of the validation set
+    # utterances for the hallucination suite in each evaluation; 0: no suite
     suite_utterances: int = 0
+    # the hallucination suite, smaller than the one of `dsasr evaluate`
     suite: SuiteConfig = field(
         default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
     )
@@ -97,27 +114,30 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class StoreConfig:
-    """Snapshots. ``late``: what an sft job does when its publisher has been silent too long."""
+class SnapshotStoreConfig:
+    """The snapshot store: where pretraining publishes encoders for the sft branch."""
 
-    path: str = ""  # empty: RUN/snapshots
+    # folder of the snapshots, on a file system that both jobs see; empty: RUN/snapshots
+    path: str = ""
+    # newest snapshots kept; never removed: the final one, the reference, those in use
     keep: int = 5
+    # seconds between two polls of the store, and of each wait for a snapshot
     poll_seconds: float = 5.0
+    # seconds without a sign of life of the pretrain job after which `late` applies
     silent_seconds: float = 600.0
+    # an sft job without its next encoder: wait on, continue with the newest one as final, or stop
     late: Literal["wait", "continue", "stop"] = "wait"
 
 
 @dataclass(frozen=True)
 class OnlineProbeConfig:
-    """Entropy allocation during training (`watch`). ``every``: steps of a stage between two looks
-    (0: none at all); ``probes``: looks of a branch between two with probes (0: never), on at most
-    ``frames`` frames; ``utterances`` of the validation set are the probe set; ``budget``: the share
-    of the training time that looks may take."""
+    """Measurements of entropy allocation during training (`dsasr.training.online_probe`)."""
 
-    every: int = 0
-    probes: int = 4
-    utterances: int = 48
-    frames: int = 10_000
+    every: int = 0  # steps of a stage between two measurements, and one at its end; 0: none at all
+    probes: int = 4  # every n-th measurement of a branch also fits probes (PAI, CSAI); 0: never
+    utterances: int = 48  # of the validation set, as the probe set; at least 3
+    frames: int = 10_000  # encoder frames that probes are fitted on, at most; at least 100
+    # share of the training time that measurements may take, above 0 and at most 1
     budget: float = 0.05
 
     def __post_init__(self) -> None:
@@ -129,25 +149,40 @@ class OnlineProbeConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    run: str  # the run folder
-    data: DataConfig
-    model: ModelConfig
+    """All settings of a run."""
+
+    # the run folder; with branch pretrain or sft the job writes into RUN/pretrain or RUN/sft
+    run: str
+    data: DataConfig  # training and validation data, and how it is read
+    model: ModelConfig  # encoder, CTC head, adaptor and language model
+    # the stage table: what trains, on what, for how long; names must differ
     stages: tuple[StageConfig, ...]
-    seed: int = 1
+    seed: int = 1  # of all random numbers: weights, order of the data, augmentation, dropout
+    # both: one job; pretrain or sft: that branch alone, beside a second job with the other
     branch: Literal["both", "pretrain", "sft"] = "both"
-    interleave: tuple[int, int] = (1, 1)  # pretrain steps : sft steps while both branches run
+    # [pretrain steps, sft steps] in turn while both branches run in one job
+    interleave: tuple[int, int] = (1, 1)
+    # when pretraining publishes an encoder snapshot for the sft branch
     drift: DriftConfig = field(default_factory=DriftConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    # where snapshots are exchanged
+    store: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)  # DeepSpeed, precision and optimizer
+    # when checkpoints are saved, and which are kept
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # error rates and hallucinations during training
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)  # the run's log
+    # measurements of entropy allocation during training
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
-    resume: str = "auto"  # auto: the run folder's newest whole checkpoint; never; or a checkpoint
-    allow_changed: bool = False  # resume although the recipe is not the run's
+    # auto: from the run folder's newest whole checkpoint, if any; never; or a checkpoint's folder
+    resume: str = "auto"
+    # resume although settings that change what is learned differ from the checkpoint's
+    allow_changed: bool = False
+    # implementation of the fused operations; auto: triton on CUDA, torch elsewhere
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)  # for `dsasr submit`
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # ends a run that hangs
+    # size and options of the job that `dsasr submit` starts; training itself ignores them
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         self.schedule()
@@ -159,94 +194,115 @@ class Recipe:
                         f"stage '{stage.name}' mixes an unknown dataset '{name}'"
                         f"{nearest(name, names)}"
                     )
-            batch, per_token = (
-                self.dataloader(stage)[0].batch,
-                SUBSAMPLING * self.model.adaptor.stack,
-            )
+            batch = self.dataloader(stage)[0].batch
+            per_token = SUBSAMPLING * self.model.adaptor.stack
             if stage.branch == "sft" and batch.tokens and batch.frames_per_token != per_token:
                 raise UserError(
                     f"stage '{stage.name}' counts speech at one token for {batch.frames_per_token} "
                     f"frames, the model at {per_token}: give batch.frames_per_token={per_token}"
                 )
         self._check_lora()
-        if self.branch != "pretrain" and not self.schedule().pretrain and not self.encoder_given:
+        if (
+            self.branch != "pretrain"
+            and not self.schedule().pretrain
+            and not self.starts_from_snapshot
+        ):
             raise UserError(
                 "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT"
             )
 
     def _check_lora(self) -> None:
-        using = [stage.name for stage in self.stages if "lora" in stage.trains]
-        if using and self.model.lora is None:
+        training = [stage.name for stage in self.stages if "lora" in stage.trains]
+        if training and self.model.lora is None:
             raise UserError(
-                f"stage '{using[0]}' trains 'lora': give model.lora, such as model.lora.rank=16"
+                f"stage '{training[0]}' trains 'lora': give model.lora, such as model.lora.rank=16"
             )
-        if self.model.lora is not None and self.schedule().sft and not using:
+        if self.model.lora is not None and self.schedule().sft and not training:
             raise UserError(
                 "model.lora is given, but no stage trains 'lora': name it in a stage's trains, in "
                 "place of 'llm', or give model.lora=null"
             )
 
     def parts(self, branch: str) -> tuple[str, ...]:
-        """The parts of a branch's model."""
+        """Names of the parts of a branch's model."""
         return tuple(p for p in PARTS[branch] if p != "lora" or self.model.lora is not None)
 
     @property
-    def encoder_given(self) -> bool:
+    def starts_from_snapshot(self) -> bool:
+        """Whether the sft branch starts from the encoder snapshot of ``model.encoder_from``."""
         return bool(self.model.encoder_from)
 
     @property
     def folder(self) -> Path:
-        """Where the job writes; two jobs of a concurrent run have a folder each below ``run``."""
+        """Where the job writes; the two jobs of a concurrent run have a folder each in ``run``."""
         return Path(self.run) if self.branch == "both" else Path(self.run) / self.branch
 
     @property
     def store_folder(self) -> Path:
+        """The folder of the snapshot store, the same for both jobs of a concurrent run."""
         return Path(self.store.path) if self.store.path else Path(self.run) / "snapshots"
 
     def encoder_fingerprint(self) -> str:
-        """Of all settings that decide what pretraining makes of the encoder."""
-        deciding = (self.seed, self.data, self.model.encoder, self.model.pretrain)
-        return config.fingerprint([*deciding, self.schedule().pretrain])
+        """A hash of all settings that the pretrained encoder depends on."""
+        settings = (self.seed, self.data, self.model.encoder, self.model.pretrain)
+        return config.fingerprint([*settings, self.schedule().pretrain])
 
     def schedule(self) -> Schedule:
         return Schedule(self.stages, self.drift, self.interleave, self.branch)
 
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name. Raises `UserError` with the nearest name."""
+        names = [stage.name for stage in self.stages]
+        if name not in names:
+            raise UserError(f"no stage '{name}'{nearest(name, names)}")
+        return self.stages[names.index(name)]
+
     def dataloader(self, stage: StageConfig) -> tuple[DataLoaderConfig, tuple[DatasetConfig, ...]]:
-        """The stream's settings and the mixture of a stage."""
+        """A stage's dataloader settings, and its datasets with their weights in the mixture."""
         batch = stage.batch or self.data.dataloader.batch
-        stream = replace(self.data.dataloader, batch=batch)
+        loader = replace(self.data.dataloader, batch=batch)
         if stage.mixture is None:
-            return stream, self.data.train
-        chosen = tuple(
+            return loader, self.data.train
+        mixture = tuple(
             replace(d, weight=stage.mixture[d.name])
             for d in self.data.train
             if stage.mixture.get(d.name)
         )
-        return stream, chosen
+        return loader, mixture
 
 
-# What may differ between a run and its continuation without changing what is learned.
-HARMLESS = ("run", "resume", "allow_changed", "monitor", "checkpoint", "evaluation", "store")
-HARMLESS += ("probe", "slurm", "watchdog")
+# Keys that a resumed run may change without a change to what is learned.
+RESUME_MAY_CHANGE = (
+    "run",
+    "resume",
+    "allow_changed",
+    "monitor",
+    "checkpoint",
+    "evaluation",
+    "store",
+)
+RESUME_MAY_CHANGE += ("probe", "slurm", "watchdog")
 
 
 def load(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:
-    """The recipe of that packaged name or path with ``key=value`` overrides applied."""
+    """The recipe of that packaged name or path with ``key=value`` overrides applied.
+
+    Raises `UserError` for a missing file, an unknown key or an invalid value.
+    """
     values = config.override(config.read_recipe(name_or_path), assignments)
     return config.build(Recipe, values)
 
 
-def changes(old: dict, new: Recipe) -> list[str]:
-    """One line for each setting that differs and matters, between a saved recipe and a new one."""
-    keep = [k for k in old if k not in HARMLESS]
-    new_values = config.to_plain(new)
+def changed_settings(old: dict, new: Recipe) -> list[str]:
+    """One line for each setting that differs between a saved recipe and a new one, of those that
+    change what is learned."""
     return config.difference(
-        {k: old[k] for k in keep},
-        {k: v for k, v in new_values.items() if k not in HARMLESS},
+        {k: v for k, v in old.items() if k not in RESUME_MAY_CHANGE},
+        {k: v for k, v in config.to_plain(new).items() if k not in RESUME_MAY_CHANGE},
     )
 
 
-def quiet() -> None:
-    """Silence warnings of libraries that a user can do nothing about."""
+def silence_library_warnings() -> None:
+    """Filter warnings of libraries that a user can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")

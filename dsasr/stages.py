@@ -39,21 +39,26 @@ class StageConfig:
     model (`model.lora`), ``llm`` the model's own weights.
     """
 
-    name: str
+    name: str  # unique name; key=value reaches the stage by it (stages.NAME.steps=100)
+    # pretrain: encoder and CTC head; sft: encoder, adaptor, language model and LoRA
     branch: BranchName
+    # part → maximum learning rate, all others are frozen; pretrain: encoder, ctc; sft: encoder,
+    # adaptor, llm or lora
     trains: dict[str, float]
-    steps: int
-    objective: str = ""  # pretrain: cr_ctc or ctc; sft: ce
-    warmup_steps: int = 0  # steps of linear warm-up
+    steps: int  # optimizer steps of the stage
+    objective: str = ""  # pretrain: cr_ctc (default) or ctc; sft: ce
+    warmup_steps: int = 0  # steps of linear warmup; below steps
+    # shape of the learning rate after warmup
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    min_lr_ratio: float = 0.0  # share of the maximum rate at the end of the decay
-    weight_decay: float = 0.0
-    grad_accum_steps: int = 1  # micro-batches a rank and step
-    batch: BatchConfig | None = None  # None: the recipe's data.batch
-    mixture: dict[str, float] | None = None  # data set → weight; None: the data sets' own weights
-    swaps: bool = False  # takes newer snapshots while it runs
-    steps_after_final_swap: int = 0  # this many last steps wait for the final encoder
-    keep_moments: bool = False  # keep the Adam moments of the stage before
+    min_lr_ratio: float = 0.0  # learning rate at the end of the decay, as a share of the maximum
+    weight_decay: float = 0.0  # decoupled weight decay of AdamW
+    grad_accum_steps: int = 1  # micro-batches of a rank in one optimizer step
+    batch: BatchConfig | None = None  # batch budgets of the stage; null: data.dataloader.batch
+    # dataset name → weight, the others are left out; null: all with their own weights
+    mixture: dict[str, float] | None = None
+    swaps: bool = False  # load newer encoder snapshots while the stage runs (sft)
+    steps_after_final_swap: int = 0  # last steps of the stage that wait for the final encoder (sft)
+    keep_moments: bool = False  # keep the Adam moments of parts that the stage before trained too
 
     def __post_init__(self) -> None:
         where = f"stage '{self.name}'"
@@ -103,7 +108,8 @@ class PlannedSwap:
     ``sft`` counts the sft branch's steps over all its stages; None: as soon as it is published.
     """
 
-    pretrain: int
+    pretrain: int  # publish the encoder after this pretrain step, counted from 1
+    # load it from this sft step on, counted over all sft stages; null: as soon as it is there
     sft: int | None = None
 
 
@@ -111,14 +117,19 @@ class PlannedSwap:
 class DriftConfig:
     """When the encoder is published. Steps are pretrain steps; shares are of their total."""
 
+    # publish a snapshot: cka: when CKA to the last one falls below threshold; fixed: at `swaps`;
+    # final: only when pretraining ends
     mode: Literal["cka", "fixed", "final"] = "cka"
-    start: float = 0.25  # share of pretraining at which the first reference is taken
-    interval: float = 0.005  # share between two measurements
-    threshold: float = 0.975  # CKA below it publishes a snapshot
-    swaps: tuple[PlannedSwap, ...] = ()  # mode: fixed
-    probe_utterances: int = 32
-    layers: bool = False  # CKA of every layer beside the output's
-    unbiased: bool = False  # debiased estimate, for small probe sets
+    # cka: share of the pretrain steps after which the first reference is taken, 0 to 1
+    start: float = 0.25
+    # cka: share of the pretrain steps between two measurements, above 0 to 1
+    interval: float = 0.005
+    # cka: CKA to the reference below which a snapshot is published and becomes the reference
+    threshold: float = 0.975
+    swaps: tuple[PlannedSwap, ...] = ()  # fixed: the steps at which to publish and swap
+    probe_utterances: int = 32  # cka: utterances of the validation set that CKA is measured on
+    layers: bool = False  # cka: also log CKA of every encoder layer
+    unbiased: bool = False  # cka: debiased estimate of CKA, for small probe sets
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= 1 or not 0 < self.interval <= 1:

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
-    recipe.quiet()
+    recipe.silence_library_warnings()
     cfg = recipe.load(options.recipe, options.overrides)
     branch_engine.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)

@@ -1,4 +1,4 @@
-"""What a recipe says about data reaches the stream and the model that a run builds."""
+"""The recipe's data settings reach the dataloader and the model that a run builds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.features import decode, fbank
 from dsasr.data.shards.index import build_index, read_sample
-from dsasr.planning import batch_search
 from dsasr.utils.errors import UserError
 
 
 def load_batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
     cfg = recipe.load(str(tiny), overrides)
-    with Builder(cfg).train_stream(batch_search.stage_of(cfg, stage), None) as stream:
+    with Builder(cfg).train_dataloader(cfg.stage(stage), None) as stream:
         return [next(stream) for _ in range(count)]
 
 
@@ -27,26 +26,26 @@ def load_batches(tiny: Path, stage: str, count: int, *overrides: str) -> list:
 def test_features_are_computed_where_the_recipe_says_and_are_the_same(tiny, workers) -> None:
     """By workers or in the training process: `fbank`'s, normalized, to a thousandth."""
     override = f"data.dataloader.num_workers={workers}"
-    one = load_batches(tiny, "pretrain", 6, override, "data.dataloader.features=worker")
-    two = load_batches(tiny, "pretrain", 6, override, "data.dataloader.features=device")
+    by_worker = load_batches(tiny, "pretrain", 6, override, "data.dataloader.features=worker")
+    by_device = load_batches(tiny, "pretrain", 6, override, "data.dataloader.features=device")
     cmvn = Builder(recipe.load(str(tiny))).cmvn
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(by_worker, by_device, strict=True):
         assert a.keys == b.keys and torch.equal(a.feature_lengths_B, b.feature_lengths_B)
         torch.testing.assert_close(a.features_BTF, b.features_BTF, atol=1e-3, rtol=0)
         entry = next(e for e in build_index(a.shards[0]) if e.key == a.keys[0])
         wave = decode(read_sample(a.shards[0], entry).audio)
-        want = cmvn.apply(fbank(wave, recipe.load(str(tiny)).data.fbank))
+        expected = cmvn.apply(fbank(wave, recipe.load(str(tiny)).data.fbank))
         for batch in (a, b):
-            got = batch.features_BTF[0, : len(want)]
-            torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+            features = batch.features_BTF[0, : len(expected)]
+            torch.testing.assert_close(features, expected, atol=1e-3, rtol=0)
         assert a.stats["feature_s"] > 0
 
 
 def test_a_stages_mixture_has_its_own_weights_and_sets(tiny) -> None:
     folder = tiny.parent
     sets = [
-        {"name": name, "shards": str(folder / place), "weight": weight}
-        for name, place, weight in (("a", "train", 1.0), ("b", "valid", 1.0))
+        {"name": name, "shards": str(folder / split), "weight": weight}
+        for name, split, weight in (("a", "train", 1.0), ("b", "valid", 1.0))
     ]
     override = f"data.train={json.dumps(sets)}"
     mixed = load_batches(tiny, "pretrain", 60, override, "stages.pretrain.mixture={a: 3, b: 1}")

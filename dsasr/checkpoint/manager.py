@@ -27,13 +27,14 @@ from dsasr.utils.errors import UserError
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 0  # optimizer steps over both branches; 0: not by steps
-    every_minutes: float = 30.0  # 0: not by time
-    keep: int = 2  # newest ones kept
-    keep_hours: float = 0.0  # also kept: one for each so many hours; 0: none
-    keep_best: int = 0  # also kept: so many with the lowest ``best`` of an evaluation
-    best: str = "wer"  # a metric of the sft branch's evaluations
-    async_write: bool = True  # write while training goes on; takes a copy in the host's memory
+    # optimizer steps of both branches between two checkpoints; 0: not by steps
+    every_steps: int = 0
+    every_minutes: float = 30.0  # minutes between two checkpoints; 0: not by time
+    keep: int = 2  # newest checkpoints kept; at least 1
+    keep_hours: float = 0.0  # also keep one checkpoint every keep_hours hours; 0: none
+    keep_best: int = 0  # also keep this many checkpoints with the lowest `best`; 0: none
+    best: str = "wer"  # metric of the sft branch's evaluations that ranks checkpoints
+    async_write: bool = True  # write while training goes on, from a copy in the host's memory
 
     def __post_init__(self) -> None:
         if self.keep < 1:

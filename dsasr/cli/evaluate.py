@@ -75,12 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.evaluation.results import compare, read_results
     from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
     from dsasr.inference.model_from_run import RunModel
-    from dsasr.recipe import quiet
+    from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
 
     if args.is_finished:
         return 0 if is_finished(args.run) else 1
-    quiet()
+    silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     run = RunModel.from_run(args.run, args.checkpoint)
     recipe = run.build.recipe

@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dsasr import config
     from dsasr.build import Builder
     from dsasr.inference.export import export_run, newest_checkpoint
-    from dsasr.recipe import Recipe, quiet
+    from dsasr.recipe import Recipe, silence_library_warnings
 
-    quiet()
+    silence_library_warnings()
     folders = [p for p in (args.run, args.run / "sft") if (p / "recipe.yaml").is_file()]
     if not folders:
         raise UserError(f"{args.run} is no run folder: it has no recipe.yaml")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    from dsasr.planning.cluster_sizing import Machine, Traffic
+    from dsasr.planning.memory import Machine, Traffic
 
     parser = command_parser(__name__, __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -74,16 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
 
     from dsasr import recipe
-    from dsasr.planning import batch_search
 
     cfg = recipe.load(args.recipe, args.overrides)
-    stages = [batch_search.stage_of(cfg, args.stage)] if args.stage else list(cfg.stages)
+    stages = [cfg.stage(args.stage)] if args.stage else list(cfg.stages)
     args.run(args, cfg, stages)
 
 
 def plan_cluster(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
-    from dsasr.planning.cluster_sizing import Machine, Traffic, measured_rate
+    from dsasr.planning.cluster_sizing import measure_rate
     from dsasr.planning.cluster_table import cluster_plan
+    from dsasr.planning.memory import Machine, Traffic
 
     if (
         min(args.nodes, args.gpus) < 1
@@ -91,7 +91,7 @@ def plan_cluster(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageCo
     ):
         raise UserError("give at least one node and GPU, and rates above 0")
     machine = Machine(
-        args.nodes, args.gpus, args.gpu_memory, args.rate or measured_rate(), args.inside,
+        args.nodes, args.gpus, args.gpu_memory, args.rate or measure_rate(), args.inside,
         args.network, storage=args.storage,
     )  # fmt: skip
     try:
@@ -104,23 +104,24 @@ def plan_cluster(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageCo
 
 
 def plan_batch(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
+    from dsasr.build import Builder
     from dsasr.planning import batch_search
 
     if args.memory < 0 or not 0 <= args.margin < 1 or args.most < batch_search.ROUND:
         raise UserError(f"give --memory ≥ 0, --margin in [0, 1) and --most ≥ {batch_search.ROUND}")
-    batch_search.check(cfg)
+    Builder(cfg).check()
     for stage in stages:
-        with Bar(desc=stage.name, unit="trial") as bar:
+        with Bar(desc=stage.name, unit="probe") as bar:
 
-            def show(trial: batch_search.Trial, bar: Bar = bar) -> None:
-                bar.set_postfix_str(f"{trial.frames} frames {'fit' if trial.fits else 'do not'}")
+            def show(probe: batch_search.BudgetProbe, bar: Bar = bar) -> None:
+                bar.set_postfix_str(f"{probe.frames} frames {'fit' if probe.fits else 'do not'}")
                 bar.update()
 
-            result = batch_search.probe(
+            result = batch_search.search_budget(
                 cfg, stage, memory=round(args.memory * batch_search.GIB), margin=args.margin,
-                most=args.most, tell=show,
+                limit=args.most, report=show,
             )  # fmt: skip
-        print(batch_search.table(result), end="\n\n")
+        print(batch_search.search_table(result), end="\n\n")
 
 
 def plan_padding(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
@@ -130,7 +131,7 @@ def plan_padding(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageCo
     print(f"{'stage':<12} {'samples':>9} {'hours':>8} {'batches':>8} {'longest':>8} "
           f"{'filled':>7} {'padding':>8}  left out")  # fmt: skip
     for stage in stages:
-        forecast = batch_search.outlook(cfg, stage, args.shards)
+        forecast = batch_search.forecast_stage(cfg, stage, args.shards)
         causes = ", ".join(f"{cause} {n}" for cause, n in forecast.left_out.most_common())
         longest = forecast.longest / FRAMES_PER_SECOND
         print(f"{stage.name:<12} {forecast.samples:>9} {forecast.hours:>8.2f} "

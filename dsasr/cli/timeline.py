@@ -35,18 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = cfg.schedule()
     triggers = args.triggers
     if triggers is None:
-        total = schedule.pretrain_steps()
-        triggers = [round(0.505 * total), round(0.66 * total)] if cfg.drift.mode == "cka" else []
-    events = timeline.course(schedule, triggers)
-    print(timeline.table(cfg, args.ranks))
-    print(timeline.rule(schedule))
+        triggers = timeline.paper_drift_steps(schedule)
+    events, accuracy = timeline.simulate_scaled(schedule, triggers)
+    print(timeline.stage_table(cfg, args.ranks))
+    print(timeline.swap_rule(schedule))
     if schedule.pretrain is not None and cfg.branch == "both":
         p, s = cfg.interleave
         print(f"turns: {p} pretrain : {s} sft while both branches run")
     if triggers:
         steps = ", ".join(f"{t:,}" for t in triggers)
         print(f"\nassumed: CKA falls below the threshold at pretrain steps {steps} (--triggers)")
-    print(timeline.describe(events, timeline.shrink(schedule)[1]))
+    print(timeline.format_events(events, accuracy))
     if args.plot:
         title = f"{args.recipe}: planned stages and encoder swaps"
         plot(events, args.plot, title, lrs=lr_curves(schedule, events))

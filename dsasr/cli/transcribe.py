@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from dsasr.inference.recognizer import Recognizer
-    from dsasr.recipe import quiet
+    from dsasr.recipe import silence_library_warnings
 
     sources = find(args.audio)
     if args.format == "srt" and len(sources) > 1 and not args.out:
         raise UserError("subtitles of several files need --out FOLDER")
-    quiet()
+    silence_library_warnings()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     recognizer = Recognizer.from_pretrained(args.model).with_beam(args.beam)

@@ -21,18 +21,20 @@ DS_CONFIGS = packaged_folder("ds_configs")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    deepspeed: str = "zero3"  # a file of ds_configs/ by name, or a path
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    # fp32 products: "medium" lets them pass through bf16 where that is faster. On an AMD EPYC it
-    # takes oneDNN's fp32 in place of MKL's: the same error (2e-7), 215 against 100 GFLOP/s a core.
+    # DeepSpeed JSON: a file of ds_configs/ by name (zero1 … zero3-nvme), or a path
+    deepspeed: str = "zero3"
+    # of weights and activations; auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # fp32 products: medium may pass through bf16; on an AMD EPYC it takes oneDNN in place of MKL,
+    # twice as fast and as exact
     matmul: Literal["highest", "high", "medium"] = "highest"
-    max_grad_norm: float = 1.0  # global gradient norm; 0: no clipping
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
+    max_grad_norm: float = 1.0  # global gradient norm that gradients are clipped to; 0: no clipping
+    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's β₁ and β₂, each in [0, 1)
+    eps: float = 1e-8  # AdamW's ε
+    # where the inactive branch's optimizer states go
     offload: OffloadConfig = field(default_factory=OffloadConfig)
-    nvme: str | None = (
-        None  # zero3-nvme: a folder on each machine's own disk, for masters and moments
-    )
+    # zero3-nvme: folder on each machine's own disk, for master weights and moments
+    nvme: str | None = None
 
     def __post_init__(self) -> None:
         swaps = on_nvme(read_ds_config(self.deepspeed))

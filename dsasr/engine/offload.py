@@ -25,8 +25,9 @@ from dsasr.utils.io import atomic_path
 
 @dataclass(frozen=True)
 class OffloadConfig:
+    # none: they stay on the device; cpu: the host's (pinned) memory; disk: a file
     device: Literal["none", "cpu", "disk"] = "none"
-    path: str | None = None  # disk: a folder on a fast local disk; None: the run folder
+    path: str | None = None  # disk: folder on a fast local disk; null: the run folder
 
     def __post_init__(self) -> None:
         if self.path and self.device != "disk":

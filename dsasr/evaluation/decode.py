@@ -32,11 +32,12 @@ class DecodeConfig:
     ``length_penalty``.
     """
 
-    beam: int = 1
-    max_tokens: int = 512
+    beam: int = 1  # beam width; 1: greedy
+    max_tokens: int = 512  # tokens of a hypothesis, at most
+    # a hypothesis has at most this many tokens per second of audio, plus extra_tokens
     tokens_per_second: float = 25.0
-    extra_tokens: int = 16
-    length_penalty: float = 1.0
+    extra_tokens: int = 16  # see tokens_per_second
+    length_penalty: float = 1.0  # beams are ranked by log-probability / tokens ** length_penalty
 
     def __post_init__(self) -> None:
         if self.beam < 1 or self.max_tokens < 1:

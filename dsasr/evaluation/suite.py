@@ -34,13 +34,16 @@ class SuiteConfig:
     """``clips`` of ``seconds`` each per kind of ``nonspeech``; every utterance at each of ``snrs``
     (dB) with one of ``noises``, and truncated to each share of ``truncations``."""
 
-    clips: int = 10
-    seconds: float = 10.0
+    clips: int = 10  # non-speech clips of each kind
+    seconds: float = 10.0  # length of a non-speech clip
+    # kinds of non-speech: silence, white, babble, music
     nonspeech: tuple[str, ...] = ("silence", "white", "babble", "music")
+    # signal-to-noise ratios in dB at which every utterance is tested
     snrs: tuple[float, ...] = (20.0, 10.0, 5.0, 0.0)
-    noises: tuple[str, ...] = ("white", "babble", "music")
+    noises: tuple[str, ...] = ("white", "babble", "music")  # noises mixed in: white, babble, music
+    # shares of an utterance, from its start, that truncated copies keep
     truncations: tuple[float, ...] = (0.5,)
-    seed: int = 0
+    seed: int = 0  # of the noise
 
     def __post_init__(self) -> None:
         for kind in (*self.nonspeech, *self.noises):

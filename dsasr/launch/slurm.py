@@ -17,10 +17,10 @@ _SET = re.compile(r"(?!\.)[A-Za-z0-9._-]+=\S+")
 
 @dataclass(frozen=True)
 class SizeConfig:
-    nodes: int = 1
-    gpus: int = 8  # of a node; a rank each
-    ranks: int = 0  # of a node without GPUs (gpus: 0)
-    cpus: int = 8  # of a rank: itself and its data workers
+    nodes: int = 1  # number of nodes; at least 1
+    gpus: int = 8  # GPUs of a node, one rank each; 0: a CPU job
+    ranks: int = 0  # ranks of a node without GPUs
+    cpus: int = 8  # CPU cores of a rank, shared with its data workers
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus < 0 or self.cpus < 1 or self.ranks < 0:
@@ -41,16 +41,19 @@ class SizeConfig:
 class SlurmConfig:
     """``size`` is the job's, or the pretrain component's; ``sft`` is the other component's."""
 
+    # of the job; in a job of two components, of the pretrain component
     size: SizeConfig = field(default_factory=SizeConfig)
+    # of the sft component, in a job of two components
     sft: SizeConfig = field(default_factory=SizeConfig)
-    time: str = "24:00:00"
+    time: str = "24:00:00"  # time limit as hours:minutes:seconds, in quotes
     signal: int = 300  # seconds before the time limit at which the run saves and requeues itself
-    partition: str = ""
-    account: str = ""
-    container: str = ""  # FILE.sif for Apptainer, else srun's --container-image
+    partition: str = ""  # Slurm partition; empty: the cluster's default
+    account: str = ""  # Slurm account; empty: the user's default
+    container: str = ""  # image: FILE.sif for Apptainer, else srun's --container-image; empty: none
+    # folders that the container sees; empty: the working folder and the run folder
     mounts: str = ""
-    network: str = ""  # interface of NCCL and Gloo
-    options: tuple[str, ...] = ()  # more of sbatch, such as --qos=high
+    network: str = ""  # network interface of NCCL and Gloo, such as ib0; empty: their choice
+    options: tuple[str, ...] = ()  # further options of sbatch, such as --qos=high
 
     def __post_init__(self) -> None:
         if not _TIME.fullmatch(self.time):

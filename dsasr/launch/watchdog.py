@@ -37,9 +37,9 @@ KEYS = 3  # of a batch's samples, how many are named
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    # The longest that one step, one batch of an evaluation or one checkpoint may take; 0: for ever.
+    # longest that a step, a batch of an evaluation or a checkpoint may take; 0: no limit
     seconds: float = 1800.0
-    # The longest that the ranks may take to find each other, and then to load all; 0: for ever.
+    # longest that ranks may take to find each other, and then to load; 0: no limit
     start_seconds: float = 3600.0
 
     def __post_init__(self) -> None:

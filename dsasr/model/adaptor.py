@@ -20,9 +20,9 @@ _RMS = {"gelu": 0.6521, "silu": 0.5968, "relu": 0.7071}
 class AdaptorConfig:
     """``stack`` consecutive frames are concatenated; ``hidden`` 0 is the language model's width."""
 
-    stack: int = 4
-    hidden: int = 0
-    activation: str = "gelu"
+    stack: int = 4  # consecutive encoder frames concatenated into one speech token
+    hidden: int = 0  # inner width; 0: the language model's width
+    activation: str = "gelu"  # gelu, silu or relu
 
     def __post_init__(self) -> None:
         if self.stack < 1 or self.hidden < 0:

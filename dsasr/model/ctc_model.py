@@ -29,8 +29,11 @@ class CtcModelConfig:
     """``consistency`` weighs CR-CTC's term (the paper: 0.2); 0 is plain CTC, one view, half the
     time. ``chunks`` None is full context, ``spec`` None no SpecAugment."""
 
+    # weight of CR-CTC's consistency term (0.2 in the paper); 0: plain CTC, one view, half the time
     consistency: float = 0.2
+    # SpecAugment; null: none
     spec: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    # dynamic chunks; null: full context
     chunks: ChunkConfig | None = field(default_factory=ChunkConfig)
 
     def __post_init__(self) -> None:

@@ -13,11 +13,11 @@ from dsasr.utils.errors import UserError
 class ChunkConfig:
     """How `draw_chunk` draws. Sizes in encoder frames (40 ms), ``left`` in chunks."""
 
-    full_share: float = 0.5  # of the batches: full context
-    min_size: int = 4
-    max_size: int = 25
-    all_left_share: float = 0.5  # of the chunked batches: everything to the left is visible
-    max_left: int = 8
+    full_share: float = 0.5  # share of the batches with full context
+    min_size: int = 4  # smallest chunk, in encoder frames (40 ms)
+    max_size: int = 25  # largest chunk, in encoder frames (40 ms)
+    all_left_share: float = 0.5  # share of the chunked batches that see everything to the left
+    max_left: int = 8  # most chunks that the other chunked batches see to the left
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_size <= self.max_size or self.max_left < 0:

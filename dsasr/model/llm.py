@@ -37,13 +37,15 @@ class LlmConfig:
     Without packing transformers syncs with the GPU once a batch, to see whether rows are packed.
     """
 
-    path: str = ""
-    weights: bool = True  # False: the folder's config.json alone, weights drawn from the seed
-    pack: int = 0
-    attn: str = "sdpa"
-    dropout: float = 0.0
+    path: str = ""  # Hugging Face folder, or a hub name such as Qwen/Qwen3-1.7B
+    # load the weights; false: only config.json, with weights drawn from the seed
+    weights: bool = True
+    pack: int = 0  # positions of a row that utterances are packed into; 0: one utterance a row
+    attn: str = "sdpa"  # attention of transformers: sdpa, eager, flash_attention_2, …
+    dropout: float = 0.0  # dropout wherever the language model has one
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
-    recompute: Literal["all", "cheap"] = "all"  # cheap: products are saved
+    # with activation_checkpointing; all: the whole layer, cheap: all but its matrix products
+    recompute: Literal["all", "cheap"] = "all"
 
     def __post_init__(self) -> None:
         if self.attn not in _ATTENTION:

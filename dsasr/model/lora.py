@@ -47,9 +47,10 @@ class LoraConfig:
     """``targets``: the linear layers of the language model's blocks, by the last part of their
     names (q_proj …); empty: all of them. The sum is weighed by alpha / rank."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0  # of the input of A, while it trains
+    rank: int = 16  # rank of the matrices; at least 1
+    alpha: float = 32.0  # the sum is scaled by alpha / rank
+    dropout: float = 0.0  # dropout of the input of A, in training
+    # linear layers of the blocks, by the last part of their names (q_proj, …); empty: all of them
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,8 +1,9 @@
-"""The largest batch budget that fits a memory: worst-case batches, stepped in a child process.
+"""Search for the largest batch budget that fits a memory, by steps of worst-case batches.
 
-The child builds what the stage will hold (its branch with DeepSpeed's engine, and the other branch
-offloaded beside it where the recipe has both in one job) and makes whole optimizer steps. Running
-out of memory may end the child in any way; the parent takes that for an answer and starts another.
+A child process (`batch_probe`) builds the stage's branch with DeepSpeed's engine, the other branch
+offloaded beside it where the recipe has both in one job, and makes whole optimizer steps. Running
+out of memory may end the child in any way; the parent counts that as "does not fit" and starts a
+new child.
 """
 
 from __future__ import annotations
@@ -19,53 +20,56 @@ from typing import Any
 import yaml
 
 from dsasr import config
-from dsasr.build import Builder, sub_seed
+from dsasr.build import sub_seed
 from dsasr.data.dataloader.augment_params import planned_seconds
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig, PlanConfig
 from dsasr.data.dataloader.dataloader import build_dataset_parts
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import ShardStorage
-from dsasr.planning.batch_trial import Shape, serve
+from dsasr.planning.batch_probe import Shape, serve
 from dsasr.recipe import SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils.errors import UserError
 
 GIB = 1 << 30
 ROUND = 100  # frames; budgets are multiples
-SHARDS = 64  # of each dataset that a forecast looks at
-PATIENCE = 900.0  # seconds for building, and for a trial's first step; later ones by experience
+SHARDS = 64  # of each dataset, for a forecast
+# Seconds that a probe may take, and the building before it; 10 times the slowest step so far are
+# added for each of its batches.
+PATIENCE = 900.0
 CHARS_PER_SECOND = 25.0  # an upper bound for the transcript of one over-long sample
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One budget that was tried. ``peak`` in bytes, of the process or the GPU; None: it died."""
+class BudgetProbe:
+    """One budget and whether it fits."""
 
     frames: int
     tokens: int
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape, ...]  # the worst batches that were stepped
     fits: bool
-    peak: int | None = None
-    seconds: float = 0.0
-    why: str = ""
+    peak: int | None = None  # bytes of the process or the GPU; None: the child ended
+    seconds: float = 0.0  # of the slowest step
+    reason: str = ""  # why it does not fit
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a probe found. ``batch``: the stage's settings with the largest budget that fits."""
+class SearchResult:
+    """The largest budget of a stage, and the probes that led to it."""
 
     stage: str
     device: str
     memory: int  # bytes that could be used
-    held: int  # bytes that the stage holds before it makes a batch's step
-    trials: tuple[Trial, ...]
-    batch: BatchConfig | None
+    resident: int  # bytes that the stage takes before the step of a batch
+    probes: tuple[BudgetProbe, ...]
+    batch: BatchConfig | None  # with the largest budget that fits; None: none does
     complete: bool  # False: the search ended at its upper limit
 
 
-def outlook(recipe: Recipe, stage: StageConfig, most_shards: int = SHARDS) -> Forecast:
-    """The forecast of one epoch of a stage's mixture."""
+def forecast_stage(recipe: Recipe, stage: StageConfig, max_shards: int = SHARDS) -> Forecast:
+    """The forecast of one epoch of a stage's mixture, from ``max_shards`` shards of each dataset
+    (0: all)."""
     loader, datasets = recipe.dataloader(stage)
     sources = ShardStorage(loader.source)
     augment = recipe.data.augment
@@ -79,20 +83,20 @@ def outlook(recipe: Recipe, stage: StageConfig, most_shards: int = SHARDS) -> Fo
     lengths = None if augment is None else planned_seconds(augment)
     parts = build_dataset_parts(datasets, sources, loader.temperature)
     load = partial(load_or_build_index, sources)
-    return forecast(parts, plan, load, lengths, most_shards)
+    return forecast(parts, plan, load, lengths, max_shards)
 
 
 def longest_frames(batch: BatchConfig) -> int:
     return math.ceil(batch.max_seconds * FRAMES_PER_SECOND)
 
 
-def tokens_for(frames: int, batch: BatchConfig, told: Forecast) -> int:
+def token_budget(frames: int, batch: BatchConfig, epoch: Forecast) -> int:
     """The token budget to go with a frame budget.
 
     The recipe's ratio if it has one, else what nearly all batches of the data need; in any case
     enough for one over-long sample.
     """
-    share = batch.tokens / batch.frames if batch.tokens else told.positions_per_frame
+    share = batch.tokens / batch.frames if batch.tokens else epoch.positions_per_frame
     seconds = min(frames, longest_frames(batch)) / FRAMES_PER_SECOND
     text = math.ceil(seconds * CHARS_PER_SECOND * batch.tokens_per_char)
     speech = -(-min(frames, longest_frames(batch)) // batch.frames_per_token)
@@ -100,10 +104,11 @@ def tokens_for(frames: int, batch: BatchConfig, told: Forecast) -> int:
 
 
 def worst_shapes(batch: BatchConfig, shortest: int, sft: bool) -> tuple[Shape, ...]:
-    """Batches that a budget allows and that cost most, without doubles.
+    """The batches within a budget that take the most memory, without duplicates.
 
-    As many as fit of the longest, of middling and of the ``shortest`` (frames) samples, with
-    transcripts as long as the token budget permits; and one over-long sample by itself.
+    As many samples as fit, once of the longest, once of middling and once of the ``shortest``
+    (frames) length, with transcripts as long as the token budget permits; and one sample of the
+    longest length alone.
     """
     longest = min(batch.frames, longest_frames(batch))
     shortest = max(1, min(shortest, longest))
@@ -121,58 +126,52 @@ def _shape(batch: BatchConfig, samples: int, frames: int, sft: bool) -> Shape:
     return Shape(samples, frames, max(1, batch.tokens // samples - fixed))
 
 
-def search(
-    fits: Callable[[int], bool], start: int, most: int, within: float = 0.05
+def bisect_budget(
+    fits: Callable[[int], bool], start: int, limit: int, tolerance: float = 0.05
 ) -> tuple[int, bool]:
-    """The largest multiple of `ROUND` up to ``most`` that fits, to a share of ``within``.
+    """(the largest multiple of `ROUND` up to ``limit`` that fits, whether the search is complete).
 
-    Doubles from ``start`` (or halves, where that is too much), then bisects. Returns (0, True)
-    where nothing fits; False: ``most`` itself fits.
+    Doubles from ``start`` (or halves, where that does not fit), then bisects down to a share of
+    ``tolerance``. (0, True) where nothing fits; (``limit``, False) where ``limit`` itself fits.
     """
-    most = most // ROUND * ROUND
+    limit = limit // ROUND * ROUND
     low, high = 0, 0
-    at = min(most, max(ROUND, start // ROUND * ROUND))
+    frames = min(limit, max(ROUND, start // ROUND * ROUND))
     while not high:
-        if fits(at):
-            low = at
-            if at >= most:
+        if fits(frames):
+            low = frames
+            if frames >= limit:
                 return low, False
-            at = min(2 * at, most)
+            frames = min(2 * frames, limit)
         else:
-            high = at
+            high = frames
     while not low and high > ROUND:
-        at = max(ROUND, high // 2 // ROUND * ROUND)
-        if fits(at):
-            low = at
-        else:
-            high = at
-    while low and high - low > max(ROUND, within * low):
-        at = (low + high) // 2 // ROUND * ROUND
-        if fits(at):
-            low = at
-        else:
-            high = at
+        frames = max(ROUND, high // 2 // ROUND * ROUND)
+        low, high = (frames, high) if fits(frames) else (low, frames)
+    while low and high - low > max(ROUND, tolerance * low):
+        frames = (low + high) // 2 // ROUND * ROUND
+        low, high = (frames, high) if fits(frames) else (low, frames)
     return low, True
 
 
-class Child:
-    """A process that makes trials; started anew after each that did not fit."""
+class ProbeProcess:
+    """A child process that steps batches; started anew after each budget that did not fit."""
 
     def __init__(self, recipe: Recipe, stage: str, memory: int) -> None:
-        self.given = (recipe, stage, memory)
-        self.log = tempfile.NamedTemporaryFile("r", prefix="dsasr-trial-")  # noqa: SIM115
+        self.arguments = (recipe, stage, memory)
+        self.log = tempfile.NamedTemporaryFile("r", prefix="dsasr-probe-")  # noqa: SIM115
         self.process: Any = None
-        self.slowest = 0.0
-        self.memory = self.held = 0
+        self.slowest = 0.0  # seconds of a step
+        self.memory = self.resident = 0  # bytes, once a child is ready
         self.device = ""
 
     def peak(self, shapes: tuple[Shape, ...]) -> tuple[int | None, float, str]:
-        """(peak bytes, seconds of the slowest step, "") or (None, 0, how the memory ended)."""
+        """(peak bytes, seconds of the slowest step, "") or (None, 0, how the memory ran out)."""
         if self.process is None:
             ended = self._start()
             if ended:
                 return None, 0.0, ended
-        with contextlib.suppress(OSError):  # it is dead, and the answer says how
+        with contextlib.suppress(OSError):  # the child has died; the answer says how
             self.pipe.send(shapes)
         kind, value = self._answer(PATIENCE + 10 * self.slowest * len(shapes))
         if kind != "peak":
@@ -193,19 +192,22 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=serve, args=(theirs, self.log.name, *self.given), daemon=True
+            target=serve, args=(theirs, self.log.name, *self.arguments), daemon=True
         )
         self.process.start()
         theirs.close()
         kind, value = self._answer(PATIENCE)
         if kind != "ready":
             return value
-        self.device, self.memory, self.held = value
-        self.given = (*self.given[:2], self.memory)  # all trials under the same bound
+        self.device, self.memory, self.resident = value
+        self.arguments = (*self.arguments[:2], self.memory)  # the same bound for all children
         return ""
 
     def _answer(self, seconds: float) -> tuple[str, Any]:
-        """What the child says; ("memory", how) where it ran out, died or hangs. Raises the rest."""
+        """The child's answer; ("memory", how) where memory ran out, or the child died or hangs.
+
+        Raises the child's other errors: `UserError`, or RuntimeError with its traceback.
+        """
         how = f"no answer for {seconds:.0f} s"
         if self.pipe.poll(seconds):
             try:
@@ -216,7 +218,7 @@ class Child:
                 if code is not None and code >= 0:
                     self.stop()
                     end = self.log.read()[-2000:]
-                    raise RuntimeError(f"the trial ended with exit code {code}: {end}") from None
+                    raise RuntimeError(f"the probe ended with exit code {code}: {end}") from None
                 kind, value = "memory", f"killed by signal {-code}"
             if kind in ("ready", "peak"):
                 return kind, value
@@ -228,105 +230,99 @@ class Child:
         return "memory", how
 
 
-def probe(
+def search_budget(
     recipe: Recipe,
     stage: StageConfig,
     *,
     memory: int = 0,
     margin: float = 0.05,
-    most: int = 200_000,
-    within: float = 0.05,
-    tell: Callable[[Trial], None] = lambda trial: None,
-) -> Found:
-    """Find the largest budget of ``stage`` that leaves ``margin`` of ``memory`` bytes free.
+    limit: int = 200_000,
+    tolerance: float = 0.05,
+    report: Callable[[BudgetProbe], None] = lambda probe: None,
+) -> SearchResult:
+    """Find the largest budget of ``stage``, up to ``limit`` frames, that leaves ``margin`` of
+    ``memory`` bytes free.
 
-    ``memory`` 0: all that the GPU, or the machine, has free. ``within``: share
-    to which the answer is the largest. ``tell`` hears of every trial.
+    ``memory`` 0: all that the GPU, or the machine, has free. ``tolerance``: the share to which the
+    result is the largest. ``report`` is called with every probe.
     Raises `UserError` where the stage itself does not fit.
     """
-    told = outlook(recipe, stage)
+    epoch = forecast_stage(recipe, stage)
     base, sft = recipe.dataloader(stage)[0].batch, stage.branch == "sft"
     if sft:
         base = replace(base, frames_per_token=SUBSAMPLING * recipe.model.adaptor.stack)
-    child, trials = Child(recipe, stage.name, memory), []
+    child, probes = ProbeProcess(recipe, stage.name, memory), []
+
+    def with_frames(frames: int) -> BatchConfig:
+        tokens = token_budget(frames, base, epoch) if sft else 0
+        return replace(base, frames=frames, tokens=tokens)
 
     def fits(frames: int) -> bool:
-        tokens = tokens_for(frames, base, told) if sft else base.tokens
-        batch = replace(base, frames=frames, tokens=tokens)
-        shapes = worst_shapes(batch, told.shortest, sft)
-        peak, seconds, why = child.peak(shapes)
+        batch = with_frames(frames)
+        shapes = worst_shapes(batch, epoch.shortest, sft)
+        peak, seconds, reason = child.peak(shapes)
         if not child.memory:
             raise UserError(
-                f"stage '{stage.name}' does not fit without any batch ({why}): give more memory, "
-                "or another DeepSpeed setting (engine.deepspeed=zero3-offload)"
+                f"stage '{stage.name}' does not fit without any batch ({reason}): give more memory,"
+                " or another DeepSpeed setting (engine.deepspeed=zero3-offload)"
             )
-        good = peak is not None and peak <= (1 - margin) * child.memory
-        if peak is not None and not good:
-            why = f"leaves less than {margin:.0%}"
-            child.stop()  # memory that a process once had is not all given back
-        trials.append(Trial(frames, tokens, shapes, good, peak, seconds, why))
-        tell(trials[-1])
-        return good
+        enough = peak is not None and peak <= (1 - margin) * child.memory
+        if peak is not None and not enough:
+            reason = f"leaves less than {margin:.0%}"
+            child.stop()  # a process does not return all memory that it once had
+        probes.append(BudgetProbe(frames, batch.tokens, shapes, enough, peak, seconds, reason))
+        report(probes[-1])
+        return enough
 
     try:
-        frames, complete = search(fits, longest_frames(base), most, within)
+        frames, complete = bisect_budget(fits, longest_frames(base), limit, tolerance)
     finally:
         child.stop()
-    chosen = None
-    if frames:
-        chosen = replace(base, frames=frames, tokens=tokens_for(frames, base, told) if sft else 0)
-    return Found(
-        stage.name, child.device, child.memory, child.held, tuple(trials), chosen, complete
+    return SearchResult(
+        stage=stage.name,
+        device=child.device,
+        memory=child.memory,
+        resident=child.resident,
+        probes=tuple(probes),
+        batch=with_frames(frames) if frames else None,
+        complete=complete,
     )
 
 
-def recipe_line(found: Found) -> str:
-    """What to write into the stage's row of the recipe; also a ``key=value`` argument."""
+def recipe_line(result: SearchResult) -> str:
+    """The budget as a ``key=value`` argument: what to write into the stage's row of the recipe."""
     values = {
-        k: v for k, v in config.to_plain(found.batch).items() if v != getattr(BatchConfig(), k)
+        k: v for k, v in config.to_plain(result.batch).items() if v != getattr(BatchConfig(), k)
     }
     flow = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()
-    return f"stages.{found.stage}.batch={flow}"
+    return f"stages.{result.stage}.batch={flow}"
 
 
-def table(found: Found) -> str:
-    """The trials, by budget, and the line to write."""
+def search_table(result: SearchResult) -> str:
+    """The probes by budget, and the line for the recipe."""
     lines = [
-        f"stage {found.stage} on {found.device}: {found.memory / GIB:.2f} GiB, of which "
-        f"{found.held / GIB:.2f} are held before a batch comes",
+        f"stage {result.stage} on {result.device}: {result.memory / GIB:.2f} GiB, of which "
+        f"{result.resident / GIB:.2f} are taken before the first batch",
         "",
         f"{'frames':>8} {'tokens':>8} {'worst batches':<44} {'peak GiB':>8} {'s/step':>7}  fits",
     ]
-    for trial in sorted(found.trials, key=lambda t: t.frames):
-        shapes = ", ".join(f"{s.samples}x{s.frames / FRAMES_PER_SECOND:g}s" for s in trial.shapes)
-        peak = "-" if trial.peak is None else f"{trial.peak / GIB:.2f}"
-        verdict = "yes" if trial.fits else f"no: {trial.why}"
+    for probe in sorted(result.probes, key=lambda p: p.frames):
+        shapes = ", ".join(f"{s.samples}x{s.frames / FRAMES_PER_SECOND:g}s" for s in probe.shapes)
+        peak = "-" if probe.peak is None else f"{probe.peak / GIB:.2f}"
+        verdict = "yes" if probe.fits else f"no: {probe.reason}"
         lines.append(
-            f"{trial.frames:>8} {trial.tokens or '-':>8} {shapes:<44} {peak:>8} "
-            f"{trial.seconds:>7.2f}  {verdict}"
+            f"{probe.frames:>8} {probe.tokens or '-':>8} {shapes:<44} {peak:>8} "
+            f"{probe.seconds:>7.2f}  {verdict}"
         )
     lines.append("")
-    if found.batch is None:
+    if result.batch is None:
         return "\n".join([*lines, f"nothing fits: not even {ROUND} frames"])
-    longest = longest_frames(found.batch)
-    if found.batch.frames < longest:
+    longest = longest_frames(result.batch)
+    if result.batch.frames < longest:
         lines.append(
-            f"samples above {found.batch.frames / FRAMES_PER_SECOND:g} s will be left out "
-            f"(over_budget): batch.max_seconds={found.batch.max_seconds:g} does not fit"
+            f"samples above {result.batch.frames / FRAMES_PER_SECOND:g} s will be left out "
+            f"(over_budget): batch.max_seconds={result.batch.max_seconds:g} does not fit"
         )
-    if not found.complete:
+    if not result.complete:
         lines.append("more may fit: the search ended at its upper limit (--most)")
-    return "\n".join([*lines, recipe_line(found)])
-
-
-def stage_of(recipe: Recipe, name: str) -> StageConfig:
-    """The stage of that name. Raises `UserError`."""
-    names = [stage.name for stage in recipe.stages]
-    if name not in names:
-        raise UserError(f"no stage '{name}'{config.nearest(name, names)}")
-    return recipe.stages[names.index(name)]
-
-
-def check(recipe: Recipe) -> None:
-    """Raise `UserError` for what the recipe's files lack, before any process starts."""
-    Builder(recipe).check()
+    return "\n".join([*lines, recipe_line(result)])

@@ -6,7 +6,9 @@ import datetime
 from collections.abc import Iterator, Mapping, Sequence
 
 from dsasr.planning import cluster_sizing
-from dsasr.planning.cluster_sizing import Machine, Part, Step, Traffic
+from dsasr.planning.cluster_sizing import StepCost
+from dsasr.planning.memory import Machine, Traffic
+from dsasr.planning.model_parts import ModelPart, count_parts
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
@@ -19,14 +21,16 @@ def cluster_plan(
     start: datetime.date,
 ) -> Iterator[str]:
     """The lines of the plan for ``stages``; the training begins on the day ``start``."""
-    parts = cluster_sizing.parts(recipe)
+    parts = count_parts(recipe)
     sizes = ", ".join(f"{n} {p.parameters / 1e6:,.1f} M" for n, p in parts.items())
     yield f"parameters: {sizes}"
     yield (
         f"{machine.nodes} x {machine.gpus} GPUs of {machine.memory:g} GB at "
         f"{machine.rate:.3g} TFLOP/s\n"
     )
-    steps = [cluster_sizing.step(recipe, stage, machine, traffic, parts) for stage in stages]
+    steps = [
+        cluster_sizing.estimate_step(recipe, stage, machine, traffic, parts) for stage in stages
+    ]
     yield from _memory(steps)
     yield from _time(steps, machine)
     hours = sum(step.steps * step.seconds for step in steps) / 3600
@@ -35,11 +39,11 @@ def cluster_plan(
     total = f"{hours / 24:,.1f} days, {hours * machine.world:,.0f} GPU-hours"
     yield f"\nfrom {start} to {end}: {total}; a checkpoint is {saved:.1f} GB"
     longest = max(steps, key=lambda step: step.steps * step.seconds).stage
-    stage = next(s for s in recipe.stages if s.name == longest)
+    stage = recipe.stage(longest)
     yield from _by_size(recipe, stage, machine, traffic, parts)
 
 
-def _memory(steps: Sequence[Step]) -> Iterator[str]:
+def _memory(steps: Sequence[StepCost]) -> Iterator[str]:
     names = list(dict.fromkeys(name for step in steps for name in step.memory))
     yield f"{'GB of a GPU':<12} {'all':>7} " + " ".join(f"{n:>11}" for n in names)
     for step in steps:
@@ -47,7 +51,7 @@ def _memory(steps: Sequence[Step]) -> Iterator[str]:
         yield f"{step.stage:<12} {step.peak:>7.1f} {cells}"
 
 
-def _time(steps: Sequence[Step], machine: Machine) -> Iterator[str]:
+def _time(steps: Sequence[StepCost], machine: Machine) -> Iterator[str]:
     yield (
         f"\n{'stage':<12} {'steps':>10} {'s/step':>8} {'products':>9} {'network':>8} "
         f"{'GB sent':>8} {'h audio':>8} {'days':>7} {'GPU-hours':>10}  limited by"
@@ -66,14 +70,14 @@ def _by_size(
     stage: StageConfig,
     machine: Machine,
     traffic: Traffic,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, ModelPart],
 ) -> Iterator[str]:
     yield (
         f"\nstage {stage.name} by size\n{'GPUs':>5} {'GB':>6} {'s/step':>8} "
         f"{'h audio/step':>13} {'h audio/GPU-h':>14}  {'limited by':<10}  change"
     )
-    for size in cluster_sizing.layouts(machine):
-        step = cluster_sizing.step(recipe, stage, size, traffic, parts)
+    for size in cluster_sizing.machine_sizes(machine):
+        step = cluster_sizing.estimate_step(recipe, stage, size, traffic, parts)
         speed = step.audio_hours / (step.seconds * size.world / 3600)
         yield (
             f"{size.world:>5} {step.peak:>6.1f} {step.seconds:>8.3f} {step.audio_hours:>13.1f} "

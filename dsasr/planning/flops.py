@@ -1,17 +1,18 @@
-"""Floating-point operations of a training step by part: what the mathematics asks for.
+"""Floating-point operations (FLOPs) of a training step by part, as the mathematics needs them.
 
 Products and convolutions count, 2 for each multiplication and addition; norms, activations,
 softmaxes, losses and the optimizer (below one percent at the sizes that matter) do not. Lengths are
-the utterances' own, so padding is no work. In causal attention a position sees (L + 1) / 2 others
-on average, itself counted; dynamic chunks count as full context (1% of an encoder's work at 8 s).
+those of the utterances, so padding does not count. In causal attention a position sees (L + 1) / 2
+positions on average, itself included; dynamic chunks count as full context (1% of an encoder's
+FLOPs at 8 s).
 
 Model FLOP utilization as PaLM has it (arXiv 2204.02311, appendix B), with less counted (**ours**:
 no padding, no unseen pair, no gradient that no parameter needs):
 
     MFU = Σ_parts (forward + backward) / (seconds · peak FLOP/s)
 
-``recomputed`` is what activation checkpointing and the fused head do again; it is work of the
-machine's, and no part of MFU.
+``recomputed`` is what activation checkpointing and the fused head compute again; the machine does
+it, but MFU does not count it.
 """
 
 from __future__ import annotations
@@ -26,30 +27,29 @@ from dsasr.model.lora import is_adapter
 
 
 @dataclass(frozen=True)
-class Part:
-    """Forward work of a part. ``linear``: products with weights; ``attention``: of activations with
-    each other; ``entry``: of ``linear``, what reads the part's own input."""
+class PartFlops:
+    """FLOPs of a part's forward pass."""
 
-    linear: float
-    attention: float = 0.0
-    entry: float = 0.0
+    linear: float  # products with weights
+    attention: float = 0.0  # products of activations with each other
+    entry: float = 0.0  # the share of ``linear`` that reads the part's input
 
     @property
     def forward(self) -> float:
         return self.linear + self.attention
 
-    def times(self, factor: float) -> Part:
-        """The work of ``factor`` times as many utterances."""
-        return Part(self.linear * factor, self.attention * factor, self.entry * factor)
+    def times(self, factor: float) -> PartFlops:
+        """FLOPs of ``factor`` times as many utterances."""
+        return PartFlops(self.linear * factor, self.attention * factor, self.entry * factor)
 
 
 @dataclass(frozen=True)
-class Work:
-    """Of one part in one step."""
+class StepFlops:
+    """FLOPs of one part in one step."""
 
     forward: float
     backward: float
-    recomputed: float
+    recomputed: float  # by activation checkpointing and the fused head
 
     @property
     def needed(self) -> float:
@@ -58,15 +58,14 @@ class Work:
 
 @dataclass(frozen=True)
 class LlmShape:
-    """``linear``: weights in the linear layers of all blocks, the head not counted; ``adapters``:
-    those in LoRA matrices beside them."""
+    """What the FLOPs of a causal language model depend on."""
 
-    linear: int
+    linear: int  # weights in the linear layers of all blocks, without the head
     layers: int
     attention_width: int  # heads · head width
     width: int
     vocab: int
-    adapters: int = 0
+    adapters: int = 0  # weights in LoRA matrices
 
     @classmethod
     def of(cls, llm: nn.Module) -> LlmShape:
@@ -90,8 +89,8 @@ class LlmShape:
         )
 
 
-def encoder(cfg: EncoderConfig, frames: Sequence[float]) -> Part:
-    """Of utterances of so many feature frames each."""
+def encoder(cfg: EncoderConfig, frames: Sequence[float]) -> PartFlops:
+    """The encoder on utterances of ``frames`` feature frames each."""
     linear = attention = entry = 0.0
     channels, width, inner = cfg.subsample_channels, cfg.width, cfg.width * cfg.conv_expansion
     mels1 = (cfg.mels - 1) // 2
@@ -108,58 +107,62 @@ def encoder(cfg: EncoderConfig, frames: Sequence[float]) -> Part:
         entry += first
         linear += first + second + project + cfg.layers * quarter * block
         attention += cfg.layers * 4 * quarter * quarter * width
-    return Part(linear, attention, entry)
+    return PartFlops(linear, attention, entry)
 
 
-def ctc(width: int, vocab: int, frames: Sequence[float]) -> Part:
-    """The phoneme head, of utterances of so many feature frames each."""
-    work = 2.0 * width * vocab * sum((length + 3) // 4 for length in frames)
-    return Part(work, entry=work)
+def ctc(width: int, vocab: int, frames: Sequence[float]) -> PartFlops:
+    """The phoneme head on utterances of ``frames`` feature frames each."""
+    linear = 2.0 * width * vocab * sum((length + 3) // 4 for length in frames)
+    return PartFlops(linear, entry=linear)
 
 
-def adaptor(stack: int, width: int, hidden: int, out: int, frames: Sequence[float]) -> Part:
-    """Of utterances of so many feature frames each; a last, partial stack counts whole."""
+def adaptor(stack: int, width: int, hidden: int, out: int, frames: Sequence[float]) -> PartFlops:
+    """The adaptor on utterances of ``frames`` feature frames each; a partial last stack counts
+    as a whole one."""
     stacks = sum(-(-((length + 3) // 4) // stack) for length in frames)
     entry = 2.0 * stacks * stack * width * hidden
-    return Part(entry + 2.0 * stacks * hidden * out, entry=entry)
+    return PartFlops(entry + 2.0 * stacks * hidden * out, entry=entry)
 
 
-def llm(shape: LlmShape, lengths: Sequence[float], causal: bool = True) -> Part:
-    """The layers, of sequences of so many positions each."""
+def llm(shape: LlmShape, lengths: Sequence[float], causal: bool = True) -> PartFlops:
+    """The language model's layers on sequences of ``lengths`` positions each."""
     pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
     attention = 4.0 * shape.layers * shape.attention_width * pairs
-    return Part(2.0 * shape.linear * sum(lengths), attention)
+    return PartFlops(2.0 * shape.linear * sum(lengths), attention)
 
 
-def lora(shape: LlmShape, lengths: Sequence[float]) -> Part:
-    """LoRA matrices in the layers, of sequences of so many positions each."""
-    return Part(2.0 * shape.adapters * sum(lengths))
+def lora(shape: LlmShape, lengths: Sequence[float]) -> PartFlops:
+    """The LoRA matrices in the layers, on sequences of ``lengths`` positions each."""
+    return PartFlops(2.0 * shape.adapters * sum(lengths))
 
 
-def head(shape: LlmShape, targets: float) -> Part:
-    """The LM head, at so many targets."""
-    return Part(2.0 * targets * shape.width * shape.vocab)
+def head(shape: LlmShape, targets: float) -> PartFlops:
+    """The language model's head at ``targets`` positions."""
+    return PartFlops(2.0 * targets * shape.width * shape.vocab)
 
 
-def step(
-    parts: Mapping[str, Part], trains: Collection[str], recomputed: Collection[str] = ()
-) -> dict[str, Work]:
-    """Work of a step; ``parts`` from the input on, ``recomputed``: those whose layers checkpoint.
+def step_flops(
+    parts: Mapping[str, PartFlops], trains: Collection[str], recomputed: Collection[str] = ()
+) -> dict[str, StepFlops]:
+    """FLOPs of a step by part.
 
-    The backward pass ends at the first part that is trained. A weight's gradient costs its product
-    once more where the part is trained, its input's gradient once more unless nothing below needs
-    it. The head is the language model's, and makes its product again in the backward pass. LoRA
-    matrices (``lora``) stand before the language model: where they train, its backward pass runs.
+    ``parts`` in order from the input on; ``recomputed``: parts whose layers are checkpointed.
+
+    The backward pass ends at the first part that is trained. The gradient of a weight costs its
+    product once more where the part is trained; the gradient of an input costs it once more unless
+    nothing below needs it. The head belongs to the language model, and recomputes its product in
+    the backward pass. LoRA (``lora``) stands before the language model: where it trains, the
+    language model's backward pass runs.
     """
     names = list(parts)
     trained = {name: name in trains or (name == "head" and "llm" in trains) for name in names}
     first = min((i for i, name in enumerate(names) if trained[name]), default=len(names))
-    found = {}
-    for place, (name, part) in enumerate(parts.items()):
+    step = {}
+    for index, (name, part) in enumerate(parts.items()):
         backward = again = 0.0
-        if place >= first:
-            inputs = part.linear - (part.entry if place == first else 0.0)
+        if index >= first:
+            inputs = part.linear - (part.entry if index == first else 0.0)
             backward = 2 * part.attention + inputs + (part.linear if trained[name] else 0.0)
             again = part.forward if name in recomputed or name == "head" else 0.0
-        found[name] = Work(part.forward, backward, again)
-    return found
+        step[name] = StepFlops(part.forward, backward, again)
+    return step

@@ -1,153 +1,269 @@
-"""Memory of a GPU, or of a rank on a CPU, in a training step, by part.
+"""Memory of a GPU, or of a rank on a CPU, in a training step, by part: the package's one planner.
 
 ZeRO-3's shares are counted exactly, and so are its buffers, which DeepSpeed's settings size. What
-layers save for the backward pass was counted by autograd's hooks on layers of several widths. How
-far the sum is from what a run takes, ``tools/bench/memory.py`` measures (tools/experiments/LOG.md).
+layers save for the backward pass was counted by autograd's hooks on layers of several widths.
+``tools/bench/memory.py`` measures how far the sum is from a run's (tools/experiments/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.engine.config import read_ds_config
-
-if TYPE_CHECKING:
-    from dsasr.planning.cluster_sizing import Machine, Part
-    from dsasr.recipe import Recipe
-    from dsasr.stages import StageConfig
+from dsasr.planning.model_parts import ModelPart
+from dsasr.recipe import SUBSAMPLING, Recipe
+from dsasr.stages import StageConfig
 
 GB = 1e9
-WEIGHT, GRADIENT, STATES = 2, 2, 12  # bytes a parameter in bf16: itself, its gradient, fp32 states
-FRAMES = 100  # a second of audio in feature frames
-# What is there between steps too.
-HELD = ("weights", "gradients", "optimizer", "bucket", "offloaded", "reserve", "heap")
-# DeepSpeed's defaults, in elements: gradients are gathered in a bucket until it is full; a gathered
-# weight is kept where its next use is near, so that the last ones of the forward pass are still
-# there for the backward pass; and so many are gathered ahead.
+# Bytes of a parameter in bf16, of its gradient, and of its fp32 master weight and Adam moments.
+WEIGHT, GRADIENT, STATES = 2, 2, 12
+ENCODER_FRAMES_PER_SECOND = FRAMES_PER_SECOND // SUBSAMPLING
+# Parts of the memory that are also taken between steps.
+RESIDENT = ("weights", "gradients", "optimizer", "bucket", "offloaded", "reserve", "heap")
+# DeepSpeed's defaults, in elements. Gradients gather in a bucket until it is full. A gathered
+# weight stays where its next use is near, so the last weights of the forward pass are still there
+# for the backward pass. ``PREFETCH`` elements are gathered ahead.
 BUCKET, REUSE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
-# What a CPU rank holds beside that (**ours**, fitted to measured runs): libraries' own buffers, in
-# GB and as a share; and a share of what comes and goes in a step, for the heap's holes.
+# What a CPU rank takes beside that (**ours**, fitted to measured runs): buffers of the libraries,
+# in GB and as a share of what is resident; and the heap's holes, as a share of what comes and goes
+# within a step.
 BUFFERS, BUFFERS_SHARE, HOLES = 0.04, 0.02, 0.1
+DEPTH = {"encoder": 0, "ctc": 1, "adaptor": 1, "llm": 2, "lora": 2}  # distance from the input
 
 
-def memory(
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and what connects them; rates as sustained, not as advertised."""
+
+    nodes: int = 8
+    gpus: int = 8  # of a node
+    memory: float = 80.0  # GB of a GPU
+    rate: float = 350.0  # TFLOP/s of bf16 products
+    inside: float = 200.0  # GB/s of a GPU, between the GPUs of a node
+    network: float = 40.0  # GB/s of a GPU, between nodes
+    storage: float = 10.0  # GB/s that all GPUs together read from the shards
+    latency: float = 20e-6  # seconds of a collective, plus as much for each doubling of the ranks
+    reserve: float = 3.0  # GB that CUDA, NCCL and fragmentation take
+    cpu: bool = False  # no GPU: ranks are processes, and untouched pages take no memory
+
+    @property
+    def world(self) -> int:
+        """Ranks: one for each GPU."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The average utterance."""
+
+    seconds: float = 8.0
+    tokens: float = 4.0  # transcript tokens a second
+
+
+def micro_batch_positions(recipe: Recipe, stage: StageConfig, traffic: Traffic) -> dict[str, float]:
+    """Positions that each part processes in one micro-batch of one rank, filled to its budget.
+
+    Beside the parts: "seconds" of audio, and "length", the encoder frames of one utterance.
+    """
+    batch = recipe.dataloader(stage)[0].batch
+    seconds, stack = batch.frames / FRAMES_PER_SECOND, recipe.model.adaptor.stack
+    if batch.tokens and stage.branch == "sft":
+        speech_and_text = traffic.seconds * (ENCODER_FRAMES_PER_SECOND / stack + traffic.tokens)
+        positions = speech_and_text + batch.prompt_tokens  # of one utterance
+        seconds = min(seconds, batch.tokens / positions * traffic.seconds)
+    utterances = min(seconds / traffic.seconds, batch.samples)
+    seconds = utterances * traffic.seconds
+    frames = seconds * ENCODER_FRAMES_PER_SECOND
+    audio = {"seconds": seconds, "length": traffic.seconds * ENCODER_FRAMES_PER_SECOND}
+    if stage.branch == "pretrain":
+        views = 2 if stage.objective == "cr_ctc" else 1
+        return {"encoder": frames * views, "ctc": frames * views, **audio}
+    text = utterances * batch.prompt_tokens + seconds * traffic.tokens
+    positions = {"encoder": frames, "adaptor": frames / stack, "llm": frames / stack + text}
+    if recipe.model.lora is not None:
+        positions["lora"] = positions["llm"]
+    return {**positions, **audio}
+
+
+def stages_beside(recipe: Recipe, stage: StageConfig) -> list[StageConfig]:
+    """Stages of the other branch that may be offloaded beside ``stage`` in the same job.
+
+    The pretrain branch is closed when the sft branch has taken the final encoder.
+    """
+    schedule = recipe.schedule()
+    if recipe.branch != "both" or schedule.pretrain is None or not schedule.sft:
+        return []
+    if stage.branch == "pretrain":
+        return [s for s in schedule.sft if not s.needs_final_encoder]
+    return [] if stage.needs_final_encoder else [schedule.pretrain]
+
+
+def resident_parts(recipe: Recipe, stage: StageConfig) -> list[str]:
+    """Names of the parts whose weights a rank has its share of during ``stage``; the encoder twice
+    where both branches are in one job."""
+    beside = stages_beside(recipe, stage)
+    branches = [stage.branch, *(s.branch for s in beside[:1])]
+    return [part for branch in branches for part in recipe.parts(branch)]
+
+
+def step_memory(
     recipe: Recipe,
     stage: StageConfig,
     machine: Machine,
-    counted: Mapping[str, Part],
-    at: Mapping[str, float],
-    used: list[str],
+    parts: Mapping[str, ModelPart],
+    traffic: Traffic | None = None,
 ) -> dict[str, float]:
-    """GB by part, at the step's fullest moment: the backward pass of a large batch.
+    """GB of one rank by part, at the step's fullest moment: the backward pass of a full batch.
 
-    ``at``: positions of each part, and seconds of audio; ``used``: parts of the stage's branch.
+    ``parts``: at least those of `resident_parts` (`model_parts.count_parts`).
     """
-    world, gb = machine.world, {}
-    wide = 2 if _float32(recipe, machine) else 1  # times the bytes in bf16
+    at = micro_batch_positions(recipe, stage, traffic or Traffic())
+    used = recipe.parts(stage.branch)
+    wide = 2 if uses_float32(recipe, machine) else 1  # times the bytes in bf16
     zero = read_ds_config(recipe.engine.deepspeed).get("zero_optimization", {})
-    away = (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
-    held = used if recipe.branch != "both" else [*recipe.parts("pretrain"), *recipe.parts("sft")]
-    gb["weights"] = sum(counted[n].parameters for n in held) * WEIGHT * wide / world
-    trained = sum(counted[n].parameters for n in stage.trains)
-    if machine.cpu or not away:
-        gb["gradients"] = trained * GRADIENT * wide / world
-        gb["optimizer"] = trained * STATES / world
-        if recipe.branch == "both" and recipe.engine.offload.device not in ("cpu", "disk"):
-            gb["offloaded"] = _trained_beside(recipe, stage, counted) * STATES / world
+    memory = _shares(recipe, stage, machine, parts, zero)
+    trained = sum(parts[n].parameters for n in stage.trains)
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
     filled = min(trained, bucket) * GRADIENT * wide
-    # It is there whole; on a CPU only what is touched takes memory.
-    gb["bucket"] = filled if machine.cpu else bucket * GRADIENT * wide
-    # What is in it is copied for the collective; gloo copies it again.
-    gb["reducing"] = filled * (2 if machine.cpu else 1)
-    gb["gathered"] = _gathered(stage, zero, counted, used) * WEIGHT * wide
-    saved = [activations(recipe, stage, machine, n, counted[n], at[n], at["length"]) for n in used]
-    gb["activations"] = sum(saved)
-    gb["features"] = at["seconds"] * FRAMES * recipe.model.encoder.mels * 4 * 2
-    gb = {name: value / GB for name, value in gb.items()}
-    gb["reserve"] = machine.reserve
+    # The bucket is allocated whole; on a CPU only the touched pages take memory.
+    memory["bucket"] = filled if machine.cpu else bucket * GRADIENT * wide
+    # Its content is copied for the collective; gloo copies it once more.
+    memory["reducing"] = filled * (2 if machine.cpu else 1)
+    memory["gathered"] = _gathered(stage, zero, parts, used) * WEIGHT * wide
+    memory["activations"] = sum(
+        activation_bytes(recipe, stage, machine, n, parts[n], at[n], at["length"]) for n in used
+    )
+    features = at["seconds"] * FRAMES_PER_SECOND * recipe.model.encoder.mels
+    memory["features"] = features * 4 * 2  # float32, in two copies
+    memory = {name: value / GB for name, value in memory.items()}
+    memory["reserve"] = machine.reserve
     if machine.cpu:
-        there = sum(value for name, value in gb.items() if name in HELD)
-        gb["holes"] = HOLES * (sum(gb.values()) - there)
-        gb["heap"] = BUFFERS + BUFFERS_SHARE * there
-    return gb
+        resident = between_steps(memory)
+        memory["holes"] = HOLES * (sum(memory.values()) - resident)
+        memory["heap"] = BUFFERS + BUFFERS_SHARE * resident
+    return memory
 
 
-def _float32(recipe: Recipe, machine: Machine) -> bool:
+def between_steps(memory: Mapping[str, float]) -> float:
+    """GB of `step_memory` that are also taken between steps."""
+    return sum(memory.get(name, 0.0) for name in RESIDENT)
+
+
+def uses_float32(recipe: Recipe, machine: Machine) -> bool:
     """Whether weights and activations are float32, twice as wide as bf16."""
-    chosen = recipe.engine.precision
-    return chosen == "fp32" or (chosen == "auto" and machine.cpu)
+    precision = recipe.engine.precision
+    return precision == "fp32" or (precision == "auto" and machine.cpu)
 
 
-def _trained_beside(recipe: Recipe, stage: StageConfig, counted: Mapping[str, Part]) -> int:
-    """The most parameters that a stage of the other branch trains."""
-    other = "sft" if stage.branch == "pretrain" else "pretrain"
-    stages = (s for s in recipe.stages if s.branch == other)
-    return max((sum(counted[n].parameters for n in s.trains) for s in stages), default=0)
+def _shares(
+    recipe: Recipe,
+    stage: StageConfig,
+    machine: Machine,
+    parts: Mapping[str, ModelPart],
+    zero: Mapping[str, Any],
+) -> dict[str, float]:
+    """Bytes of a rank's ZeRO-3 share of weights, gradients and optimizer states."""
+    wide = 2 if uses_float32(recipe, machine) else 1
+    weights = sum(parts[n].parameters for n in resident_parts(recipe, stage))
+    shares = {"weights": weights * WEIGHT * wide / machine.world}
+    on_host = (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
+    if on_host and not machine.cpu:
+        return shares
+    trained = sum(parts[n].parameters for n in stage.trains)
+    shares["gradients"] = trained * GRADIENT * wide / machine.world
+    shares["optimizer"] = trained * STATES / machine.world
+    device = recipe.engine.offload.device
+    beside = stages_beside(recipe, stage)
+    if beside and (device == "none" or (device == "cpu" and machine.cpu)):
+        most = max(sum(parts[n].parameters for n in s.trains) for s in beside)
+        shares["offloaded"] = most * STATES / machine.world
+    return shares
 
 
 def _gathered(
-    stage: StageConfig, zero: Mapping[str, Any], counted: Mapping[str, Part], used: list[str]
+    stage: StageConfig,
+    zero: Mapping[str, Any],
+    parts: Mapping[str, ModelPart],
+    used: tuple[str, ...],
 ) -> float:
-    """The most parameters that ZeRO-3 holds gathered: those of the end of the forward pass that the
-    backward pass is to use soon, one piece in use, and what is fetched ahead."""
-    near = int(zero.get("stage3_max_reuse_distance", REUSE)) / 2  # there and back
+    """The most parameters that are gathered at once: those of the end of the forward pass that the
+    backward pass uses soon, one module in use, and what is prefetched."""
+    near = int(zero.get("stage3_max_reuse_distance", REUSE)) / 2  # forward and back again
     ahead = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))
-    behind = sum(counted[n].parameters for n in used if reached(stage, n))
-    wanted = min(behind, near) + ahead + max(counted[n].largest for n in used)
-    most = int(zero.get("stage3_max_live_parameters", REUSE))
-    return min(sum(counted[n].parameters for n in used), wanted, most)
+    behind = sum(parts[n].parameters for n in used if has_backward(stage, n))
+    needed = min(behind, near) + ahead + max(parts[n].largest for n in used)
+    limit = int(zero.get("stage3_max_live_parameters", REUSE))
+    return min(sum(parts[n].parameters for n in used), needed, limit)
 
 
-def reached(stage: StageConfig, part: str) -> bool:
-    """Whether the backward pass reaches that part."""
-    place = {"encoder": 0, "ctc": 1, "adaptor": 1, "llm": 2, "lora": 2}
-    return place[part] >= min(place[p] for p in stage.trains)
+def has_backward(stage: StageConfig, part: str) -> bool:
+    """Whether the backward pass of ``stage`` reaches that part."""
+    return DEPTH[part] >= min(DEPTH[p] for p in stage.trains)
 
 
-def activations(
+# -- activations -------------------------------------------------------------------------------
+
+
+def activation_bytes(
     recipe: Recipe,
     stage: StageConfig,
     machine: Machine,
     name: str,
-    part: Part,
-    count: float,
+    part: ModelPart,
+    positions: float,
     length: float,
 ) -> float:
-    """Bytes kept of ``count`` positions for the backward pass of a part, or used by one layer of it
+    """Bytes of a part that ``positions`` save for the backward pass, or that one of its layers uses
     where there is no backward pass. ``length``: encoder frames of an utterance."""
-    model, float32 = recipe.model, _float32(recipe, machine)
-    size = 4 if float32 else 2
+    model, float32 = recipe.model, uses_float32(recipe, machine)
+    scale = positions * (4 if float32 else 2)
+    if name == "lora":
+        return scale * _lora_values(recipe, stage, part)
+    if name in ("ctc", "adaptor"):
+        return scale * 4 * model.encoder.width * 2
     if name == "encoder":
-        config = model.encoder
-        mels = (config.mels - 1) // 2, ((config.mels - 1) // 2 - 1) // 2
-        # Two convolutions' inputs and outputs, the first at twice the frame rate.
-        front = (2 * mels[0] + mels[1]) * config.subsample_channels + 4 * config.mels
-        # Masks of dropout: bytes on a GPU, values on a CPU.
-        masks = (4 if machine.cpu else 4 / size) if config.dropout else 0
-        layer = (19 + masks) * config.width + 4 * config.ffn
-        if machine.cpu and length <= 512:
-            layer += config.heads * length  # plain attention, which keeps its shares
-        kept, checkpoint, cheap = (
-            config.width,
-            config.activation_checkpointing,
-            config.recompute == "cheap",
-        )
-    elif name == "llm":
-        layer = (part.saved + (0.0 if float32 else part.upcast)) / part.layers
-        front, kept = 0.0, part.shape.width
-        checkpoint, cheap = model.llm.activation_checkpointing, model.llm.recompute == "cheap"
-    elif name == "lora":
-        saved, checkpoint = count * part.saved * size, model.llm.activation_checkpointing
-        if "lora" not in stage.trains:
-            return 0.0  # the gradient passes through frozen products without what they were given
-        whole = not checkpoint or model.llm.recompute == "cheap"
-        return saved if whole else saved / part.layers
+        config, width = model.encoder, model.encoder.width
+        front, layer = _encoder_values(recipe, machine, length)
     else:
-        return count * 4 * model.encoder.width * 2 * size
-    if not reached(stage, name):
-        return count * layer * size
-    kept = layer / 2 if cheap else kept  # products' results are about half of what a layer saves
-    layers = kept * part.layers + layer if checkpoint else layer * part.layers
-    return count * (front + layers) * size
+        config, width = model.llm, part.shape.width
+        front, layer = 0.0, (part.saved + (0.0 if float32 else part.upcast)) / part.layers
+    if not has_backward(stage, name):
+        return scale * layer
+    if not config.activation_checkpointing:
+        return scale * (front + layer * part.layers)
+    kept = _kept_of_layer(layer, width, config.recompute)
+    return scale * (front + kept * part.layers + layer)
+
+
+def _kept_of_layer(layer: float, width: int, recompute: Literal["all", "cheap"]) -> float:
+    """Values of a checkpointed layer that stay for one position: its input, or with recompute=cheap
+    the results of its products, about half of what a layer saves."""
+    return layer / 2 if recompute == "cheap" else width
+
+
+def _encoder_values(recipe: Recipe, machine: Machine, length: float) -> tuple[float, float]:
+    """(values that the encoder's front end saves for one frame, values of one layer)."""
+    config = recipe.model.encoder
+    mels = (config.mels - 1) // 2, ((config.mels - 1) // 2 - 1) // 2
+    # Two convolutions' inputs and outputs, the first at twice the frame rate.
+    front = (2 * mels[0] + mels[1]) * config.subsample_channels + 4 * config.mels
+    # Masks of dropout: bytes on a GPU, values on a CPU.
+    value_bytes = 4 if uses_float32(recipe, machine) else 2
+    masks = (4 if machine.cpu else 4 / value_bytes) if config.dropout else 0
+    layer = (19 + masks) * config.width + 4 * config.ffn
+    if machine.cpu and length <= 512:
+        layer += config.heads * length  # plain attention, which saves its softmax
+    return front, layer
+
+
+def _lora_values(recipe: Recipe, stage: StageConfig, part: ModelPart) -> float:
+    """Values that LoRA's layers save for one position; none where LoRA is frozen, as gradients pass
+    through frozen products without their inputs."""
+    if "lora" not in stage.trains:
+        return 0.0
+    llm = recipe.model.llm
+    recomputed = llm.activation_checkpointing and llm.recompute != "cheap"
+    return part.saved / part.layers if recomputed else part.saved

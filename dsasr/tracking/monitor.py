@@ -26,9 +26,9 @@ from dsasr.utils.io import json_text
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    every: int = 10  # steps of a branch between two lines
-    tensorboard: bool = True
-    ledger: bool = False  # ledger.jsonl: the samples of each step, on all ranks
+    every: int = 10  # steps of a branch between two lines of metrics
+    tensorboard: bool = True  # write TensorBoard files too
+    ledger: bool = False  # write ledger.jsonl: the samples of every step, on all ranks
 
 
 # Curves that TensorBoard draws into one chart.

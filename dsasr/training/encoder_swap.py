@@ -139,7 +139,8 @@ class EncoderSwap:
 
     def _drift_monitor(self) -> DriftMonitor:
         if self._drift is None:
-            batches = self.builder.held_out("pretrain", self.recipe.drift.probe_utterances)
+            utterances = self.recipe.drift.probe_utterances
+            batches = self.builder.validation_batches("pretrain", utterances)
             self._drift = DriftMonitor(self.recipe.drift, batches)
         return self._drift
 

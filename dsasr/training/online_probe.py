@@ -211,7 +211,7 @@ class OnlineProbe:
 
     def _batches(self, branch: str) -> list[Batch]:
         if branch not in self._probe:
-            self._probe[branch] = self.build.held_out(branch, self.config.utterances)
+            self._probe[branch] = self.build.validation_batches(branch, self.config.utterances)
         return self._probe[branch]
 
     # -- labels ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from dsasr import config
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
-from dsasr.recipe import Recipe, changes
+from dsasr.recipe import Recipe, changed_settings
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
@@ -23,7 +23,7 @@ def find_checkpoint(
     """
     reader, passed_over = _find(recipe, checkpoints)
     if reader is not None and not recipe.allow_changed:
-        changed = changes(reader.manifest["recipe"], recipe)
+        changed = changed_settings(reader.manifest["recipe"], recipe)
         if changed:
             raise UserError(
                 f"{recipe.folder} was trained with another recipe ({'; '.join(changed)}): "

@@ -31,7 +31,7 @@ class TrainDataLoaders:
             self.close(stage.branch)
             cursor_stage, state = self._cursors.get(stage.branch, ("", None))
             state = state if cursor_stage == stage.name else None
-            dataloader = self._builder.train_stream(stage, state)
+            dataloader = self._builder.train_dataloader(stage, state)
             self._open[stage.branch] = (stage.name, dataloader)
         return dataloader
 

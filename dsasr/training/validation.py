@@ -71,7 +71,7 @@ def error_rates(
     its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples of the set
     that could not be read, if any. ``progress`` wraps the batches.
     """
-    batches = build.held_out(branch.name, utterances)
+    batches = build.validation_batches(branch.name, utterances)
     bad = sum(distributed.gather(sum(len(batch.bad) for batch in batches)))
     left_out = {"left_out": float(bad)} if bad else {}
     with branch.evaluating() as module:

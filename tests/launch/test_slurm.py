@@ -65,7 +65,7 @@ def test_what_makes_no_sense_is_refused(values):
 
 
 def test_the_size_is_no_reason_to_refuse_a_resume():
-    assert "slurm" in recipe.HARMLESS
+    assert "slurm" in recipe.RESUME_MAY_CHANGE
     assert SizeConfig(gpus=0, ranks=3).world == 3 and SizeConfig(gpus=0).world == 1
 
 

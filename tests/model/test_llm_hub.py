@@ -11,7 +11,7 @@ import torch
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.model.llm_hub import find_llm, is_hub_name
-from dsasr.planning import timeline
+from dsasr.planning.model_parts import count_parts
 from dsasr.utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
     cfg = recipe.load(str(tiny), ["model.llm.path=someone/tiny-lm"])
     build = Builder(cfg)
     build.check()
-    assert timeline.part_sizes(cfg) == timeline.part_sizes(recipe.load(str(tiny)))
+    assert count_parts(cfg) == count_parts(recipe.load(str(tiny)))
     assert build.llm_folder == cached / "snapshots" / ("0" * 40)
     expected = Builder(recipe.load(str(tiny))).speech_llm().state_dict()
     actual = build.speech_llm().state_dict()

@@ -28,6 +28,8 @@ from dsasr.model.llm import LlmConfig
 from dsasr.model.lora import LoraConfig
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.planning import cluster_sizing, flops, timeline
+from dsasr.planning.memory import Machine, step_memory
+from dsasr.planning.model_parts import count_parts
 from dsasr.stages import StageConfig
 from dsasr.utils.errors import UserError
 
@@ -273,23 +275,22 @@ def test_sizes_work_and_memory_are_counted(lora_recipe):
     cfg = recipe.load(str(lora_recipe))
     model = Builder(cfg).speech_llm()
     adapter_parameters = sum(p.numel() for p in lora.part(model, "lora"))
-    counted = cluster_sizing.parts(cfg)
-    assert counted["lora"].parameters == adapter_parameters == timeline.part_sizes(cfg)["lora"]
-    assert counted["llm"].parameters == sum(p.numel() for p in lora.part(model, "llm"))
+    parts = count_parts(cfg)
+    assert parts["lora"].parameters == adapter_parameters
+    assert parts["llm"].parameters == sum(p.numel() for p in lora.part(model, "llm"))
     shape = flops.LlmShape.of(model.llm)
-    assert shape == counted["llm"].shape and shape.adapters == adapter_parameters
-    table = timeline.table(cfg, ranks=1)
+    assert shape == parts["llm"].shape and shape.adapters == adapter_parameters
+    table = timeline.stage_table(cfg, ranks=1)
     assert "trains   lora" in table and "frozen   encoder, llm" in table
     # By hand: bf16 weights of all, 2 + 12 bytes more of what trains.
-    joint, sizes = cfg.stages[-1], timeline.part_sizes(cfg)
+    sizes = {name: part.parameters for name, part in parts.items()}
     trained = sizes["encoder"] + sizes["adaptor"] + sizes["lora"]
-    assert timeline.memory(cfg, joint, sizes, 1) * 2**30 == 16 * trained + 2 * sizes["llm"]
-    machine = cluster_sizing.Machine(nodes=1, gpus=2)
-    step = cluster_sizing.step(cfg, joint, machine, counted=counted)
-    assert step.memory["optimizer"] == pytest.approx(12 * trained / 2 / 1e9)
-    pretrain = counted["encoder"].parameters + counted["ctc"].parameters
-    saved = 14 * (trained + pretrain) + 2 * sizes["llm"]
-    assert cluster_sizing.checkpoint_bytes(cfg, counted) == saved
+    memory = step_memory(cfg, cfg.stages[-1], Machine(nodes=1, gpus=2), parts)
+    assert memory["weights"] == pytest.approx(2 * (trained + sizes["llm"]) / 2 / 1e9)
+    assert memory["gradients"] == pytest.approx(2 * trained / 2 / 1e9)
+    assert memory["optimizer"] == pytest.approx(12 * trained / 2 / 1e9)
+    saved = 14 * (trained + sizes["encoder"] + sizes["ctc"]) + 2 * sizes["llm"]
+    assert cluster_sizing.checkpoint_bytes(cfg, parts) == saved
 
 
 def test_the_work_of_a_step_is_torchs(lora_recipe):
@@ -303,13 +304,13 @@ def test_the_work_of_a_step_is_torchs(lora_recipe):
     with FlopCounterMode(display=False) as counter:
         llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state.sum().backward()
     parts = {
-        "adaptor": flops.Part(1.0),
+        "adaptor": flops.PartFlops(1.0),
         "lora": flops.lora(shape, [11, 11]),
         "llm": flops.llm(shape, [11, 11], causal=False),
     }
-    work = flops.step(parts, ["adaptor", "lora"])
+    work = flops.step_flops(parts, ["adaptor", "lora"])
     assert counter.get_total_flops() == work["lora"].needed + work["llm"].needed
-    alone = flops.step(parts, ["lora"])
+    alone = flops.step_flops(parts, ["lora"])
     assert alone["llm"].backward == work["llm"].backward and not alone["adaptor"].backward
 
 

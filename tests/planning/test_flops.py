@@ -1,4 +1,4 @@
-"""Held to torch's own counter on real modules, and to numbers worked out by hand."""
+"""FLOPs against torch's counter on modules, and against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_encoder(frames):
     assert part.forward == forward
     # torch counts the gradient of a depthwise convolution as if it were a dense one.
     whole, of_convolutions = counted(lambda: out[0].sum().backward())
-    work = flops.step({"encoder": part}, ["encoder"])["encoder"]
+    work = flops.step_flops({"encoder": part}, ["encoder"])["encoder"]
     assert work.forward == forward
     assert work.backward - (2 * convolved - part.entry) == whole - of_convolutions
     assert part.entry == 2 * 3 * ((frames + 1) // 2) * 7 * 9 * 3
@@ -66,9 +66,9 @@ def test_ctc_and_the_encoder_below_it():
     assert counted(lambda: ctc(frames).sum().backward())[0] == 3 * part.forward
     parts = {"encoder": flops.encoder(EncoderConfig(), [100]), "ctc": part}
     # With a frozen encoder only the head's weights have a gradient.
-    head_only = flops.step(parts, ["ctc"])
+    head_only = flops.step_flops(parts, ["ctc"])
     assert head_only["encoder"].backward == 0 and head_only["ctc"].backward == part.linear
-    both = flops.step(parts, ["encoder", "ctc"], recomputed=["encoder"])
+    both = flops.step_flops(parts, ["encoder", "ctc"], recomputed=["encoder"])
     assert both["ctc"].backward == 2 * part.linear
     assert both["encoder"].recomputed == parts["encoder"].forward == both["encoder"].forward
 
@@ -87,14 +87,14 @@ def test_adaptor(trained_below):
     part = flops.adaptor(4, 6, 10, 8, [36, 33])
     below = flops.encoder(EncoderConfig(), [36, 33])
     trains = ["encoder", "adaptor"] if trained_below else ["adaptor"]
-    work = flops.step({"encoder": below, "adaptor": part}, trains)["adaptor"]
+    work = flops.step_flops({"encoder": below, "adaptor": part}, trains)["adaptor"]
     assert counted(run)[0] == work.needed
     assert flops.adaptor(4, 6, 10, 8, [32]).forward == 2 * 2 * (24 * 10 + 10 * 8)
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_language_model_and_head(lm, trained):
-    """With a frozen one, gradients pass through to the embeddings (align)."""
+    """Through a frozen language model, gradients pass to the embeddings (align)."""
     shape = flops.LlmShape.of(lm)
     assert (shape.layers, shape.attention_width, shape.width, shape.vocab) == (3, 24, 16, 41)
     lm.requires_grad_(trained)
@@ -105,18 +105,18 @@ def test_language_model_and_head(lm, trained):
         (hidden.flatten(0, 1)[:7] @ lm.lm_head.weight.T).sum().backward()
 
     parts = {
-        "adaptor": flops.Part(1.0),
+        "adaptor": flops.PartFlops(1.0),
         "llm": flops.llm(shape, [11, 11], causal=False),
         "head": flops.head(shape, 7),
     }
     trains = ["adaptor", "llm"] if trained else ["adaptor"]
-    work = flops.step(parts, trains, recomputed=["llm"])
+    work = flops.step_flops(parts, trains, recomputed=["llm"])
     assert counted(run)[0] == work["llm"].needed + work["head"].needed
     assert work["llm"].recomputed == parts["llm"].forward
     assert work["head"].recomputed == parts["head"].forward
 
 
-def test_causal_attention_counts_the_pairs_that_are_seen(lm):
+def test_causal_attention_counts_visible_pairs(lm):
     shape = flops.LlmShape.of(lm)
     seen = torch.ones(9, 9).tril().sum() + torch.ones(4, 4).tril().sum()
     part = flops.llm(shape, [9, 4])
@@ -129,7 +129,7 @@ def test_the_papers_size():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Encoder(cfg).parameters())
     part = flops.encoder(cfg, [800])
-    work = flops.step({"encoder": part}, ["encoder"])["encoder"]
+    work = flops.step_flops({"encoder": part}, ["encoder"])["encoder"]
     assert work.needed == pytest.approx(6 * parameters * 200, rel=0.06)
     assert part.attention / part.forward == pytest.approx(0.013, abs=0.003)
     assert part.times(3) == flops.encoder(cfg, [800] * 3)

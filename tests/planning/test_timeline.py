@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from dsasr import recipe
 from dsasr.planning import timeline
+from dsasr.planning.memory import Machine, between_steps, step_memory
+from dsasr.planning.model_parts import count_parts
 from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig
 from dsasr.tracking.timeline_plot import lr_curves, plot_run, stage_spans
 
@@ -27,20 +30,18 @@ def named(events, kind):
     return [e for e in events if e["event"] == kind]
 
 
-def test_the_papers_course_on_a_clock():
-    events = timeline.course(Schedule(ALL), (1010, 1320))
-    held = {s.name: (s.start, s.stop) for s in stage_spans(events)}
-    assert held["pretrain"][0] == 0 and held["align"][0] == 1010
+def test_the_papers_schedule():
+    events, accuracy = timeline.simulate_scaled(Schedule(ALL), (1010, 1320))
+    steps = {s.name: (s.start, s.stop) for s in stage_spans(events)}
+    assert steps["pretrain"][0] == 0 and steps["align"][0] == 1010
     # From the first trigger on the branches take turns, so align's 400 steps take 799.
-    assert held["align"][1] == 1010 + 799
-    assert held["joint"][1] == sum(s.steps for s in ALL)
+    assert steps["align"][1] == 1010 + 799
+    assert steps["joint"][1] == sum(s.steps for s in ALL) and accuracy == 1
     assert [e["pretrain"] for e in named(events, "swap")] == [1010, 1320, 2000]
     assert [e["cause"] for e in named(events, "published")] == ["drift", "drift", "final"]
 
 
-def test_a_long_course_is_walked_in_jumps():
-    from dataclasses import replace
-
+def test_a_long_schedule_is_simulated_at_a_scale():
     long = tuple(
         replace(
             s,
@@ -51,18 +52,18 @@ def test_a_long_course_is_walked_in_jumps():
         for s in ALL
     )
     drift = DriftConfig(mode="fixed", swaps=(PlannedSwap(1_010_000), PlannedSwap(1_320_000, 700)))
-    events = timeline.course(Schedule(long, drift), ())
+    events, _ = timeline.simulate_scaled(Schedule(long, drift), ())
     assert events[-1]["steps"] == pytest.approx(4_100_000, rel=1e-3)
-    at = [e["pretrain"] for e in named(events, "swap")]
-    assert at == pytest.approx([1_010_000, 1_320_000, 2_000_000], rel=1e-3)
-    # Swaps nearer to each other than a jump is long are shown as the last of them.
+    swaps = [e["pretrain"] for e in named(events, "swap")]
+    assert swaps == pytest.approx([1_010_000, 1_320_000, 2_000_000], rel=1e-3)
+    # Of swaps that fall on one step at that scale, the last is shown.
     near = DriftConfig(mode="fixed", swaps=(PlannedSwap(1), PlannedSwap(3), PlannedSwap(5)))
-    shorter, by = timeline.shrink(Schedule(long, near))
-    assert by > 5 and shorter.drift.swaps == (PlannedSwap(1),)
-    assert f"to within {by:,}" in timeline.describe(events, by).splitlines()[0]
+    shorter, divisor = timeline.scale_down(Schedule(long, near))
+    assert divisor > 5 and shorter.drift.swaps == (PlannedSwap(1),)
+    assert f"to within {divisor:,}" in timeline.format_events(events, divisor).splitlines()[0]
 
 
-def test_the_sft_branch_alone_and_a_given_encoder():
+def test_the_sft_branch_alone_and_an_initial_encoder():
     events = timeline.simulate(Schedule(ALL, branch="sft"))
     assert [s.name for s in stage_spans(events)] == ["align", "ia_sft", "joint"]
     events = timeline.simulate(Schedule((ALIGN, JOINT)))
@@ -71,7 +72,7 @@ def test_the_sft_branch_alone_and_a_given_encoder():
 
 def test_rates_are_drawn_over_the_run_and_equal_groups_once():
     schedule = Schedule(ALL)
-    curves = lr_curves(schedule, timeline.course(schedule, (1010,)))
+    curves = lr_curves(schedule, timeline.simulate(schedule, (1010,)))
     labels = [label for label, *_ in curves]
     assert labels == [
         "pretrain: encoder, ctc",
@@ -84,20 +85,32 @@ def test_rates_are_drawn_over_the_run_and_equal_groups_once():
     assert steps[0] == 1010 and rates[0] == 1e-3 and rates == sorted(rates, reverse=True)
 
 
-def test_memory_by_hand(tiny):
+def test_the_table_shows_sizes_rates_and_the_planners_memory(tiny):
     cfg = recipe.load(str(tiny))
-    sizes = timeline.part_sizes(cfg)
-    assert set(sizes) == {"encoder", "ctc", "adaptor", "llm"}
-    # For the joint stage: bf16 weights of all, 2 + 12 bytes more of what trains.
-    joint = cfg.stages[-1]
-    every = sizes["encoder"] + sizes["adaptor"] + sizes["llm"]
-    assert timeline.memory(cfg, joint, sizes, 2) == 16 * every / 2 / 2**30
-    # Beside pretraining the align stage keeps both branches, pretraining's masters among them.
-    align = 2 * every + 14 * sizes["adaptor"] + 14 * (sizes["encoder"] + sizes["ctc"])
-    assert timeline.memory(cfg, cfg.stages[1], sizes, 1) == align / 2**30
+    table = timeline.stage_table(cfg, ranks=2)
+    assert "1 pretrain: 20 steps of cr_ctc" in table and "the last 3 steps wait" in table
+    assert "starts from the final encoder" in table and "not known" not in table
+    assert "CKA every 2 steps" in timeline.swap_rule(cfg.schedule())
+    for stage in cfg.stages:
+        memory = step_memory(cfg, stage, Machine(nodes=1, gpus=2), count_parts(cfg))
+        peak, resident = sum(memory.values()), between_steps(memory)
+        assert f"{peak:.3g} GB a rank on 2 ranks, {resident:.3g} GB of it also between" in table
 
 
-def test_a_run_is_drawn_from_what_it_wrote(tmp_path):
+def test_drift_steps_of_the_paper():
+    assert timeline.paper_drift_steps(Schedule(ALL)) == [1010, 1320]
+    assert timeline.paper_drift_steps(Schedule(ALL, DriftConfig(mode="final"))) == []
+
+
+def test_unknown_sizes_are_reported(tiny):
+    table = timeline.stage_table(recipe.load(str(tiny), ["model.llm.path=/nowhere"]))
+    assert "sizes of adaptor, llm, and so the memory, not known: model.llm.path not there" in table
+    assert "memory   not known\n" in table
+    table = timeline.stage_table(recipe.load(str(tiny), ["data.phonemes=/nowhere"]))
+    assert "for 256 phonemes, as data.phonemes is not there" in table
+
+
+def test_a_run_is_drawn_from_its_own_events(tmp_path):
     events = timeline.simulate(Schedule(ALL), (1010, 1320))
     refused = {"event": "refused", "snapshot": "x", "steps": 1200, "reason": "not finite"}
     events += [

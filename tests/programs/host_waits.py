@@ -65,7 +65,7 @@ def main() -> None:
     for stage in cfg.stages:
         branch = branches[stage.branch]
         branch.enter(stage)
-        with build.train_stream(stage, None) as stream:
+        with build.train_dataloader(stage, None) as stream:
             for number in range(3):  # ZeRO-3 traces the order of the parameters in the first ones
                 branch.step([next(stream)], number)
             batch = next(stream)

@@ -60,7 +60,7 @@ def main() -> None:
     cfg = recipe.load(path)
     build = Builder(cfg)
     stages = {s.name: s for s in cfg.stages}
-    batches = build.held_out("sft")
+    batches = build.validation_batches("sft")
     report: dict = {"frozen": {}, "sharded": sharded(build)}
     config = EngineConfig(precision="bf16")
     branch = BranchEngine("sft", build.speech_llm(), config, folder)

@@ -44,7 +44,7 @@ def compare(cfg: recipe.Recipe, name: str, folder: Path) -> dict:
     """A branch built whole and partitioned, from its weights to three steps of its last stage."""
     build = Builder(cfg)
     stage = next(s for s in reversed(cfg.stages) if s.branch == name)
-    batches = build.held_out(name)
+    batches = build.validation_batches(name)
     partition = CountingPartition(partitioner(cfg.engine))
     whole, sharded = build.module(name), build.module(name, partition)
     total = sum(p.numel() for p in whole.parameters())

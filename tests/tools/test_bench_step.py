@@ -53,12 +53,12 @@ def test_batches_are_cut_by_the_recipes_budgets(monkeypatch):
     import step
 
     from dsasr import recipe
-    from dsasr.planning import cluster_sizing
+    from dsasr.planning.memory import Traffic
 
     chosen = recipe.load("nim-2.3b")
     stage = next(s for s in chosen.stages if s.name == "joint")
     config = step.batch_config(chosen, stage, small=False)
-    traffic = cluster_sizing.Traffic(8.0, 4.0)
+    traffic = Traffic(8.0, 4.0)
     held = step.batches(config, 3, traffic, 500, 5)
     assert len(held) == 3
     for batch in held:
@@ -87,7 +87,7 @@ def test_the_papers_size_and_its_work(monkeypatch):
     import torch
 
     from dsasr import recipe
-    from dsasr.planning import cluster_sizing
+    from dsasr.planning.memory import Traffic
     from dsasr.utils import distributed
 
     monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
@@ -98,7 +98,7 @@ def test_the_papers_size_and_its_work(monkeypatch):
         encoder = sum(p.numel() for p in module.encoder.parameters())
         assert 5.5e8 < encoder < 6.5e8
         config = step.batch_config(chosen, stage, small=False)
-        (batch,) = step.batches(config, 1, cluster_sizing.Traffic(), 500, 80)
+        (batch,) = step.batches(config, 1, Traffic(), 500, 80)
         work, positions = step.work(chosen, stage, module, batch)
         frames = int(((batch.feature_lengths_B + 3) // 4).sum())
         if stage.name == "pretrain":

@@ -35,12 +35,14 @@ from common import record
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.batch import Batch
+from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.demo.small_lm import make_random_lm
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine, partitioner
 from dsasr.kernels import dispatch
-from dsasr.planning import batch_search, cluster_sizing
-from dsasr.planning.batch_trial import Shape, status, synthetic_batch
+from dsasr.planning.batch_probe import Shape, status, synthetic_batch
+from dsasr.planning.memory import GB, Machine, Traffic, between_steps, step_memory
+from dsasr.planning.model_parts import count_parts
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
@@ -105,7 +107,7 @@ def anonymous() -> int:
 
 
 def measure(args: argparse.Namespace, chosen: recipe.Recipe, folder: Path) -> dict:
-    stage = batch_search.stage_of(chosen, args.stage)
+    stage = chosen.stage(args.stage)
     try:
         shape = Shape(*(int(x) for x in args.batch.split("x")))
     except (ValueError, TypeError):
@@ -155,29 +157,29 @@ def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Pat
 
 
 def predict(args: argparse.Namespace, chosen: recipe.Recipe) -> tuple[dict[str, float], float]:
-    stage = batch_search.stage_of(chosen, args.stage)
+    stage = chosen.stage(args.stage)
     shape = [int(x) for x in args.batch.split("x")]
-    seconds = shape[1] / cluster_sizing.FRAMES
-    traffic = cluster_sizing.Traffic(seconds, shape[2] / seconds)
+    seconds = shape[1] / FRAMES_PER_SECOND
+    traffic = Traffic(seconds, shape[2] / seconds)
     batch = replace(stage.batch or chosen.data.dataloader.batch, frames=shape[0] * shape[1],
                     samples=shape[0], tokens=0)  # fmt: skip
     stage = replace(stage, batch=batch)
-    machine = cluster_sizing.Machine(nodes=1, gpus=distributed.world(), reserve=0.0,
-                             cpu=distributed.device().type == "cpu")  # fmt: skip
-    made = cluster_sizing.step(chosen, stage, machine, traffic)
-    total = sum(p.parameters for n, p in cluster_sizing.parts(chosen).items()
-                if n in chosen.parts(stage.branch))  # fmt: skip
-    gb = cluster_sizing.GB
-    by_part = {n: v * gb for n, v in made.memory.items()}
-    return by_part | {"held": made.held * gb, "peak": made.peak * gb}, total
+    machine = Machine(nodes=1, gpus=distributed.world(), reserve=0.0,
+                      cpu=distributed.device().type == "cpu")  # fmt: skip
+    parts = count_parts(chosen)
+    total = sum(parts[name].parameters for name in chosen.parts(stage.branch))
+    memory = step_memory(chosen, stage, machine, parts, traffic)
+    predicted = {name: value * GB for name, value in memory.items()}
+    predicted["held"] = between_steps(memory) * GB
+    return predicted | {"peak": sum(memory.values()) * GB}, total
 
 
 def main() -> None:
     args = parse()
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    recipe.quiet()
+    recipe.silence_library_warnings()
     chosen = recipe.load(args.recipe, args.overrides)
-    batch_search.stage_of(chosen, args.stage)
+    chosen.stage(args.stage)
     branch_engine.set_threads(chosen.engine)
     dispatch.select(chosen.kernels)
     branch_engine.init_distributed()
@@ -191,7 +193,7 @@ def main() -> None:
             distributed.barrier()
             chosen = recipe.load(args.recipe, [*args.overrides, f"model.llm.path={place}"])
         # Of this stage's branch alone: the other one is not built here.
-        one = replace(chosen, branch=batch_search.stage_of(chosen, args.stage).branch)
+        one = replace(chosen, branch=chosen.stage(args.stage).branch)
         expected, total = predict(args, one)
         found = distributed.gather(measure(args, one, folder))
         distributed.barrier()

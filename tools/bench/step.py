@@ -52,8 +52,10 @@ from dsasr.model.adaptor import Adaptor
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.llm import embedding_rms
+from dsasr.model.llm_hub import llm_config
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.planning import cluster_sizing, flops
+from dsasr.planning import flops
+from dsasr.planning.memory import Traffic
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -91,7 +93,7 @@ def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
         encoder = Encoder(model.encoder)
         if branch == "pretrain":
             return CtcModel(encoder, PHONEMES, model.pretrain)
-        shape = Qwen3Config(**SMALL_LM) if small else cluster_sizing.llm_config(model.llm.path)
+        shape = Qwen3Config(**SMALL_LM) if small else llm_config(model.llm.path)
         llm = AutoModelForCausalLM.from_config(
             shape, dtype=dtype, attn_implementation=model.llm.attn
         )
@@ -118,7 +120,7 @@ def batch_config(chosen: Recipe, stage: StageConfig, small: bool) -> BatchConfig
 
 
 def batches(
-    config: BatchConfig, count: int, traffic: cluster_sizing.Traffic, vocab: int, mels: int
+    config: BatchConfig, count: int, traffic: Traffic, vocab: int, mels: int
 ) -> list[Batch]:
     """``count`` batches of this rank's, as the planner would cut them from such a corpus."""
     rng = np.random.default_rng(100 + distributed.rank())
@@ -158,7 +160,7 @@ def _batch(frames: np.ndarray, tokens: np.ndarray, vocab: int, mels: int, number
 
 def work(
     chosen: Recipe, stage: StageConfig, module: nn.Module, batch: Batch
-) -> tuple[dict[str, flops.Work], int]:
+) -> tuple[dict[str, flops.StepFlops], int]:
     """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
     model, frames = chosen.model, batch.feature_lengths_B.tolist()
     width = model.encoder.width
@@ -188,7 +190,7 @@ def work(
             model.llm.activation_checkpointing and model.llm.recompute == "all"
         )
     recomputed = [name for name, on in again.items() if on]
-    return flops.step(parts, stage.trains, recomputed), positions
+    return flops.step_flops(parts, stage.trains, recomputed), positions
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def case(
     held = batches(
         batch_config(chosen, stage, options.small),
         unseen + options.rounds * stage.grad_accum_steps,
-        cluster_sizing.Traffic(options.seconds, options.tokens),
+        Traffic(options.seconds, options.tokens),
         vocab,
         chosen.model.encoder.mels,
     )
@@ -355,7 +357,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    recipe.quiet()
+    recipe.silence_library_warnings()
     overrides = [*(SMALL if options.small else ()), *options.overrides]
     chosen = recipe.load(options.recipe, overrides)
     branch_engine.set_threads(chosen.engine)

@@ -30,11 +30,11 @@ class SpecAugmentConfig:
     Each time mask is at most ``time_width`` frames and ``time_share`` of the utterance wide.
     """
 
-    freq_masks: int = 2
-    freq_width: int = 27
-    time_masks: int = 2
-    time_width: int = 40
-    time_share: float = 0.1
+    freq_masks: int = 2  # number of frequency masks
+    freq_width: int = 27  # widest frequency mask, in Mel bins
+    time_masks: int = 2  # number of time masks
+    time_width: int = 40  # widest time mask, in feature frames (10 ms)
+    time_share: float = 0.1  # widest time mask, as a share of the utterance
 
     def __post_init__(self) -> None:
         if min(self.freq_masks, self.freq_width, self.time_masks, self.time_width) < 0:
@@ -53,11 +53,15 @@ class AugmentConfig:
     from noise shards.
     """
 
+    # speed factors, one drawn for each sample; 1.0 leaves it as it is
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
-    noise_share: float = 0.2
-    snr_mean: float = 10.0
-    snr_std: float = 5.0
+    noise_share: float = 0.2  # share of the samples that get noise, 0 to 1
+    snr_mean: float = 10.0  # mean signal-to-noise ratio in dB
+    snr_std: float = 5.0  # standard deviation of the signal-to-noise ratio in dB
+    # longest silence in seconds, padded on either side of a noisy sample; times a Beta(1, 3) draw
     silence: float = 1.0
+    # babble, vehicle, music, recorded (dataloader.noise): drawn alike, one named twice twice as
+    # often
     kinds: tuple[str, ...] = field(default=NOISE_KINDS)
 
     def __post_init__(self) -> None:

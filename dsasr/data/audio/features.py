@@ -164,11 +164,12 @@ class FbankConfig:
     ``dither`` is the standard deviation, of 16-bit steps, of noise added to the audio.
     """
 
-    mels: int = 80
-    rate: int = RATE
-    frame_ms: float = 25.0
-    shift_ms: float = 10.0
-    dither: float = 0.0
+    mels: int = 80  # Mel bins; as model.encoder.mels
+    rate: int = RATE  # sampling rate in Hz that audio is resampled to
+    frame_ms: float = 25.0  # window length in milliseconds
+    shift_ms: float = 10.0  # hop in milliseconds
+    dither: float = 0.0  # standard deviation of noise added to the audio, in 16-bit steps; 0: none
+    # lower edge of the lowest Mel bin in Hz; the upper edge of the highest is rate / 2
     low_hz: float = 20.0
 
     def __post_init__(self) -> None:

@@ -40,14 +40,18 @@ class BatchConfig:
     estimated as characters x ``tokens_per_char`` (1 is an upper bound for most alphabets).
     """
 
-    frames: int = 12_000  # 10 ms feature frames, padding included
+    frames: int = 12_000  # feature frames (10 ms) of a micro-batch of a rank, padding included
+    # positions of the language model in a micro-batch, padding included; 0: no such budget
     tokens: int = 0
-    samples: int = 256
-    bucket: float = 0.02  # relative width of a length bucket: about half of it becomes padding
-    min_seconds: float = 0.1
-    max_seconds: float = 40.0
-    prompt_tokens: int = 40
+    samples: int = 256  # samples of a micro-batch, at most
+    # relative width of a length bucket, 0 to 1; about half of it becomes padding
+    bucket: float = 0.02
+    min_seconds: float = 0.1  # shorter samples are dropped, counted as too_short
+    max_seconds: float = 40.0  # longer samples are dropped, counted as too_long
+    prompt_tokens: int = 40  # tokens of the prompt that the token budget counts for each sample
+    # feature frames of one speech token in the token budget: 4 · model.adaptor.stack
     frames_per_token: int = 16
+    # tokens of a transcript's character in the token budget; 1 is an upper bound for most alphabets
     tokens_per_char: float = 1.0
 
     def __post_init__(self) -> None:

@@ -52,10 +52,12 @@ class DatasetConfig:
     ``weight``: its share of the batches, relative to the other datasets'. ``lang``: only this one.
     """
 
-    name: str
+    name: str  # name in mixtures, logs and key=value
+    # folder with a dataset.json, a tar, a glob or brace pattern (local, http(s), s3), or a list of
+    # these
     shards: str | tuple[str, ...]
-    weight: float = 1.0
-    lang: str | None = None
+    weight: float = 1.0  # share of the batches, relative to the other datasets
+    lang: str | None = None  # use only samples of this language; null: all
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -66,17 +68,23 @@ class DatasetConfig:
 class DataLoaderConfig:
     """How data is read. Per stage or for the whole run."""
 
+    # batch budgets; a stage's own `batch` replaces them whole
     batch: BatchConfig = field(default_factory=BatchConfig)
-    num_workers: int = 1  # processes; 0 collates batches in the training process
-    prefetch: int = 3  # batches in progress, per worker
+    num_workers: int = 1  # worker processes of a rank; 0: the training process collates
+    prefetch: int = 3  # batches in preparation per worker; at least 1
     window: int = 16  # shards shuffled together, at least
-    window_samples: int = 8192  # samples shuffled together, at least, if dataset.json counts them
+    # samples shuffled together, at least, where dataset.json has the counts
+    window_samples: int = 8192
+    # shuffle shards and batches in training; false: shards in order, batches by length
     shuffle: bool = True
-    temperature: float | None = None  # T: languages weigh hours^(1/T) instead of hours
-    features: Literal["worker", "device"] = "worker"  # where fbank is computed
-    # Shards of noise, for augment.kinds "recorded": one set, several, or each with its weight.
+    # T ≥ 1: languages weigh hours^(1/T), 1 in proportion to their hours; null: by dataset alone
+    temperature: float | None = None
+    # where log-Mel features are computed: in the workers, or on the training device
+    features: Literal["worker", "device"] = "worker"
+    # noise shards for augment.kinds "recorded": one set, a list of sets, or set → weight; null:
+    # none
     noise: str | tuple[str, ...] | dict[str, float] | None = None
-    source: StorageConfig = field(default_factory=StorageConfig)
+    source: StorageConfig = field(default_factory=StorageConfig)  # how shards are reached
 
     def __post_init__(self) -> None:
         if self.num_workers < 0 or self.prefetch < 1:

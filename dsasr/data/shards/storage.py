@@ -46,11 +46,12 @@ MAX_CHECKED = 1024  # local shards of a list whose existence is checked at start
 class StorageConfig:
     """Access to shards. ``cache_gb`` > 0 caches whole remote shards in ``cache``."""
 
-    cache: str = ""  # folder; default: $XDG_CACHE_HOME/dsasr or ~/.cache/dsasr
+    cache: str = ""  # folder for remote shards; empty: $XDG_CACHE_HOME/dsasr, or ~/.cache/dsasr
+    # GB of whole remote shards kept in the cache; 0: read by range, nothing kept
     cache_gb: float = 0.0
-    timeout: float = 20.0  # seconds without a byte
-    attempts: int = 5
-    backoff: float = 0.5  # seconds before the second attempt; doubles
+    timeout: float = 20.0  # seconds without a byte after which a read is tried again
+    attempts: int = 5  # tries of a read before its shard counts as failed; at least 1
+    backoff: float = 0.5  # seconds before the second try; doubles with each one
     allow_pipe: bool = False  # run the shell commands of pipe: URLs
 
     def __post_init__(self) -> None:

@@ -257,9 +257,10 @@ class PhonemizerConfig:
     """``kind``: stored, espeak, lexicon or characters (conventional CTC, no phonemes at all);
     ``lexicons``: files for kind lexicon."""
 
+    # stored (in the shards), espeak, lexicon, or characters (labels are letters: conventional CTC)
     kind: str = "stored"
-    lexicons: tuple[str, ...] = ()
-    stress: bool = False
+    lexicons: tuple[str, ...] = ()  # lexicon: pronunciation files; the first that has a word wins
+    stress: bool = False  # keep the stress marks of English vowels
 
     def __post_init__(self) -> None:
         if self.kind not in ("stored", "espeak", "lexicon", "characters"):

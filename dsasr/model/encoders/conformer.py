@@ -26,18 +26,20 @@ from dsasr.utils.errors import UserError
 class EncoderConfig:
     """Sizes of the encoder; ``ffn`` is absolute, ``kernel`` in encoder frames (40 ms)."""
 
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    ffn: int = 2048
-    kernel: int = 33
+    width: int = 512  # model width E; width / heads must be even
+    layers: int = 12  # Conformer blocks
+    heads: int = 8  # attention heads
+    ffn: int = 2048  # inner width of the feed-forward modules
+    kernel: int = 33  # length of the depthwise convolution, in encoder frames (40 ms); odd
     conv_expansion: int = 1  # width of the depthwise convolution, in encoder widths
-    dropout: float = 0.1
-    attention_dropout: float = 0.0  # on a CPU it costs the fused attention
-    mels: int = 80
-    subsample_channels: int = 32
+    dropout: float = 0.1  # dropout after each module and in the feed-forward modules
+    # dropout of attention weights; above 0 a CPU loses its fused attention
+    attention_dropout: float = 0.0
+    mels: int = 80  # Mel bins of the features; as data.fbank.mels
+    subsample_channels: int = 32  # channels of the two subsampling convolutions
     activation_checkpointing: bool = False  # recompute each block in the backward pass
-    recompute: Literal["all", "cheap"] = "all"  # cheap: products are saved
+    # with activation_checkpointing; all: the whole block, cheap: all but its matrix products
+    recompute: Literal["all", "cheap"] = "all"
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:

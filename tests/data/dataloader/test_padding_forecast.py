@@ -65,10 +65,10 @@ def test_a_share_of_the_shards_is_evenly_spread() -> None:
 
 def test_the_stream_makes_what_was_forecast(tiny) -> None:
     cfg = recipe.load(str(tiny), ["data.augment={speeds: [0.9, 1.1], noise_share: 0.5}"])
-    stage = batch_search.stage_of(cfg, "align")
-    got = batch_search.outlook(cfg, stage)
+    stage = cfg.stage("align")
+    got = batch_search.forecast_stage(cfg, stage)
     padded = useful = batches = 0
-    with Builder(cfg).train_stream(stage, None) as stream:
+    with Builder(cfg).train_dataloader(stage, None) as stream:
         for batch in stream:
             if batch.epoch:
                 break

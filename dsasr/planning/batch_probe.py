@@ -1,9 +1,9 @@
-"""The child of `batch_search`: builds a stage as a run would, steps synthetic batches, tells peaks.
+"""The child process of `batch_search`: builds a stage as a run would, steps synthetic batches,
+measures peak memory.
 
-Memory counts as a run's does: a GPU's by what the allocator reserved, a CPU's by the process's
+Memory is measured as it limits a run: on a GPU what the allocator reserved, on a CPU the process's
 resident set. A limit below what the machine has is enforced: on a GPU by the allocator's share, on
-a CPU by the kernel (``RLIMIT_DATA``), so that too large a trial ends in this process and not in
-another one's.
+a CPU by the kernel (``RLIMIT_DATA``), so that too large a batch ends this process and no other.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ OUT_OF_MEMORY = ("alloc", "out of memory", "not enough memory")  # in torch's an
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of ``samples`` of ``frames`` each, with ``tokens`` of transcript and end each."""
+    """The size of a batch whose samples are all alike."""
 
     samples: int
-    frames: int
-    tokens: int
+    frames: int  # feature frames of a sample
+    tokens: int  # of a sample's transcript, the end token included
 
 
 def serve(pipe: Any, log: str, recipe: Recipe, stage: str, memory: int) -> None:
-    """Answer trials until the pipe closes: ("peak", (bytes, seconds)), ("memory", how) …
+    """Send ("ready", …), then step the batches that come and send ("peak", (bytes, seconds)),
+    until the pipe closes. An error ends it: ("memory", how), ("user", text), ("error", traceback).
 
     What libraries print goes to the file ``log``.
     """
@@ -50,14 +51,14 @@ def serve(pipe: Any, log: str, recipe: Recipe, stage: str, memory: int) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     try:
-        trials = Trials(recipe, stage, memory)
-        pipe.send(("ready", (trials.name, trials.memory, trials.held)))
+        probe = StageProbe(recipe, stage, memory)
+        pipe.send(("ready", (probe.device_name, probe.memory, probe.resident)))
         while True:
             try:
                 shapes = pipe.recv()
             except EOFError:
                 return
-            pipe.send(("peak", trials.peak(shapes)))
+            pipe.send(("peak", probe.peak(shapes)))
     except UserError as error:
         pipe.send(("user", str(error)))
     except BaseException as error:
@@ -67,7 +68,7 @@ def serve(pipe: Any, log: str, recipe: Recipe, stage: str, memory: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is a way of saying that memory ran out."""
+    """Whether an exception means that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -91,37 +92,38 @@ def synthetic_batch(shape: Shape, mels: int, phonemes: int, tokens: int) -> Batc
     )
 
 
-class Trials:
+class StageProbe:
     """A stage's branch in its engine, and the other one offloaded beside it if the job has both."""
 
     def __init__(self, recipe: Recipe, stage: str, memory: int) -> None:
         from dsasr.build import Builder
         from dsasr.engine import branch_engine
         from dsasr.kernels import dispatch
-        from dsasr.recipe import quiet
+        from dsasr.planning.memory import stages_beside
+        from dsasr.recipe import silence_library_warnings
         from dsasr.utils import distributed
 
-        quiet()
+        silence_library_warnings()
         branch_engine.set_threads(recipe.engine)
         dispatch.select(recipe.kernels)
         branch_engine.init_distributed()
         self.device = distributed.device()
         self.gpu = self.device.type == "cuda"
-        self.memory = memory or _free(self.device)
-        self.name = torch.cuda.get_device_name(self.device) if self.gpu else "the CPU"
+        self.memory = memory or _free_bytes(self.device)
+        self.device_name = torch.cuda.get_device_name(self.device) if self.gpu else "the CPU"
         self.build, self.folder = Builder(recipe), tempfile.TemporaryDirectory()
-        self.stage = next(s for s in recipe.stages if s.name == stage)
+        self.stage = recipe.stage(stage)
         self.mels = recipe.model.encoder.mels
-        for other in beside(recipe, self.stage):
+        for other in stages_beside(recipe, self.stage)[-1:]:  # the one that usually trains most
             self._enter(other).offload()
         self.branch = self._enter(self.stage)
-        self.held = self._now()
-        if self.held > self.memory:
+        self.resident = self._current()
+        if self.resident > self.memory:
             raise MemoryError
         self._limit()
 
     def _enter(self, stage: StageConfig) -> Any:
-        """A branch that has made a small step, so that its optimizer holds its moments."""
+        """A branch that has made a small step, so that its optimizer has its moments."""
         from dsasr.engine.branch_engine import BranchEngine, partitioner
 
         module = self.build.module(stage.branch, partitioner(self.build.recipe.engine))
@@ -133,7 +135,7 @@ class Trials:
         return branch
 
     def peak(self, shapes: tuple[Shape, ...]) -> tuple[int, float]:
-        """(the most bytes held over one step of each shape, seconds of the slowest step)."""
+        """(peak bytes over one step of each shape, seconds of the slowest step)."""
         self._reset()
         slowest = 0.0
         for shape in shapes:
@@ -142,7 +144,7 @@ class Trials:
             if self.gpu:
                 torch.cuda.synchronize()
             slowest = max(slowest, time.perf_counter() - started)
-        return self._most(), slowest
+        return self._peak(), slowest
 
     def _step(self, branch: Any, stage: StageConfig, shape: Shape) -> None:
         sft = stage.branch == "sft"
@@ -152,11 +154,11 @@ class Trials:
         branch.step([batch] * stage.grad_accum_steps, 0)
 
     def _limit(self) -> None:
-        """Bound this process's memory from here on.
+        """Limit this process's memory from here on.
 
         The kernel counts what is mapped. DeepSpeed maps gigabytes of buckets that a CPU never
-        touches, so only what comes on top of the present state is bounded, with a quarter of slack
-        for what the heap maps and does not use: the judge is the resident set.
+        touches, so the limit is on what is mapped beyond the present state, with a quarter of slack
+        for what the heap maps and does not use. What decides is the resident set.
         """
         if self.gpu:
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -166,7 +168,7 @@ class Trials:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + room, hard))
 
-    def _now(self) -> int:
+    def _current(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.gpu else status("VmRSS")
 
     def _reset(self) -> None:
@@ -176,19 +178,8 @@ class Trials:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 
-    def _most(self) -> int:
+    def _peak(self) -> int:
         return torch.cuda.max_memory_reserved(self.device) if self.gpu else status("VmHWM")
-
-
-def beside(recipe: Recipe, stage: StageConfig) -> list[StageConfig]:
-    """Stages of the other branch that may lie offloaded beside this one in the same job."""
-    schedule = recipe.schedule()
-    if recipe.branch != "both" or schedule.pretrain is None or not schedule.sft:
-        return []
-    if stage.branch == "pretrain":
-        others = [s for s in schedule.sft if not s.needs_final_encoder]
-        return others[-1:]  # the one that trains most, as stages go
-    return [] if stage.needs_final_encoder else [schedule.pretrain]
 
 
 def status(name: str) -> int:
@@ -199,8 +190,8 @@ def status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def _free(device: torch.device) -> int:
-    """What is free: of the GPU, or of the machine within its control group's bound."""
+def _free_bytes(device: torch.device) -> int:
+    """Free bytes of the GPU, or of the machine within its control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,54 @@
+"""The recipe's own rules, and the packaged recipes."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsasr import config, recipe
+from dsasr.utils.errors import UserError
+
+PACKAGED = sorted(path.stem for path in config.RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_recipes_load_and_say_what_they_are_for(name):
+    cfg = recipe.load(name)
+    assert cfg.run == f"runs/{name}" and cfg.schedule().pretrain is not None
+    # Every stage gets data, and the resolved recipe reads back to itself.
+    for stage in cfg.stages:
+        assert cfg.dataloader(stage)[1]
+    assert config.build(recipe.Recipe, config.to_plain(cfg)) == cfg
+    head = (config.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert head.startswith("# ") and len(head) > 40
+
+
+def test_a_stage_by_name():
+    cfg = recipe.load("demo")
+    assert cfg.stage("align") is cfg.stages[1]
+    with pytest.raises(UserError, match="did you mean 'align'"):
+        cfg.stage("algin")
+
+
+def test_which_changes_matter_to_a_resumed_run():
+    cfg = recipe.load("demo")
+    saved = config.to_plain(cfg)
+    other = recipe.load("demo", ["run=elsewhere", "monitor.every=5", "checkpoint.keep=9"])
+    assert recipe.changed_settings(saved, other) == []
+    other = recipe.load("demo", ["seed=2", "stages.align.steps=41"])
+    changed = recipe.changed_settings(saved, other)
+    assert sorted(changed) == ["seed: 1 → 2", "stages.align.steps: 40 → 41"]
+
+
+def test_an_encoders_fingerprint_is_of_pretraining_alone():
+    fingerprint = recipe.load("demo").encoder_fingerprint()
+    assert recipe.load("demo", ["stages.ia_sft.steps=900"]).encoder_fingerprint() == fingerprint
+    assert recipe.load("demo", ["run=elsewhere"]).encoder_fingerprint() == fingerprint
+    for changed in ("seed=2", "model.encoder.layers=5", "stages.pretrain.steps=1300"):
+        assert recipe.load("demo", [changed]).encoder_fingerprint() != fingerprint
+
+
+def test_a_branch_without_an_encoder_is_refused():
+    sft_only = "stages=[{name: align, branch: sft, trains: {adaptor: 1.0e-3}, steps: 3}]"
+    with pytest.raises(UserError, match=r"model\.encoder_from=SNAPSHOT"):
+        recipe.load("demo", [sft_only])
+    assert recipe.load("demo", [sft_only, "model.encoder_from=x"]).starts_from_snapshot
