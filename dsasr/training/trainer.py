@@ -67,7 +67,7 @@ class Trainer:
         self.branches = BranchSwitcher(recipe, self.build, self.monitor)
         self.exchange = EncoderSwap(recipe, self.build, self.monitor)
         self.validation = Validation(recipe, self.build, self.monitor)
-        self.watch = OnlineProbe(
+        self.online_probe = OnlineProbe(
             recipe.probe, self.build, self.monitor, recipe.folder / "allocation"
         )
         self.bad = BadSampleLog(
@@ -134,10 +134,12 @@ class Trainer:
         return self.branches.enter(stage, self.steps)
 
     def batches(self, stage: StageConfig) -> list[Batch]:
-        """This rank's micro-batches of the next step; what looks compare with is taken before."""
+        """This rank's micro-batches of the next step; before it the online probe's reference."""
         step = self.progress.step if stage.branch == "sft" else self.progress.pretrain
-        # Like looks, that is no time of the stage's.
-        self._turn_started += self.watch.begin(self.branches.get(stage.branch), step)
+        # Like probe evaluations, that is no training time of the stage.
+        self._turn_started += self.online_probe.take_reference(
+            self.branches.get(stage.branch), step
+        )
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
         batches = self.feeds.next(stage)
@@ -252,7 +254,7 @@ class Trainer:
 
     def evaluate_if_due(self, branch: BranchEngine, report: StepReport) -> None:
         trained = sum(self.stage_seconds.values())
-        self.watch.look_if_due(branch, report, self.steps, trained)
+        self.online_probe.evaluate_if_due(branch, report, self.steps, trained)
         every = self.recipe.evaluation.every
         if every and (report.step + 1) % every == 0:
             self._evaluate(branch, self.recipe.evaluation.utterances)

@@ -61,24 +61,27 @@ def test_allocation_of_run_snapshots_and_foreign_encoders(run, tiny, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     held = rows(out)
-    assert [r["kind"] for r in held] == ["snapshot", "random", "checkpoint", "foreign", "random"]
+    kinds = [r["encoder"]["kind"] for r in held]
+    assert kinds == ["snapshot", "random", "checkpoint", "pretrained", "random"]
     assert all(0 <= r["nse"] <= 1 and r["effective_rank"] >= 1 for r in held)
-    assert {(r["pai"]["folds"], r["pai"]["split"]) for r in held} == {(4, "utterance")}
+    assert {(r["pai"]["folds"], r["pai"]["split_by"]) for r in held} == {(4, "utterance")}
     last = held[2]
-    assert last["stage"] == "joint" and last["utterances"] == 8
-    assert last["first"] == held[0]["name"] and "first" not in held[0]
-    # Looked for once, unless nothing can be missed.
+    assert last["encoder"]["stage"] == "joint" and last["utterances"] == 8
+    assert last["reference"] == held[0]["encoder"]["name"] and "reference" not in held[0]
+    # The limit is searched at most once.
     for key in ("pai", "csai"):
-        assert sum(r[key]["limit"] is not None for r in held) <= 1
+        assert sum("detection_limit" in r[key] for r in held) <= 1
     assert last["llm"]["resolved"] == pytest.approx(
-        last["llm"]["without_audio"] - last["llm"]["with_audio"]
+        last["llm"]["nll_without_audio"] - last["llm"]["nll_with_audio"]
     )
-    assert 0 <= last["ctc"]["frames"] <= math.log(10) and 0 < last["cka_to_first"] <= 1
+    assert 0 <= last["ctc"]["entropy"] <= math.log(10) and 0 < last["cka_to_reference"] <= 1
     assert "PAI" in done.stdout and "hubert" in done.stdout
     tokens = tool("allocation.py", run, "--data", data, "--semantic", "token", "--random", "none")
     assert tokens.returncode == 0, tokens.stderr
     [row] = rows(run / "allocation.jsonl")
-    assert row["kind"] == "checkpoint" and row["csai"]["frames"] == last["csai"]["frames"]
+    assert (
+        row["encoder"]["kind"] == "checkpoint" and row["csai"]["frames"] == last["csai"]["frames"]
+    )
     assert tool("allocation.py", tmp_path / "hubert", "--data", data).returncode == 2
 
 
@@ -111,40 +114,13 @@ def test_allocation_of_two_runs_on_what_whisper_can_read(run, tiny, tmp_path):
     for folder in (run, other):
         assert f"written: {folder}/allocation.jsonl ({folder.name}/step-" in done.stdout
     first = rows(other / "allocation.jsonl")
-    assert [r["kind"] for r in first] == ["checkpoint", "random"]
-    assert [r["pai"]["shuffled"] is None for r in first] == [False, True]
+    assert [r["encoder"]["kind"] for r in first] == ["checkpoint", "random"]
+    assert ["shuffled" in r["pai"] for r in first] == [True, False]
     held = rows(run / "allocation.jsonl")
-    assert [r["kind"] for r in held] == ["checkpoint", "random", "foreign", "random"]
+    kinds = [r["encoder"]["kind"] for r in held]
+    assert kinds == ["checkpoint", "random", "pretrained", "random"]
     assert {r["utterances"] for r in held} == {5}
-    assert all(r["pai"]["shuffled"] is None for r in held)
-
-
-def test_rows_go_to_their_runs_or_to_one_file(tmp_path, capsys):
-    allocation = module(ROOT / "tools" / "allocation.py")
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    held = [
-        {"name": "first/a", "run": str(first)},
-        {"name": "second/b", "run": f"{first}/../second"},
-        {"name": "whisper", "kind": "foreign"},
-        {"name": "random encoder", "run": str(second), "nse": math.nan},
-    ]
-    measured = {"data": "shards"}
-    allocation.write(held, str(first), measured, None)
-    assert [r["name"] for r in rows(first / "allocation.jsonl")] == ["first/a", "whisper"]
-    [_, random] = rows(second / "allocation.jsonl")
-    assert (random["name"], random["nse"], random["measured"]) == ("random encoder", None, measured)
-    assert f"{second}/allocation.jsonl (second/b, random encoder)" in capsys.readouterr().out
-    allocation.write(held, str(first), measured, tmp_path / "all.jsonl")
-    assert [r["name"] for r in rows(tmp_path / "all.jsonl")] == [r["name"] for r in held]
-    # Another checkpoint of the run, measured alike, is beside the first one; otherwise instead.
-    other = {"name": "first/c", "run": str(first)}
-    for way, names in ((measured, ["whisper", "first/a", "first/c"]), ({"data": "x"}, ["first/c"])):
-        allocation.write([other], str(first), way, None)
-        told = capsys.readouterr().out
-        assert ("2 measured otherwise left out" in told) == (way != measured)
-        assert sorted(r["name"] for r in rows(first / "allocation.jsonl")) == sorted(names)
+    assert not any("shuffled" in r["pai"] for r in held)
 
 
 @pytest.mark.launcher

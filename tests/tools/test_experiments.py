@@ -12,6 +12,12 @@ import numpy as np
 import pytest
 
 from dsasr import config
+from dsasr.entropy_allocation.row import (
+    AllocationRow,
+    EncoderSource,
+    Estimate,
+    LlmAllocation,
+)
 from dsasr.evaluation.hallucination import Example
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, with_published
@@ -126,15 +132,17 @@ def result(system: str, label: str, seed: int, rate: float, loud: int) -> dict:
                             "flagged": [int(e > 5) for e in errors]}  # fmt: skip
     clips["cut50"] = {"lang": ["en", "zh"] * 30, "flagged": [1] * 6 + [0] * 54}
     clips["white"] = {"lang": ["en"] * 4, "characters": [loud] * 4, "seconds": [30.0] * 4}
-    gain = {"value": 2.0, "low": 1.9, "high": 2.1, "share": 0.5, "shuffled": 0.001 * seed}
-    none = {"value": 0.0, "low": 0.0, "high": 0.0, "share": 0.0, "found": False, "limit": 0.012,
-            "shuffled": 0.0}  # fmt: skip
-    csai = none if system == "paper" else gain | {"value": 0.3}
-    encoder = {"nse": 0.5, "pai": gain, "csai": csai, "llm": {"resolved": 1.5}}
+    gain = Estimate(2.0, 1.9, 2.1, 4.0, 2.0, shuffled=0.001 * seed)
+    none = Estimate(0.0, 0.0, 0.0, 4.0, 4.0, shuffled=0.0, detection_limit=0.012)
+    csai = none if system == "paper" else replace(gain, value=0.3)
+    llm = LlmAllocation(nll_without_audio=2.0, nll_with_audio=0.5)
+    row = AllocationRow(EncoderSource("x", "checkpoint"), nse=0.5, pai=gain, csai=csai, llm=llm)
+    random = replace(row, nse=0.2, pai=replace(gain, value=0.7 + 0.1 * seed), csai=none, llm=None)
+    after = replace(row, cka_to_reference=0.9, reference="x")
     return {
         "set": "synth", "system": system, "label": label, "seed": seed, "clips": clips,
-        "random": {"nse": 0.2, "pai": gain | {"value": 0.7 + 0.1 * seed}, "csai": none},
-        "before": encoder, "after": encoder, "cka_through_joint": 0.9, "audio_hours": 12.0,
+        "random": random.to_json(), "before": row.to_json(), "after": after.to_json(),
+        "audio_hours": 12.0,
         "train_seconds": 600.0, "sizes": {"pretrain": 100}, "ctc": 0.5,
     }  # fmt: skip
 
@@ -170,7 +178,7 @@ def test_ratios_and_their_intervals(results, experiment):
     flags = summary.hallucinated(held["paper"], ["snr5", "snr0"])
     assert flags[0].shape == (3, 60) and (flags[1] == 2).all()
     # 100 characters in 30 s of each clip.
-    assert summary.value(summary.invented(held["conventional"])) == pytest.approx(200)
+    assert summary.value(summary.nonspeech_rate(held["conventional"])) == pytest.approx(200)
     gap, low, high, p = summary.paired(one, two)
     assert low < gap < high < 0 and p < 0.01
     assert summary.paired(one, one)[0] == 0 and summary.paired(one, one)[3] == 1.0
