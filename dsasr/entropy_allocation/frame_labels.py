@@ -88,9 +88,9 @@ def align_utterance(
     Raises ValueError where the frames are too few for the phonemes.
     """
     positions_S = forced_alignment.align(log_probs_SP, phonemes)
-    owners = assign_words(vocab.decode(phonemes), text, lang, phonemizer)
+    phoneme_words = assign_words(vocab.decode(phonemes), text, lang, phonemizer)
     words = tuple(forced_alignment.words_of(text))
-    return AlignedUtterance(key, speaker, tuple(phonemes), positions_S, words, tuple(owners))
+    return AlignedUtterance(key, speaker, tuple(phonemes), positions_S, words, tuple(phoneme_words))
 
 
 def assign_words(

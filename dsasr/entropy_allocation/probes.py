@@ -16,7 +16,7 @@ each (strong Wolfe search, 10 pairs kept) from the last solution; in the second 
 the λ that won the first. The result is the solution with the lowest nll on validation frames, that
 from which the walk started included, and a walk ends once two penalties in a row make it worse. So
 a probe that learns nothing from the features scores about as the one without them, not below it:
-many useless features cannot hide what the context says.
+many useless features cannot hide the information of the context.
 
 Cost: a few hundred passes over the training frames at most, 4·N·d·C operations each.
 """

@@ -1,4 +1,4 @@
-"""The row of an allocation measurement: what the probes say of one encoder on one probe set.
+"""The row of an allocation measurement: the figures of one encoder on one probe set.
 
 One type from the probe to its last reader: allocation.jsonl (`AllocationRow.to_json`),
 metrics.jsonl and TensorBoard (`AllocationRow.scalars`), the report and the experiments
@@ -139,8 +139,8 @@ class AllocationRow:
 
     ``nse`` in [0, 1] and ``effective_rank`` are of ``frames`` of ``width`` features out of
     ``utterances``. ``cka_to_reference`` is the CKA to the encoder named ``reference`` on the same
-    frames. ``probe_seconds`` is what the measurement took, ``settings`` what it was made with:
-    rows with other settings are not to be compared.
+    frames. ``probe_seconds`` is the time of the measurement. Only rows with the same ``settings``
+    are comparable.
     """
 
     encoder: EncoderSource

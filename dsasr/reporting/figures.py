@@ -104,7 +104,7 @@ def timeline(run: RunData, path: Path) -> Path | None:
     threshold = next((m["cka_threshold"] for m in run.drift), None)
     lrs = lr_curves(run.schedule, run.events) if run.schedule else ()
     cka = [(m["steps"], m["cka"]) for m in run.drift]
-    title = f"{run.name}: stages, encoders taken, drift"
+    title = f"{run.name}: stages, encoder swaps, drift"
     more = {"clock": "optimizer steps, of each branch its own"} if len(run.jobs) > 1 else {}
     plot(run.events, path, title, cka=cka, threshold=threshold, lrs=lrs, losses=losses, **more)
     return path
@@ -264,7 +264,7 @@ def _estimate(row: AllocationRow, key: str) -> Estimate:
 
 
 def _not_detected(estimate: Estimate, unit: str = "") -> str:
-    """The label of an estimate that is not detected; "" if it is, or if it was not made."""
+    """The label of an estimate that is not detected; "" if it is, or if there is none."""
     if estimate.detected or not math.isfinite(estimate.low):
         return ""
     limit = estimate.detection_limit
@@ -344,7 +344,7 @@ CURVES = (
 def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
     """Error rates and hallucinations on the validation set by training time.
 
-    Colors tell runs apart, or the rates of a single run.
+    Each run has a color, or each rate of a single run.
     """
     scored = [r for r in runs if any("wer" in m or "cer" in m for m in r.validation)]
     if not scored:

@@ -20,7 +20,7 @@ from dsasr.utils.errors import UserError
 
 @pytest.fixture
 def labeled(aligner, recording, phonemes):
-    """Builds a probe set of as many noisy utterances as wanted."""
+    """Builds a probe set of ``count`` noisy utterances."""
 
     def build(count: int = 12, **changes) -> ProbeSet:
         rng = np.random.default_rng(0)

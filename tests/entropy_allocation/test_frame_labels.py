@@ -42,9 +42,9 @@ def test_an_utterance_is_aligned_with_its_words():
     logits = torch.zeros(5, 4)
     logits[torch.arange(5), torch.tensor([ids[0], ids[0], 0, ids[1], ids[2]])] = 9.0
     utterance = ("k", "s", "Ab c", "en", ids)
-    found = align_utterance(*utterance, logits.log_softmax(-1), vocab, Letters())
-    assert found.positions_S.tolist() == [0, 0, 0, 1, 2]
-    assert (found.words, found.phoneme_words) == (("Ab", "c"), (0, 0, 1))
+    aligned_now = align_utterance(*utterance, logits.log_softmax(-1), vocab, Letters())
+    assert aligned_now.positions_S.tolist() == [0, 0, 0, 1, 2]
+    assert (aligned_now.words, aligned_now.phoneme_words) == (("Ab", "c"), (0, 0, 1))
     with pytest.raises(ValueError, match="too few"):
         align_utterance(*utterance, logits[:2].log_softmax(-1), vocab, Letters())
 

@@ -86,7 +86,7 @@ def test_folds_are_balanced_by_frames():
 
 
 def test_folds_with_one_voice_left_validate_on_its_utterances():
-    # One speaker has more to say than the two others: in two folds it stands alone in one.
+    # One speaker has more frames than the two others: of two folds it is one.
     speakers = ["a"] * 20 + ["b"] * 4 + ["c"] * 4
     utterance = torch.arange(28).repeat_interleave(3)
     folds = probe_splits.folds(utterance, speakers, count=2)

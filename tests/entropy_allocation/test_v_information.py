@@ -22,13 +22,13 @@ def _corpus(window=0, utterances=60, speakers=12, seed=0):
     lexicon = [torch.randint(1, PHONEMES, (3,), generator=g).tolist() for _ in range(WORDS)]
     builder = FrameSetBuilder(window)
     for u in range(utterances):
-        said = (torch.randint(0, WORDS, (8,), generator=g) ** 2 // WORDS).tolist()
-        phonemes = [p for w in said for p in lexicon[w]]
-        owners = torch.tensor([w for w in said for _ in range(3)])
+        spoken = (torch.randint(0, WORDS, (8,), generator=g) ** 2 // WORDS).tolist()
+        phonemes = [p for w in spoken for p in lexicon[w]]
+        phoneme_words = torch.tensor([w for w in spoken for _ in range(3)])
         positions = torch.arange(len(phonemes)).repeat_interleave(2)
         frames = len(positions) + 1
         positions = torch.cat([positions, torch.tensor([-1])])
-        words = torch.where(positions >= 0, owners[positions], -1)
+        words = torch.where(positions >= 0, phoneme_words[positions], -1)
         builder.add(torch.zeros(frames, 1), positions, phonemes, words, f"s{u % speakers}")
     return builder.build()
 
@@ -94,7 +94,7 @@ def test_white_noise():
 
 
 def test_useless_features_do_not_hide_the_context():
-    # Few frames, many dimensions, and a window that already tells the word.
+    # Few frames, many dimensions, and a window that already determines the word.
     data = _corpus(window=2, utterances=40)
     g = torch.Generator().manual_seed(4)
     data = data.with_features(torch.randn(len(data), 200, generator=g))
@@ -193,7 +193,7 @@ def test_gains_planted_above_the_limit_are_detected():
 
 def _diffuse(seed, shift):
     """Twenty even labels in Gaussian noise, their means ``shift`` apart from 0 in directions of
-    their own: a linear softmax can be the best of all readers. Returns the frames and PAI."""
+    their own: no classifier can be better than a linear softmax. Returns the frames and PAI."""
     generator = torch.Generator().manual_seed(seed)
     label_N = torch.randint(0, 20, (4000,), generator=generator)
     x_NE = torch.randn(4000, 32, generator=generator)
@@ -284,7 +284,7 @@ def test_long_utterances_weigh_more():
 
 def test_partial_information():
     # The phoneme is seen in 60% of frames, else nothing: PAI = 0.6 of H(P) and a little more,
-    # since unseen frames are told apart from seen ones.
+    # since the probe also knows which frames show nothing.
     data = _corpus(utterances=120)
     seen = torch.rand(len(data), generator=torch.Generator().manual_seed(1)) < 0.6
     x = one_hot(data.phoneme_N, PHONEMES).float() * seen[:, None]
