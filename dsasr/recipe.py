@@ -110,9 +110,9 @@ class StoreConfig:
 @dataclass(frozen=True)
 class OnlineProbeConfig:
     """Entropy allocation during training (`online_probe`). ``every``: steps of a stage between two
-    probe evaluations (0: none at all); ``probes``: of a branch's evaluations each n-th also fits
-    the probes (0: never), on at most ``frames`` frames; ``utterances`` of the validation set are
-    the probe set; ``budget``: the share of the training time that evaluations may take."""
+    probe evaluations (0: none at all); ``probes``: evaluations of a branch between two that fit
+    the probes (0: never), on at most ``frames`` frames; ``utterances`` of the validation
+    set are the probe set; ``budget``: the share of the training time for evaluations."""
 
     every: int = 0
     probes: int = 4
