@@ -1,9 +1,9 @@
-"""Whom entropy allocation is measured of: checkpoints, snapshots and foreign encoders, opened."""
+"""Encoders opened for probing: of checkpoints, snapshots and Hugging Face folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.entropy_allocation.row import EncoderSource
 from dsasr.entropy_allocation.v_information import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.inference.model_from_run import newest, run_folder, run_recipe
@@ -23,52 +24,56 @@ from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
 
-MOST_SECONDS = 60.0  # of a recording that is measured
+MAX_SECONDS = 60.0  # of a recording
 
 
 @dataclass
 class ProbedEncoder:
-    """A checkpoint that is to be measured. ``about`` joins its row; ``rate`` is what it reads."""
+    """An encoder to probe. ``rate`` is the sampling rate of the audio it reads.
 
-    name: str
-    about: dict[str, Any]
+    ``encode`` gives the valid frames of each recording. ``ctc`` and ``llm`` are the heads that go
+    with the encoder, if there are any; ``encoder`` or ``pretrained`` is the module itself.
+    """
+
+    source: EncoderSource
     frame_seconds: float
     encode: Callable[[Sequence[Recording]], dict[str, Tensor]]  # key → [S, E], CPU
     build: Builder | None = None
     encoder: Encoder | None = None
     ctc: CtcHead | None = None
     llm: SpeechLLM | None = None
-    foreign: ForeignEncoder | None = None
+    pretrained: ForeignEncoder | None = None
     rate: int = RATE
 
 
-def is_foreign(path: str | Path) -> bool:
-    """Whether it is a Hugging Face encoder's folder, which has a config.json."""
+def is_pretrained(path: str | Path) -> bool:
+    """Whether ``path`` is the folder of a Hugging Face encoder, which has a config.json."""
     return (Path(path) / "config.json").is_file()
 
 
-def longest(paths: Iterable[str | Path]) -> float:
-    """The seconds of audio that all of the checkpoints can read: `MOST_SECONDS` at most."""
+def max_seconds(paths: Iterable[str | Path]) -> float:
+    """The longest audio, in seconds, that all encoders can read: at most `MAX_SECONDS`."""
     from dsasr.model.encoders import pretrained
 
-    return min([MOST_SECONDS, *(pretrained.longest(path) for path in paths if is_foreign(path))])
+    limits = [pretrained.longest(path) for path in paths if is_pretrained(path)]
+    return min([MAX_SECONDS, *limits])
 
 
-def open_any(path: str | Path) -> ProbedEncoder:
-    """What `open_checkpoint` opens, or a Hugging Face encoder's folder."""
-    return open_foreign(str(path)) if is_foreign(path) else open_checkpoint(path)
+def open_encoder(path: str | Path) -> ProbedEncoder:
+    """The encoder of a checkpoint (`open_checkpoint`) or of a Hugging Face folder."""
+    return open_pretrained(str(path)) if is_pretrained(path) else open_checkpoint(path)
 
 
 def open_checkpoint(path: str | Path) -> ProbedEncoder:
-    """A run folder (its newest checkpoint), a checkpoint or a snapshot, verified.
+    """The encoder of a run folder (its newest checkpoint), a checkpoint or a snapshot, verified.
 
     A checkpoint's encoder is that of the sft branch if there is one; its CTC head is the pretrain
-    branch's, else that of the snapshot in use.
+    branch's, else that of the snapshot in use. Raises `UserError` for a broken checkpoint.
     """
     path = Path(path)
     try:
         reader = newest(path) if (path / "recipe.yaml").is_file() else _verified(path)
-        return _subject(path, reader, Builder(run_recipe(run_folder(path))))
+        return _from_checkpoint(path, reader, Builder(run_recipe(run_folder(path))))
     except FragmentError as error:
         raise UserError(f"{path} cannot be measured: {error}") from None
 
@@ -78,50 +83,60 @@ def _verified(path: Path) -> FragmentReader:
     return FragmentReader(path)
 
 
-def _subject(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:
-    held = reader.manifest
-    about: dict[str, Any] = {"run": str(run_folder(path)), "kind": held["kind"]}
+def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:
+    manifest, run = reader.manifest, run_folder(path)
+    source = EncoderSource(f"{run.name}/{reader.folder.name}", manifest["kind"], run=str(run))
     encoder, head, llm = Encoder(build.recipe.model.encoder), None, None
-    if held["kind"] == "snapshot":
-        about |= {"pretrain": held["pretrain"], "cause": held["cause"]}
+    if source.kind == "snapshot":
+        source = replace(source, pretrain=manifest["pretrain"], cause=manifest["cause"])
         zero_partition.load_weights(encoder, Below(reader, "encoder."))
         head = _head(build, Below(reader, "ctc."))
     else:
         branch = "sft" if "sft/encoder.subsampling.project.bias" in reader else "pretrain"
-        stage = held["branches"][branch]["stage"]
-        about |= {"steps": held["steps"], "pretrain": held["progress"]["pretrain"], "stage": stage}
-        about |= {"encoder": held["progress"]["in_use"]} if branch == "sft" else {}
+        progress = manifest["progress"]
+        source = replace(
+            source,
+            steps=manifest["steps"],
+            pretrain=progress["pretrain"],
+            stage=manifest["branches"][branch]["stage"],
+            snapshot=progress["in_use"] if branch == "sft" else None,
+        )
         zero_partition.load_weights(encoder, Below(reader, f"{branch}/encoder."))
-        head = _head(build, Below(reader, "pretrain/ctc.")) or _stored_head(build, held)
+        head = _head(build, Below(reader, "pretrain/ctc.")) or _stored_head(build, manifest)
         if branch == "sft":
             llm = build.speech_llm()
             zero_partition.load_weights(llm, Below(reader, "sft/"))
             llm.to(device()).eval().requires_grad_(False)
     encoder.to(device()).eval().requires_grad_(False)
-    name = f"{run_folder(path).name}/{reader.folder.name}"
-    return _native(name, about, build, encoder, head, llm)
+    return _of_build(source, build, encoder, head, llm)
 
 
-def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) -> ProbedEncoder:
+def _of_build(
+    source: EncoderSource,
+    build: Builder,
+    encoder: Encoder,
+    ctc: CtcHead | None = None,
+    llm: SpeechLLM | None = None,
+) -> ProbedEncoder:
     fbank = build.recipe.data.fbank
 
     def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
-        found = {}
+        features = {}
         with torch.no_grad():
             for batch in batch_recordings(recordings, fbank_config=fbank, cmvn=build.cmvn):
-                moved = batch.to(device())
-                out = encoder(moved.features_BTF, moved.feature_lengths_B)
+                on_device = batch.to(device())
+                out = encoder(on_device.features_BTF, on_device.feature_lengths_B)
                 for i, key in enumerate(batch.keys):
-                    found[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
-        return found
+                    features[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
+        return features
 
     return ProbedEncoder(
-        name, about, build.frame_seconds, encode, build, encoder, head, llm, rate=fbank.rate
+        source, build.frame_seconds, encode, build, encoder, ctc, llm, rate=fbank.rate
     )
 
 
 def _head(build: Builder, reader: Below) -> CtcHead | None:
-    """The CTC head below ``reader``, where there is one."""
+    """The CTC head stored below ``reader``, if there is one."""
     if not reader.shapes:
         return None
     head = CtcHead(build.recipe.model.encoder.width, len(build.phonemes))
@@ -129,32 +144,33 @@ def _head(build: Builder, reader: Below) -> CtcHead | None:
     return head.to(device()).eval().requires_grad_(False)
 
 
-def _stored_head(build: Builder, held: dict[str, Any]) -> CtcHead | None:
-    folder = build.recipe.store_folder / (held["progress"]["in_use"] or "")
+def _stored_head(build: Builder, manifest: dict[str, Any]) -> CtcHead | None:
+    """The CTC head of the snapshot in use, if it is still in the store."""
+    folder = build.recipe.store_folder / (manifest["progress"]["in_use"] or "")
     try:
         return _head(build, Below(FragmentReader(folder), "ctc."))
     except FragmentError:
-        return None  # pruned, or an encoder from elsewhere
+        return None  # pruned, or published by another store
 
 
-def open_foreign(path: str, *, random: bool = False) -> ProbedEncoder:
-    """A Hugging Face folder's encoder."""
+def open_pretrained(path: str, *, random: bool = False) -> ProbedEncoder:
+    """The encoder of a Hugging Face folder, or one of its architecture with random weights."""
     from dsasr.model.encoders import pretrained
 
-    held = pretrained.load(path, random=random)
-    held.module.to(device())
+    encoder = pretrained.load(path, random=random)
+    encoder.module.to(device())
 
     def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
-        return {r.key: held.frames(r.wave) for r in recordings}
+        return {r.key: encoder.frames(r.wave) for r in recordings}
 
-    about = {"kind": "random" if random else "foreign", "path": str(path)}
-    return ProbedEncoder(held.name, about, held.frame_seconds, encode, foreign=held)
+    source = EncoderSource(encoder.name, "random" if random else "pretrained", path=str(path))
+    return ProbedEncoder(source, encoder.frame_seconds, encode, pretrained=encoder)
 
 
-def random_baseline(subject: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
-    """The same architecture with random weights."""
-    if subject.foreign is not None:
-        return open_foreign(subject.about["path"], random=True)
-    encoder = reinitialized(subject.encoder, seed=seed)
-    about = {"run": subject.about.get("run", ""), "kind": "random"}
-    return _native("random encoder", about, subject.build, encoder)
+def random_baseline(encoder: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
+    """An encoder of the same architecture with random weights."""
+    if encoder.pretrained is not None:
+        return open_pretrained(encoder.source.path, random=True)
+    module = reinitialized(encoder.encoder, seed=seed)
+    source = EncoderSource("random encoder", "random", run=encoder.source.run)
+    return _of_build(source, encoder.build, module)

@@ -34,8 +34,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1024, help="wider features are projected")
     parser.add_argument(
         "--folds", type=int, default=0,
-        help="groups of speakers that are held out in turn; each costs its own probes (default: 1 "
-        "with 12 speakers or more, else 4)",
+        help="groups of speakers that are the test part in turn, each with its own probes "
+        "(default: 1 with 12 speakers or more, else 4)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -43,8 +43,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     for name, default, what in (
         ("random", "all", "the same encoder with random weights (all: of each architecture)"),
-        ("control", "all", "shuffled labels"),
-        ("limits", "first", "the smallest gain that would be detected where none is found; slow"),
+        ("control", "all", "the control of shuffled frames"),
+        ("limits", "first", "the detection limit where nothing is detected; slow"),
     ):
         choices = ("all", "first", "none")
         parser.add_argument(f"--{name}", choices=choices, default=default, help=what)
@@ -61,14 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from dsasr.analysis import measure as measures
-    from dsasr.analysis import probe_checkpoints, probed_encoders
+    from dsasr.analysis import compare, probed_encoders
+    from dsasr.analysis.compare import CompareConfig
+    from dsasr.analysis.probe_set import label_recordings
+    from dsasr.entropy_allocation.v_information import VInformationConfig
     from dsasr.evaluation.eval_sets import read_recordings
     from dsasr.recipe import silence_library_warnings
 
     silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    runs = [c for c in args.checkpoints if not probed_encoders.is_foreign(c)]
+    runs = [path for path in args.checkpoints if not probed_encoders.is_pretrained(path)]
     path = args.aligner or (runs[-1] if runs else None)
     if path is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
@@ -76,24 +78,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = aligner.build.recipe.data
     recordings, bad = read_recordings(
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
-        max_seconds=probed_encoders.longest(args.checkpoints),
+        max_seconds=probed_encoders.max_seconds(args.checkpoints),
     )  # fmt: skip
-    probes = measures.probe_set(aligner, recordings, args.semantic)
-    left_out = dict(Counter(bad) + probes.causes)
-    speakers = len({r.speaker for r in probes.recordings})
-    print(f"{len(probes.recordings)} utterances by {speakers} speakers, labels by {aligner.name}"
-          + (f"; left out: {left_out}" if left_out else ""))  # fmt: skip
-    settings = {"max_width": args.width, "folds": args.folds, "seed": args.seed}
-    settings |= {"max_frames": args.frames, "semantic_frames": max(1, args.frames // 4)}
-    baselines = probe_checkpoints.Baselines(args.random, args.control, args.limits)
-    rows = probe_checkpoints.measure_all(args.checkpoints, probes, settings, baselines)
-    print(measures.table(rows))
-    print("PAI, CSAI: nats a frame, 95% interval, [shuffled]; none (<x): a gain of x would show;")
-    by, folds = rows[0]["pai"]["split"], rows[0]["pai"]["folds"]
-    print("H: nats a token (CTC: frame); CKA: to the first; held out: by " + by
-          + (f", in {folds} folds" if folds > 1 else ""))  # fmt: skip
+    labeled = label_recordings(aligner, recordings, args.semantic)
+    left_out = dict(Counter(bad) + labeled.causes)
+    speakers = len({r.speaker for r in labeled.recordings})
+    print(
+        f"{len(labeled.recordings)} utterances by {speakers} speakers, labels by "
+        f"{aligner.source.name}" + (f"; left out: {left_out}" if left_out else "")
+    )
+    estimates = VInformationConfig(
+        max_width=args.width, folds=args.folds, seed=args.seed,
+        max_frames=args.frames, semantic_frames=max(1, args.frames // 4),
+    )  # fmt: skip
+    config = CompareConfig(estimates, args.control, args.random, args.limits)
+    rows = compare.compare(args.checkpoints, labeled, config)
+    print(compare.table(rows))
+    print("PAI, CSAI: nats a frame, 95% interval, [shuffled], none (<detection limit);")
+    first = rows[0].pai
+    folds = f", in {first.folds} folds" if first.folds > 1 else ""
+    print(f"H: nats a token (CTC: frame); CKA: to the first; test part: by {first.split_by}{folds}")
     names = ("data", "utterances", "semantic", "width", "frames", "folds", "seed")
-    measured = {name: getattr(args, name) for name in names}
-    home = aligner.about["run"]
-    measured["aligner"] = str(Path(home).resolve().parent / aligner.name)
-    probe_checkpoints.write(rows, home, measured, args.out)
+    settings = {name: getattr(args, name) for name in names}
+    home = aligner.source.run
+    settings["aligner"] = str(Path(home).resolve().parent / aligner.source.name)
+    for message in compare.write(rows, home, settings, args.out):
+        print(message)

@@ -1,4 +1,4 @@
-"""What the accumulators of this package share: named float64 sums that add up over ranks."""
+"""Streaming float64 sums over frames, added up over batches, workers and ranks."""
 
 from __future__ import annotations
 
@@ -19,31 +19,10 @@ class Sums:
             for name, shape in shapes.items()
         }
 
-    def state(self) -> dict[str, Tensor]:
-        """The sums themselves, by name (not copies): safe to all-reduce in place, or to store."""
-        return self.sums
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over stored sums. Raises ValueError if names or shapes are another accumulator's."""
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
-        own = {name: tuple(value.shape) for name, value in self.sums.items()}
-        if shapes != own:
-            raise ValueError(f"state has {shapes}, this accumulator has {own}")
-        for name, value in self.sums.items():
-            value.copy_(state[name])
-
-    def merge(self, other: Sums) -> None:
-        """Add the sums of another accumulator of the same shapes."""
-        for name, value in self.sums.items():
-            value += other.sums[name].to(value.device)
-
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
-        """Sum over ranks, tensor by tensor: ``all_reduce`` adds in place, or returns the sum."""
-        for value in self.sums.values():
-            result = all_reduce(value)
-            if isinstance(result, Tensor) and result is not value:
-                value.copy_(result)
+        """Sum over ranks, tensor by tensor; ``all_reduce`` adds in place.
 
-    def reset(self) -> None:
+        Every rank calls it, also a rank without frames.
+        """
         for value in self.sums.values():
-            value.zero_()
+            all_reduce(value)

@@ -1,4 +1,4 @@
-"""Linear CKA: how far one representation of the same frames has moved from another.
+"""Linear CKA: the similarity of two representations of the same frames.
 
 With X [N, d] and Y [N, d'], columns centered (Kornblith et al. 2019, arXiv 1905.00414, the feature
 form):
@@ -7,8 +7,8 @@ form):
 
 1 under rotation and isotropic scaling of either side. It equals the Gram form at O(N·d²) instead of
 O(N²·d). Everything it needs is a sum over frames, kept in float64, so that batches, workers and
-ranks add up to the value of one process. The sums are not centered until the end: with column means
-m times their spread, the value loses about m²·1e-16.
+ranks add up to the value of one process. The sums are centered only at the end: with column means m
+times their standard deviation, the value loses about m²·1e-16.
 
 ``unbiased=True`` takes for each HSIC the estimator of Song et al. 2012 (JMLR 13, 1393; used for CKA
 by Nguyen et al. 2021, arXiv 2010.15327):
@@ -16,18 +16,17 @@ by Nguyen et al. 2021, arXiv 2010.15327):
     HSIC₁(K, L) = [tr(K̃L̃) + 1ᵀK̃1·1ᵀL̃1 / ((N−1)(N−2)) − 2·1ᵀK̃L̃1 / (N−2)] / (N(N−3)),
 
 K = XXᵀ and L = YYᵀ with zeroed diagonals. Writing it by sums over frames, with no N×N matrix, is
-ours. Use it when N is not much larger than d, where the plain form leans toward 1. It may leave
+**ours**. Use it when N is not much larger than d, where the plain form leans toward 1. It may leave
 [0, 1].
 
 Memory: (d² + d'² + d·d') float64, 25 MB at d = d' = 1024. Cost: N·(d² + d'² + d·d') multiply-adds
-in float64. Where float64 is slow, ``dtype=torch.float32`` does the products of one chunk in float32
-and still adds chunks in float64 (relative error about 1e-6).
+in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,10 +45,9 @@ class CkaSums(Sums):
         d_y: int | None = None,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float64,
     ) -> None:
         d_y = d if d_y is None else d_y
-        self.d, self.d_y, self.dtype = d, d_y, dtype
+        self.d, self.d_y = d, d_y
         shapes: dict[str, tuple[int, ...]] = {"n": (), "x": (d,), "y": (d_y,)}
         shapes |= {"xx": (d, d), "yy": (d_y, d_y), "xy": (d, d_y)}
         # With a = ‖x‖² and b = ‖y‖² of a frame: Σa², Σab, Σb², Σax, Σbx, Σay, Σby.
@@ -67,8 +65,8 @@ class CkaSums(Sums):
             )
         sums, device = self.sums, self.sums["n"].device
         for start in range(0, len(x_ND), _CHUNK):
-            x = x_ND[start : start + _CHUNK].to(device, self.dtype)
-            y = y_ND[start : start + _CHUNK].to(device, self.dtype)
+            x = x_ND[start : start + _CHUNK].to(device, torch.float64)
+            y = y_ND[start : start + _CHUNK].to(device, torch.float64)
             a, b = (x * x).sum(1), (y * y).sum(1)
             sums["n"] += len(x)
             sums["x"] += x.sum(0)
@@ -94,12 +92,12 @@ class CkaSums(Sums):
         xx = s["xx"] - torch.outer(s["x"], s["x"]) / n
         yy = s["yy"] - torch.outer(s["y"], s["y"]) / n
         xy = s["xy"] - torch.outer(s["x"], s["y"]) / n
-        # A spread below the rounding of the raw sums is a constant, not a direction.
+        # A variance below the rounding error of the raw sums is that of a constant.
         for centered, raw in ((xx, s["xx"]), (yy, s["yy"])):
             if float(centered.trace()) <= 1e-12 * float(raw.trace()):
                 return math.nan
-        under = float(xx.norm() * yy.norm())
-        return min(1.0, float((xy * xy).sum()) / under) if under > 0 else math.nan
+        denominator = float(xx.norm() * yy.norm())
+        return min(1.0, float((xy * xy).sum()) / denominator) if denominator > 0 else math.nan
 
     def _unbiased(self) -> float:
         s = self.sums
@@ -116,42 +114,22 @@ class CkaSums(Sums):
         def hsic(trace: Tensor, sums: Tensor, cross: Tensor) -> float:
             return float(trace + sums / ((n - 1) * (n - 2)) - 2 * cross / (n - 2))
 
-        over = hsic((xy * xy).sum() - s["ab"], sum_k * sum_l, kl)
-        under = hsic((xx * xx).sum() - s["aa"], sum_k * sum_k, kk)
-        under *= hsic((yy * yy).sum() - s["bb"], sum_l * sum_l, ll)
-        return over / math.sqrt(under) if under > 0 else math.nan
+        numerator = hsic((xy * xy).sum() - s["ab"], sum_k * sum_l, kl)
+        variance = hsic((xx * xx).sum() - s["aa"], sum_k * sum_k, kk)
+        variance *= hsic((yy * yy).sum() - s["bb"], sum_l * sum_l, ll)
+        return numerator / math.sqrt(variance) if variance > 0 else math.nan
 
 
 class LayerCka:
-    """One `CkaSums` per layer: drift of each layer against the same layer of a reference."""
+    """One `CkaSums` per layer: each layer against the same layer of a reference encoder."""
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        self.layers = [CkaSums(width, device=device, dtype=dtype) for width in widths]
+    def __init__(self, widths: Sequence[int], *, device: torch.device | str = "cpu") -> None:
+        self.layers = [CkaSums(width, device=device) for width in widths]
 
     def update(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
         """Add frames: for each layer a pair of [N, width]."""
         for sums, x_ND, y_ND in zip(self.layers, x, y, strict=True):
             sums.update(x_ND, y_ND)
-
-    def merge(self, other: LayerCka) -> None:
-        for ours, theirs in zip(self.layers, other.layers, strict=True):
-            ours.merge(theirs)
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            f"{i}.{k}": v for i, sums in enumerate(self.layers) for k, v in sums.state().items()
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for i, sums in enumerate(self.layers):
-            prefix = f"{i}."
-            sums.load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
         for sums in self.layers:
@@ -162,7 +140,7 @@ class LayerCka:
 
 
 def cka(x_ND: Tensor, y_ND: Tensor, *, unbiased: bool = False) -> float:
-    """CKA of two whole representations [N, d] and [N, d'] of the same N frames."""
+    """CKA of two representations [N, d] and [N, d'] of the same N frames."""
     sums = CkaSums(x_ND.shape[1], y_ND.shape[1], device=x_ND.device)
     sums.update(x_ND, y_ND)
     return sums.value(unbiased=unbiased)

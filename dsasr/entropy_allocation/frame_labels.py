@@ -1,41 +1,55 @@
-"""Which phoneme and which word each frame of a probe set belongs to, the same for every encoder.
+"""Frame labels: the phoneme and the word of each frame of a probe set, the same for every encoder.
 
-Labels lie on one grid of frames, the aligner's. Features of an encoder with another frame rate are
-brought to that grid: a cell takes the mean of the frames whose middle lies in it, or the nearest
-frame if there is none (ours). So encoders are compared on the same frames, labels and speakers.
+Labels are on one grid of frames, the aligner's. Features of an encoder with another frame rate are
+resampled to that grid: a cell takes the mean of the frames whose middle lies in it, or the nearest
+frame if there is none (**ours**). So encoders are compared on the same frames, labels and speakers.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsasr.data.text.phonemes import MissingPhonemes, Phonemizer, UnknownWord
+from dsasr.data.text.phonemes import (
+    EspeakPhonemizer,
+    MissingPhonemes,
+    PhonemeVocab,
+    Phonemizer,
+    StoredPhonemes,
+    UnknownWord,
+)
 from dsasr.entropy_allocation import forced_alignment
-from dsasr.entropy_allocation.forced_alignment import Alignment
 from dsasr.entropy_allocation.frame_set import FrameSet, FrameSetBuilder
 from dsasr.utils.errors import UserError
 
 
-class Numbering:
-    """Numbers for words, in the order of their first use."""
+@dataclass(frozen=True)
+class AlignedUtterance:
+    """An utterance with its phonemes (ids) on S frames, before its words are numbered.
 
-    def __init__(self) -> None:
-        self.ids: dict[str, int] = {}
+    ``positions_S`` is each frame's index into ``phonemes`` (−1 in silence), ``phoneme_words`` each
+    phoneme's index into ``words`` (−1 none).
+    """
 
-    def __call__(self, word: str) -> int:
-        return self.ids.setdefault(word, len(self.ids))
+    key: str
+    speaker: str
+    phonemes: tuple[int, ...]
+    positions_S: Tensor
+    words: tuple[str, ...]
+    phoneme_words: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Labeled:
-    """One utterance's labels: ``positions_S`` the place in ``phonemes`` (−1 silence) and
-    ``words_S`` the word's number (−1 none) of each of S cells of ``frame_seconds``."""
+class UtteranceLabels:
+    """One utterance's labels: ``positions_S`` the index into ``phonemes`` (−1 in silence) and
+    ``words_S`` the id of the word or LLM token (−1 none) of each of S cells of ``frame_seconds``.
+    """
 
     key: str
     speaker: str
@@ -44,19 +58,53 @@ class Labeled:
     words_S: Tensor
     frame_seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        tensors = {"positions_S": self.positions_S.tolist(), "words_S": self.words_S.tolist()}
+        return asdict(self) | tensors
 
-def word_owners(
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> UtteranceLabels:
+        tensors = {k: torch.tensor(row[k], dtype=torch.int64) for k in ("positions_S", "words_S")}
+        return cls(**{**row, **tensors, "phonemes": tuple(row["phonemes"])})
+
+
+def word_phonemizer(phonemizer: Phonemizer) -> Phonemizer:
+    """The phonemizer of single words: ``phonemizer``, or espeak-ng where phonemes are stored."""
+    return EspeakPhonemizer() if isinstance(phonemizer, StoredPhonemes) else phonemizer
+
+
+def align_utterance(
+    key: str,
+    speaker: str,
+    text: str,
+    lang: str,
+    phonemes: Sequence[int],
+    log_probs_SP: Tensor,
+    vocab: PhonemeVocab,
+    phonemizer: Phonemizer | None,
+) -> AlignedUtterance:
+    """An utterance aligned by CTC log-posteriors; ``phonemizer`` is a `word_phonemizer`.
+
+    Raises ValueError where the frames are too few for the phonemes.
+    """
+    positions_S = forced_alignment.align(log_probs_SP, phonemes)
+    phoneme_words = assign_words(vocab.decode(phonemes), text, lang, phonemizer)
+    words = tuple(forced_alignment.words_of(text))
+    return AlignedUtterance(key, speaker, tuple(phonemes), positions_S, words, tuple(phoneme_words))
+
+
+def assign_words(
     symbols: Sequence[str], text: str, lang: str, phonemizer: Phonemizer | None
 ) -> list[int]:
-    """For each phoneme the index of its word, by the words' own pronunciations.
+    """For each phoneme the index of its word in ``text``, by the pronunciations of single words.
 
-    Where the phonemizer cannot say them (stored phonemes, an unknown word, no espeak-ng), phonemes
+    Where the phonemizer cannot give them (stored phonemes, an unknown word, no espeak-ng), phonemes
     are shared among the words by their number of characters.
     """
     words = forced_alignment.words_of(text)
     if phonemizer is not None:
         try:
-            return forced_alignment.word_of_phonemes(
+            return forced_alignment.words_of_phonemes(
                 symbols, [phonemizer.phonemes(w, lang) for w in words]
             )
         except (MissingPhonemes, UnknownWord, UserError):
@@ -64,50 +112,57 @@ def word_owners(
     if not words:
         return [-1] * len(symbols)
     ends = list(itertools.accumulate(map(len, words)))
-    places = ((i + 0.5) / len(symbols) * ends[-1] for i in range(len(symbols)))
-    return [min(bisect.bisect_right(ends, place), len(words) - 1) for place in places]
+    middles = ((i + 0.5) / len(symbols) * ends[-1] for i in range(len(symbols)))
+    return [min(bisect.bisect_right(ends, middle), len(words) - 1) for middle in middles]
 
 
-def label(
-    key: str,
-    speaker: str,
-    words: Sequence[str],
-    phonemes: Sequence[int],
-    owners: Sequence[int],
-    placed: Alignment,
-    number: Numbering,
-    frame_seconds: float,
-) -> Labeled:
-    """Labels of one utterance whose phonemes are ``placed``; ``owners`` are indices into ``words``,
-    which are told apart by spelling."""
-    table = torch.tensor([*(number(word.lower()) for word in words), -1], dtype=torch.int64)
-    words_S = table[forced_alignment.word_frames(placed, owners)]
-    return Labeled(key, speaker, tuple(phonemes), placed.positions_S, words_S, frame_seconds)
+def number_words(
+    utterances: Iterable[AlignedUtterance], frame_seconds: float
+) -> list[UtteranceLabels]:
+    """Labels of utterances on frames of ``frame_seconds``.
 
-
-def label_tokens(held: Labeled, text: str, owners: Sequence[int], ids: Sequence[int], decode):
-    """The same utterance with its LLM tokens in the place of words; ``decode`` is the tokenizer's.
-
-    A token's share of its word's frames goes by its characters.
+    Words are numbered in the order of their first use; those of one spelling, whatever its case,
+    are one word.
     """
-    placed = Alignment(torch.empty(0), held.positions_S, 0.0)
-    words_S = forced_alignment.word_frames(placed, owners)
+    ids: dict[str, int] = {}
+    labels = []
+    for u in utterances:
+        numbers = [ids.setdefault(word.lower(), len(ids)) for word in u.words]
+        table = torch.tensor([*numbers, -1], dtype=torch.int64)
+        words_S = table[forced_alignment.word_frames(u.positions_S, u.phoneme_words)]
+        labels.append(
+            UtteranceLabels(u.key, u.speaker, u.phonemes, u.positions_S, words_S, frame_seconds)
+        )
+    return labels
+
+
+def label_tokens(
+    labels: UtteranceLabels,
+    text: str,
+    phoneme_words: Sequence[int],
+    ids: Sequence[int],
+    decode: Callable[[Sequence[int]], str],
+) -> UtteranceLabels:
+    """The same utterance labeled with its LLM tokens instead of words.
+
+    ``ids`` are the tokens of ``text`` and ``decode`` is the tokenizer's. A word's frames are shared
+    among its tokens by their characters.
+    """
+    words_S = forced_alignment.word_frames(labels.positions_S, phoneme_words)
     sizes = [len(decode([i]).strip()) for i in ids]
-    places_S = forced_alignment.token_frames(
+    tokens_S = forced_alignment.token_frames(
         words_S, forced_alignment.token_words(text, ids, decode), sizes
     )
     table = torch.tensor([*ids, -1], dtype=torch.int64)
-    return Labeled(
-        held.key, held.speaker, held.phonemes, held.positions_S, table[places_S], held.frame_seconds
-    )
+    return replace(labels, words_S=table[tokens_S])
 
 
 def to_grid(x_SE: Tensor, frame_seconds: float, cells: int, cell_seconds: float) -> Tensor:
-    """Features [S, E] of frames of ``frame_seconds`` on ``cells`` cells: [cells, E]."""
+    """Features [S, E] of frames of ``frame_seconds`` resampled to ``cells`` cells: [cells, E]."""
     if abs(frame_seconds - cell_seconds) < 1e-6 and len(x_SE) == cells:
         return x_SE
     if not len(x_SE):
-        raise ValueError("an utterance without frames has no features to place")
+        raise ValueError("an utterance without frames has no features to resample")
     middles_S = (torch.arange(len(x_SE)) + 0.5) * frame_seconds
     cell_S = (middles_S / cell_seconds).long()
     inside = cell_S < cells
@@ -120,15 +175,14 @@ def to_grid(x_SE: Tensor, frame_seconds: float, cells: int, cell_seconds: float)
 
 
 def frame_set(
-    labels: Iterable[Labeled],
+    labels: Iterable[UtteranceLabels],
     features: Mapping[str, Tensor],
     frame_seconds: float,
     window: int = 2,
 ) -> FrameSet:
-    """The labeled frames of an encoder. ``features``: key → [S, E] on the CPU."""
+    """The labeled frames of an encoder; ``features``: key → [S, E] on the CPU."""
     builder = FrameSetBuilder(window)
-    for held in labels:
-        cells = len(held.positions_S)
-        x = to_grid(features[held.key].float(), frame_seconds, cells, held.frame_seconds)
-        builder.add(x, held.positions_S, held.phonemes, held.words_S, held.speaker)
+    for u in labels:
+        x = to_grid(features[u.key].float(), frame_seconds, len(u.positions_S), u.frame_seconds)
+        builder.add(x, u.positions_S, u.phonemes, u.words_S, u.speaker)
     return builder.build()

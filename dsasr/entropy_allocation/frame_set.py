@@ -1,4 +1,4 @@
-"""The labeled frames of a probe set, as `accessible` takes them."""
+"""Labeled frames of a probe set: the input of `v_information`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FrameSet:
         return FrameSet(*(column.to(device) for column in columns), self.speakers)
 
     def with_features(self, x_NE: Tensor) -> FrameSet:
-        """The same frames and labels seen by another encoder. Raises ValueError on other N."""
+        """The same labels with features of another encoder. Raises ValueError on other N."""
         if len(x_NE) != len(self):
             raise ValueError(f"{len(x_NE)} frames of features for {len(self)} labeled frames")
         rest = (self.phoneme_N, self.window_NK, self.word_N, self.utterance_N, self.speakers)
@@ -55,7 +55,7 @@ class FrameSetBuilder:
         words_S: Tensor,
         speaker: str,
     ) -> None:
-        """One utterance: frames, the place of each in ``phonemes`` (−1: silence) and its word id.
+        """Add an utterance: frames, the index of each in ``phonemes`` (−1: silence), its word id.
 
         Frames without a word (−1) are left out as well. Raises ValueError on other lengths.
         """
@@ -72,7 +72,7 @@ class FrameSetBuilder:
         self.speakers.append(speaker)
 
     def build(self) -> FrameSet:
-        """All that was added, on the features' device. Raises ValueError if that is nothing."""
+        """All utterances added, on the features' device. Raises ValueError without any."""
         if not self.parts:
             raise ValueError("no utterance was added")
         columns = [torch.cat(column) for column in zip(*self.parts, strict=True)]
@@ -81,7 +81,7 @@ class FrameSetBuilder:
 
 
 def phoneme_window(positions_N: Tensor, phonemes: Sequence[int], window: int) -> Tensor:
-    """Phoneme ids [N, 2·window + 1] around each place; 0 (the blank's id) beyond either end."""
+    """Phoneme ids [N, 2·window + 1] around each position; 0 (the blank's id) beyond either end."""
     padded = torch.tensor([0] * window + list(phonemes) + [0] * window, dtype=torch.int64)
     offsets_K = torch.arange(2 * window + 1)
     return padded[positions_N.cpu()[:, None] + offsets_K]

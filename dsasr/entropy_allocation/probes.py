@@ -1,22 +1,22 @@
-"""Linear softmax probes: what a linear reader finds in frozen features.
+"""Linear softmax probes: classifiers of frame labels on frozen features.
 
 A probe models ln q(label | frame) = log_softmax(x W + Σ_k C_k[context_k] + b): x [N, d] features,
-whitened by the training frames; context [N, K] optional discrete symbols, each
-with its own table of weights (a one-hot without the zeros). Loss: mean nll in nats per frame.
+whitened by the training frames; context [N, K] optional discrete symbols, each with its own table
+of weights (a one-hot without the zeros). Loss: mean nll in nats per frame.
 
 Whitening (centered, each dimension to unit variance, then rotated and scaled to unit covariance;
-directions below 1e-6 of the mean variance are dropped) makes the estimate blind to invertible
+directions below 1e-6 of the mean variance are dropped) makes the estimate invariant to invertible
 linear maps of the features, and lets the descent converge whatever their correlations.
 
-The schedule is fixed (ours). The bias alone comes first, in closed form: it is the training labels'
-marginal. Then, if there is a context, its tables are fitted without the features; then, from there,
-the features' weights together with all the rest. Each of the two walks L2 penalties ½·λ·‖·‖² from
-strong to weak, λ in `PENALTIES`, with at most `ITERATIONS` full-batch L-BFGS steps each (strong
-Wolfe search, 10 pairs kept) from the last solution; in the second walk the tables keep the λ that
-won the first. The solution with the lowest nll on validation frames is kept, the one that a walk
-started from included, and a walk ends once two penalties in a row make it worse. So a probe that
-finds nothing in the features scores about as the one without them, not below it: many useless
-features cannot hide what the context says.
+The schedule is fixed (**ours**). The bias alone comes first, in closed form: it is the training
+labels' marginal. Then, if there is a context, its tables are fitted without the features; then,
+from there, the features' weights together with all the rest. Each of the two walks L2 penalties
+½·λ·‖·‖² from strong to weak, λ in `PENALTIES`, with at most `ITERATIONS` full-batch L-BFGS steps
+each (strong Wolfe search, 10 pairs kept) from the last solution; in the second walk the tables keep
+the λ that won the first. The result is the solution with the lowest nll on validation frames, that
+from which the walk started included, and a walk ends once two penalties in a row make it worse. So
+a probe that learns nothing from the features scores about as the one without them, not below it:
+many useless features cannot hide the information of the context.
 
 Cost: a few hundred passes over the training frames at most, 4·N·d·C operations each.
 """
@@ -37,7 +37,7 @@ ITERATIONS = 25
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """The probe family. It is to be the same for all checkpoints that are compared."""
+    """The probe family; to be the same for all checkpoints that are compared."""
 
     penalties: tuple[float, ...] = PENALTIES
     iterations: int = ITERATIONS
@@ -66,7 +66,7 @@ class Frames:
 @dataclass(frozen=True)
 class Probe:
     """A fitted probe. ``penalty`` and ``table_penalty`` are the λ that won for the features and for
-    the context, None where zero weights did. ``iterations`` are L-BFGS steps to this solution.
+    the context, None where zero weights did.
     """
 
     bias_C: Tensor
@@ -76,7 +76,6 @@ class Probe:
     whiten_DR: Tensor
     penalty: float | None
     table_penalty: float | None
-    iterations: int
 
     @torch.no_grad()
     def nll(self, frames: Frames) -> Tensor:
@@ -102,8 +101,8 @@ def fit(
 ) -> Probe:
     """Fit a probe of ``classes`` outcomes on ``train``, its penalties chosen on ``valid``.
 
-    ``context_symbols`` is the number of symbols that a context may hold. ``start`` is a probe of
-    the same frames' context without features, if there is one already. Float32 on the features'
+    ``context_symbols`` is the number of symbols that a context may have. ``start`` is a probe of
+    the same frames' context without features, if it is already fitted. Float32 on the features'
     device. Raises ValueError without frames on either side.
     """
     config = config or ProbeConfig()
@@ -139,7 +138,6 @@ def _marginal(train: Frames, classes: int, symbols: int, config: ProbeConfig) ->
         whiten_DR=torch.zeros(0, 0, device=device),
         penalty=None,
         table_penalty=None,
-        iterations=0,
     )
 
 
@@ -167,7 +165,7 @@ def _walk(
 
 
 def _descend(x_NR: Tensor, train: Frames, start: Probe, iterations: int) -> Probe:
-    """L-BFGS from a solution, at the penalties written in it. ``x_NR`` is whitened."""
+    """L-BFGS from a solution, with its penalties. ``x_NR`` is whitened."""
     bias_C = start.bias_C.clone().requires_grad_()
     weight_RC = start.weight_RC.clone().requires_grad_()
     penalized = [(weight_RC, start.penalty)] if weight_RC.numel() else []
@@ -195,13 +193,11 @@ def _descend(x_NR: Tensor, train: Frames, start: Probe, iterations: int) -> Prob
 
     with torch.enable_grad():
         optimizer.step(closure)
-    steps = optimizer.state[bias_C].get("n_iter", 0)
     return replace(
         start,
         bias_C=bias_C.detach(),
         weight_RC=weight_RC.detach(),
         tables_KVC=None if tables_KVC is None else tables_KVC.detach(),
-        iterations=start.iterations + steps,
     )
 
 
@@ -232,16 +228,16 @@ def _whitener(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     alive = std_D > 1e-6 * (mean_D.abs() + 1e-12)
     scale_D = torch.where(alive, 1 / std_D.clamp(min=1e-30), torch.zeros_like(std_D))
     values, vectors = torch.linalg.eigh(covariance * torch.outer(scale_D, scale_D))
-    kept = values > 1e-6
-    whiten_DR = scale_D[:, None] * vectors[:, kept] / values[kept].sqrt()
+    significant = values > 1e-6
+    whiten_DR = scale_D[:, None] * vectors[:, significant] / values[significant].sqrt()
     return mean_D.float(), whiten_DR.float()
 
 
 def projection(d: int, width: int, *, seed: int = 0) -> Tensor:
     """The Gaussian projection [d, width] / √width that every checkpoint of width d shares.
 
-    Made on the CPU from the seed, so that it does not depend on the device (Johnson & Lindenstrauss
-    keep distances; the use for probes is ours).
+    Drawn on the CPU from the seed, so that it does not depend on the device. By the lemma of
+    Johnson and Lindenstrauss it preserves distances; its use for probes is **ours**.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(d, width, generator=generator) / width**0.5

@@ -1,4 +1,4 @@
-"""PAI and CSAI: what a linear reader gets from encoder frames about phonemes, and beyond them.
+"""PAI and CSAI: V-information of encoder frames about phonemes, and about words beyond phonemes.
 
     PAI(E)  = H(P) − H_V(P | E)              V-information (Xu et al. 2020, arXiv 2002.10689)
     CSAI(E) = H_V(S | P) − H_V(S | P, E)     conditional (Hewitt et al. 2021, arXiv 2109.09234)
@@ -8,26 +8,28 @@ are linear softmax probes (`probes`), and H_V is a probe's mean nll on held-out 
 both probes see the same window of phonemes around the frame's (``window`` to each side, in the
 phoneme sequence); the first sees E replaced by a constant. Without the window E would merely leak
 context. High CSAI: the encoder carries meaning beyond phonemes, that is, it drifts toward text. The
-metrics' names are the paper's (arXiv 2604.08003), the formulas are ours (method page).
+metrics' names are the paper's (arXiv 2604.08003), the formulas are **ours**.
 
 H(P) is estimated as the nll on held-out frames of the training frames' marginal. Held-out speakers
-are no training speakers; with few speakers each is held out once (cross-fitting, `splits.folds`),
-and the estimate is the mean over all frames. The interval resamples held-out utterances. The
-control ``shuffled`` is the same estimate with the rows of E permuted within each part, which unties
-them from the labels and keeps both distributions: it should be about 0. An interval below 0 is an
-underfit or overfit probe (``sound`` is False), not negative information. Compare checkpoints on the
-same frames, labels and seed, and with the random encoder (`reinitialized`).
+are no training speakers; with few speakers each is held out once (cross-fitting,
+`probe_splits.folds`), and the estimate is the mean over all frames. The interval resamples held-out
+utterances. The control ``shuffled`` is the same estimate with the rows of E permuted within each
+part, which unties them from the labels and keeps both distributions: it should be about 0. An
+interval below 0 is an underfit or overfit probe (`Estimate.underfit`), not negative information.
+Compare checkpoints on the same frames, labels and seed, and with the random encoder
+(`reinitialized`).
 
 Both are lower bounds: probes are fitted to few frames, and what they fail to learn is missing. The
-interval tells other held-out utterances, not other training frames. Where validation prefers the
-probe without E, the estimate is exactly 0, and so is its interval.
+interval is over other held-out utterances, not over other training frames. Where validation prefers
+the probe without E, the estimate is exactly 0, and so is its interval.
 
-An interval that reaches 0, or the control, has found nothing (``found`` is False), which is no
-certain zero. ``limit`` then says what would have stood out (ours), by standard addition, as
-chemists find what an assay can detect: in a share q of the frames a code of the label is set beside
-E, which is worth q·H_V(label | context); the limit is the least of the `SPIKES` that is found in
-each of `DRAWS` draws. (Half the width of the interval of a probe that found nothing would be no
-such limit: a real gain is spread unevenly over utterances, and its interval is wider.)
+An interval that reaches 0, or the control, has detected nothing (`Estimate.detected` is False),
+which does not prove a gain of zero. ``detection_limit`` then is the gain that would have been
+detected (**ours**), by standard addition, the way chemists determine what an assay can detect: in a
+share q of the frames a code of the label is planted beside E, which is worth q·H_V(label |
+context); the limit is the least of `PLANTED_SHARES` that is detected in each of `PLANTED_DRAWS`
+draws. (Half the width of the interval of a probe that detected nothing would be no such limit: a
+real gain is spread unevenly over utterances, and its interval is wider.)
 """
 
 from __future__ import annotations
@@ -45,11 +47,12 @@ from torch import Tensor, nn
 from dsasr.entropy_allocation.frame_set import FrameSet
 from dsasr.entropy_allocation.probe_splits import Split, folds
 from dsasr.entropy_allocation.probes import Frames, Probe, ProbeConfig, fit, projection
+from dsasr.entropy_allocation.row import Estimate
 from dsasr.utils.errors import UserError
 
-SPIKES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
-CODE = 16  # dimensions of a label's random code: enough for some hundreds of labels to lie apart
-DRAWS = 2
+PLANTED_SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+PLANTED_DRAWS = 2
+CODE_WIDTH = 16  # of a label's random code: enough to separate some hundreds of labels
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,14 @@ class VInformationConfig:
     ``window`` phonemes to each side are CSAI's context; features wider than ``max_width`` are
     projected; at most ``max_frames`` frames are used for PAI and ``semantic_frames`` for CSAI,
     whose many labels cost more (drawn by ``seed``); the ``labels`` most frequent words or tokens
-    of the training frames are told apart, rarer ones are one label.
+    of the training frames are distinct labels, all rarer ones are one label. The interval is of
+    ``level``, from ``draws`` bootstrap draws.
 
-    ``folds`` as in `splits.folds`: 0 takes 1 with 12 speakers or more, else 4 or as many as there
-    are. Probes are fitted anew for each: 4 folds cost 4 times the one, in which 65% of the frames
-    train too.
+    ``folds`` as in `probe_splits.folds`: 0 is 1 with 12 speakers or more, else 4 or as many as
+    there are. Probes are fitted anew for each: 4 folds cost 4 times as much as one.
 
-    ``spikes`` are the shares of frames tried for the limit where nothing is found, rising: some 6
-    more fits a fold for 8 of them. Without any there is no limit.
+    ``planted_shares`` are the shares of frames tried for the detection limit where nothing is
+    detected, rising: about 6 more fits per fold for 8 of them. Without any there is no limit.
     """
 
     window: int = 2
@@ -79,96 +82,59 @@ class VInformationConfig:
     level: float = 0.95
     draws: int = 1000
     seed: int = 0
-    spikes: tuple[float, ...] = SPIKES
+    planted_shares: tuple[float, ...] = PLANTED_SHARES
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
         if self.window < 0 or min(self.max_width, self.labels, self.draws) < 1:
-            raise UserError("accessible: window must be ≥ 0, the other numbers ≥ 1")
+            raise UserError("v_information: window must be ≥ 0, the other numbers ≥ 1")
         if min(self.max_frames, self.semantic_frames) < 1:
-            raise UserError("accessible: max_frames and semantic_frames must be ≥ 1")
+            raise UserError("v_information: max_frames and semantic_frames must be ≥ 1")
         if self.folds < 0:
-            raise UserError("accessible: folds must be ≥ 0 (0: by the number of speakers)")
-        if list(self.spikes) != sorted(self.spikes) or not all(0 < q <= 1 for q in self.spikes):
-            raise UserError("accessible: spikes must rise and lie in (0, 1]")
+            raise UserError("v_information: folds must be ≥ 0 (0: by the number of speakers)")
+        shares = self.planted_shares
+        if list(shares) != sorted(shares) or not all(0 < q <= 1 for q in shares):
+            raise UserError("v_information: planted_shares must rise and lie in (0, 1]")
         if not 0 < self.level < 1:
-            raise UserError("accessible: level must lie between 0 and 1")
+            raise UserError("v_information: level must lie between 0 and 1")
 
 
-@dataclass(frozen=True)
-class VInformation:
-    """An estimate in nats per frame with its bootstrap interval.
-
-    ``given`` is the entropy before E (H(P), or H_V(S | P)), ``left`` the entropy after it,
-    ``share`` = value / given. ``split`` is ``"speaker"`` where held-out speakers are new.
-    ``shuffled`` is NaN if the control was left out. ``limit``: where nothing was found, the gain
-    that would have stood out (the module's text), infinite if none of the spikes did, NaN if it was
-    not looked for. ``wins`` of ``folds`` is in how many of them a probe that uses E won on
-    validation.
-    """
-
-    value: float
-    low: float
-    high: float
-    given: float
-    left: float
-    shuffled: float
-    frames: int
-    utterances: int
-    split: str
-    limit: float = math.nan
-    folds: int = 1
-    wins: int = 1
-
-    @property
-    def found(self) -> bool:
-        """Whether the whole interval lies above 0 and above the control, if there is one."""
-        return self.low > (0.0 if math.isnan(self.shuffled) else max(0.0, self.shuffled))
-
-    @property
-    def share(self) -> float:
-        return self.value / self.given if self.given else math.nan
-
-    @property
-    def sound(self) -> bool:
-        """False where the whole interval lies below 0, which only says that the probe failed."""
-        return self.high >= 0
-
-
-def pai(data: FrameSet, config: VInformationConfig | None = None) -> VInformation:
-    """Phonetic accessible information of the frames' features (see the module's text)."""
+def pai(data: FrameSet, config: VInformationConfig | None = None) -> Estimate:
+    """Phonetic accessible information of the frames' features (see the module)."""
     config = config or VInformationConfig()
-    data, parted = _prepare(data, config, config.max_frames)
+    data, splits = _prepare(data, config, config.max_frames)
     label_N, classes = data.phoneme_N, int(data.phoneme_N.max()) + 1
-    tasks = [_Task(parts, label_N, classes) for parts in parted]
+    tasks = [_Task(split, label_N, classes) for split in splits]
     return _estimate(data, data.phoneme_N, tasks, config)
 
 
-def csai(data: FrameSet, config: VInformationConfig | None = None) -> VInformation:
-    """Conditional semantic accessible information (see the module's text).
+def csai(data: FrameSet, config: VInformationConfig | None = None) -> Estimate:
+    """Conditional semantic accessible information (see the module).
 
-    The window is the middle of the frame set's. Raises ValueError if that one is narrower.
+    The window is the middle of the frame set's. Raises ValueError if that is narrower.
     """
     config = config or VInformationConfig()
     middle = data.window_NK.shape[1] // 2
     if middle < config.window:
-        raise ValueError(f"the frames hold a window of {middle}, {config.window} is asked for")
-    data, parted = _prepare(data, config, config.semantic_frames)
+        raise ValueError(
+            f"the frames have a window of {middle}, less than the {config.window} of the config"
+        )
+    data, splits = _prepare(data, config, config.semantic_frames)
     context_NK = data.window_NK[:, middle - config.window : middle + config.window + 1].contiguous()
     tasks = []
-    for parts in parted:
-        label_N, classes = frequent(data.word_N, data.word_N[parts.train_N], config.labels)
-        tasks.append(_Task(parts, label_N, classes, context_NK))
+    for split in splits:
+        label_N, classes = frequent(data.word_N, data.word_N[split.train_N], config.labels)
+        tasks.append(_Task(split, label_N, classes, context_NK))
     return _estimate(data, data.word_N, tasks, config)
 
 
 def _prepare(
-    data: FrameSet, config: VInformationConfig, most: int
+    data: FrameSet, config: VInformationConfig, max_frames: int
 ) -> tuple[FrameSet, tuple[Split, ...]]:
-    """Draw the frames, project wide features, part the utterances."""
+    """Draw the frames, project wide features, split the utterances."""
     generator = torch.Generator().manual_seed(config.seed)
-    if len(data) > most:
-        rows = torch.randperm(len(data), generator=generator)[:most].sort().values
+    if len(data) > max_frames:
+        rows = torch.randperm(len(data), generator=generator)[:max_frames].sort().values
         rows = rows.to(data.x_NE.device)
         columns = (data.x_NE, data.phoneme_N, data.window_NK, data.word_N, data.utterance_N)
         data = FrameSet(*(column[rows] for column in columns), data.speakers)
@@ -180,10 +146,10 @@ def _prepare(
 
 @dataclass(frozen=True)
 class _Task:
-    """What probes are to tell in one fold: a label [N] of so many ``classes``, given its context
+    """The task of the probes of one fold: a label [N] out of ``classes``, given its context
     [N, K]."""
 
-    parts: Split
+    split: Split
     label_N: Tensor
     classes: int
     context_NK: Tensor | None = None
@@ -192,7 +158,7 @@ class _Task:
 @dataclass(frozen=True)
 class _Scored:
     """nll in nats, float64 [N], of one fold's held-out frames: without E (by the probe ``bare``),
-    with it, of the control. ``won``: a probe that uses E won on validation."""
+    with it, and with shuffled E. ``won``: a probe that uses E won on validation."""
 
     bare: Probe
     before_N: np.ndarray
@@ -204,34 +170,35 @@ class _Scored:
 
 def _estimate(
     data: FrameSet, label_N: Tensor, tasks: Sequence[_Task], config: VInformationConfig
-) -> VInformation:
-    """The gain over all folds; what would have stood out, where there is none. ``label_N`` [N] is
-    what spikes give away."""
+) -> Estimate:
+    """The estimate over all folds, with its detection limit where nothing is detected. ``label_N``
+    [N] are the labels whose code is planted."""
     scored = [_score(data, task, config) for task in tasks]
-    found = _gain(scored, tasks, config)
-    if found.found or not data.x_NE.shape[1] or not config.spikes:
-        return found
+    estimate = _gain(scored, tasks, config)
+    shares = config.planted_shares
+    if estimate.detected or not data.x_NE.shape[1] or not shares:
+        return estimate
 
     plain = replace(config, control=False)
 
-    def stands_out(share: float, draw: int) -> bool:
-        spiked = _spiked(data, label_N, share, config.seed + draw)
+    def detected_once(share: float, draw: int) -> bool:
+        planted = _planted(data, label_N, share, config.seed + draw)
         pairs = zip(tasks, scored, strict=True)
-        again = [_score(spiked, task, plain, one.bare) for task, one in pairs]
-        return _gain(again, tasks, plain).found
+        rescored = [_score(planted, task, plain, fold.bare) for task, fold in pairs]
+        return _gain(rescored, tasks, plain).detected
 
-    def seen(share: float) -> bool:
-        return all(stands_out(share, draw) for draw in range(DRAWS))
+    def detected(share: float) -> bool:
+        return all(detected_once(share, draw) for draw in range(PLANTED_DRAWS))
 
-    least = bisect.bisect_left(config.spikes, True, key=seen)
-    share = config.spikes[least] if least < len(config.spikes) else math.inf
-    return replace(found, limit=share * found.given)
+    least = bisect.bisect_left(shares, True, key=detected)
+    share = shares[least] if least < len(shares) else math.inf
+    return replace(estimate, detection_limit=share * estimate.entropy_before)
 
 
-def _spiked(data: FrameSet, label_N: Tensor, share: float, seed: int) -> FrameSet:
+def _planted(data: FrameSet, label_N: Tensor, share: float, seed: int) -> FrameSet:
     """``data`` with a code of the label beside the features of a share of the frames."""
     generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(int(label_N.max()) + 1, CODE, generator=generator)
+    table = torch.randn(int(label_N.max()) + 1, CODE_WIDTH, generator=generator)
     shown_N1 = torch.rand(len(data), 1, generator=generator) < share
     code_NC = table[label_N.cpu()] * shown_N1
     return data.with_features(torch.cat([data.x_NE.float(), code_NC.to(data.x_NE.device)], 1))
@@ -240,18 +207,18 @@ def _spiked(data: FrameSet, label_N: Tensor, share: float, seed: int) -> FrameSe
 def _score(
     data: FrameSet, task: _Task, config: VInformationConfig, bare: Probe | None = None
 ) -> _Scored:
-    """Fit the probes on one fold's training frames and score them on its held-out frames. ``bare``:
-    the one without E, if it was fitted before."""
-    parts, label_N, context_NK = task.parts, task.label_N, task.context_NK
+    """Fit the probes on one fold's training frames and score them on its held-out frames. ``bare``
+    is the probe without E, if it is already fitted."""
+    split, label_N, context_NK = task.split, task.label_N, task.context_NK
     symbols = 0 if context_NK is None else int(context_NK.max()) + 1
 
     def fitted(x_NE: Tensor, start: Probe | None) -> tuple[Probe, Frames]:
         train, valid, test = (
             Frames(x_NE[rows], label_N[rows], None if context_NK is None else context_NK[rows])
-            for rows in (parts.train_N, parts.valid_N, parts.test_N)
+            for rows in (split.train_N, split.valid_N, split.test_N)
         )
-        given = {"context_symbols": symbols, "start": start, "config": config.probe}
-        return fit(train, valid, task.classes, **given), test
+        options = {"context_symbols": symbols, "start": start, "config": config.probe}
+        return fit(train, valid, task.classes, **options), test
 
     def nll(probe: Probe, test: Frames) -> np.ndarray:
         return probe.nll(test).cpu().numpy()
@@ -262,43 +229,43 @@ def _score(
     after_N, won = nll(probe, test), probe.penalty is not None
     control_N = np.full_like(after_N, math.nan)
     if config.control:
-        order_N = _untied(parts, len(data), config.seed + 1)
+        order_N = _shuffled(split, len(data), config.seed + 1)
         control_N = nll(*fitted(data.x_NE[order_N.to(data.x_NE.device)], bare))
-    utterance_N = data.utterance_N[parts.test_N].cpu().numpy()
+    utterance_N = data.utterance_N[split.test_N].cpu().numpy()
     return _Scored(bare, before_N, after_N, control_N, utterance_N, won)
 
 
-def _untied(parts: Split, frames: int, seed: int) -> Tensor:
-    """Rows in an order drawn within each part, so that no row of one part is seen in another."""
+def _shuffled(split: Split, frames: int, seed: int) -> Tensor:
+    """Row indices shuffled within each part, so that no row of one part is seen in another."""
     order_N = torch.arange(frames)
     generator = torch.Generator().manual_seed(seed)
-    for rows in (parts.train_N.cpu(), parts.valid_N.cpu(), parts.test_N.cpu()):
+    for rows in (split.train_N.cpu(), split.valid_N.cpu(), split.test_N.cpu()):
         order_N[rows] = rows[torch.randperm(len(rows), generator=generator)]
     return order_N
 
 
 def _gain(
     scored: Sequence[_Scored], tasks: Sequence[_Task], config: VInformationConfig
-) -> VInformation:
+) -> Estimate:
     """Entropy without E minus entropy with E, on all held-out frames."""
 
     def every(name: str) -> np.ndarray:
-        return np.concatenate([getattr(one, name) for one in scored])
+        return np.concatenate([getattr(fold, name) for fold in scored])
 
     before_N, after_N, utterance_N = every("before_N"), every("after_N"), every("utterance_N")
     low, high = _interval(before_N - after_N, utterance_N, config)
-    return VInformation(
+    return Estimate(
         value=float((before_N - after_N).mean()),
         low=low,
         high=high,
-        given=float(before_N.mean()),
-        left=float(after_N.mean()),
+        entropy_before=float(before_N.mean()),
+        entropy_after=float(after_N.mean()),
         shuffled=float(before_N.mean() - every("control_N").mean()),
         frames=len(before_N),
         utterances=len(np.unique(utterance_N)),
-        split=tasks[0].parts.by,
+        split_by=tasks[0].split.by,
         folds=len(scored),
-        wins=sum(one.won for one in scored),
+        folds_won=sum(fold.won for fold in scored),
     )
 
 
@@ -321,20 +288,20 @@ def frequent(label_N: Tensor, train_N: Tensor, limit: int) -> tuple[Tensor, int]
     """Renumber labels: the ``limit`` most frequent of the training labels get 0, 1, …; all others
     share one further label. Returns (labels, number of classes)."""
     values, counts = train_N.unique(return_counts=True)
-    kept = values[counts.argsort(descending=True, stable=True)[:limit]]
+    top = values[counts.argsort(descending=True, stable=True)[:limit]]
     table = torch.full(
-        (int(label_N.max()) + 1,), len(kept), dtype=torch.int64, device=label_N.device
+        (int(label_N.max()) + 1,), len(top), dtype=torch.int64, device=label_N.device
     )
-    table[kept] = torch.arange(len(kept), device=label_N.device)
-    return table[label_N], len(kept) + 1
+    table[top] = torch.arange(len(top), device=label_N.device)
+    return table[label_N], len(top) + 1
 
 
 def reinitialized(module: nn.Module, *, seed: int = 0) -> nn.Module:
     """A copy of an encoder with random weights: the baseline for PAI and CSAI.
 
-    Submodules with ``reset_parameters`` are reset; other matrices are drawn normal at their own
-    standard deviation; other vectors and running statistics stay (they set scale, not content). The
-    global random state is left as it was.
+    Submodules with ``reset_parameters`` are reset; other matrices are drawn from a normal
+    distribution of their own standard deviation; other vectors and running statistics stay (they
+    set scale, not content). The global random state does not change.
     """
     out = copy.deepcopy(module)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

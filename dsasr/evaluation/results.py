@@ -166,7 +166,7 @@ def read_results(path: Path) -> Results:
     try:
         return Results([Result(**json.loads(line)) for line in text_lines(path)])
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no transcripts of tools/evaluate.py: {error}") from None
+        raise UserError(f"{path} holds no transcripts of `dsasr evaluate`: {error}") from None
 
 
 def compare(a: Results, b: Results, rules: str = "standard") -> dict[str, dict[str, float]]:

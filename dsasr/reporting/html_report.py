@@ -1,7 +1,7 @@
-"""The report of one or more runs: one HTML page that needs no network, and its pictures as PNGs.
+"""The report of one or more runs: one HTML page that needs no network, and its figures as PNGs.
 
-`run_data` reads run folders, `figures` draws, `write` puts both on the page. What a run
-has not measured is left out and named.
+`run_data` reads run folders, `figures` draws, `write` puts both on the page. Figures without data
+are left out and listed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ td small { color: #777; display: block; white-space: nowrap; }
 
 
 def draw(runs: Sequence[RunData], out: Path) -> dict[str, Path]:
-    """The pictures that there is data for: title → PNG."""
+    """The figures that there is data for: title → PNG."""
     out.mkdir(parents=True, exist_ok=True)
-    made = {
+    pictures = {
         f"Course of {run.name}": figures.timeline(run, out / f"timeline-{_slug(run.name)}.png")
         for run in runs
     }
@@ -53,8 +53,8 @@ def draw(runs: Sequence[RunData], out: Path) -> dict[str, Path]:
         ("Who resolves what", figures.allocation, "allocation"),
         ("Errors and hallucinations against training time", figures.against_time, "training"),
     ):
-        made[title] = function(runs, out / f"{name}.png")
-    return {title: path for title, path in made.items() if path is not None}
+        pictures[title] = function(runs, out / f"{name}.png")
+    return {title: path for title, path in pictures.items() if path is not None}
 
 
 def _slug(name: str) -> str:
@@ -63,28 +63,28 @@ def _slug(name: str) -> str:
 
 CAPTIONS = {
     "Course": "Stages of both branches: pretrain trains the encoder by CTC, sft the language model "
-    "behind it. A dot is a published encoder, an arrow its way into the sft branch, with what made "
-    "it go; gray lines are such swaps.",
+    "behind it. A dot is a published encoder, an arrow its swap into the sft branch, with the "
+    "trigger; gray lines are such swaps.",
     "Drift": "CKA of encoder frames on a fixed set of utterances: 1 where the representation has "
     "not moved. Left: at each measurement below the threshold an encoder is published.",
     "Entropy over": "Encoder frames of held-out utterances. Low NSE: few directions carry the "
-    "variance. PAI: what a linear reader finds about phonemes; CSAI: about words, beyond the "
-    "phonemes around. Below zero: the reader is worse than none. Bands: 95% bootstrap intervals "
+    "variance. PAI: what a linear probe learns about phonemes; CSAI: about words, beyond the "
+    "phonemes around. Below zero: the probe is worse than none. Bands: 95% bootstrap intervals "
     "over utterances. Labels come from the run's own CTC head and change with it.",
-    "Before": "The encoder that joint training began with, and what it made of it. Whiskers: 95% "
+    "Before": "The encoder before joint training and after it. Whiskers: 95% "
     "bootstrap intervals over utterances. None found: the interval reaches zero; where a "
-    "limit is given, a gain of it would have stood out.",
-    "Who": "Left: held-out frames, linear readers; H(P) is the entropy of the phonemes, H(S|P) "
+    "limit is given, a gain of that size would have been detected.",
+    "Who": "Left: held-out frames, linear probes; H(P) is the entropy of the phonemes, H(S|P) "
     "that of the words when the phonemes around are known. Right: what the language model alone "
     "leaves open (H₀, the whole bar), what the audio resolves of it, and what stays open (H₁); no "
     "bar where no language model was measured. random: an encoder of that shape, untrained.",
-    "Errors": "While training: error rates on the validation set; hallucinations on the suite that "
-    "is made of some of it, all noises together.",
+    "Errors": "During training: error rates on the validation set; hallucinations on the suite "
+    "made from a part of it, all noises together.",
 }
 
 
-# What makes a picture that is not there.
-MAKERS = {
+# Per figure, the command that measures its data.
+MEASURED_BY = {
     "Drift": "a schedule with drift measurements",
     "Entropy over training": "training with probe.every=STEPS",
     "Before and after joint training": "dsasr probe RUN/snapshots/encoder-* RUN --data … "
@@ -95,11 +95,13 @@ MAKERS = {
 
 
 def missing(pictures: dict[str, Path]) -> str:
-    """The pictures for which nothing was measured, and what measures it; empty if none."""
-    rows = [[title, escape(maker)] for title, maker in MAKERS.items() if title not in pictures]
+    """The figures for which nothing was measured, and what measures it; empty if none."""
+    rows = [
+        [title, escape(command)] for title, command in MEASURED_BY.items() if title not in pictures
+    ]
     if not rows:
         return ""
-    return f"<h2>Not measured</h2>{_table(['picture', 'made by'], rows, 'left')}"
+    return f"<h2>Not measured</h2>{_table(['figure', 'measured by'], rows, 'left')}"
 
 
 def write(runs: Sequence[RunData], out: Path) -> Path:
@@ -111,11 +113,13 @@ def write(runs: Sequence[RunData], out: Path) -> Path:
     if table:
         parts.append(f"<h2>Systems</h2>{table}")
     else:
-        parts.append("<p>No system has been tried yet: dsasr evaluate RUN … --suite --report.</p>")
+        parts.append(
+            "<p>No system has been evaluated yet: dsasr evaluate RUN … --suite --report.</p>"
+        )
     for title, path in pictures.items():
         caption = next((text for start, text in CAPTIONS.items() if title.startswith(start)), "")
         data = path.read_bytes()
-        # An inch is an inch in every picture, so that their letters are of one size.
+        # Every figure at its size in inches, so that their text has one size.
         width = 96 * int.from_bytes(data[16:20], "big") // DPI
         parts.append(
             f'<h2>{escape(title)}</h2><figure><img alt="{escape(title)}" width="{width}" '
@@ -140,50 +144,50 @@ def write(runs: Sequence[RunData], out: Path) -> Path:
 
 def systems(runs: Sequence[RunData]) -> str:
     """A row per system: errors with intervals by condition, hallucinations, non-speech, cost."""
-    tried = [run for run in runs if run.trial]
-    if not tried:
+    evaluated = [run for run in runs if run.suite]
+    if not evaluated:
         return ""
-    cleans = [run.trial["conditions"].get("clean", {}).get("languages", {}) for run in tried]
+    cleans = [run.suite["conditions"].get("clean", {}).get("languages", {}) for run in evaluated]
     units = {lang: row["unit"] for clean in cleans for lang, row in clean.items()}
-    conditions = dict.fromkeys(c for run in tried for c in run.trial["conditions"])
+    conditions = dict.fromkeys(c for run in evaluated for c in run.suite["conditions"])
     noisy = [c for c in conditions if c != "clean"]
     head = ["system", *(f"{escape(lang)} {RATES[unit]}, clean" for lang, unit in units.items())]
-    head += [f"{'all, ' * (len(units) > 1)}{_said(c)}" for c in noisy]
+    head += [f"{'all, ' * (len(units) > 1)}{_condition_name(c)}" for c in noisy]
     groups = [("", 1), ("errors, %", len(head) - 1), ("hallucinated, %", 2)]
     groups += [("non-speech", 1), ("training", 2)]
-    head += ["clean", "noisy", "characters a minute", "audio, hours", CLOCKED]
+    head += ["clean", "noisy", "characters a minute", "audio, hours", TIME]
     rows = []
-    for run, clean in zip(tried, cleans, strict=True):
-        row = [escape(run.name), *(_span(clean.get(lang)) for lang in units)]
-        row += [_span(run.trial["conditions"].get(c)) for c in noisy]
-        cells = run.trial["hallucination"]["rows"]
+    for run, clean in zip(evaluated, cleans, strict=True):
+        row = [escape(run.name), *(_rate(clean.get(lang)) for lang in units)]
+        row += [_rate(run.suite["conditions"].get(c)) for c in noisy]
+        cells = run.suite["hallucination"]["rows"]
         row += [_share([c for c in cells if c["condition"] == "clean"])]
         row += [_share([c for c in cells if c["condition"].startswith("snr")])]
-        row += [_pace(run.trial["hallucination"])]
-        row += [_hours(audio_hours(run)), clock(run.longest)]
+        row += [_nonspeech_rate(run.suite["hallucination"])]
+        row += [_hours(audio_hours(run)), clock(run.train_seconds)]
         rows.append(row)
-    untried = ", ".join(escape(run.name) for run in runs if not run.trial)
-    more = f" Not tried yet by dsasr evaluate … --suite --report: {untried}." if untried else ""
+    rest = ", ".join(escape(run.name) for run in runs if not run.suite)
+    note = f" Not evaluated yet by dsasr evaluate … --suite --report: {rest}." if rest else ""
     table = _table(head, rows, groups=[g for g in groups if g[1]])
-    return f"{table}<p>{escape(SYSTEMS)}{more}</p>"
+    return f"{table}<p>{escape(SYSTEMS)}{note}</p>"
 
 
 RATES = {"word": "WER", "char": "CER", "mixed": "MER"}
-CLOCKED = "time, [h:]mm:ss"
+TIME = "time, [h:]mm:ss"
 SYSTEMS = (
     "Small print: 95% intervals over utterances or clips (bootstrap; of shares of utterances "
-    "Wilson's); one run each, so that they say nothing of other seeds. WER counts words, CER "
+    "Wilson's); one run each, so that they do not cover other seeds. WER counts words, CER "
     "characters, MER words and characters of code-switched speech; all: every language in its own "
     "unit; dB: signal-to-noise ratio. Hallucinated: utterances with text that was not spoken; "
-    "noisy: at any ratio. Non-speech: what is written a minute of noise, music and silence. Audio: "
-    "what was trained on, counted each time."
+    "noisy: at any ratio. Non-speech: characters written a minute of noise, music and silence. "
+    "Audio: the training audio, counted each time it is used."
 )
 
 
-def _said(condition: str) -> str:
-    for start, words in (("snr", "{} dB"), ("cut", "cut to {}%")):
-        if condition.startswith(start):
-            condition = words.format(condition.removeprefix(start))
+def _condition_name(condition: str) -> str:
+    for prefix, name in (("snr", "{} dB"), ("cut", "cut to {}%")):
+        if condition.startswith(prefix):
+            condition = name.format(condition.removeprefix(prefix))
     return escape(condition).replace(" ", "&nbsp;")
 
 
@@ -191,45 +195,47 @@ def _hours(hours: float) -> str:
     return f"{hours:,.{2 if hours < 10 else 1 if hours < 100 else 0}f}"
 
 
-def _span(held: Row | None) -> str:
-    low, value, high = (held.get(k) if held else None for k in ("low", "rate", "high"))
+def _rate(row: Row | None) -> str:
+    """An error rate in percent with its interval."""
+    low, value, high = (row.get(k) if row else None for k in ("low", "rate", "high"))
     if value is None:
         return "–"
-    span = () if low is None or high is None else (100 * low, 100 * high)
-    return _estimate(100 * value, *span)
+    interval = () if low is None or high is None else (100 * low, 100 * high)
+    return _with_interval(100 * value, *interval)
 
 
-def _estimate(value: float, *span: float) -> str:
-    small = f"<small>{'…'.join(f'{end:.1f}' for end in span)}</small>" if span else ""
+def _with_interval(value: float, *interval: float) -> str:
+    small = f"<small>{'…'.join(f'{end:.1f}' for end in interval)}</small>" if interval else ""
     return f"{value:.1f}{small}"
 
 
 def _share(cells: Sequence[Row]) -> str:
+    """The share of hallucinated utterances in percent with Wilson's interval."""
     from dsasr.evaluation.hallucination import wilson
 
     count = sum(c["utterances"] for c in cells)
     if not count:
         return "–"
     hits = sum(c["flagged"] for c in cells)
-    # The same utterances in each condition, so as many draws as one condition has in all languages.
-    heard = Counter()
+    # Conditions share their utterances: the draws are the utterances of one, in all languages.
+    per_condition = Counter()
     for cell in cells:
-        heard[cell["condition"]] += cell["utterances"]
-    draws = max(heard.values())
+        per_condition[cell["condition"]] += cell["utterances"]
+    draws = max(per_condition.values())
     low, high = (100 * x for x in wilson(hits / count * draws, draws))
-    return _estimate(100 * hits / count, low, high)
+    return _with_interval(100 * hits / count, low, high)
 
 
-def _pace(held: Row) -> str:
+def _nonspeech_rate(hallucination: Row) -> str:
     """Characters a minute of non-speech; without an interval where none is known."""
-    row = held.get("nonspeech", {}).get("all")
+    row = hallucination.get("nonspeech", {}).get("all")
     if row is None:
-        cells = [c for c in held["rows"] if c["clips"]]
-        seconds = sum(c["seconds"] for c in cells)
-        return _estimate(60 * sum(c["characters"] for c in cells) / seconds) if seconds else "–"
+        cells = [c for c in hallucination["rows"] if c["clips"]]
+        seconds, characters = (sum(c[k] for c in cells) for k in ("seconds", "characters"))
+        return _with_interval(60 * characters / seconds) if seconds else "–"
     if not row["clips_with_text"]:
         return f"0<small>no text in {row['clips']} clips</small>"
-    return _estimate(row["rate"], *(() if row["low"] is None else (row["low"], row["high"])))
+    return _with_interval(row["rate"], *(() if row["low"] is None else (row["low"], row["high"])))
 
 
 def stages(runs: Sequence[RunData]) -> str:
@@ -238,30 +244,30 @@ def stages(runs: Sequence[RunData]) -> str:
         ends = {e["name"]: e for e in run.events if e["event"] == "stage_end"}
         for stage in run.schedule.stages if run.schedule else ():
             end = ends.get(stage.name)
-            spent = clock(end["stage_seconds"]) if end else "–"
+            seconds = clock(end["stage_seconds"]) if end else "–"
             trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trains.items())
             swaps = sum(e["event"] == "swap" and e["stage"] == stage.name for e in run.events)
             rows.append(
-                [escape(run.name), stage.name, f"{stage.steps:,}", escape(trains), swaps, spent]
+                [escape(run.name), stage.name, f"{stage.steps:,}", escape(trains), swaps, seconds]
             )
-    head = ["run", "stage", "steps", "trains, at the highest rate of", "encoders taken", CLOCKED]
-    told = "Encoders taken: how often the stage went on with another one that pretraining published"
-    return f"<h2>Stages</h2>{_table(head, rows, 'stages')}<p>{told}.</p>"
+    head = ["run", "stage", "steps", "trains, at the peak learning rate", "swaps", TIME]
+    note = "Swaps: how often the stage went on with a newer encoder that pretraining published."
+    return f"<h2>Stages</h2>{_table(head, rows, 'stages')}<p>{note}</p>"
 
 
-def examples(runs: Sequence[RunData], most: int = 12) -> str:
+def examples(runs: Sequence[RunData], limit: int = 12) -> str:
+    """Hallucinations of each run: one of each kind and condition before a second."""
     rows = []
     for run in runs:
-        held = run.trial.get("hallucination", {}).get("examples", [])
-        first: dict[tuple[str, str], int] = {}  # one of each kind and condition before a second
-        for e in held:
-            e["again"] = first[e["kind"], e["condition"]] = (
-                first.get((e["kind"], e["condition"]), -1) + 1
-            )
-        for e in sorted(held, key=lambda e: e["again"])[:most]:
+        counts: Counter[tuple[str, str]] = Counter()
+        ranked = []
+        for e in run.suite.get("hallucination", {}).get("examples", []):
+            ranked.append((counts[e["kind"], e["condition"]], e))
+            counts[e["kind"], e["condition"]] += 1
+        for _, e in sorted(ranked, key=lambda pair: pair[0])[:limit]:
             cells = (e["kind"], e["detail"], e["reference"] or "–", e["hypothesis"])
             kind, *texts = (escape(cell) for cell in cells)
-            rows.append([escape(run.name), _said(e["condition"]), kind, *texts])
+            rows.append([escape(run.name), _condition_name(e["condition"]), kind, *texts])
     if not rows:
         return ""
     head = ["run", "condition", "kind", "why", "reference", "transcript"]

@@ -1,4 +1,4 @@
-"""What a run folder tells, as plain rows, for pictures and for the report's tables."""
+"""The data of run folders for the report's figures and tables."""
 
 from __future__ import annotations
 
@@ -7,37 +7,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dsasr.entropy_allocation.row import AllocationRow, EncoderSource
 from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.stages import Schedule
 from dsasr.tracking.run_log import Row, read_events, read_metrics, without_missing
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import finite, json_lines
 
-LIMITED = ("found", "limit")  # of an estimate: is there any, and what would have stood out
+ONLINE = "allocation_"  # of the stage in the metrics lines of the online probe
 
 
 @dataclass
 class RunData:
-    """What a run folder tells. ``looks`` are metrics lines of `watch`, ``valid`` of validation;
-    ``checkpoints`` are rows of `dsasr probe`, ``taken`` those of the job whose snapshots it
-    takes, if another; ``trial`` is report.json. ``jobs`` are the names of its folders: two of a
-    concurrent run, whose ``steps`` and ``seconds`` are each job's own."""
+    """The data of a run folder.
+
+    ``events`` and ``metrics`` are the lines of its logs, ``checkpoints`` the rows of its
+    allocation.jsonl, ``publisher_rows`` those of the run whose snapshots it loads, if that is
+    another. ``suite`` is report.json. ``jobs`` are the names of its folders: two of a concurrent
+    run, whose ``steps`` and ``seconds`` are each job's own.
+    """
 
     name: str
     events: list[Row] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
-    checkpoints: list[Row] = field(default_factory=list)
-    taken: list[Row] = field(default_factory=list)
-    trial: Row = field(default_factory=dict)
+    checkpoints: list[AllocationRow] = field(default_factory=list)
+    publisher_rows: list[AllocationRow] = field(default_factory=list)
+    suite: Row = field(default_factory=dict)
     schedule: Schedule | None = None
-    jobs: tuple[str, ...] = ()  # rows of `dsasr probe` may be of other runs too
+    jobs: tuple[str, ...] = ()  # rows of allocation.jsonl may be of other runs too
 
     @property
-    def looks(self) -> list[Row]:
-        return [m for m in self.metrics if m["stage"].startswith("allocation_")]
+    def online(self) -> list[AllocationRow]:
+        """The rows of the online probe, in the order of the metrics."""
+        return [online_row(m) for m in self.metrics if m["stage"].startswith(ONLINE)]
 
     @property
-    def valid(self) -> list[Row]:
+    def validation(self) -> list[Row]:
         return [m for m in self.metrics if m["stage"].startswith("valid_")]
 
     @property
@@ -45,24 +50,35 @@ class RunData:
         return [m for m in self.metrics if "cka" in m]
 
     @property
-    def joint(self) -> str | None:
-        """The first sft stage that trains the encoder."""
+    def joint_stage(self) -> str | None:
+        """The name of the first sft stage that trains the encoder."""
         for stage in self.schedule.stages if self.schedule else ():
             if stage.branch == "sft" and "encoder" in stage.trains:
                 return stage.name
         return None
 
     @property
-    def longest(self) -> float:
+    def train_seconds(self) -> float:
         return max((m["seconds"] for m in self.metrics), default=0.0)
 
 
-def collect(folder: str | Path, name: str = "") -> RunData:
-    """A run folder's data: recipe.yaml, events.jsonl, metrics.jsonl; where they are, report.json of
-    `dsasr evaluate` and allocation.jsonl of `dsasr probe`. A folder of the two jobs of a
-    concurrent run has the data of both.
+def online_row(line: Row) -> AllocationRow:
+    """The row of a metrics line of the online probe."""
+    stage = line["stage"].removeprefix(ONLINE)
+    source = EncoderSource(
+        stage, "live", branch=line["branch"], stage=stage, steps=line["steps"],
+        seconds=line.get("seconds"),
+    )  # fmt: skip
+    return AllocationRow.from_scalars(source, line)
 
-    Raises `UserError` for a folder that is no run's.
+
+def collect(folder: str | Path, name: str = "") -> RunData:
+    """A run folder's data: recipe.yaml, events.jsonl, metrics.jsonl and, where they exist,
+    report.json and allocation.jsonl. A folder of the two jobs of a concurrent run has the data of
+    both.
+
+    Raises `UserError` for a folder that is not a run's, or whose allocation.jsonl is of another
+    version.
     """
     folder = Path(folder)
     name = name or folder.resolve().name
@@ -75,7 +91,7 @@ def collect(folder: str | Path, name: str = "") -> RunData:
         pretrain.events + sft.events,
         pretrain.metrics + sft.metrics,
         pretrain.checkpoints + sft.checkpoints,
-        trial=sft.trial,
+        suite=sft.suite,
         schedule=replace(sft.schedule, branch="both"),
         jobs=pretrain.jobs + sft.jobs,
     )
@@ -88,23 +104,33 @@ def _job(folder: Path, name: str) -> RunData:
     run.metrics = [without_missing(row) for row in read_metrics(folder)]
     if not run.metrics:
         raise UserError(f"{folder} has no metrics yet: let it train first")
-    run.checkpoints = _measured(folder / "allocation.jsonl")
-    run.taken = _taken(folder, recipe.store_folder)
+    run.checkpoints = _allocation(folder)
+    run.publisher_rows = _publisher_rows(folder, recipe.store_folder)
     path = folder / "report.json"
     if path.is_file():
-        run.trial = finite(json.loads(path.read_text(encoding="utf-8")))
+        run.suite = finite(json.loads(path.read_text(encoding="utf-8")))
     return run
 
 
-def _taken(folder: Path, store: Path) -> list[Row]:
+def _allocation(folder: Path) -> list[AllocationRow]:
+    path = folder / "allocation.jsonl"
+    try:
+        return [AllocationRow.from_json(row) for row in _measured(path)]
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: {error}: it is of another version, remove it and measure again"
+        ) from None
+
+
+def _publisher_rows(folder: Path, store: Path) -> list[AllocationRow]:
     """The allocation rows of the run that publishes into ``store``, if it is not ``folder``."""
     try:
         publisher = run_folder(store)
-    except UserError:  # encoders from elsewhere, or the store is gone
+    except UserError:  # not in a run folder, or deleted
         return []
     if publisher.resolve() == folder.resolve():
         return []
-    return _measured(publisher / "allocation.jsonl")
+    return _allocation(publisher)
 
 
 def _measured(path: Path) -> list[Row]:
@@ -113,7 +139,7 @@ def _measured(path: Path) -> list[Row]:
 
 
 def named(folders: Sequence[str | Path]) -> list[RunData]:
-    """`collect` of each, with names that tell them apart."""
+    """`collect` of each folder, under distinct names."""
     paths = [Path(f).resolve() for f in folders]
     names = [p.name for p in paths]
     if len(set(names)) < len(names):
@@ -121,56 +147,51 @@ def named(folders: Sequence[str | Path]) -> list[RunData]:
     return [collect(p, n) for p, n in zip(paths, names, strict=True)]
 
 
-def before_and_after(run: RunData) -> tuple[Row, Row] | None:
-    """The encoder's row before and after joint training: of `dsasr probe`, measured alike,
-    else of looks."""
-    own = [r for r in run.checkpoints if not run.jobs or _folder_name(r) in run.jobs]
-    after = [r for r in own if r.get("stage") == run.joint and run.joint]
-    if after and after[-1].get("encoder"):
+def before_and_after(run: RunData) -> tuple[AllocationRow, AllocationRow] | None:
+    """The encoder's row before and after joint training.
+
+    From allocation.jsonl where both are there with the same settings, else from the online probe.
+    """
+    in_run = [r for r in run.checkpoints if not run.jobs or _folder_name(r) in run.jobs]
+    after = [r for r in in_run if run.joint_stage and r.encoder.stage == run.joint_stage]
+    if after and after[-1].encoder.snapshot:
+        name = f"/{after[-1].encoder.snapshot}"
         before = [
-            r for r in (*own, *run.taken)
-            if r["kind"] == "snapshot" and r["name"].endswith(f"/{after[-1]['encoder']}")
-            and r.get("measured") == after[-1].get("measured")
+            r for r in (*in_run, *run.publisher_rows)
+            if r.encoder.kind == "snapshot" and r.encoder.name.endswith(name)
+            and r.settings == after[-1].settings
         ]  # fmt: skip
         if before:
-            return _flat(before[-1]), _flat(after[-1])
-    looks = [m for m in run.looks if m["branch"] == "sft" and "pai" in m]
-    late = [m for m in looks if m["stage"] == f"allocation_{run.joint}"]
-    early = [m for m in looks if late and m["steps"] < late[0]["steps"]]
+            return before[-1], after[-1]
+    probed = [r for r in run.online if r.encoder.branch == "sft" and r.pai]
+    late = [r for r in probed if r.encoder.stage == run.joint_stage]
+    early = [r for r in probed if late and r.encoder.steps < late[0].encoder.steps]
     return (early[-1], late[-1]) if early and late else None
 
 
-def _folder_name(row: Row) -> str:
-    return Path(row["run"]).resolve().name if "run" in row else ""
+def _folder_name(row: AllocationRow) -> str:
+    return Path(row.encoder.run).resolve().name if row.encoder.run else ""
 
 
-def _flat(row: Row) -> Row:
-    """A row of `dsasr probe` with a look's names, as far as they were measured.
+def allocation_rows(run: RunData, prefix: bool = False) -> list[AllocationRow]:
+    """The rows of allocation.jsonl, else the online probe's last ones of each stage.
 
-    Where ``found`` is False, no gain was found, and one of ``limit`` nats would have stood out.
+    Their names have the run's as a prefix if ``prefix``.
     """
-    out = {key: row[key] for key in ("nse", "name") if key in row}
-    for key in ("pai", "csai"):
-        names = {"value": key} | {k: f"{key}_{k}" for k in ("low", "high", "share", *LIMITED)}
-        out |= {names[k]: value for k, value in row.get(key, {}).items() if k in names}
-    return out
+    rows = sorted(run.checkpoints, key=lambda row: row.encoder.kind == "random")
+    if rows:
+        if prefix:
+            return rows
+        return [_renamed(row, row.encoder.name.removeprefix(f"{run.name}/")) for row in rows]
+    last = {row.encoder.stage: row for row in run.online if row.pai}
+    return [
+        _renamed(row, f"{run.name}: {stage}" if prefix else f"end of {stage}")
+        for stage, row in last.items()
+    ]
 
 
-def allocation_rows(run: RunData, prefix: bool = False) -> list[Row]:
-    """A bar per checkpoint of `dsasr probe`, else per look at a stage's end."""
-    rows = []
-    for row in sorted(run.checkpoints, key=lambda row: row["kind"] == "random"):
-        llm = row.get("llm", {})
-        bar = _flat(row) | {"nll_without_audio": llm.get("without_audio")}
-        rows.append(bar | {"nll_with_audio": llm.get("with_audio")})
-        if not prefix:  # a run's own checkpoints need not say whose they are
-            rows[-1]["name"] = row["name"].removeprefix(f"{run.name}/")
-    if not rows:
-        last = {m["stage"]: m for m in run.looks if "pai" in m}
-        for stage, look in last.items():
-            name = stage.removeprefix("allocation_")
-            rows.append({**look, "name": f"{run.name}: {name}" if prefix else f"end of {name}"})
-    return rows
+def _renamed(row: AllocationRow, name: str) -> AllocationRow:
+    return replace(row, encoder=replace(row.encoder, name=name))
 
 
 def audio_hours(run: RunData) -> float:

@@ -1,19 +1,19 @@
-"""Entropy allocation while a run trains: now and then a look at the branch that just stepped.
+"""Entropy allocation during training: probe evaluations of the branch that just stepped.
 
-A look shows the probe set to the branch and measures what is cheap: NSE and effective rank of the
-encoder's frames, predictive entropies, H₀ − H₁; in a stage that trains the encoder, CKA to its
-frames before the stage's first step. Every so many looks the probes are fitted too (PAI, CSAI), on
-rank 0, with one fold of speakers held out. Looks change nothing of the run: no random number is
-drawn and no weight is touched.
+A probe evaluation runs the probe set through the branch and measures what is cheap: NSE and
+effective rank of the encoder's frames, predictive entropies, H₀ − H₁; in a stage that trains the
+encoder, CKA to its frames before the stage's first step. Every ``probe.probes``-th evaluation also
+fits the probes (PAI, CSAI), on rank 0, with one test part of speakers. Evaluations change nothing
+of the run: they draw no random number and touch no weight.
 
-``budget`` is the share of the training time that looks may take. Looks within a stage may use half
-of it, the look at a stage's end (before and after joint training) all of it; what does not fit is
-left out and counted (``looks_left_out``). What CKA is measured from is always taken, and counts.
-The share that was taken stands in every line.
+``budget`` is the share of the training time that evaluations may take. Those within a stage may use
+half of it, the one at a stage's end (before and after joint training) all of it; one that does not
+fit is left out and counted (``probes_left_out``). The reference frames of CKA are always taken, and
+count. The share used so far is in every line (``probe_time_share``).
 
 PAI and CSAI need labels. They come from the CTC head of the pretrain branch at that branch's last
-look with probes, and the sft branch uses the same ones: a run without a pretrain branch has none,
-and early ones are rough. For numbers to compare, measure afterwards with ``dsasr probe``.
+evaluation with probes, and the sft branch uses the same ones: a run without a pretrain branch has
+none, and early ones are rough. For comparable numbers, measure checkpoints with ``dsasr probe``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import functools
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,13 +33,13 @@ from torch import Tensor
 
 from dsasr.build import Builder
 from dsasr.data.batch import Batch
-from dsasr.data.text.phonemes import EspeakPhonemizer, StoredPhonemes, build_phonemizer
+from dsasr.data.text.phonemes import build_phonemizer
 from dsasr.engine.branch_engine import BranchEngine, StepReport
-from dsasr.entropy_allocation import forced_alignment, frame_labels
+from dsasr.entropy_allocation import frame_labels, predictive_entropy
 from dsasr.entropy_allocation.cka import cka
-from dsasr.entropy_allocation.frame_labels import Labeled, Numbering
+from dsasr.entropy_allocation.frame_labels import AlignedUtterance, UtteranceLabels
 from dsasr.entropy_allocation.nse import nse
-from dsasr.entropy_allocation.predictive_entropy import Allocation
+from dsasr.entropy_allocation.row import AllocationRow, CtcEntropy, EncoderSource, Estimate
 from dsasr.entropy_allocation.v_information import VInformationConfig, csai, pai
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
@@ -48,256 +48,270 @@ from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
+Sums = dict[str, tuple[Tensor, Tensor]]  # name → (sum, count)
+
+
+@dataclass
+class _Outputs:
+    """A rank's share of the probe set: features (key → [S, E] on the CPU), alignments, sums."""
+
+    features: dict[str, Tensor] = field(default_factory=dict)
+    aligned: list[AlignedUtterance] = field(default_factory=list)
+    sums: Sums = field(default_factory=dict)
+
 
 class OnlineProbe:
-    """Looks at branches; every call is collective. What it keeps lies in ``folder``."""
+    """Evaluates branches on the probe set; every call is collective. Its state is in ``folder``."""
 
     def __init__(self, config: OnlineProbeConfig, build: Builder, monitor: Monitor, folder: Path):
         self.config, self.build, self.monitor, self.folder = config, build, monitor, folder
-        self._probe: dict[str, list[Batch]] = {}
-        held: dict[str, Any] = {}
+        self._probe_batches: dict[str, list[Batch]] = {}
+        state: dict[str, Any] = {}
         if config.every and distributed.main_rank() and (folder / "state.json").is_file():
-            held = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.seconds: float = held.get("seconds", 0.0)
-        self.left_out: int = held.get("left_out", 0)
-        self.looks: dict[str, int] = held.get("looks", {})
-        self.costs: dict[str, float] = held.get("costs", {})
-        self.labels = [_label_from(row) for row in held.get("labels", [])]
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.seconds: float = state.get("seconds", 0.0)
+        self.left_out: int = state.get("left_out", 0)
+        self.evaluations: dict[str, int] = state.get("evaluations", {})  # by branch
+        self.costs: dict[str, float] = state.get("costs", {})  # by branch and kind, of the last one
+        self.labels = [UtteranceLabels.from_json(row) for row in state.get("labels", [])]
 
-    def begin(self, branch: BranchEngine, step: int) -> float:
-        """Before ``step`` of the branch's stage: keep the frames that CKA is measured from.
+    def take_reference(self, branch: BranchEngine, step: int) -> float:
+        """Before the first ``step`` of a stage that trains the encoder: store its frames for CKA.
 
-        They are the encoder's as a stage that trains it finds it, after any swap; of other steps
-        and stages there are none. Taken again, they are the same. Returns the seconds that it took.
+        They are the encoder's after any swap at the stage's start. Other steps and stages store
+        nothing; repeated, the result is the same. Returns the seconds taken.
         """
         if not self.config.every or step or "encoder" not in branch.stage.trains:
             return 0.0
         started = time.monotonic()
-        own: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         with branch.evaluating() as module:
             for batch in self._batches(branch.name):
-                own |= _frames(_encoded(module, batch), batch)
-        kept = {k: x.contiguous() for part in distributed.gather(own) for k, x in part.items()}
+                features |= _frames(_encode(module, batch), batch)
+        gathered = distributed.gather(features)
         if distributed.main_rank():
             self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._start_file(branch.stage.name), save(kept))
+            tensors = {k: x.contiguous() for part in gathered for k, x in part.items()}
+            atomic_write(self._reference_file(branch.stage.name), save(tensors))
         cost = time.monotonic() - started
         self.seconds += cost
         self._save()
         return cost
 
-    def look_if_due(
+    def evaluate_if_due(
         self, branch: BranchEngine, report: StepReport, steps: int, trained: float
     ) -> None:
-        """Look at ``branch`` after ``report``'s step if it is time; ``trained``: seconds so far."""
+        """Evaluate ``branch`` after ``report``'s step if that is due.
+
+        ``trained`` is the training time so far in seconds.
+        """
         if not self.config.every:
             return
         stage = branch.stage
         last = report.step + 1 == stage.steps
         if not last and (report.step + 1) % self.config.every:
             return
-        count = self.looks.get(branch.name, 0)
-        probing = bool(self.config.probes) and (last or (count + 1) % self.config.probes == 0)
-        wanted = "probes" if probing else "cheap"
-        decided = distributed.broadcast(self._fits(branch.name, wanted, last, trained))
-        if decided is None:
+        count = self.evaluations.get(branch.name, 0)
+        due = bool(self.config.probes) and (last or (count + 1) % self.config.probes == 0)
+        kind = self._affordable(branch.name, "probes" if due else "cheap", last, trained)
+        kind = distributed.broadcast(kind)
+        if kind is None:
             self.left_out += 1
             self._save()
             return
         started = time.monotonic()
-        values = self._look(branch, decided == "probes")
-        cost = time.monotonic() - started
-        self.seconds += cost
-        self.costs[f"{branch.name}/{decided}"] = cost
-        self.looks[branch.name] = count + 1
+        row, losses = self._evaluate(branch, steps, kind == "probes")
+        row = replace(row, probe_seconds=time.monotonic() - started)
+        self.seconds += row.probe_seconds
+        self.costs[f"{branch.name}/{kind}"] = row.probe_seconds
+        self.evaluations[branch.name] = count + 1
         self._save()
+        values = row.scalars() | losses
         values |= {
-            "allocation_seconds": cost,
-            "allocation_share": self.seconds / (self.seconds + trained),
-            "looks_left_out": float(self.left_out),
+            "probe_time_share": self.seconds / (self.seconds + trained),
+            "probes_left_out": float(self.left_out),
         }
         head = {"steps": steps, "branch": branch.name, "stage": f"allocation_{stage.name}"}
         self.monitor.scalars(head, values)
 
-    def _fits(self, branch: str, wanted: str, last: bool, trained: float) -> str | None:
-        """What the budget still allows, by what such a look took the last time."""
+    def _affordable(self, branch: str, due: str, last: bool, trained: float) -> str | None:
+        """The kind of evaluation that fits the budget, by the cost of the last one of its kind."""
         share = self.config.budget * (1.0 if last else 0.5)
-        for kind in dict.fromkeys((wanted, "cheap")):
+        for kind in dict.fromkeys((due, "cheap")):
             known = self.costs.get(f"{branch}/cheap", self.costs.get(f"{branch}/probes", 0.0))
             spent = self.seconds + self.costs.get(f"{branch}/{kind}", known)
             if spent <= share * (spent + trained):
                 return kind
         return None
 
-    # -- looking -----------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------
 
-    def _look(self, branch: BranchEngine, probing: bool) -> dict[str, float]:
-        own: dict[str, Tensor] = {}
-        spoken: list[dict[str, Any]] = []
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
+    def _evaluate(
+        self, branch: BranchEngine, steps: int, with_probes: bool
+    ) -> tuple[AllocationRow, dict[str, float]]:
+        """The branch's row, whole on rank 0 only, and its CTC loss on the probe set."""
+        outputs = self._run(branch, with_probes)
+        sums = _sum_over_ranks(outputs.sums)
+        gathered = distributed.gather(outputs.features)
+        aligned = [u for part in distributed.gather(outputs.aligned) for u in part]
+        source = EncoderSource(
+            f"{branch.name}/{branch.stage.name}", "live", branch=branch.name,
+            stage=branch.stage.name, steps=steps,
+        )  # fmt: skip
+        row = AllocationRow(source)
+        if branch.name == "sft" and sums:
+            row = replace(row, llm=predictive_entropy.llm_allocation(sums))
+        elif sums:
+            row = replace(row, ctc=CtcEntropy(_mean(sums["ctc_entropy"])))
+        losses = {"ctc": _mean(sums["ctc"])} if sums.get("ctc", (0.0, 0.0))[1] else {}
+        if distributed.main_rank():
+            features = {k: x for part in gathered for k, x in sorted(part.items())}
+            row = self._measure(row, branch.stage, features, aligned, with_probes)
+        return row, losses
+
+    def _run(self, branch: BranchEngine, with_probes: bool) -> _Outputs:
+        """This rank's probe batches through the branch."""
+        outputs = _Outputs()
         with branch.evaluating() as module:
             for batch in self._batches(branch.name):
-                out = _encoded(module, batch)
-                posteriors = module.ctc(out.frames_BSE) if branch.name == "pretrain" else None
-                own |= _frames(out, batch)
-                if probing and posteriors is not None:
+                encoded = _encode(module, batch)
+                # On every rank, also without an utterance: the head's weights are gathered.
+                posteriors = module.ctc(encoded.frames_BSE) if branch.name == "pretrain" else None
+                outputs.features |= _frames(encoded, batch)
+                if with_probes and posteriors is not None:
                     for i in range(len(batch)):
-                        spoken += self._place(batch, i, posteriors[i, : int(out.lengths_B[i])])
-                moved = batch.to(distributed.device())
-                for name, found in _losses(module, moved, branch.name):
-                    old = sums.get(name, (0.0, 0.0))
-                    sums[name] = (old[0] + found[0], old[1] + found[1])
-        values = _means(sums)
-        gathered = distributed.gather(own)
-        placed = [row for part in distributed.gather(spoken) for row in part]
-        if not distributed.main_rank():
-            return values
-        features = {k: x for part in gathered for k, x in sorted(part.items())}
-        return values | self._measure(branch.stage, features, placed, probing)
+                        log_probs_SP = posteriors[i, : int(encoded.lengths_B[i])]
+                        outputs.aligned += self._align(batch, i, log_probs_SP)
+                batch_sums = _branch_sums(module, batch.to(distributed.device()), branch.name)
+                for name, (total, count) in batch_sums.items():
+                    before = outputs.sums.get(name, (0.0, 0.0))
+                    outputs.sums[name] = (before[0] + total, before[1] + count)
+        return outputs
 
     def _measure(
         self,
+        row: AllocationRow,
         stage: StageConfig,
         features: dict[str, Tensor],
-        placed: list[dict[str, Any]],
-        probing: bool,
-    ) -> dict[str, float]:
-        """What frames tell; what is not finite is left out."""
-        every_NE = torch.cat(list(features.values())) if features else torch.zeros(0, 1)
-        if not len(every_NE) or not bool(every_NE.isfinite().all()):
-            return {}  # a broken encoder is the loss's matter to tell
-        spectrum = nse(every_NE)
-        values = {"nse": spectrum.nse, "effective_rank": spectrum.effective_rank}
-        before = self._start(stage)
+        aligned: list[AlignedUtterance],
+        with_probes: bool,
+    ) -> AllocationRow:
+        """``row`` with the measures of the encoder's frames."""
+        x_NE = torch.cat(list(features.values())) if features else torch.zeros(0, 1)
+        if not len(x_NE) or not bool(x_NE.isfinite().all()):
+            return row  # the trainer stops at a loss that is not finite
+        spectrum = nse(x_NE)
+        row = replace(
+            row, nse=spectrum.nse, effective_rank=spectrum.effective_rank, width=x_NE.shape[1],
+            frames=spectrum.frames, utterances=len(features),
+        )  # fmt: skip
+        reference = self._reference(stage)
         # With another world size the probe set may end a batch earlier or later.
-        shared = [k for k in features if k in before]
+        shared = [k for k in features if k in reference]
         if shared:
-            both = (torch.cat([held[k] for k in shared]) for held in (before, features))
-            values["cka_to_stage_start"] = cka(*both)
-        if placed:
-            self.labels = self._number(placed)
-        held = [x for x in self.labels if x.key in features]
-        if probing and len(held) >= 3:
-            values |= self._probes(held, features)
-        return {name: value for name, value in values.items() if math.isfinite(value)}
+            pair = (torch.cat([part[k] for k in shared]) for part in (reference, features))
+            row = replace(row, cka_to_reference=cka(*pair), reference="stage start")
+        if aligned:
+            in_order = sorted(aligned, key=lambda u: u.key)
+            self.labels = frame_labels.number_words(in_order, self.build.frame_seconds)
+        labels = [u for u in self.labels if u.key in features]
+        if with_probes and len(labels) >= 3:
+            row = replace(row, **self._fit_probes(labels, features))
+        return row
 
-    def _probes(self, held: list[Labeled], features: dict[str, Tensor]) -> dict[str, float]:
+    def _fit_probes(
+        self, labels: list[UtteranceLabels], features: dict[str, Tensor]
+    ) -> dict[str, Estimate]:
         seconds = self.build.frame_seconds
-        frames = frame_labels.frame_set(held, features, seconds).to(distributed.device())
-        most = self.config.frames
-        accessible = VInformationConfig(
-            max_frames=most, semantic_frames=most, folds=1, control=False, draws=200, spikes=()
-        )
-        values = {}
-        for name, measure in (("pai", pai), ("csai", csai)):
+        frames = frame_labels.frame_set(labels, features, seconds).to(distributed.device())
+        limit = self.config.frames
+        config = VInformationConfig(
+            max_frames=limit, semantic_frames=limit, folds=1, control=False, draws=200,
+            planted_shares=(),
+        )  # fmt: skip
+        estimates = {}
+        for name, estimate in (("pai", pai), ("csai", csai)):
             try:
-                found = measure(frames, accessible)
+                estimates[name] = estimate(frames, config)
             except (UserError, ValueError):
-                continue  # too few frames or speakers to hold any out
-            values |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            values |= {f"{name}_share": found.share, f"{name}_found": float(found.found)}
-        return values
+                continue  # too few frames or speakers for a test part
+        return estimates
 
-    def _start(self, stage: StageConfig) -> dict[str, Tensor]:
-        """The frames that `begin` kept; none in a stage that does not train the encoder, or whose
-        first step was made without looks."""
-        path = self._start_file(stage.name)
+    def _reference(self, stage: StageConfig) -> dict[str, Tensor]:
+        """The frames of `take_reference`; none in a stage that does not train the encoder, or whose
+        first step was made without online probes."""
+        path = self._reference_file(stage.name)
         if "encoder" not in stage.trains or not path.is_file():
             return {}
         return load_file(path)
 
-    def _start_file(self, stage: str) -> Path:
+    def _reference_file(self, stage: str) -> Path:
         return self.folder / f"start-{quote(stage, safe='')}.safetensors"
 
     def _batches(self, branch: str) -> list[Batch]:
-        if branch not in self._probe:
-            self._probe[branch] = self.build.validation_batches(branch, self.config.utterances)
-        return self._probe[branch]
-
-    # -- labels ------------------------------------------------------------------------------
+        if branch not in self._probe_batches:
+            batches = self.build.validation_batches(branch, self.config.utterances)
+            self._probe_batches[branch] = batches
+        return self._probe_batches[branch]
 
     @functools.cached_property
-    def _speaker(self):
-        """What speaks single words; made once, for a lexicon takes seconds to read."""
-        phonemizer = build_phonemizer(self.build.recipe.data.phonemizer)
-        return EspeakPhonemizer() if isinstance(phonemizer, StoredPhonemes) else phonemizer
+    def _word_phonemizer(self):
+        """Built once, for a lexicon takes seconds to read."""
+        return frame_labels.word_phonemizer(build_phonemizer(self.build.recipe.data.phonemizer))
 
-    def _place(self, batch: Batch, i: int, log_probs_SP: Tensor) -> list[dict[str, Any]]:
-        """Utterance ``i``'s phonemes on its frames, as plain data; nothing if they do not fit."""
+    def _align(self, batch: Batch, i: int, log_probs_SP: Tensor) -> list[AlignedUtterance]:
+        """Utterance ``i`` aligned; nothing if its phonemes do not fit on its frames."""
         ids = batch.phonemes_BP[i, : int(batch.phoneme_lengths_B[i])].tolist()
+        utterance = batch.keys[i], batch.speakers[i], batch.texts[i], batch.langs[i], ids
         try:
-            placed = forced_alignment.align(log_probs_SP, ids)
+            return [
+                frame_labels.align_utterance(
+                    *utterance, log_probs_SP, self.build.phonemes, self._word_phonemizer
+                )
+            ]
         except ValueError:
             return []
-        symbols = self.build.phonemes.decode(ids)
-        owners = frame_labels.word_owners(symbols, batch.texts[i], batch.langs[i], self._speaker)
-        row = {"key": batch.keys[i], "speaker": batch.speakers[i], "text": batch.texts[i]}
-        return [row | {"phonemes": ids, "owners": owners, "positions": placed.positions_S.tolist()}]
-
-    def _number(self, placed: list[dict[str, Any]]) -> list[Labeled]:
-        number, seconds = Numbering(), self.build.frame_seconds
-        found = []
-        for row in sorted(placed, key=lambda row: row["key"]):
-            positions_S = torch.tensor(row["positions"], dtype=torch.int64)
-            held = forced_alignment.Alignment(positions_S, positions_S, 0.0)
-            words = forced_alignment.words_of(row["text"])
-            given = row["key"], row["speaker"], words, row["phonemes"], row["owners"]
-            found.append(frame_labels.label(*given, held, number, seconds))
-        return found
 
     def _save(self) -> None:
         if not distributed.main_rank():
             return
-        state = {"seconds": self.seconds, "left_out": self.left_out, "looks": self.looks}
-        state |= {"costs": self.costs, "labels": [_label_row(x) for x in self.labels]}
+        state = {
+            "seconds": self.seconds,
+            "left_out": self.left_out,
+            "evaluations": self.evaluations,
+            "costs": self.costs,
+            "labels": [u.to_json() for u in self.labels],
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.folder / "state.json", json.dumps(state))
 
 
-def _encoded(module, batch: Batch):
+def _encode(module, batch: Batch):
     """The encoder's output; collective, also for a rank whose batch has no utterance."""
     nonempty = batch.or_silence(module.encoder.cfg.mels).to(distributed.device())
     return module.encoder(nonempty.features_BTF, nonempty.feature_lengths_B)
 
 
-def _frames(out, batch: Batch) -> dict[str, Tensor]:
+def _frames(encoded, batch: Batch) -> dict[str, Tensor]:
     """Key → valid frames [S, E], fp32 on the CPU."""
-    lengths = out.lengths_B.tolist()
-    return {k: out.frames_BSE[i, : lengths[i]].float().cpu() for i, k in enumerate(batch.keys)}
+    lengths = encoded.lengths_B.tolist()
+    return {k: encoded.frames_BSE[i, : lengths[i]].float().cpu() for i, k in enumerate(batch.keys)}
 
 
-def _losses(module, batch: Batch, branch: str):
-    """(name, (sum, count)) of the branch's entropies on a batch."""
+def _branch_sums(module, batch: Batch, branch: str) -> Sums:
+    """The branch's entropies on a batch."""
     if branch == "pretrain":
-        found = module(batch).sums
-        return [("ctc", found["ctc"]), ("ctc_entropy", found["ctc_entropy"])]
-    with_audio, without = module(batch).sums, module(batch, audio=False).sums
-    return [
-        ("nll_with_audio", with_audio["nll"]),
-        ("nll_without_audio", without["nll"]),
-        ("llm_entropy", with_audio["entropy"]),
-        ("llm_entropy_without_audio", without["entropy"]),
-    ]
+        sums = module(batch).sums
+        return {"ctc": sums["ctc"], "ctc_entropy": sums["ctc_entropy"]}
+    return predictive_entropy.llm_sums(module, batch)
 
 
-def _means(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Means over all ranks, of what there was anything of; collective."""
-    flat = torch.tensor([[float(a), float(b)] for a, b in sums.values()], dtype=torch.float64)
-    summed = distributed.sum_ranks(flat.to(distributed.device())).tolist()
-    counts = dict(zip(sums, summed, strict=True))
-    means = {n: a / b for n, (a, b) in counts.items() if b}
-    if "nll_with_audio" in means:
-        tokens = int(counts["nll_with_audio"][1])
-        found = Allocation(means["nll_without_audio"], means["nll_with_audio"], tokens)
-        means["resolved"] = found.resolved
-    return means
+def _sum_over_ranks(sums: Sums) -> dict[str, tuple[float, float]]:
+    """(sum, count) over all ranks; collective."""
+    pairs = torch.tensor([[float(a), float(b)] for a, b in sums.values()], dtype=torch.float64)
+    summed = distributed.sum_ranks(pairs.to(distributed.device())).tolist()
+    return dict(zip(sums, map(tuple, summed), strict=True))
 
 
-def _label_row(held: Labeled) -> dict[str, Any]:
-    row = asdict(held)
-    return row | {"positions_S": held.positions_S.tolist(), "words_S": held.words_S.tolist()}
-
-
-def _label_from(row: dict[str, Any]) -> Labeled:
-    tensors = {k: torch.tensor(row[k], dtype=torch.int64) for k in ("positions_S", "words_S")}
-    return Labeled(**{**row, **tensors, "phonemes": tuple(row["phonemes"])})
+def _mean(pair: tuple[float, float]) -> float:
+    return pair[0] / pair[1] if pair[1] else math.nan

@@ -136,10 +136,11 @@ class Trainer:
         return self.branches.enter(stage, self.steps)
 
     def next_batches(self, stage: StageConfig) -> list[Batch]:
-        """This rank's micro-batches of the next step, after the online probe's first frames."""
+        """This rank's micro-batches of the next step; before it the online probe's reference."""
         step = self.progress.step if stage.branch == "sft" else self.progress.pretrain
         # The time of a probe is not the stage's.
-        self._turn_started += self.online_probe.begin(self.branches.get(stage.branch), step)
+        engine = self.branches.get(stage.branch)
+        self._turn_started += self.online_probe.take_reference(engine, step)
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
         batches = self.dataloaders.next_batches(stage)
@@ -259,7 +260,7 @@ class Trainer:
     def evaluate_if_due(self, engine: BranchEngine, report: StepReport) -> None:
         """Online probe and validation of the branch after its step, each at its interval."""
         trained_seconds = sum(self.stage_seconds.values())
-        self.online_probe.look_if_due(engine, report, self.steps, trained_seconds)
+        self.online_probe.evaluate_if_due(engine, report, self.steps, trained_seconds)
         every = self.recipe.evaluation.every
         if every and (report.step + 1) % every == 0:
             self._evaluate(engine, self.recipe.evaluation.utterances)

@@ -28,7 +28,7 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.mark.launcher
-def test_a_run_its_snapshots_and_foreign_encoders(trained, tiny, tmp_path, command):
+def test_a_run_its_snapshots_and_pretrained_encoders(trained, tiny, tmp_path, command):
     from transformers import HubertConfig, HubertModel
 
     HubertModel(
@@ -45,25 +45,26 @@ def test_a_run_its_snapshots_and_foreign_encoders(trained, tiny, tmp_path, comma
     )
     assert done.returncode == 0, done.stderr
     measured = rows(out)
-    kinds = [r["kind"] for r in measured]
-    assert kinds == ["snapshot", "random", "checkpoint", "foreign", "random"]
+    kinds = [r["encoder"]["kind"] for r in measured]
+    assert kinds == ["snapshot", "random", "checkpoint", "pretrained", "random"]
     assert all(0 <= r["nse"] <= 1 and r["effective_rank"] >= 1 for r in measured)
-    assert {(r["pai"]["folds"], r["pai"]["split"]) for r in measured} == {(4, "utterance")}
+    assert {(r["pai"]["folds"], r["pai"]["split_by"]) for r in measured} == {(4, "utterance")}
     last = measured[2]
-    assert last["stage"] == "joint" and last["utterances"] == 8
-    assert last["first"] == measured[0]["name"] and "first" not in measured[0]
-    # The limit is measured once, unless no limit can be missed.
+    assert last["encoder"]["stage"] == "joint" and last["utterances"] == 8
+    assert last["reference"] == measured[0]["encoder"]["name"] and "reference" not in measured[0]
+    # The limit is searched at most once.
     for key in ("pai", "csai"):
-        assert sum(r[key]["limit"] is not None for r in measured) <= 1
+        assert sum("detection_limit" in r[key] for r in measured) <= 1
     assert last["llm"]["resolved"] == pytest.approx(
-        last["llm"]["without_audio"] - last["llm"]["with_audio"]
+        last["llm"]["nll_without_audio"] - last["llm"]["nll_with_audio"]
     )
-    assert 0 <= last["ctc"]["frames"] <= math.log(10) and 0 < last["cka_to_first"] <= 1
+    assert 0 <= last["ctc"]["entropy"] <= math.log(10) and 0 < last["cka_to_reference"] <= 1
     assert "PAI" in done.stdout and "hubert" in done.stdout
     tokens = command("probe", trained, "--data", data, "--semantic", "token", "--random", "none")
     assert tokens.returncode == 0, tokens.stderr
     [row] = rows(trained / "allocation.jsonl")
-    assert row["kind"] == "checkpoint" and row["csai"]["frames"] == last["csai"]["frames"]
+    assert row["encoder"]["kind"] == "checkpoint"
+    assert row["csai"]["frames"] == last["csai"]["frames"]
     assert command("probe", tmp_path / "hubert", "--data", data).returncode == 2
 
 
@@ -96,9 +97,10 @@ def test_two_runs_on_recordings_that_whisper_can_read(trained, tiny, tmp_path, c
     for folder in (trained, other):
         assert f"written: {folder}/allocation.jsonl ({folder.name}/step-" in done.stdout
     first = rows(other / "allocation.jsonl")
-    assert [r["kind"] for r in first] == ["checkpoint", "random"]
-    assert [r["pai"]["shuffled"] is None for r in first] == [False, True]
+    assert [r["encoder"]["kind"] for r in first] == ["checkpoint", "random"]
+    assert ["shuffled" in r["pai"] for r in first] == [True, False]
     measured = rows(trained / "allocation.jsonl")
-    assert [r["kind"] for r in measured] == ["checkpoint", "random", "foreign", "random"]
+    kinds = [r["encoder"]["kind"] for r in measured]
+    assert kinds == ["checkpoint", "random", "pretrained", "random"]
     assert {r["utterances"] for r in measured} == {5}
-    assert all(r["pai"]["shuffled"] is None for r in measured)
+    assert not any("shuffled" in r["pai"] for r in measured)

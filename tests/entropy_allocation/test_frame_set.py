@@ -7,8 +7,8 @@ from dsasr.entropy_allocation.frame_set import FrameSetBuilder, phoneme_window
 
 
 def test_window():
-    places = torch.tensor([0, 2, 3])
-    assert phoneme_window(places, [4, 5, 6, 7], 1).tolist() == [[0, 4, 5], [5, 6, 7], [6, 7, 0]]
+    positions = torch.tensor([0, 2, 3])
+    assert phoneme_window(positions, [4, 5, 6, 7], 1).tolist() == [[0, 4, 5], [5, 6, 7], [6, 7, 0]]
 
 
 def test_builder_leaves_silence_out():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dsasr.entropy_allocation.nse import CovarianceSums, nse, spectral_entropy
+from dsasr.entropy_allocation.nse import nse, spectral_entropy
 
 
 def _normal(*shape, seed=0):
@@ -14,7 +14,6 @@ def test_white_noise_is_one():
     spectrum = nse(_normal(50_000, 32) + 5)
     assert spectrum.nse == pytest.approx(1, abs=1e-3)
     assert spectrum.effective_rank == pytest.approx(32, rel=1e-3)
-    assert spectrum.variance == pytest.approx(32, rel=0.02)
 
 
 def test_small_sample_bias_is_what_the_docstring_says():
@@ -46,24 +45,19 @@ def test_known_eigenvalues():
     )
 
 
-def test_parts_add_up_and_scale_does_not_count():
+def test_is_of_the_covariance_whatever_its_scale():
     x = _normal(700, 12) * torch.linspace(0.1, 2, 12) + 1
-    parts = [CovarianceSums(12) for _ in range(3)]
-    for part, rows in zip(parts, x.split(300), strict=True):
-        part.update(rows)
-    whole = CovarianceSums(12)
-    for part in parts:
-        whole.merge(part)
-    assert whole.value().nse == pytest.approx(nse(x).nse, abs=1e-12)
-    assert nse(x * 9 - 4).nse == pytest.approx(nse(x).nse, abs=1e-10)
-    reference = torch.cov(x.T, correction=0)
-    torch.testing.assert_close(whole.covariance(), reference, rtol=1e-10, atol=1e-12)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T, correction=0))
+    spectrum = nse(x)
+    assert spectrum.entropy == pytest.approx(spectral_entropy(eigenvalues), abs=1e-10)
+    assert spectrum.frames == 700
+    assert nse(x * 9 - 4).nse == pytest.approx(spectrum.nse, abs=1e-10)
 
 
 def test_degenerate():
     assert math.isnan(nse(torch.full((10, 4), 0.3)).nse)
     assert math.isnan(nse(_normal(10, 4) * math.nan).nse)
-    assert math.isnan(CovarianceSums(4).value().nse)
+    assert math.isnan(nse(torch.zeros(0, 4)).nse)
     assert math.isnan(nse(_normal(10, 1)).nse)
-    with pytest.raises(ValueError, match=r"\[N, 4\]"):
-        CovarianceSums(4).update(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match=r"\[N, d\]"):
+        nse(torch.zeros(3))

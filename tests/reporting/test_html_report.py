@@ -1,4 +1,4 @@
-"""The report's pictures and page from made-up runs, and what a browser shows of it."""
+"""The report's figures and page of synthetic runs, and how a browser renders it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import re
 import shutil
 import subprocess
 import types
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from dsasr import config, recipe
+from dsasr.entropy_allocation.row import (
+    AllocationRow,
+    EncoderSource,
+    Estimate,
+    LlmAllocation,
+)
 from dsasr.evaluation.hallucination import wilson
 from dsasr.reporting import figures, html_report, run_data
 from dsasr.reporting.run_data import RunData
@@ -36,21 +43,21 @@ def schedule() -> Schedule:
     )
 
 
-def look(steps, branch, stage, **more):
-    held = {"steps": steps, "branch": branch, "stage": f"allocation_{stage}"}
-    held |= {"seconds": 2.0 * steps, "nse": 0.4 + steps / 1000, "effective_rank": 9.0}
-    return held | more
+def online(steps, branch, stage, **figures) -> dict:
+    """A metrics line of the online probe."""
+    row = AllocationRow(
+        EncoderSource("x", "live"), nse=0.4 + steps / 1000, effective_rank=9.0, **figures
+    )
+    head = {"steps": steps, "branch": branch, "stage": f"allocation_{stage}"}
+    return head | {"seconds": 2.0 * steps, **row.scalars()}
 
 
-def probes(pai, csai):
-    out = {}
-    for name, value in (("pai", pai), ("csai", csai)):
-        out |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
-        out[f"{name}_share"] = value / 4
-    return out
+def probes(pai, csai) -> dict[str, Estimate]:
+    values = {"pai": pai, "csai": csai}
+    return {name: Estimate(v, v - 0.1, v + 0.1, 4.0, 4.0 - v) for name, v in values.items()}
 
 
-def run(name="first", **given) -> RunData:
+def run(name="first", **fields) -> RunData:
     events = [
         {"event": "stage", "name": "pretrain", "branch": "pretrain", "steps": 0, "seconds": 0},
         {"event": "drift", "pretrain": 40, "cka": 0.9, "steps": 40, "seconds": 80},
@@ -78,18 +85,18 @@ def run(name="first", **given) -> RunData:
     metrics += [
         {"steps": 40, "branch": "pretrain", "stage": "drift", "seconds": 80.0, "cka": 0.9,
          "cka_threshold": 0.95},
-        look(40, "pretrain", "pretrain", **probes(1.0, 0.1)),
-        look(150, "pretrain", "pretrain", **probes(2.0, 0.2)),
-        look(190, "sft", "ia_sft", nll_with_audio=0.4, nll_without_audio=2.0, **probes(2.0, 0.2)),
-        look(210, "sft", "joint", nll_with_audio=2.3, nll_without_audio=2.0,
-             cka_to_stage_start=0.98, **probes(-0.1, 0.3)),
+        online(40, "pretrain", "pretrain", **probes(1.0, 0.1)),
+        online(150, "pretrain", "pretrain", **probes(2.0, 0.2)),
+        online(190, "sft", "ia_sft", llm=LlmAllocation(2.0, 0.4), **probes(2.0, 0.2)),
+        online(210, "sft", "joint", llm=LlmAllocation(2.0, 2.3), cka_to_reference=0.98,
+               **probes(-0.1, 0.3)),
     ]  # fmt: skip
     metrics += [
         {"steps": s, "branch": "sft", "stage": f"valid_{stage}", "seconds": 2.0 * s, "wer": w,
          "cer": w / 2, "hallucination/flagged": w / 10, "hallucination/characters_per_minute": 60}
         for s, stage, w in ((100, "ia_sft", 0.8), (210, "joint", 0.3))
     ]  # fmt: skip
-    return RunData(name, events, metrics, schedule=schedule(), **given)
+    return RunData(name, events, metrics, schedule=schedule(), **fields)
 
 
 def rated(rate):
@@ -97,7 +104,8 @@ def rated(rate):
     return {"rate": rate, "low": rate - 0.02, "high": rate + 0.03, **counts}
 
 
-def trial() -> dict:
+def suite() -> dict:
+    """A report.json."""
     languages = {"languages": {"en": rated(0.1) | {"unit": "word"}}}
     base = {"lang": "en", "characters": 0, "seconds": 0.0}
     rows = [
@@ -113,11 +121,11 @@ def trial() -> dict:
 
 
 class Page(HTMLParser):
-    """Tags that are open, text, and whatever a page would fetch."""
+    """Open tags, text, and the resources that a page fetches."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.said, self.fetched = [], [], []
+        self.open, self.text, self.fetched = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -129,23 +137,23 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.said.append(data)
+        self.text.append(data)
 
 
 def test_the_page_is_whole_and_needs_no_network(tmp_path):
-    page = html_report.write([run(trial=trial()), run("second")], tmp_path)
+    page = html_report.write([run(suite=suite()), run("second")], tmp_path)
     text = page.read_text()
-    held = Page(text)
-    assert not held.open and held.fetched
-    assert all(x.startswith("data:image/png;base64,") for x in held.fetched)
+    parsed = Page(text)
+    assert not parsed.open and parsed.fetched
+    assert all(x.startswith("data:image/png;base64,") for x in parsed.fetched)
     assert not re.search(r"https?://", text)
-    said = " ".join(" ".join(held.said).split())
+    shown = " ".join(" ".join(parsed.text).split())
     assert '<th colspan="2">errors, %</th>' in text  # en and 5 dB
-    for wanted in ("10.0", "8.0…13.0", "50.0", "a <b> c", "Before and after", "Who resolves"):
-        assert wanted in said
+    for part in ("10.0", "8.0…13.0", "50.0", "a <b> c", "Before and after", "Who resolves"):
+        assert part in shown
     # 50 characters in 120 s, 1 of 100, 9 of 100; 100 steps of 2 s at 360 h/h.
-    assert "25.0" in said and "9.0" in said and "20.0" in said
-    assert "en WER, clean" in said and "by dsasr evaluate … --suite --report: second." in said
+    assert "25.0" in shown and "9.0" in shown and "20.0" in shown
+    assert "en WER, clean" in shown and "by dsasr evaluate … --suite --report: second." in shown
     names = {p.name for p in tmp_path.glob("*.png")}
     assert names == {"timeline-first.png", "timeline-second.png", "cka.png", "metrics.png",
                      "joint.png", "allocation.png", "training.png"}  # fmt: skip
@@ -159,15 +167,15 @@ def test_a_run_that_measured_nothing_gets_its_timeline_only(tmp_path):
     assert list(html_report.draw([bare], tmp_path)) == ["Course of bare"]
     page = html_report.write([bare], tmp_path).read_text()
     assert "dsasr evaluate" in page
-    # What is not there is named, with what would make it.
+    # Missing figures are listed, with the command that measures them.
     missing = page.partition("<h2>Not measured</h2>")[2]
-    assert all(title in missing for title in html_report.MAKERS)
+    assert all(title in missing for title in html_report.MEASURED_BY)
     assert (
-        "Not measured" not in html_report.write([run(trial=trial())], tmp_path / "all").read_text()
+        "Not measured" not in html_report.write([run(suite=suite())], tmp_path / "all").read_text()
     )
 
 
-def test_letters_are_of_one_size_in_all_pictures(tmp_path):
+def test_text_has_one_size_in_all_figures(tmp_path):
     text = html_report.write([run()], tmp_path).read_text()
     widths = [int(x) for x in re.findall(r'<img alt="[^"]*" width="(\d+)"', text)]
     pictures = [tmp_path / f"{n}.png" for n in ("timeline-first", "cka", "metrics", "joint")]
@@ -176,13 +184,13 @@ def test_letters_are_of_one_size_in_all_pictures(tmp_path):
 
 
 def test_many_runs_have_one_key_and_no_overlapping_names(tmp_path, monkeypatch):
-    """Names over bars and of systems do not run into each other, nor the key into the pictures."""
-    kept = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or path)
+    """Names over bars and of systems do not overlap, nor does the key overlap the figures."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
     many = [run(f"paper-without-{i}") for i in range(6)]
     for draw in (figures.joint, figures.over_training, figures.against_time):
         assert draw(many, tmp_path / "x.png")
-    for figure in kept:
+    for figure in drawn:
         figure.canvas.draw()
         [key] = figure.legends
         assert all(axis.get_legend() is None for axis in figure.axes)
@@ -196,74 +204,78 @@ def test_many_runs_have_one_key_and_no_overlapping_names(tmp_path, monkeypatch):
                 boxes = [t.get_window_extent().intervalx for t in names]
                 boxes = [(a, b) for a, b in boxes if low - 1 <= (a + b) / 2 <= high + 1]
                 assert all(a[1] < b[0] for a, b in itertools.pairwise(boxes))
-    assert len(kept) == 3 and len(kept[0].axes) == 3
+    assert len(drawn) == 3 and len(drawn[0].axes) == 3
 
 
-def row(name, kind, value, **more):
-    """Of dsasr probe."""
-    gain = {"value": value, "low": value, "high": value, "share": 0.5}
-    held = {"name": name, "run": f"runs/{name.partition('/')[0]}", "kind": kind, "nse": 0.5}
-    return {**held, "pai": gain, "csai": gain, **more}
+def row(name, kind, value, settings=None, **source) -> AllocationRow:
+    """A row of allocation.jsonl."""
+    estimate = Estimate(value, value, value, 2 * value, value)
+    run = f"runs/{name.partition('/')[0]}"
+    return AllocationRow(
+        EncoderSource(name, kind, run=run, **source), nse=0.5, pai=estimate, csai=estimate,
+        settings=settings or {},
+    )  # fmt: skip
+
+
+def values(pair) -> tuple[float, ...]:
+    return tuple(row.pai.value for row in pair)
 
 
 def test_before_and_after_joint_prefers_measured_checkpoints():
     before, after = run_data.before_and_after(run())
-    assert before["stage"] == "allocation_ia_sft" and after["pai"] == -0.1
+    assert before.encoder.stage == "ia_sft" and after.pai.value == -0.1
 
     measured = run(
         jobs=("first",),
         checkpoints=[
             row("first/encoder-40", "snapshot", 1.0),
             row("first/encoder-100", "snapshot", 2.0),
-            row("first/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100"),
+            row("first/step-210", "checkpoint", 3.0, stage="joint", snapshot="encoder-100"),
             row("other/encoder-100", "snapshot", 7.0),
-            row("other/step-210", "checkpoint", 8.0, stage="joint", encoder="encoder-100"),
-            {k: v for k, v in row("whisper", "foreign", 9.0).items() if k != "run"},
+            row("other/step-210", "checkpoint", 8.0, stage="joint", snapshot="encoder-100"),
+            AllocationRow(EncoderSource("whisper", "pretrained", path="whisper"), nse=0.5),
         ],
     )
-    before, after = run_data.before_and_after(measured)
-    assert (before["pai"], after["pai"]) == (2.0, 3.0)
+    assert values(run_data.before_and_after(measured)) == (2.0, 3.0)
 
 
-def test_looks_of_a_later_stage_are_not_before_joint_training():
-    made = run()
-    late = look(230, "sft", "context", **probes(7.0, 0.7))
-    made.metrics.append(late)
-    before, after = run_data.before_and_after(made)
-    assert before["stage"] == "allocation_ia_sft" and after["stage"] == "allocation_joint"
+def test_rows_of_a_later_stage_are_not_before_joint_training():
+    data = run()
+    data.metrics.append(online(230, "sft", "context", **probes(7.0, 0.7)))
+    before, after = run_data.before_and_after(data)
+    assert before.encoder.stage == "ia_sft" and after.encoder.stage == "joint"
 
 
 def test_hours_are_those_of_all_steps_of_each_stage():
-    made = run()
-    assert run_data.audio_hours(made) == pytest.approx(360 * 2 * 100 / 3600)
+    data = run()
+    assert run_data.audio_hours(data) == pytest.approx(360 * 2 * 100 / 3600)
     rates = {"audio_hours_per_hour": 36.0, "step_seconds": 1.0}
-    made.metrics.append({"stage": "joint", "branch": "sft", "step": 50, "steps": 200, **rates})
-    assert run_data.audio_hours(made) == pytest.approx(20 + 0.5)
+    data.metrics.append({"stage": "joint", "branch": "sft", "step": 50, "steps": 200, **rates})
+    assert run_data.audio_hours(data) == pytest.approx(20 + 0.5)
 
 
 def test_before_and_after_of_a_job_on_the_snapshots_of_another(tiny, tmp_path):
-    held = {
-        "pretrain": [row("pretrain/encoder-40", "snapshot", 1.0, measured={"data": "test"}),
-                     row("pretrain/encoder-100", "snapshot", 2.0, measured={"data": "test"}),
-                     row("pretrain/encoder-100", "snapshot", 9.0, measured={"data": "other"})],
-        "sft": [row("sft/step-210", "checkpoint", 3.0, stage="joint", encoder="encoder-100",
-                    measured={"data": "test"})],
+    rows = {
+        "pretrain": [row("pretrain/encoder-40", "snapshot", 1.0, {"data": "test"}),
+                     row("pretrain/encoder-100", "snapshot", 2.0, {"data": "test"}),
+                     row("pretrain/encoder-100", "snapshot", 9.0, {"data": "other"})],
+        "sft": [row("sft/step-210", "checkpoint", 3.0, {"data": "test"}, stage="joint",
+                    snapshot="encoder-100")],
     }  # fmt: skip
-    for branch, rows in held.items():
+    for branch, of_branch in rows.items():
         folder = tmp_path / "run" / branch
         folder.mkdir(parents=True)
-        chosen = recipe.load(str(tiny), [f"run={tmp_path / 'run'}", f"branch={branch}"])
-        (folder / "recipe.yaml").write_text(config.dump(chosen))
-        own = {n: [r for r in getattr(run(), n) if r.get("branch", branch) == branch]
-               for n in ("metrics", "events")}  # fmt: skip
-        for name, lines in (*own.items(), ("allocation", rows)):
+        cfg = recipe.load(str(tiny), [f"run={tmp_path / 'run'}", f"branch={branch}"])
+        (folder / "recipe.yaml").write_text(config.dump(cfg))
+        logs = {n: [r for r in getattr(run(), n) if r.get("branch", branch) == branch]
+                for n in ("metrics", "events")}  # fmt: skip
+        for name, lines in (*logs.items(), ("allocation", [r.to_json() for r in of_branch])):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    before, after = run_data.before_and_after(run_data.collect(tmp_path / "run" / "sft"))
-    assert (before["pai"], after["pai"]) == (2.0, 3.0)
-    assert run_data.collect(tmp_path / "run" / "pretrain").taken == []
+    sft = run_data.collect(tmp_path / "run" / "sft")
+    assert values(run_data.before_and_after(sft)) == (2.0, 3.0)
+    assert run_data.collect(tmp_path / "run" / "pretrain").publisher_rows == []
     both = run_data.collect(tmp_path / "run")
-    before, after = run_data.before_and_after(both)
-    assert (before["pai"], after["pai"]) == (2.0, 3.0)
+    assert values(run_data.before_and_after(both)) == (2.0, 3.0)
     assert both.jobs == ("pretrain", "sft") and len(both.checkpoints) == 4
     assert {s.branch for s in both.schedule.stages} == {"pretrain", "sft"}
     page = html_report.write([both], tmp_path / "report").read_text()
@@ -271,41 +283,42 @@ def test_before_and_after_of_a_job_on_the_snapshots_of_another(tiny, tmp_path):
 
 
 def test_text_on_nonspeech_has_its_interval_or_says_why_not():
-    held = trial()["hallucination"]
-    assert html_report._pace(held) == "25.0"  # written before there were intervals
+    hallucination = suite()["hallucination"]
+    assert html_report._nonspeech_rate(hallucination) == "25.0"  # without an interval
     clips = {"rate": 25.0, "low": 3.2, "high": 61.72, "clips": 4, "clips_with_text": 2}
-    held["nonspeech"] = {"all": clips}
-    assert html_report._pace(held) == "25.0<small>3.2…61.7</small>"
+    hallucination["nonspeech"] = {"all": clips}
+    assert html_report._nonspeech_rate(hallucination) == "25.0<small>3.2…61.7</small>"
     clips |= {"low": None, "high": None}
-    assert html_report._pace(held) == "25.0"
+    assert html_report._nonspeech_rate(hallucination) == "25.0"
     clips |= {"rate": 0.0, "clips_with_text": 0}
-    assert html_report._pace(held) == "0<small>no text in 4 clips</small>"
-    assert html_report._pace({"rows": [], "nonspeech": {}}) == "–"
+    assert html_report._nonspeech_rate(hallucination) == "0<small>no text in 4 clips</small>"
+    assert html_report._nonspeech_rate({"rows": [], "nonspeech": {}}) == "–"
 
 
 def test_what_is_null_or_infinite_is_shown_as_not_measured(tmp_path, monkeypatch):
-    """In the files of a run, also as older ones spell it: NaN, Infinity."""
-    made, tried = run(), trial()
-    tried["conditions"]["clean"]["languages"]["zh"] = rated(math.inf) | {"unit": "char"}
-    tried["conditions"]["snr5"] |= dict.fromkeys(("rate", "low", "high"))
-    made.metrics.append({**look(211, "sft", "joint", **probes(1.0, 0.1)), "nse": math.nan})
-    made.metrics.append({**made.metrics[0], "steps": 120, "step": 120, "ctc": None})
-    made.metrics.append({**made.metrics[3], "steps": 60, "cka": None})
-    made.events.insert(2, {**made.events[1], "cka": None})
-    gain = {"value": 1.0, "low": None, "high": math.nan, "share": math.nan}
-    row = {"name": "run/a", "run": "run", "kind": "snapshot", "nse": None, "pai": gain}
+    """In the files of a run, also spelled NaN or Infinity."""
+    data, report = run(), suite()
+    report["conditions"]["clean"]["languages"]["zh"] = rated(math.inf) | {"unit": "char"}
+    report["conditions"]["snr5"] |= dict.fromkeys(("rate", "low", "high"))
+    data.metrics.append({**online(211, "sft", "joint", **probes(1.0, 0.1)), "nse": math.nan})
+    data.metrics.append({**data.metrics[0], "steps": 120, "step": 120, "ctc": None})
+    data.metrics.append({**data.metrics[3], "steps": 60, "cka": None})
+    data.events.insert(2, {**data.events[1], "cka": None})
+    estimate = {"value": 1.0, "low": None, "high": math.nan, "share": math.nan}
+    source = {"name": "run/a", "run": "run", "kind": "snapshot"}
+    row = {"encoder": source, "nse": None, "pai": estimate, "csai": estimate}
     for name, rows in (
-        ("metrics.jsonl", made.metrics),
-        ("events.jsonl", made.events),
-        ("allocation.jsonl", [{**row, "csai": gain}]),
+        ("metrics.jsonl", data.metrics),
+        ("events.jsonl", data.events),
+        ("allocation.jsonl", [row]),
     ):
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "report.json").write_text(json.dumps(tried))
+    (tmp_path / "report.json").write_text(json.dumps(report))
     stub = types.SimpleNamespace(schedule=schedule, store_folder=tmp_path / "snapshots")
     monkeypatch.setattr(run_data, "run_recipe", lambda folder: stub)
-    found = run_data.collect(tmp_path)
-    assert len(found.drift) == 1 and "nse" not in found.metrics[-3]
-    text = html_report.write([found], tmp_path / "report").read_text()
+    collected = run_data.collect(tmp_path)
+    assert len(collected.drift) == 1 and "nse" not in collected.metrics[-3]
+    text = html_report.write([collected], tmp_path / "report").read_text()
     assert "<td>–</td>" in text and not re.search(
         r"\b(nan|inf|None)\b", text.split("<h2>Course")[0]
     )
@@ -313,28 +326,35 @@ def test_what_is_null_or_infinite_is_shown_as_not_measured(tmp_path, monkeypatch
     timeline_plot.plot_run(tmp_path)
 
 
-def test_an_estimate_that_is_not_to_be_told_from_none_says_so(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or path)
+def test_an_estimate_that_is_not_detected_says_so(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
 
-    def row(name, kind, **more):
-        gain = {"value": 0.4, "low": 0.3, "high": 0.5, "share": 0.5}
-        none = {"value": 0.0, "low": 0.0, "high": 0.0, "share": 0.0, "found": False, "limit": 0.012}
-        own = {"name": f"first/{name}", "run": "runs/first", "kind": kind, "nse": 0.5}
-        return {**own, "pai": gain, "csai": none if kind == "checkpoint" else gain, **more}
-
-    held = [
-        row("encoder-100", "snapshot"),
-        row("step-210", "checkpoint", stage="joint", encoder="encoder-100"),
+    estimate = Estimate(0.4, 0.3, 0.5, 0.8, 0.4)
+    none = Estimate(0.0, 0.0, 0.0, 0.8, 0.8, detection_limit=0.012)
+    snapshot = row("first/encoder-100", "snapshot", 0.4)
+    checkpoint = row("first/step-210", "checkpoint", 0.4, stage="joint", snapshot="encoder-100")
+    rows = [
+        replace(snapshot, pai=estimate, csai=estimate),
+        replace(checkpoint, pai=estimate, csai=none),
     ]
-    assert figures.joint([run(checkpoints=held)], tmp_path / "x.png")
-    assert figures.allocation([run(checkpoints=held)], tmp_path / "x.png")
-    csai = kept[0].axes[2]
+    assert figures.joint([run(checkpoints=rows)], tmp_path / "x.png")
+    assert figures.allocation([run(checkpoints=rows)], tmp_path / "x.png")
+    csai = drawn[0].axes[2]
     assert [t.get_text() for t in csai.texts if t.get_text()] == ["none found (< 0.012)"]
     heights = [bar.get_height() for bar in csai.patches]
     assert heights[0] == 0.4 and math.isnan(heights[1])
-    told = [t.get_text() for t in kept[1].axes[0].texts]
-    assert told == ["50%", "50%", "50%", "none found (< 0.012 nats a frame)"]
+    labels = [t.get_text() for t in drawn[1].axes[0].texts]
+    assert labels == ["50%", "50%", "50%", "none found (< 0.012 nats a frame)"]
+
+
+def test_an_allocation_file_of_another_version_is_refused(tmp_path, monkeypatch):
+    for name, lines in (("metrics", run().metrics), ("allocation", [{"name": "x", "found": True}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    stub = types.SimpleNamespace(schedule=schedule, store_folder=tmp_path / "snapshots")
+    monkeypatch.setattr(run_data, "run_recipe", lambda folder: stub)
+    with pytest.raises(UserError, match=r"allocation\.jsonl: .*found.*measure again"):
+        run_data.collect(tmp_path)
 
 
 def test_no_run_is_refused(tmp_path):
@@ -342,21 +362,21 @@ def test_no_run_is_refused(tmp_path):
         run_data.named([tmp_path])
 
 
-def test_the_pictures_are_in_tensorboard_too(tmp_path):
+def test_the_figures_are_in_tensorboard_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     html_report.draw([run()], tmp_path / "report")
     add_images(tmp_path / "tensorboard", sorted((tmp_path / "report").glob("*.png")), 210)
-    held = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"report/joint", "report/allocation", "report/cka"} <= set(held.Tags()["images"])
-    assert held.Images("report/joint")[0].step == 210
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"report/joint", "report/allocation", "report/cka"} <= set(events.Tags()["images"])
+    assert events.Images("report/joint")[0].step == 210
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
-def test_a_browser_shows_it(tmp_path):
+def test_a_browser_renders_it(tmp_path):
     from PIL import Image
 
-    page = html_report.write([run(trial=trial())], tmp_path / "report")
+    page = html_report.write([run(suite=suite())], tmp_path / "report")
     shot = tmp_path / "shot.png"
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,3600",
@@ -365,12 +385,12 @@ def test_a_browser_shows_it(tmp_path):
     image = Image.open(shot).convert("RGB")
     assert image.size == (1100, 3600)
     colors = {color for _, color in image.getcolors(1 << 24)}
-    # The pictures' own colors are on the page, and its background is white.
-    for wanted in ("#3b6ea5", "#d08c2f", "#4f9d69", "#ffffff"):
-        assert tuple(bytes.fromhex(wanted[1:])) in colors
+    # The figures' colors are on the page, and its background is white.
+    for color in ("#3b6ea5", "#d08c2f", "#4f9d69", "#ffffff"):
+        assert tuple(bytes.fromhex(color[1:])) in colors
 
 
-def test_an_utterance_heard_in_many_conditions_is_one_draw():
+def test_an_utterance_in_several_conditions_is_one_draw():
     def cells(conditions):
         return [
             {"lang": lang, "condition": c, "utterances": 50, "flagged": 5}

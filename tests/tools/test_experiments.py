@@ -1,4 +1,4 @@
-"""The experiment's recipes and its summary, on made-up results."""
+"""The experiment's recipes and its summary, on synthetic results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ import numpy as np
 import pytest
 
 from dsasr import config
+from dsasr.entropy_allocation.row import (
+    AllocationRow,
+    EncoderSource,
+    Estimate,
+    LlmAllocation,
+)
 from dsasr.evaluation.hallucination import Example
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, add_published
@@ -44,37 +50,38 @@ def small(systems):
     return systems.Sizes(pretrain=200, align=5, sft=60, joint=10, final=20)
 
 
-def places(*names: str) -> tuple[Path, ...]:
+def paths(*names: str) -> tuple[Path, ...]:
     return tuple(map(Path, names))
 
 
 def test_every_recipe_is_sound_and_makes_the_same_steps(experiment):
     systems, _ = experiment
     for kind, sizes in (*systems.SIZES.items(), ("synth", systems.SHORT)):
-        for chosen in systems.PRETRAININGS:
-            values = systems.pretraining(chosen, kind, sizes, 3, *places("corpus", "run"))
-            held = config.build(Recipe, values)
-            stage = held.schedule().pretrain
-            assert (held.branch, held.seed, stage.steps) == ("pretrain", 3, sizes.pretrain)
+        for variant in systems.PRETRAININGS:
+            values = systems.pretraining(variant, kind, sizes, 3, *paths("corpus", "run"))
+            recipe = config.build(Recipe, values)
+            stage = recipe.schedule().pretrain
+            assert (recipe.branch, recipe.seed, stage.steps) == ("pretrain", 3, sizes.pretrain)
             # The same frames go through the encoder, in one view or two.
-            assert stage.batch.frames * chosen.views == sizes.frames
-            assert (stage.objective == "cr_ctc") == (chosen.views == 2)
+            assert stage.batch.frames * variant.views == sizes.frames
+            assert (stage.objective == "cr_ctc") == (variant.views == 2)
         for system in systems.SYSTEMS:
-            given = *places("corpus", "run", "store"), [10, sizes.pretrain]
-            values = systems.sft(systems.trained(system), kind, sizes, 3, *given)
-            held = config.build(Recipe, values)
-            stages = {s.name: s for s in held.stages}
-            assert held.branch == "sft" and held.store.path == "store"
+            folders = paths("corpus", "run", "store")
+            published = [10, sizes.pretrain]
+            values = systems.sft(systems.trained(system), kind, sizes, 3, *folders, published)
+            recipe = config.build(Recipe, values)
+            stages = {s.name: s for s in recipe.stages}
+            assert recipe.branch == "sft" and recipe.store.path == "store"
             after_align = sum(s.steps for n, s in stages.items() if n in ("ia_sft", "joint"))
             assert after_align == sizes.sft + sizes.joint
-            # An sft job must take the pretraining's encoders for its own.
-            pre = systems.pretraining(system.pretraining, kind, sizes, 3, *places("corpus", "run"))
-            own = config.build(Recipe, pre).encoder_fingerprint()
-            assert held.encoder_fingerprint() == own
-        values = systems.aligner(kind, sizes, *places("corpus", "run"))
-        held = config.build(Recipe, values)
-        assert held.branch == "pretrain" and held.seed == 0
-        assert held.data.phonemizer.kind != "characters"
+            # An sft job must accept the pretraining's encoders.
+            pre = systems.pretraining(system.pretraining, kind, sizes, 3, *paths("corpus", "run"))
+            expected = config.build(Recipe, pre).encoder_fingerprint()
+            assert recipe.encoder_fingerprint() == expected
+        values = systems.aligner(kind, sizes, *paths("corpus", "run"))
+        recipe = config.build(Recipe, values)
+        assert recipe.branch == "pretrain" and recipe.seed == 0
+        assert recipe.data.phonemizer.kind != "characters"
     with pytest.raises(UserError, match="no-swap"):
         systems.named("none")
 
@@ -83,30 +90,30 @@ def test_systems_that_share_a_job(experiment):
     systems, _ = experiment
     shared = {s.name: systems.trained(s).name for s in systems.SYSTEMS}
     assert shared.pop("no-joint") == "paper"
-    assert all(name == own for name, own in shared.items())
+    assert all(name == job for name, job in shared.items())
     assert systems.before_joint(small(systems)) == 65
 
 
-def taken(schedule, published) -> list[tuple[int, str, int]]:
-    """(sft step, stage, pretrain step) of each encoder that an sft job takes."""
-    found, progress = [], add_published(Progress(), published)
+def loaded_encoders(schedule, published) -> list[tuple[int, str, int]]:
+    """(sft step, stage, pretrain step) of each encoder that an sft job loads."""
+    loaded, progress = [], add_published(Progress(), published)
     while (turn := schedule.next_turn(progress)).kind == "step":
         if turn.load is not None:
-            found.append((progress.sft, turn.stage.name, turn.load.pretrain))
+            loaded.append((progress.sft, turn.stage.name, turn.load.pretrain))
         progress = schedule.advance(progress, turn)
     assert turn.kind == "end"
-    return found
+    return loaded
 
 
-def test_when_each_system_takes_which_encoder(experiment):
+def test_when_each_system_loads_which_encoder(experiment):
     systems, _ = experiment
     steps = [120, 150, 200]
     published = [Snapshot(str(p), p, "final" if p == 200 else "drift") for p in steps]
 
     def swaps(name):
-        given = *places("corpus", "run", "store"), steps
-        values = systems.sft(systems.named(name), "synth", small(systems), 1, *given)
-        return taken(config.build(Recipe, values).schedule(), published)
+        folders = paths("corpus", "run", "store")
+        values = systems.sft(systems.named(name), "synth", small(systems), 1, *folders, steps)
+        return loaded_encoders(config.build(Recipe, values).schedule(), published)
 
     # 30 pretrain steps after the first encoder the second one is there; the final one after 80,
     # but the last 20 steps of IA-SFT (from 5 + 40 on) wait for it.
@@ -126,15 +133,17 @@ def result(system: str, label: str, seed: int, rate: float, loud: int) -> dict:
                             "flagged": [int(e > 5) for e in errors]}  # fmt: skip
     clips["cut50"] = {"lang": ["en", "zh"] * 30, "flagged": [1] * 6 + [0] * 54}
     clips["white"] = {"lang": ["en"] * 4, "characters": [loud] * 4, "seconds": [30.0] * 4}
-    gain = {"value": 2.0, "low": 1.9, "high": 2.1, "share": 0.5, "shuffled": 0.001 * seed}
-    none = {"value": 0.0, "low": 0.0, "high": 0.0, "share": 0.0, "found": False, "limit": 0.012,
-            "shuffled": 0.0}  # fmt: skip
-    csai = none if system == "paper" else gain | {"value": 0.3}
-    encoder = {"nse": 0.5, "pai": gain, "csai": csai, "llm": {"resolved": 1.5}}
+    gain = Estimate(2.0, 1.9, 2.1, 4.0, 2.0, shuffled=0.001 * seed)
+    none = Estimate(0.0, 0.0, 0.0, 4.0, 4.0, shuffled=0.0, detection_limit=0.012)
+    csai = none if system == "paper" else replace(gain, value=0.3)
+    llm = LlmAllocation(nll_without_audio=2.0, nll_with_audio=0.5)
+    row = AllocationRow(EncoderSource("x", "checkpoint"), nse=0.5, pai=gain, csai=csai, llm=llm)
+    random = replace(row, nse=0.2, pai=replace(gain, value=0.7 + 0.1 * seed), csai=none, llm=None)
+    after = replace(row, cka_to_reference=0.9, reference="x")
     return {
         "set": "synth", "system": system, "label": label, "seed": seed, "clips": clips,
-        "random": {"nse": 0.2, "pai": gain | {"value": 0.7 + 0.1 * seed}, "csai": none},
-        "before": encoder, "after": encoder, "cka_through_joint": 0.9, "audio_hours": 12.0,
+        "random": random.to_json(), "before": row.to_json(), "after": after.to_json(),
+        "audio_hours": 12.0,
         "train_seconds": 600.0, "sizes": {"pretrain": 100}, "ctc": 0.5,
     }  # fmt: skip
 
@@ -145,8 +154,8 @@ def results(tmp_path, experiment) -> Path:
     (tmp_path / "synth").mkdir()
     for name, rate, loud in (("conventional", 0.2, 100), ("paper", 0.05, 10)):
         for seed in (1, 2, 3):
-            held = result(name, systems.named(name).label, seed, rate, loud)
-            (tmp_path / "synth" / f"{name}-seed{seed}.json").write_text(json.dumps(held))
+            values = result(name, systems.named(name).label, seed, rate, loud)
+            (tmp_path / "synth" / f"{name}-seed{seed}.json").write_text(json.dumps(values))
     return tmp_path
 
 
@@ -154,23 +163,23 @@ def test_ratios_and_their_intervals(results, experiment):
     import resampling
 
     _, summary = experiment
-    held = summary.load(results / "synth")
-    assert list(held) == ["conventional", "paper"]
-    one, two = (summary.errors(held[n], ["clean"]) for n in ("conventional", "paper"))
+    by_system = summary.load(results / "synth")
+    assert list(by_system) == ["conventional", "paper"]
+    one, two = (summary.errors(by_system[n], ["clean"]) for n in ("conventional", "paper"))
     assert one[0].shape == (3, 60)
     assert summary.value(one) == pytest.approx(one[0].sum() / 1800)
     low, high = resampling.interval(one)
     assert low < summary.value(one) < high and high - low < 0.1
-    only = summary.errors(held["paper"], ["clean"], "zh")
+    only = summary.errors(by_system["paper"], ["clean"], "zh")
     assert only[0].shape == (3, 30)
-    # An utterance at two SNRs is one draw: the same clips twice narrow nothing.
-    pooled = summary.errors(held["paper"], ["clean", "clean"])
+    # An utterance at two SNRs is one draw: repeated clips do not narrow the interval.
+    pooled = summary.errors(by_system["paper"], ["clean", "clean"])
     assert pooled[0].shape == (3, 60)
     assert resampling.interval(pooled) == pytest.approx(resampling.interval(two))
-    flags = summary.hallucinated(held["paper"], ["snr5", "snr0"])
+    flags = summary.hallucinated(by_system["paper"], ["snr5", "snr0"])
     assert flags[0].shape == (3, 60) and (flags[1] == 2).all()
     # 100 characters in 30 s of each clip.
-    assert summary.value(summary.invented(held["conventional"])) == pytest.approx(200)
+    assert summary.value(summary.nonspeech_rate(by_system["conventional"])) == pytest.approx(200)
     gap, low, high, p = summary.paired(one, two)
     assert low < gap < high < 0 and p < 0.01
     assert summary.paired(one, one)[0] == 0 and summary.paired(one, one)[3] == 1.0
@@ -181,12 +190,12 @@ def test_ratios_and_their_intervals(results, experiment):
         summary.paired(one, only)
 
 
-def test_intervals_hold_other_seeds_too(experiment):
+def test_intervals_cover_other_seeds_too(experiment):
     # Two systems of the same mean; seeds differ by 30%, clips too. Three seeds: a bootstrap over
     # seeds covered zero in 80% of such trials.
     from resampling import over_seeds, paired
 
-    rng, held = np.random.default_rng(5), []
+    rng, pairs = np.random.default_rng(5), []
     for _ in range(100):
         hard = rng.gamma(1, 0.1, 100)
         sides = []
@@ -194,8 +203,8 @@ def test_intervals_hold_other_seeds_too(experiment):
             luck = np.exp(0.3 * rng.standard_normal((3, 1)))
             errors = rng.binomial(10, np.clip(hard * luck, 0, 1)).astype(float)
             sides.append((errors, np.full((3, 100), 10.0)))
-        held.append(paired(*sides)[:3])
-    gap, low, high = np.array(held).T
+        pairs.append(paired(*sides)[:3])
+    gap, low, high = np.array(pairs).T
     assert np.sum((low <= 0) & (high >= 0)) >= 91
     # Student's t of so few seeds is wide (4.3 or 2.8 instead of 2), but not without end.
     assert np.median(high - low) < 3 * (2 * 1.96 * gap.std())
@@ -208,8 +217,8 @@ def test_table_and_figure(results, experiment):
     systems, _ = experiment
     # One seed more of a third system, which skips joint SFT; a system that has it in one seed.
     for name in ("no-joint", "phoneme"):
-        held = result(name, systems.named(name).label, 2, 0.06, 10)
-        (results / "synth" / f"{name}-seed2.json").write_text(json.dumps(held))
+        values = result(name, systems.named(name).label, 2, 0.06, 10)
+        (results / "synth" / f"{name}-seed2.json").write_text(json.dumps(values))
     command = [sys.executable, str(FOLDER / "summary.py"), "--results", str(results)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -240,27 +249,28 @@ def test_table_and_figure(results, experiment):
 def test_results_of_other_test_sets_or_sizes_are_not_mixed(results, experiment):
     _, summary = experiment
     path = results / "synth" / "paper-seed3.json"
-    held = json.loads(path.read_text())
-    path.write_text(json.dumps(held | {"sizes": {"pretrain": 200}}))
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"sizes": {"pretrain": 200}}))
     with pytest.raises(UserError, match="mixes sizes"):
         summary.load(results / "synth")
-    held["clips"]["white"]["lang"] = ["en"]
-    path.write_text(json.dumps(held))
+    values["clips"]["white"]["lang"] = ["en"]
+    path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="mixes test sets"):
         summary.load(results / "synth")
 
 
-def test_a_finished_job_of_another_recipe_is_not_taken_up(reproduce, experiment, tmp_path):
+def test_a_finished_job_of_another_recipe_is_refused(reproduce, experiment, tmp_path):
     systems, _ = experiment
-    given = systems.PHONEMES, "synth", small(systems), 1, tmp_path / "corpus", tmp_path / "run"
-    values = systems.pretraining(*given)
+    folders = tmp_path / "corpus", tmp_path / "run"
+    sizes = small(systems)
+    values = systems.pretraining(systems.PHONEMES, "synth", sizes, 1, *folders)
     folder = tmp_path / "run" / "pretrain"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(config.dump(config.build(Recipe, values)))
     (folder / "events.jsonl").write_text('{"event": "finished"}\n')
     assert reproduce.train(values, 1) == folder
-    longer = replace(small(systems), pretrain=300)
-    values = systems.pretraining(given[0], given[1], longer, *given[3:])
+    longer = replace(sizes, pretrain=300)
+    values = systems.pretraining(systems.PHONEMES, "synth", longer, 1, *folders)
     with pytest.raises(UserError, match="trained with other stages: delete it"):
         reproduce.train(values, 1)
 
@@ -271,8 +281,8 @@ def test_examples_are_of_every_kind(reproduce):
 
     many = [example("nonspeech", "white", "und", i) for i in range(30)]
     many += [example("loop", "snr0", lang, i) for lang in ("en", "zh") for i in range(2)]
-    chosen = reproduce.varied(many, 6)
-    assert [(e.kind, e.lang, e.key) for e in chosen] == [
+    selected = reproduce.varied(many, 6)
+    assert [(e.kind, e.lang, e.key) for e in selected] == [
         ("nonspeech", "und", "0"), ("loop", "en", "0"), ("loop", "zh", "0"),
         ("nonspeech", "und", "1"), ("loop", "en", "1"), ("loop", "zh", "1"),
     ]  # fmt: skip

@@ -1,10 +1,10 @@
-"""How long a phoneme probe takes: PAI of made-up frames, without and with its shuffled control.
+"""The time of a phoneme probe: PAI of synthetic frames, without and with the shuffled control.
 
 OMP_NUM_THREADS=2 python tools/bench/probes.py
 python tools/bench/probes.py --frames 1000000 --width 1024 --device cuda
 
-``--signal`` is the spread of the phonemes' means in standard deviations of a direction: with 0.05 a
-linear reader of 256 directions finds 6% of the phonemes' entropy, with 0.1 28%.
+``--signal`` is the standard deviation of the phonemes' means over that of a direction: with 0.05 a
+linear probe of 256 directions resolves 6% of the phonemes' entropy, with 0.1 28%.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsasr.entropy_allocation.frame_set import FrameSet
 from dsasr.entropy_allocation.v_information import VInformationConfig, pai
 from dsasr.utils.errors import run_tool
 
-SPOKEN = 250  # frames of an utterance: ten seconds
+UTTERANCE_FRAMES = 250  # ten seconds
 
 
 def frames(count: int, width: int, phonemes: int, signal: float, device: str) -> FrameSet:
@@ -31,7 +31,7 @@ def frames(count: int, width: int, phonemes: int, signal: float, device: str) ->
     means_PD = signal * torch.randn(phonemes, width, generator=generator)
     mixing_DD = torch.randn(width, width, generator=generator) / width**0.5
     x_ND = (means_PD[label_N] + torch.randn(count, width, generator=generator)) @ mixing_DD
-    utterance_N = torch.arange(count) // SPOKEN
+    utterance_N = torch.arange(count) // UTTERANCE_FRAMES
     speakers = tuple(f"s{u % 40}" for u in range(int(utterance_N[-1]) + 1))
     columns = (x_ND, label_N, label_N[:, None], torch.zeros_like(label_N), utterance_N)
     return FrameSet(*columns, speakers).to(device)
@@ -51,10 +51,10 @@ def main() -> int:
             max_frames=args.frames, max_width=args.width, control=control, draws=200
         )
         started, before = time.monotonic(), _cpu()
-        found = pai(data, config)
+        estimate = pai(data, config)
         record(
             "probes", frames=args.frames, width=args.width, phonemes=args.phonemes,
-            signal=args.signal, control=control, share=round(found.share, 4),
+            signal=args.signal, control=control, share=round(estimate.share, 4),
             seconds=round(time.monotonic() - started, 2), cpu_seconds=round(_cpu() - before, 2),
         )  # fmt: skip
     return 0

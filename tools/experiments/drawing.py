@@ -1,4 +1,4 @@
-"""The experiment's figure."""
+"""The figure of the experiment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from measured import Result, counted, drift, errors, hallucinated, invented, noisy, reading, span
+from measured import Result, drift, errors, hallucinated, noisy, nonspeech_rate, seeds, span
 from resampling import value
 
 from dsasr.reporting import figures
@@ -15,7 +15,7 @@ from dsasr.tracking.timeline_plot import COLORS
 
 def draw(systems: dict[str, list[Result]], path: Path) -> None:
     """Errors and hallucinations against noise, non-speech, drift, the encoder's metrics, cost."""
-    every = [r for held in systems.values() for r in held]
+    every = [r for results in systems.values() for r in results]
     figure, axes = figures.new(2, 4, (15.5, 7.0))
     conditions = ["clean", *noisy(every)]
     ticks = ["clean", *(f"{c[3:]}" for c in conditions[1:])]
@@ -25,40 +25,40 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
         (axes[0][1], hallucinated, "hallucinations on speech", "utterances, %", True),
     ):
         highest = 0.01
-        for i, (name, held) in enumerate(systems.items()):
-            ratios = [measure(held, [c]) for c in conditions]
+        for i, (name, results) in enumerate(systems.items()):
+            ratios = [measure(results, [c]) for c in conditions]
             spans = np.array([span(r, share) for r in ratios])
             highest = max(highest, spans[:, 1].max())
-            at = np.arange(len(conditions)) + 0.09 * (i - (len(systems) - 1) / 2)
+            x = np.arange(len(conditions)) + 0.09 * (i - (len(systems) - 1) / 2)
             middle = 100 * np.array([value(r) for r in ratios])
-            said = f"{held[0]['label']} ({counted(held)})"
-            axis.plot(at, middle, ".-", lw=1.2, color=colors[name], label=said)
-            axis.vlines(at, 100 * spans[:, 0], 100 * spans[:, 1], color=colors[name], lw=1)
+            legend = f"{results[0]['label']} ({seeds(results)})"
+            axis.plot(x, middle, ".-", lw=1.2, color=colors[name], label=legend)
+            axis.vlines(x, 100 * spans[:, 0], 100 * spans[:, 1], color=colors[name], lw=1)
         axis.set_xticks(range(len(conditions)), ticks)
         axis.set_xlabel("noise in the test speech: SNR, dB")
         axis.set_ylabel(label)
-        # Of few seeds an interval may be many times its value: the curves are to be seen.
+        # With few seeds an interval may be many times its value: scale to the curves.
         top = 2 * max(line.get_ydata().max() for line in axis.lines)
         axis.set_ylim(0, top or 110 * highest)
         axis.set_title(f"{title} (95%, cut at the top)", fontsize=10, loc="left")
     bars(axes[0][2], systems, colors)
     dots(axes[0][3], systems, colors, drift, "drift through joint SFT", "CKA, 0 to 1")
     for axis, (key, label, title) in zip(axes[1], figures.METRICS, strict=False):
-        for i, (name, held) in enumerate(systems.items()):
-            pairs = [(reading(r["before"], key), reading(r["after"], key)) for r in held]
-            for at, pair in zip(_places(i, len(pairs)), pairs, strict=True):
-                axis.plot([at, at], pair, "-", color=colors[name], lw=1)
-                axis.plot(at, pair[0], "o", mfc="white", mec=colors[name], ms=6)
-                axis.plot(at, pair[1], "o", color=colors[name], ms=6)
-        untrained = [reading(r["random"], key) for r in every if r.get("random")]
+        for i, (name, results) in enumerate(systems.items()):
+            pairs = [(r["before"].value(key), r["after"].value(key)) for r in results]
+            for x, pair in zip(_seed_positions(i, len(pairs)), pairs, strict=True):
+                axis.plot([x, x], pair, "-", color=colors[name], lw=1)
+                axis.plot(x, pair[0], "o", mfc="white", mec=colors[name], ms=6)
+                axis.plot(x, pair[1], "o", color=colors[name], ms=6)
+        untrained = [r["random"].value(key) for r in every if r["random"]]
         if untrained:
             level = np.mean(untrained)
             axis.axhline(level, color="#444444", lw=1, ls=":")
-            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            axis.annotate("random encoder", (1, level), (0, 3), ha="right", fontsize=8, **place)
+            coords = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axis.annotate("random encoder", (1, level), (0, 3), ha="right", fontsize=8, **coords)
         _by_system(axis, systems, f"{title}\n(open: before joint SFT; a pair per seed)", label)
     cost = "audio used, augmented\n(a dot per seed)"
-    dots(axes[1][3], systems, colors, lambda held: [r["audio_hours"] for r in held], cost, "hours")
+    dots(axes[1][3], systems, colors, lambda rs: [r["audio_hours"] for r in rs], cost, "hours")
     axes[1][3].set_ylim(0, 1.08 * max(r["audio_hours"] for r in every))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
@@ -66,8 +66,8 @@ def draw(systems: dict[str, list[Result]], path: Path) -> None:
 
 
 def bars(axis, systems: dict[str, list[Result]], colors: dict[str, str]) -> None:
-    for i, (name, held) in enumerate(systems.items()):
-        ratio = invented(held)
+    for i, (name, results) in enumerate(systems.items()):
+        ratio = nonspeech_rate(results)
         axis.bar(i, value(ratio), 0.6, color=colors[name])
         axis.vlines(i, *span(ratio), color=figures.INK, lw=1)
     _by_system(axis, systems, "text on non-speech", "characters a minute")
@@ -75,13 +75,13 @@ def bars(axis, systems: dict[str, list[Result]], colors: dict[str, str]) -> None
 
 def dots(axis, systems, colors, values: Callable[[Sequence[Result]], list[float]], title, label):
     """A dot per seed."""
-    for i, (name, held) in enumerate(systems.items()):
-        found = values(held)
-        axis.plot(_places(i, len(found)), found, "o", color=colors[name], ms=6)
+    for i, (name, results) in enumerate(systems.items()):
+        y = values(results)
+        axis.plot(_seed_positions(i, len(y)), y, "o", color=colors[name], ms=6)
     _by_system(axis, systems, title, label)
 
 
-def _places(i: int, count: int) -> np.ndarray:
+def _seed_positions(i: int, count: int) -> np.ndarray:
     return i + 0.14 * (np.arange(count) - (count - 1) / 2)
 
 

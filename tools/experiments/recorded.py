@@ -21,16 +21,16 @@ def rows(path: Path, folder: Path) -> list[dict]:
     """The manifest's rows with absolute paths of their audio."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    # The read sentences are printed in capitals, which say nothing and hide from the lexicons.
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # The read sentences are in capitals, which carry no information and are in no lexicon.
     return [
         row | {"audio": str((folder / row["audio"]).resolve()), "text": row["text"].lower()}
-        for row in found
+        for row in entries
     ]
 
 
-def write(path: Path, held: list[dict]) -> None:
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held))
+def write(path: Path, entries: list[dict]) -> None:
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in entries))
 
 
 def main() -> int:
@@ -40,19 +40,19 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     train = rows(args.data / "train.jsonl", args.data)
-    held = "test" if args.kind == "digits" else "valid"
-    test = rows(args.data / f"{held}.jsonl", args.data)
+    name = "test" if args.kind == "digits" else "valid"
+    test = rows(args.data / f"{name}.jsonl", args.data)
     args.out.mkdir(parents=True, exist_ok=True)
-    # Validation while training looks at a few of the training set: the test set stays unseen.
+    # Validation during training uses a part of the training set: the test set stays unseen.
     write(args.out / "train.jsonl", [row for i, row in enumerate(train) if i % 20])
     write(args.out / "valid.jsonl", train[::20])
     write(args.out / "test.jsonl", test)
     if args.kind == "digits":
-        draw = random.Random(0)
-        said = [" ".join(draw.choices(DIGITS, k=draw.randint(2, 9))) for _ in range(20_000)]
+        rng = random.Random(0)
+        sentences = [" ".join(rng.choices(DIGITS, k=rng.randint(2, 9))) for _ in range(20_000)]
     else:
-        said = [row["text"] for row in train]
-    atomic_write(args.out / "text.txt", "\n".join(said) + "\n")
+        sentences = [row["text"] for row in train]
+    atomic_write(args.out / "text.txt", "\n".join(sentences) + "\n")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Run the experiment: every system with every seed, side by side; finished ones are kept.
+"""Run the experiment: every system with every seed, in parallel; finished ones are kept.
 
 python tools/experiments/reproduce.py --set synth --corpus corpus/experiment --runs runs/experiment
 
-A job that was stopped goes on from its checkpoint; a system's result appears in
-tools/experiments/results/SET/SYSTEM-seedN.json when it is measured, and is not made again.
+A stopped job resumes from its checkpoint; a system's result appears in
+tools/experiments/results/SET/SYSTEM-seedN.json when it is measured, and is not measured again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import systems
 from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, named
 
 from dsasr import config
+from dsasr.entropy_allocation.row import AllocationRow
 from dsasr.evaluation.hallucination import Example, count_characters
 from dsasr.evaluation.results import Results, read_results
 from dsasr.inference.model_from_run import run_recipe
@@ -40,9 +41,9 @@ from dsasr.utils.io import atomic_write, text_lines
 
 DSASR = (sys.executable, "-m", "dsasr.cli")
 RESULTS = Path(__file__).parent / "results"
-CONTROLLED = 1  # the seed whose encoders have the probes' controls
-# What a finished job must have been made by.
-DECIDING = ("seed", "data", "model", "stages", "drift")
+CONTROLLED = 1  # the seed whose encoders have the controls of the probes
+# The recipe keys in which a finished job must agree.
+DECISIVE = ("seed", "data", "model", "stages", "drift")
 
 
 # -- commands ----------------------------------------------------------------------------------
@@ -55,9 +56,9 @@ def train(values: dict[str, Any], ranks: int) -> Path:
     """
     folder = Path(values["run"]) / values["branch"]
     if is_finished(folder):
-        wanted = asdict(config.build(Recipe, values))
-        held = asdict(run_recipe(folder))
-        changed = [k for k in DECIDING if wanted[k] != held[k]]
+        expected = asdict(config.build(Recipe, values))
+        trained = asdict(run_recipe(folder))
+        changed = [k for k in DECISIVE if expected[k] != trained[k]]
         if changed:
             raise UserError(f"{folder} was trained with other {', '.join(changed)}: delete it")
         return folder
@@ -65,7 +66,9 @@ def train(values: dict[str, Any], ranks: int) -> Path:
     atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     command = [*DSASR, "train", "--recipe", str(path), "--ranks", str(ranks)]
     with open(path.with_suffix(".log"), "a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_one()).returncode
+        code = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env=_one_thread()
+        ).returncode
     if code or not is_finished(folder):
         raise UserError(f"training {folder} failed: see {path.with_suffix('.log')}")
     return folder
@@ -74,13 +77,13 @@ def train(values: dict[str, Any], ranks: int) -> Path:
 def run_dsasr(command: str, *arguments: Any) -> None:
     """Run another command of dsasr. Raises `UserError` if it fails."""
     words = [*DSASR, command, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, env=_one())
+    done = subprocess.run(words, capture_output=True, text=True, env=_one_thread())
     if done.returncode:
         raise UserError(f"dsasr {command} failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
 
-def _one() -> dict[str, str]:
-    """A core for each process: several are at work."""
+def _one_thread() -> dict[str, str]:
+    """The environment of a process with one thread: several run in parallel."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -89,7 +92,7 @@ def _one() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A system's two job folders, and the checkpoint of the second that it stands for."""
+    """A system's two job folders, and the checkpoint of the second that is the system."""
 
     system: System
     pretrain: Path
@@ -106,89 +109,96 @@ def train_system(args: argparse.Namespace, system: System, seed: int, pretrain: 
     whole = systems.trained(system)
     published = [e["pretrain"] for e in read_events(pretrain) if e["event"] == "published"]
     run, store = args.runs / f"seed{seed}" / whole.name, pretrain.parent / "snapshots"
-    given = (args.kind, args.sizes, seed, args.corpus, run, store, published)
-    folder = train(systems.sft(whole, *given), args.ranks)
-    places = sorted((folder / "checkpoints").glob("step-*"))
+    recipe = systems.sft(whole, args.kind, args.sizes, seed, args.corpus, run, store, published)
+    folder = train(recipe, args.ranks)
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     if system.joint == "none":
-        wanted = f"step-{systems.before_joint(args.sizes):010d}"
-        places = [p for p in places if p.name == wanted]
-        if not places:
-            raise UserError(f"{folder}/checkpoints/{wanted} is missing: delete {folder}")
-    return Trained(system, pretrain, folder, places[-1])
+        name = f"step-{systems.before_joint(args.sizes):010d}"
+        checkpoints = [p for p in checkpoints if p.name == name]
+        if not checkpoints:
+            raise UserError(f"{folder}/checkpoints/{name} is missing: delete {folder}")
+    return Trained(system, pretrain, folder, checkpoints[-1])
 
 
-def listen(found: Trained, args: argparse.Namespace) -> Path:
-    """The transcripts of the whole suite, beside the checkpoint's job, with which they go."""
+def transcribe_suite(trained: Trained, args: argparse.Namespace) -> Path:
+    """The transcripts of the whole suite, in the checkpoint's job folder."""
     shards = args.corpus / "shards"
     data = [d for d in (shards / "test", shards / "nonspeech") if d.is_dir()]
-    suite = f"{found.checkpoint.name}-limit{args.limit}-clips{args.clips}"
-    heard = found.sft / f"{suite}.heard.jsonl"
-    if not heard.is_file():
+    suite = f"{trained.checkpoint.name}-limit{args.limit}-clips{args.clips}"
+    out = trained.sft / f"{suite}.transcripts.jsonl"
+    if not out.is_file():
         run_dsasr(
-            "evaluate", found.sft, "--checkpoint", found.checkpoint.name, "--data", *data,
-            "--suite", "--clips", args.clips, "--limit", args.limit, "--out", heard,
+            "evaluate", trained.sft, "--checkpoint", trained.checkpoint.name, "--data", *data,
+            "--suite", "--clips", args.clips, "--limit", args.limit, "--out", out,
         )  # fmt: skip
-    return heard
+    return out
 
 
 def probe(
-    pretrain: Path, found: Sequence[Trained], aligner: Path, controls: str, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+    pretrain: Path,
+    trained: Sequence[Trained],
+    aligner: Path,
+    controls: str,
+    args: argparse.Namespace,
+) -> list[AllocationRow]:
     """The allocation rows of the final encoder, with which all systems enter joint SFT, and of the
-    systems. With ``controls`` = first the final encoder has the control of shuffled labels, and the
-    second row is that of a random encoder; with none there are none, which saves half the time."""
+    systems, CKA being to the first.
+
+    With ``controls`` = first, the final encoder has the control of shuffled frames, and the second
+    row is that of a random encoder; with none there are neither, which saves half the time.
+    """
     last = max(pretrain.parent.glob("snapshots/encoder-*"))
     metrics = pretrain.parent.with_suffix(".allocation.jsonl")
     data = args.probe or args.corpus / "shards" / "test"
     run_dsasr(
-        "probe", last, *(f.checkpoint for f in found), "--data", data, "--aligner", aligner,
+        "probe", last, *(t.checkpoint for t in trained), "--data", data, "--aligner", aligner,
         "--utterances", args.utterances, "--control", controls, "--random", controls,
         "--out", metrics,
     )  # fmt: skip
-    rows = [json.loads(line) for line in text_lines(metrics)]
-    return [{k: v for k, v in row.items() if k not in ("run", "measured")} for row in rows]
+    rows = [AllocationRow.from_json(json.loads(line)) for line in text_lines(metrics)]
+    return [replace(row, encoder=replace(row.encoder, run=None), settings={}) for row in rows]
 
 
 def per_clip(results: Results, rules: str) -> dict[str, dict[str, list]]:
-    """What bootstraps need of each clip, by condition, in the order of keys."""
+    """The counts of each clip that bootstraps need, by condition, in the order of keys."""
     out: dict[str, dict[str, list]] = {}
     for condition in sorted(results.conditions()):
         rows = sorted((r for r in results.rows if r.condition == condition), key=lambda r: r.key)
         scores = {u.key: u.units for u in results.scores(condition, rules).utterances}
-        held: dict[str, list] = {"lang": [r.lang for r in rows]}
+        clips: dict[str, list] = {"lang": [r.lang for r in rows]}
         if rows[0].reference is None:
-            held["characters"] = [count_characters(r.hypothesis) for r in rows]
-            held["seconds"] = [round(r.seconds, 3) for r in rows]
+            clips["characters"] = [count_characters(r.hypothesis) for r in rows]
+            clips["seconds"] = [round(r.seconds, 3) for r in rows]
         else:
-            held["flagged"] = [int(r.hallucinated) for r in rows]
+            clips["flagged"] = [int(r.hallucinated) for r in rows]
         if scores:
-            held["errors"] = [scores[r.key].errors for r in rows]
-            held["units"] = [scores[r.key].reference for r in rows]
-        out[condition] = held
+            clips["errors"] = [scores[r.key].errors for r in rows]
+            clips["units"] = [scores[r.key].reference for r in rows]
+        out[condition] = clips
     return out
 
 
-def varied(examples: Sequence[Example], most: int) -> list[Example]:
-    """At most so many, taken in turn of every kind, condition and language."""
+def varied(examples: Sequence[Example], limit: int) -> list[Example]:
+    """At most ``limit`` examples, in turn of every kind, condition and language."""
     groups: dict[tuple[str, ...], list[Example]] = {}
-    for one in examples:
-        groups.setdefault((one.kind, one.condition, one.lang), []).append(one)
+    for e in examples:
+        groups.setdefault((e.kind, e.condition, e.lang), []).append(e)
     turns = zip_longest(*groups.values())
-    return [one for turn in turns for one in turn if one is not None][:most]
+    return [e for turn in turns for e in turn if e is not None][:limit]
 
 
 def result(
-    found: Trained,
-    before: dict,
-    random: dict | None,
-    after: dict,
+    trained: Trained,
+    before: AllocationRow,
+    random: AllocationRow | None,
+    after: AllocationRow,
     seed: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """All that is kept of a trained system, its encoder measured before joint SFT and after."""
-    results = read_results(listen(found, args))
-    jobs = [run_data.collect(folder) for folder in (found.pretrain, found.sft)]
-    stages = found.stages()
+    """The result of a trained system, with its encoder's rows before joint SFT and after."""
+    results = read_results(transcribe_suite(trained, args))
+    jobs = [run_data.collect(folder) for folder in (trained.pretrain, trained.sft)]
+    stages = trained.stages()
     jobs = [replace(j, metrics=[m for m in j.metrics if m["stage"] in stages]) for j in jobs]
     ends = [e for j in jobs for e in j.events if e["event"] == "stage_end"]
     seconds = {e["name"]: e["stage_seconds"] for e in ends if e["name"] in stages}
@@ -197,23 +207,22 @@ def result(
     ).stdout.strip()
     return {
         "set": args.kind,
-        "system": found.system.name,
-        "label": found.system.label,
+        "system": trained.system.name,
+        "label": trained.system.label,
         "seed": seed,
         "commit": commit,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "when": time.strftime("%Y-%m-%d"),
         "sizes": asdict(args.sizes),
-        "recipe": {k: data_recipe(found.sft)[k] for k in ("stages", "drift")},
+        "recipe": {k: data_recipe(trained.sft)[k] for k in ("stages", "drift")},
         "train_seconds": sum(seconds.values()),
         "stage_seconds": seconds,
         "audio_hours": sum(map(run_data.audio_hours, jobs)),
         "swaps": sum(e["event"] == "swap" and e["stage"] in stages for e in jobs[1].events),
         "ctc": next(m["ctc"] for m in reversed(jobs[0].metrics) if "ctc" in m),
-        "random": random,
-        "before": before,
-        "after": after,
-        "cka_through_joint": after.get("cka_to_first"),
+        "random": random and random.to_json(),
+        "before": before.to_json(),
+        "after": after.to_json(),
         "examples": [asdict(e) for e in varied(results.hallucinations().examples, 40)],
         "clips": per_clip(results, "plain" if args.kind == "digits" else "standard"),
     }
@@ -253,46 +262,47 @@ def result_file(args: argparse.Namespace, system: System, seed: int) -> Path:
 
 def family(
     args: argparse.Namespace,
-    chosen: Pretraining,
+    pretraining: Pretraining,
     users: Sequence[System],
     seed: int,
     aligner: Future[Path],
 ) -> None:
-    """A pretraining, and the systems that use it; jobs that are done are not done again."""
+    """A pretraining, and the systems that use it; finished jobs are not repeated."""
     started = time.monotonic()
 
-    def tell(what: str) -> None:
+    def log(what: str) -> None:
         minutes = (time.monotonic() - started) / 60
-        print(f"{args.kind} seed {seed}, {chosen.name} ({minutes:.0f} min): {what}", flush=True)
+        name = f"{args.kind} seed {seed}, {pretraining.name}"
+        print(f"{name} ({minutes:.0f} min): {what}", flush=True)
 
-    tell("pretraining")
-    run = args.runs / f"seed{seed}" / chosen.name
-    values = systems.pretraining(chosen, args.kind, args.sizes, seed, args.corpus, run)
+    log("pretraining")
+    run = args.runs / f"seed{seed}" / pretraining.name
+    values = systems.pretraining(pretraining, args.kind, args.sizes, seed, args.corpus, run)
     pretrain = train(values, args.ranks)
-    found = []
+    jobs = []
     for system in users:
-        tell(f"{system.name}: training")
-        found.append(train_system(args, system, seed, pretrain))
-    tell("measuring encoders")
+        log(f"{system.name}: training")
+        jobs.append(train_system(args, system, seed, pretrain))
+    log("measuring encoders")
     controls = "first" if seed == CONTROLLED else "none"
-    before, *after = probe(pretrain, found, aligner.result(), controls, args)
+    before, *after = probe(pretrain, jobs, aligner.result(), controls, args)
     random = after.pop(0) if seed == CONTROLLED else None
-    for one, row in zip(found, after, strict=True):
-        tell(f"{one.system.name}: the suite")
-        path = result_file(args, one.system, seed)
+    for trained, row in zip(jobs, after, strict=True):
+        log(f"{trained.system.name}: the suite")
+        path = result_file(args, trained.system, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = result(one, before, random, row, seed, args)
-        atomic_write(path, json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")
-    tell("done")
+        values = result(trained, before, random, row, seed, args)
+        atomic_write(path, json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+    log("done")
 
 
 def main() -> int:
     args = parse()
-    chosen = [named(name) for name in args.systems]
+    selected = [named(name) for name in args.systems]
     args.runs.mkdir(parents=True, exist_ok=True)
     families = []
     for seed in args.seeds:
-        missing = [s for s in chosen if not result_file(args, s, seed).is_file()]
+        missing = [s for s in selected if not result_file(args, s, seed).is_file()]
         for pre in PRETRAININGS:
             if users := [s for s in missing if s.pretraining == pre]:
                 families.append((pre, users, seed))
@@ -301,10 +311,10 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         values = systems.aligner(args.kind, args.sizes, args.corpus, args.runs / "aligner")
         aligner = pool.submit(train, values, args.ranks)
-        made = [aligner, *(pool.submit(family, args, *given, aligner) for given in families)]
+        futures = [aligner, *(pool.submit(family, args, *job, aligner) for job in families)]
         try:
-            for one in made:
-                one.result()
+            for future in futures:
+                future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -2,8 +2,8 @@
 
 python tools/experiments/summary.py       # writes results/SET.md, results/SET.png, results/short.md
 
-Means over the seeds that there are: each row says how many. Intervals are 95% ones over seeds and
-test clips, tests are paired (`resampling`); with one seed they say nothing of other seeds.
+Means over the seeds there are: each row says how many. Intervals are 95% ones over seeds and test
+clips, tests are paired (`resampling`); with one seed they do not cover other seeds.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import drawing
 from measured import (
     Result,
-    counted,
     drift,
     errors,
     hallucinated,
-    invented,
     langs,
     load,
     noisy,
-    reading,
+    nonspeech_rate,
+    seeds,
     span,
 )
 from resampling import Ratio, over_seeds, paired, value
@@ -46,20 +45,22 @@ def cell(ratio: Ratio, factor: float = 100, digits: int = 1, share: bool = False
 
 def ranged(values: Sequence[float | None], digits: int = 2) -> str:
     """Mean and range over seeds."""
-    held = [v for v in values if v is not None]
-    if not held:
+    measured = [v for v in values if v is not None]
+    if not measured:
         return "–"
-    text = f"{np.mean(held):.{digits}f}"
-    return f"{text} ({min(held):.{digits}f}–{max(held):.{digits}f})" if len(held) > 1 else text
+    text = f"{np.mean(measured):.{digits}f}"
+    ends = f" ({min(measured):.{digits}f}–{max(measured):.{digits}f})"
+    return text + (ends if len(measured) > 1 else "")
 
 
-def changed(held: Sequence[Result], metric: str) -> str:
-    """Means before and after joint SFT, and the mean change with its interval over seeds; of what
-    no probe found in any seed, the highest limit of detection that was looked for."""
-    before, after = ([reading(r[side], metric) for r in held] for side in ("before", "after"))
-    rows = [r[side][metric] for r in held for side in ("before", "after")]
-    if all(isinstance(row, dict) and not row.get("found", True) for row in rows):
-        limits = [row["limit"] for row in rows if row["limit"] is not None]
+def changed(results: Sequence[Result], metric: str) -> str:
+    """Means before and after joint SFT, and the mean change with its interval over seeds; where
+    nothing is detected in any seed, the highest known detection limit."""
+    before, after = ([r[side].value(metric) for r in results] for side in ("before", "after"))
+    rows = [r[side] for r in results for side in ("before", "after")]
+    estimates = [] if metric == "nse" else [getattr(row, metric) for row in rows]
+    if estimates and not any(e.detected for e in estimates):
+        limits = [e.detection_limit for e in estimates if math.isfinite(e.detection_limit)]
         return "none found" + (f" (< {max(limits):.3f})" if limits else "")
     digits = 3 if metric == "csai" else 2
     text = f"{np.mean(before):.{digits}f} → {np.mean(after):.{digits}f}"
@@ -69,40 +70,40 @@ def changed(held: Sequence[Result], metric: str) -> str:
 
 def tables(systems: dict[str, list[Result]]) -> str:
     """Markdown: errors and hallucinations, encoder metrics, paired tests."""
-    every = [r for held in systems.values() for r in held]
+    every = [r for results in systems.values() for r in results]
     snrs, tags = noisy(every), langs(every)
     parts = []
     head = ["system", "seeds", *(f"{tag}, clean" for tag in tags)]
     head += ["all, clean"] * (len(tags) > 1) + [f"{c[3:]} dB" for c in snrs]
     rows = []
-    for held in systems.values():
-        row = [held[0]["label"], str(len(held))]
-        row += [cell(errors(held, ["clean"], tag)) for tag in tags]
+    for results in systems.values():
+        row = [results[0]["label"], str(len(results))]
+        row += [cell(errors(results, ["clean"], tag)) for tag in tags]
         rest = (["clean"] if len(tags) > 1 else []) + snrs
-        rows.append(row + [cell(errors(held, [c])) for c in rest])
+        rows.append(row + [cell(errors(results, [c])) for c in rest])
     parts += [
         "Errors, % (English in words, Mandarin in characters; at an SNR all together; 95% interval "
-        f"over {_drawn(systems)}):",
+        f"over {_resampled(systems)}):",
         markdown(head, rows),
     ]
     cuts = sorted({c for r in every for c in r["clips"] if c.startswith("cut")})
     rows = [
-        [held[0]["label"], str(len(held)),
-         *(cell(hallucinated(held, [c]), share=True) for c in ["clean", *snrs, *cuts]),
-         cell(invented(held), 1, 0)]
-        for held in systems.values()
+        [results[0]["label"], str(len(results)),
+         *(cell(hallucinated(results, [c]), share=True) for c in ["clean", *snrs, *cuts]),
+         cell(nonspeech_rate(results), 1, 0)]
+        for results in systems.values()
     ]  # fmt: skip
     head = ["system", "seeds", "clean", *(f"{c[3:]} dB" for c in snrs)]
     head += [*(f"cut at {c[3:]}%" for c in cuts), "non-speech, characters/min"]
     parts += ["Hallucinated utterances, %, and text on non-speech (95%):", markdown(head, rows)]
     rows = []
-    for held in systems.values():
-        row = [held[0]["label"], str(len(held)), ranged([r["ctc"] for r in held])]
-        row += [changed(held, m) for m in ("nse", "pai", "csai")]
-        row += [ranged(drift(held), 3)]
-        row += [ranged([r["after"].get("llm", {}).get("resolved") for r in held])]
-        row += [ranged([r["audio_hours"] for r in held], 1)]
-        rows.append([*row, ranged([r["train_seconds"] / 60 for r in held], 1)])
+    for results in systems.values():
+        row = [results[0]["label"], str(len(results)), ranged([r["ctc"] for r in results])]
+        row += [changed(results, m) for m in ("nse", "pai", "csai")]
+        row += [ranged(drift(results), 3)]
+        row += [ranged([r["after"].llm and r["after"].llm.resolved for r in results])]
+        row += [ranged([r["audio_hours"] for r in results], 1)]
+        rows.append([*row, ranged([r["train_seconds"] / 60 for r in results], 1)])
     head = ["system", "seeds", "CTC, nats/label", "NSE", "PAI, nats/frame", "CSAI, nats/frame"]
     head += ["CKA through joint", "H₀ − H₁, nats/token", "audio-hours", "minutes"]
     parts += [
@@ -125,53 +126,61 @@ def tables(systems: dict[str, list[Result]]) -> str:
 
 
 def baselines(results: Sequence[Result]) -> str:
-    """What the probes find where there is nothing to be found: labels shuffled, a random encoder;
-    means and ranges over the pretrainings that were measured so."""
-    held = [r for r in results if r.get("random")]
-    if not held:
+    """The estimates of the controls, shuffled frames and a random encoder: means and ranges over
+    the pretrainings that have them."""
+    controlled = [r for r in results if r["random"]]
+    if not controlled:
         return ""
-    said = []
+    texts = []
     for key in ("pai", "csai"):
         digits = 2 if key == "pai" else 3
-        shuffled = ranged(sorted({r["before"][key]["shuffled"] for r in held}), digits)
-        random = ranged(sorted({r["random"][key]["value"] for r in held}), digits)
-        said.append(f"{key.upper()} {shuffled} with shuffled labels, {random} of a random encoder")
-    return f"Controls, nats/frame: {'; '.join(said)}."
+        shuffled = sorted({getattr(r["before"], key).shuffled for r in controlled})
+        random = sorted({r["random"].value(key) for r in controlled})
+        shuffled, random = ranged(shuffled, digits), ranged(random, digits)
+        texts.append(f"{key.upper()} {shuffled} with shuffled labels, {random} of a random encoder")
+    return f"Controls, nats/frame: {'; '.join(texts)}."
 
 
 def short(systems: dict[str, list[Result]]) -> str:
-    """The few columns that tell most, for a README."""
-    every = [r for held in systems.values() for r in held]
+    """The few columns that matter most, for a README."""
+    every = [r for results in systems.values() for r in results]
     snrs = noisy(every)
     mid = min(snrs, key=lambda c: abs(float(c[3:]) - 5)) if snrs else "clean"
     worst = snrs[-1] if snrs else "clean"
-    numbers = {len(held) for held in systems.values()}
-    head = ["system", "errors clean, %", f"errors {_said(mid)}, %"]
-    head += [f"hallucinated {_said(worst)}, %", "non-speech, characters/min", "CKA through joint"]
+    numbers = {len(results) for results in systems.values()}
+    head = ["system", "errors clean, %", f"errors {_condition_name(mid)}, %"]
+    head += [
+        f"hallucinated {_condition_name(worst)}, %",
+        "non-speech, characters/min",
+        "CKA through joint",
+    ]
     rows = []
-    for held in systems.values():
-        label = held[0]["label"] + (f" ({counted(held)})" if len(numbers) > 1 else "")
-        row = [label, cell(errors(held, ["clean"])), cell(errors(held, [mid]))]
-        row += [cell(hallucinated(held, [worst]), share=True), cell(invented(held), 1, 0)]
-        rows.append([*row, ranged(drift(held), 3)])
-    alike = f"mean of {counted(next(iter(systems.values())))}" if len(numbers) == 1 else "means"
-    caption = f"{alike}, 95% interval over {_drawn(systems)}; CKA: range over seeds."
+    for results in systems.values():
+        label = results[0]["label"] + (f" ({seeds(results)})" if len(numbers) > 1 else "")
+        row = [label, cell(errors(results, ["clean"])), cell(errors(results, [mid]))]
+        row += [
+            cell(hallucinated(results, [worst]), share=True),
+            cell(nonspeech_rate(results), 1, 0),
+        ]
+        rows.append([*row, ranged(drift(results), 3)])
+    alike = f"mean of {seeds(next(iter(systems.values())))}" if len(numbers) == 1 else "means"
+    caption = f"{alike}, 95% interval over {_resampled(systems)}; CKA: range over seeds."
     return f"{markdown(head, rows)}\n\n{caption[0].upper()}{caption[1:]}\n"
 
 
-def _drawn(systems: dict[str, list[Result]]) -> str:
-    """What the intervals are over: one seed says nothing of others."""
-    numbers = {len(held) for held in systems.values()}
+def _resampled(systems: dict[str, list[Result]]) -> str:
+    """What the intervals are over."""
+    numbers = {len(results) for results in systems.values()}
     if numbers == {1}:
         return "clips alone"
     return "seeds and clips" + (", with one seed over clips alone" if 1 in numbers else "")
 
 
-def _said(condition: str) -> str:
+def _condition_name(condition: str) -> str:
     return f"at {condition[3:]} dB" if condition.startswith("snr") else condition
 
 
-# The whole step from the conventional system to the paper's, then one change at a time.
+# The whole difference of the conventional system and the paper's, then one change at a time.
 PAIRS = (("conventional", "paper"), ("phoneme", "paper"),
          ("conventional", "phoneme"), ("phoneme", "late-joint"), ("late-joint", "paper-ctc"),
          ("paper-ctc", "paper"), ("no-swap", "paper"), ("no-joint", "paper"))  # fmt: skip
@@ -183,25 +192,25 @@ def comparisons(systems: dict[str, list[Result]], snrs: Sequence[str]):
         "clean errors, points": (lambda r: errors(r, ["clean"]), 100),
         "noisy errors, points": (lambda r: errors(r, snrs), 100),
         "hallucinated in noise, points": (lambda r: hallucinated(r, snrs), 100),
-        "non-speech, characters/min": (invented, 1),
+        "non-speech, characters/min": (nonspeech_rate, 1),
     }
     if not snrs:
         measures = {k: v for k, v in measures.items() if "nois" not in k}
     rows = []
     for first, second in PAIRS:
-        seeds = {r["seed"] for r in systems.get(first, ())}
-        seeds &= {r["seed"] for r in systems.get(second, ())}
-        if not seeds:
+        shared = {r["seed"] for r in systems.get(first, ())}
+        shared &= {r["seed"] for r in systems.get(second, ())}
+        if not shared:
             continue
-        a, b = ([r for r in systems[n] if r["seed"] in seeds] for n in (first, second))
-        row = [f"{first}, {second}", str(len(seeds))]
+        a, b = ([r for r in systems[n] if r["seed"] in shared] for n in (first, second))
+        row = [f"{first}, {second}", str(len(shared))]
         for measure, factor in measures.values():
             gap, low, high, p = paired(measure(a), measure(b))
             width = f"{factor * low:+.1f} to {factor * high:+.1f}"
             row.append(f"{factor * gap:+.1f} ({width}), {_chance(p)}")
-        one, two = drift(a), drift(b)
-        if one and len(one) == len(two):
-            gap, half, p = over_seeds(np.subtract(two, one))
+        drift_a, drift_b = drift(a), drift(b)
+        if drift_a and len(drift_a) == len(drift_b):
+            gap, half, p = over_seeds(np.subtract(drift_b, drift_a))
             tail = "" if math.isnan(p) else f" (± {half:.3f}), {_chance(p)}"
             row.append(f"{gap:+.3f}{tail}")
         else:

@@ -1,11 +1,11 @@
 """The systems of the experiment, and their recipes.
 
 A run of a system is two jobs, as of a concurrent run: a pretraining that publishes snapshots, and
-an sft job that takes them. Systems that differ in the second alone share the first, which does not
+an sft job that loads them. Systems that differ in the second alone share the first, which does not
 depend on it. An sft job steps beside pretraining as in a colocated run of ratio 1:1: an encoder
-published k steps after the first one is taken from sft step k on.
+published k steps after the first one is loaded at sft step k.
 
-All see the same corpus and language model, make the same numbers of pretrain and sft steps, and
+All use the same corpus and language model, make the same numbers of pretrain and sft steps, and
 encode the same number of frames a step: CR-CTC, with two views, takes half the utterances.
 """
 
@@ -25,7 +25,7 @@ from dsasr.utils.errors import UserError
 class Sizes:
     """Optimizer steps. ``sft`` are those between align and joint; the last ``final`` of them are on
     the final encoder where newer encoders are swapped in. ``frames``, ``sft_frames``: feature
-    frames that the encoder sees in a step of either job."""
+    frames that the encoder encodes in a step of either job."""
 
     pretrain: int
     align: int
@@ -38,7 +38,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """``labels``: what CTC learns; ``views``: 2 is CR-CTC. ``drift``: snapshots are published as
+    """``labels``: the targets of CTC; ``views``: 2 is CR-CTC. ``drift``: snapshots are published as
     the encoder drifts, not only at the end."""
 
     name: str
@@ -50,9 +50,9 @@ class Pretraining:
 @dataclass(frozen=True)
 class System:
     """``asynchronous``: align and IA-SFT run beside pretraining, on snapshots. ``swaps``: newer
-    ones are taken during IA-SFT; without, the early one stays until joint SFT, which always begins
-    with the final encoder. ``joint``: ``whole`` trains the encoder from align on, ``late`` at the
-    end; ``none`` is what the ``late`` system is before its joint SFT."""
+    ones are swapped in during IA-SFT; without, the early one stays until joint SFT, which always
+    begins with the final encoder. ``joint``: ``whole`` trains the encoder from align on, ``late``
+    at the end; ``none`` is the ``late`` system before its joint SFT."""
 
     name: str
     label: str
@@ -97,19 +97,19 @@ SHORT = Sizes(pretrain=24, align=4, sft=16, joint=4, final=4)
 
 
 def named(name: str) -> System:
-    """Raises `UserError` for a name that there is not."""
-    found = [s for s in SYSTEMS if s.name == name]
-    if not found:
+    """The system of a name. Raises `UserError` for an unknown one."""
+    matches = [s for s in SYSTEMS if s.name == name]
+    if not matches:
         raise UserError(f"no system '{name}': use {', '.join(s.name for s in SYSTEMS)}")
-    return found[0]
+    return matches[0]
 
 
 def trained(system: System) -> System:
-    """The system whose sft job ``system`` is made from: its own, or the one it stops short of."""
+    """The system whose sft job ``system`` is a checkpoint of: its own, or that with joint SFT."""
     if system.joint != "none":
         return system
-    alike = (system.pretraining, system.asynchronous, system.swaps, "late")
-    return next(s for s in SYSTEMS if (s.pretraining, s.asynchronous, s.swaps, s.joint) == alike)
+    key = (system.pretraining, system.asynchronous, system.swaps, "late")
+    return next(s for s in SYSTEMS if (s.pretraining, s.asynchronous, s.swaps, s.joint) == key)
 
 
 def before_joint(sizes: Sizes) -> int:
@@ -128,11 +128,11 @@ def stages(system: System, sizes: Sizes) -> list[dict[str, Any]]:
     if system.joint == "whole":
         rest += [{"name": "joint", "trains": CONVENTIONAL, "steps": sizes.sft + sizes.joint}]
     else:
-        given = {
+        swaps = {
             "swaps": system.swaps,
             "steps_after_final_swap": sizes.final if system.swaps else 0,
         }
-        rest += [{"name": "ia_sft", "trains": SFT, "steps": sizes.sft, **given}]
+        rest += [{"name": "ia_sft", "trains": SFT, "steps": sizes.sft, **swaps}]
         rest += [{"name": "joint", "trains": LATE, "steps": sizes.joint}]
     batch = {"frames": sizes.sft_frames, "max_seconds": 12}
     common = {"branch": "sft", "batch": batch}
@@ -141,7 +141,7 @@ def stages(system: System, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def _recipe(system: System, kind: str, sizes: Sizes, seed: int, corpus: Path, run: Path) -> dict:
-    """What both jobs of a run on the corpus of ``kind`` have in common."""
+    """The recipe values that both jobs of a run on the corpus of ``kind`` share."""
     text = (Path(__file__).parent / "base.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text.replace("{corpus}", str(corpus)))
     labels = system.pretraining.labels
@@ -155,13 +155,13 @@ def _recipe(system: System, kind: str, sizes: Sizes, seed: int, corpus: Path, ru
 
 
 def pretraining(
-    chosen: Pretraining, kind: str, sizes: Sizes, seed: int, corpus: Path, run: Path
+    variant: Pretraining, kind: str, sizes: Sizes, seed: int, corpus: Path, run: Path
 ) -> dict:
-    """The recipe of a pretraining, whose snapshots lie in ``run``/snapshots."""
-    user = next(s for s in SYSTEMS if s.pretraining == chosen)
+    """The recipe of a pretraining; its snapshots are in ``run``/snapshots."""
+    user = next(s for s in SYSTEMS if s.pretraining == variant)
     values = _recipe(user, kind, sizes, seed, corpus, run)
-    drift = values["drift"] | ({} if chosen.drift else {"mode": "final"})
-    # All of them: the sft jobs come when pretraining is over.
+    drift = values["drift"] | ({} if variant.drift else {"mode": "final"})
+    # All snapshots are kept: the sft jobs start after pretraining.
     return values | {"branch": "pretrain", "drift": drift, "store": {"keep": 1000}}
 
 
@@ -175,7 +175,7 @@ def sft(
     store: Path,
     published: Sequence[int],
 ) -> dict:
-    """The recipe of the sft job of a system that is trained, on the encoders in ``store``.
+    """The recipe of the sft job of a system, on the encoders in ``store``.
 
     ``published`` are their pretrain steps, rising; the last one is the final encoder's.
     """
@@ -191,8 +191,8 @@ def sft(
 
 
 def aligner(kind: str, sizes: Sizes, corpus: Path, run: Path) -> dict:
-    """The recipe of what places the phonemes for all systems: a phoneme CTC of a seed of its own.
+    """The recipe of the aligner of all systems: a phoneme CTC of another seed.
 
-    Labels by a compared system's own head would make its encoder look better than the others.
+    Labels by the head of a compared system would favor its encoder.
     """
     return pretraining(PHONEMES, kind, sizes, 0, corpus, run)

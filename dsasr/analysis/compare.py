@@ -1,0 +1,153 @@
+"""Allocation rows of several checkpoints on one probe set: measured, as a table, in files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dsasr.analysis import probed_encoders
+from dsasr.analysis.measure import Reference, measure
+from dsasr.analysis.probe_set import ProbeSet
+from dsasr.entropy_allocation.row import AllocationRow, CtcEntropy, Estimate, LlmAllocation
+from dsasr.entropy_allocation.v_information import VInformationConfig
+from dsasr.utils.io import atomic_write, json_lines, json_text
+from dsasr.utils.progress import Bar
+
+ALLOCATION = "allocation.jsonl"  # in a run folder
+Extent = Literal["all", "first", "none"]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """How checkpoints are compared.
+
+    ``control``: which of them also have the control of shuffled frames. ``random``: which are
+    followed by the same encoder with random weights (all: one of each run and architecture).
+    ``limits``: for which a detection limit is searched where nothing is detected (first: until one
+    is known). The rest of ``estimates`` is the same for all.
+    """
+
+    estimates: VInformationConfig = field(default_factory=VInformationConfig)
+    control: Extent = "all"
+    random: Extent = "all"
+    limits: Extent = "first"
+
+
+def compare(
+    checkpoints: Sequence[str], probe_set: ProbeSet, config: CompareConfig
+) -> list[AllocationRow]:
+    """A row per checkpoint, and one per random encoder. CKA is to the first checkpoint."""
+    rows: list[AllocationRow] = []
+    reference: Reference | None = None
+    architectures = set()
+
+    def options(control: bool) -> VInformationConfig:
+        known = any(0 < e.detection_limit < math.inf for r in rows for e in (r.pai, r.csai))
+        shares = config.estimates.planted_shares if _applies(config.limits, known) else ()
+        return replace(config.estimates, control=control, planted_shares=shares)
+
+    with Bar(total=len(checkpoints), unit="checkpoint") as bar:
+        for path in checkpoints:
+            encoder, later = probed_encoders.open_encoder(path), bool(rows)
+            control = _applies(config.control, later)
+            row, features = measure(encoder, probe_set, options(control), reference)
+            rows.append(row)
+            architecture = encoder.source.run or encoder.source.path, row.width
+            if architecture not in architectures and _applies(config.random, later):
+                architectures.add(architecture)
+                baseline = probed_encoders.random_baseline(encoder, seed=config.estimates.seed)
+                control = config.control == "all"
+                rows.append(measure(baseline, probe_set, options(control))[0])
+            reference = reference or Reference(encoder.source.name, features)
+            bar.update()
+    return rows
+
+
+def _applies(extent: Extent, later: bool) -> bool:
+    return extent == "all" or (extent == "first" and not later)
+
+
+def write(
+    rows: Iterable[AllocationRow], home: str, settings: dict[str, Any], out: Path | None
+) -> list[str]:
+    """All rows to ``out``, or each to its run's allocation.jsonl; to ``home``'s if it has no run.
+
+    Rows of other checkpoints with the same ``settings`` stay in that file; rows with other
+    settings, which are not comparable, are removed. Returns a message per file.
+    """
+    files: dict[Path, list[dict[str, Any]]] = {}
+    for row in rows:
+        path = out or Path(row.encoder.run or home).resolve() / ALLOCATION
+        files.setdefault(path, []).append(replace(row, settings=settings).to_json())
+    messages = []
+    for path, new in files.items():
+        names = [row["encoder"]["name"] for row in new]
+        # Unparsed: a file of another version has other settings too.
+        old = [] if out else [r for r in json_lines(path) if _name(r) not in names]
+        same = [r for r in old if r.get("settings") == settings]
+        atomic_write(path, "".join(json_text(row) + "\n" for row in (*same, *new)))
+        removed = len(old) - len(same)
+        note = f"; {removed} measured with other settings removed" if removed else ""
+        messages.append(f"written: {path} ({', '.join(names)}{note})")
+    return messages
+
+
+def _name(row: dict[str, Any]) -> str:
+    encoder = row.get("encoder")
+    return encoder["name"] if isinstance(encoder, dict) else row.get("name", "")
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+HEAD = ("checkpoint", "NSE", "rank", "PAI", "of H(P)", "CSAI", "of H(S|P)", "CKA", "CTC H", "H0",
+        "H1", "H0-H1", "LLM H")  # fmt: skip
+
+
+def table(rows: Sequence[AllocationRow]) -> str:
+    """Rows as text. PAI and CSAI are in nats a frame with their 95% interval, the control in
+    brackets; ``none (<x)`` where nothing is detected and x is the detection limit."""
+    lines = [HEAD, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _cells(row: AllocationRow) -> tuple[str, ...]:
+    ctc, llm = row.ctc or CtcEntropy(), row.llm or LlmAllocation()
+    numbers = (row.cka_to_reference, ctc.entropy, llm.nll_without_audio, llm.nll_with_audio,
+               llm.resolved, llm.entropy_with_audio)  # fmt: skip
+    estimates = [text for e in (row.pai, row.csai) for text in (_estimate(e), _share(e))]
+    return (
+        row.encoder.name,
+        _number(row.nse),
+        _number(row.effective_rank, 1),
+        *estimates,
+        *map(_number, numbers),
+    )
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def _estimate(estimate: Estimate) -> str:
+    shuffled = f"[{_number(estimate.shuffled, 2)}]"
+    if not estimate.detected and not estimate.underfit:
+        limit = estimate.detection_limit
+        known = f" (<{_number(limit)})" if math.isfinite(limit) else ""
+        return f"none{known} {shuffled}"
+    mark = " underfit" if estimate.underfit else ""
+    return f"{estimate.value:.3f} {estimate.low:.2f}…{estimate.high:.2f} {shuffled}{mark}"
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{100 * estimate.share:.1f}%" if math.isfinite(estimate.share) else "–"

@@ -1,0 +1,40 @@
+"""A run without a CTC head, and recordings for it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dsasr.analysis.probed_encoders import ProbedEncoder
+from dsasr.data.audio.features import FbankConfig
+from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig
+from dsasr.entropy_allocation.row import EncoderSource
+from dsasr.evaluation.eval_sets import Recording
+
+
+@pytest.fixture
+def aligner() -> ProbedEncoder:
+    """A run without a CTC head, whose frames are 40 ms."""
+    data = SimpleNamespace(phonemizer=PhonemizerConfig(kind="stored"), fbank=FbankConfig())
+    build = SimpleNamespace(
+        phonemes=PhonemeVocab.build([list("abcd")]), recipe=SimpleNamespace(data=data)
+    )
+    source = EncoderSource("x", "checkpoint")
+    return ProbedEncoder(source, 0.04, lambda recordings: {}, build=build)
+
+
+@pytest.fixture
+def recording():
+    def build(key, text, **alignment) -> Recording:
+        wave = np.zeros(6400, np.float32)
+        return Recording(key, wave, text, "zh", key, alignment=alignment or None)
+
+    return build
+
+
+@pytest.fixture
+def phonemes() -> list:
+    """A stored alignment of 0.4 s."""
+    return [["a", 0.0, 0.08], ["sil", 0.08, 0.16], ["b", 0.16, 0.24], ["c", 0.24, 0.4]]
