@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     cfg = recipe.load(options.recipe, options.overrides)
     branch_engine.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.check_disk(cfg.engine)
+    branch_engine.check_nvme(cfg.engine)
     build.Builder(cfg).check()
     if options.check:
         print("the recipe and its files are in order")
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         if trainer is not None:
             trainer.close()
         rank_watchdog.close()
-        distributed.leave()
+        distributed.destroy_process_group()
     return 0
 
 

@@ -13,7 +13,7 @@ from dsasr.analysis.measure import Reference, measure
 from dsasr.analysis.probe_set import ProbeSet
 from dsasr.entropy_allocation.row import AllocationRow, CtcEntropy, Estimate, LlmAllocation
 from dsasr.entropy_allocation.v_information import VInformationConfig
-from dsasr.utils.io import atomic_write, json_lines, json_text
+from dsasr.utils.io import atomic_write, read_json_lines, to_json
 from dsasr.utils.progress import Bar
 
 ALLOCATION = "allocation.jsonl"  # in a run folder
@@ -86,9 +86,9 @@ def write(
     for path, new in files.items():
         names = [row["encoder"]["name"] for row in new]
         # Unparsed: a file of another version has other settings too.
-        old = [] if out else [r for r in json_lines(path) if _name(r) not in names]
+        old = [] if out else [r for r in read_json_lines(path) if _name(r) not in names]
         same = [r for r in old if r.get("settings") == settings]
-        atomic_write(path, "".join(json_text(row) + "\n" for row in (*same, *new)))
+        atomic_write(path, "".join(to_json(row) + "\n" for row in (*same, *new)))
         removed = len(old) - len(same)
         note = f"; {removed} measured with other settings removed" if removed else ""
         messages.append(f"written: {path} ({', '.join(names)}{note})")

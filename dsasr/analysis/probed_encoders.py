@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.checkpoint.tensor_fragments import PrefixReader, FragmentError, FragmentReader
 from dsasr.entropy_allocation.row import EncoderSource
 from dsasr.entropy_allocation.v_information import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
@@ -89,8 +89,8 @@ def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> Prob
     encoder, head, llm = Encoder(build.recipe.model.encoder), None, None
     if source.kind == "snapshot":
         source = replace(source, pretrain=manifest["pretrain"], cause=manifest["cause"])
-        zero_partition.load_weights(encoder, Below(reader, "encoder."))
-        head = _head(build, Below(reader, "ctc."))
+        zero_partition.load_weights(encoder, PrefixReader(reader, "encoder."))
+        head = _head(build, PrefixReader(reader, "ctc."))
     else:
         branch = "sft" if "sft/encoder.subsampling.project.bias" in reader else "pretrain"
         progress = manifest["progress"]
@@ -101,11 +101,11 @@ def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> Prob
             stage=manifest["branches"][branch]["stage"],
             snapshot=progress["in_use"] if branch == "sft" else None,
         )
-        zero_partition.load_weights(encoder, Below(reader, f"{branch}/encoder."))
-        head = _head(build, Below(reader, "pretrain/ctc.")) or _stored_head(build, manifest)
+        zero_partition.load_weights(encoder, PrefixReader(reader, f"{branch}/encoder."))
+        head = _head(build, PrefixReader(reader, "pretrain/ctc.")) or _stored_head(build, manifest)
         if branch == "sft":
             llm = build.speech_llm()
-            zero_partition.load_weights(llm, Below(reader, "sft/"))
+            zero_partition.load_weights(llm, PrefixReader(reader, "sft/"))
             llm.to(device()).eval().requires_grad_(False)
     encoder.to(device()).eval().requires_grad_(False)
     return _of_build(source, build, encoder, head, llm)
@@ -135,7 +135,7 @@ def _of_build(
     )
 
 
-def _head(build: Builder, reader: Below) -> CtcHead | None:
+def _head(build: Builder, reader: PrefixReader) -> CtcHead | None:
     """The CTC head stored below ``reader``, if there is one."""
     if not reader.shapes:
         return None
@@ -148,7 +148,7 @@ def _stored_head(build: Builder, manifest: dict[str, Any]) -> CtcHead | None:
     """The CTC head of the snapshot in use, if it is still in the store."""
     folder = build.recipe.store_folder / (manifest["progress"]["in_use"] or "")
     try:
-        return _head(build, Below(FragmentReader(folder), "ctc."))
+        return _head(build, PrefixReader(FragmentReader(folder), "ctc."))
     except FragmentError:
         return None  # pruned, or published by another store
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dsasr.cli.arguments import command_parser
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
 
 TRANSCRIPTS = "transcripts.jsonl"
@@ -136,6 +136,6 @@ def write_report(args: argparse.Namespace, summary: dict) -> None:
     ]
     data = args.data[0] if len(args.data) == 1 else args.data
     values = {**summary, "data": data, "beam": args.beam, "stages": stages}
-    atomic_write(args.run / "report.json", json_text(values, indent=1) + "\n")
+    atomic_write(args.run / "report.json", to_json(values, indent=1) + "\n")
     for stage in stages:
         print(f"stage {stage['stage']:<10} {clock(stage['seconds'])}")

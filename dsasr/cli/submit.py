@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         if cfg.branch != "both":
             raise UserError("give no branch=…: train runs both in turns, async side by side")
-        build = slurm.train if args.job == "train" else slurm.asynchronous
+        build = slurm.train if args.job == "train" else slurm.concurrent
         job = build(cfg.slurm, run, args.python)
         if not args.no_check:
             Builder(cfg).check()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from dsasr.cli.arguments import command_parser
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def seconds_of(path: Path | str) -> float:
 
 def formatted(transcription: Transcription, form: str) -> str:
     if form == "jsonl":
-        return json_text(transcription.plain()) + "\n"
+        return to_json(transcription.plain()) + "\n"
     return transcription.srt() if form == "srt" else transcription.text + "\n"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from dsasr.utils.io import finite
+from dsasr.utils.io import nonfinite_to_none
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _plain(part: Any) -> dict[str, Any]:
     out = {}
     for name in (*(f.name for f in fields(part)), *part.DERIVED):
         value = getattr(part, name)
-        value = _plain(value) if is_dataclass(value) else finite(value)
+        value = _plain(value) if is_dataclass(value) else nonfinite_to_none(value)
         if value is not None and value != {}:
             out[name] = value
     return out
@@ -242,7 +242,7 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
     values are dropped."""
     _check(kind, values)
     names = {f.name for f in fields(kind)}
-    return kind(**{k: v for k, v in values.items() if k in names and finite(v) is not None})
+    return kind(**{k: v for k, v in values.items() if k in names and nonfinite_to_none(v) is not None})
 
 
 def _check(kind: type, values: Mapping[str, Any]) -> None:

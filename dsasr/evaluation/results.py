@@ -32,7 +32,7 @@ from dsasr.evaluation.hallucination import (
 )
 from dsasr.evaluation.suite import CLEAN, spoken_prefix, truncated_share
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import finite, json_text, text_lines
+from dsasr.utils.io import nonfinite_to_none, to_json, read_lines
 
 ALL, NONSPEECH = "all", "nonspeech"  # names of rows over several conditions
 
@@ -131,7 +131,7 @@ class Results:
             "nonspeech": self.nonspeech_rates(),
             "examples": [asdict(e) for e in report.examples],
         }
-        return finite(summary)
+        return nonfinite_to_none(summary)
 
     def nonspeech_rates(self) -> dict[str, dict[str, float]]:
         """Characters a minute transcribed from non-speech, by condition and over `ALL` of them.
@@ -158,13 +158,13 @@ class Results:
 
     def to_json_lines(self) -> str:
         """One JSON object a line and row; `read_results` reads them back."""
-        return "".join(json_text(vars(row)) + "\n" for row in self.rows)
+        return "".join(to_json(vars(row)) + "\n" for row in self.rows)
 
 
 def read_results(path: Path) -> Results:
     """Results from a file of `Results.to_json_lines`. Raises `UserError`."""
     try:
-        return Results([Result(**json.loads(line)) for line in text_lines(path)])
+        return Results([Result(**json.loads(line)) for line in read_lines(path)])
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} holds no transcripts of `dsasr evaluate`: {error}") from None
 

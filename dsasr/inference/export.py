@@ -33,8 +33,8 @@ from torch import nn
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.safetensors_writer import Lazy, write_tensors
-from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
+from dsasr.checkpoint.tensor_fragments import PrefixReader, FragmentError, FragmentReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
@@ -111,7 +111,7 @@ def export_run(
     """
     if target.exists():
         raise UserError(f"{target} exists already: give a new folder")
-    weights = Below(reader, "sft/")
+    weights = PrefixReader(reader, "sft/")
     if not any(key.startswith("llm.") for key in weights.shapes):
         raise UserError(
             f"{reader.folder} holds no recognizer: its sft branch has not started training"
@@ -135,7 +135,7 @@ def export_run(
 
 
 def _write_model(
-    build: Builder, reader: FragmentReader, weights: Below, folder: Path, dtype: torch.dtype | None
+    build: Builder, reader: FragmentReader, weights: PrefixReader, folder: Path, dtype: torch.dtype | None
 ) -> None:
     recipe = build.recipe
     prefix, suffix = Prompt.build(build.tokenizer)
@@ -171,7 +171,7 @@ def _write_model(
             _write_files(directory, tensors)
 
 
-def _check_lora(build: Builder, weights: Below, adapter: bool) -> None:
+def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
     """Raise `UserError` if recipe and checkpoint disagree on LoRA, or if ``adapter`` is requested
     and the LoRA matrices are not all that the run trained of the language model."""
     model, stages = build.recipe.model, build.recipe.schedule().sft
@@ -188,7 +188,7 @@ def _check_lora(build: Builder, weights: Below, adapter: bool) -> None:
         raise UserError(f"the run has no adapter to write beside the merged model: {why}")
 
 
-def _write_adapter(build: Builder, weights: Below, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_adapter(build: Builder, weights: PrefixReader, folder: Path, dtype: torch.dtype | None) -> None:
     keys = [k for k in weights.shapes if lora.is_adapter(k)]
     matrices = {k.removeprefix("llm."): weights.whole(k) for k in keys}
     if dtype is not None:
@@ -200,12 +200,12 @@ def _write_adapter(build: Builder, weights: Below, folder: Path, dtype: torch.dt
 
 
 def _lazy(
-    weights: Below,
+    weights: PrefixReader,
     key: str,
     dtype: torch.dtype | None,
     bar: Bar,
     lora_config: lora.LoraConfig | None,
-) -> Lazy:
+) -> LazyTensor:
     """The tensor ``key``, merged with its LoRA matrices and rounded, read when it is written."""
     stored = weights.read(key, 0, 1).dtype
     written = dtype if dtype is not None and stored.is_floating_point else stored
@@ -219,14 +219,14 @@ def _lazy(
         bar.update(tensor.nbytes)
         return tensor
 
-    lazy = Lazy(written, weights.shapes[key], get)
+    lazy = LazyTensor(written, weights.shapes[key], get)
     bar.total += lazy.bytes
     return lazy
 
 
-def _write_files(folder: Path, tensors: dict[str, Lazy]) -> None:
+def _write_files(folder: Path, tensors: dict[str, LazyTensor]) -> None:
     """Write one file, or several of at most `FILE_BYTES` with the index that transformers reads."""
-    files: list[dict[str, Lazy]] = [{}]
+    files: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
         if files[-1] and sum(t.bytes for t in files[-1].values()) + tensor.bytes > FILE_BYTES:
             files.append({})

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.checkpoint.tensor_fragments import PrefixReader, FragmentError, FragmentReader
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.results import Results
 from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig, build_suite
@@ -42,7 +42,7 @@ class RunModel:
         reader = named(folder, checkpoint) if checkpoint else newest(folder)
         model = build.speech_llm()
         try:
-            zero_partition.load_weights(model, Below(reader, "sft/"))
+            zero_partition.load_weights(model, PrefixReader(reader, "sft/"))
         except FragmentError as error:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
         return cls(build, model.to(device()).eval(), reader.folder)

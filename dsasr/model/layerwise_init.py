@@ -50,7 +50,7 @@ def materialize(
             layer._parameters[name] = materialized[id(parameter)]
         if not layer_parameters:
             continue
-        if partition is None or distributed.main_rank():
+        if partition is None or distributed.is_main_rank():
             with torch.no_grad():
                 fill_layer(layer, layer_parameters)
         if partition is not None:

@@ -140,7 +140,7 @@ def load_llm_partitioned(
                 parameter.copy_(draw_adapter(name, tuple(parameter.shape)))
 
     rms = 0.0
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         embeddings = llm.get_input_embeddings().weight
         name = next(n for n, p in llm.named_parameters() if p is embeddings)
         # Before the model has its copy of them, and squared in place: one such tensor in memory.
@@ -160,7 +160,7 @@ def _load_whole(
     adapt: Adapt | None,
     draw_adapter: DrawAdapter | None,
 ) -> tuple[PreTrainedModel, float]:
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         print(f"{folder}: each rank loads it whole before it is partitioned, for its tensors are "
               "not the model's own", flush=True)  # fmt: skip
     llm = load_llm(folder, attn=attn, dropout=dropout)

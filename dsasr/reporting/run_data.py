@@ -12,7 +12,7 @@ from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.stages import Schedule
 from dsasr.tracking.run_log import Row, read_events, read_metrics, without_missing
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import finite, json_lines
+from dsasr.utils.io import nonfinite_to_none, read_json_lines
 
 ONLINE = "allocation_"  # of the stage in the metrics lines of the online probe
 
@@ -108,7 +108,7 @@ def _job(folder: Path, name: str) -> RunData:
     run.publisher_rows = _publisher_rows(folder, recipe.store_folder)
     path = folder / "report.json"
     if path.is_file():
-        run.suite = finite(json.loads(path.read_text(encoding="utf-8")))
+        run.suite = nonfinite_to_none(json.loads(path.read_text(encoding="utf-8")))
     return run
 
 
@@ -135,7 +135,7 @@ def _publisher_rows(folder: Path, store: Path) -> list[AllocationRow]:
 
 def _measured(path: Path) -> list[Row]:
     """The rows of a file of JSON lines without what is null or not finite: it was not measured."""
-    return [without_missing(row) for row in json_lines(path)]
+    return [without_missing(row) for row in read_json_lines(path)]
 
 
 def named(folders: Sequence[str | Path]) -> list[RunData]:

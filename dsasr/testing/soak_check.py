@@ -16,7 +16,7 @@ from dsasr.data.shards.index import index_path, load_index
 from dsasr.data.shards.storage import ShardStorage
 from dsasr.recipe import Recipe
 from dsasr.tracking.run_log import Row, read_ledger, read_metrics
-from dsasr.utils.io import json_lines
+from dsasr.utils.io import read_json_lines
 
 TIMED = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on wall-clock time
 
@@ -139,7 +139,7 @@ def check_ledger(run: Path, recipe: Recipe) -> LedgerCheck:
         stage_steps = steps.get((stage.branch, stage.name), [])
         if stage.branch in branches and stage_steps != list(range(1, stage.steps + 1)):
             check.faults.append(f"the ledger of stage {stage.name} lacks steps, or repeats some")
-    bad = {row["key"] for row in json_lines(run / "bad_samples.jsonl") if "key" in row}
+    bad = {row["key"] for row in read_json_lines(run / "bad_samples.jsonl") if "key" in row}
     for stage in recipe.stages:
         _, datasets = recipe.dataloader(stage)
         if len(datasets) == 1 and stage.name in epochs:

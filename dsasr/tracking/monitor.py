@@ -21,7 +21,7 @@ from dsasr.engine.branch_engine import StepReport
 from dsasr.tracking import console
 from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, truncate_log
 from dsasr.utils import distributed
-from dsasr.utils.io import json_text
+from dsasr.utils.io import to_json
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ class Meter:
 
     def collect(self) -> dict[str, float]:
         """Means and rates over all ranks since the last call; collective."""
-        names = sorted({n for names in distributed.gather(sorted(self.sums)) for n in names})
+        names = sorted({n for names in distributed.all_gather_object(sorted(self.sums)) for n in names})
         values = []
         for name in names:
             total, count = self.sums.get(name, (0.0, 0.0))
             values += [float(total), float(count)]
         values += [getattr(self, name) for name in _COUNTS]
-        summed = distributed.sum_ranks(
+        summed = distributed.all_reduce_sum(
             torch.tensor(values, dtype=torch.float64, device=distributed.device())
         ).tolist()
         elapsed = max(time.monotonic() - self.started, 1e-9)
@@ -108,7 +108,7 @@ class Meter:
         line |= {
             "audio_hours_per_hour": data["audio"] / elapsed,
             "padding_share": 1 - data["frames"] / data["padded"] if data["padded"] else 0.0,
-            "wait_share": data["wait"] / distributed.world() / elapsed,
+            "wait_share": data["wait"] / distributed.world_size() / elapsed,
             "step_seconds": elapsed / max(self.steps, 1),
             "bad_samples": data["bad"],
             "bytes_per_second": data["bytes"] / elapsed,
@@ -146,7 +146,7 @@ class Monitor:
         self._write_error = ""  # why the last line could not be written
         self._files: dict[str, TextIO] = {}
         self._lines: dict[str, int] = {}
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, EVENTS, *[LEDGER] * config.ledger):
                 self._lines[name] = truncate_log(
@@ -196,7 +196,7 @@ class Monitor:
         """The sums not yet written, of all ranks, for the checkpoint; collective."""
         meters = {branch: meter.state() for branch, meter in self._meters.items()}
         return {
-            "meters": distributed.gather(meters),
+            "meters": distributed.all_gather_object(meters),
             "seconds": time.monotonic() - self._started,
             "written": dict(self._lines),
         }
@@ -204,20 +204,20 @@ class Monitor:
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore `state`; with another world size rank r takes the sums of ranks r, r + world …"""
         self._started = time.monotonic() - state["seconds"]
-        for meters in state["meters"][distributed.rank() :: distributed.world()]:
+        for meters in state["meters"][distributed.rank() :: distributed.world_size()]:
             for branch, sums in meters.items():
                 self._meters.setdefault(branch, Meter()).load(sums)
 
     def _write_ledger(self, report: StepReport, steps: int) -> None:
         """The step's line of the ledger: epoch and keys of each rank's micro-batches."""
-        samples = distributed.gather([[batch.epoch, list(batch.keys)] for batch in report.batches])
+        samples = distributed.all_gather_object([[batch.epoch, list(batch.keys)] for batch in report.batches])
         head = {"steps": steps, "branch": report.branch, "stage": report.stage}
         self._append(LEDGER, {**head, "step": report.step + 1, "samples": samples})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if name in self._files:
             with self._tolerate_full_disk():
-                self._files[name].write(json_text(line) + "\n")
+                self._files[name].write(to_json(line) + "\n")
                 self._files[name].flush()
                 self._lines[name] += 1
 
@@ -242,7 +242,7 @@ class Monitor:
                 print(console.warning_line(f"metrics cannot be written: {error}"), flush=True)
 
     def _progress(self, report: StepReport, steps: int, line: Mapping[str, float]) -> None:
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         seconds_a_step = (time.monotonic() - self._began) / max(steps - (self._first or 0), 1)
         left = seconds_a_step * (self.total_steps - steps)
@@ -258,7 +258,7 @@ class Monitor:
 
         The kinds and their fields are those of `console.event_line`.
         """
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         self._append(EVENTS, {"event": kind, "seconds": self._seconds(), **fields})
         steps = fields.get("steps", self._last_steps)

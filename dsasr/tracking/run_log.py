@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, finite, text_lines
+from dsasr.utils.io import atomic_write, nonfinite_to_none, read_lines
 
 Row = dict[str, Any]
 METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
@@ -34,7 +34,7 @@ def read_events(folder: Path, *, strict: bool = False) -> list[Row]:
     if not strict:
         return _read(path)
     try:
-        count = len(text_lines(path))
+        count = len(read_lines(path))
     except OSError as error:
         raise UserError(f"{folder} is no run folder: {error.strerror}") from None
     rows = list(_parsed_lines(path))
@@ -63,7 +63,7 @@ def without_missing(row: Any) -> Any:
     """``row`` without the keys, at any depth, whose value is null or not finite."""
     if not isinstance(row, dict):
         return row
-    return {k: without_missing(v) for k, v in finite(row).items() if v is not None}
+    return {k: without_missing(v) for k, v in nonfinite_to_none(row).items() if v is not None}
 
 
 def truncate_log(path: Path, steps: int, line_count: int | None) -> int:
@@ -91,7 +91,7 @@ def _read(path: Path) -> list[Row]:
 
 def _parsed_lines(path: Path) -> Iterator[tuple[int, str, Row]]:
     """(line number from 0, text, row) of each line that holds a JSON object."""
-    for number, line in enumerate(text_lines(path)):
+    for number, line in enumerate(read_lines(path)):
         try:
             row = json.loads(line)
         except ValueError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader
+from dsasr.checkpoint.tensor_fragments import PrefixReader, Fragment, FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.entropy_allocation.cka import LayerCka
@@ -82,13 +82,13 @@ class DriftMonitor:
         """
         started = time.monotonic()
         features = self._features(branch)
-        widths = distributed.gather([x.shape[1] for x in next(iter(features.values()), [])])
+        widths = distributed.all_gather_object([x.shape[1] for x in next(iter(features.values()), [])])
         # On the device, for its backend reduces the sums and its matrix products are fast.
         sums = LayerCka(next(w for w in widths if w), device=distributed.device())
         for key, layers in features.items():  # in one order: float sums are not associative
             if key in self._reference:
                 sums.update(layers, self._reference[key])
-        sums.reduce(distributed.sum_ranks)
+        sums.reduce(distributed.all_reduce_sum)
         values = sums.values(unbiased=self.config.unbiased)
         seconds = time.monotonic() - started
         self.seconds += seconds
@@ -123,7 +123,7 @@ class DriftMonitor:
 
         Raises `UserError` on all ranks when it has none of any rank's utterances.
         """
-        below, counts = Below(reader, PREFIX), Counter()
+        below, counts = PrefixReader(reader, PREFIX), Counter()
         for name in below.shapes:
             counts[name.rpartition("/")[0]] += 1
         self._reference = {

@@ -59,7 +59,7 @@ class EncoderSwap:
         self.store.claim(self._identity)
         fingerprint = self.recipe.encoder_fingerprint()
         manifests = distributed.broadcast(
-            self.store.manifests() if fresh and distributed.main_rank() else []
+            self.store.manifests() if fresh and distributed.is_main_rank() else []
         )
         if any(m.get("config") != fingerprint for m in manifests):
             raise UserError(
@@ -183,7 +183,7 @@ class EncoderSwap:
         if self._drift is not None and self.recipe.drift.mode == "cka":
             self._drift.take_reference(live)
             self._reference = snapshot.id
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             self.store.prune(s.id for s in progress.published[-2:])
         self.monitor.event(
             "published",
@@ -204,7 +204,7 @@ class EncoderSwap:
         if not distributed.broadcast(now - self._polled_at >= self.recipe.store.poll_seconds):
             return progress
         self._polled_at = now
-        snapshots = self.store.snapshots() if distributed.main_rank() else []
+        snapshots = self.store.snapshots() if distributed.is_main_rank() else []
         snapshots = [s for s in distributed.broadcast(snapshots) if s.id not in self._refused]
         return add_published(progress, snapshots)
 
@@ -289,7 +289,7 @@ class EncoderSwap:
         if snapshot.id == EXTERNAL:
             return None
         manifest = distributed.broadcast(
-            self.store.manifest(snapshot.id) if distributed.main_rank() else {}
+            self.store.manifest(snapshot.id) if distributed.is_main_rank() else {}
         )
         checksum = sft.checksum()
         if manifest.get("checksum") not in (None, checksum):

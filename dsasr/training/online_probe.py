@@ -67,7 +67,7 @@ class OnlineProbe:
         self.config, self.build, self.monitor, self.folder = config, build, monitor, folder
         self._probe_batches: dict[str, list[Batch]] = {}
         state: dict[str, Any] = {}
-        if config.every and distributed.main_rank() and (folder / "state.json").is_file():
+        if config.every and distributed.is_main_rank() and (folder / "state.json").is_file():
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.seconds: float = state.get("seconds", 0.0)
         self.left_out: int = state.get("left_out", 0)
@@ -88,8 +88,8 @@ class OnlineProbe:
         with branch.evaluating() as module:
             for batch in self._batches(branch.name):
                 features |= _frames(_encode(module, batch), batch)
-        gathered = distributed.gather(features)
-        if distributed.main_rank():
+        gathered = distributed.all_gather_object(features)
+        if distributed.is_main_rank():
             self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {k: x.contiguous() for part in gathered for k, x in part.items()}
             atomic_write(self._reference_file(branch.stage.name), save(tensors))
@@ -152,8 +152,8 @@ class OnlineProbe:
         """The branch's row, whole on rank 0 only, and its CTC loss on the probe set."""
         outputs = self._run(branch, with_probes)
         sums = _sum_over_ranks(outputs.sums)
-        gathered = distributed.gather(outputs.features)
-        aligned = [u for part in distributed.gather(outputs.aligned) for u in part]
+        gathered = distributed.all_gather_object(outputs.features)
+        aligned = [u for part in distributed.all_gather_object(outputs.aligned) for u in part]
         source = EncoderSource(
             f"{branch.name}/{branch.stage.name}", "live", branch=branch.name,
             stage=branch.stage.name, steps=steps,
@@ -164,7 +164,7 @@ class OnlineProbe:
         elif sums:
             row = replace(row, ctc=CtcEntropy(_mean(sums["ctc_entropy"])))
         losses = {"ctc": _mean(sums["ctc"])} if sums.get("ctc", (0.0, 0.0))[1] else {}
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             features = {k: x for part in gathered for k, x in sorted(part.items())}
             row = self._measure(row, branch.stage, features, aligned, with_probes)
         return row, losses
@@ -273,7 +273,7 @@ class OnlineProbe:
             return []
 
     def _save(self) -> None:
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         state = {
             "seconds": self.seconds,
@@ -309,7 +309,7 @@ def _branch_sums(module, batch: Batch, branch: str) -> Sums:
 def _sum_over_ranks(sums: Sums) -> dict[str, tuple[float, float]]:
     """(sum, count) over all ranks; collective."""
     pairs = torch.tensor([[float(a), float(b)] for a, b in sums.values()], dtype=torch.float64)
-    summed = distributed.sum_ranks(pairs.to(distributed.device())).tolist()
+    summed = distributed.all_reduce_sum(pairs.to(distributed.device())).tolist()
     return dict(zip(sums, map(tuple, summed), strict=True))
 
 

@@ -53,7 +53,7 @@ def _find(
 def save_recipe(recipe: Recipe) -> None:
     """Write ``recipe.yaml`` into the run folder, or raise `UserError`; collective."""
     try:
-        distributed.by_main(
+        distributed.on_main_rank(
             lambda: atomic_write(recipe.folder / "recipe.yaml", config.dump(recipe))
         )
     except OSError as error:

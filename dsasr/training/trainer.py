@@ -225,7 +225,7 @@ class Trainer:
     def _count_bad_samples(self) -> dict[str, int]:
         """Dropped samples of the run by cause, over all ranks; collective."""
         total: Counter[str] = Counter()
-        for counts in distributed.gather(dict(self.bad_samples.counts)):
+        for counts in distributed.all_gather_object(dict(self.bad_samples.counts)):
             total.update(counts)
         return dict(sorted(total.items()))
 
@@ -340,7 +340,7 @@ class Trainer:
 
     def _plot(self) -> None:
         """``timeline.png`` in the run folder; a plot that fails stops no run."""
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         from dsasr.tracking.timeline_plot import plot_run
 

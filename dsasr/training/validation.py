@@ -72,7 +72,7 @@ def error_rates(
     that could not be read, if any. ``progress`` wraps the batches.
     """
     batches = build.validation_batches(branch.name, utterances)
-    bad = sum(distributed.gather(sum(len(batch.bad) for batch in batches)))
+    bad = sum(distributed.all_gather_object(sum(len(batch.bad) for batch in batches)))
     left_out = {"left_out": float(bad)} if bad else {}
     with branch.evaluating() as module:
         if branch.name == "pretrain":
@@ -80,7 +80,7 @@ def error_rates(
                 module,
                 progress(batches),
                 device=distributed.device(),
-                sum_ranks=distributed.sum_ranks,
+                sum_ranks=distributed.all_reduce_sum,
             )
             return {"phoneme_error_rate": rate} | left_out, ""
         results = transcribe(
@@ -90,7 +90,7 @@ def error_rates(
             recipe.evaluation.decode,
             device=distributed.device(),
             any_rank=distributed.any_rank,
-            gather=distributed.gather,
+            gather=distributed.all_gather_object,
         )
         hallucinations = _hallucination_rates(recipe, build, module)
     rates = results.scores(rules=recipe.evaluation.rules).summary()
@@ -121,9 +121,9 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
         cmvn=build.cmvn,
         device=distributed.device(),
         rank=distributed.rank(),
-        world_size=distributed.world(),
+        world_size=distributed.world_size(),
         any_rank=distributed.any_rank,
-        gather=distributed.gather,
+        gather=distributed.all_gather_object,
     )
     totals = results.hallucinations().summary()
     return {f"hallucination/{name}": value for name, value in totals.items()}

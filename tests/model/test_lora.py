@@ -118,14 +118,14 @@ def test_without_peft_the_recipe_says_what_to_install(monkeypatch, lora_recipe):
 
 def test_names_of_the_base_weights_stay_and_the_model_is_the_same_at_first():
     llm, ids = make_llm(), torch.tensor([[5, 9, 3, 7]])
-    plain = dict(zero_partition.parameters(llm))
+    plain = dict(zero_partition.named_parameters(llm))
     with torch.no_grad():
         before = llm(ids).logits
     lora.inject(llm, LoraConfig(rank=3))
     for name, parameter in lora.adapters(llm):
         generator = torch.Generator().manual_seed(len(name))
         parameter.data.copy_(lora.initial(name, tuple(parameter.shape), generator))
-    named = dict(zero_partition.parameters(llm))
+    named = dict(zero_partition.named_parameters(llm))
     base = {n: p for n, p in named.items() if not lora.is_adapter(n)}
     assert base.keys() == plain.keys() and all(base[n] is plain[n] for n in plain)
     assert len(named) == len(plain) + 2 * 14
@@ -155,8 +155,8 @@ def test_matrices_do_not_depend_on_each_other_or_the_weights(lora_recipe):
         assert float(matrix.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.3)
     plain = Builder(dataclasses.replace(cfg, model=dataclasses.replace(
         cfg.model, lora=None), stages=cfg.stages[:2])).speech_llm()  # fmt: skip
-    with_lora = dict(zero_partition.parameters(first))
-    assert all(torch.equal(p, with_lora[n]) for n, p in zero_partition.parameters(plain))
+    with_lora = dict(zero_partition.named_parameters(first))
+    assert all(torch.equal(p, with_lora[n]) for n, p in zero_partition.named_parameters(plain))
 
 
 # -- stages ------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def write_checkpoint(model, folder: Path, world_size: int, trained: tuple[str, .
     generator = torch.Generator().manual_seed(7)
     folder.mkdir(parents=True)
     ranks: list[dict] = [{} for _ in range(world_size)]
-    for name, parameter in zero_partition.parameters(model):
+    for name, parameter in zero_partition.named_parameters(model):
         flat = parameter.detach().reshape(-1)
         kinds = {name: flat}
         if id(parameter) in training:
@@ -453,11 +453,11 @@ def test_stages_under_zero_3(launch, lora_recipe, trained, tmp_path):
         assert changed == trains, f"{stage} trains {trains}, and {changed} changed"
     assert report["sharded"] and report["resumed"] and report["continued"] and report["other_world"]
     model = Builder(cfg).speech_llm()
-    expected = {n for n, _ in zero_partition.parameters(model, "adaptor.")}
+    expected = {n for n, _ in zero_partition.named_parameters(model, "adaptor.")}
     expected |= {f"llm.{n}" for n, _ in lora.adapters(model.llm)}
     assert {name.partition("/")[2] for name in report["optimizer"]} == expected
     # What two ranks saved in bf16, read by one: the language model's own weights are the folder's.
     reader = FragmentReader(tmp_path / "saved")
-    for name, parameter in zero_partition.parameters(model, "llm."):
+    for name, parameter in zero_partition.named_parameters(model, "llm."):
         low = parameter.detach().to(torch.bfloat16)
         assert torch.equal(reader.whole(f"sft/{name}"), low) != lora.is_adapter(name), name

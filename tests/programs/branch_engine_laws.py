@@ -66,17 +66,17 @@ def digest(branch: BranchEngine) -> str:
     for key, fragment in sorted(branch.fragments().items()):
         own.update(key.encode())
         own.update(fragment.tensor.float().contiguous().numpy().tobytes())
-    return " ".join(distributed.gather(own.hexdigest()[:16]))
+    return " ".join(distributed.all_gather_object(own.hexdigest()[:16]))
 
 
 def weights(branch: BranchEngine, part: str) -> dict[str, torch.Tensor]:
-    held = zero_partition.weights(branch.module, f"{part}.")
+    held = zero_partition.weight_fragments(branch.module, f"{part}.")
     return {name: fragment.tensor.clone() for name, fragment in held.items()}
 
 
 def resident(branch: BranchEngine) -> dict[str, torch.Tensor]:
     """The encoder's parameters that ZeRO keeps whole on every rank, as a step will use them."""
-    held = zero_partition.parameters(branch.module, "encoder.")
+    held = zero_partition.named_parameters(branch.module, "encoder.")
     return {
         name: p.data for name, p in held if p.numel() == math.prod(zero_partition.full_shape(p))
     }
@@ -180,7 +180,7 @@ def main() -> None:
         pre.reload()
         found["beside"] = [found["losses"], digest(pre)]
         join(pre, sft, found, folder, fresh)
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / f"{course}.json").write_text(json.dumps(found))
     distributed.end_process()
 

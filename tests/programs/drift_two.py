@@ -73,7 +73,7 @@ def main() -> None:
     branch_engine.init_distributed()
     # Uneven on purpose: the last rank has no utterance in its second batch.
     batches = [batch(0, 3), batch(1, 2), batch(2, 4), batch(3, 0)]
-    own_batches = batches[distributed.rank() :: distributed.world()]
+    own_batches = batches[distributed.rank() :: distributed.world_size()]
     config = DriftConfig(layers=True)
     monitor, branch = DriftMonitor(config, own_batches), Branch()
     before = frames(branch.module, batches)
@@ -117,7 +117,7 @@ def main() -> None:
     branch.module.encoder.reset_parameters(torch.Generator().manual_seed(1))
     next(branch.module.parameters()).data.fill_(float("nan"))
     results["nan"] = repr(monitor.measure(branch).cka)
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / "results.json").write_text(json.dumps(results))
     distributed.end_process()
 

@@ -26,7 +26,7 @@ PARTS = ("encoder", "adaptor", "llm", "lora")
 def weights(branch: BranchEngine) -> dict[str, dict[str, torch.Tensor]]:
     """This rank's slices of the weights, by part."""
     slices = {part: {} for part in PARTS}
-    for name, fragment in zero_partition.weights(branch.module).items():
+    for name, fragment in zero_partition.weight_fragments(branch.module).items():
         part = "lora" if lora.is_adapter(name) else name.partition(".")[0]
         slices[part][name] = fragment.tensor.clone()
     return slices
@@ -46,7 +46,7 @@ def sharded(build: Builder) -> bool:
     expected, equal = dict(lora.adapters(build.speech_llm().llm)), True
     partitioned = build.speech_llm(partitioner(EngineConfig(precision="fp32"))).llm
     for name, parameter in lora.adapters(partitioned):
-        fragment = zero_partition.weight(parameter)
+        fragment = zero_partition.weight_fragment(parameter)
         part = expected[name].detach().reshape(-1)[fragment.start : fragment.stop]
         equal &= fragment.tensor.numel() < expected[name].numel() and torch.equal(
             fragment.tensor, part
@@ -97,7 +97,7 @@ def main() -> None:
     report["optimizer"] = sorted({k.partition("/")[2] for k in pieces if "/exp_avg/" in k})
     norm = fp32.step([batches[0]], 5).grad_norm
     report["other_world"] &= 0 < float(norm) < float("inf")
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / "report.json").write_text(json.dumps(report))
     distributed.end_process()
 

@@ -60,7 +60,7 @@ def main() -> None:
     folder = Path(sys.argv[-1])
     branch_engine.init_distributed()
     disk = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "disk"))
-    branch_engine.check_disk(disk)
+    branch_engine.check_nvme(disk)
     branches = {
         "memory": BranchEngine("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
         "disk": BranchEngine("sft", Model(), disk, folder),
@@ -91,7 +91,7 @@ def main() -> None:
     found["continued"] = float(one.sums["nll"][0]) == float(other.sums["nll"][0])
     found["continued"] &= same(held(branches["disk"]), held(again))
     branches["disk"].load_encoder(branches["memory"])
-    weights = zero_partition.weights(branches["disk"].module, "encoder.")
+    weights = zero_partition.weight_fragments(branches["disk"].module, "encoder.")
     masters = branches["disk"].masters("encoder.")
     found["loaded"] = same(
         {k: f.tensor for k, f in weights.items()},
@@ -100,7 +100,7 @@ def main() -> None:
     for branch in (*branches.values(), again):
         branch.close()
     found["left"] = len(list((folder / "disk").rglob("*.swp")))
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / "found.json").write_text(json.dumps(found))
     distributed.end_process()
 

@@ -67,7 +67,7 @@ def compare(cfg: recipe.Recipe, name: str, folder: Path) -> dict:
         "trained": not same(initial[0], final[0]),
         "buffers": buffers,
         "names": sorted(initial[1]),
-        "peak": max(distributed.gather(partition.peak)),
+        "peak": max(distributed.all_gather_object(partition.peak)),
         "total": total,
     }
 
@@ -85,7 +85,7 @@ def main() -> None:
         cfg = recipe.load(path, overrides)
         names = ("pretrain", "sft") if case == "plain" else ("sft",)
         report[case] = {name: compare(cfg, name, Path(out)) for name in names}
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (Path(out) / "report.json").write_text(json.dumps(report))
     distributed.end_process()
 

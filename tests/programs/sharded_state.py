@@ -87,10 +87,10 @@ def main() -> None:
     report = {
         "whole": whole,
         "slice": max(slices),
-        "publishing_bytes": max(distributed.gather(publishing.bytes)),
-        "loading_bytes": max(distributed.gather(loading.bytes)),
-        "largest_read": max(distributed.gather(max(read))),
-        "read": sum(distributed.gather(sum(read))),
+        "publishing_bytes": max(distributed.all_gather_object(publishing.bytes)),
+        "loading_bytes": max(distributed.all_gather_object(loading.bytes)),
+        "largest_read": max(distributed.all_gather_object(max(read))),
+        "read": sum(distributed.all_gather_object(sum(read))),
         "encoder": sum(p.ds_numel for p in receiver.module.encoder.parameters()),
         "loaded": receiver.checksum() == live.checksum(),
     }
@@ -101,10 +101,10 @@ def main() -> None:
     receiver.load_encoder(store.open(SNAPSHOT.id))
     masters = receiver._masters.live.views()
     masters, moments = True, True
-    for name, parameter in zero_partition.parameters(receiver.module, "encoder."):
+    for name, parameter in zero_partition.named_parameters(receiver.module, "encoder."):
         master = masters[f"master/{name}"]
         masters &= torch.equal(
-            master.tensor, zero_partition.piece(parameter, master.start, master.stop)
+            master.tensor, zero_partition.weight_range(parameter, master.start, master.stop)
         )
         moments &= not any(
             masters[f"{kind}/{name}"].tensor.any() for kind in zero_partition.MOMENTS
@@ -113,17 +113,17 @@ def main() -> None:
     report |= {
         "moved": trained_checksum != live.checksum(),
         "again": receiver.checksum() == live.checksum(),
-        "masters": all(distributed.gather(masters)),
-        "moments": all(distributed.gather(moments)),
-        "others_kept": any(distributed.gather(others)),
+        "masters": all(distributed.all_gather_object(masters)),
+        "moments": all(distributed.all_gather_object(moments)),
+        "others_kept": any(distributed.all_gather_object(others)),
     }
     # The next step starts from it: a stale master would put the old encoder back.
     before = [p.ds_tensor.clone() for p in receiver.module.encoder.parameters()]
     receiver.step([batch()], 1)
     after = [p.ds_tensor for p in receiver.module.encoder.parameters()]
     step = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
-    report["next_step"] = max(distributed.gather(step))
-    if distributed.main_rank():
+    report["next_step"] = max(distributed.all_gather_object(step))
+    if distributed.is_main_rank():
         (folder / "found.json").write_text(json.dumps(report))
     distributed.end_process()
 

@@ -47,7 +47,7 @@ def publish(trainer: Trainer, number: int, cause: str, seed: int = 0, fault: str
         manifest = trainer.encoder_swap.store.manifest(snapshot.id)
         tensor_fragments.write_folder(
             trainer.encoder_swap.store.folder / snapshot.id,
-            zero_partition.weights(module),
+            zero_partition.weight_fragments(module),
             manifest,
         )
 

@@ -37,7 +37,7 @@ from dsasr.recipe import Recipe
 from dsasr.reporting import run_data
 from dsasr.tracking.run_log import is_finished, read_events
 from dsasr.utils.errors import UserError, run_tool
-from dsasr.utils.io import atomic_write, text_lines
+from dsasr.utils.io import atomic_write, read_lines
 
 DSASR = (sys.executable, "-m", "dsasr.cli")
 RESULTS = Path(__file__).parent / "results"
@@ -155,7 +155,7 @@ def probe(
         "--utterances", args.utterances, "--control", controls, "--random", controls,
         "--out", metrics,
     )  # fmt: skip
-    rows = [AllocationRow.from_json(json.loads(line)) for line in text_lines(metrics)]
+    rows = [AllocationRow.from_json(json.loads(line)) for line in read_lines(metrics)]
     return [replace(row, encoder=replace(row.encoder, run=None), settings={}) for row in rows]
 
 
