@@ -119,7 +119,7 @@ class Builder:
             batches, seen = [], 0
             for batch in stream:
                 batches.append(batch)
-                seen += sum(distributed.gather(len(batch))) if utterances else 0
+                seen += sum(distributed.all_gather_object(len(batch))) if utterances else 0
                 if utterances and seen >= utterances:
                     break
         return batches
@@ -138,7 +138,7 @@ class Builder:
             fbank=self.recipe.data.fbank,
             cmvn=self.cmvn,
             rank=distributed.rank(),
-            world=distributed.world(),
+            world=distributed.world_size(),
             device=distributed.device(),
             **given,
         )

@@ -88,7 +88,7 @@ def main() -> int:
         if run is not None:
             run.close()
         dog.close()
-        distributed.leave()
+        distributed.destroy_process_group()
     return 0
 
 

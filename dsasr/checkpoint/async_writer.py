@@ -32,12 +32,12 @@ class AsyncFolderWriter:
         self.failure: str | None = None  # of this rank; on rank 0, once published, of all
         self.seconds = 0.0  # that writing took
         self._staging = tensor_fragments.staging_of(target)
-        self._rank, self._world = distributed.rank(), distributed.world()
+        self._rank, self._world = distributed.rank(), distributed.world_size()
         self._info = json.dumps(info)  # now: the caller's may change
         self._written, self._stop = threading.Event(), threading.Event()
         self._started = time.monotonic()
         problem = None
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             try:
                 shutil.rmtree(self._staging, ignore_errors=True)
                 self._staging.mkdir(parents=True)
@@ -64,7 +64,7 @@ class AsyncFolderWriter:
         Raises `OSError` on every rank, with the first rank's reason, when any could not write.
         """
         self._written.wait()
-        failures = [f for f in distributed.gather(self.failure) if f]
+        failures = [f for f in distributed.all_gather_object(self.failure) if f]
         if failures:
             self._stop.set()
         self._thread.join()

@@ -93,7 +93,7 @@ class CheckpointManager:
         info = {"kind": "checkpoint", "steps": steps, "saved": time.time(), "score": score, **state}
         # Also after a failure: a full disk is tried again when the next one is due.
         self._saved_at = started
-        if distributed.main_rank() and self.folder.is_dir():
+        if distributed.is_main_rank() and self.folder.is_dir():
             remove_remains(self.folder)
         try:
             self._write = AsyncFolderWriter(target, held, info)
@@ -129,7 +129,7 @@ class CheckpointManager:
 
     def _land(self, failure: str | None) -> None:
         """Note on rank 0, once, what has become of a checkpoint, and drop old ones."""
-        if self._told or not distributed.main_rank():
+        if self._told or not distributed.is_main_rank():
             return
         self._told, write = True, self._write
         self._landed.append(Landed(write.target, self._steps, write.seconds, self._stall, failure))
@@ -150,7 +150,7 @@ class CheckpointManager:
     def newest(self) -> tuple[FragmentReader | None, list[str]]:
         """The newest checkpoint whose checksums hold, and why not a newer one; collective."""
         chosen, passed_over = None, []
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             for path in reversed(self.list()):
                 try:
                     tensor_fragments.verify(path)

@@ -68,7 +68,7 @@ class SnapshotStore:
         lives, it finds the newer claim at its next `beat` or `publish`, and stops.
         """
         try:
-            problem = distributed.by_main(lambda: self._claim(run))
+            problem = distributed.on_main_rank(lambda: self._claim(run))
         except OSError as error:
             problem = f"{self.folder} cannot be written: {error}"
         if problem:
@@ -108,7 +108,7 @@ class SnapshotStore:
     def _check_claim(self) -> None:
         """Raise `UserError` on all ranks when another job has claimed the store; collective."""
         lost = None
-        if distributed.main_rank() and self._token is not None:
+        if distributed.is_main_rank() and self._token is not None:
             token = self._owner().get("token")
             lost = token if token != self._token else None
         lost = distributed.broadcast(lost)
@@ -166,7 +166,7 @@ class SnapshotStore:
         """Tell readers that the publisher lives. Counts up: no clock is compared. Collective."""
         self._check_claim()
         self._beats += 1
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             with contextlib.suppress(OSError):  # a full disk is told when something is lost by it
                 atomic_write(self.folder / HEARTBEAT, f"{os.getpid()} {self._beats}")
 
@@ -233,7 +233,7 @@ class SnapshotStore:
 
         def check() -> FragmentReader:
             folder = self.folder / name
-            if distributed.main_rank():
+            if distributed.is_main_rank():
                 held = tensor_fragments.verify(folder).get("architecture")
                 if architecture and held and held != architecture:
                     raise FragmentError(
@@ -249,7 +249,7 @@ class SnapshotStore:
         Collective; raises `OSError` on all ranks when that cannot be written.
         """
         path = self.folder / f"{IN_USE}{run}.json"
-        distributed.by_main(lambda: atomic_write(path, json.dumps({"id": name})))
+        distributed.on_main_rank(lambda: atomic_write(path, json.dumps({"id": name})))
 
     def in_use(self) -> dict[str, str]:
         """Run → the snapshot that it uses."""

@@ -59,7 +59,7 @@ def write_folder(
     """
     staging = staging_of(target)
     name = f"rank-{distributed.rank():05d}.safetensors"
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         shutil.rmtree(staging, ignore_errors=True)
     distributed.barrier()
     failure, digest = None, None
@@ -68,10 +68,10 @@ def write_folder(
         digest = write_file(staging / name, fragments)
     except OSError as error:
         failure = f"rank {distributed.rank()}: {error}"
-    results = distributed.gather((name, digest, failure))
+    results = distributed.all_gather_object((name, digest, failure))
     manifest = {"format": FORMAT, **info, "files": {n: d for n, d, _ in results}}
     failures = [f for _, _, f in results if f]
-    if not failures and distributed.main_rank():
+    if not failures and distributed.is_main_rank():
         try:
             atomic_write(staging / MANIFEST, json.dumps(manifest, indent=1))
             replace_folder(staging, target)
@@ -79,7 +79,7 @@ def write_folder(
             failures = [str(error)]
     failures = distributed.broadcast(failures)
     if failures:
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"could not write {target}: {failures[0]}")
     return manifest
@@ -131,7 +131,7 @@ def checksum(fragments: Mapping[str, Fragment]) -> str:
             places = _odd_numbers(block.numel(), block.device)
             # Σ (b + 1)(2i + first) in two products, without a tensor for the weights.
             total += (block * places).sum() + block.sum() * first
-    return f"{int(distributed.sum_ranks(total)) % 2**64:016x}"
+    return f"{int(distributed.all_reduce_sum(total)) % 2**64:016x}"
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

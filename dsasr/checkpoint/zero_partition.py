@@ -53,7 +53,7 @@ def weight(parameter: nn.Parameter) -> Fragment:
         held = parameter.ds_tensor.data
         start = min(distributed.rank() * held.numel(), numel)
         return Fragment(shape, start, held[: min(held.numel(), numel - start)])
-    share = -(-numel // distributed.world())
+    share = -(-numel // distributed.world_size())
     start = min(distributed.rank() * share, numel)
     return Fragment(shape, start, parameter.data.reshape(-1)[start : min(start + share, numel)])
 
@@ -71,7 +71,9 @@ def weights(module: nn.Module, prefix: str = "") -> dict[str, Fragment]:
     held = {name: weight(p) for name, p in parameters(module, prefix)}
     for name, buffer in persistent_buffers(module, prefix):
         flat = buffer.reshape(-1)
-        held[name] = Fragment(tuple(buffer.shape), 0, flat if distributed.main_rank() else flat[:0])
+        held[name] = Fragment(
+            tuple(buffer.shape), 0, flat if distributed.is_main_rank() else flat[:0]
+        )
     return held
 
 
@@ -126,7 +128,7 @@ def agree(attempt: Callable[[], T]) -> T:
         result = attempt()
     except (FragmentError, OSError) as error:
         problem = str(error)
-    problems = [p for p in distributed.gather(problem) if p]
+    problems = [p for p in distributed.all_gather_object(problem) if p]
     if problems:
         raise FragmentError(problems[0])
     return result

@@ -44,7 +44,7 @@ def fill(module: nn.Module, draw: Draw, cut: Cut | None = None) -> None:
             layer._parameters[name] = made[id(parameter)]
         if not fresh:
             continue
-        if cut is None or distributed.main_rank():
+        if cut is None or distributed.is_main_rank():
             with torch.no_grad():
                 draw(layer, fresh)
         if cut is not None:

@@ -136,7 +136,7 @@ def load_in_slices(
                 parameter.copy_(draw_adapter(name, tuple(parameter.shape)))
 
     rms = 0.0
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         embeddings = llm.get_input_embeddings().weight
         name = next(n for n, p in llm.named_parameters() if p is embeddings)
         # Before the model's own copy of them is there, and squared in place: one tensor at a time.
@@ -149,7 +149,7 @@ def load_in_slices(
 
 
 def _whole(folder, cut, attn, dropout, adapt, draw_adapter) -> tuple[PreTrainedModel, float]:
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         print(f"{folder}: each rank loads it whole before it is cut, for its tensors are not the "
               "model's own", flush=True)  # fmt: skip
     llm = load_llm(folder, attn=attn, dropout=dropout)

@@ -91,13 +91,15 @@ class Meter:
 
     def collect(self) -> dict[str, float]:
         """Means and rates over all ranks since the last call; collective."""
-        names = sorted({n for held in distributed.gather(sorted(self.sums)) for n in held})
+        names = sorted(
+            {n for held in distributed.all_gather_object(sorted(self.sums)) for n in held}
+        )
         values = []
         for name in names:
             total, count = self.sums.get(name, (0.0, 0.0))
             values += [float(total), float(count)]
         values += [getattr(self, name) for name in _COUNTS]
-        summed = distributed.sum_ranks(
+        summed = distributed.all_reduce_sum(
             torch.tensor(values, dtype=torch.float64, device=distributed.device())
         ).tolist()
         elapsed = max(time.monotonic() - self.started, 1e-9)
@@ -109,7 +111,7 @@ class Meter:
         line |= {
             "audio_hours_per_hour": data["audio"] / elapsed,
             "padding_share": 1 - data["frames"] / data["padded"] if data["padded"] else 0.0,
-            "wait_share": data["wait"] / distributed.world() / elapsed,
+            "wait_share": data["wait"] / distributed.world_size() / elapsed,
             "step_seconds": elapsed / max(self.steps, 1),
             "bad_samples": data["bad"],
             "bytes_per_second": data["bytes"] / elapsed,
@@ -146,7 +148,7 @@ class Monitor:
         self._unwritten = ""  # why the last line could not be written
         self._files: dict[str, TextIO] = {}
         self._lines: dict[str, int] = {}
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, EVENTS, *[LEDGER] * config.ledger):
                 self._lines[name] = _cut(folder / name, from_steps, (written or {}).get(name))
@@ -192,18 +194,24 @@ class Monitor:
         """What is counted but not yet written, of all ranks, for the checkpoint; collective."""
         own = {branch: meter.state() for branch, meter in self._meters.items()}
         seconds = time.monotonic() - self._started
-        return {"meters": distributed.gather(own), "seconds": seconds, "written": dict(self._lines)}
+        return {
+            "meters": distributed.all_gather_object(own),
+            "seconds": seconds,
+            "written": dict(self._lines),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on counting where `state` was; on another world size rank r takes r, r + world …"""
         self._started = time.monotonic() - state["seconds"]
-        for held in state["meters"][distributed.rank() :: distributed.world()]:
+        for held in state["meters"][distributed.rank() :: distributed.world_size()]:
             for branch, values in held.items():
                 self._meters.setdefault(branch, Meter()).load(values)
 
     def _account(self, report: StepReport, steps: int) -> None:
         """Into the ledger: of each rank and micro-batch its epoch and its samples' keys."""
-        samples = distributed.gather([[batch.epoch, list(batch.keys)] for batch in report.batches])
+        samples = distributed.all_gather_object(
+            [[batch.epoch, list(batch.keys)] for batch in report.batches]
+        )
         head = {"steps": steps, "branch": report.branch, "stage": report.stage}
         self._append(LEDGER, {**head, "step": report.step + 1, "samples": samples})
 
@@ -235,7 +243,7 @@ class Monitor:
                 print(f"— metrics cannot be written: {error}", flush=True)
 
     def _progress(self, report: StepReport, steps: int, line: Mapping[str, float]) -> None:
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         done = steps - (self._first or 0)
         left = (time.monotonic() - self._began) / max(done, 1) * (self.total_steps - steps)
@@ -256,7 +264,7 @@ class Monitor:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened once: a trigger, a swap, a checkpoint, a stage's end."""
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         self._append(EVENTS, {"event": kind, "seconds": self._seconds(), **fields})
         shown = "  ".join(f"{k}={_short(v)}" for k, v in fields.items())

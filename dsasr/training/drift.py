@@ -68,13 +68,15 @@ class DriftMonitor:
         """
         started = time.monotonic()
         features = self._features(branch)
-        widths = distributed.gather([x.shape[1] for x in next(iter(features.values()), [])])
+        widths = distributed.all_gather_object(
+            [x.shape[1] for x in next(iter(features.values()), [])]
+        )
         # On the device: sums travel by its backend, and there the products are fast.
         sums = LayerCka(next(w for w in widths if w), device=distributed.device())
         for key, layers in features.items():  # in the probe set's order: sums are not associative
             if key in self._reference:
                 sums.update(layers, self._reference[key])
-        sums.reduce(distributed.sum_ranks)
+        sums.reduce(distributed.all_reduce_sum)
         values = sums.values(unbiased=self.config.unbiased)
         seconds = time.monotonic() - started
         self.seconds += seconds

@@ -60,7 +60,7 @@ class EncoderSwap:
         self.store.claim(self._identity)
         own = self.recipe.encoder_fingerprint()
         held = distributed.broadcast(
-            self.store.manifests() if fresh and distributed.main_rank() else []
+            self.store.manifests() if fresh and distributed.is_main_rank() else []
         )
         if any(m.get("config") != own for m in held):
             raise UserError(
@@ -178,7 +178,7 @@ class EncoderSwap:
         if self._drift is not None and self.recipe.drift.mode == "cka":
             self._drift.take_reference(branch)
             self._reference = snapshot.id
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             self.store.prune(s.id for s in progress.published[-2:])
         self.monitor.event(
             "published",
@@ -199,7 +199,7 @@ class EncoderSwap:
         if not distributed.broadcast(now - self._polled >= self.recipe.store.poll_seconds):
             return progress
         self._polled = now
-        found = self.store.snapshots() if distributed.main_rank() else []
+        found = self.store.snapshots() if distributed.is_main_rank() else []
         found = [s for s in distributed.broadcast(found) if s.id not in self._refused]
         return with_published(progress, found)
 
@@ -280,7 +280,7 @@ class EncoderSwap:
         if snapshot.id == GIVEN:
             return None
         manifest = distributed.broadcast(
-            self.store.manifest(snapshot.id) if distributed.main_rank() else {}
+            self.store.manifest(snapshot.id) if distributed.is_main_rank() else {}
         )
         found = branch.checksum()
         if manifest.get("checksum") not in (None, found):

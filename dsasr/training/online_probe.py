@@ -57,7 +57,7 @@ class OnlineProbe:
         self.config, self.build, self.monitor, self.folder = config, build, monitor, folder
         self._probe: dict[str, list[Batch]] = {}
         held: dict[str, Any] = {}
-        if config.every and distributed.main_rank() and (folder / "state.json").is_file():
+        if config.every and distributed.is_main_rank() and (folder / "state.json").is_file():
             held = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.seconds: float = held.get("seconds", 0.0)
         self.left_out: int = held.get("left_out", 0)
@@ -78,8 +78,12 @@ class OnlineProbe:
         with branch.evaluating() as module:
             for batch in self._batches(branch.name):
                 own |= _frames(_encoded(module, batch), batch)
-        kept = {k: x.contiguous() for part in distributed.gather(own) for k, x in part.items()}
-        if distributed.main_rank():
+        kept = {
+            k: x.contiguous()
+            for part in distributed.all_gather_object(own)
+            for k, x in part.items()
+        }
+        if distributed.is_main_rank():
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(self._start_file(branch.stage.name), save(kept))
         cost = time.monotonic() - started
@@ -149,9 +153,9 @@ class OnlineProbe:
                     old = sums.get(name, (0.0, 0.0))
                     sums[name] = (old[0] + found[0], old[1] + found[1])
         values = _means(sums)
-        gathered = distributed.gather(own)
-        placed = [row for part in distributed.gather(spoken) for row in part]
-        if not distributed.main_rank():
+        gathered = distributed.all_gather_object(own)
+        placed = [row for part in distributed.all_gather_object(spoken) for row in part]
+        if not distributed.is_main_rank():
             return values
         features = {k: x for part in gathered for k, x in sorted(part.items())}
         return values | self._measure(branch.stage, features, placed, probing)
@@ -247,7 +251,7 @@ class OnlineProbe:
         return found
 
     def _save(self) -> None:
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         state = {"seconds": self.seconds, "left_out": self.left_out, "looks": self.looks}
         state |= {"costs": self.costs, "labels": [_label_row(x) for x in self.labels]}
@@ -287,7 +291,7 @@ def _losses(module, batch: Batch, branch: str):
 def _means(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Means over all ranks, of what there was anything of; collective."""
     flat = torch.tensor([[float(a), float(b)] for a, b in sums.values()], dtype=torch.float64)
-    summed = distributed.sum_ranks(flat.to(distributed.device())).tolist()
+    summed = distributed.all_reduce_sum(flat.to(distributed.device())).tolist()
     counts = dict(zip(sums, summed, strict=True))
     means = {n: a / b for n, (a, b) in counts.items() if b}
     if "nll_with_audio" in means:

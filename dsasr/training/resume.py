@@ -52,7 +52,7 @@ def _find(
 def keep_recipe(recipe: Recipe) -> None:
     """``recipe.yaml`` in the run's folder, or `UserError`; collective."""
     try:
-        distributed.by_main(
+        distributed.on_main_rank(
             lambda: atomic_write(recipe.folder / "recipe.yaml", config.dump(recipe))
         )
     except OSError as error:

@@ -221,7 +221,7 @@ class Trainer:
     def _bad_counts(self) -> dict[str, int]:
         """Dropped samples of the run by cause, over all ranks; collective."""
         counts: Counter[str] = Counter()
-        for held in distributed.gather(dict(self.bad.counts)):
+        for held in distributed.all_gather_object(dict(self.bad.counts)):
             counts.update(held)
         return dict(sorted(counts.items()))
 
@@ -327,7 +327,7 @@ class Trainer:
 
     def _plot(self) -> None:
         """``timeline.png`` in the run folder; a picture that fails is no reason to."""
-        if not distributed.main_rank():
+        if not distributed.is_main_rank():
             return
         from dsasr.tracking.timeline_plot import plot_run
 

@@ -66,13 +66,13 @@ def error_rates(
     ``watched`` goes round the batches.
     """
     held = build.held_out(branch.name, utterances)
-    dropped = sum(distributed.gather(sum(len(batch.bad) for batch in held)))
+    dropped = sum(distributed.all_gather_object(sum(len(batch.bad) for batch in held)))
     told = {"left_out": float(dropped)} if dropped else {}
     batches = watched(held)
     with branch.evaluating() as module:
         if branch.name == "pretrain":
             rate = held_out.phoneme_error_rate(
-                module, batches, device=distributed.device(), sum_ranks=distributed.sum_ranks
+                module, batches, device=distributed.device(), sum_ranks=distributed.all_reduce_sum
             )
             return {"phoneme_error_rate": rate} | told, ""
         found = held_out.transcribe(
@@ -82,7 +82,7 @@ def error_rates(
             recipe.evaluation.decode,
             device=distributed.device(),
             any_rank=distributed.any_rank,
-            gather=distributed.gather,
+            gather=distributed.all_gather_object,
         )
         invented = _hallucinations(recipe, build, module)
     summary = found.scores(recipe.evaluation.rules).summary()
@@ -114,9 +114,9 @@ def _hallucinations(recipe: Recipe, build: Builder, module) -> dict[str, float]:
         cmvn=build.cmvn,
         device=distributed.device(),
         rank=distributed.rank(),
-        world=distributed.world(),
+        world=distributed.world_size(),
         any_rank=distributed.any_rank,
-        gather=distributed.gather,
+        gather=distributed.all_gather_object,
     )
     totals = found.hallucinations().summary()
     return {f"hallucination/{name}": value for name, value in totals.items()}

@@ -157,9 +157,9 @@ def test_remains_of_killed_jobs_go(tmp_path):
 
 def test_another_rank_that_cannot_write_leaves_nothing(tmp_path, monkeypatch):
     """Rank 0 of two, with the other's note written here."""
-    monkeypatch.setattr(async_writer.distributed, "world", lambda: 2)
+    monkeypatch.setattr(async_writer.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(async_writer.distributed, "broadcast", lambda value: value)
-    monkeypatch.setattr(async_writer.distributed, "gather", lambda value: [value, None])
+    monkeypatch.setattr(async_writer.distributed, "all_gather_object", lambda value: [value, None])
     write = async_writer.AsyncFolderWriter(tmp_path / "step-1", held(1), {})
     note = tmp_path / ".step-1.tmp" / "rank-00001.note"
     note.write_text('{"name": "rank-00001.safetensors", "failure": "rank 1: No space left"}')

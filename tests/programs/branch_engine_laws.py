@@ -70,7 +70,7 @@ def digest(branch: BranchEngine) -> str:
     for key, fragment in sorted(branch.fragments().items()):
         own.update(key.encode())
         own.update(fragment.tensor.float().contiguous().numpy().tobytes())
-    return " ".join(distributed.gather(own.hexdigest()[:16]))
+    return " ".join(distributed.all_gather_object(own.hexdigest()[:16]))
 
 
 def weights(branch: BranchEngine, part: str) -> dict[str, torch.Tensor]:
@@ -184,7 +184,7 @@ def main() -> None:
         pre.reload()
         found["beside"] = [found["losses"], digest(pre)]
         join(pre, sft, found, folder, fresh)
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / f"{course}.json").write_text(json.dumps(found))
     distributed.end_process()
 

@@ -78,7 +78,7 @@ def main() -> None:
     branch_engine.init_distributed()
     # Uneven on purpose: the last rank has no utterance in its second batch.
     every = [batch(0, 3), batch(1, 2), batch(2, 4), batch(3, 0)]
-    mine = every[distributed.rank() :: distributed.world()]
+    mine = every[distributed.rank() :: distributed.world_size()]
     config = DriftConfig(layers=True)
     monitor, held = DriftMonitor(config, mine), Held()
     before = frames(held.module, every)
@@ -122,7 +122,7 @@ def main() -> None:
     held.module.encoder.reset_parameters(torch.Generator().manual_seed(1))
     next(held.module.parameters()).data.fill_(float("nan"))
     found["broken"] = repr(monitor.measure(held).cka)
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / "found.json").write_text(json.dumps(found))
     distributed.end_process()
 

@@ -94,7 +94,7 @@ def main() -> None:
     found["optimizer"] = sorted({k.partition("/")[2] for k in pieces if "/exp_avg/" in k})
     norm = other.step([batches[0]], 5).grad_norm
     found["other_world"] &= 0 < float(norm) < float("inf")
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / "found.json").write_text(json.dumps(found))
     distributed.end_process()
 

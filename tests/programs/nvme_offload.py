@@ -104,7 +104,7 @@ def main() -> None:
     for branch in (*branches.values(), again):
         branch.close()
     found["left"] = len(list((folder / "disk").rglob("*.swp")))
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (folder / "found.json").write_text(json.dumps(found))
     distributed.end_process()
 

@@ -66,7 +66,7 @@ def compare(chosen: recipe.Recipe, name: str, folder: Path) -> dict:
         "moved": not same(started[0], ended[0]),
         "buffers": buffers,
         "names": sorted(started[1]),
-        "most": max(distributed.gather(cut.most)),
+        "most": max(distributed.all_gather_object(cut.most)),
         "total": total,
     }
 
@@ -84,7 +84,7 @@ def main() -> None:
         chosen = recipe.load(path, overrides)
         names = ("pretrain", "sft") if case == "plain" else ("sft",)
         found[case] = {name: compare(chosen, name, Path(out)) for name in names}
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         (Path(out) / "found.json").write_text(json.dumps(found))
     distributed.end_process()
 

@@ -92,10 +92,10 @@ def main() -> None:
     found = {
         "whole": whole,
         "slice": max(slices),
-        "publishing_bytes": max(distributed.gather(publishing.bytes)),
-        "loading_bytes": max(distributed.gather(loading.bytes)),
-        "largest_read": max(distributed.gather(max(read))),
-        "read": sum(distributed.gather(sum(read))),
+        "publishing_bytes": max(distributed.all_gather_object(publishing.bytes)),
+        "loading_bytes": max(distributed.all_gather_object(loading.bytes)),
+        "largest_read": max(distributed.all_gather_object(max(read))),
+        "read": sum(distributed.all_gather_object(sum(read))),
         "encoder": sum(p.ds_numel for p in other.module.encoder.parameters()),
         "loaded": other.checksum() == live.checksum(),
     }
@@ -116,17 +116,17 @@ def main() -> None:
     found |= {
         "moved": moved != live.checksum(),
         "again": other.checksum() == live.checksum(),
-        "masters": all(distributed.gather(masters)),
-        "moments": all(distributed.gather(moments)),
-        "others_kept": any(distributed.gather(kept)),
+        "masters": all(distributed.all_gather_object(masters)),
+        "moments": all(distributed.all_gather_object(moments)),
+        "others_kept": any(distributed.all_gather_object(kept)),
     }
     # The next step starts from it: a stale master would put the old encoder back.
     before = [p.ds_tensor.clone() for p in other.module.encoder.parameters()]
     other.step([batch()], 1)
     after = [p.ds_tensor for p in other.module.encoder.parameters()]
     step = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
-    found["next_step"] = max(distributed.gather(step))
-    if distributed.main_rank():
+    found["next_step"] = max(distributed.all_gather_object(step))
+    if distributed.is_main_rank():
         (folder / "found.json").write_text(json.dumps(found))
     distributed.end_process()
 

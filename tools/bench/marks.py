@@ -29,7 +29,7 @@ class Marks:
     def __init__(self):
         self.gpu = distributed.device().type == "cuda"
         self.clock = (
-            "wall" if distributed.world() > 1 and not self.gpu else clock(distributed.device())
+            "wall" if distributed.world_size() > 1 and not self.gpu else clock(distributed.device())
         )
         self._now = time.process_time if self.clock == "cpu time" else time.perf_counter
         self.steps: list[list[tuple[str, Any]]] = []

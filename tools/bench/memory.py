@@ -143,7 +143,7 @@ def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Pat
             llm=replace(model.llm, path=str(folder / "small"), weights=True),
         ),
     )
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         make_random_lm(folder / "small", Builder(chosen).tokenizer_folder, 32, 1)
     distributed.barrier()
     module = Builder(small).module(stage.branch, partitioner(chosen.engine))
@@ -162,7 +162,7 @@ def predict(args: argparse.Namespace, chosen: recipe.Recipe) -> tuple[dict[str, 
     batch = replace(stage.batch or chosen.data.dataloader.batch, frames=shape[0] * shape[1],
                     samples=shape[0], tokens=0)  # fmt: skip
     stage = replace(stage, batch=batch)
-    machine = cluster_sizing.Machine(nodes=1, gpus=distributed.world(), reserve=0.0,
+    machine = cluster_sizing.Machine(nodes=1, gpus=distributed.world_size(), reserve=0.0,
                              cpu=distributed.device().type == "cpu")  # fmt: skip
     made = cluster_sizing.step(chosen, stage, machine, traffic)
     total = sum(p.parameters for n, p in cluster_sizing.parts(chosen).items()
@@ -185,7 +185,7 @@ def main() -> None:
         folder = Path(distributed.broadcast(own))
         if args.llm:
             place = folder / "llm"
-            if distributed.main_rank():
+            if distributed.is_main_rank():
                 width, layers = (int(x) for x in args.llm.split("x"))
                 make_random_lm(place, Builder(chosen).tokenizer_folder, width, layers)
             distributed.barrier()
@@ -193,12 +193,12 @@ def main() -> None:
         # Of this stage's branch alone: the other one is not built here.
         one = replace(chosen, branch=batch_search.stage_of(chosen, args.stage).branch)
         expected, total = predict(args, one)
-        found = distributed.gather(measure(args, one, folder))
+        found = distributed.all_gather_object(measure(args, one, folder))
         distributed.barrier()
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         tell(found, expected, total)
         record("memory", recipe=args.recipe, stage=args.stage, whole=args.whole, llm=args.llm,
-               batch=args.batch, overrides=args.overrides, ranks=distributed.world(),
+               batch=args.batch, overrides=args.overrides, ranks=distributed.world_size(),
                parameters=total, measured=found, predicted=expected)  # fmt: skip
 
 

@@ -71,14 +71,14 @@ def measure(size: int, rounds: int, length: float, folder: Path) -> None:
         taken["write"] += [done.seconds for done in checkpoints.landed()]
     count = sum(p.ds_numel for p in branch.module.parameters())
     saved = sum(f.tensor.numel() * f.tensor.element_size() for f in branch.fragments().values())
-    saved = sum(distributed.gather(saved))
+    saved = sum(distributed.all_gather_object(saved))
     branch.close()
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         middle = {name: statistics.median(values) for name, values in taken.items()}
         record(
             "stall",
             parameters=count,
-            ranks=distributed.world(),
+            ranks=distributed.world_size(),
             rounds=rounds,
             clock="wall",
             audio_seconds=length,
@@ -100,14 +100,14 @@ def main() -> int:
     branch_engine.set_threads(EngineConfig())
     branch_engine.init_distributed()
     for size in options.sizes:
-        made = tempfile.mkdtemp(dir=options.folder) if distributed.main_rank() else None
+        made = tempfile.mkdtemp(dir=options.folder) if distributed.is_main_rank() else None
         folder = Path(distributed.broadcast(made))
         try:
             measure(size, options.rounds, options.audio, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         gc.collect()
-    branch_engine.leave_distributed()
+    distributed.destroy_process_group()
     return 0
 
 

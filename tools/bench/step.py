@@ -233,14 +233,14 @@ def measure(
     loss = report.sums["ctc" if stage.branch == "pretrain" else "nll"][0]
     if not torch.isfinite(loss):
         raise RuntimeError(f"{stage.name}: the loss is {loss}")
-    slowest = [max(times) for times in zip(*distributed.gather(whole), strict=True)]
+    slowest = [max(times) for times in zip(*distributed.all_gather_object(whole), strict=True)]
     found["seconds"] = slowest
     found["split_ms"] = {name: round(1000 * s, 3) for name, s in parts.items()}
     return found | profiled(branch, groups[-1], len(groups))
 
 
 def _shown() -> bool:
-    return distributed.main_rank() and sys.stderr.isatty()
+    return distributed.is_main_rank() and sys.stderr.isatty()
 
 
 def line(
@@ -248,7 +248,7 @@ def line(
     found: dict[str, Any], limits: Limits,
 ) -> dict[str, Any]:  # fmt: skip
     """What is recorded of one case; ``held`` are the batches that were timed."""
-    seconds, world = sum(found.pop("seconds")), distributed.world()
+    seconds, world = sum(found.pop("seconds")), distributed.world_size()
     needed = again = positions = 0.0
     for batch in held:
         parts, here = work(chosen, stage, module, batch)
@@ -288,7 +288,7 @@ def run(options: argparse.Namespace, chosen: Recipe) -> None:
             middle, fields = case(options, chosen, stage, zero, limits)
             first.setdefault(stage.name, middle)
             over = {f"over_zero{options.zero[0]}": round(middle / first[stage.name], 3)}
-            if distributed.main_rank():
+            if distributed.is_main_rank():
                 name = "small" if options.small else options.recipe
                 record("step", recipe=name, stage=stage.name, zero=zero, **over, **fields)
             gc.collect()
@@ -324,7 +324,7 @@ def case(
     middle = statistics.median(times)
     quarters = statistics.quantiles(times, method="inclusive")
     head = {
-        "ranks": distributed.world(),
+        "ranks": distributed.world_size(),
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": dispatch.chosen("linear_entropy", distributed.device(), dtype),
         "rounds": options.rounds,

@@ -98,7 +98,7 @@ def seconds(run: Callable[[], object]) -> float:
     run()
     if distributed.device().type == "cuda":
         torch.cuda.synchronize()
-    return max(distributed.gather(time.perf_counter() - started))
+    return max(distributed.all_gather_object(time.perf_counter() - started))
 
 
 def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -140,7 +140,7 @@ def measure(size: int, rounds: int, step_seconds: float, folder: Path) -> None:
     gc.collect()
     found |= switches(other, max(rounds // 3, 1))
     other.close()
-    if distributed.main_rank():
+    if distributed.is_main_rank():
         count = sum(p.ds_numel for p in other.module.encoder.parameters())
         _record(count, found, over, rate, step_seconds)
 
@@ -203,7 +203,7 @@ def _moved_masters(live: BranchEngine) -> dict:
 def _record(
     count: int, found: dict[str, float | None], over: list[float], rate: float, stated: float
 ) -> None:
-    lowest = 2 * 4 * count / distributed.world() / rate  # of a switch
+    lowest = 2 * 4 * count / distributed.world_size() / rate  # of a switch
     switch = max(found["switch"], found["switch_back"])
     a_swap = found["publish"] + found["store_swap"] + found["checksum"]
     cost = SWAPS * a_swap + SWITCHES * switch
@@ -215,11 +215,11 @@ def _record(
     record(
         "swap",
         encoder_parameters=count,
-        ranks=distributed.world(),
+        ranks=distributed.world_size(),
         rounds=len(over),
         clock="wall",
         precision=str(branch_engine.precision(EngineConfig())).removeprefix("torch."),
-        copy_gb_per_s=round(rate * distributed.world() / 1e9, 2),
+        copy_gb_per_s=round(rate * distributed.world_size() / 1e9, 2),
         **milliseconds,
         hot_swap_over_floor=round(statistics.median(over), 3),
         hot_swap_over_floor_range=[round(min(over), 3), round(max(over), 3)],
@@ -240,7 +240,7 @@ def room(size: int) -> str | None:
         count = sum(p.numel() for p in Parts(width, layers, 4 * width).parameters())
     needed = (32 if size >= LIGHT else 48) * count
     if distributed.device().type == "cuda":
-        free, needed = torch.cuda.mem_get_info()[0], needed // distributed.world()
+        free, needed = torch.cuda.mem_get_info()[0], needed // distributed.world_size()
     else:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
@@ -261,13 +261,13 @@ def main() -> int:
     options = parser.parse_args()
     branch_engine.set_threads(EngineConfig())
     branch_engine.init_distributed()
-    for size in Bar(options.sizes, unit="size", disable=not distributed.main_rank()):
+    for size in Bar(options.sizes, unit="size", disable=not distributed.is_main_rank()):
         reason = distributed.broadcast(room(size))
         if reason:
-            if distributed.main_rank():
+            if distributed.is_main_rank():
                 Bar.write(reason)
             continue
-        made = tempfile.mkdtemp(dir=options.folder) if distributed.main_rank() else None
+        made = tempfile.mkdtemp(dir=options.folder) if distributed.is_main_rank() else None
         folder = Path(distributed.broadcast(made))
         try:
             measure(size, options.rounds, options.step_seconds, folder)
