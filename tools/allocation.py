@@ -21,7 +21,7 @@ from dsasr.entropy_allocation.v_information import SPIKES, VInformationConfig
 from dsasr.evaluation import eval_sets
 from dsasr.recipe import quiet
 from dsasr.utils.errors import UserError, run_tool
-from dsasr.utils.io import atomic_write, json_lines, json_text
+from dsasr.utils.io import atomic_write, read_json_lines, to_json
 from dsasr.utils.progress import Bar
 
 Row = dict[str, Any]
@@ -124,9 +124,9 @@ def write(rows: Iterable[Row], home: str, measured: Row, out: Path | None) -> No
         files.setdefault(path, []).append({**row, "measured": measured})
     for path, held in files.items():
         new = {row["name"] for row in held}
-        old = [] if out else [r for r in json_lines(path) if r["name"] not in new]
+        old = [] if out else [r for r in read_json_lines(path) if r["name"] not in new]
         kept = [r for r in old if r.get("measured") == measured]
-        atomic_write(path, "".join(json_text(row) + "\n" for row in (*kept, *held)))
+        atomic_write(path, "".join(to_json(row) + "\n" for row in (*kept, *held)))
         gone = f"; {n} measured otherwise left out" if (n := len(old) - len(kept)) else ""
         print(f"written: {path} ({', '.join(row['name'] for row in held)}{gone})")
 

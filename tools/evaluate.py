@@ -24,7 +24,7 @@ from dsasr.inference.model_from_run import RunModel, events, finished
 from dsasr.recipe import quiet
 from dsasr.tracking.monitor import clock
 from dsasr.utils.errors import UserError, run_tool
-from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
 
 TRANSCRIPTS = "transcripts.jsonl"
@@ -177,7 +177,7 @@ def main() -> int:
         data = args.data[0] if len(args.data) == 1 else args.data
         values = {**summary, "data": data, "beam": args.beam, "stages": rows}
         atomic_write(args.run / TRANSCRIPTS, found.text())
-        atomic_write(args.run / "report.json", json_text(values, indent=1) + "\n")
+        atomic_write(args.run / "report.json", to_json(values, indent=1) + "\n")
         for name, _, seconds in stages:
             print(f"stage {name:<10} {clock(seconds)}")
     rates = "  ".join(

@@ -19,7 +19,7 @@ import torch
 from dsasr.inference.recognizer import Recognizer, Transcription, audio_files, with_beam
 from dsasr.recipe import quiet
 from dsasr.utils.errors import UserError, run_tool
-from dsasr.utils.io import atomic_write, json_text
+from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
 
 
@@ -50,7 +50,7 @@ def seconds_of(path: Path | str) -> float:
 
 def shown(done: Transcription, form: str) -> str:
     if form == "jsonl":
-        return json_text(done.plain()) + "\n"
+        return to_json(done.plain()) + "\n"
     return done.srt() if form == "srt" else done.text + "\n"
 
 

@@ -37,7 +37,7 @@ from dsasr.model.encoders.pretrained import RATE
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import finite
+from dsasr.utils.io import nonfinite_to_none
 
 # -- labels ------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def measure(
         row["llm"] = llm_allocation(subject.llm, subject.build, recordings)
     row["utterances"] = len(recordings)
     row["seconds"] = time.monotonic() - started
-    return finite(row), features
+    return nonfinite_to_none(row), features
 
 
 def _at_rate(probes: ProbeSet, rate: int) -> list[Recording]:
@@ -178,7 +178,7 @@ def _at_rate(probes: ProbeSet, rate: int) -> list[Recording]:
 
 def _plain(found: VInformation) -> dict[str, Any]:
     more = {"share": found.share, "sound": found.sound, "found": found.found}
-    return finite(asdict(found) | more)
+    return nonfinite_to_none(asdict(found) | more)
 
 
 @torch.no_grad()

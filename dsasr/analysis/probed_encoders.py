@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.entropy_allocation.v_information import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batches
 from dsasr.inference.model_from_run import newest, run_folder, run_recipe
@@ -84,18 +84,18 @@ def _subject(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncode
     encoder, head, llm = Encoder(build.recipe.model.encoder), None, None
     if held["kind"] == "snapshot":
         about |= {"pretrain": held["pretrain"], "cause": held["cause"]}
-        zero_partition.load_weights(encoder, Below(reader, "encoder."))
-        head = _head(build, Below(reader, "ctc."))
+        zero_partition.load_weights(encoder, PrefixReader(reader, "encoder."))
+        head = _head(build, PrefixReader(reader, "ctc."))
     else:
         branch = "sft" if "sft/encoder.subsampling.project.bias" in reader else "pretrain"
         stage = held["branches"][branch]["stage"]
         about |= {"steps": held["steps"], "pretrain": held["progress"]["pretrain"], "stage": stage}
         about |= {"encoder": held["progress"]["in_use"]} if branch == "sft" else {}
-        zero_partition.load_weights(encoder, Below(reader, f"{branch}/encoder."))
-        head = _head(build, Below(reader, "pretrain/ctc.")) or _stored_head(build, held)
+        zero_partition.load_weights(encoder, PrefixReader(reader, f"{branch}/encoder."))
+        head = _head(build, PrefixReader(reader, "pretrain/ctc.")) or _stored_head(build, held)
         if branch == "sft":
             llm = build.speech_llm()
-            zero_partition.load_weights(llm, Below(reader, "sft/"))
+            zero_partition.load_weights(llm, PrefixReader(reader, "sft/"))
             llm.to(device()).eval().requires_grad_(False)
     encoder.to(device()).eval().requires_grad_(False)
     name = f"{run_folder(path).name}/{reader.folder.name}"
@@ -120,7 +120,7 @@ def _native(name, about, build: Builder, encoder: Encoder, head=None, llm=None) 
     )
 
 
-def _head(build: Builder, reader: Below) -> CtcHead | None:
+def _head(build: Builder, reader: PrefixReader) -> CtcHead | None:
     """The CTC head below ``reader``, where there is one."""
     if not reader.shapes:
         return None
@@ -132,7 +132,7 @@ def _head(build: Builder, reader: Below) -> CtcHead | None:
 def _stored_head(build: Builder, held: dict[str, Any]) -> CtcHead | None:
     folder = build.recipe.store_folder / (held["progress"]["in_use"] or "")
     try:
-        return _head(build, Below(FragmentReader(folder), "ctc."))
+        return _head(build, PrefixReader(FragmentReader(folder), "ctc."))
     except FragmentError:
         return None  # pruned, or an encoder from elsewhere
 

@@ -43,7 +43,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class Landed:
+class SaveResult:
     """What became of a checkpoint: ``failure`` is None if it is there."""
 
     path: Path
@@ -62,7 +62,7 @@ class CheckpointManager:
         self._saved_at = time.monotonic()
         self._write: AsyncFolderWriter | None = None
         self._steps, self._stall, self._told = 0, 0.0, False
-        self._landed: list[Landed] = []  # on rank 0: not yet asked for
+        self._landed: list[SaveResult] = []  # on rank 0: not yet asked for
         self._marks: dict[str, tuple[float, float]] = {}  # of a checkpoint: (saved, score)
 
     def due(self, steps: int) -> bool:
@@ -84,7 +84,7 @@ class CheckpointManager:
     ) -> Path:
         """Write the checkpoint after ``steps`` steps, then drop old ones; collective.
 
-        With ``wait`` it is there on return, else `landed` tells when it is. Raises `OSError` on all
+        With ``wait`` it is there on return, else `finished_saves` tells when it is. Raises `OSError` on all
         ranks when it could not be written.
         """
         started = time.monotonic()
@@ -98,7 +98,7 @@ class CheckpointManager:
         try:
             self._write = AsyncFolderWriter(target, held, info)
         except OSError as error:
-            self._landed.append(Landed(target, steps, 0.0, 0.0, str(error)))
+            self._landed.append(SaveResult(target, steps, 0.0, 0.0, str(error)))
             raise
         self._steps, self._told = steps, False
         self._stall = time.monotonic() - started
@@ -106,7 +106,7 @@ class CheckpointManager:
             raise OSError(failure)
         return target
 
-    def landed(self) -> list[Landed]:
+    def finished_saves(self) -> list[SaveResult]:
         """On rank 0: what has become of checkpoints since the last call; not collective."""
         if self._write is not None and self._write.over:
             self._land(self._write.failure)
@@ -132,7 +132,9 @@ class CheckpointManager:
         if self._told or not distributed.is_main_rank():
             return
         self._told, write = True, self._write
-        self._landed.append(Landed(write.target, self._steps, write.seconds, self._stall, failure))
+        self._landed.append(
+            SaveResult(write.target, self._steps, write.seconds, self._stall, failure)
+        )
         if failure is None:
             self._prune()
 

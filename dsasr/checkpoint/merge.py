@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.safetensors_writer import Lazy, write_tensors
+from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER, MOMENTS
 from dsasr.utils.errors import UserError
@@ -65,7 +65,9 @@ def average(
     def dtype(key: str) -> torch.dtype:
         return first.read(key, 0, 1).dtype
 
-    tensors = {k: Lazy(dtype(k), (math.prod(first.shapes[k]),), lambda k=k: mean(k)) for k in keys}
+    tensors = {
+        k: LazyTensor(dtype(k), (math.prod(first.shapes[k]),), lambda k=k: mean(k)) for k in keys
+    }
     layout = {key: [list(first.shapes[key]), 0] for key in keys}
     staging = tensor_fragments.staging_of(target)
     shutil.rmtree(staging, ignore_errors=True)

@@ -25,7 +25,7 @@ _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor to be: its form, and how to get it when its turn has come."""
 
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Lazy:
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor | Lazy],
+    tensors: Mapping[str, Tensor | LazyTensor],
     metadata: Mapping[str, str] | None = None,
     wait: Callable[[], None] = lambda: None,
 ) -> str:
@@ -48,7 +48,7 @@ def write_tensors(
     ``wait`` is called between blocks of 4 MB. Raises `OSError`, and leaves what it wrote.
     """
     lazy = {
-        name: t if isinstance(t, Lazy) else Lazy(t.dtype, tuple(t.shape), lambda t=t: t)
+        name: t if isinstance(t, LazyTensor) else LazyTensor(t.dtype, tuple(t.shape), lambda t=t: t)
         for name, t in tensors.items()
     }
     # The widest first: so that each tensor is aligned to its own element size.

@@ -241,7 +241,7 @@ class FragmentReader:
         return self.read(key, 0, _numel(shape)).reshape(shape)
 
 
-class Below:
+class PrefixReader:
     """A `FragmentReader` seen from below a key prefix."""
 
     def __init__(self, reader: FragmentReader, prefix: str):

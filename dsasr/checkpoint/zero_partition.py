@@ -190,7 +190,7 @@ def refresh_gathered(held: Iterable[Tensor]) -> None:
         resident[0].all_gather(resident)
 
 
-class States:
+class OptimizerStates:
     """fp32 masters and Adam moments of one DeepSpeed optimizer, by parameter name, as views.
 
     ``zero`` is DeepSpeed's ZeRO optimizer; its ``optimizer`` the torch one inside. Where it keeps

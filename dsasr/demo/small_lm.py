@@ -26,7 +26,7 @@ from torch import Tensor
 from dsasr.data.text.prompt import Prompt, Tokenizer, load_tokenizer, normalize_text
 from dsasr.demo.phoneme_prompt import SpokenFrames, spoken_batch
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, json_text
+from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, to_json
 from dsasr.utils.progress import Bar
 
 REPORT = "pretraining.json"
@@ -341,7 +341,7 @@ def _save(llm, tokenizer: Path, out: Path, report: dict) -> None:
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, building / name)
-    atomic_write(building / REPORT, json_text(report, indent=1) + "\n")
+    atomic_write(building / REPORT, to_json(report, indent=1) + "\n")
     for path in building.iterdir():
         fsync_file(path)
     shutil.rmtree(out, ignore_errors=True)

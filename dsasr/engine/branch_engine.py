@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.checkpoint import zero_partition
-from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader, checksum
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader, PrefixReader, checksum
 from dsasr.data.batch import Batch
 from dsasr.engine import zero_hooks
 from dsasr.engine.config import (
@@ -330,7 +330,7 @@ class BranchEngine:
 
     def load(self, reader: FragmentReader, stage: StageConfig | None, adam_steps: float) -> None:
         """Restore what `fragments` gave, written by any number of ranks; collective."""
-        below = Below(reader, f"{self.name}/")
+        below = PrefixReader(reader, f"{self.name}/")
         if stage is None:
             zero_partition.load_weights(self.module, below)
             return

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.checkpoint import zero_partition
-from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader, PrefixReader
 from dsasr.engine.offload import StateOffloader
 
 
@@ -25,7 +25,7 @@ class MasterWeights:
     def __init__(self, module: nn.Module, dtype: torch.dtype, offloader: StateOffloader):
         self._module, self._offloader = module, offloader
         self._low = dtype is not torch.float32
-        self.live: zero_partition.States | None = None
+        self.live: zero_partition.OptimizerStates | None = None
         self._dormant: dict[str, Fragment] = {}
 
     # -- offload ------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class MasterWeights:
         ``zero``: its ZeRO optimizer. ``steps``: Adam's count, for the moments to go on from; None:
         they begin again.
         """
-        self.live = zero_partition.States(self._module, zero)
+        self.live = zero_partition.OptimizerStates(self._module, zero)
         self._dormant |= {k: f for k, f in carried.items() if _is_master(k)}
         if steps is not None:
             self.live.make_moments(steps)
@@ -158,7 +158,7 @@ class MasterWeights:
         """Adam's step count."""
         return self.live.steps() if self.live is not None else 0.0
 
-    def load(self, reader: Below, steps: float) -> None:
+    def load(self, reader: PrefixReader, steps: float) -> None:
         """What `fragments` and `steps` gave, of any number of ranks, into the stage's engine."""
         if steps:
             self.live.make_moments(steps)
@@ -190,7 +190,7 @@ def _copy(fragment: Fragment) -> Fragment:
     return dataclasses.replace(fragment, tensor=fragment.tensor.clone())
 
 
-def _read(reader: Below | FragmentReader, key: str, parameter: Tensor) -> Fragment:
+def _read(reader: PrefixReader | FragmentReader, key: str, parameter: Tensor) -> Fragment:
     """The master of what this rank answers for of ``parameter``'s weights."""
     own = zero_partition.weight(parameter)
     return dataclasses.replace(own, tensor=reader.read(key, own.start, own.stop))

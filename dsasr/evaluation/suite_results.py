@@ -34,7 +34,7 @@ from dsasr.evaluation.hallucination import HallucinationConfig, HallucinationRep
 from dsasr.evaluation.suite import Case, SuiteConfig, Utterance, best_prefix, kept, suite
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import finite, json_text, text_lines
+from dsasr.utils.io import nonfinite_to_none, read_lines, to_json
 
 PLAIN = SuiteConfig(nonspeech=(), snrs=(), truncations=())  # the recordings as they are
 RECORDED = "recorded"
@@ -167,7 +167,7 @@ class Trials:
             "nonspeech": self.nonspeech(),
             "examples": [asdict(e) for e in report.examples],
         }
-        return finite(out)
+        return nonfinite_to_none(out)
 
     def nonspeech(self) -> dict[str, dict[str, float]]:
         """Characters a minute transcribed from non-speech, by condition and over `ALL` of them.
@@ -194,13 +194,13 @@ class Trials:
 
     def text(self) -> str:
         """JSON lines."""
-        return "".join(json_text(vars(row)) + "\n" for row in self.rows)
+        return "".join(to_json(vars(row)) + "\n" for row in self.rows)
 
 
 def read(path: Path) -> Trials:
     """What `Trials.text` wrote. Raises `UserError`."""
     try:
-        lines = text_lines(path)
+        lines = read_lines(path)
         return Trials([Trial(**json.loads(line)) for line in lines])
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} holds no transcripts of tools/evaluate.py: {error}") from None

@@ -33,8 +33,8 @@ from torch import nn
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.safetensors_writer import Lazy, write_tensors
-from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.text.prompt import Prompt, Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
@@ -108,7 +108,7 @@ def export_run(
     """
     if target.exists():
         raise UserError(f"{target} exists: give a new folder")
-    weights = Below(reader, "sft/")
+    weights = PrefixReader(reader, "sft/")
     if not any(key.startswith("llm.") for key in weights.shapes):
         raise UserError(f"{reader.folder} holds no recognizer: its sft branch has not begun")
     _check_lora(build, weights, adapter)
@@ -130,7 +130,11 @@ def export_run(
 
 
 def _write(
-    build: Builder, reader: FragmentReader, weights: Below, folder: Path, dtype: torch.dtype | None
+    build: Builder,
+    reader: FragmentReader,
+    weights: PrefixReader,
+    folder: Path,
+    dtype: torch.dtype | None,
 ) -> None:
     recipe = build.recipe
     prefix, suffix = Prompt.build(build.tokenizer)
@@ -159,7 +163,7 @@ def _write(
             _write_files(place, tensors)
 
 
-def _check_lora(build: Builder, weights: Below, adapter: bool) -> None:
+def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
     """Raise `UserError` where recipe and checkpoint disagree, or an adapter is no whole answer."""
     model, stages = build.recipe.model, build.recipe.schedule().sft
     held = any(map(lora.is_adapter, weights.shapes))
@@ -173,7 +177,9 @@ def _check_lora(build: Builder, weights: Below, adapter: bool) -> None:
         raise UserError(f"the run has no adapter to write beside the merged model: {why}")
 
 
-def _write_adapter(build: Builder, weights: Below, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_adapter(
+    build: Builder, weights: PrefixReader, folder: Path, dtype: torch.dtype | None
+) -> None:
     keys = [k for k in weights.shapes if lora.is_adapter(k)]
     matrices = {k.removeprefix("llm."): weights.whole(k) for k in keys}
     if dtype is not None:
@@ -185,12 +191,12 @@ def _write_adapter(build: Builder, weights: Below, folder: Path, dtype: torch.dt
 
 
 def _lazy(
-    weights: Below,
+    weights: PrefixReader,
     key: str,
     dtype: torch.dtype | None,
     bar: Bar,
     adapted: lora.LoraConfig | None,
-) -> Lazy:
+) -> LazyTensor:
     held = weights.read(key, 0, 1).dtype
     chosen = dtype if dtype is not None and held.is_floating_point else held
     a, b = lora.factors(key)
@@ -203,14 +209,14 @@ def _lazy(
         bar.update(tensor.nbytes)
         return tensor
 
-    lazy = Lazy(chosen, weights.shapes[key], get)
+    lazy = LazyTensor(chosen, weights.shapes[key], get)
     bar.total += lazy.bytes
     return lazy
 
 
-def _write_files(folder: Path, tensors: dict[str, Lazy]) -> None:
+def _write_files(folder: Path, tensors: dict[str, LazyTensor]) -> None:
     """One file, or several and the index that transformers reads."""
-    files: list[dict[str, Lazy]] = [{}]
+    files: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
         if files[-1] and sum(t.bytes for t in files[-1].values()) + tensor.bytes > FILE_BYTES:
             files.append({})

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.tensor_fragments import Below, FragmentError, FragmentReader
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.evaluation import suite_results
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.suite import SuiteConfig
@@ -18,7 +18,7 @@ from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import json_lines
+from dsasr.utils.io import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunModel:
         reader = named(folder, checkpoint) if checkpoint else newest(folder)
         model = build.speech_llm()
         try:
-            zero_partition.load_weights(model, Below(reader, "sft/"))
+            zero_partition.load_weights(model, PrefixReader(reader, "sft/"))
         except FragmentError as error:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
         return cls(build, model.to(device()).eval(), reader.folder)
@@ -119,7 +119,7 @@ def named(folder: Path, checkpoint: str) -> FragmentReader:
 
 def events(folder: Path) -> list[dict]:
     """The run's events, oldest first; torn lines are left out."""
-    return json_lines(folder / "events.jsonl")
+    return read_json_lines(folder / "events.jsonl")
 
 
 def finished(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.stages import Schedule
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import finite, json_lines
+from dsasr.utils.io import nonfinite_to_none, read_json_lines
 
 Row = dict[str, Any]
 LIMITED = ("found", "limit")  # of an estimate: is there any, and what would have stood out
@@ -92,7 +92,7 @@ def _job(folder: Path, name: str) -> RunData:
     run.taken = _taken(folder, recipe.store_folder)
     path = folder / "report.json"
     if path.is_file():
-        run.trial = finite(json.loads(path.read_text(encoding="utf-8")))
+        run.trial = nonfinite_to_none(json.loads(path.read_text(encoding="utf-8")))
     return run
 
 
@@ -115,7 +115,7 @@ def _measured(path: Path) -> list[Row]:
             return row
         return {key: held(value) for key, value in row.items() if value is not None}
 
-    return [held(finite(row)) for row in json_lines(path)]
+    return [held(nonfinite_to_none(row)) for row in read_json_lines(path)]
 
 
 def named(folders: Sequence[str | Path]) -> list[RunData]:

@@ -18,7 +18,7 @@ from dsasr.data.shards.index import index_path, load_index
 from dsasr.data.shards.storage import Sources
 from dsasr.recipe import Recipe
 from dsasr.tracking.monitor import LEDGER, METRICS
-from dsasr.utils.io import text_lines
+from dsasr.utils.io import read_lines
 
 CLOCK = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on the clock
 
@@ -87,14 +87,14 @@ def newest_steps(run: Path) -> int:
 
 def finished(run: Path) -> bool:
     try:
-        lines = text_lines(run / "events.jsonl")
+        lines = read_lines(run / "events.jsonl")
         return bool(lines) and json.loads(lines[-1])["event"] == "finished"
     except (OSError, ValueError):
         return False
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    lines = text_lines(path) if path.is_file() else []
+    lines = read_lines(path) if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 

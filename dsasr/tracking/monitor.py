@@ -20,7 +20,7 @@ import torch
 
 from dsasr.engine.branch_engine import StepReport
 from dsasr.utils import distributed
-from dsasr.utils.io import atomic_write, json_text, text_lines
+from dsasr.utils.io import atomic_write, read_lines, to_json
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Monitor:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if name in self._files:
             with self._despite_full_disk():
-                self._files[name].write(json_text(line) + "\n")
+                self._files[name].write(to_json(line) + "\n")
                 self._files[name].flush()
                 self._lines[name] += 1
 
@@ -303,7 +303,7 @@ def _cut(path: Path, steps: int, written: int | None) -> int:
     if not path.is_file():
         return 0
     kept = []
-    for number, line in enumerate(text_lines(path)):
+    for number, line in enumerate(read_lines(path)):
         try:
             held = json.loads(line)
         except ValueError:

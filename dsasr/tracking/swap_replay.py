@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.utils.errors import UserError, run_tool
-from dsasr.utils.io import text_lines
+from dsasr.utils.io import read_lines
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The events of a run folder; a torn last line is left out. Raises `UserError`."""
     try:
-        lines = text_lines(folder / "events.jsonl")
+        lines = read_lines(folder / "events.jsonl")
     except OSError as error:
         raise UserError(f"{folder} is no run folder: {error.strerror}") from None
     events = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.stages import Schedule, learning_rate
-from dsasr.utils.io import atomic_path, text_lines
+from dsasr.utils.io import atomic_path, read_lines
 
 COLORS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a", "#6b4a2b")
 LINES = ("-", "--", ":", "-.")
@@ -214,4 +214,4 @@ def plot_run(folder: Path) -> Path:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text_lines(path)]
+    return [json.loads(line) for line in read_lines(path)]

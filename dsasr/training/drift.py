@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader, PrefixReader
 from dsasr.data.batch import Batch
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.entropy_allocation.cka import LayerCka
@@ -112,7 +112,7 @@ class DriftMonitor:
 
         Raises `UserError` on all ranks when it holds none of any rank's.
         """
-        below, counts = Below(reader, PREFIX), Counter()
+        below, counts = PrefixReader(reader, PREFIX), Counter()
         for name in below.shapes:
             counts[name.rpartition("/")[0]] += 1
         self._reference = {

@@ -270,7 +270,7 @@ class Trainer:
             self.save(wait=False)
 
     def _tell_checkpoints(self) -> None:
-        for one in self.checkpoints.landed():
+        for one in self.checkpoints.finished_saves():
             if one.failure is not None:
                 self.monitor.event("checkpoint_failed", reason=one.failure, steps=one.steps)
                 continue

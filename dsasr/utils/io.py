@@ -58,25 +58,25 @@ def atomic_write(path: str | os.PathLike, data: str | bytes) -> None:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
-def finite(value: Any) -> Any:
+def nonfinite_to_none(value: Any) -> Any:
     """``value``, of which lists and dicts are copied, with None for every float that is no number
     or infinite."""
     if isinstance(value, dict):
-        return {key: finite(held) for key, held in value.items()}
+        return {key: nonfinite_to_none(held) for key, held in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(held) for held in value]
+        return [nonfinite_to_none(held) for held in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def json_text(value: Any, **options: Any) -> str:
+def to_json(value: Any, **options: Any) -> str:
     """``value`` as JSON, which has no NaN and no infinity: both are null.
 
     ``options`` are `json.dumps`'s.
     """
-    return json.dumps(finite(value), allow_nan=False, ensure_ascii=False, **options)
+    return json.dumps(nonfinite_to_none(value), allow_nan=False, ensure_ascii=False, **options)
 
 
-def text_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file, cut at line feeds alone.
 
     ``str.splitlines`` also cuts at U+2028 and others, which a transcript in a JSON line may hold.
@@ -85,11 +85,11 @@ def text_lines(path: Path) -> list[str]:
     return text.split("\n") if text else []
 
 
-def json_lines(path: Path) -> list[Any]:
+def read_json_lines(path: Path) -> list[Any]:
     """The rows of a file of JSON lines, none where it is missing; torn ones, as of a run that goes
     on or was killed, are left out."""
     found = []
-    for line in text_lines(path) if path.is_file() else ():
+    for line in read_lines(path) if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:

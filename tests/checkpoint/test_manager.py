@@ -86,9 +86,9 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(tensor_fragments, "write_file", slowly)
 
 
-def until_landed(saved: CheckpointManager):
+def until_saved(saved: CheckpointManager):
     end = time.monotonic() + 30
-    while not (found := saved.landed()):
+    while not (found := saved.finished_saves()):
         assert time.monotonic() < end
         time.sleep(0.01)
     return found
@@ -101,9 +101,9 @@ def test_training_waits_for_a_copy_and_not_for_the_disk(tmp_path, slow_disk):
     target = saved.save(1, {"w": Fragment((1000,), 0, weights)}, {"list": [1]}, wait=False)
     assert time.monotonic() - started < 0.25
     weights.zero_()  # the next optimizer step
-    assert not target.exists() and saved.landed() == []
-    (landed,) = until_landed(saved)
-    assert landed.failure is None and landed.seconds > 0.4 and landed.stall < 0.25
+    assert not target.exists() and saved.finished_saves() == []
+    (result,) = until_saved(saved)
+    assert result.failure is None and result.seconds > 0.4 and result.stall < 0.25
     reader, _ = saved.newest()
     assert torch.equal(reader.whole("w"), torch.ones(1000)) and reader.manifest["list"] == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000001"]
@@ -116,14 +116,14 @@ def test_the_next_one_waits_for_the_one_before(tmp_path, slow_disk):
     assert [p.name[-1] for p in saved.list()] == ["1"]
     saved.save(3, held(3), {})
     assert [p.name[-1] for p in saved.list()] == ["1", "2", "3"]
-    assert [one.steps for one in saved.landed()] == [1, 2, 3]
+    assert [one.steps for one in saved.finished_saves()] == [1, 2, 3]
 
 
 def test_a_run_that_ends_badly_still_gets_what_was_being_written(tmp_path, slow_disk):
     saved = CheckpointManager(tmp_path, CheckpointConfig())
     saved.save(1, held(1), {}, wait=False)
     saved.close()
-    assert saved.newest()[0].manifest["steps"] == 1 and saved.landed()[0].failure is None
+    assert saved.newest()[0].manifest["steps"] == 1 and saved.finished_saves()[0].failure is None
 
 
 def test_a_disk_that_is_full_in_the_background_is_told_later(tmp_path, monkeypatch):
@@ -136,8 +136,8 @@ def test_a_disk_that_is_full_in_the_background_is_told_later(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(tensor_fragments, "write_file", full)
         saved.save(2, held(2), {}, wait=False)
-        first, second = until_landed(saved) if len(saved._landed) > 1 else (
-            *saved.landed(), *until_landed(saved)
+        first, second = until_saved(saved) if len(saved._landed) > 1 else (
+            *saved.finished_saves(), *until_saved(saved)
         )  # fmt: skip
         assert first.failure is None and "No space left" in second.failure
     saved.save(3, held(3), {})

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.tensor_fragments import Below, FragmentReader
+from dsasr.checkpoint.tensor_fragments import FragmentReader, PrefixReader
 from dsasr.checkpoint.zero_partition import tensors
 from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import OffloadConfig, StateOffloader
@@ -150,7 +150,7 @@ def test_saved_and_loaded(tmp_path):
     tensor_fragments.write_folder(tmp_path / "saved", saved, {})
     again = masters(module, tmp_path)
     switch(again, module.llm)
-    again.load(Below(FragmentReader(tmp_path / "saved"), "sft/"), held.steps())
+    again.load(PrefixReader(FragmentReader(tmp_path / "saved"), "sft/"), held.steps())
     assert same(values(again), before) and again.steps() == 1.0
 
 

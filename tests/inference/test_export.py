@@ -19,7 +19,7 @@ import dsasr
 from dsasr import config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.safetensors_writer import Lazy, write_tensors
+from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
@@ -173,7 +173,7 @@ def test_tensors_written_one_by_one_are_safetensors(tmp_path):
         "i": torch.arange(9, dtype=torch.int64), "u": torch.ones(3, dtype=torch.bool),
         "empty": torch.zeros(0, 4), "d": torch.randn(2, dtype=torch.float64),
     }  # fmt: skip
-    lazy = {**tensors, "a": Lazy(torch.float32, (7,), lambda: tensors["a"])}
+    lazy = {**tensors, "a": LazyTensor(torch.float32, (7,), lambda: tensors["a"])}
     digest = write_tensors(tmp_path / "x.safetensors", lazy, {"format": "pt"})
     assert digest == tensor_fragments.file_digest(tmp_path / "x.safetensors")
     back = load_file(tmp_path / "x.safetensors")

@@ -7,26 +7,26 @@ import math
 
 import pytest
 
-from dsasr.utils.io import json_lines, json_text, text_lines
+from dsasr.utils.io import read_json_lines, read_lines, to_json
 
 
 @pytest.mark.parametrize("rows", [[], ["a"], ["a\u2028b", "c\x85d", ""], ["", "e\x0cf"]])
 def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
-    assert [json.loads(line) for line in text_lines(path)] == rows
+    assert [json.loads(line) for line in read_lines(path)] == rows
 
 
 def test_a_torn_last_line_is_no_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": ', "utf-8")
-    assert text_lines(path) == ['{"a": 1}', '{"a": ']
-    assert json_lines(path) == [{"a": 1}] and json_lines(tmp_path / "none.jsonl") == []
+    assert read_lines(path) == ['{"a": 1}', '{"a": ']
+    assert read_json_lines(path) == [{"a": 1}] and read_json_lines(tmp_path / "none.jsonl") == []
 
 
 def test_json_holds_neither_nan_nor_infinity():
     held = {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf, "d": "∞"}, "e": 2, "f": True}
-    text = json_text(held, indent=1)
+    text = to_json(held, indent=1)
     assert "∞" in text and "\n" in text and held["b"]["c"] == math.inf
 
     def never(constant):

@@ -36,7 +36,7 @@ from dsasr.inference.model_from_run import events, finished, run_recipe
 from dsasr.recipe import Recipe
 from dsasr.reporting import run_data
 from dsasr.utils.errors import UserError, run_tool
-from dsasr.utils.io import atomic_write, text_lines
+from dsasr.utils.io import atomic_write, read_lines
 
 TOOLS = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -144,7 +144,7 @@ def probe(
     tool("allocation.py", last, *(f.checkpoint for f in found), "--data", data,
          "--aligner", aligner, "--utterances", args.utterances,
          "--control", controls, "--random", controls, "--out", metrics)  # fmt: skip
-    rows = [json.loads(line) for line in text_lines(metrics)]
+    rows = [json.loads(line) for line in read_lines(metrics)]
     return [{k: v for k, v in row.items() if k not in ("run", "measured")} for row in rows]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsasr.data.dataloader.bucketing import Bad
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, text_lines
+from dsasr.utils.io import atomic_write, read_lines
 
 
 class BadSampleLog:
@@ -47,7 +47,7 @@ class BadSampleLog:
         stem, suffix = self.path.stem, self.path.suffix
         for path in sorted(self.path.parent.glob(f"{stem}*{suffix}")):
             kept = []
-            for line in text_lines(path):
+            for line in read_lines(path):
                 try:
                     values = json.loads(line)
                 except ValueError:
