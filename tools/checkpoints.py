@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.merge import average, compare, opened, weights
+from dsasr.checkpoint.locate import list_checkpoints, open_checkpoint
+from dsasr.checkpoint.merge import average, compare, weight_keys
 from dsasr.checkpoint.tensor_fragments import FragmentError
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.progress import Bar
@@ -28,10 +29,10 @@ def listing(folders: list[Path]) -> int:
     bad = 0
     for run in folders:
         inside = [run / "checkpoints", *sorted(run.glob("*/checkpoints")), run]
-        place = next((p for p in inside if any(p.glob("step-*"))), None)
+        place = next((p for p in inside if list_checkpoints(p)), None)
         if place is None:
             raise UserError(f"{run} has no checkpoints")
-        for path in sorted(place.glob("step-*")):
+        for path in list_checkpoints(place):
             size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
             try:
                 held = tensor_fragments.verify(path)
@@ -50,8 +51,8 @@ def listing(folders: list[Path]) -> int:
 
 def differences(one: Path, other: Path, most: int) -> int:
     """A table of what differs; returns 1 if anything does, as cmp does."""
-    a, b = opened(one), opened(other)
-    total = len({*weights(a), *weights(b)})
+    a, b = open_checkpoint(one), open_checkpoint(other)
+    total = len({*weight_keys(a), *weight_keys(b)})
     found = list(Bar(compare(a, b), desc="comparing", unit="tensor", total=total))
     differing = [d for d in found if d.differing]
     order = sorted(differing, key=lambda d: -math.inf if d.relative is None else -d.relative)
@@ -83,8 +84,8 @@ def main() -> int:
         return differences(*args.folders, args.most)
     if args.to is None:
         raise UserError("average needs --to FOLDER")
-    readers = [opened(path) for path in args.folders]
-    with Bar(desc="averaging", unit="tensor", total=len(weights(readers[0]))) as bar:
+    readers = [open_checkpoint(path) for path in args.folders]
+    with Bar(desc="averaging", unit="tensor", total=len(weight_keys(readers[0]))) as bar:
         average(readers, args.to, lambda _key: bar.update())
     print(f"{args.to}: the mean of {len(readers)} checkpoints")
     return 0

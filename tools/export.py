@@ -14,7 +14,8 @@ import torch
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.inference.export import export_run, newest_checkpoint
+from dsasr.checkpoint.locate import open_run_checkpoint
+from dsasr.inference.export import export_run
 from dsasr.recipe import Recipe, quiet
 from dsasr.utils.errors import UserError, run_tool
 
@@ -38,7 +39,7 @@ def main() -> int:
         raise UserError(f"{args.run} is no run folder: it has no recipe.yaml")
     values = config.read_recipe(str(places[0] / "recipe.yaml"))
     recipe = config.build(Recipe, config.override(values, args.overrides))
-    reader = newest_checkpoint(args.run, args.checkpoint)
+    reader = open_run_checkpoint(args.run, args.checkpoint)
     done = export_run(Builder(recipe), reader, args.to, DTYPES[args.dtype], args.adapter)
     size = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
     print(f"{done}: {size / 1e6:.1f} MB, from {reader.folder}")

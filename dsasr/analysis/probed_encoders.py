@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dsasr.build import Builder
-from dsasr.checkpoint import tensor_fragments, zero_partition
+from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint.locate import open_run_checkpoint, open_verified
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.entropy_allocation.v_information import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batches
-from dsasr.inference.model_from_run import newest, run_folder, run_recipe
+from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.encoders.pretrained import RATE, ForeignEncoder
@@ -67,15 +68,11 @@ def open_checkpoint(path: str | Path) -> ProbedEncoder:
     """
     path = Path(path)
     try:
-        reader = newest(path) if (path / "recipe.yaml").is_file() else _verified(path)
+        run = (path / "recipe.yaml").is_file()
+        reader = open_run_checkpoint(path) if run else open_verified(path)
         return _subject(path, reader, Builder(run_recipe(run_folder(path))))
     except FragmentError as error:
         raise UserError(f"{path} cannot be measured: {error}") from None
-
-
-def _verified(path: Path) -> FragmentReader:
-    tensor_fragments.verify(path)
-    return FragmentReader(path)
 
 
 def _subject(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:

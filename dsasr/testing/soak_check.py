@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.locate import checkpoint_folder, list_checkpoints, newest_whole
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.shards.index import index_path, load_index
 from dsasr.data.shards.storage import Sources
@@ -70,19 +70,14 @@ def _lines(what: str, mine: list[dict], theirs: list[dict]) -> list[str]:
 
 def last(run: Path) -> FragmentReader | None:
     """The newest whole checkpoint."""
-    for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            tensor_fragments.verify(path)
-            return FragmentReader(path)
-        except tensor_fragments.FragmentError:
-            continue
-    return None
+    path, _ = newest_whole(checkpoint_folder(run))
+    return FragmentReader(path) if path else None
 
 
 def newest_steps(run: Path) -> int:
     """After how many steps the newest published checkpoint was written; 0: there is none."""
-    found = sorted((run / "checkpoints").glob("step-*"))
-    return int(found[-1].name.partition("-")[2]) if found else 0
+    paths = list_checkpoints(checkpoint_folder(run))
+    return int(paths[-1].name.partition("-")[2]) if paths else 0
 
 
 def finished(run: Path) -> bool:

@@ -19,6 +19,7 @@ import dsasr
 from dsasr import config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.inference import export
@@ -61,7 +62,7 @@ def run(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run) -> Path:
     chosen = config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml")))
-    return export.export_run(Builder(chosen), export.newest_checkpoint(run), run.parent / "model")
+    return export.export_run(Builder(chosen), open_run_checkpoint(run), run.parent / "model")
 
 
 def tone(seconds: float = 1.2, rate: int = 16000) -> np.ndarray:
@@ -123,7 +124,7 @@ def test_nothing_of_the_training_goes_along(run, exported):
 def test_large_models_go_to_several_files(run, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "FILE_BYTES", 20_000)
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
-    made = export.export_run(build, export.newest_checkpoint(run), tmp_path / "model")
+    made = export.export_run(build, open_run_checkpoint(run), tmp_path / "model")
     assert (made / "model-00001-of-00002.safetensors").is_file() or len(
         list(made.glob("model-*.safetensors"))
     ) > 1
@@ -134,7 +135,7 @@ def test_large_models_go_to_several_files(run, exported, tmp_path, monkeypatch):
 
 def test_rounded_to_bfloat16(run, tmp_path):
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
-    reader = export.newest_checkpoint(run)
+    reader = open_run_checkpoint(run)
     made = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
     held = load_file(made / "llm" / "model.safetensors")
     assert {t.dtype for t in held.values()} == {torch.bfloat16}
@@ -145,9 +146,9 @@ def test_rounded_to_bfloat16(run, tmp_path):
 def test_what_cannot_be_exported_or_loaded_is_said(run, exported, tmp_path):
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
     with pytest.raises(UserError, match="exists"):
-        export.export_run(build, export.newest_checkpoint(run), exported)
+        export.export_run(build, open_run_checkpoint(run), exported)
     with pytest.raises(UserError, match="no whole checkpoint"):
-        export.newest_checkpoint(tmp_path)
+        open_run_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no exported recognizer"):
         export.load_export(tmp_path)
     with pytest.raises(UserError, match="neither an exported model nor a run"):

@@ -30,6 +30,7 @@ import systems
 from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, named
 
 from dsasr import config
+from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.evaluation import suite_results
 from dsasr.evaluation.hallucination import Example, written
 from dsasr.inference.model_from_run import events, finished, run_recipe
@@ -111,7 +112,7 @@ def train_system(args: argparse.Namespace, system: System, seed: int, pretrain: 
     run, store = args.runs / f"seed{seed}" / whole.name, pretrain.parent / "snapshots"
     given = (args.kind, args.sizes, seed, args.corpus, run, store, published)
     folder = train(systems.sft(whole, *given), args.ranks)
-    places = sorted((folder / "checkpoints").glob("step-*"))
+    places = list_checkpoints(folder / "checkpoints")
     if system.joint == "none":
         wanted = f"step-{systems.before_joint(args.sizes):010d}"
         places = [p for p in places if p.name == wanted]
