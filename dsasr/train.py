@@ -68,7 +68,7 @@ def main() -> int:
     chosen = recipe.load(options.recipe, options.overrides)
     branch_engine.set_threads(chosen.engine)
     dispatch.select(chosen.kernels)
-    branch_engine.check_disk(chosen.engine)
+    branch_engine.check_nvme(chosen.engine)
     build.Builder(chosen).check()
     if options.check:
         print("the recipe and its files are in order")

@@ -134,7 +134,7 @@ class SnapshotStore:
         `OSError` on a full disk, and `UserError` when the store was claimed by another job.
         """
         self._check_claim()
-        fragments = zero_partition.weights(module) | masters
+        fragments = zero_partition.weight_fragments(module) | masters
         finite = tensor_fragments.all_finite(f.tensor for f in fragments.values())
         if distributed.any_rank(not finite):
             return False

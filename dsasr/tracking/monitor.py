@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import torch
 
-from dsasr.engine.branch_engine import StepReport
+from dsasr.engine.step_report import StepReport
 from dsasr.utils import distributed
 from dsasr.utils.io import atomic_write, read_lines, to_json
 

@@ -34,7 +34,8 @@ from torch import Tensor
 from dsasr.build import Builder
 from dsasr.data.batch import Batch
 from dsasr.data.text.phonemes import EspeakPhonemizer, StoredPhonemes, build_phonemizer
-from dsasr.engine.branch_engine import BranchEngine, StepReport
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.step_report import StepReport
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.frame_labels import Labeled, Numbering

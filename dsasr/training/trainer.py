@@ -16,7 +16,8 @@ from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bad_samples import BadSampleLog
-from dsasr.engine.branch_engine import BranchEngine, StepReport
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.step_report import StepReport
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, with_published

@@ -45,13 +45,13 @@ def test_what_is_missing_or_torn_is_named(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint: train it"):
         locate.open_run_checkpoint(tmp_path)
     torn = write(tmp_path / "checkpoints", 5, torn=True)
-    with pytest.raises(UserError, match="no whole checkpoint: .*altered"):
+    with pytest.raises(UserError, match=r"no whole checkpoint: .*altered"):
         locate.open_run_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="is not whole: .*altered.* has step-0000000005"):
+    with pytest.raises(UserError, match=r"is not whole: .*altered.* has step-0000000005"):
         locate.open_run_checkpoint(tmp_path, torn.name)
-    with pytest.raises(UserError, match="no checkpoint x; .* has step-0000000005"):
+    with pytest.raises(UserError, match=r"no checkpoint x; .* has step-0000000005"):
         locate.open_run_checkpoint(tmp_path, "x")
-    with pytest.raises(UserError, match="altered.*another checkpoint"):
+    with pytest.raises(UserError, match=r"altered.*another checkpoint"):
         locate.open_checkpoint(torn)
     with pytest.raises(FragmentError, match="altered"):
         locate.open_verified(torn)

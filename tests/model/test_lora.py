@@ -117,14 +117,14 @@ def test_without_peft_the_recipe_says_what_to_install(monkeypatch, given):
 
 def test_names_of_the_base_weights_stay_and_the_model_is_the_same_at_first():
     llm, ids = make_llm(), torch.tensor([[5, 9, 3, 7]])
-    plain = dict(zero_partition.parameters(llm))
+    plain = dict(zero_partition.named_parameters(llm))
     with torch.no_grad():
         before = llm(ids).logits
     lora.inject(llm, LoraConfig(rank=3))
     for name, parameter in lora.adapters(llm):
         generator = torch.Generator().manual_seed(len(name))
         parameter.data.copy_(lora.initial(name, tuple(parameter.shape), generator))
-    named = dict(zero_partition.parameters(llm))
+    named = dict(zero_partition.named_parameters(llm))
     base = {n: p for n, p in named.items() if not lora.is_adapter(n)}
     assert base.keys() == plain.keys() and all(base[n] is plain[n] for n in plain)
     assert len(named) == len(plain) + 2 * 14
@@ -154,8 +154,8 @@ def test_matrices_do_not_depend_on_each_other_or_the_weights(given):
         assert float(matrix.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.3)
     plain = Builder(dataclasses.replace(chosen, model=dataclasses.replace(
         chosen.model, lora=None), stages=chosen.stages[:2])).speech_llm()  # fmt: skip
-    held = dict(zero_partition.parameters(one))
-    assert all(torch.equal(p, held[n]) for n, p in zero_partition.parameters(plain))
+    held = dict(zero_partition.named_parameters(one))
+    assert all(torch.equal(p, held[n]) for n, p in zero_partition.named_parameters(plain))
 
 
 # -- stages ------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def write_cut(model, folder: Path, cuts: int, trained: tuple[str, ...]) -> None:
     generator = torch.Generator().manual_seed(7)
     folder.mkdir(parents=True)
     held: list[dict] = [{} for _ in range(cuts)]
-    for name, parameter in zero_partition.parameters(model):
+    for name, parameter in zero_partition.named_parameters(model):
         flat = parameter.detach().reshape(-1)
         kinds = {name: flat}
         if id(parameter) in training:
@@ -457,11 +457,11 @@ def test_stages_under_zero_3(launch, given, trained, tmp_path):
         assert moved == trains, f"{stage} trains {trains}, and {moved} moved"
     assert found["sharded"] and found["resumed"] and found["continued"] and found["other_world"]
     model = Builder(chosen).speech_llm()
-    wanted = {n for n, _ in zero_partition.parameters(model, "adaptor.")}
+    wanted = {n for n, _ in zero_partition.named_parameters(model, "adaptor.")}
     wanted |= {f"llm.{n}" for n, _ in lora.adapters(model.llm)}
     assert {name.partition("/")[2] for name in found["optimizer"]} == wanted
     # What two ranks saved in bf16, read by one: the language model's own weights are the folder's.
     reader = FragmentReader(tmp_path / "saved")
-    for name, parameter in zero_partition.parameters(model, "llm."):
+    for name, parameter in zero_partition.named_parameters(model, "llm."):
         low = parameter.detach().to(torch.bfloat16)
         assert torch.equal(reader.whole(f"sft/{name}"), low) != lora.is_adapter(name), name

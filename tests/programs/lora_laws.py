@@ -26,7 +26,7 @@ PARTS = ("encoder", "adaptor", "llm", "lora")
 def weights(branch: BranchEngine) -> dict[str, dict[str, torch.Tensor]]:
     """By part, this rank's slices."""
     held = {part: {} for part in PARTS}
-    for name, fragment in zero_partition.weights(branch.module).items():
+    for name, fragment in zero_partition.weight_fragments(branch.module).items():
         part = "lora" if lora.is_adapter(name) else name.partition(".")[0]
         held[part][name] = fragment.tensor.clone()
     return held
@@ -46,7 +46,7 @@ def sharded(build: Builder) -> bool:
     wanted, equal = dict(lora.adapters(build.speech_llm().llm)), True
     cut = build.speech_llm(partitioner(EngineConfig(precision="fp32"))).llm
     for name, parameter in lora.adapters(cut):
-        held = zero_partition.weight(parameter)
+        held = zero_partition.weight_fragment(parameter)
         part = wanted[name].detach().reshape(-1)[held.start : held.stop]
         equal &= held.tensor.numel() < wanted[name].numel() and torch.equal(held.tensor, part)
     return not distributed.any_rank(not equal)

@@ -64,7 +64,7 @@ def main() -> None:
     folder = Path(sys.argv[-1])
     branch_engine.init_distributed()
     disk = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "disk"))
-    branch_engine.check_disk(disk)
+    branch_engine.check_nvme(disk)
     branches = {
         "memory": BranchEngine("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
         "disk": BranchEngine("sft", Model(), disk, folder),
@@ -83,7 +83,7 @@ def main() -> None:
             found["equal"].append(losses[0] == losses[1])
             found["equal"].append(same(held(branches["memory"]), held(branches["disk"])))
     found["files"] = len(list((folder / "disk").rglob("*.swp")))
-    empty = [flat.numel() == 0 for flat in branches["disk"]._masters.live.flats()]
+    empty = [flat.numel() == 0 for flat in branches["disk"]._masters.live.flat_masters()]
     found["swapped"] = [any(empty), all(empty)]
     # A checkpoint of the one on the disk, and a swap of the encoder into it.
     tensor_fragments.write_folder(folder / "saved", branches["disk"].fragments(), {})
@@ -95,7 +95,7 @@ def main() -> None:
     found["continued"] = float(one.sums["nll"][0]) == float(other.sums["nll"][0])
     found["continued"] &= same(held(branches["disk"]), held(again))
     branches["disk"].load_encoder(branches["memory"])
-    weights = zero_partition.weights(branches["disk"].module, "encoder.")
+    weights = zero_partition.weight_fragments(branches["disk"].module, "encoder.")
     masters = branches["disk"].masters("encoder.")
     found["loaded"] = same(
         {k: f.tensor for k, f in weights.items()},

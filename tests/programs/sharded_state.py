@@ -104,12 +104,12 @@ def main() -> None:
     other.step([batch()], 0)
     moved = other.checksum()
     other.load_encoder(store.open(SNAPSHOT.id))
-    held = other._masters.live.views()
+    held = other._masters.live.fragments()
     masters, moments = True, True
-    for name, parameter in zero_partition.parameters(other.module, "encoder."):
+    for name, parameter in zero_partition.named_parameters(other.module, "encoder."):
         master = held[f"master/{name}"]
         masters &= torch.equal(
-            master.tensor, zero_partition.piece(parameter, master.start, master.stop)
+            master.tensor, zero_partition.weight_range(parameter, master.start, master.stop)
         )
         moments &= not any(held[f"{kind}/{name}"].tensor.any() for kind in zero_partition.MOMENTS)
     kept = any(held[f"exp_avg/llm.{n}"].tensor.any() for n in ("weight", "bias"))

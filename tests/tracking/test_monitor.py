@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsasr.data.batch import Batch
-from dsasr.engine.branch_engine import StepReport
+from dsasr.engine.step_report import StepReport
 from dsasr.tracking.monitor import Monitor, MonitorConfig, clock
 
 

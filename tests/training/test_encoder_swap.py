@@ -49,7 +49,9 @@ def offer(run: Trainer, number: int, cause: str, seed: int = 0, spoil: str = "")
         next(module.encoder.parameters()).data.fill_(float("nan"))
         manifest = run.exchange.store.manifest(snapshot.id)
         tensor_fragments.write_folder(
-            run.exchange.store.folder / snapshot.id, zero_partition.weights(module), manifest
+            run.exchange.store.folder / snapshot.id,
+            zero_partition.weight_fragments(module),
+            manifest,
         )
 
 
