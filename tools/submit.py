@@ -29,7 +29,7 @@ def schedule_rows(chosen: recipe.Recipe, asynchronous: bool) -> list[tuple[str, 
     rows = []
     for stage in chosen.stages:
         sft = asynchronous and stage.branch == "sft"
-        world = (chosen.slurm.sft if sft else chosen.slurm.size).world
+        world = (chosen.slurm.sft if sft else chosen.slurm.size).world_size
         batch = stage.batch or chosen.data.dataloader.batch
         audio = world * stage.grad_accum_steps * batch.frames / 100 / 3600
         trained = "+".join(stage.trains)
@@ -56,7 +56,7 @@ def main() -> int:
     else:
         if chosen.branch != "both":
             raise UserError("give no branch=…: train runs both in turns, async side by side")
-        make = slurm.train if args.job == "train" else slurm.asynchronous
+        make = slurm.train if args.job == "train" else slurm.concurrent
         made = make(chosen.slurm, run, args.python)
         if not args.no_check:
             Builder(chosen).check()

@@ -54,7 +54,7 @@ class Trainer:
         self.stage_seconds: dict[str, float] = {}
         self._turn_started = time.monotonic()
         self.watchdog = watchdog or for_rank(recipe.folder, recipe.watchdog)
-        self.watchdog.agree(distributed.broadcast(f"{time.time_ns()}"))
+        self.watchdog.set_start(distributed.broadcast(f"{time.time_ns()}"))
         if watchdog is not None:
             watchdog.at("loading")
         reader, passed_over = resume.choose(recipe, self.checkpoints)

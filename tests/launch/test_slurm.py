@@ -1,4 +1,4 @@
-"""What tools/submit.py would submit; the Slurm scripts' own text."""
+"""The sbatch commands of a recipe, and the Slurm scripts' own text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_training_job_takes_everything_from_the_recipe():
 
 def test_two_components_have_a_size_each():
     chosen = SlurmConfig(size=SizeConfig(nodes=4), sft=SizeConfig(nodes=2, gpus=2), account="a")
-    command = slurm.asynchronous(chosen, RUN, "python").command
+    command = slurm.concurrent(chosen, RUN, "python").command
     parted = command.index(":")
     first, second = command[:parted], command[parted:]
     assert "--nodes=4" in first and "--nodes=2" in second and "--ntasks-per-node=2" in second
@@ -69,7 +69,7 @@ def test_what_makes_no_sense_is_refused(values):
 
 def test_the_size_is_no_reason_to_refuse_a_resume():
     assert "slurm" in recipe.HARMLESS
-    assert SizeConfig(gpus=0, ranks=3).world == 3 and SizeConfig(gpus=0).world == 1
+    assert SizeConfig(gpus=0, ranks=3).world_size == 3 and SizeConfig(gpus=0).world_size == 1
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").iterdir()), ids=lambda p: p.name)

@@ -82,9 +82,7 @@ def resident(branch: BranchEngine) -> dict[str, torch.Tensor]:
     """The encoder's parameters that ZeRO keeps whole on every rank, as a step will use them."""
     named = zero_partition.named_parameters(branch.module, "encoder.")
     return {
-        name: p.data
-        for name, p in named
-        if p.numel() == math.prod(zero_partition.full_shape(p))
+        name: p.data for name, p in named if p.numel() == math.prod(zero_partition.full_shape(p))
     }
 
 
