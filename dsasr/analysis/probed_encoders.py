@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dsasr.build import Builder
-from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.tensor_fragments import PrefixReader, FragmentError, FragmentReader
+from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint.locate import open_run_checkpoint, open_verified
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.entropy_allocation.row import EncoderSource
 from dsasr.entropy_allocation.v_information import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
-from dsasr.inference.model_from_run import newest, run_folder, run_recipe
+from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.encoders.pretrained import RATE, ForeignEncoder
@@ -71,16 +72,12 @@ def open_checkpoint(path: str | Path) -> ProbedEncoder:
     branch's, else that of the snapshot in use. Raises `UserError` for a broken checkpoint.
     """
     path = Path(path)
+    is_run = (path / "recipe.yaml").is_file()
     try:
-        reader = newest(path) if (path / "recipe.yaml").is_file() else _verified(path)
+        reader = open_run_checkpoint(path) if is_run else open_verified(path)
         return _from_checkpoint(path, reader, Builder(run_recipe(run_folder(path))))
     except FragmentError as error:
         raise UserError(f"{path} cannot be measured: {error}") from None
-
-
-def _verified(path: Path) -> FragmentReader:
-    tensor_fragments.verify(path)
-    return FragmentReader(path)
 
 
 def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:

@@ -1,14 +1,13 @@
-"""A folder of fragments written while training goes on.
+"""Write a folder of fragments in the background while training goes on.
 
-`AsyncFolderWriter` copies what is to be written, which is all that the loop waits for, and leaves
-the rest to a thread of each rank. The threads need no collective, so they cannot come between the
-loop's: a rank's thread leaves a note beside its file, and rank 0's publishes the folder when all
-notes are there. What can fail is told by `wait`.
+`AsyncFolderWriter` copies the fragments to host memory, which is all that the training loop waits
+for, and leaves the rest to a thread on each rank. The threads make no collective call, so none can
+come between those of the loop: each rank's thread leaves a note beside its file, and rank 0's
+publishes the folder when all notes are there. `AsyncFolderWriter.wait` raises what went wrong.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -21,50 +20,52 @@ from typing import Any
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.utils import distributed
-from dsasr.utils.io import atomic_write
+from dsasr.utils.io import atomic_write, staging_folder
 
 
 class AsyncFolderWriter:
-    """``held`` of all ranks on its way to ``target``. Making one is collective."""
+    """A folder of all ranks' ``fragments`` on its way to ``target``; the constructor is collective.
 
-    def __init__(self, target: Path, held: Mapping[str, Fragment], info: Mapping[str, Any]):
+    ``info`` goes into the manifest. Raises `OSError` on all ranks where the staging folder cannot
+    be created.
+    """
+
+    def __init__(self, target: Path, fragments: Mapping[str, Fragment], info: Mapping[str, Any]):
         self.target = target
-        self.failure: str | None = None  # of this rank; on rank 0, once published, of all
+        self.failure: str | None = None  # this rank's; on rank 0, once published, any rank's
         self.seconds = 0.0  # that writing took
-        self._staging = tensor_fragments.staging_of(target)
-        self._rank, self._world = distributed.rank(), distributed.world()
-        self._info = json.dumps(info)  # now: the caller's may change
+        self._staging = staging_folder(target)
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._info = json.dumps(info)  # at once: the caller may change it
         self._written, self._stop = threading.Event(), threading.Event()
         self._started = time.monotonic()
-        problem = None
-        if distributed.main_rank():
-            try:
-                shutil.rmtree(self._staging, ignore_errors=True)
-                self._staging.mkdir(parents=True)
-            except OSError as error:
-                problem = str(error)
-        problem = distributed.broadcast(problem)
-        if problem:
-            raise OSError(f"could not write {target}: {problem}")
-        self._held = {
+        try:
+            distributed.on_main_rank(self._create_staging)
+        except OSError as error:
+            raise OSError(f"could not write {target}: {error}") from None
+        self._fragments = {
             key: dataclasses.replace(f, tensor=f.tensor.detach().to("cpu", copy=True))
-            for key, f in held.items()
+            for key, f in fragments.items()
         }
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def _create_staging(self) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+        self._staging.mkdir(parents=True)
+
     @property
-    def over(self) -> bool:
-        """Whether this rank's thread has ended; on rank 0: whether the folder is there, or not."""
+    def done(self) -> bool:
+        """Whether this rank's thread has ended; rank 0's ends when all is published, or failed."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until the folder is published; collective.
+        """Block until the folder is published; collective.
 
-        Raises `OSError` on every rank, with the first rank's reason, when any could not write.
+        When any rank cannot write, `OSError` with the first such rank's reason is raised on all.
         """
         self._written.wait()
-        failures = [f for f in distributed.gather(self.failure) if f]
+        failures = [f for f in distributed.all_gather_object(self.failure) if f]
         if failures:
             self._stop.set()
         self._thread.join()
@@ -73,18 +74,18 @@ class AsyncFolderWriter:
             raise OSError(f"could not write {self.target}: {failure}")
 
     def wait_alone(self, seconds: float) -> None:
-        """At a rank's end: give the threads so long to come through, without a collective."""
+        """Give the threads ``seconds`` to finish, without a collective call: for a rank's end."""
         self._thread.join(seconds)
         self._stop.set()
 
     def _work(self) -> None:
-        name = f"rank-{self._rank:05d}.safetensors"
+        name = tensor_fragments.rank_file(self._rank)
         note: dict[str, Any] = {"name": name}
         try:
-            note["sha256"] = tensor_fragments.write_file(self._staging / name, self._held)
+            note["sha256"] = tensor_fragments.write_file(self._staging / name, self._fragments)
         except OSError as error:
             self.failure = note["failure"] = f"rank {self._rank}: {error}"
-        self._held = {}
+        self._fragments = {}
         try:
             atomic_write(self._note(self._rank), json.dumps(note))
         except OSError as error:
@@ -103,27 +104,19 @@ class AsyncFolderWriter:
         return self._staging / f"rank-{rank:05d}.note"
 
     def _publish(self) -> str | None:
-        """Rename the folder when all ranks have written; or why not."""
-        pause, missing = 0.005, range(self._world)
+        """Publish the folder when all ranks have written; returns the reason if one has failed."""
+        pause, missing = 0.005, range(self._world_size)
         while missing := [r for r in missing if not self._note(r).is_file()]:
             if self._stop.wait(pause):
                 return self.failure or f"rank {missing[0]} did not finish"
             pause = min(pause * 1.5, 0.5)
-        notes = [json.loads(self._note(r).read_text("utf-8")) for r in range(self._world)]
+        notes = [json.loads(self._note(r).read_text("utf-8")) for r in range(self._world_size)]
         for note in notes:
             if "failure" in note:
                 return note["failure"]
-        for rank in range(self._world):
+        for rank in range(self._world_size):
             self._note(rank).unlink()
         files = {note["name"]: note["sha256"] for note in notes}
-        manifest = {"format": tensor_fragments.FORMAT, **json.loads(self._info), "files": files}
-        atomic_write(self._staging / tensor_fragments.MANIFEST, json.dumps(manifest, indent=1))
-        tensor_fragments.replace_folder(self._staging, self.target)
+        manifest = tensor_fragments.manifest_of(json.loads(self._info), files)
+        tensor_fragments.publish(self._staging, self.target, manifest)
         return None
-
-
-def remove_remains(folder: Path) -> None:
-    """What killed jobs left half-written or half-removed in ``folder``."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,17 +1,16 @@
-"""Save and resume everything that a run is: law 2, *interrupted is uninterrupted*.
+"""A run's checkpoints: when to save one, which to keep ("Interrupted is uninterrupted").
 
-A checkpoint is a folder of fragments: every branch's weights, fp32 masters and Adam moments, cut as
-the ranks held them, plus a manifest with progress, stream cursors, drift state and the recipe. The
-randomness of a step derives from its batch, so no generator state has to be kept. Any world size
-and any ZeRO stage can read it (`dsasr.checkpoint.tensor_fragments`).
+A checkpoint is a folder of fragments: every branch's weights, fp32 masters and Adam moments,
+partitioned as on the ranks that wrote it, and a manifest with progress, dataloader state, drift
+state and the recipe. The randomness of a step derives from its batch, so no generator state has to
+be saved. A job of any world size and ZeRO stage can read it (`dsasr.checkpoint.tensor_fragments`).
 
-Training waits for a copy in memory, not for the disk (`dsasr.checkpoint.async_writer`).
+Training waits for a copy in host memory, not for the disk (`dsasr.checkpoint.async_writer`).
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.async_writer import AsyncFolderWriter, remove_remains
+from dsasr.checkpoint.async_writer import AsyncFolderWriter
+from dsasr.checkpoint.locate import checkpoint_name, list_checkpoints, newest_whole
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
+from dsasr.utils.io import remove_folder, remove_temporaries
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class Landed:
-    """What became of a checkpoint: ``failure`` is None if it is there."""
+class SaveResult:
+    """The outcome of a save: ``failure`` is None if the checkpoint at ``path`` was published."""
 
     path: Path
     steps: int
@@ -55,16 +56,16 @@ class Landed:
 
 
 class CheckpointManager:
-    """The checkpoints of one run, in ``folder``."""
+    """Saves, lists and prunes the checkpoints of one run, in ``folder``."""
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder = Path(folder)
         self.config = config
         self._saved_at = time.monotonic()
-        self._write: AsyncFolderWriter | None = None
-        self._steps, self._stall, self._told = 0, 0.0, False
-        self._landed: list[Landed] = []  # on rank 0: not yet asked for
-        self._marks: dict[str, tuple[float, float]] = {}  # of a checkpoint: (saved, score)
+        self._writer: AsyncFolderWriter | None = None
+        self._steps, self._stall, self._recorded = 0, 0.0, False  # of the save by `_writer`
+        self._results: list[SaveResult] = []  # on rank 0: not yet returned by `finished_saves`
+        self._times_and_scores: dict[str, tuple[float, float]] = {}  # by a checkpoint's name
 
     def due(self, steps: int) -> bool:
         """Whether to save after ``steps`` optimizer steps, by rank 0's clock; collective."""
@@ -78,127 +79,122 @@ class CheckpointManager:
     def save(
         self,
         steps: int,
-        held: Mapping[str, Fragment],
+        fragments: Mapping[str, Fragment],
         state: Mapping[str, Any],
         score: float | None = None,
         wait: bool = True,
     ) -> Path:
-        """Write the checkpoint after ``steps`` steps, then drop old ones; collective.
+        """Write the checkpoint after ``steps`` steps, then prune old ones; collective.
 
-        With ``wait`` it is there on return, else `landed` tells when it is. Raises `OSError` on all
-        ranks when it could not be written.
+        ``state`` goes into its manifest; ``score``: the ``best`` metric at these steps, if it was
+        evaluated. With ``wait`` the checkpoint is published on return, else `finished_saves`
+        reports it later. Raises `OSError` on all ranks when it could not be written.
         """
         started = time.monotonic()
-        self._settle()
-        target = self.folder / f"step-{steps:010d}"
+        self._finish_write()
+        target = self.folder / checkpoint_name(steps)
         info = {"kind": "checkpoint", "steps": steps, "saved": time.time(), "score": score, **state}
         # Also after a failure: a full disk is tried again when the next one is due.
         self._saved_at = started
-        if distributed.main_rank() and self.folder.is_dir():
-            remove_remains(self.folder)
+        if distributed.is_main_rank() and self.folder.is_dir():
+            remove_temporaries(self.folder)
         try:
-            self._write = AsyncFolderWriter(target, held, info)
+            self._writer = AsyncFolderWriter(target, fragments, info)
         except OSError as error:
-            self._landed.append(Landed(target, steps, 0.0, 0.0, str(error)))
+            self._results.append(SaveResult(target, steps, 0.0, 0.0, str(error)))
             raise
-        self._steps, self._told = steps, False
+        self._steps, self._recorded = steps, False
         self._stall = time.monotonic() - started
-        if (wait or not self.config.async_write) and (failure := self._settle()):
+        if (wait or not self.config.async_write) and (failure := self._finish_write()):
             raise OSError(failure)
         return target
 
-    def landed(self) -> list[Landed]:
-        """On rank 0: what has become of checkpoints since the last call; not collective."""
-        if self._write is not None and self._write.over:
-            self._land(self._write.failure)
-        found, self._landed = self._landed, []
-        return found
+    def finished_saves(self) -> list[SaveResult]:
+        """On rank 0: the saves that have ended since the last call; not collective."""
+        if self._writer is not None and self._writer.done:
+            self._record(self._writer.failure)
+        results, self._results = self._results, []
+        return results
 
-    def _settle(self) -> str | None:
-        """Wait for the one that is being written; why it failed; collective."""
-        if self._write is None:
+    def _finish_write(self) -> str | None:
+        """Wait for the write in progress; returns why it failed; collective."""
+        if self._writer is None:
             return None
         started, failure = time.monotonic(), None
         try:
-            self._write.wait()
+            self._writer.wait()
         except OSError as error:
             failure = str(error)
         self._stall += time.monotonic() - started
-        self._land(failure)
-        self._write = None
+        self._record(failure)
+        self._writer = None
         return failure
 
-    def _land(self, failure: str | None) -> None:
-        """Note on rank 0, once, what has become of a checkpoint, and drop old ones."""
-        if self._told or not distributed.main_rank():
+    def _record(self, failure: str | None) -> None:
+        """On rank 0, once for each save: keep its result, and prune old checkpoints."""
+        if self._recorded or not distributed.is_main_rank():
             return
-        self._told, write = True, self._write
-        self._landed.append(Landed(write.target, self._steps, write.seconds, self._stall, failure))
+        self._recorded, writer = True, self._writer
+        self._results.append(
+            SaveResult(writer.target, self._steps, writer.seconds, self._stall, failure)
+        )
         if failure is None:
             self._prune()
 
     def close(self, seconds: float = 60.0) -> None:
-        """At a rank's end, also a bad one: let what is being written come through."""
-        if self._write is not None:
-            self._write.wait_alone(seconds)
-
-    # -- what is there -----------------------------------------------------------------------
+        """Give the write in progress ``seconds`` to finish: for a rank's end, or after an error."""
+        if self._writer is not None:
+            self._writer.wait_alone(seconds)
 
     def list(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+        return list_checkpoints(self.folder)
 
     def newest(self) -> tuple[FragmentReader | None, list[str]]:
-        """The newest checkpoint whose checksums hold, and why not a newer one; collective."""
-        chosen, passed_over = None, []
-        if distributed.main_rank():
-            for path in reversed(self.list()):
-                try:
-                    tensor_fragments.verify(path)
-                    chosen = str(path)
-                    break
-                except FragmentError as error:
-                    passed_over.append(str(error))
-        chosen, passed_over = distributed.broadcast((chosen, passed_over))
-        return (FragmentReader(Path(chosen)) if chosen else None), passed_over
+        """The newest checkpoint whose checksums match, and why newer ones do not; collective.
+
+        Rank 0 verifies.
+        """
+        path, problems = None, []
+        if distributed.is_main_rank():
+            path, problems = newest_whole(self.folder)
+        path, problems = distributed.broadcast((str(path) if path else None, problems))
+        return (FragmentReader(Path(path)) if path else None), problems
 
     def _prune(self) -> None:
         paths = self.list()
-        marks = [self._mark(path) for path in paths]
-        kept = kept_by(self.config, marks)
-        for place, path in enumerate(paths):
-            if place not in kept:
-                # Renamed first: a reader sees a whole one or none.
-                hidden = path.parent / f".{path.name}.gone.tmp"
-                try:
-                    path.rename(hidden)
-                except OSError:
-                    continue  # tried again after the next one
-                shutil.rmtree(hidden, ignore_errors=True)
-                self._marks.pop(path.name, None)
+        kept = kept_by(self.config, [self._time_and_score(path) for path in paths])
+        for index, path in enumerate(paths):
+            # What cannot be removed is tried again after the next save.
+            if index not in kept and remove_folder(path):
+                self._times_and_scores.pop(path.name, None)
 
-    def _mark(self, path: Path) -> tuple[float, float]:
-        if path.name not in self._marks:
+    def _time_and_score(self, path: Path) -> tuple[float, float]:
+        if path.name not in self._times_and_scores:
             try:
-                held = tensor_fragments.read_manifest(path)
+                manifest = tensor_fragments.read_manifest(path)
             except FragmentError:
-                held = {}
-            score = held.get("score")
-            self._marks[path.name] = (
-                float(held.get("saved", 0.0)), math.inf if score is None else float(score)
+                manifest = {}
+            score = manifest.get("score")
+            self._times_and_scores[path.name] = (
+                float(manifest.get("saved", 0.0)), math.inf if score is None else float(score)
             )  # fmt: skip
-        return self._marks[path.name]
+        return self._times_and_scores[path.name]
 
 
-def kept_by(config: CheckpointConfig, marks: Sequence[tuple[float, float]]) -> set[int]:
-    """Which of the checkpoints with these marks (saved at, score), oldest first, to keep. Pure."""
-    kept = set(range(len(marks))[-config.keep :])
+def kept_by(config: CheckpointConfig, times_and_scores: Sequence[tuple[float, float]]) -> set[int]:
+    """The indices of the checkpoints to keep, of those with these (time saved in seconds, score),
+    oldest first; a score that was not evaluated is infinite. Pure."""
+    count = len(times_and_scores)
+    kept = set(range(count)[-config.keep :])
     if config.keep_hours:
         last = -math.inf
-        for place, (saved, _) in enumerate(marks):
+        for index, (saved, _) in enumerate(times_and_scores):
             if saved - last >= config.keep_hours * 3600:
-                kept.add(place)
+                kept.add(index)
                 last = saved
-    scored = sorted((score, -place) for place, (_, score) in enumerate(marks) if score < math.inf)
-    kept |= {-place for _, place in scored[: config.keep_best]}
+    scored = sorted(
+        (score, -index) for index, (_, score) in enumerate(times_and_scores) if score < math.inf
+    )
+    kept |= {-index for _, index in scored[: config.keep_best]}
     return kept

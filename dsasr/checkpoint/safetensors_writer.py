@@ -1,7 +1,8 @@
-"""Safetensors files written tensor by tensor, with their sha256 known when the last byte is out.
+"""Write safetensors files tensor by tensor; the sha256 is known when the last byte is written.
 
-The library's own writer wants all tensors in memory at once and holds the interpreter's lock while
-it writes; this one needs one tensor at a time and lets other threads run. Reading is the library's.
+The library's own writer needs all tensors in memory at once and keeps the interpreter's lock while
+it writes. This one needs one tensor at a time and lets other threads run. Files are read with the
+library.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """A tensor to be: its form, and how to get it when its turn has come."""
+class LazyTensor:
+    """A tensor's dtype and shape, and the function that loads it when it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    get: Callable[[], Tensor]
+    load: Callable[[], Tensor]
 
     @property
     def bytes(self) -> int:
@@ -39,52 +40,51 @@ class Lazy:
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor | Lazy],
+    tensors: Mapping[str, Tensor | LazyTensor],
     metadata: Mapping[str, str] | None = None,
-    wait: Callable[[], None] = lambda: None,
 ) -> str:
     """Write ``tensors`` to ``path``, fsynced; returns the file's sha256.
 
-    ``wait`` is called between blocks of 4 MB. Raises `OSError`, and leaves what it wrote.
+    Raises `OSError`, and leaves an unfinished file then.
     """
     lazy = {
-        name: t if isinstance(t, Lazy) else Lazy(t.dtype, tuple(t.shape), lambda t=t: t)
+        name: t if isinstance(t, LazyTensor) else LazyTensor(t.dtype, tuple(t.shape), lambda t=t: t)
         for name, t in tensors.items()
     }
-    # The widest first: so that each tensor is aligned to its own element size.
+    # The widest dtype first, so that each tensor is aligned to its element size.
     names = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
     header, at = {}, 0
     if metadata:
         header["__metadata__"] = dict(metadata)
     for name in names:
-        one = lazy[name]
+        tensor = lazy[name]
         header[name] = {
-            "dtype": DTYPES[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": [at, at + one.bytes],
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.bytes],
         }
-        at += one.bytes
+        at += tensor.bytes
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
 
-        def put(data) -> None:
+        def write(data) -> None:
             digest.update(data)
             file.write(data)
 
-        put(len(head).to_bytes(8, "little"))
-        put(head)
+        write(len(head).to_bytes(8, "little"))
+        write(head)
         for name in names:
-            one, tensor = lazy[name], lazy[name].get()
-            assert tensor.dtype is one.dtype and tuple(tensor.shape) == one.shape, name
+            tensor = lazy[name].load()
+            expected = (lazy[name].dtype, lazy[name].shape)
+            assert (tensor.dtype, tuple(tensor.shape)) == expected, name
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             if not flat.numel():
                 continue
             data = memoryview(flat.view(torch.uint8).numpy())
             for low in range(0, len(data), _BLOCK):
-                put(data[low : low + _BLOCK])
-                wait()
+                write(data[low : low + _BLOCK])
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

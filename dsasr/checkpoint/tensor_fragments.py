@@ -1,11 +1,12 @@
-"""Tensors in pieces: every rank writes the slices that it owns, and reads the slices that it needs.
+"""Tensor fragments: every rank writes the slices that it owns and reads the slices that it needs.
 
-A *fragment* is a contiguous range of a flattened tensor. Ranks of a ZeRO job own fragments of
-parameters and of optimizer states; snapshots, checkpoints and exports are folders of such fragments
-(safetensors, one file a rank) plus a manifest. No rank ever gathers a whole model to write one, and
-a reader of any world size takes from any number of files just the ranges that it owns.
+A *fragment* (DeepSpeed's ``tensor_fragment``) is a contiguous range of a flattened tensor. Ranks of
+a ZeRO job own fragments of parameters and of optimizer states. Snapshots and checkpoints are
+folders of such fragments (safetensors, one file per rank) and a manifest. No rank ever gathers a
+whole model to write one, and a reader in a job of any world size reads only the ranges that it
+owns, from any number of files.
 
-A folder is written under a temporary name, fsynced and renamed: it is there whole or not at all.
+A folder is written under a temporary name, fsynced and renamed ("Whole or not at all").
 """
 
 from __future__ import annotations
@@ -14,31 +15,32 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dsasr.checkpoint.safetensors_writer import write_tensors
 from dsasr.utils import distributed
-from dsasr.utils.io import atomic_write, fsync_dir
+from dsasr.utils.io import atomic_write, replace_folder, staging_folder
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 FORMAT = 1
 
 
 class FragmentError(Exception):
-    """A folder of fragments is torn, altered, or does not hold what is asked of it."""
+    """A folder of fragments is torn or altered, or lacks a tensor that is read from it."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """``tensor`` (1-D) is the range from ``start`` on of the flattened tensor of ``shape``."""
+    """A range of a flattened tensor: ``tensor`` (1-D) begins at element ``start`` of the tensor of
+    ``shape``."""
 
     shape: tuple[int, ...]
     start: int
@@ -49,17 +51,36 @@ class Fragment:
         return self.start + self.tensor.numel()
 
 
+def on_all_ranks(read: Callable[[], T]) -> T:
+    """Call ``read`` on every rank; where it raises on one, raise `FragmentError` on all.
+
+    Collective ("No rank alone").
+    """
+    problem, result = None, None
+    try:
+        result = read()
+    except (FragmentError, OSError) as error:
+        problem = str(error)
+    problems = [p for p in distributed.all_gather_object(problem) if p]
+    if problems:
+        raise FragmentError(problems[0])
+    return result
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
 def write_folder(
     target: Path, fragments: Mapping[str, Fragment], info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Publish ``fragments`` of all ranks as the folder ``target``; collective.
+    """Publish the fragments of all ranks as the folder ``target``; collective.
 
-    Returns the manifest. Raises `OSError` on every rank, with the first rank's reason, when any
-    rank could not write (a full disk, say); nothing appears at ``target`` then.
+    ``info`` goes into the manifest, which is returned. When any rank cannot write (a full disk,
+    say), `OSError` with the first such rank's reason is raised on all ranks, and ``target`` is as
+    it was.
     """
-    staging = staging_of(target)
-    name = f"rank-{distributed.rank():05d}.safetensors"
-    if distributed.main_rank():
+    staging, name = staging_folder(target), rank_file(distributed.rank())
+    if distributed.is_main_rank():
         shutil.rmtree(staging, ignore_errors=True)
     distributed.barrier()
     failure, digest = None, None
@@ -68,57 +89,57 @@ def write_folder(
         digest = write_file(staging / name, fragments)
     except OSError as error:
         failure = f"rank {distributed.rank()}: {error}"
-    results = distributed.gather((name, digest, failure))
-    manifest = {"format": FORMAT, **info, "files": {n: d for n, d, _ in results}}
+    results = distributed.all_gather_object((name, digest, failure))
+    manifest = manifest_of(info, {n: d for n, d, _ in results})
     failures = [f for _, _, f in results if f]
-    if not failures and distributed.main_rank():
+    if not failures and distributed.is_main_rank():
         try:
-            atomic_write(staging / MANIFEST, json.dumps(manifest, indent=1))
-            replace_folder(staging, target)
+            publish(staging, target, manifest)
         except OSError as error:
             failures = [str(error)]
     failures = distributed.broadcast(failures)
     if failures:
-        if distributed.main_rank():
+        if distributed.is_main_rank():
             shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"could not write {target}: {failures[0]}")
     return manifest
 
 
-def staging_of(target: Path) -> Path:
-    """Where ``target`` is written before it is renamed: readers pass such names over."""
-    return target.parent / f".{target.name}.tmp"
-
-
-def replace_folder(staging: Path, target: Path) -> None:
-    """Rename ``staging`` to ``target``; an older folder of that name goes only afterwards."""
-    old = target.parent / f".{target.name}.old.tmp"
-    shutil.rmtree(old, ignore_errors=True)
-    fsync_dir(staging)
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(staging, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    fsync_dir(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def rank_file(rank: int) -> str:
+    """The name of a rank's file in a folder of fragments."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def write_file(path: Path, fragments: Mapping[str, Fragment]) -> str:
-    """One rank's file; returns its sha256. Raises `OSError`."""
+    """Write one rank's file, fsynced; returns its sha256. Raises `OSError`."""
     tensors = {k: f.tensor for k, f in fragments.items() if f.tensor.numel()}
     layout = {k: [list(f.shape), f.start] for k, f in fragments.items()}
     return write_tensors(path, tensors, {"layout": json.dumps(layout)})
 
 
-def checksum(fragments: Mapping[str, Fragment]) -> str:
-    """64 bits over the elements of all ranks' fragments, however they are cut; collective.
+def manifest_of(info: Mapping[str, Any], files: Mapping[str, str | None]) -> dict[str, Any]:
+    """A folder's manifest; ``files``: file name → sha256."""
+    return {"format": FORMAT, **info, "files": dict(files)}
 
-    Σ (bits + 1)·(2·(position + key) + 1) mod 2⁶⁴ (ours): a sum, so that ranks add up, in which
-    each element's weight tells its place. Each element must lie on exactly one rank.
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def publish(staging: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    """Add the manifest to ``staging``, which has the files of all ranks, and rename it."""
+    write_manifest(staging, manifest)
+    replace_folder(staging, target)
+
+
+# -- checksums -----------------------------------------------------------------------------------
+
+
+def checksum(fragments: Mapping[str, Fragment]) -> str:
+    """64 bits over the elements of all ranks' fragments, independent of the partition; collective.
+
+    Σ (bits + 1)·(2·(position + key) + 1) mod 2⁶⁴ (**ours**): a sum, so that ranks add up, in which
+    the weight of an element depends on its position. Each element must lie on exactly one rank.
     """
     total = torch.zeros((), dtype=torch.int64, device=distributed.device())
     for key, fragment in fragments.items():
@@ -128,30 +149,31 @@ def checksum(fragments: Mapping[str, Fragment]) -> str:
         for low in range(0, bits.numel(), _BLOCK):
             block = bits[low : low + _BLOCK].to(torch.int64) + 1
             first = 2 * (fragment.start + low + salt) + 1
-            places = _odd_numbers(block.numel(), block.device)
+            steps = _even_numbers(block.numel(), block.device)
             # Σ (b + 1)(2i + first) in two products, without a tensor for the weights.
-            total += (block * places).sum() + block.sum() * first
-    return f"{int(distributed.sum_ranks(total)) % 2**64:016x}"
+            total += (block * steps).sum() + block.sum() * first
+    return f"{int(distributed.all_reduce_sum(total)) % 2**64:016x}"
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK = 1 << 17  # elements at a time: what a core's cache holds
+_BLOCK = 1 << 17  # elements at a time: what a core's cache can keep
 
 
 @functools.lru_cache(maxsize=8)
-def _odd_numbers(count: int, device: torch.device) -> torch.Tensor:
+def _even_numbers(count: int, device: torch.device) -> torch.Tensor:
     """0, 2, 4 … below 2·``count``."""
     return torch.arange(0, 2 * count, 2, device=device)
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no element is infinite or not a number; by a sum in float64, which shows both."""
+    """Whether no element is infinite or NaN; by a sum in float64, which shows both."""
     return all(
         math.isfinite(float(t.sum(dtype=torch.float64))) for t in tensors if t.is_floating_point()
     )
 
 
 def file_digest(path: Path) -> str:
+    """The sha256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -159,8 +181,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+# -- reading -------------------------------------------------------------------------------------
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder; `FragmentError` when there is none that can be read."""
+    """The manifest of a published folder; `FragmentError` when none can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -171,23 +196,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file's sha256 was found equal to it; else `FragmentError`."""
+    """The manifest, after each file's sha256 was compared with it.
+
+    Raises `FragmentError` for a missing, unreadable or altered file.
+    """
     manifest = read_manifest(folder)
-    for name, digest in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         path = folder / Path(name).name
         if not path.is_file():
             raise FragmentError(f"{folder} lacks {name}")
         try:
-            found = file_digest(path)
+            digest = file_digest(path)
         except OSError as error:
             raise FragmentError(f"{path} cannot be read: {error}") from None
-        if found != digest:
+        if digest != expected:
             raise FragmentError(f"{path} was altered: its sha256 is not the manifest's")
     return manifest
 
 
 class FragmentReader:
-    """Random access to the tensors of a published folder by key and range."""
+    """Random access to the tensors of a published folder, by key and range.
+
+    Raises `FragmentError` where the manifest or a file cannot be read. Checksums are not compared
+    (`verify` does that).
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -197,15 +229,15 @@ class FragmentReader:
         self._ranges: dict[str, list[tuple[int, int, str]]] = {}
         for name in sorted(self.manifest["files"]):
             file = self._open(name)
-            held = set(file.keys())
+            stored = set(file.keys())
             for key, (shape, start) in json.loads(file.metadata()["layout"]).items():
                 self.shapes[key] = tuple(shape)
-                if key in held:
+                if key in stored:
                     size = file.get_slice(key).get_shape()[0]
                     self._ranges.setdefault(key, []).append((start, start + size, name))
 
     def _open(self, name: str):
-        """The file of that name, mapped once: its header is long, and its ranges are many."""
+        """The file of that name, mapped once: its header is long, and reads are many."""
         if name not in self._files:
             try:
                 self._files[name] = safe_open(self.folder / Path(name).name, framework="pt")
@@ -223,32 +255,35 @@ class FragmentReader:
         """Elements ``start`` to ``stop`` of the flattened tensor: a new 1-D tensor on the CPU."""
         if key not in self.shapes:
             raise FragmentError(f"{self.folder} holds no '{key}'")
-        pieces, at = [], start
+        parts, at = [], start
         if stop <= start:
             return torch.empty(0)
         for low, high, name in sorted(self._ranges.get(key, [])):
             if at < stop and low <= at < high:
                 end = min(stop, high)
-                pieces.append(self._open(name).get_slice(key)[at - low : end - low])
+                parts.append(self._open(name).get_slice(key)[at - low : end - low])
                 at = end
         if at < stop:
             raise FragmentError(f"{self.folder} lacks elements {at} to {stop} of '{key}'")
-        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def whole(self, key: str) -> torch.Tensor:
-        """The tensor in its own shape."""
+        """The whole tensor of ``key``, in its own shape."""
         shape = self.shapes.get(key, ())
         return self.read(key, 0, _numel(shape)).reshape(shape)
 
 
-class Below:
-    """A `FragmentReader` seen from below a key prefix."""
+class PrefixReader:
+    """A `FragmentReader` of the keys that begin with ``prefix``, which is left out of them."""
 
     def __init__(self, reader: FragmentReader, prefix: str):
         self._reader, self._prefix = reader, prefix
-        cut = len(prefix)
         self.folder = reader.folder
-        self.shapes = {k[cut:]: s for k, s in reader.shapes.items() if k.startswith(prefix)}
+        self.shapes = {
+            key.removeprefix(prefix): shape
+            for key, shape in reader.shapes.items()
+            if key.startswith(prefix)
+        }
 
     def __contains__(self, key: str) -> bool:
         return key in self.shapes

@@ -1,78 +1,52 @@
-"""Where a parameter's weights and optimizer states lie on this rank, under any ZeRO stage.
+"""The partition of a module's weights and optimizer states on this rank, under any ZeRO stage.
 
 Everything that reads or writes them (offloader, hot-swap, snapshots, checkpoints) goes through the
-views given here, one `Fragment` a parameter and kind of state, so that none of it depends on
+fragments given here, one for each parameter and kind of state, so that none of it depends on
 DeepSpeed's layout:
 
-- ZeRO-3: each rank holds the same range of a parameter (``ds_tensor``) and of its fp32 master.
-- ZeRO-1 and 2: weights are whole on every rank, masters are cut at arbitrary places.
-- before DeepSpeed has seen the module, weights are whole and there are no masters.
+- ZeRO-3: each rank has the same range of a parameter (``ds_tensor``) and of its fp32 master.
+- ZeRO-1 and 2: weights are whole on every rank, masters are partitioned at arbitrary elements.
+- Before DeepSpeed has initialized the module, weights are whole and there are no masters.
 
-Whole weights are shared out evenly when written, so a folder never holds them twice.
+When whole weights are written, each rank writes an equal share, so that a folder has them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader, all_finite
+from dsasr.checkpoint.tensor_fragments import (
+    Fragment,
+    FragmentError,
+    FragmentReader,
+    PrefixReader,
+    all_finite,
+    on_all_ranks,
+)
 from dsasr.model.lora import plain_name
 from dsasr.utils import distributed
 
-T = TypeVar("T")
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Reader = FragmentReader | PrefixReader
 
 
-def parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+# -- weights -------------------------------------------------------------------------------------
+
+
+def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters of all of ``module``, or of a child by ``"NAME."``; tied ones once.
 
-    Names are those of files: without what LoRA's layers add to them.
+    Names are those in files: without what LoRA's layers add to them.
     """
     path = prefix.rstrip(".")
     for name, parameter in module.get_submodule(path).named_parameters(prefix=path):
         yield plain_name(name), parameter
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The parameter's shape, also while ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def weight(parameter: nn.Parameter) -> Fragment:
-    """A view of the weights that this rank answers for."""
-    shape = full_shape(parameter)
-    numel = torch.Size(shape).numel()
-    if hasattr(parameter, "ds_tensor"):
-        held = parameter.ds_tensor.data
-        start = min(distributed.rank() * held.numel(), numel)
-        return Fragment(shape, start, held[: min(held.numel(), numel - start)])
-    share = -(-numel // distributed.world())
-    start = min(distributed.rank() * share, numel)
-    return Fragment(shape, start, parameter.data.reshape(-1)[start : min(start + share, numel)])
-
-
-def piece(parameter: nn.Parameter, start: int, stop: int) -> Tensor:
-    """Elements ``start`` to ``stop`` of the flattened weights, which must lie on this rank."""
-    if hasattr(parameter, "ds_tensor"):
-        held = weight(parameter)
-        return held.tensor[start - held.start : stop - held.start]
-    return parameter.data.reshape(-1)[start:stop]
-
-
-def weights(module: nn.Module, prefix: str = "") -> dict[str, Fragment]:
-    """Name → weights that this rank answers for; buffers are rank 0's."""
-    held = {name: weight(p) for name, p in parameters(module, prefix)}
-    for name, buffer in persistent_buffers(module, prefix):
-        flat = buffer.reshape(-1)
-        held[name] = Fragment(tuple(buffer.shape), 0, flat if distributed.main_rank() else flat[:0])
-    return held
 
 
 def persistent_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -84,58 +58,89 @@ def persistent_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[st
                 yield plain_name(f"{path}.{name}") if path else name, buffer
 
 
-def load_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") -> None:
-    """Fill ``module``'s weights and buffers from ``reader``; each rank reads what it holds.
+def named_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Name → parameter or persistent buffer."""
+    return dict(named_parameters(module, prefix)) | dict(persistent_buffers(module, prefix))
 
-    Checks names and shapes of everything before the first byte is changed: `FragmentError` when the
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape, also while ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def weight_fragment(parameter: nn.Parameter) -> Fragment:
+    """A view of this rank's partition of the weights; of whole weights, of this rank's share."""
+    shape = full_shape(parameter)
+    numel = torch.Size(shape).numel()
+    if hasattr(parameter, "ds_tensor"):
+        partition = parameter.ds_tensor.data
+        start = min(distributed.rank() * partition.numel(), numel)
+        return Fragment(shape, start, partition[: min(partition.numel(), numel - start)])
+    share = -(-numel // distributed.world_size())
+    start = min(distributed.rank() * share, numel)
+    return Fragment(shape, start, parameter.data.reshape(-1)[start : min(start + share, numel)])
+
+
+def weight_range(parameter: nn.Parameter, start: int, stop: int) -> Tensor:
+    """Elements ``start`` to ``stop`` of the flattened weights, which must lie on this rank."""
+    if hasattr(parameter, "ds_tensor"):
+        fragment = weight_fragment(parameter)
+        return fragment.tensor[start - fragment.start : stop - fragment.start]
+    return parameter.data.reshape(-1)[start:stop]
+
+
+def weight_fragments(module: nn.Module, prefix: str = "") -> dict[str, Fragment]:
+    """Name → this rank's fragment of the weights; buffers are on rank 0 alone."""
+    fragments = {name: weight_fragment(p) for name, p in named_parameters(module, prefix)}
+    for name, buffer in persistent_buffers(module, prefix):
+        flat = buffer.reshape(-1)
+        flat = flat if distributed.is_main_rank() else flat[:0]
+        fragments[name] = Fragment(tuple(buffer.shape), 0, flat)
+    return fragments
+
+
+# -- loading and copying -------------------------------------------------------------------------
+
+
+def load_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None:
+    """Load ``module``'s weights and buffers from ``reader``; each rank reads its partition.
+
+    Names and shapes are all checked before the first weight changes: `FragmentError` when the
     folder is of another architecture, and the module is then as it was. The caller refreshes
     gathered copies afterwards (`refresh_gathered`). Collective.
     """
-    agree(lambda: _check_layout(module, reader, prefix))
-    for name, target in tensors(module, prefix).items():
-        _fill(target, _piece(reader, name, target))
+    on_all_ranks(lambda: _check_layout(module, reader, prefix))
+    for name, target in named_tensors(module, prefix).items():
+        _write_partition(target, _read_partition(reader, name, target))
 
 
-def replace_weights(module: nn.Module, reader: FragmentReader, prefix: str = "") -> None:
+def replace_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None:
     """`load_weights` into a module that must survive a bad folder; collective.
 
-    Everything is read, and looked at, on every rank before the first weight is changed on any:
+    Every rank reads and checks all of its partition before the first weight changes on any:
     `FragmentError` on all ranks, with one rank's reason, when a weight is missing, unreadable or
-    not finite. Holds a second copy of this rank's slices meanwhile.
+    not finite. Takes the memory of a second copy of this rank's partition meanwhile.
     """
 
     def read() -> list[Tensor]:
         _check_layout(module, reader, prefix)
-        pieces = []
+        partitions = []
         for name, target in targets.items():
-            piece = _piece(reader, name, target)
-            if not all_finite([piece]):
+            partition = _read_partition(reader, name, target)
+            if not all_finite([partition]):
                 raise FragmentError(f"{reader.folder} holds '{name}' with values not finite")
-            pieces.append(piece)
-        return pieces
+            partitions.append(partition)
+        return partitions
 
-    targets = tensors(module, prefix)
-    for target, piece in zip(targets.values(), agree(read), strict=True):
-        _fill(target, piece)
-
-
-def agree(attempt: Callable[[], T]) -> T:
-    """``attempt()``; where it cannot read on one rank, `FragmentError` is raised on all."""
-    problem, result = None, None
-    try:
-        result = attempt()
-    except (FragmentError, OSError) as error:
-        problem = str(error)
-    problems = [p for p in distributed.gather(problem) if p]
-    if problems:
-        raise FragmentError(problems[0])
-    return result
+    targets = named_tensors(module, prefix)
+    for target, partition in zip(targets.values(), on_all_ranks(read), strict=True):
+        _write_partition(target, partition)
 
 
-def _check_layout(module: nn.Module, reader: FragmentReader, prefix: str) -> None:
-    wanted = {n: full_shape(p) for n, p in parameters(module, prefix)}
-    wanted |= {n: tuple(b.shape) for n, b in persistent_buffers(module, prefix)}
-    for name, shape in wanted.items():
+def _check_layout(module: nn.Module, reader: Reader, prefix: str) -> None:
+    shapes = {n: full_shape(p) for n, p in named_parameters(module, prefix)}
+    shapes |= {n: tuple(b.shape) for n, b in persistent_buffers(module, prefix)}
+    for name, shape in shapes.items():
         if name not in reader:
             raise FragmentError(f"{reader.folder} holds no '{name}': another architecture")
         if reader.shapes[name] != shape:
@@ -145,89 +150,86 @@ def _check_layout(module: nn.Module, reader: FragmentReader, prefix: str) -> Non
             )
 
 
-def tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Name → parameter or persistent buffer."""
-    return dict(parameters(module, prefix)) | dict(persistent_buffers(module, prefix))
-
-
-def _piece(reader: FragmentReader, name: str, target: Tensor) -> Tensor:
-    """What this rank holds of ``name``: its slice under ZeRO-3, else all of it."""
+def _read_partition(reader: Reader, name: str, target: Tensor) -> Tensor:
+    """This rank's partition of ``name`` under ZeRO-3, else all of it."""
     if hasattr(target, "ds_tensor"):
-        held = weight(target)
-        return reader.read(name, held.start, held.stop)
+        fragment = weight_fragment(target)
+        return reader.read(name, fragment.start, fragment.stop)
     return reader.whole(name)
 
 
-def _fill(target: Tensor, piece: Tensor) -> None:
+def _write_partition(target: Tensor, partition: Tensor) -> None:
     if hasattr(target, "ds_tensor"):
-        weight(target).tensor.copy_(piece)
+        weight_fragment(target).tensor.copy_(partition)
     else:
-        target.data.copy_(piece)
+        target.data.copy_(partition)
 
 
 def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Copy between two modules' `tensors`, of equal partition layout: no communication."""
-    pairs = []
+    """Copy between two modules' `named_tensors`, of equal partitions: no communication."""
+    copies = []
     for name, tensor in target.items():
-        other = source[name]
-        if hasattr(tensor, "ds_tensor") != hasattr(other, "ds_tensor"):
+        original = source[name]
+        if hasattr(tensor, "ds_tensor") != hasattr(original, "ds_tensor"):
             raise FragmentError(f"'{name}' is partitioned in one branch and whole in the other")
-        whole = not hasattr(tensor, "ds_tensor")
-        pairs.append(
-            (tensor.data, other.data) if whole else (tensor.ds_tensor.data, other.ds_tensor.data)
-        )
+        if hasattr(tensor, "ds_tensor"):
+            copies.append((tensor.ds_tensor.data, original.ds_tensor.data))
+        else:
+            copies.append((tensor.data, original.data))
     # One call for an encoder's hundreds of tensors, most of them small.
-    torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+    torch._foreach_copy_([t for t, _ in copies], [o for _, o in copies])
 
 
-def refresh_gathered(held: Iterable[Tensor]) -> None:
-    """Bring ZeRO-3's resident copies of small parameters up to date; collective."""
-    resident = [p for p in held if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"]
-    if resident:
-        resident[0].partition(resident)
-        resident[0].all_gather(resident)
+def refresh_gathered(tensors: Iterable[Tensor]) -> None:
+    """Update the gathered copies of small parameters that ZeRO-3 keeps on each rank; collective."""
+    gathered = [p for p in tensors if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"]
+    if gathered:
+        gathered[0].partition(gathered)
+        gathered[0].all_gather(gathered)
 
 
-class States:
+# -- optimizer states ----------------------------------------------------------------------------
+
+
+class OptimizerStates:
     """fp32 masters and Adam moments of one DeepSpeed optimizer, by parameter name, as views.
 
     ``zero`` is DeepSpeed's ZeRO optimizer; its ``optimizer`` the torch one inside. Where it keeps
-    them on a disk, a group at a time is read, and written again if it was to be `edited`.
+    them on a disk, one group at a time is read, and written back after an `edit`.
     """
 
     def __init__(self, module: nn.Module, zero):
         self._zero = zero
-        self._names = {id(p): n for n, p in parameters(module)}
+        self._names = {id(p): n for n, p in named_parameters(module)}
 
-    def flats(self) -> list[Tensor]:
-        """The flat fp32 masters, in DeepSpeed's order."""
+    def flat_masters(self) -> list[Tensor]:
+        """The flat fp32 masters, a tensor for each parameter group, in DeepSpeed's order."""
         if hasattr(self._zero, "fp32_partitioned_groups_flat"):
             return list(self._zero.fp32_partitioned_groups_flat)
         return list(self._zero.single_partition_of_fp32_groups)
 
-    def _places(self) -> Iterator[tuple[str, tuple[int, ...], int, int, int, Tensor]]:
-        """(name, shape, start in the parameter, numel, offset in the flat, flat) of each piece."""
-        flats = self.flats()
+    def _layout(self) -> Iterator[tuple[str, tuple[int, ...], int, int, int, Tensor]]:
+        """For each parameter: name, shape, start of this rank's partition in it, numel of that
+        partition, its offset in the flat master, and the flat master."""
+        flats = self.flat_masters()
         if hasattr(self._zero, "fp16_groups"):
             for flat, group in zip(flats, self._zero.fp16_groups, strict=True):
-                at = 0
+                offset = 0
                 for p in group:
-                    fragment = weight(p)
+                    fragment = weight_fragment(p)
                     size = fragment.tensor.numel()
-                    yield self._names[id(p)], fragment.shape, fragment.start, size, at, flat
-                    at += p.ds_tensor.ds_numel
+                    yield self._names[id(p)], fragment.shape, fragment.start, size, offset, flat
+                    offset += p.ds_tensor.ds_numel
             return
-        for index, group in enumerate(self._zero.bit16_groups):
+        for flat, group in zip(flats, self._zero.bit16_groups, strict=True):
             for p in group:
-                piece = getattr(p, "_hp_mapping", None)
-                if piece is None:
-                    yield self._names[id(p)], full_shape(p), 0, 0, 0, flats[index]
+                mapping = getattr(p, "_hp_mapping", None)
+                if mapping is None:
+                    yield self._names[id(p)], full_shape(p), 0, 0, 0, flat
                 else:
-                    low, high = piece.lp_fragment_address, piece.hp_fragment_address
-                    yield (
-                        *(self._names[id(p)], full_shape(p), low.start, low.numel),
-                        *(high.start, flats[index]),
-                    )
+                    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    name, shape = self._names[id(p)], full_shape(p)
+                    yield name, shape, low.start, low.numel, high.start, flat
 
     def moments(self, flat: Tensor) -> dict[str, Tensor]:
         """The Adam moments of a flat master; empty before the first step."""
@@ -241,40 +243,44 @@ class States:
                 return float(state["step"])
         return 0.0
 
-    def views(self) -> dict[str, Fragment]:
-        """``master/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` → this rank's piece.
+    def fragments(self) -> dict[str, Fragment]:
+        """``master/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` → this rank's fragment, a view.
 
-        Of a group that is on a disk these are copies: change them through `edited`.
+        Of a group on a disk it is a copy: change that through `edit`.
         """
-        held = {}
-        for flat, pieces in self._by_flat():
-            with self._at_hand(flat) as borrowed:
-                for key, fragment in self._pieces(flat, pieces):
-                    kept = fragment.tensor.clone() if borrowed else fragment.tensor
-                    held[key] = replace(fragment, tensor=kept)
-        return held
+        fragments = {}
+        for flat, layout in self._groups():
+            with self._in_memory(flat) as read_from_disk:
+                for key, fragment in self._group_fragments(flat, layout):
+                    tensor = fragment.tensor.clone() if read_from_disk else fragment.tensor
+                    fragments[key] = replace(fragment, tensor=tensor)
+        return fragments
 
-    def edited(self) -> Iterator[tuple[str, Fragment]]:
-        """The same as views in every case, to be written to before the next one is asked for."""
-        for flat, pieces in self._by_flat():
-            with self._at_hand(flat, write=True):
-                yield from self._pieces(flat, pieces)
+    def edit(self) -> Iterator[tuple[str, Fragment]]:
+        """The items of `fragments`, always as views: write to each before asking for the next."""
+        for flat, layout in self._groups():
+            with self._in_memory(flat, write=True):
+                yield from self._group_fragments(flat, layout)
 
-    def _by_flat(self) -> Iterator[tuple[Tensor, list[tuple]]]:
+    def _groups(self) -> Iterator[tuple[Tensor, list[tuple]]]:
+        """Each flat master with the rows of `_layout` that lie in it."""
         groups: dict[int, tuple[Tensor, list[tuple]]] = {}
-        for *place, flat in self._places():
-            groups.setdefault(id(flat), (flat, []))[1].append(place)
+        for *row, flat in self._layout():
+            groups.setdefault(id(flat), (flat, []))[1].append(row)
         yield from groups.values()
 
-    def _pieces(self, flat: Tensor, pieces: list[tuple]) -> Iterator[tuple[str, Fragment]]:
+    def _group_fragments(self, flat: Tensor, layout: list[tuple]) -> Iterator[tuple[str, Fragment]]:
         kinds = {MASTER: flat.data, **self.moments(flat)}
-        for name, shape, start, size, at in pieces:
+        for name, shape, start, size, offset in layout:
             for kind, tensor in kinds.items():
-                yield f"{kind}/{name}", Fragment(shape, start, tensor[at : at + size])
+                yield f"{kind}/{name}", Fragment(shape, start, tensor[offset : offset + size])
 
     @contextmanager
-    def _at_hand(self, flat: Tensor, write: bool = False) -> Iterator[bool]:
-        """With the group of ``flat`` in memory; whether it had to be read from a disk for that."""
+    def _in_memory(self, flat: Tensor, write: bool = False) -> Iterator[bool]:
+        """With the group of ``flat`` in memory; yields whether it was read from a disk.
+
+        ``write``: back to the disk at the end.
+        """
         swapper = getattr(self._zero, "optimizer_swapper", None)
         if swapper is None or flat.numel():
             yield False
@@ -287,11 +293,11 @@ class States:
                 parameter=flat
             )
 
-    def make_moments(self, steps: float) -> None:
-        """Zero moments with ``steps`` on the counter, where Adam has none yet."""
-        for flat in self.flats():
+    def init_moments(self, steps: float) -> None:
+        """Zero moments where Adam has none yet, and ``steps`` as its step count."""
+        for flat in self.flat_masters():
             state = self._zero.optimizer.state[flat]
-            with self._at_hand(flat, write=True):
+            with self._in_memory(flat, write=True):
                 for kind in MOMENTS:
                     if kind not in state:
                         state[kind] = torch.zeros_like(flat.data)

@@ -38,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.to is None:
         raise UserError("average needs --to FOLDER")
 
-    from dsasr.checkpoint.merge import average, opened, weights
+    from dsasr.checkpoint.locate import open_checkpoint
+    from dsasr.checkpoint.merge import average, weight_keys
 
-    readers = [opened(path) for path in args.folders]
-    with Bar(desc="averaging", unit="tensor", total=len(weights(readers[0]))) as bar:
+    readers = [open_checkpoint(path) for path in args.folders]
+    with Bar(desc="averaging", unit="tensor", total=len(weight_keys(readers[0]))) as bar:
         average(readers, args.to, lambda _key: bar.update())
     print(f"{args.to}: the mean of {len(readers)} checkpoints")
     return 0
@@ -76,10 +77,11 @@ def list_checkpoints(runs: Sequence[Path]) -> int:
 
 def differences(a: Path, b: Path, most: int) -> int:
     """Print a table of what differs; returns 1 if anything does, as cmp does."""
-    from dsasr.checkpoint.merge import compare, opened, weights
+    from dsasr.checkpoint.locate import open_checkpoint
+    from dsasr.checkpoint.merge import compare, weight_keys
 
-    first, second = opened(a), opened(b)
-    total = len({*weights(first), *weights(second)})
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    total = len({*weight_keys(first), *weight_keys(second)})
     rows = list(Bar(compare(first, second), desc="comparing", unit="tensor", total=total))
     differing = [d for d in rows if d.differing]
     order = sorted(differing, key=lambda d: -math.inf if d.relative is None else -d.relative)

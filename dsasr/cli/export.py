@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dsasr import config
     from dsasr.build import Builder
-    from dsasr.inference.export import export_run, newest_checkpoint
+    from dsasr.checkpoint.locate import open_run_checkpoint
+    from dsasr.inference.export import export_run
     from dsasr.recipe import Recipe, silence_library_warnings
 
     silence_library_warnings()
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.run} is no run folder: it has no recipe.yaml")
     values = config.read_recipe(str(folders[0] / "recipe.yaml"))
     recipe = config.build(Recipe, config.override(values, args.overrides))
-    reader = newest_checkpoint(args.run, args.checkpoint)
+    reader = open_run_checkpoint(args.run, args.checkpoint)
     dtype = None if args.dtype == DTYPES[0] else getattr(torch, args.dtype)
     folder = export_run(Builder(recipe), reader, args.to, dtype, args.adapter)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

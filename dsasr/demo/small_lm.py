@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, load_tokenizer
 from dsasr.demo.phoneme_prompt import SimulatedAdaptorFrames, simulated_speech_batch
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, to_json
+from dsasr.utils.io import atomic_folder, atomic_write, to_json
 from dsasr.utils.progress import Bar
 
 REPORT = "pretraining.json"
@@ -337,23 +336,16 @@ def _fingerprint(
 
 
 def _save(llm, tokenizer: Path, out: Path, report: dict) -> None:
-    """Write the folder beside ``out``, then rename it: it appears whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.parent / f".{out.name}.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    # Not llm.save_pretrained: it would draw another progress bar for one small file.
-    llm.config.architectures = [type(llm).__name__]
-    llm.config.dtype = torch.float32
-    llm.config.save_pretrained(building)
-    weights = {name: w.contiguous() for name, w in llm.state_dict().items()}
-    weights.pop("lm_head.weight")  # tied to the embedding
-    save_file(weights, building / "model.safetensors", metadata={"format": "pt"})
-    for name in _TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, building / name)
-    atomic_write(building / REPORT, to_json(report, indent=1) + "\n")
-    for path in building.iterdir():
-        fsync_file(path)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(building, out)
-    fsync_dir(out.parent)
+    """Write the Hugging Face folder ``out``, whole or not at all."""
+    with atomic_folder(out) as folder:
+        # Not llm.save_pretrained: it would draw another progress bar for one small file.
+        llm.config.architectures = [type(llm).__name__]
+        llm.config.dtype = torch.float32
+        llm.config.save_pretrained(folder)
+        weights = {name: w.contiguous() for name, w in llm.state_dict().items()}
+        weights.pop("lm_head.weight")  # tied to the embedding
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for name in _TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
+        (folder / REPORT).write_text(to_json(report, indent=1) + "\n", encoding="utf-8")

@@ -1,20 +1,22 @@
-"""One DeepSpeed engine a branch: enter a stage, make a step, offload, take another encoder.
+"""One DeepSpeed engine per branch: enter a stage, take a step, offload, load another encoder.
 
-The only importer of deepspeed. How parameter groups are swapped, and why so:
+With its neighbors in this package it is the only importer of deepspeed. How the optimizer's
+parameter groups are swapped:
 
 - *Within* a branch, entering a stage destroys the branch's engine and initializes a new one over
-  the same (already partitioned) module with exactly the stage's parts in the optimizer. A parameter
-  that is frozen by ``requires_grad`` under one optimizer over everything still moves (its Adam
-  moments are stale), and one that is unfrozen later never gets gradients; a new engine has neither
-  fault. fp32 masters are carried over by name, moments on request (`master_weights`).
-- *Between* branches two engines live side by side over disjoint modules, so taking turns costs
-  nothing but offloading fp32 masters and moments (`offload`), and neither branch can
-  touch a bit of the other's.
+  the same (already partitioned) module, with exactly the stage's parts in the optimizer. A
+  parameter that is frozen by ``requires_grad`` under one optimizer over everything would still move
+  (its Adam moments are stale), and one that is unfrozen later would never get gradients; a new
+  engine has neither fault. fp32 masters are carried over by name, moments on request
+  (`master_weights`).
+- *Between* branches two engines live side by side over disjoint modules, so that a change of branch
+  costs no more than offloading fp32 masters and moments (`offload`), and neither branch can change
+  a bit of the other's ("Frozen is frozen").
 
 Measured by ``tools/bench/swap.py`` on two CPU ranks (tools/experiments/LOG.md), encoders of 12 to
 605 M: entering the joint stage, which trains the encoder, takes 0.8 to 6.8 s, going back to align
-0.7 to 0.8 s; a hot-swap takes 1.03 to 1.8 times the copying of its bytes. At the method's schedule
-all of it is 0.001% of the training.
+0.7 to 0.8 s; a hot-swap takes 1.03 to 1.8 times as long as a copy of its bytes. On the paper's
+schedule all of it is 0.001% of the training.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,21 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.checkpoint import zero_partition
-from dsasr.checkpoint.tensor_fragments import Below, Fragment, FragmentReader, checksum
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader, PrefixReader, checksum
 from dsasr.data.batch import Batch
 from dsasr.engine import zero_hooks
 from dsasr.engine.config import (
     EngineConfig,
+    deepspeed_settings,
     nvme_folder,
     on_nvme,
     precision,
     read_ds_config,
-    read_gradients_whole,
-    settings,
+    work_around_pinned_reads,
 )
 from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import StateOffloader
+from dsasr.engine.step_report import StepReport
 from dsasr.model import lora
 from dsasr.model.layerwise_init import Partition
 from dsasr.stages import StageConfig, learning_rate
@@ -56,27 +58,10 @@ from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step was. ``sums`` are this rank's (sum, count), not yet reduced.
+def init_distributed(timeout: float = 0.0) -> None:
+    """Join the job's process group; a process without a launcher becomes a group of one.
 
-    ``grad_norm`` is a tensor, for its value waits for the optimizer's kernels; a plain inf where
-    DeepSpeed, which looks before it takes the step, found it not finite.
-    """
-
-    branch: str
-    stage: str
-    step: int
-    sums: dict[str, tuple[Tensor, Tensor]]
-    lrs: dict[str, float]
-    grad_norm: Tensor | float | None
-    batches: tuple[Batch, ...]
-
-
-def init_distributed(limit: float = 0.0) -> None:
-    """Join the job's process group; a lone process becomes a group of one.
-
-    ``limit`` > 0: a collective that waits for so many seconds fails (0: after torch's default).
+    ``timeout``: seconds after which a collective that still waits fails (0: torch's default).
     """
     import deepspeed
     from deepspeed.utils import logger
@@ -95,9 +80,9 @@ def init_distributed(limit: float = 0.0) -> None:
             )
         torch.cuda.set_device(distributed.device())
     backend = "nccl" if distributed.device().type == "cuda" else "gloo"
-    timeout = {"timeout": datetime.timedelta(seconds=limit)} if limit else {}
+    options = {"timeout": datetime.timedelta(seconds=timeout)} if timeout else {}
     deepspeed.init_distributed(
-        dist_backend=backend, verbose=False, auto_mpi_discovery=False, **timeout
+        dist_backend=backend, verbose=False, auto_mpi_discovery=False, **options
     )
 
 
@@ -110,7 +95,7 @@ def partitioner(config: EngineConfig) -> Partition | None:
     at a time, before the next layer has memory.
     """
     # Where optimizer states are offloaded to makes no difference here.
-    ds_config = settings(config, Path(config.nvme or "."))
+    ds_config = deepspeed_settings(config, Path(config.nvme or "."))
     if ds_config.get("zero_optimization", {}).get("stage") != 3:
         return None
     import deepspeed
@@ -127,15 +112,15 @@ def partitioner(config: EngineConfig) -> Partition | None:
     return partition
 
 
-def check_disk(config: EngineConfig) -> None:
-    """Raise `UserError` where optimizer states are to lie on a disk and DeepSpeed cannot do it."""
+def check_nvme(config: EngineConfig) -> None:
+    """Raise `UserError` where the recipe keeps optimizer states on a disk and DeepSpeed cannot."""
     if not on_nvme(read_ds_config(config.deepspeed)):
         return
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     try:
         AsyncIOBuilder().load(verbose=False)
-    except Exception as error:  # of compilers and loaders, in as many ways
+    except Exception as error:  # compilers and loaders raise many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"engine.deepspeed={config.deepspeed}: DeepSpeed's async_io cannot be built here "
@@ -148,7 +133,10 @@ def check_disk(config: EngineConfig) -> None:
 
 
 def set_threads(config: EngineConfig) -> None:
-    """Share a CPU's cores out over the ranks on this machine, unless OMP_NUM_THREADS says how."""
+    """Set the precision of matrix products, and share this machine's CPU cores among its ranks.
+
+    OMP_NUM_THREADS, where it is set, decides on the cores.
+    """
     torch.set_float32_matmul_precision(config.matmul)
     if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -156,11 +144,14 @@ def set_threads(config: EngineConfig) -> None:
 
 
 class BranchEngine:
-    """A module, whole or partitioned (`partitioner`), and the DeepSpeed engine of its stage."""
+    """A branch's module and the DeepSpeed engine of its stage.
+
+    ``module``: whole, or partitioned already (`partitioner`). ``folder``: the run folder.
+    """
 
     def __init__(self, name: str, module: nn.Module, config: EngineConfig, folder: Path):
         self.name = name
-        # Weights only: module.to(dtype) would round buffers such as rotary frequencies too.
+        # Parameters only: module.to(dtype) would round buffers such as rotary frequencies too.
         self.module = module.to(distributed.device())
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(precision(config))
@@ -168,29 +159,33 @@ class BranchEngine:
         self.stage: StageConfig | None = None
         self._engine = None
         self._hooks: dict[tuple[str, str], set[int]] = {}
-        self._own_encoder: dict[str, Tensor] | None = None
+        self._encoder_tensors: dict[str, Tensor] | None = None
         self._masters = MasterWeights(
             module, precision(config), StateOffloader(config.offload, name, folder)
         )
-        self._disk = nvme_folder(config, folder, name) if config.nvme else None
+        self._nvme_folder = nvme_folder(config, folder, name) if config.nvme else None
 
     # -- stages ------------------------------------------------------------------------------
 
     def enter(self, stage: StageConfig) -> None:
-        """Make exactly the stage's parts trainable. No-op unless the stage changed; collective."""
+        """Make exactly the stage's parts trainable; collective.
+
+        Where the branch is in that stage, this only reloads what is offloaded. Raises `UserError`
+        where the model lacks a part.
+        """
         if self.stage is not None and stage.name == self.stage.name:
             self.reload()
             return
-        carried, steps = self._masters.leave()
+        carried, steps = self._masters.detach()
         self._destroy()
         self.stage = stage
-        groups = self._groups(stage)
-        self._hooks = zero_hooks.present(self.module)
+        groups = self._parameter_groups(stage)
+        self._hooks = zero_hooks.hook_ids(self.module)
         self._engine = self._initialize(stage, groups)
         optimizer = self._engine.optimizer
-        self._masters.enter(optimizer, carried, steps if stage.keep_moments else None)
+        self._masters.attach(optimizer, carried, steps if stage.keep_moments else None)
 
-    def _groups(self, stage: StageConfig) -> list[dict[str, Any]]:
+    def _parameter_groups(self, stage: StageConfig) -> list[dict[str, Any]]:
         groups = []
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
@@ -200,14 +195,14 @@ class BranchEngine:
                 raise UserError(f"stage '{stage.name}' trains '{part}', which this model lacks")
             for parameter in params:
                 parameter.requires_grad_(True)
-            rate = learning_rate(stage, part, 0)
-            groups.append({"params": params, "lr": rate, "name": part})
+            lr = learning_rate(stage, part, 0)
+            groups.append({"params": params, "lr": lr, "name": part})
         return groups
 
     def _initialize(self, stage: StageConfig, groups: list[dict[str, Any]]):
         import deepspeed
 
-        config = settings(self.config, self._disk) | {
+        config = deepspeed_settings(self.config, self._nvme_folder) | {
             "gradient_accumulation_steps": stage.grad_accum_steps,
             "gradient_clipping": self.config.max_grad_norm,
         }
@@ -218,31 +213,32 @@ class BranchEngine:
             weight_decay=stage.weight_decay,
             fused=distributed.device().type == "cuda",
         )
-        for block in zero_hooks.blocks(self.module):
-            deepspeed.utils.set_z3_leaf_module(block, True)
-        # DeepSpeed casts buffers with the weights; tables of positions and the like must stay fp32.
+        for leaf in zero_hooks.leaf_modules(self.module):
+            deepspeed.utils.set_z3_leaf_module(leaf, True)
+        # DeepSpeed casts buffers with the weights; position tables and the like must stay fp32.
         buffers = [(b, b.data) for b in self.module.buffers()]
         engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         for buffer, data in buffers:
             buffer.data = data
-        read_gradients_whole(engine.optimizer)
+        work_around_pinned_reads(engine.optimizer)
         return engine
 
     def _destroy(self) -> None:
         if self._engine is None:
             return
         self._engine.destroy()
-        zero_hooks.remove_since(self.module, self._hooks)
+        zero_hooks.remove_hooks_since(self.module, self._hooks)
         self._engine = None
         gc.collect()
 
     # -- steps -------------------------------------------------------------------------------
 
     def step(self, batches: Sequence[Batch], step: int) -> StepReport:
-        """One optimizer step from this rank's ``grad_accum_steps`` micro-batches; collective.
+        """Take one optimizer step from this rank's ``grad_accum_steps`` micro-batches; collective.
 
-        The model seeds all its randomness (dropout, masks, chunks) from the batch, so that a
-        resumed run repeats an uninterrupted one bit for bit.
+        ``step`` counts within the stage, for the learning rates. The model seeds all its randomness
+        (dropout, masks, chunks) from the batch, so that a resumed run repeats an uninterrupted one
+        bit for bit.
         """
         assert self.stage is not None and len(batches) == self.stage.grad_accum_steps
         lrs = {part: learning_rate(self.stage, part, step) for part in self.stage.trains}
@@ -255,8 +251,8 @@ class BranchEngine:
             self._engine.backward(outputs.loss)
             self._engine.step()
             for name, (total, count) in outputs.sums.items():
-                old = sums.get(name, (0.0, 0.0))
-                sums[name] = (old[0] + total, old[1] + count)
+                earlier = sums.get(name, (0.0, 0.0))
+                sums[name] = (earlier[0] + total, earlier[1] + count)
         norm = self._engine.get_global_grad_norm()
         return StepReport(self.name, self.stage.name, step, sums, lrs, norm, tuple(batches))
 
@@ -277,73 +273,79 @@ class BranchEngine:
     # -- offload and swap ------------------------------------------------------------------
 
     def offload(self) -> int:
-        """Move masters and moments to where they are offloaded to; returns the bytes moved."""
+        """Offload masters and moments as ``engine.offload`` says; returns the bytes moved."""
         return self._masters.offload()
 
     def reload(self) -> int:
+        """Reload what is offloaded; returns the bytes moved."""
         return self._masters.reload()
 
     @property
     def offloaded_bytes(self) -> int:
-        """What lies in the offload place at present."""
+        """The bytes offloaded at present."""
         return self._masters.offloaded_bytes
 
     def load_encoder(self, source: FragmentReader | BranchEngine) -> None:
-        """Hot-swap: take the encoder of a published snapshot or of the other branch; collective.
+        """Hot-swap: load the encoder of a published snapshot or of the other branch; collective.
 
-        From a snapshot each rank reads only the slices that it holds; from a branch of the same job
-        it is a local copy. Where the encoder is trainable its masters follow and its moments start
-        again from zero; where it is not, low-precision weights keep their masters for a later stage
-        that trains it. Raises `FragmentError` on all ranks, with nothing changed, when a snapshot
-        is of another architecture, unreadable or not finite.
+        From a snapshot each rank reads only its partition; from a branch of the same job it is a
+        local copy. Where the stage trains the encoder, its masters are replaced too and its moments
+        start again from zero; where it does not, low-precision weights keep their masters for a
+        later stage that trains it. Raises `FragmentError` on all ranks, with nothing changed, when
+        a snapshot is of another architecture, unreadable or not finite.
         """
-        own = self._encoder()
+        encoder = self._encoder()
         if isinstance(source, BranchEngine):
-            zero_partition.copy_weights(source._encoder(), own)
+            zero_partition.copy_weights(source._encoder(), encoder)
         else:
             zero_partition.replace_weights(self.module, source, "encoder.")
-        zero_partition.refresh_gathered(own.values())
-        self._masters.replace(own, source._masters if isinstance(source, BranchEngine) else source)
+        zero_partition.refresh_gathered(encoder.values())
+        masters = source._masters if isinstance(source, BranchEngine) else source
+        self._masters.replace(encoder, masters)
 
     def _encoder(self) -> dict[str, Tensor]:
-        """The encoder's tensors by name; looked up once, for that takes as long as a small swap."""
-        if self._own_encoder is None:
-            self._own_encoder = zero_partition.tensors(self.module, "encoder.")
-        return self._own_encoder
+        """The encoder's tensors by name; cached: the lookup takes as long as a small swap."""
+        if self._encoder_tensors is None:
+            self._encoder_tensors = zero_partition.named_tensors(self.module, "encoder.")
+        return self._encoder_tensors
 
     def checksum(self, prefix: str = "encoder.") -> str:
-        """Of the weights of all ranks, comparable to a snapshot's; collective."""
-        return checksum(zero_partition.weights(self.module, prefix))
+        """The checksum of the weights of all ranks, equal to a snapshot's; collective."""
+        return checksum(zero_partition.weight_fragments(self.module, prefix))
 
     def masters(self, prefix: str) -> dict[str, Fragment]:
-        """This rank's pieces of the fp32 masters, where the branch trains the parameter."""
-        return self._masters.trained(prefix)
+        """This rank's fragments of the fp32 masters, of parameters that the stage trains."""
+        return self._masters.live_masters(prefix)
 
     # -- saving and loading ------------------------------------------------------------------
 
     def fragments(self) -> dict[str, Fragment]:
-        """This rank's weights, masters and moments, keyed below the branch's name."""
-        held = zero_partition.weights(self.module) | self._masters.fragments()
-        return {f"{self.name}/{key}": fragment for key, fragment in held.items()}
+        """This rank's weights, masters and moments; keys begin with the branch's name."""
+        fragments = zero_partition.weight_fragments(self.module) | self._masters.fragments()
+        return {f"{self.name}/{key}": fragment for key, fragment in fragments.items()}
 
     def adam_steps(self) -> float:
+        """Adam's step count, which `load` takes."""
         return self._masters.steps()
 
     def load(self, reader: FragmentReader, stage: StageConfig | None, adam_steps: float) -> None:
-        """Restore what `fragments` gave, written by any number of ranks; collective."""
-        below = Below(reader, f"{self.name}/")
+        """Restore what `fragments` returned on any number of ranks; collective.
+
+        ``stage``: the one that the branch was in; None: in none yet, and there are weights alone.
+        """
+        branch_reader = PrefixReader(reader, f"{self.name}/")
         if stage is None:
-            zero_partition.load_weights(self.module, below)
+            zero_partition.load_weights(self.module, branch_reader)
             return
         self.enter(stage)
-        zero_partition.load_weights(self.module, below)
+        zero_partition.load_weights(self.module, branch_reader)
         zero_partition.refresh_gathered(self.module.parameters())
-        self._masters.load(below, adam_steps)
+        self._masters.load(branch_reader, adam_steps)
 
     def close(self) -> None:
-        """Destroy the engine and free what it held; the module stays."""
+        """Destroy the engine and free its optimizer states; the module stays."""
         self._masters.close()
         self._destroy()
-        if self._disk is not None:
-            shutil.rmtree(self._disk, ignore_errors=True)
+        if self._nvme_folder is not None:
+            shutil.rmtree(self._nvme_folder, ignore_errors=True)
         self.stage = None

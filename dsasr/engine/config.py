@@ -1,4 +1,4 @@
-"""What a recipe says of the engine: DeepSpeed's JSON files by name, precision, disks."""
+"""The recipe's engine settings: DeepSpeed JSON by name, precision, optimizer states on disk."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class EngineConfig:
     nvme: str | None = None
 
     def __post_init__(self) -> None:
-        swaps = on_nvme(read_ds_config(self.deepspeed))
-        if swaps and not self.nvme:
+        needs_nvme = on_nvme(read_ds_config(self.deepspeed))
+        if needs_nvme and not self.nvme:
             raise UserError(
                 f"engine.deepspeed={self.deepspeed} keeps optimizer states on a disk: give "
                 "engine.nvme=FOLDER, on each machine's own NVMe"
             )
-        if self.nvme and not swaps:
+        if self.nvme and not needs_nvme:
             raise UserError(
                 f"engine.nvme is for engine.deepspeed=zero3-nvme, not for {self.deepspeed}"
             )
@@ -66,28 +66,28 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
 
 
 def on_nvme(settings: dict[str, Any]) -> bool:
-    """Whether DeepSpeed keeps optimizer states on a disk by these settings."""
+    """Whether DeepSpeed keeps optimizer states on a disk under these settings."""
     offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device") == "nvme"
 
 
 def nvme_folder(config: EngineConfig, run: Path, branch: str) -> Path:
-    """A branch's own folder below ``engine.nvme``: other runs and branches have others."""
-    place = hashlib.blake2b(str(Path(run).resolve()).encode(), digest_size=6).hexdigest()
-    return Path(config.nvme).resolve() / f"dsasr-{place}" / branch
+    """A folder below ``engine.nvme`` for one branch of one run, unique on this machine."""
+    digest = hashlib.blake2b(str(Path(run).resolve()).encode(), digest_size=6).hexdigest()
+    return Path(config.nvme).resolve() / f"dsasr-{digest}" / branch
 
 
-def settings(config: EngineConfig, swap_to: Path | None = None) -> dict[str, Any]:
-    """DeepSpeed's settings, without those of a stage; ``swap_to``: `nvme_folder`, where needed."""
-    held = read_ds_config(config.deepspeed) | {
+def deepspeed_settings(config: EngineConfig, nvme_path: Path | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings, without those of a stage; ``nvme_path``: `nvme_folder`, if needed."""
+    settings = read_ds_config(config.deepspeed) | {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision(config) is torch.bfloat16},
         "steps_per_print": 1 << 60,
     }
-    if swap_to is not None and on_nvme(held):
-        held["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(swap_to)
-    return held
+    if nvme_path is not None and on_nvme(settings):
+        settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(nvme_path)
+    return settings
 
 
 def precision(config: EngineConfig) -> torch.dtype:
@@ -97,22 +97,22 @@ def precision(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def read_gradients_whole(zero: Any) -> None:
-    """Make DeepSpeed read gradients from a disk to where they belong; ``zero``: its ZeRO optimizer.
+def work_around_pinned_reads(zero: Any) -> None:
+    """Let DeepSpeed read gradients from a disk correctly; ``zero``: its ZeRO optimizer.
 
-    A gradient's place in its group's locked buffer is any multiple of four bytes, a direct read
-    needs one of 512. DeepSpeed 0.19 takes any part of a locked buffer to be fit for that: the read
-    fails, nothing is said, and the step is taken with what the buffer held. Plain memory it reads
-    by way of an aligned buffer of its own.
+    A gradient's offset in its group's pinned buffer is any multiple of 4 bytes; a direct read needs
+    a multiple of 512. DeepSpeed 0.19 takes any part of a pinned buffer to be aligned: the read
+    fails without an error, and the step uses what the buffer had before. A gradient in pageable
+    memory it reads through an aligned buffer of its own.
     """
     swapper = getattr(zero, "optimizer_swapper", None)
     if swapper is None:
         return
     read = swapper._swap_in_pinned_gradients
 
-    def read_plain(aio_handle: Any, parameter: torch.Tensor, gradient_tensor: torch.Tensor) -> None:
-        plain = torch.zeros_like(gradient_tensor, pin_memory=False)
-        read(aio_handle, parameter, plain)
-        gradient_tensor.copy_(plain)
+    def read_pageable(aio_handle: Any, parameter: torch.Tensor, gradient_tensor: torch.Tensor):
+        pageable = torch.zeros_like(gradient_tensor, pin_memory=False)
+        read(aio_handle, parameter, pageable)
+        gradient_tensor.copy_(pageable)
 
-    swapper._swap_in_pinned_gradients = read_plain
+    swapper._swap_in_pinned_gradients = read_pageable

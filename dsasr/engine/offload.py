@@ -1,9 +1,9 @@
-"""Parking: the inactive branch's fp32 masters and Adam moments, out of the way and back bit-equal.
+"""Offload the inactive branch's fp32 masters and Adam moments, and reload them bit for bit.
 
-Places: ``keep`` leaves them where they are (fastest; right on a CPU and where memory allows),
-``cpu`` moves them to pinned host memory, ``disk`` to a safetensors file (an NVMe, by path). Only
-the storage behind the tensors goes and comes: DeepSpeed's objects, hooks and groups stay as they
-are, so a offloaded branch costs nothing to set up again.
+``none`` leaves them where they are (fastest; right on a CPU and where memory allows), ``cpu`` moves
+them to pinned host memory, ``disk`` to a safetensors file (on an NVMe, by path). Only the storage
+of the tensors moves: DeepSpeed's objects, hooks and groups stay as they are, so that an offloaded
+branch continues without any setup.
 """
 
 from __future__ import annotations
@@ -35,26 +35,30 @@ class OffloadConfig:
 
 
 class StateOffloader:
-    """Where one branch's tensors go while the other branch trains."""
+    """Offloads the tensors of one branch on this rank, by ``config``.
+
+    ``name``: the branch's, for the file's name; ``folder``: the run folder.
+    """
 
     def __init__(self, config: OffloadConfig, name: str, folder: Path):
         self.config = config
         root = Path(config.path) if config.path else folder
         self._file = root / f"offloaded-{name}-{distributed.rank():05d}.safetensors"
-        self._parked: dict[str, tuple[Tensor, torch.Size, torch.device]] = {}
+        # By key: the emptied tensor, its shape and its device.
+        self._emptied: dict[str, tuple[Tensor, torch.Size, torch.device]] = {}
         self._host: dict[str, Tensor] = {}
 
     @property
     def offloaded(self) -> bool:
-        return bool(self._parked)
+        return bool(self._emptied)
 
     @property
     def bytes(self) -> int:
-        """What is offloaded at present."""
-        return sum(shape.numel() * t.element_size() for t, shape, _ in self._parked.values())
+        """The bytes offloaded at present."""
+        return sum(shape.numel() * t.element_size() for t, shape, _ in self._emptied.values())
 
     def offload(self, tensors: Mapping[str, Tensor]) -> int:
-        """Move the storage of ``tensors`` away; returns the bytes moved. No-op for ``keep``."""
+        """Move the storage of ``tensors`` away; returns the bytes moved. No-op with ``none``."""
         if self.config.device == "none" or self.offloaded or not tensors:
             return 0
         moved = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -62,42 +66,45 @@ class StateOffloader:
             with atomic_path(self._file) as temporary:
                 save_file({k: t.data.contiguous().cpu() for k, t in tensors.items()}, temporary)
         else:
-            for key, tensor in tensors.items():
-                host = self._host.get(key)
-                if host is None or host.shape != tensor.shape:
-                    pin = tensor.is_cuda
-                    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
-                    self._host[key] = host
-                host.copy_(tensor.data, non_blocking=True)
-            if any(t.is_cuda for t in tensors.values()):
-                torch.cuda.synchronize()
+            self._copy_to_host(tensors)
         for key, tensor in tensors.items():
-            self._parked[key] = (tensor, tensor.shape, tensor.device)
+            self._emptied[key] = (tensor, tensor.shape, tensor.device)
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return moved
 
+    def _copy_to_host(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            buffer = self._host.get(key)
+            if buffer is None or buffer.shape != tensor.shape:
+                pin = tensor.is_cuda
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+                self._host[key] = buffer
+            buffer.copy_(tensor.data, non_blocking=True)
+        if any(t.is_cuda for t in tensors.values()):
+            torch.cuda.synchronize()
+
     def reload(self) -> int:
-        """Bring everything back to its own device; returns the bytes moved."""
+        """Move everything back to its own device; returns the bytes moved."""
         moved = 0
         if not self.offloaded:
             return moved
         on_disk = self.config.device == "disk"
-        source = safe_open(self._file, framework="pt") if on_disk else None
-        for key, (tensor, shape, device) in self._parked.items():
-            held = source.get_tensor(key) if source is not None else self._host[key]
+        file = safe_open(self._file, framework="pt") if on_disk else None
+        for key, (tensor, shape, device) in self._emptied.items():
+            saved = file.get_tensor(key) if file is not None else self._host[key]
             if device.type == "cpu":
-                # The host buffer is taken over rather than copied.
-                tensor.data = held if on_disk else self._host.pop(key)
+                # The host buffer becomes the tensor's storage: no copy.
+                tensor.data = saved if on_disk else self._host.pop(key)
             else:
-                tensor.data = held.reshape(shape).to(device, non_blocking=True)
+                tensor.data = saved.reshape(shape).to(device, non_blocking=True)
             moved += tensor.numel() * tensor.element_size()
-        self._parked.clear()
+        self._emptied.clear()
         if on_disk:
             self._file.unlink(missing_ok=True)
         return moved
 
     def close(self) -> None:
-        """Forget what is offloaded and remove its file."""
-        self._parked.clear()
+        """Drop what is offloaded, and remove its file."""
+        self._emptied.clear()
         self._host.clear()
         self._file.unlink(missing_ok=True)

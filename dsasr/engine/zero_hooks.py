@@ -1,4 +1,4 @@
-"""Where DeepSpeed hangs its hooks on a module: on which children, and which it leaves behind."""
+"""DeepSpeed's hooks on a module: which submodules get them, and the removal of stale ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import nn
 from dsasr.model.encoders.conformer import Block
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers of encoder and LLM, which ZeRO-3 is to gather as one.
+def leaf_modules(module: nn.Module) -> list[nn.Module]:
+    """The layers of encoder and LLM, each of which ZeRO-3 is to gather as a whole.
 
-    Left alone, it hooks every Linear, LayerNorm and Dropout and gathers many small pieces. At the
-    demo's size on two CPU ranks a step takes 0.13 s like this and 0.22 to 0.26 s otherwise. (Not
-    so the subsampling: in the backward pass of a leaf whose input needs no gradient, DeepSpeed
-    0.19 releases the weights before they are used.)
+    By default it hooks every Linear, LayerNorm and Dropout and gathers many small parameters. At
+    the demo's size on two CPU ranks a step takes 0.13 s with whole layers, and 0.22 to 0.26 s by
+    default. (The subsampling is left out: in the backward pass of a leaf whose input needs no
+    gradient, DeepSpeed 0.19 releases the weights before they are used.)
     """
     names = {Block.__name__}
     for child in module.modules():
@@ -30,7 +30,7 @@ _TABLES = (
 )
 
 
-def present(module: nn.Module) -> dict[tuple[str, str], set[int]]:
+def hook_ids(module: nn.Module) -> dict[tuple[str, str], set[int]]:
     """The ids of all hooks in ``module``, by (submodule, table)."""
     return {
         (path, table): set(getattr(child, table))
@@ -39,10 +39,13 @@ def present(module: nn.Module) -> dict[tuple[str, str], set[int]]:
     }
 
 
-def remove_since(module: nn.Module, kept: dict[tuple[str, str], set[int]]) -> None:
-    """Remove hooks that came after ``kept``: DeepSpeed 0.19's ``destroy`` leaves two a life."""
+def remove_hooks_since(module: nn.Module, earlier: dict[tuple[str, str], set[int]]) -> None:
+    """Remove the hooks that were added after ``earlier`` (`hook_ids`).
+
+    ``destroy`` of DeepSpeed 0.19 leaves two hooks for each engine.
+    """
     for path, child in module.named_modules():
         for table in _TABLES:
             hooks = getattr(child, table)
-            for number in set(hooks) - kept[path, table]:
-                del hooks[number]
+            for hook in set(hooks) - earlier[path, table]:
+                del hooks[hook]

@@ -242,7 +242,9 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
     values are dropped."""
     _check(kind, values)
     names = {f.name for f in fields(kind)}
-    return kind(**{k: v for k, v in values.items() if k in names and nonfinite_to_none(v) is not None})
+    return kind(
+        **{k: v for k, v in values.items() if k in names and nonfinite_to_none(v) is not None}
+    )
 
 
 def _check(kind: type, values: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from dsasr.evaluation.hallucination import (
 )
 from dsasr.evaluation.suite import CLEAN, spoken_prefix, truncated_share
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import nonfinite_to_none, to_json, read_lines
+from dsasr.utils.io import nonfinite_to_none, read_lines, to_json
 
 ALL, NONSPEECH = "all", "nonspeech"  # names of rows over several conditions
 

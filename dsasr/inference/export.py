@@ -32,9 +32,8 @@ from torch import nn
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
-from dsasr.checkpoint.tensor_fragments import PrefixReader, FragmentError, FragmentReader
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
@@ -46,7 +45,7 @@ from dsasr.model.llm import LlmConfig, load_llm
 from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, fsync_dir
+from dsasr.utils.io import atomic_folder, atomic_write
 from dsasr.utils.progress import Bar
 
 MODEL_TYPE, FORMAT = "dsasr", 1
@@ -117,25 +116,22 @@ def export_run(
             f"{reader.folder} holds no recognizer: its sft branch has not started training"
         )
     _check_lora(build, weights, adapter)
-    staging = target.parent / f".{target.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
-        _write_model(build, reader, weights, staging, dtype)
-        if adapter:
-            _write_adapter(build, weights, staging / "adapter", dtype)
-        fsync_dir(staging)
-        staging.rename(target)
-        fsync_dir(target.parent)
+        with atomic_folder(target) as folder:
+            _write_model(build, reader, weights, folder, dtype)
+            if adapter:
+                _write_adapter(build, weights, folder / "adapter", dtype)
     except FragmentError as error:
         raise UserError(f"{reader.folder}: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
 def _write_model(
-    build: Builder, reader: FragmentReader, weights: PrefixReader, folder: Path, dtype: torch.dtype | None
+    build: Builder,
+    reader: FragmentReader,
+    weights: PrefixReader,
+    folder: Path,
+    dtype: torch.dtype | None,
 ) -> None:
     recipe = build.recipe
     prefix, suffix = Prompt.build(build.tokenizer)
@@ -188,7 +184,9 @@ def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
         raise UserError(f"the run has no adapter to write beside the merged model: {why}")
 
 
-def _write_adapter(build: Builder, weights: PrefixReader, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_adapter(
+    build: Builder, weights: PrefixReader, folder: Path, dtype: torch.dtype | None
+) -> None:
     keys = [k for k in weights.shapes if lora.is_adapter(k)]
     matrices = {k.removeprefix("llm."): weights.whole(k) for k in keys}
     if dtype is not None:
@@ -348,26 +346,3 @@ def _load_weights(modules: dict[str, nn.Module], folder: Path) -> None:
             raise UserError(f"{path} cannot be read: {error}") from None
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} weights, among them {min(missing)}")
-
-
-def newest_checkpoint(run: Path, name: str = "") -> FragmentReader:
-    """The newest whole checkpoint of a run folder (of an asynchronous run, of its sft job), the
-    one of that ``name``, or the folder ``name``."""
-    if (Path(name) / tensor_fragments.MANIFEST).is_file():
-        try:
-            tensor_fragments.verify(Path(name))
-            return FragmentReader(Path(name))
-        except FragmentError as error:
-            raise UserError(str(error)) from None
-    folder = run if (run / "checkpoints").is_dir() else run / "sft"
-    paths = sorted((folder / "checkpoints").glob("step-*"), reverse=True)
-    if name:
-        paths = [p for p in paths if p.name == name]
-    problem = "there is none"
-    for path in paths:
-        try:
-            tensor_fragments.verify(path)
-            return FragmentReader(path)
-        except FragmentError as error:
-            problem = str(error)
-    raise UserError(f"{folder} has no whole checkpoint {name}: {problem}")

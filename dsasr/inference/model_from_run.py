@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.tensor_fragments import PrefixReader, FragmentError, FragmentReader
+from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint.locate import open_run_checkpoint
+from dsasr.checkpoint.tensor_fragments import FragmentError, PrefixReader
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.results import Results
 from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig, build_suite
@@ -39,7 +40,7 @@ class RunModel:
         """
         folder = Path(folder)
         build = Builder(run_recipe(folder))
-        reader = named(folder, checkpoint) if checkpoint else newest(folder)
+        reader = open_run_checkpoint(folder, checkpoint)
         model = build.speech_llm()
         try:
             zero_partition.load_weights(model, PrefixReader(reader, "sft/"))
@@ -95,30 +96,3 @@ def run_recipe(folder: Path) -> Recipe:
     values = config.read_recipe(str(path))
     run = folder if values.get("branch", "both") == "both" else folder.resolve().parent
     return config.build(Recipe, {**values, "run": str(run)})
-
-
-def newest(folder: Path) -> FragmentReader:
-    """The newest checkpoint of a run whose checksums hold."""
-    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            tensor_fragments.verify(path)
-            return FragmentReader(path)
-        except FragmentError:
-            continue
-    raise UserError(f"{folder} has no whole checkpoint yet")
-
-
-def named(folder: Path, checkpoint: str) -> FragmentReader:
-    """A run's checkpoint by its name, or one by its path, when its checksums hold."""
-    own = folder / "checkpoints" / checkpoint
-    path = own if own.is_dir() else Path(checkpoint)
-    if path.is_dir():
-        try:
-            tensor_fragments.verify(path)
-            return FragmentReader(path)
-        except FragmentError as error:
-            problem = f"checkpoint {checkpoint} is not whole: {error}"
-    else:
-        problem = f"there is no checkpoint {checkpoint}"
-    held = ", ".join(sorted(p.name for p in (folder / "checkpoints").glob("step-*")))
-    raise UserError(f"{problem}; {folder} has {held or 'none yet'}")

@@ -1,7 +1,7 @@
-"""Ranks whose launcher was killed end too.
+"""End ranks whose launcher was killed.
 
-DeepSpeed's launcher takes its ranks along when it is asked to end, but not when it is killed with
-``kill -9``: they would train on beside the job that is started in its place, in the same folder.
+DeepSpeed's launcher stops its ranks when it is terminated, but not when it is killed with
+``kill -9``: they would go on training in the run folder beside the job that replaces them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # set by deepspeed's and torc
 
 
 def end_with_launcher(stop: Callable[[int], Any] = os._exit) -> threading.Thread | None:
-    """End this process soon after the launcher that started it; to be called as early as may be.
+    """End this process soon after the launcher that started it; call it as early as possible.
 
-    Without a launcher, nothing is watched: a shell may end before what it has started.
+    Returns the watching thread, or None without a launcher: a shell may end before the process
+    that it has started.
     """
     if not any(name in os.environ for name in LAUNCHERS):
         return None
@@ -29,22 +30,22 @@ def end_with_launcher(stop: Callable[[int], Any] = os._exit) -> threading.Thread
 
 
 def end_with_parents(stop: Callable[[int], Any] = os._exit) -> threading.Thread:
-    """End this process soon after the one that started it, or after the ``deepspeed`` command."""
-    began = parents()
+    """End this process soon after its parent process or the ``deepspeed`` command has ended."""
+    at_start = parents()
 
     def watch() -> None:
-        while parents() == began:
+        while parents() == at_start:
             time.sleep(POLL)
-        print("whoever started this rank has ended: so does it", flush=True)
+        print("the launcher of this rank has ended: so does the rank", flush=True)
         stop(ORPHANED)
 
-    thread = threading.Thread(target=watch, name="orphans", daemon=True)
+    thread = threading.Thread(target=watch, name="orphan_ranks", daemon=True)
     thread.start()
     return thread
 
 
 def parents() -> tuple[int, int]:
-    """This process's parent, and above it the ``deepspeed`` command, or 0."""
+    """The ids of this process's parent, and of the ``deepspeed`` command above it (0: none)."""
     parent = os.getppid()
     above = parent_of(parent)
     return parent, above if "deepspeed" in _command(above) else 0
@@ -52,10 +53,10 @@ def parents() -> tuple[int, int]:
 
 def parent_of(process: int) -> int:
     try:
-        held = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # no Linux, or gone
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux, or the process has ended
         return 0
-    return int(held.rpartition(")")[2].split()[1])
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 def _command(process: int) -> str:

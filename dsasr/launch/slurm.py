@@ -1,4 +1,4 @@
-"""From a recipe to the sbatch command that trains or evaluates it."""
+"""Build the sbatch command that trains or evaluates a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsasr.utils.packaged import CODE, packaged_folder
 
 SCRIPTS = packaged_folder("slurm")
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d\d){0,2}|\d+(:\d\d){0,2})")
-_SET = re.compile(r"(?!\.)[A-Za-z0-9._-]+=\S+")
+_TEST_SET = re.compile(r"(?!\.)[A-Za-z0-9._-]+=\S+")
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class SizeConfig:
             raise UserError("slurm: ranks is for nodes without GPUs; with GPUs there is one each")
 
     @property
-    def per_node(self) -> int:
+    def ranks_per_node(self) -> int:
         return self.gpus or self.ranks or 1
 
     @property
-    def world(self) -> int:
-        return self.nodes * self.per_node
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
 
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """``size`` is the job's, or the pretrain component's; ``sft`` is the other component's."""
+    """A job's limits. ``size``: the job, or its pretrain component; ``sft``: the sft component."""
 
     # of the job; in a job of two components, of the pretrain component
     size: SizeConfig = field(default_factory=SizeConfig)
@@ -67,37 +67,37 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class Submission:
-    """A command and the variables that its script reads."""
+    """An sbatch command, and the environment variables that its script reads."""
 
     command: tuple[str, ...]
     variables: dict[str, str]
-    plan: tuple[tuple[str, str], ...]  # what to show: (name, value)
+    plan: tuple[tuple[str, str], ...]  # (name, value) rows to print
 
 
 def train(config: SlurmConfig, run: Path, python: str) -> Submission:
-    """One job in which both branches take turns."""
+    """One colocated job, in which both branches take turns."""
     command = [*_job(config, run), *_size(config.size), str(SCRIPTS / "train.sbatch")]
-    plan = [("job", "both branches take turns"), ("size", _shown(config.size))]
+    plan = [("job", "both branches take turns"), ("size", _describe(config.size))]
     return _submission(config, run, python, command, plan)
 
 
-def asynchronous(config: SlurmConfig, run: Path, python: str) -> Submission:
-    """One heterogeneous job, a component for each branch."""
+def concurrent(config: SlurmConfig, run: Path, python: str) -> Submission:
+    """One heterogeneous job with a component for each branch."""
     script = str(SCRIPTS / "async.sbatch")
     job = _job(config, run)
     # Each component of a heterogeneous job has its own limits, partition and account.
-    each = ("--time=", "--partition=", "--account=", "--signal=")
-    both = [o for o in job if o.startswith(each) or o in config.options]
-    command = [*job, *_size(config.size), ":", *both, *_size(config.sft), script]
-    plan = [("job", "two components that share snapshots"), ("pretrain", _shown(config.size)),
-            ("sft", _shown(config.sft))]  # fmt: skip
+    repeated = ("--time=", "--partition=", "--account=", "--signal=")
+    component = [o for o in job if o.startswith(repeated) or o in config.options]
+    command = [*job, *_size(config.size), ":", *component, *_size(config.sft), script]
+    plan = [("job", "two components that share snapshots"), ("pretrain", _describe(config.size)),
+            ("sft", _describe(config.sft))]  # fmt: skip
     return _submission(config, run, python, command, plan)
 
 
 def evaluate(config: SlurmConfig, run: Path, python: str, sets: Sequence[str]) -> Submission:
-    """A job array, one task for each ``NAME=SHARDS``."""
+    """A job array with a task for each ``NAME=SHARDS`` of ``sets``. Raises `UserError`."""
     for test_set in sets:
-        if not _SET.fullmatch(test_set):
+        if not _TEST_SET.fullmatch(test_set):
             raise UserError(f"'{test_set}' is not NAME=SHARDS (letters, digits, ._-; no blank)")
     names = [s.partition("=")[0] for s in sets]
     if len(set(names)) < len(names):
@@ -120,17 +120,17 @@ def _submission(
     python: str,
     command: Sequence[str],
     plan: Sequence[tuple[str, str]],
-    extra: Mapping[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Submission:
-    variables = {"CODE": str(CODE), "RUN": str(run), "PYTHON": python}
-    variables |= {"CONTAINER": config.container, "MOUNTS": config.mounts}
-    variables |= {"NETWORK": config.network, **(extra or {})}
-    where = f"partition {config.partition or 'default'}, account {config.account or 'default'}"
-    plan = [*plan, ("time", f"{config.time}, saves {config.signal} s before"), ("where", where),
+    values = {"CODE": str(CODE), "RUN": str(run), "PYTHON": python}
+    values |= {"CONTAINER": config.container, "MOUNTS": config.mounts}
+    values |= {"NETWORK": config.network, **(variables or {})}
+    queue = f"partition {config.partition or 'default'}, account {config.account or 'default'}"
+    plan = [*plan, ("time", f"{config.time}, saves {config.signal} s before"), ("queue", queue),
             ("run folder", str(run)), ("container", config.container)]  # fmt: skip
     return Submission(
         tuple(command),
-        {k: v for k, v in variables.items() if v},
+        {k: v for k, v in values.items() if v},
         tuple(row for row in plan if row[1]),
     )
 
@@ -146,12 +146,13 @@ def _job(config: SlurmConfig, run: Path, name: str = "dsasr", log: str = "%x-%j.
 def _size(size: SizeConfig) -> list[str]:
     return [
         f"--nodes={size.nodes}",
-        f"--ntasks-per-node={size.per_node}",
+        f"--ntasks-per-node={size.ranks_per_node}",
         f"--gpus-per-node={size.gpus}",
         f"--cpus-per-task={size.cpus}",
     ]
 
 
-def _shown(size: SizeConfig) -> str:
+def _describe(size: SizeConfig) -> str:
     kind = "GPU" if size.gpus else "CPU rank"
-    return f"{size.nodes} × {size.per_node} {kind}s, {size.cpus} CPUs each: {size.world} ranks"
+    ranks = f"{size.nodes} × {size.ranks_per_node} {kind}s"
+    return f"{ranks}, {size.cpus} CPUs each: {size.world_size} ranks"

@@ -1,14 +1,16 @@
-"""Stop a job that hangs, and say where each rank was.
+"""Stop a job that hangs, and report where each rank was.
 
-A collective that one rank never reaches keeps all others waiting. Each rank notes what it is about
-to do (`Watchdog.at`), and a thread of each looks whether that has lasted too long. The first one
-that finds so raises an alarm: a folder in the run folder, into which every rank's thread writes its
-last note. One of them then prints all notes, and the job ends with exit code `HUNG`, for the batch
-script to requeue it. A rank that is dead or stopped leaves no note, which names it.
+A collective that one rank never reaches keeps all others waiting. Each rank records what it is
+about to do (`Watchdog.at`), and a thread on each checks whether that takes too long. The first
+thread to find so raises an alarm: it creates a folder in the run folder, into which the thread of
+every rank writes that rank's last record as a note. One of them prints all notes, and the job ends
+with exit code `HUNG`, so that the batch script requeues it. A rank that is dead or stopped is
+suspected, because it leaves no note.
 
-Nothing of this needs the process group: that is what hangs. Before it is there, while ranks look
-for each other, no name of this start can be agreed on, and an alarm of an earlier start of the same
-run may lie about. Each rank then leaves a mark as it comes up, and believes notes that are younger.
+None of this needs the process group, which is what hangs. Before it exists, while the ranks look
+for each other, they cannot agree on a name for this start of the job, and the alarm of an earlier
+start may still be in the run folder. Each rank then writes a mark when it starts, and ignores notes
+that are older than its mark.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from dsasr.utils.io import atomic_write
 
 T = TypeVar("T")
 HUNG = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
-STARTING = ("start", "loading")  # what a rank does before its first turn
-KEYS = 3  # of a batch's samples, how many are named
+STARTING = ("start", "loading")  # the activities before the first step
+KEYS = 3  # samples of a batch that a note names
 
 
 @dataclass(frozen=True)
@@ -47,35 +49,36 @@ class WatchdogConfig:
             raise UserError("watchdog.seconds and watchdog.start_seconds must be at least 0")
 
     def limit(self, doing: str) -> float:
-        """Seconds that ``doing`` may take; 0: for ever."""
+        """The limit of the activity ``doing`` in seconds; 0: none."""
         return self.start_seconds if doing in STARTING else self.seconds
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank last said of itself."""
+    """A rank's last record of what it was doing."""
 
     rank: int
     doing: str
     stage: str
     step: int
     keys: tuple[str, ...]
-    seconds: float  # since it said so
-    place: str  # file:line of ours that its main thread is in
+    seconds: float  # since then
+    location: str  # `` at file:line`` of this package that its main thread is in
     host: str
 
     def line(self) -> str:
-        """For the log."""
-        where = f"stage {self.stage or '–'}, step {self.step}, in {self.doing} for "
+        """The note as a line of the log."""
+        step = f"stage {self.stage or '–'}, step {self.step}"
+        activity = f"in {self.doing} for {self.seconds:.0f} s{self.location}"
         samples = f", last samples {', '.join(self.keys)}" if self.keys else ""
-        return f"rank {self.rank} on {self.host}: {where}{self.seconds:.0f} s{self.place}{samples}"
+        return f"rank {self.rank} on {self.host}: {step}, {activity}{samples}"
 
 
 class Watchdog:
-    """One rank's. ``start`` names this start of the job, the same on all ranks.
+    """The watchdog of one rank. ``start``: the name of this start of the job, equal on all ranks.
 
-    Without it the ranks have yet to find each other (`agree`), and ``since`` tells the alarms of
-    other starts apart.
+    Without it the ranks have not found each other yet (`set_start`). ``stop`` ends the process with
+    an exit code.
     """
 
     def __init__(
@@ -83,15 +86,15 @@ class Watchdog:
         folder: Path,
         config: WatchdogConfig,
         rank: int,
-        world: int,
+        world_size: int,
         start: str | None = None,
         stop: Callable[[int], Any] = os._exit,
     ):
-        self.config, self.rank, self.world = config, rank, world
+        self.config, self.rank, self.world_size = config, rank, world_size
         self._alarms = folder / "alarms"
         self.alarm = self._alarms / (start or "start")
-        self._agreed = start is not None
-        self._born = 0 if self._agreed or not config.start_seconds else self._leave_mark()
+        self._start_known = start is not None
+        self._mark_time = 0 if self._start_known or not config.start_seconds else self._write_mark()
         self._stop = stop
         self._main = threading.get_ident()
         self._doing: tuple[str, str, int, tuple[str, ...]] = ("start", "", 0, ())
@@ -103,24 +106,27 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def at(self, doing: str, stage: str = "", step: int = 0, keys: Sequence[str] = ()) -> None:
-        """Note what comes next; between two notes may lie no more than the recipe says.
+        """Record what this rank is about to do: the activity, stage, step and samples' keys.
 
-        The first note starts the watch.
+        What is not given stays as it was. The recipe limits the time until the next record. The
+        first record starts the watching thread.
         """
-        _, old_stage, old_step, old_keys = self._doing
-        self._doing = (doing, stage or old_stage, step or old_step, tuple(keys) or old_keys)
+        _, last_stage, last_step, last_keys = self._doing
+        self._doing = (doing, stage or last_stage, step or last_step, tuple(keys) or last_keys)
         self._since = time.monotonic()
         if self._thread is None and self._limited:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
-    def agree(self, start: str) -> None:
-        """The ranks have found each other: the alarm is this start's from here on."""
-        self.alarm, self._agreed, self._born = self._alarms / start, True, 0
+    def set_start(self, start: str) -> None:
+        """Name this start of the job: the ranks have found each other and share the name."""
+        self.alarm, self._start_known, self._mark_time = self._alarms / start, True, 0
 
-    def _leave_mark(self) -> int:
-        """When this rank came up, by the clock that dates the notes; a folder in need of mending
-        is not the watchdog's to tell."""
+    def _write_mark(self) -> int:
+        """Write this rank's mark; returns its time by the file system's clock, in nanoseconds.
+
+        A folder that cannot be written is not the watchdog's to report: 0.
+        """
         with contextlib.suppress(OSError):
             mark = self.alarm / f"up-{self.rank:05d}"
             mark.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +135,7 @@ class Watchdog:
         return 0
 
     def each(self, items: Iterable[T], doing: str) -> Iterator[T]:
-        """``items``, with a note before each."""
+        """``items``, with the activity ``doing`` recorded before each."""
         for item in items:
             self.at(doing)
             yield item
@@ -138,68 +144,68 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        before = time.monotonic()
+        last = time.monotonic()
         while not self._closed.wait(self._poll):
             now = time.monotonic()
-            asleep, before = now - before - self._poll, now
-            if asleep > max(self._poll, 2.0):
-                self._since += asleep  # the whole process was suspended: no fault of a collective
+            suspended, last = now - last - self._poll, now
+            if suspended > max(self._poll, 2.0):
+                self._since += suspended  # the whole process was suspended, and nothing hangs
             limit = self.config.limit(self._doing[0])
             late = limit > 0 and time.monotonic() - self._since > limit
-            if late or self._raised():
-                # A file system that hangs as well must not keep this rank alive.
-                last = threading.Timer(60.0, self._stop, (HUNG,))
-                last.daemon = True
-                last.start()
+            if late or self._alarm_raised():
+                # A file system that hangs too must not keep this rank alive.
+                timer = threading.Timer(60.0, self._stop, (HUNG,))
+                timer.daemon = True
+                timer.start()
                 with contextlib.suppress(OSError):
-                    self._tell()
-                last.cancel()
+                    self._report()
+                timer.cancel()
                 if not self._closed.is_set():
                     self._stop(HUNG)
                 return
 
-    def _raised(self) -> bool:
-        if self._agreed:
+    def _alarm_raised(self) -> bool:
+        if self._start_known:
             return self.alarm.is_dir()
         with contextlib.suppress(OSError):
-            return bool(self._fresh())
+            return bool(self._note_files())
         return False
 
-    def _fresh(self) -> list[Path]:
-        """The notes of this start."""
-        return [path for path in sorted(self.alarm.glob("rank-*.json")) if self._younger(path)]
+    def _note_files(self) -> list[Path]:
+        """The notes of this start of the job."""
+        return [path for path in sorted(self.alarm.glob("rank-*.json")) if self._is_new(path)]
 
-    def _younger(self, path: Path) -> bool:
-        return path.is_file() and path.stat().st_mtime_ns >= self._born
+    def _is_new(self, path: Path) -> bool:
+        return path.is_file() and path.stat().st_mtime_ns >= self._mark_time
 
-    def _tell(self) -> None:
-        """Leave this rank's note; whoever is first prints all of them."""
+    def _report(self) -> None:
+        """Write this rank's note; one rank prints the notes of all."""
         self.alarm.mkdir(parents=True, exist_ok=True)
         note = json.dumps(vars(self._note()))
         atomic_write(self.alarm / f"rank-{self.rank:05d}.json", note)
-        grace = time.monotonic() + max(3 * self._poll, 1.0)
-        while len(self._notes()) < self.world and time.monotonic() < grace:
+        deadline = time.monotonic() + max(3 * self._poll, 1.0)
+        while len(self._notes()) < self.world_size and time.monotonic() < deadline:
             time.sleep(self._poll / 5)
-        if not self._first():
-            # The first to leave takes all others with it: not before all is said.
+        if not self._is_reporter():
+            # The launcher ends all ranks with the first that exits: wait for the report.
             end = time.monotonic() + 10
-            while not self._younger(self.alarm / "report.txt") and time.monotonic() < end:
+            while not self._is_new(self.alarm / "report.txt") and time.monotonic() < end:
                 time.sleep(0.05)
             return
-        lines = report(self._notes(), self.world, self.config.limit(self._doing[0]))
-        if not self._agreed and self.world > 1:
-            where = ":".join(os.environ.get(k, "?") for k in ("MASTER_ADDR", "MASTER_PORT"))
-            lines.append(f"the ranks have not met: did all start, and do they reach {where}?")
+        lines = report(self._notes(), self.world_size, self.config.limit(self._doing[0]))
+        if not self._start_known and self.world_size > 1:
+            address = ":".join(os.environ.get(k, "?") for k in ("MASTER_ADDR", "MASTER_PORT"))
+            lines.append(f"the ranks have not met: did all start, and do they reach {address}?")
         print("\n".join(f"watchdog: {line}" for line in lines), flush=True)
         sys.stderr.flush()
         atomic_write(self.alarm / "report.txt", "\n".join(lines) + "\n")
 
-    def _first(self) -> bool:
-        """Whether it is this rank that speaks for all."""
-        if not self._agreed:
+    def _is_reporter(self) -> bool:
+        """Whether this rank prints the report."""
+        if not self._start_known:
             return self._notes()[0].rank == self.rank
         try:
-            open(self.alarm / "teller", "x").close()
+            open(self.alarm / "reporter", "x").close()
         except FileExistsError:
             return False
         return True
@@ -208,19 +214,19 @@ class Watchdog:
         doing, stage, step, keys = self._doing
         shown = keys if len(keys) <= KEYS else (*keys[:KEYS], f"… ({len(keys)})")
         seconds = time.monotonic() - self._since
-        place = _place(self._main)
-        return Note(self.rank, doing, stage, step, shown, seconds, place, socket.gethostname())
+        location = _location(self._main)
+        return Note(self.rank, doing, stage, step, shown, seconds, location, socket.gethostname())
 
     def _notes(self) -> list[Note]:
-        found = []
-        for path in self._fresh():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Note(**{**held, "keys": tuple(held["keys"])}))
-        return found
+        notes = []
+        for path in self._note_files():
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            notes.append(Note(**{**fields, "keys": tuple(fields["keys"])}))
+        return notes
 
 
 def for_rank(folder: Path, config: WatchdogConfig) -> Watchdog:
-    """This rank's, while no other has been heard of yet."""
+    """The watchdog of this rank, by the launcher's variables, before the ranks find each other."""
     return Watchdog(
         folder,
         config,
@@ -229,32 +235,32 @@ def for_rank(folder: Path, config: WatchdogConfig) -> Watchdog:
     )
 
 
-def report(notes: Sequence[Note], world: int, seconds: float) -> list[str]:
-    """The alarm in lines: a head, each rank's note, and whom to suspect."""
-    heard = {note.rank: note for note in notes}
-    silent = [rank for rank in range(world) if rank not in heard]
+def report(notes: Sequence[Note], world_size: int, seconds: float) -> list[str]:
+    """The lines of an alarm's report: a heading, each rank's note, and the suspected ranks."""
+    reported = {note.rank for note in notes}
+    silent = [rank for rank in range(world_size) if rank not in reported]
     lines = [f"no progress for {seconds:g} s: the job is stopped"]
     lines += [note.line() for note in notes]
     lines += [f"rank {rank}: no word, it is dead or stopped" for rank in silent]
-    places = Counter((n.doing, n.stage, n.step) for n in notes)
+    activities = Counter((n.doing, n.stage, n.step) for n in notes)
     suspects = silent
-    if not silent and len(places) > 1:
-        usual = places.most_common(1)[0][0]
-        # With no majority the one that is behind holds the others up.
-        if places[usual] * 2 <= len(notes):
-            usual = max(places, key=lambda place: place[2])
+    if not silent and len(activities) > 1:
+        usual = activities.most_common(1)[0][0]
+        # Without a majority the rank at an earlier step keeps the others waiting.
+        if activities[usual] * 2 <= len(notes):
+            usual = max(activities, key=lambda activity: activity[2])
         suspects = [n.rank for n in notes if (n.doing, n.stage, n.step) != usual]
     if suspects:
         lines.append(f"suspected: rank {', '.join(map(str, suspects))}")
     return lines
 
 
-def _place(thread: int) -> str:
-    """`` at file:line`` of the innermost frame of that thread that is ours."""
+def _location(thread: int) -> str:
+    """`` at file:line`` of the innermost frame of that thread which is in this package."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "dsasr" or path.parent.parent.name == "dsasr":
+        if "dsasr" in (parent.name for parent in list(path.parents)[:3]):
             return f" at {path.name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.locate import checkpoint_folder, list_checkpoints, newest_whole
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.shards.index import index_path, load_index
 from dsasr.data.shards.storage import ShardStorage
@@ -78,19 +78,14 @@ def _row_differences(name: str, expected: list[Row], actual: list[Row]) -> list[
 
 
 def last_checkpoint(run: Path) -> FragmentReader | None:
-    """The newest checkpoint whose checksums hold."""
-    for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            tensor_fragments.verify(path)
-            return FragmentReader(path)
-        except tensor_fragments.FragmentError:
-            continue
-    return None
+    """The newest checkpoint whose checksums match."""
+    path, _ = newest_whole(checkpoint_folder(run))
+    return FragmentReader(path) if path else None
 
 
 def newest_checkpoint_steps(run: Path) -> int:
     """Optimizer steps of the newest checkpoint; 0 without one."""
-    paths = sorted((run / "checkpoints").glob("step-*"))
+    paths = list_checkpoints(checkpoint_folder(run))
     return int(paths[-1].name.partition("-")[2]) if paths else 0
 
 

@@ -90,7 +90,9 @@ class Meter:
 
     def collect(self) -> dict[str, float]:
         """Means and rates over all ranks since the last call; collective."""
-        names = sorted({n for names in distributed.all_gather_object(sorted(self.sums)) for n in names})
+        names = sorted(
+            {n for names in distributed.all_gather_object(sorted(self.sums)) for n in names}
+        )
         values = []
         for name in names:
             total, count = self.sums.get(name, (0.0, 0.0))
@@ -210,7 +212,9 @@ class Monitor:
 
     def _write_ledger(self, report: StepReport, steps: int) -> None:
         """The step's line of the ledger: epoch and keys of each rank's micro-batches."""
-        samples = distributed.all_gather_object([[batch.epoch, list(batch.keys)] for batch in report.batches])
+        samples = distributed.all_gather_object(
+            [[batch.epoch, list(batch.keys)] for batch in report.batches]
+        )
         head = {"steps": steps, "branch": report.branch, "stage": report.stage}
         self._append(LEDGER, {**head, "step": report.step + 1, "samples": samples})
 

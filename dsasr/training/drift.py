@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsasr.checkpoint.tensor_fragments import PrefixReader, Fragment, FragmentReader
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader, PrefixReader
 from dsasr.data.batch import Batch
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.entropy_allocation.cka import LayerCka
@@ -82,7 +82,9 @@ class DriftMonitor:
         """
         started = time.monotonic()
         features = self._features(branch)
-        widths = distributed.all_gather_object([x.shape[1] for x in next(iter(features.values()), [])])
+        widths = distributed.all_gather_object(
+            [x.shape[1] for x in next(iter(features.values()), [])]
+        )
         # On the device, for its backend reduces the sums and its matrix products are fast.
         sums = LayerCka(next(w for w in widths if w), device=distributed.device())
         for key, layers in features.items():  # in one order: float sums are not associative

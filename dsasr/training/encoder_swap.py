@@ -17,8 +17,8 @@ from typing import Any
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint.snapshot_store import SnapshotStore
-from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
-from dsasr.checkpoint.zero_partition import MASTER, agree
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader, on_all_ranks
+from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, add_published
@@ -322,7 +322,7 @@ class EncoderSwap:
     def _load_external(self, sft: BranchEngine) -> None:
         folder = Path(self.recipe.model.encoder_from)
         try:
-            sft.load_encoder(agree(lambda: FragmentReader(folder)))
+            sft.load_encoder(on_all_ranks(lambda: FragmentReader(folder)))
         except FragmentError as error:
             raise UserError(f"model.encoder_from: {error}") from None
 

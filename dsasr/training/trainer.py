@@ -15,7 +15,8 @@ from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bad_samples import BadSampleLog
-from dsasr.engine.branch_engine import BranchEngine, StepReport
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.step_report import StepReport
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
@@ -53,7 +54,7 @@ class Trainer:
         self._finished = False
         self._turn_started = time.monotonic()
         self.watchdog = watchdog or for_rank(recipe.folder, recipe.watchdog)
-        self.watchdog.agree(distributed.broadcast(f"{time.time_ns()}"))
+        self.watchdog.set_start(distributed.broadcast(f"{time.time_ns()}"))
         if watchdog is not None:
             watchdog.at("loading")
         reader, passed_over = resume.find_checkpoint(recipe, self.checkpoints)
@@ -279,7 +280,7 @@ class Trainer:
             self.save(wait=False)
 
     def _log_checkpoints(self) -> None:
-        for checkpoint in self.checkpoints.landed():
+        for checkpoint in self.checkpoints.finished_saves():
             if checkpoint.failure is not None:
                 self.monitor.event(
                     "checkpoint_failed", reason=checkpoint.failure, steps=checkpoint.steps

@@ -1,8 +1,7 @@
-"""What ranks say to each other, in the few forms that the project needs, and how they part; one
-rank works too.
+"""The few collectives of `torch.distributed` that the package uses; they work with one rank too.
 
 Whatever changes what a rank does next goes through `broadcast` or `any_rank`, so that it is decided
-once and every rank makes the same collective calls.
+once and every rank makes the same collective calls ("No rank alone").
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def main_rank() -> bool:
+def is_main_rank() -> bool:
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Where this rank computes: its own GPU, or the CPU (also under ``DS_ACCELERATOR=cpu``)."""
+    """The device of this rank: its own GPU, or the CPU (also under ``DS_ACCELERATOR=cpu``)."""
     if _has_gpu() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
-# Asked many times a step, and torch asks the driver each time.
+# `device` is called many times a step, and torch asks the driver each time.
 _has_gpu = functools.cache(torch.cuda.is_available)
 
 
@@ -51,19 +50,22 @@ def barrier() -> None:
 
 def broadcast(value: T) -> T:
     """Rank 0's ``value`` (plain Python data), on every rank."""
-    if world() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, device=device())
     return box[0]
 
 
-def by_main(attempt: Callable[[], T]) -> T:
-    """What ``attempt()`` gives on rank 0, on every rank; an `OSError` there is raised on all."""
+def on_main_rank(function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0 and broadcast its result; its `OSError` is raised on all ranks.
+
+    Collective.
+    """
     result, problem = None, None
-    if main_rank():
+    if is_main_rank():
         try:
-            result = attempt()
+            result = function()
         except OSError as error:
             problem = str(error)
     result, problem = broadcast((result, problem))
@@ -72,47 +74,46 @@ def by_main(attempt: Callable[[], T]) -> T:
     return result
 
 
-def gather(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Every rank's ``value`` (plain Python data) in rank order, on every rank."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    values: list = [None] * world()
+    values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` holds on at least one rank."""
-    if world() == 1:
+    """Whether ``flag`` is true on at least one rank."""
+    if world_size() == 1:
         return flag
     box = torch.tensor([int(flag)], device=device(), dtype=torch.int32)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return bool(box.item())
 
 
-def sum_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum over ranks, in place; returns ``tensor``."""
-    if world() > 1:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum ``tensor`` over ranks in place, element by element; returns it."""
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def leave() -> None:
-    """Leave the process group."""
+def destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def end_process(code: int = 0) -> NoReturn:
-    """Leave the process group and end this process; what is registered for its exit is done first.
+    """Destroy the process group, run the exit handlers (`atexit`) and end this process.
 
-    The interpreter's own end is left out, as `multiprocessing` leaves it out in its children.
-    A thread of Gloo's lets go of a collective's tensors only after it has told the caller that all
-    is done; where that falls into the interpreter's end, the process aborts (exit code 134) and a
-    finished run counts as a failed one. Leaving the group does not wait for those threads as long
-    as somebody, such as DeepSpeed, holds one of its groups.
+    The interpreter's own shutdown is skipped, as `multiprocessing` skips it in its children. A
+    thread of Gloo releases a collective's tensors only after it has reported to the caller that the
+    collective is done. Where that falls into the interpreter's shutdown, the process aborts (exit
+    code 134) and a finished run counts as a failed one. Destroying the group does not wait for
+    those threads as long as another object, such as DeepSpeed, refers to one of its groups.
     """
-    leave()
+    destroy_process_group()
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

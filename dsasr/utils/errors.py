@@ -1,4 +1,4 @@
-"""What a user sees when something that they gave is wrong: one line, exit code 2."""
+"""`UserError`, and a command's exit code: a user's mistake is one line on stderr, and code 2."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ class UserError(Exception):
 
 
 def run_tool(main: Callable[[], int | None]) -> int:
-    """Run a command's ``main`` and return its exit code: 0, what it returns, or 2 on `UserError`.
+    """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, or 2 on
+    `UserError`.
 
-    Interrupts end with 130, as shells expect, and without a traceback.
+    An interrupt returns 130, as shells expect, without a traceback.
     """
     try:
         return main() or 0

@@ -1,4 +1,4 @@
-"""The one progress bar: redrawn in place on a terminal, a line now and then in a log."""
+"""The progress bar of all commands: redrawn in place on a terminal, a line at a time in a log."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ WITHOUT_TOTAL = "{title}{count} [{elapsed}, {speed}{postfix}]"
 
 
 class Bar(tqdm):
-    """tqdm, on standard error unless ``file`` says otherwise.
+    """tqdm's bar, on standard error unless ``file`` says otherwise.
 
-    Where that is no terminal, each look is a line of its own: at most one every `SECONDS`, and one
-    at the end (not with ``leave=False``, nor before ``delay`` seconds are over).
+    Where ``file`` is no terminal, each display is a line of its own: at most one every `SECONDS`,
+    and one at the end (not with ``leave=False``, nor before ``delay`` seconds are over).
     """
 
-    def __init__(self, *given: Any, file: Any = None, **named: Any):
+    def __init__(self, *args: Any, file: Any = None, **options: Any):
         file = file or sys.stderr
         self._logged = not file.isatty()
-        self._began = time.monotonic()
-        self._due = self._began + SECONDS
+        self._started = time.monotonic()
+        self._due = self._started + SECONDS
         if self._logged:
-            named["smoothing"] = 0  # the rate of the whole, as lines are far apart
-        super().__init__(*given, file=file, **named)
+            options["smoothing"] = 0  # lines are far apart: show the mean rate
+        super().__init__(*args, file=file, **options)
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Bar(tqdm):
         if not self._logged:
             return super().display(msg, pos)
         if time.monotonic() >= self._due:
-            self._line()
+            self._write_line()
         return True
 
     def clear(self, nolock: bool = False) -> None:
@@ -65,12 +65,12 @@ class Bar(tqdm):
 
     def close(self) -> None:
         if getattr(self, "_logged", False) and not getattr(self, "disable", True):
-            if self.leave is not False and time.monotonic() >= self._began + self.delay:
-                self._line()
-            self.delay = math.inf  # as if never shown: nothing is left to be cleared
+            if self.leave is not False and time.monotonic() >= self._started + self.delay:
+                self._write_line()
+            self.delay = math.inf  # as if never displayed: tqdm has nothing to clear
         super().close()
 
-    def _line(self) -> None:
+    def _write_line(self) -> None:
         self._due = time.monotonic() + SECONDS
         self.fp.write(f"{self}\n")
         self.fp.flush()

@@ -1,3 +1,5 @@
+"""Saving, listing and pruning checkpoints."""
+
 from __future__ import annotations
 
 import resource
@@ -12,46 +14,46 @@ from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.utils.errors import UserError
 
 
-def held(value: float, size: int = 10) -> dict[str, Fragment]:
+def fragments(value: float, size: int = 10) -> dict[str, Fragment]:
     return {"w": Fragment((size,), 0, torch.full((size,), value))}
 
 
-def test_the_newest_whole_one_is_chosen_and_the_others_named(tmp_path):
-    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=3))
+def test_the_newest_whole_one_is_opened_and_the_others_are_named(tmp_path):
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=3))
     for step in (5, 10, 15):
-        saved.save(step, held(float(step)), {"progress": step})
-    reader, passed_over = saved.newest()
+        manager.save(step, fragments(float(step)), {"progress": step})
+    reader, passed_over = manager.newest()
     assert reader.manifest["progress"] == 15 and not passed_over
     path = tmp_path / "step-0000000015" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    reader, passed_over = saved.newest()
+    reader, passed_over = manager.newest()
     assert torch.equal(reader.whole("w"), torch.full((10,), 10.0))
     assert len(passed_over) == 1 and "step-0000000015" in passed_over[0]
 
 
-def test_old_ones_go_only_after_the_new_one_is_there(tmp_path):
-    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=2))
+def test_old_ones_are_pruned_only_after_the_new_one_is_published(tmp_path):
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=2))
     for step in range(1, 5):
-        saved.save(step, held(step), {})
-    assert [p.name[-1] for p in saved.list()] == ["3", "4"]
+        manager.save(step, fragments(step), {})
+    assert [p.name[-1] for p in manager.list()] == ["3", "4"]
 
 
 def test_a_full_disk_keeps_the_last_good_one(tmp_path):
-    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=1, every_minutes=1))
-    saved.save(1, held(1.0), {})
-    saved._saved_at = time.monotonic() - 100
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=1, every_minutes=1))
+    manager.save(1, fragments(1.0), {})
+    manager._saved_at = time.monotonic() - 100
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        assert saved.due(2)
+        assert manager.due(2)
         with pytest.raises(OSError, match="could not write"):
-            saved.save(2, held(2.0, 100_000), {})
+            manager.save(2, fragments(2.0, 100_000), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    reader, passed_over = saved.newest()
+    reader, passed_over = manager.newest()
     assert reader.manifest["steps"] == 1 and not passed_over
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000001"]
-    assert not saved.due(3), "a full disk must not be tried again at every step"
+    assert not manager.due(3), "a full disk must not be tried again at every step"
 
 
 def test_due_by_steps_and_by_time(tmp_path):
@@ -86,81 +88,81 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(tensor_fragments, "write_file", slowly)
 
 
-def until_landed(saved: CheckpointManager):
+def wait_for_saves(manager: CheckpointManager):
     end = time.monotonic() + 30
-    while not (found := saved.landed()):
+    while not (results := manager.finished_saves()):
         assert time.monotonic() < end
         time.sleep(0.01)
-    return found
+    return results
 
 
 def test_training_waits_for_a_copy_and_not_for_the_disk(tmp_path, slow_disk):
-    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=1))
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=1))
     weights = torch.ones(1000)
     started = time.monotonic()
-    target = saved.save(1, {"w": Fragment((1000,), 0, weights)}, {"list": [1]}, wait=False)
+    target = manager.save(1, {"w": Fragment((1000,), 0, weights)}, {"list": [1]}, wait=False)
     assert time.monotonic() - started < 0.25
     weights.zero_()  # the next optimizer step
-    assert not target.exists() and saved.landed() == []
-    (landed,) = until_landed(saved)
-    assert landed.failure is None and landed.seconds > 0.4 and landed.stall < 0.25
-    reader, _ = saved.newest()
+    assert not target.exists() and manager.finished_saves() == []
+    (result,) = wait_for_saves(manager)
+    assert result.failure is None and result.seconds > 0.4 and result.stall < 0.25
+    reader, _ = manager.newest()
     assert torch.equal(reader.whole("w"), torch.ones(1000)) and reader.manifest["list"] == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000001"]
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path, slow_disk):
-    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=5))
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=5))
     for step in (1, 2):
-        saved.save(step, held(step), {}, wait=False)
-    assert [p.name[-1] for p in saved.list()] == ["1"]
-    saved.save(3, held(3), {})
-    assert [p.name[-1] for p in saved.list()] == ["1", "2", "3"]
-    assert [one.steps for one in saved.landed()] == [1, 2, 3]
+        manager.save(step, fragments(step), {}, wait=False)
+    assert [p.name[-1] for p in manager.list()] == ["1"]
+    manager.save(3, fragments(3), {})
+    assert [p.name[-1] for p in manager.list()] == ["1", "2", "3"]
+    assert [result.steps for result in manager.finished_saves()] == [1, 2, 3]
 
 
-def test_a_run_that_ends_badly_still_gets_what_was_being_written(tmp_path, slow_disk):
-    saved = CheckpointManager(tmp_path, CheckpointConfig())
-    saved.save(1, held(1), {}, wait=False)
-    saved.close()
-    assert saved.newest()[0].manifest["steps"] == 1 and saved.landed()[0].failure is None
+def test_close_waits_for_the_write_in_progress(tmp_path, slow_disk):
+    manager = CheckpointManager(tmp_path, CheckpointConfig())
+    manager.save(1, fragments(1), {}, wait=False)
+    manager.close()
+    assert manager.newest()[0].manifest["steps"] == 1
+    assert manager.finished_saves()[0].failure is None
 
 
-def test_a_disk_that_is_full_in_the_background_is_told_later(tmp_path, monkeypatch):
-    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=1))
-    saved.save(1, held(1), {})
+def test_a_full_disk_in_the_background_is_reported_later(tmp_path, monkeypatch):
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=1))
+    manager.save(1, fragments(1), {})
 
     def full(*_args):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(tensor_fragments, "write_file", full)
-        saved.save(2, held(2), {}, wait=False)
-        first, second = until_landed(saved) if len(saved._landed) > 1 else (
-            *saved.landed(), *until_landed(saved)
-        )  # fmt: skip
+        manager.save(2, fragments(2), {}, wait=False)
+        first, *rest = manager.finished_saves()
+        (second,) = rest or wait_for_saves(manager)
         assert first.failure is None and "No space left" in second.failure
-    saved.save(3, held(3), {})
-    assert [p.name[-1] for p in saved.list()] == ["3"]
+    manager.save(3, fragments(3), {})
+    assert [p.name[-1] for p in manager.list()] == ["3"]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_remains_of_killed_jobs_go(tmp_path):
-    remains = tmp_path / ".step-0000000009.tmp"
-    remains.mkdir()
-    (remains / "rank-00000.safetensors").write_bytes(b"half")
-    saved = CheckpointManager(tmp_path, CheckpointConfig())
-    assert saved.list() == [] and saved.newest() == (None, [])
-    saved.save(1, held(1), {})
+def test_temporaries_of_killed_jobs_are_removed(tmp_path):
+    torn = tmp_path / ".step-0000000009.tmp"
+    torn.mkdir()
+    (torn / "rank-00000.safetensors").write_bytes(b"half")
+    manager = CheckpointManager(tmp_path, CheckpointConfig())
+    assert manager.list() == [] and manager.newest() == (None, [])
+    manager.save(1, fragments(1), {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000001"]
 
 
 def test_another_rank_that_cannot_write_leaves_nothing(tmp_path, monkeypatch):
-    """Rank 0 of two, with the other's note written here."""
-    monkeypatch.setattr(async_writer.distributed, "world", lambda: 2)
+    """Rank 0 of two; this test writes the note of rank 1."""
+    monkeypatch.setattr(async_writer.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(async_writer.distributed, "broadcast", lambda value: value)
-    monkeypatch.setattr(async_writer.distributed, "gather", lambda value: [value, None])
-    write = async_writer.AsyncFolderWriter(tmp_path / "step-1", held(1), {})
+    monkeypatch.setattr(async_writer.distributed, "all_gather_object", lambda value: [value, None])
+    write = async_writer.AsyncFolderWriter(tmp_path / "step-1", fragments(1), {})
     note = tmp_path / ".step-1.tmp" / "rank-00001.note"
     note.write_text('{"name": "rank-00001.safetensors", "failure": "rank 1: No space left"}')
     with pytest.raises(OSError, match="rank 1: No space left"):
@@ -190,23 +192,23 @@ def test_kept_by_number_hours_and_score():
 
 def test_the_best_one_survives_on_disk_and_over_a_restart(tmp_path):
     config = CheckpointConfig(keep=1, keep_best=1)
-    saved = CheckpointManager(tmp_path, config)
+    manager = CheckpointManager(tmp_path, config)
     for step, score in ((1, 0.5), (2, 0.2), (3, None), (4, 0.4)):
-        saved.save(step, held(step), {}, score)
-    assert [p.name[-1] for p in saved.list()] == ["2", "4"]
-    CheckpointManager(tmp_path, config).save(5, held(5), {}, 0.3)
-    assert [p.name[-1] for p in saved.list()] == ["2", "5"]
+        manager.save(step, fragments(step), {}, score)
+    assert [p.name[-1] for p in manager.list()] == ["2", "4"]
+    CheckpointManager(tmp_path, config).save(5, fragments(5), {}, 0.3)
+    assert [p.name[-1] for p in manager.list()] == ["2", "5"]
 
 
 def test_a_deleted_shard_and_a_flipped_bit_leave_the_one_before(tmp_path):
-    saved = CheckpointManager(tmp_path, CheckpointConfig(keep=4))
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=4))
     for step in (1, 2, 3):
-        saved.save(step, held(step), {})
+        manager.save(step, fragments(step), {})
     path = tmp_path / "step-0000000003" / "rank-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
     (tmp_path / "step-0000000002" / "rank-00000.safetensors").unlink()
-    reader, reasons = saved.newest()
+    reader, reasons = manager.newest()
     assert reader.manifest["steps"] == 1
     assert "sha256" in reasons[0] and "lacks rank-00000" in reasons[1]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.merge import average, compare, opened, weights
+from dsasr.checkpoint.locate import open_checkpoint
+from dsasr.checkpoint.merge import average, compare, weight_keys
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
 from dsasr.utils.errors import UserError
 
@@ -24,8 +25,8 @@ def saved(folder: Path, value: float, **more: torch.Tensor) -> FragmentReader:
 
 def test_the_mean_of_weights_alone(tmp_path):
     readers = [saved(tmp_path / str(i), v) for i, v in enumerate((1.0, 2.0, 6.0))]
-    made = opened(average(readers, tmp_path / "mean"))
-    assert weights(made) == ["sft/llm.b", "sft/llm.w"] == sorted(made.keys())
+    made = open_checkpoint(average(readers, tmp_path / "mean"))
+    assert weight_keys(made) == ["sft/llm.b", "sft/llm.w"] == sorted(made.keys())
     assert torch.equal(made.whole("sft/llm.w"), torch.full((2, 3), 3.0))
     assert torch.equal(made.whole("sft/llm.b"), torch.arange(3.0))
     assert made.manifest["steps"] == 6 and made.manifest["of"] == ["0", "1", "2"]
@@ -34,7 +35,7 @@ def test_the_mean_of_weights_alone(tmp_path):
 def test_half_precision_is_summed_in_double(tmp_path):
     low = [torch.full((4,), v, dtype=torch.bfloat16) for v in (256.0, 1.0, 1.0)]
     readers = [saved(tmp_path / str(i), 1.0, **{"sft/h": t}) for i, t in enumerate(low)]
-    made = opened(average(readers, tmp_path / "mean")).whole("sft/h")
+    made = open_checkpoint(average(readers, tmp_path / "mean")).whole("sft/h")
     assert made.dtype is torch.bfloat16 and torch.equal(made, torch.full((4,), 86.0).bfloat16())
 
 
@@ -50,7 +51,7 @@ def test_other_models_and_torn_ones_are_refused(tmp_path):
     path = tmp_path / "a" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="altered"):
-        opened(tmp_path / "a")
+        open_checkpoint(tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 

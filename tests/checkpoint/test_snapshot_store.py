@@ -49,7 +49,7 @@ def test_what_is_published_is_what_is_read(tmp_path):
     zero_partition.replace_weights(other, store.open("encoder-000000007"), "encoder.")
     for name, value in module.encoder.state_dict().items():
         assert torch.equal(value, other.encoder.state_dict()[name])
-    assert checksum(zero_partition.weights(other, "encoder.")) == manifest["checksum"]
+    assert checksum(zero_partition.weight_fragments(other, "encoder.")) == manifest["checksum"]
     assert not torch.equal(module.ctc.weight, other.ctc.weight)
 
 
@@ -100,7 +100,7 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing(tmp_path, damage):
     elif damage == "nan":  # written by somebody else than `publish`
         source.encoder[0].weight.data[0, 0] = float("nan")
         manifest = store.manifest(name)
-        tensor_fragments.write_folder(folder, zero_partition.weights(source), manifest)
+        tensor_fragments.write_folder(folder, zero_partition.weight_fragments(source), manifest)
     target = Both(seed=2)
     before = {k: v.clone() for k, v in target.state_dict().items()}
     words = {
@@ -312,7 +312,7 @@ def test_whoever_is_killed_when_no_snapshot_is_torn(tmp_path):
                 folder = tmp_path / manifest["id"]
                 tensor_fragments.verify(folder)
                 expected = Both(width=4000, seed=manifest["pretrain"])
-                own = zero_partition.weights(expected, "encoder.")
+                own = zero_partition.weight_fragments(expected, "encoder.")
                 assert manifest["checksum"] == checksum(own)
             for path in tmp_path.glob("in-use-*.json"):
                 assert json.loads(path.read_text())["id"].startswith("encoder-")

@@ -1,3 +1,5 @@
+"""A branch engine on two ranks: stages, offload, hot-swap and what a step waits for."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +13,7 @@ from dsasr.utils.errors import UserError
 PROGRAM = Path(__file__).parents[1] / "programs" / "branch_engine_laws.py"
 
 
-def play(launch, folder, course, deepspeed="zero3", precision="fp32", offload="keep"):
+def run_program(launch, folder, course, deepspeed="zero3", precision="fp32", offload="none"):
     done = launch(PROGRAM, folder, course, deepspeed, precision, offload)
     assert done.returncode == 0, done.stdout[-3000:]
     return json.loads((folder / f"{course}.json").read_text())
@@ -23,25 +25,25 @@ def play(launch, folder, course, deepspeed="zero3", precision="fp32", offload="k
     [
         ("zero3", "fp32", "disk"),
         ("zero3", "bf16", "cpu"),
-        ("persistent", "fp32", "keep"),
-        ("persistent", "bf16", "keep"),
+        ("persistent", "fp32", "none"),
+        ("persistent", "bf16", "none"),
         ("zero2", "fp32", "disk"),
     ],
 )
 def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision, offload):
-    kept = {"zero3": 0, "persistent": 5, "zero2": 6}[deepspeed]
+    resident = {"zero3": 0, "persistent": 5, "zero2": 6}[deepspeed]
     if deepspeed == "persistent":  # small parameters stay gathered on every rank
         settings = read_ds_config("zero3")
         assert settings["zero_optimization"]["stage3_param_persistence_threshold"] == 0
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100_000
         deepspeed = tmp_path / "persistent.json"
         deepspeed.write_text(json.dumps(settings))
-    found = play(launch, tmp_path, "laws", deepspeed, precision, offload)
-    # The pretrain branch beside an sft branch, offloaded and swapped from, is the one alone: bit
-    # for bit in losses, weights, masters and moments.
+    found = run_program(launch, tmp_path, "laws", deepspeed, precision, offload)
+    # The pretrain branch beside an sft branch, offloaded and swapped from, equals the same branch
+    # alone bit for bit: losses, weights, masters and moments.
     assert found["beside"] == found["alone"]
     assert found["frozen"], "a frozen part moved, or a trained one did not"
-    assert found["swapped"] and found["resident"] == kept and found["masters"]
+    assert found["swapped"] and found["resident"] == resident and found["masters"]
     assert found["saved"] and found["continued"]
     assert found["lrs"] and len(set(found["groups"].values())) == 3
     assert list(found["groups"]) == ["encoder", "adaptor", "llm"]
@@ -50,7 +52,7 @@ def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision
 
 @pytest.mark.launcher
 def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):
-    found = play(launch, tmp_path, "switches")
+    found = run_program(launch, tmp_path, "switches")
     assert len(set(found["hooks"])) == 1
     # DeepSpeed's own bookkeeping grows by about 45 KiB a switch; a leaked optimizer of this model
     # would be 3 MiB a switch.
@@ -85,8 +87,8 @@ def test_ds_configs_are_read_by_name_and_mistakes_are_named(tmp_path):
         read_ds_config(str(broken))
 
 
-# Functions that ask for values of tensors on the host, or ask only on a CPU. That nothing else of
-# the model's asks a GPU is shown in tests/model/test_waits.py.
+# Functions that read values of tensors on the host, or do so only on a CPU. That no other function
+# of the model waits for a GPU is tested in tests/training/test_host_waits.py.
 ON_THE_HOST = {
     "dsasr/model/encoders/conformer.py:forward",
     "dsasr/model/speech_llm.py:<genexpr>",
@@ -111,10 +113,10 @@ def test_a_step_waits_for_the_device_before_the_optimizer_alone(launch, tiny, tm
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads(out.read_text())
     assert list(found) == ["pretrain", "align", "ia_sft", "joint"]
-    for stage, one in found.items():
-        asked = {k: n for k, n in one["asked"].items() if k not in ON_THE_HOST}
-        # DeepSpeed looks whether the gradient is finite: at all of it, or at each group's and at
-        # what the clipping goes by. The engine does not read the norm again.
-        looks = 1 if zero == "zero3" else one["groups"] + 1
-        assert asked == {"deepspeed/runtime/utils.py:is_invalid_grad_norm": looks}, stage
-        assert 0 < one["norm"] < 100
+    for stage, waits in found.items():
+        asked = {k: n for k, n in waits["asked"].items() if k not in ON_THE_HOST}
+        # DeepSpeed checks whether the gradient is finite: all of it at once, or each group's and
+        # the norm for clipping. The engine does not read the norm a second time.
+        checks = 1 if zero == "zero3" else waits["groups"] + 1
+        assert asked == {"deepspeed/runtime/utils.py:is_invalid_grad_norm": checks}, stage
+        assert 0 < waits["norm"] < 100

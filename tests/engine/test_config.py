@@ -19,19 +19,19 @@ def test_a_disk_is_named_by_the_recipe(tmp_path, tiny):
         EngineConfig(deepspeed="zero3-nvme")
     with pytest.raises(UserError, match="zero3-nvme, not for zero3-offload"):
         EngineConfig(deepspeed="zero3-offload", nvme="/scratch")
-    given = ["engine.deepspeed=zero3-nvme", f"engine.nvme={tmp_path}"]
-    chosen = recipe.load(str(tiny), given).engine
-    places = [
-        config.nvme_folder(chosen, run, branch)
+    overrides = ["engine.deepspeed=zero3-nvme", f"engine.nvme={tmp_path}"]
+    engine_config = recipe.load(str(tiny), overrides).engine
+    folders = [
+        config.nvme_folder(engine_config, run, branch)
         for run in (tmp_path / "a", tmp_path / "b")
         for branch in ("pretrain", "sft")
     ]
-    assert len(set(places)) == 4 and all(tmp_path in place.parents for place in places)
-    held = config.settings(chosen, places[0])
-    offload = held["zero_optimization"]["offload_optimizer"]
-    assert offload["device"] == "nvme" and offload["nvme_path"] == str(places[0])
-    assert held["zero_optimization"]["stage"] == 3
-    assert held["aio"]["block_size"] % 4096 == 0
+    assert len(set(folders)) == 4 and all(tmp_path in folder.parents for folder in folders)
+    settings = config.deepspeed_settings(engine_config, folders[0])
+    offload = settings["zero_optimization"]["offload_optimizer"]
+    assert offload["device"] == "nvme" and offload["nvme_path"] == str(folders[0])
+    assert settings["zero_optimization"]["stage"] == 3
+    assert settings["aio"]["block_size"] % 4096 == 0
     # Master, two moments, gradient: a buffer each, or DeepSpeed has nowhere to read them to.
     assert offload["buffer_count"] >= 4
     packaged = config.read_ds_config("zero3-nvme")
@@ -42,21 +42,21 @@ def test_without_async_io_the_error_names_the_ways_out(monkeypatch, tmp_path):
     def broken(self, verbose=True):
         raise RuntimeError("Unable to JIT load the async_io op\nin many lines")
 
-    chosen = EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "disk"))
+    engine_config = EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "disk"))
     monkeypatch.setattr(AsyncIOBuilder, "load", broken)
     with pytest.raises(UserError) as caught:
-        branch_engine.check_disk(chosen)
-    told = str(caught.value)
-    assert "\n" not in told and "Unable to JIT load the async_io op" in told
-    assert "libaio-dev" in told and "zero3-offload" in told
-    branch_engine.check_disk(EngineConfig())  # needs no disk
+        branch_engine.check_nvme(engine_config)
+    message = str(caught.value)
+    assert "\n" not in message and "Unable to JIT load the async_io op" in message
+    assert "libaio-dev" in message and "zero3-offload" in message
+    branch_engine.check_nvme(EngineConfig())  # needs no disk
 
     monkeypatch.setattr(AsyncIOBuilder, "load", lambda self, verbose=True: None)
-    branch_engine.check_disk(chosen)
+    branch_engine.check_nvme(engine_config)
     assert (tmp_path / "disk").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        branch_engine.check_disk(
+        branch_engine.check_nvme(
             EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "file" / "x"))
         )
 
@@ -65,7 +65,7 @@ def test_a_machine_without_libaio_is_told_so(tmp_path):
     if AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("async_io can be built here")
     with pytest.raises(UserError, match="libaio-dev"):
-        branch_engine.check_disk(EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path)))
+        branch_engine.check_nvme(EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path)))
 
 
 @pytest.mark.launcher

@@ -1,5 +1,5 @@
-"""Masters and moments when an engine, an encoder or a process is replaced, on one rank, with as
-much of DeepSpeed's ZeRO-1 optimizer as they ask for."""
+"""Masters and moments when an engine, an encoder or a process is replaced: on one rank, with a
+stand-in for DeepSpeed's ZeRO-1 optimizer."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from torch import nn
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.tensor_fragments import Below, FragmentReader
-from dsasr.checkpoint.zero_partition import tensors
+from dsasr.checkpoint.tensor_fragments import FragmentReader, PrefixReader
+from dsasr.checkpoint.zero_partition import named_tensors
 from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import OffloadConfig, StateOffloader
 
 
 class Zero:
-    """One group; ``cut``: it holds from there on of each parameter."""
+    """One group; its partition of each parameter begins at ``first_element``."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], cut: int = 0):
+    def __init__(self, parameters: Iterable[nn.Parameter], first_element: int = 0):
         self.bit16_groups = [list(parameters)]
-        pieces, at = [], 0
+        partitions, at = [], 0
         for p in self.bit16_groups[0]:
-            pieces.append(p.data.float().reshape(-1)[cut:])
-            low = SimpleNamespace(start=cut, numel=len(pieces[-1]))
+            partitions.append(p.data.float().reshape(-1)[first_element:])
+            low = SimpleNamespace(start=first_element, numel=len(partitions[-1]))
             high = SimpleNamespace(start=at)
             p._hp_mapping = SimpleNamespace(lp_fragment_address=low, hp_fragment_address=high)
             at += low.numel
-        self.flat = torch.cat(pieces)
+        self.flat = torch.cat(partitions)
         self.single_partition_of_fp32_groups = [self.flat]
         self.optimizer = torch.optim.AdamW([self.flat])
 
@@ -42,132 +42,134 @@ def model(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return nn.ModuleDict({"encoder": nn.Linear(5, 7), "llm": nn.Linear(3, 4)}).to(dtype)
 
 
-def masters(module: nn.Module, folder, place: str = "none") -> MasterWeights:
+def masters(module: nn.Module, folder, device: str = "none") -> MasterWeights:
     dtype = next(module.parameters()).dtype
-    return MasterWeights(module, dtype, StateOffloader(OffloadConfig(place), "sft", folder))
+    return MasterWeights(module, dtype, StateOffloader(OffloadConfig(device), "sft", folder))
 
 
-def values(held: MasterWeights, prefix: str = "") -> dict[str, torch.Tensor]:
-    return {k: f.tensor.clone() for k, f in held.fragments().items() if k.startswith(prefix)}
+def values(states: MasterWeights, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {k: f.tensor.clone() for k, f in states.fragments().items() if k.startswith(prefix)}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def switch(held: MasterWeights, part: nn.Module, moments: bool = False, cut: int = 0) -> Zero:
-    """To an engine that trains ``part``; its optimizer."""
-    carried, steps = held.leave()
-    zero = Zero(part.parameters(), cut)
-    held.enter(zero, carried, steps if moments else None)
+def switch(
+    states: MasterWeights, trained: nn.Module, moments: bool = False, first_element: int = 0
+) -> Zero:
+    """Attach a new engine that trains the module ``trained``; returns its optimizer."""
+    carried, steps = states.detach()
+    zero = Zero(trained.parameters(), first_element)
+    states.attach(zero, carried, steps if moments else None)
     return zero
 
 
 @pytest.mark.parametrize("moments", [False, True])
 def test_a_stage_that_does_not_train_them_loses_no_bit(tmp_path, moments):
     module = model()
-    held = masters(module, tmp_path)
-    assert held.leave() == ({}, 0.0) and held.fragments() == {} and held.offload() == 0
-    zero = switch(held, module)
+    states = masters(module, tmp_path)
+    assert states.detach() == ({}, 0.0) and states.fragments() == {} and states.offload() == 0
+    zero = switch(states, module)
     zero.step()
-    assert held.steps() == 1.0
-    before, encoder = values(held), values(held, "master/encoder.")
-    switch(held, module.llm)
-    assert same(values(held, "master/encoder."), encoder)  # for the checkpoint
-    assert set(held.trained()) == {"master/llm.weight", "master/llm.bias"}
-    switch(held, module)
-    assert same(values(held), {k: v for k, v in before.items() if k.startswith("master/")})
-    held.live.make_moments(3.0)
-    moved = {k: t.add_(1.0) for k, t in values(held).items() if not k.startswith("master/")}
-    for key, view in held.live.edited():
+    assert states.steps() == 1.0
+    before, encoder = values(states), values(states, "master/encoder.")
+    switch(states, module.llm)
+    assert same(values(states, "master/encoder."), encoder)  # for the checkpoint
+    assert set(states.live_masters()) == {"master/llm.weight", "master/llm.bias"}
+    switch(states, module)
+    assert same(values(states), {k: v for k, v in before.items() if k.startswith("master/")})
+    states.live.init_moments(3.0)
+    moved = {k: t.add_(1.0) for k, t in values(states).items() if not k.startswith("master/")}
+    for key, view in states.live.edit():
         if key in moved:
             view.tensor.copy_(moved[key])
-    switch(held, module, moments)
-    assert held.steps() == (3.0 if moments else 0.0)
-    assert same(values(held, "exp_avg"), moved if moments else {})
+    switch(states, module, moments)
+    assert states.steps() == (3.0 if moments else 0.0)
+    assert same(values(states, "exp_avg"), moved if moments else {})
 
 
-def test_another_cut_takes_the_weights(tmp_path):
+def test_another_partition_starts_from_the_weights(tmp_path):
     module = model()
-    held = masters(module, tmp_path)
-    zero = switch(held, module)
+    states = masters(module, tmp_path)
+    zero = switch(states, module)
     zero.step()
-    switch(held, module, cut=2)
-    for key, weight in tensors(module).items():
-        assert torch.equal(values(held)[f"master/{key}"], weight.data.float().reshape(-1)[2:])
+    switch(states, module, first_element=2)
+    for key, weight in named_tensors(module).items():
+        assert torch.equal(values(states)[f"master/{key}"], weight.data.float().reshape(-1)[2:])
 
 
 def test_fp32_weights_are_the_masters(tmp_path):
     module = model(torch.float32)
-    held = masters(module, tmp_path)
-    switch(held, module)
-    switch(held, module.llm)
-    assert set(values(held)) == {"master/llm.weight", "master/llm.bias"}
+    states = masters(module, tmp_path)
+    switch(states, module)
+    switch(states, module.llm)
+    assert set(values(states)) == {"master/llm.weight", "master/llm.bias"}
 
 
 @pytest.mark.parametrize("source", ["branch", "folder", "weights"])
 @pytest.mark.parametrize("trains", [False, True])
 def test_another_encoder_brings_its_masters(tmp_path, source, trains):
-    """Where the source has none, its weights are the masters of what trains."""
-    module, other = model(), model()
-    live = masters(other, tmp_path)
-    zero = switch(live, other)
+    """Where the source has none, its weights become the masters of the parameters that train."""
+    module, second = model(), model()
+    live = masters(second, tmp_path)
+    zero = switch(live, second)
     zero.step()
-    wanted = values(live, "master/encoder.")
-    held = masters(module, tmp_path)
-    switch(held, module)
+    expected = values(live, "master/encoder.")
+    states = masters(module, tmp_path)
+    switch(states, module)
     if not trains:
-        switch(held, module.llm)
-    held.live.make_moments(1.0)
-    for key, view in held.live.edited():
+        switch(states, module.llm)
+    states.live.init_moments(1.0)
+    for key, view in states.live.edit():
         if not key.startswith("master/"):
             view.tensor.fill_(1.0)
-    own = tensors(module, "encoder.")
-    for name, weight in tensors(other, "encoder.").items():
-        own[name].data.copy_(weight.data)
-        own[name].requires_grad_(trains)
+    encoder = named_tensors(module, "encoder.")
+    for name, weight in named_tensors(second, "encoder.").items():
+        encoder[name].data.copy_(weight.data)
+        encoder[name].requires_grad_(trains)
     if source == "branch":
-        held.replace(own, live)
+        states.replace(encoder, live)
     else:
-        kept = live.fragments() if source == "folder" else {}
-        tensor_fragments.write_folder(tmp_path / "given", kept, {})
-        held.replace(own, FragmentReader(tmp_path / "given"))
+        masters_saved = live.fragments() if source == "folder" else {}
+        tensor_fragments.write_folder(tmp_path / "source", masters_saved, {})
+        states.replace(encoder, FragmentReader(tmp_path / "source"))
     if source == "weights":
-        wanted = {f"master/{k}": t.data.float().reshape(-1) for k, t in own.items() if trains}
-    assert same(values(held, "master/encoder."), wanted)
-    assert not any(t.any() for t in values(held, "exp_avg/encoder.").values())
-    assert all(t.all() for t in values(held, "exp_avg/llm.").values())
+        expected = {f"master/{k}": t.data.float().reshape(-1) for k, t in encoder.items() if trains}
+    assert same(values(states, "master/encoder."), expected)
+    assert not any(t.any() for t in values(states, "exp_avg/encoder.").values())
+    assert all(t.all() for t in values(states, "exp_avg/llm.").values())
 
 
 def test_saved_and_loaded(tmp_path):
     module = model()
-    held = masters(module, tmp_path)
-    switch(held, module)
-    zero = switch(held, module.llm)
+    states = masters(module, tmp_path)
+    switch(states, module)
+    zero = switch(states, module.llm)
     zero.step()
-    before = values(held)
-    saved = {f"sft/{k}": f for k, f in held.fragments().items()}
+    before = values(states)
+    saved = {f"sft/{k}": f for k, f in states.fragments().items()}
     tensor_fragments.write_folder(tmp_path / "saved", saved, {})
     again = masters(module, tmp_path)
     switch(again, module.llm)
-    again.load(Below(FragmentReader(tmp_path / "saved"), "sft/"), held.steps())
+    again.load(PrefixReader(FragmentReader(tmp_path / "saved"), "sft/"), states.steps())
     assert same(values(again), before) and again.steps() == 1.0
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloaded_ones_come_back_when_they_are_asked_for(tmp_path, place):
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_offloaded_states_are_reloaded_when_they_are_read(tmp_path, device):
     module = model()
-    held = masters(module, tmp_path, place)
-    zero = switch(held, module)
+    states = masters(module, tmp_path, device)
+    zero = switch(states, module)
     zero.step()
-    before = values(held)
+    before = values(states)
     assert (
-        held.offload()
-        == held.offloaded_bytes
+        states.offload()
+        == states.offloaded_bytes
         == 3 * 4 * sum(p.numel() for p in module.parameters())
     )
     assert zero.flat.numel() == 0
-    assert same(values(held), before) and held.offloaded_bytes == 0
-    held.offload()
-    held.close()
-    assert held.live is None and held.fragments() == {} and not list(tmp_path.iterdir())
+    assert same(values(states), before) and states.offloaded_bytes == 0
+    states.offload()
+    states.close()
+    assert states.live is None and states.fragments() == {} and not list(tmp_path.iterdir())

@@ -1,3 +1,5 @@
+"""Offloading tensors to host memory or a disk, and back."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,17 +9,17 @@ from dsasr.engine.offload import OffloadConfig, StateOffloader
 from dsasr.utils.errors import UserError
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloaded_tensors_come_back_bit_equal(tmp_path, place):
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_offloaded_tensors_come_back_bit_equal(tmp_path, device):
     flat = torch.randn(1000)
     flat[3] = float("nan")
     tensors = {"a": flat[:700], "b": torch.randn(3, 5), "c": torch.tensor(2.0)}
     before = {k: v.clone() for k, v in tensors.items()}
-    offloader = StateOffloader(OffloadConfig(place), "sft", tmp_path)
+    offloader = StateOffloader(OffloadConfig(device), "sft", tmp_path)
     for _ in range(3):
         assert offloader.offload(tensors) == 4 * (700 + 15 + 1) == offloader.bytes
         assert all(t.numel() == 0 for t in tensors.values()) and offloader.offloaded
-        assert offloader.offload(tensors) == 0, "what is offloaded is not offloaded again"
+        assert offloader.offload(tensors) == 0, "offloaded a second time"
         assert offloader.reload() == 4 * 716 and offloader.bytes == 0
         for key, value in tensors.items():
             assert value.shape == before[key].shape
@@ -26,12 +28,12 @@ def test_offloaded_tensors_come_back_bit_equal(tmp_path, place):
     assert not list(tmp_path.iterdir())
 
 
-def test_keep_moves_nothing(tmp_path):
+def test_none_moves_nothing(tmp_path):
     tensor = torch.randn(5)
-    place = tensor.data_ptr()
+    address = tensor.data_ptr()
     offloader = StateOffloader(OffloadConfig(), "sft", tmp_path)
     assert offloader.offload({"a": tensor}) == 0 and not offloader.offloaded
-    assert tensor.data_ptr() == place and offloader.reload() == 0
+    assert tensor.data_ptr() == address and offloader.reload() == 0
 
 
 def test_closing_removes_the_file(tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from dsasr import Recognizer, config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.inference import export
@@ -59,7 +60,7 @@ def run(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run) -> Path:
     cfg = config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml")))
-    return export.export_run(Builder(cfg), export.newest_checkpoint(run), run.parent / "model")
+    return export.export_run(Builder(cfg), open_run_checkpoint(run), run.parent / "model")
 
 
 def tone(seconds: float = 1.2, rate: int = 16000) -> np.ndarray:
@@ -120,7 +121,7 @@ def test_nothing_of_the_training_is_exported(run, exported):
 def test_large_models_go_to_several_files(run, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "FILE_BYTES", 20_000)
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
-    folder = export.export_run(build, export.newest_checkpoint(run), tmp_path / "model")
+    folder = export.export_run(build, open_run_checkpoint(run), tmp_path / "model")
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     state, expected = (export.load_export(f).model.state_dict() for f in (folder, exported))
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
@@ -128,7 +129,7 @@ def test_large_models_go_to_several_files(run, exported, tmp_path, monkeypatch):
 
 def test_rounded_to_bfloat16(run, tmp_path):
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
-    reader = export.newest_checkpoint(run)
+    reader = open_run_checkpoint(run)
     folder = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
     weights = load_file(folder / "llm" / "model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
@@ -139,9 +140,9 @@ def test_rounded_to_bfloat16(run, tmp_path):
 def test_errors_name_what_cannot_be_exported_or_loaded(run, exported, tmp_path):
     build = Builder(config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml"))))
     with pytest.raises(UserError, match="exists"):
-        export.export_run(build, export.newest_checkpoint(run), exported)
+        export.export_run(build, open_run_checkpoint(run), exported)
     with pytest.raises(UserError, match="no whole checkpoint"):
-        export.newest_checkpoint(tmp_path)
+        open_run_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no exported recognizer"):
         export.load_export(tmp_path)
     with pytest.raises(UserError, match="neither an exported model nor a run"):

@@ -34,7 +34,7 @@ def test_a_training_job_takes_everything_from_the_recipe():
 
 def test_two_components_have_a_size_each():
     cfg = SlurmConfig(size=SizeConfig(nodes=4), sft=SizeConfig(nodes=2, gpus=2), account="a")
-    command = slurm.asynchronous(cfg, RUN, "python").command
+    command = slurm.concurrent(cfg, RUN, "python").command
     parted = command.index(":")
     first, second = command[:parted], command[parted:]
     assert "--nodes=4" in first and "--nodes=2" in second and "--ntasks-per-node=2" in second

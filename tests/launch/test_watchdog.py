@@ -20,7 +20,7 @@ ROOT = str(Path(__file__).parents[2])
 
 
 class Stopped:
-    """In place of the end of the process."""
+    """Records exit codes in place of ending the process."""
 
     def __init__(self):
         self.codes, self.event = [], threading.Event()
@@ -34,7 +34,7 @@ def note(rank: int, doing: str = "step", step: int = 5) -> Note:
     return Note(rank, doing, "joint", step, ("a", "b"), 30.0, " at run.py:7", "host")
 
 
-def test_ranks_that_wait_name_all_and_the_one_without_a_word(tmp_path, capsys):
+def test_ranks_that_wait_are_named_and_the_silent_one_is_suspected(tmp_path, capsys):
     stopped = [Stopped(), Stopped()]
     dogs = [
         Watchdog(tmp_path, WatchdogConfig(0.5), rank, 3, "s", stopped[rank]) for rank in range(2)
@@ -44,12 +44,12 @@ def test_ranks_that_wait_name_all_and_the_one_without_a_word(tmp_path, capsys):
     dogs[1].at("checkpoint")  # stage, step and samples stay
     assert all(s.event.wait(20) for s in stopped)
     assert [s.codes for s in stopped] == [[HUNG], [HUNG]]
-    told = capsys.readouterr().out
-    assert told.count("no progress for 0.5 s") == 1
-    assert "stage ia_sft, step 14, in step for" in told
-    assert "last samples u1, u2, u3, … (5)" in told
-    assert "in checkpoint for" in told and "last samples v1" in told
-    assert "rank 2: no word" in told and "suspected: rank 2" in told
+    output = capsys.readouterr().out
+    assert output.count("no progress for 0.5 s") == 1
+    assert "stage ia_sft, step 14, in step for" in output
+    assert "last samples u1, u2, u3, … (5)" in output
+    assert "in checkpoint for" in output and "last samples v1" in output
+    assert "rank 2: no word" in output and "suspected: rank 2" in output
     assert "suspected: rank 2" in (tmp_path / "alarms" / "s" / "report.txt").read_text()
 
 
@@ -71,11 +71,11 @@ def test_progress_keeps_it_quiet_and_another_start_is_not_stopped_by_an_old_alar
         WatchdogConfig(start_seconds=-1)
 
 
-def test_in_the_start_an_old_alarm_is_none_and_a_new_one_ends_all(tmp_path, capsys):
+def test_at_the_start_an_old_alarm_is_ignored_and_a_new_one_ends_all(tmp_path, capsys):
     """No process group yet, and the folder of an earlier start that ended the same way."""
     old = tmp_path / "alarms" / "start"
     old.mkdir(parents=True)
-    for name in ("rank-00000.json", "rank-00002.json", "report.txt", "teller"):
+    for name in ("rank-00000.json", "rank-00002.json", "report.txt", "reporter"):
         (old / name).write_text("{}")
         os.utime(old / name, (1e9, 1e9))
     stopped = [Stopped(), Stopped()]
@@ -85,22 +85,22 @@ def test_in_the_start_an_old_alarm_is_none_and_a_new_one_ends_all(tmp_path, caps
     assert not any(s.codes for s in stopped)
     dogs[1].at("start")  # a late one, whose own time would be up later: rank 0's alarm is its too
     assert all(s.event.wait(60) for s in stopped)
-    told = capsys.readouterr().out
-    assert told.count("no progress for 4 s") == 1
-    assert "in start for" in told and "suspected: rank 2\n" in told
+    output = capsys.readouterr().out
+    assert output.count("no progress for 4 s") == 1
+    assert "in start for" in output and "suspected: rank 2\n" in output
 
 
 def test_once_the_ranks_have_met_the_alarm_is_this_starts(tmp_path):
     stopped = Stopped()
     dog = Watchdog(tmp_path, WatchdogConfig(60, 1.0), 0, 1, stop=stopped)
     dog.at("start")
-    dog.agree("now")
+    dog.set_start("now")
     dog.at("loading")
     assert stopped.event.wait(60)
     assert "in loading" in (tmp_path / "alarms" / "now" / "report.txt").read_text()
 
 
-def test_whom_to_suspect():
+def test_suspected_ranks():
     alike = [note(0), note(1), note(2)]
     assert not any("suspected" in line for line in report(alike, 3, 30))
     assert report([*alike[:2], note(2, "data")], 3, 30)[-1] == "suspected: rank 2"
@@ -137,15 +137,15 @@ def test_a_stopped_rank_ends_the_job_by_name(start, tmp_path):
     program = Path(ROOT) / "tests" / "programs" / "stopped_rank.py"
     job = start(f"run={folder}", "checkpoint.every_steps=0", program=program)
     assert job.ranks[0].wait(120) == HUNG, job.output[-3000:]
-    told = [x for x in job.output.splitlines() if x.startswith("watchdog: ")]
-    assert "no progress for 3 s" in told[0] and "rank 0 on " in told[1]
-    assert "stage pretrain, step 2" in told[1]
-    assert "last samples train" in told[1] and ".py:" in told[1]
-    assert told[-1] == "watchdog: suspected: rank 1"
+    output = [x for x in job.output.splitlines() if x.startswith("watchdog: ")]
+    assert "no progress for 3 s" in output[0] and "rank 0 on " in output[1]
+    assert "stage pretrain, step 2" in output[1]
+    assert "last samples train" in output[1] and ".py:" in output[1]
+    assert output[-1] == "watchdog: suspected: rank 1"
 
 
 @pytest.mark.launcher
-def test_a_rank_that_never_comes_up_ends_the_job_by_name(tiny, tmp_path):
+def test_a_rank_that_never_starts_ends_the_job_by_name(tiny, tmp_path):
     """Rank 0 of two, alone at the rendezvous: no process group is ever there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -159,8 +159,8 @@ def test_a_rank_that_never_comes_up_ends_the_job_by_name(tiny, tmp_path):
         env={**os.environ, **settings}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == HUNG, done.stdout[-2000:] + done.stderr[-2000:]
-    told = [x for x in done.stdout.splitlines() if x.startswith("watchdog: ")]
-    assert "no progress for 4 s" in told[0]
-    assert "rank 0 on " in told[1] and "in start for" in told[1]
-    assert told[-2] == "watchdog: suspected: rank 1"
-    assert told[-1].endswith(f"did all start, and do they reach 127.0.0.1:{port}?")
+    output = [x for x in done.stdout.splitlines() if x.startswith("watchdog: ")]
+    assert "no progress for 4 s" in output[0]
+    assert "rank 0 on " in output[1] and "in start for" in output[1]
+    assert output[-2] == "watchdog: suspected: rank 1"
+    assert output[-1].endswith(f"did all start, and do they reach 127.0.0.1:{port}?")

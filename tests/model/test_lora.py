@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from dsasr import config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
+from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.inference import export
@@ -368,7 +369,7 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
     """Merged and unmerged agree to 1e-5 of the largest logit in float32."""
     run = RunModel.from_run(trained)
     ours = run.model.llm
-    folder = export.export_run(run.build, export.newest_checkpoint(trained), tmp_path / "model")
+    folder = export.export_run(run.build, open_run_checkpoint(trained), tmp_path / "model")
     llm, report = AutoModelForCausalLM.from_pretrained(
         folder / "llm", trust_remote_code=False, output_loading_info=True, dtype=torch.float32
     )
@@ -395,7 +396,7 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
 
 def test_rounded_after_the_sum(trained, tmp_path):
     build = RunModel.from_run(trained).build
-    reader = export.newest_checkpoint(trained)
+    reader = open_run_checkpoint(trained)
     folder = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
     llm = AutoModelForCausalLM.from_pretrained(folder / "llm")
     name = "model.layers.0.mlp.down_proj"
@@ -415,7 +416,7 @@ def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
 
     run = RunModel.from_run(trained)
     folder = export.export_run(
-        run.build, export.newest_checkpoint(trained), tmp_path / "model", adapter=True
+        run.build, open_run_checkpoint(trained), tmp_path / "model", adapter=True
     )
     base = AutoModelForCausalLM.from_pretrained(run.build.recipe.model.llm.path)
     llm = PeftModel.from_pretrained(base, folder / "adapter")
@@ -426,7 +427,7 @@ def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
 
 def test_what_cannot_be_exported_is_said(trained, tmp_path):
     build = RunModel.from_run(trained).build
-    reader, cfg = export.newest_checkpoint(trained), build.recipe
+    reader, cfg = open_run_checkpoint(trained), build.recipe
     later = StageConfig("late", "sft", {"llm": 1e-4}, steps=3)
     with_late_stage = Builder(dataclasses.replace(cfg, stages=(*cfg.stages, later)))
     with pytest.raises(UserError, match="'late' trains the language model itself"):

@@ -1,6 +1,6 @@
-"""Two branches taking turns on a toy model; prints, from rank 0, what the laws are checked on.
+"""Two branches taking turns on a toy model; rank 0 writes what the tests check.
 
-usage: branch_engine_laws.py OUT COURSE(laws|switches) DEEPSPEED PRECISION PARK
+usage: branch_engine_laws.py OUT COURSE(laws|switches) DEEPSPEED PRECISION OFFLOAD
 """
 
 from __future__ import annotations
@@ -61,29 +61,29 @@ def batch(number: int) -> Batch:
 
 
 def digest(branch: BranchEngine) -> str:
-    """Of all ranks' weights, masters and moments."""
-    own = hashlib.sha256()
+    """A digest of each rank's weights, masters and moments."""
+    sha = hashlib.sha256()
     for key, fragment in sorted(branch.fragments().items()):
-        own.update(key.encode())
-        own.update(fragment.tensor.float().contiguous().numpy().tobytes())
-    return " ".join(distributed.all_gather_object(own.hexdigest()[:16]))
+        sha.update(key.encode())
+        sha.update(fragment.tensor.float().contiguous().numpy().tobytes())
+    return " ".join(distributed.all_gather_object(sha.hexdigest()[:16]))
 
 
 def weights(branch: BranchEngine, part: str) -> dict[str, torch.Tensor]:
-    held = zero_partition.weight_fragments(branch.module, f"{part}.")
-    return {name: fragment.tensor.clone() for name, fragment in held.items()}
+    fragments = zero_partition.weight_fragments(branch.module, f"{part}.")
+    return {name: fragment.tensor.clone() for name, fragment in fragments.items()}
 
 
 def resident(branch: BranchEngine) -> dict[str, torch.Tensor]:
     """The encoder's parameters that ZeRO keeps whole on every rank, as a step will use them."""
-    held = zero_partition.named_parameters(branch.module, "encoder.")
+    named = zero_partition.named_parameters(branch.module, "encoder.")
     return {
-        name: p.data for name, p in held if p.numel() == math.prod(zero_partition.full_shape(p))
+        name: p.data for name, p in named if p.numel() == math.prod(zero_partition.full_shape(p))
     }
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return not distributed.any_rank(not all(torch.equal(one[key], other[key]) for key in one))
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return not distributed.any_rank(not all(torch.equal(a[key], b[key]) for key in a))
 
 
 def loss(report) -> str:
@@ -112,8 +112,8 @@ def take_turns(pre: BranchEngine, sft: BranchEngine | None, found: dict) -> None
         before = {part: weights(sft, part) for part in ("encoder", "adaptor", "llm")}
         sft.step([batch(100 + number)], number)
         for part, old in before.items():
-            kept = same(old, weights(sft, part))
-            found["frozen"] &= kept == (part not in stage.trains)
+            unchanged = same(old, weights(sft, part))
+            found["frozen"] &= unchanged == (part not in stage.trains)
 
 
 def join(pre: BranchEngine, sft: BranchEngine, found: dict, folder: Path, fresh) -> None:
@@ -121,9 +121,10 @@ def join(pre: BranchEngine, sft: BranchEngine, found: dict, folder: Path, fresh)
     pre.reload()
     sft.enter(JOINT)
     sft.load_encoder(pre)
-    masters, own = pre.masters("encoder."), sft.masters("encoder.")
+    masters, sft_masters = pre.masters("encoder."), sft.masters("encoder.")
     found["masters"] = same(
-        {key: f.tensor for key, f in masters.items()}, {key: own[key].tensor for key in masters}
+        {key: f.tensor for key, f in masters.items()},
+        {key: sft_masters[key].tensor for key in masters},
     )
     sft.step([batch(3)], 0)
     tensor_fragments.write_folder(folder / "saved", sft.fragments() | pre.fragments(), {})
@@ -131,9 +132,9 @@ def join(pre: BranchEngine, sft: BranchEngine, found: dict, folder: Path, fresh)
     again = fresh("sft", ("encoder", "adaptor", "llm"))
     again.load(FragmentReader(folder / "saved"), JOINT, sft.adam_steps())
     found["saved"] = digest(sft) == digest(again)
-    one, other = sft.step([batch(9)], 50), again.step([batch(9)], 50)
-    found["continued"] = loss(one) == loss(other) and digest(sft) == digest(again)
-    found["lrs"] = one.lrs == other.lrs
+    a, b = sft.step([batch(9)], 50), again.step([batch(9)], 50)
+    found["continued"] = loss(a) == loss(b) and digest(sft) == digest(again)
+    found["lrs"] = a.lrs == b.lrs
     found["groups"] = {g["name"]: g["lr"] for g in again._optimizer_groups()}
 
 
@@ -152,11 +153,11 @@ def switch(sft: BranchEngine, found: dict) -> None:
 
 
 def main() -> None:
-    out, course, deepspeed, precision, place = sys.argv[-5:]
+    out, course, deepspeed, precision, device = sys.argv[-5:]
     folder = Path(out)
     branch_engine.init_distributed()
     config = EngineConfig(
-        deepspeed=deepspeed, precision=precision, offload=OffloadConfig(device=place)
+        deepspeed=deepspeed, precision=precision, offload=OffloadConfig(device=device)
     )
 
     def fresh(name: str, parts: tuple[str, ...]) -> BranchEngine:

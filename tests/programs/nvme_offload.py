@@ -79,7 +79,7 @@ def main() -> None:
             found["equal"].append(losses[0] == losses[1])
             found["equal"].append(same(held(branches["memory"]), held(branches["disk"])))
     found["files"] = len(list((folder / "disk").rglob("*.swp")))
-    empty = [flat.numel() == 0 for flat in branches["disk"]._masters.live.flats()]
+    empty = [flat.numel() == 0 for flat in branches["disk"]._masters.live.flat_masters()]
     found["swapped"] = [any(empty), all(empty)]
     # A checkpoint of the one on the disk, and a swap of the encoder into it.
     tensor_fragments.write_folder(folder / "saved", branches["disk"].fragments(), {})

@@ -1,4 +1,4 @@
-"""How ranks part."""
+"""The end of a rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ for _ in range(50):
     dist.all_reduce(mine, group=group)
     del mine
 atexit.register(print, "registered")
-distributed.leave = lambda: None
+distributed.destroy_process_group = lambda: None
 distributed.end_process(3)
 """
 

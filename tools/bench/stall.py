@@ -68,7 +68,7 @@ def measure(size: int, rounds: int, length: float, folder: Path) -> None:
         taken["stall"].append(seconds(partial(save, checkpoints, branch, steps)))
         taken["beside"].append(step())
         checkpoints._settle()
-        taken["write"] += [done.seconds for done in checkpoints.landed()]
+        taken["write"] += [done.seconds for done in checkpoints.finished_saves()]
     count = sum(p.ds_numel for p in branch.module.parameters())
     saved = sum(f.tensor.numel() * f.tensor.element_size() for f in branch.fragments().values())
     saved = sum(distributed.all_gather_object(saved))
