@@ -22,6 +22,7 @@ from dsasr.launch.orphan_ranks import parent_of
 from dsasr.utils.errors import UserError
 
 LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
+MISTAKE = 2  # exit code of a `UserError`
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 CHATTER = re.compile(
     r"^\[\d{4}-\d\d-\d\d|^\[W\d|^W\d{4} |Warning: |^\s+return func|^\s+warnings\.warn"
@@ -39,7 +40,10 @@ def run(
     """Run ``program`` on ``ranks`` ranks and return the launcher's exit code.
 
     ``ranks``: of a node; 0: one a GPU, or one where there is none. ``hostfile``: DeepSpeed's, for
-    several nodes. Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
+    several nodes. The last lines of the chatter are shown after all if the ranks fail, unless by a
+    user's mistake, which explains itself, or after a signal that this process passed on.
+
+    Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
     """
     env = dict(os.environ)
     command = [*LAUNCHER, *placement(env, ranks, hostfile), str(program), *arguments]
@@ -49,13 +53,17 @@ def run(
     )  # fmt: skip
     with _signals_forwarded(process, local=hostfile is None) as received:
         try:
-            pass_on(process.stdout, sys.stdout, received)
+            hidden = pass_on(process.stdout, sys.stdout)
             code = process.wait()
         except BaseException:  # nobody reads the output any more
             process.stdout.close()
             os.killpg(process.pid, signal.SIGTERM)
             raise
-    return code if code >= 0 else 128 - code  # as a shell counts a process that a signal ended
+    code = code if code >= 0 else 128 - code  # as a shell counts a process that a signal ended
+    if code not in (0, MISTAKE) and not received:
+        print("the launcher's last lines:", *hidden, sep="\n")
+        print(f"the ranks ended with exit code {code}", flush=True)
+    return code
 
 
 def gpus() -> int:
@@ -100,21 +108,15 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def pass_on(lines: Iterable[str], out: TextIO, received: Sequence[int] = ()) -> None:
-    """Write ``lines`` without chatter to ``out``; its last lines too if a rank failed.
-
-    A user's mistake (exit code 2) explains itself, and so does a run that was sent a signal.
-    """
+def pass_on(lines: Iterable[str], out: TextIO) -> list[str]:
+    """Write ``lines`` without chatter to ``out``; returns the last lines of the chatter."""
     hidden: deque[str] = deque(maxlen=40)
-    failed = False
     for line in lines:
-        failed |= "exits with return code" in line and not line.rstrip().endswith("= 2")
         if CHATTER.search(line):
-            hidden.append(line)
+            hidden.append(line.rstrip("\n"))
         else:
             print(line, end="", file=out, flush=True)
-    if failed and not received:
-        print("the launcher's last lines:", "".join(hidden), sep="\n", end="", file=out, flush=True)
+    return list(hidden)
 
 
 @contextlib.contextmanager

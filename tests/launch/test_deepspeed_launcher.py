@@ -16,23 +16,13 @@ from dsasr.launch import deepspeed_launcher
 from dsasr.utils.errors import UserError
 
 CHATTER = "[2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] process 7 spawned\n"
-FAILED = "[2026-01-01 00:00:00,000] [ERROR] [launch.py:1:main] x exits with return code = 1\n"
 
 
-def passed_on(*lines: str, received=()) -> str:
-    out = io.StringIO()
-    deepspeed_launcher.pass_on(lines, out, received)
-    return out.getvalue()
-
-
-def test_chatter_is_left_out_unless_a_rank_failed():
-    step = "step 1  loss 2.0\n"
-    assert passed_on(CHATTER, step, "ninja: no work to do\n") == step
-    shown = passed_on(CHATTER, step, FAILED)
-    assert shown.startswith(step) and CHATTER in shown and FAILED in shown
-    mistake = "error: unknown recipe key\n"
-    assert passed_on(mistake, CHATTER, FAILED.replace("= 1", "= 2")) == mistake
-    assert passed_on(step, FAILED, received=[signal.SIGINT]) == step
+def test_chatter_is_left_out_and_its_end_kept():
+    out, step = io.StringIO(), "step 1  loss 2.0\n"
+    hidden = deepspeed_launcher.pass_on([CHATTER, step, "ninja: no work to do\n"], out)
+    assert out.getvalue() == step and hidden == [CHATTER.strip(), "ninja: no work to do"]
+    assert len(deepspeed_launcher.pass_on([CHATTER] * 99, out)) == 40
 
 
 @pytest.fixture
@@ -80,6 +70,7 @@ sys.exit(subprocess.call([sys.executable, f"{__file__}.launch", *sys.argv[-2:]])
 """
 LAUNCH = """
 import subprocess, sys
+print("[2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] two ranks", flush=True)
 ranks = [subprocess.Popen(["bash", sys.argv[1], str(rank), sys.argv[2]]) for rank in (0, 1)]
 sys.exit(max(rank.wait() for rank in ranks))
 """
@@ -124,7 +115,11 @@ def start(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("code", [0, 2, 75])
 def test_the_exit_code_is_passed_on(start, code):
-    assert start(str(code))[0] == code
+    ended, output = start(str(code))
+    assert ended == code
+    # What failed shows the launcher's words; a user's mistake explains itself.
+    assert ("[launch.py:1:main]" in output) == (code == 75)
+    assert ("exit code 75" in output) == (code == 75)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -132,11 +127,19 @@ def test_ranks_save_and_stop_on_a_signal(start, number):
     before = signal.getsignal(number)
     code, output = start("wait", number)
     assert code == 0 and "rank 0 saves" in output and "rank 1 saves" in output
+    assert "[launch.py" not in output
     assert signal.getsignal(number) == before
 
 
 def test_ctrl_c_ends_the_ranks(start):
     assert start("wait", signal.SIGINT)[0] == 130
+
+
+def test_a_launcher_that_was_killed_is_reported(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(deepspeed_launcher, "LAUNCHER", ("bash", "-c", "kill -9 $$", "x"))
+    monkeypatch.setattr(deepspeed_launcher, "gpus", lambda: 0)
+    assert deepspeed_launcher.run(tmp_path / "train.py", []) == 128 + signal.SIGKILL
+    assert "the ranks ended with exit code 137" in capsys.readouterr().out
 
 
 def test_a_launcher_without_ranks_yet_is_ended(monkeypatch, tmp_path):
