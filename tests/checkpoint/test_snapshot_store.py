@@ -1,4 +1,4 @@
-"""The store: whole or not at all, one publisher, nothing in use pruned, no clock compared."""
+"""The snapshot store: whole or not at all, one publisher, nothing in use pruned, no clocks."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def test_what_is_published_is_what_is_read(tmp_path):
     assert store.snapshots() == [Snapshot("encoder-000000007", 7, "drift")]
     manifest = store.manifest("encoder-000000007")
     assert manifest["cka"] == 0.9 and manifest["parent"] == "p" and len(manifest["files"]) == 1
-    other = Both(seed=4)
-    zero_partition.replace_weights(other, store.open("encoder-000000007"), "encoder.")
+    target = Both(seed=4)
+    zero_partition.replace_weights(target, store.open("encoder-000000007"), "encoder.")
     for name, value in module.encoder.state_dict().items():
-        assert torch.equal(value, other.encoder.state_dict()[name])
-    assert checksum(zero_partition.weight_fragments(other, "encoder.")) == manifest["checksum"]
-    assert not torch.equal(module.ctc.weight, other.ctc.weight)
+        assert torch.equal(value, target.encoder.state_dict()[name])
+    assert checksum(zero_partition.weight_fragments(target, "encoder.")) == manifest["checksum"]
+    assert not torch.equal(module.ctc.weight, target.ctc.weight)
 
 
-def test_checksum_is_the_same_for_any_cut_and_tells_places_apart():
+def test_checksum_depends_on_positions_and_not_on_the_partition():
     torch.manual_seed(0)
     flat = torch.randn(300_001)
     whole = {"w": Fragment((300_001,), 0, flat)}
-    cuts = ((0, 7), (7, 140_000), (140_000, 300_001))
-    cut = [Fragment((300_001,), a, flat[a:b]) for a, b in cuts]
-    parts = sum(int(checksum({"w": f}), 16) for f in cut) % 2**64
-    assert f"{parts:016x}" == checksum(whole)
+    ranges = ((0, 7), (7, 140_000), (140_000, 300_001))
+    fragments = [Fragment((300_001,), a, flat[a:b]) for a, b in ranges]
+    total = sum(int(checksum({"w": f}), 16) for f in fragments) % 2**64
+    assert f"{total:016x}" == checksum(whole)
     swapped = flat.clone()
     swapped[[0, 1]] = flat[[1, 0]]
     assert checksum({"w": Fragment((300_001,), 0, swapped)}) != checksum(whole)
@@ -71,7 +71,7 @@ def test_checksum_is_the_same_for_any_cut_and_tells_places_apart():
     for dtype in (torch.bfloat16, torch.float64, torch.bool, torch.int64):
         ones = torch.ones(3).to(dtype)
         assert len(checksum({"w": Fragment((3,), 0, ones)})) == 16
-        assert torch.equal(ones, torch.ones(3).to(dtype)), "looking must not change"
+        assert torch.equal(ones, torch.ones(3).to(dtype)), "a checksum must not change its tensors"
 
 
 def test_an_encoder_that_is_not_finite_is_not_published(tmp_path):
@@ -97,7 +97,7 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing(tmp_path, damage):
         path.write_bytes(content)
     elif damage == "gone":
         shutil.rmtree(folder)
-    elif damage == "nan":  # written by somebody else than `publish`
+    elif damage == "nan":  # not written by `publish`, which refuses it
         source.encoder[0].weight.data[0, 0] = float("nan")
         manifest = store.manifest(name)
         tensor_fragments.write_folder(folder, zero_partition.weight_fragments(source), manifest)
@@ -112,8 +112,8 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing(tmp_path, damage):
         "architecture": "another architecture",
     }[damage]
     with pytest.raises(FragmentError, match=words):
-        wanted = "two" if damage == "architecture" else "one"
-        zero_partition.replace_weights(target, store.open(name, wanted), "encoder.")
+        architecture = "two" if damage == "architecture" else "one"
+        zero_partition.replace_weights(target, store.open(name, architecture), "encoder.")
     for key, value in target.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -141,7 +141,7 @@ def test_a_torn_snapshot_is_never_listed(tmp_path):
     staging = tmp_path / ".encoder-000000002.tmp"
     staging.mkdir()
     (staging / "rank-00000.safetensors").write_bytes(b"half")
-    (tmp_path / "encoder-000000003").mkdir()  # and one without a manifest is none
+    (tmp_path / "encoder-000000003").mkdir()  # without a manifest it is no snapshot
     assert [s.pretrain for s in store.snapshots()] == [1]
     SnapshotStore(tmp_path).claim("run")
     assert not staging.exists()
@@ -151,11 +151,11 @@ def test_publishing_again_leaves_the_same_encoder_and_replaces_another(tmp_path)
     store = SnapshotStore(tmp_path)
     publish(store, 1, Both(seed=1))
     path = tmp_path / "encoder-000000001" / "manifest.json"
-    made = path.stat().st_mtime_ns, path.stat().st_ino
+    written = path.stat().st_mtime_ns, path.stat().st_ino
     publish(store, 1, Both(seed=1))
-    assert (path.stat().st_mtime_ns, path.stat().st_ino) == made
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == written
     publish(store, 1, Both(seed=2))
-    assert path.stat().st_ino != made[1]
+    assert path.stat().st_ino != written[1]
 
 
 def test_one_store_one_publisher(tmp_path):
@@ -164,7 +164,7 @@ def test_one_store_one_publisher(tmp_path):
     with pytest.raises(UserError, match="has a publisher already"):
         second.claim("run-b")
     first.beat()
-    # The same run again, as after a resume; the job before, if it still lives, must stop.
+    # The same run again, as after a resume; its older job, if it is still alive, must stop.
     second.claim("run-a")
     second.beat()
     assert publish(second, 1)
@@ -172,9 +172,8 @@ def test_one_store_one_publisher(tmp_path):
         with pytest.raises(UserError, match="claimed by another job"):
             attempt()
     assert [s.pretrain for s in second.snapshots()] == [1]
-    (tmp_path / OWNER).write_text(
-        ""
-    )  # nobody's word: not taken over, and the message says what to do
+    # A claim that cannot be read is not replaced, and the message names the fix.
+    (tmp_path / OWNER).write_text("")
     with pytest.raises(UserError, match=f"delete {tmp_path / OWNER}"):
         SnapshotStore(tmp_path).claim("run-b")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] == ".") == []
@@ -220,14 +219,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert publish(store, 2, big)
 
 
-def test_life_is_told_by_a_counter_not_by_clocks(tmp_path, monkeypatch):
+def test_the_heartbeat_is_a_counter_and_no_clock(tmp_path, monkeypatch):
     writer, reader = SnapshotStore(tmp_path), SnapshotStore(tmp_path)
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     writer.beat()
     assert reader.silent_for() == 0
     now = 1030.0
-    # The wall clock of either side jumps by a year: nobody looks at it, nor at the file's time.
+    # Neither side reads the wall clock, which jumps by a year, nor the file's time.
     monkeypatch.setattr(time, "time", lambda: 4e9)
     os.utime(tmp_path / HEARTBEAT, (0, 0))
     assert reader.silent_for() == 30
@@ -259,12 +258,12 @@ def publishing(folder, first):
 
 
 def reading(folder, run):
-    """Take the newest encoder whenever there is a newer one, until killed; 3: a torn one."""
+    """Load each newer encoder until killed; exit code 3: it was torn, 4: it was another."""
     torch.set_num_threads(1)
-    store, target, held = SnapshotStore(folder), Both(width=4000), None
+    store, target, loaded = SnapshotStore(folder), Both(width=4000), None
     while True:
         newest = store.snapshots()[-1:]
-        if not newest or newest[0].id == held:
+        if not newest or newest[0].id == loaded:
             continue
         name = newest[0].id
         store.use(run, name)
@@ -277,18 +276,18 @@ def reading(folder, run):
         expected = Both(width=4000, seed=newest[0].pretrain)
         if not torch.equal(target.encoder[0].weight, expected.encoder[0].weight):
             os._exit(4)
-        held = name
+        loaded = name
 
 
-def test_whoever_is_killed_when_no_snapshot_is_torn(tmp_path):
+def test_no_kill_of_publisher_or_readers_tears_a_snapshot(tmp_path):
     fork, rng = multiprocessing.get_context("fork"), random.Random(0)
-    store, halves, jobs = SnapshotStore(tmp_path), 0, {}
+    store, torn, jobs = SnapshotStore(tmp_path), 0, {}
 
     def begin(who):
         listed = store.snapshots()
         first = listed[-1].pretrain + 1 if listed else 1
-        target, given = (publishing, first) if who == "publisher" else (reading, who)
-        jobs[who] = fork.Process(target=target, args=(tmp_path, given), daemon=True)
+        target, argument = (publishing, first) if who == "publisher" else (reading, who)
+        jobs[who] = fork.Process(target=target, args=(tmp_path, argument), daemon=True)
         jobs[who].start()
 
     def kill(who):
@@ -301,19 +300,19 @@ def test_whoever_is_killed_when_no_snapshot_is_torn(tmp_path):
         begin(who)
     try:
         for number in range(300):  # more where the machine is busy
-            if number >= 24 and halves > 3 and store.snapshots()[-1].pretrain > 10:
+            if number >= 24 and torn > 3 and store.snapshots()[-1].pretrain > 10:
                 break
             time.sleep(rng.uniform(0.02, 0.25))
             kill("publisher")
             if number % 3 == 0:
                 kill(readers[number % 2])
-            halves += any("encoder" in path.name for path in tmp_path.glob(".*.tmp"))
+            torn += any("encoder" in path.name for path in tmp_path.glob(".*.tmp"))
             for manifest in store.manifests():
                 folder = tmp_path / manifest["id"]
                 tensor_fragments.verify(folder)
                 expected = Both(width=4000, seed=manifest["pretrain"])
-                own = zero_partition.weight_fragments(expected, "encoder.")
-                assert manifest["checksum"] == checksum(own)
+                encoder = zero_partition.weight_fragments(expected, "encoder.")
+                assert manifest["checksum"] == checksum(encoder)
             for path in tmp_path.glob("in-use-*.json"):
                 assert json.loads(path.read_text())["id"].startswith("encoder-")
             begin("publisher")
@@ -324,7 +323,7 @@ def test_whoever_is_killed_when_no_snapshot_is_torn(tmp_path):
             with contextlib.suppress(AssertionError):
                 job.kill()
                 job.join()
-    assert halves > 3, "hardly a kill fell into the writing of a snapshot"
+    assert torn > 3, "hardly a kill interrupted the writing of a snapshot"
     assert store.snapshots()[-1].pretrain > 10 and set(store.in_use()) == set(readers)
     SnapshotStore(tmp_path).claim("run")
     assert not [p for p in tmp_path.glob(".*.tmp") if "encoder" in p.name]

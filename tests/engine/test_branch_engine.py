@@ -38,25 +38,25 @@ def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100_000
         deepspeed = tmp_path / "persistent.json"
         deepspeed.write_text(json.dumps(settings))
-    found = run_program(launch, tmp_path, "laws", deepspeed, precision, offload)
+    results = run_program(launch, tmp_path, "laws", deepspeed, precision, offload)
     # The pretrain branch beside an sft branch, offloaded and swapped from, equals the same branch
     # alone bit for bit: losses, weights, masters and moments.
-    assert found["beside"] == found["alone"]
-    assert found["frozen"], "a frozen part moved, or a trained one did not"
-    assert found["swapped"] and found["resident"] == resident and found["masters"]
-    assert found["saved"] and found["continued"]
-    assert found["lrs"] and len(set(found["groups"].values())) == 3
-    assert list(found["groups"]) == ["encoder", "adaptor", "llm"]
+    assert results["beside"] == results["alone"]
+    assert results["frozen"], "a frozen part moved, or a trained one did not"
+    assert results["swapped"] and results["resident"] == resident and results["masters"]
+    assert results["saved"] and results["continued"]
+    assert results["lrs"] and len(set(results["groups"].values())) == 3
+    assert list(results["groups"]) == ["encoder", "adaptor", "llm"]
     assert not list(tmp_path.glob("offloaded-pretrain-*")), "the offload file outlived its use"
 
 
 @pytest.mark.launcher
 def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):
-    found = run_program(launch, tmp_path, "switches")
-    assert len(set(found["hooks"])) == 1
+    results = run_program(launch, tmp_path, "switches")
+    assert len(set(results["hooks"])) == 1
     # DeepSpeed's own bookkeeping grows by about 45 KiB a switch; a leaked optimizer of this model
     # would be 3 MiB a switch.
-    growth = found["rss"][-1] - found["rss"][0]
+    growth = results["rss"][-1] - results["rss"][0]
     assert growth < 50 * 100 * 1024, f"resident memory grew by {growth / 2**20:.1f} MiB"
 
 
@@ -64,17 +64,17 @@ def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):
 def test_an_encoder_is_published_and_loaded_in_each_ranks_own_slices(launch, tmp_path):
     done = launch(PROGRAM.parent / "sharded_state.py", tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["loaded"] and found["whole"] == 307 * 311
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results["loaded"] and results["whole"] == 307 * 311
     # No rank ever holds, or reads, more of a parameter than its half.
-    assert found["slice"] == -(-found["whole"] // 2)
-    assert found["largest_read"] == found["slice"]
-    assert found["loading_bytes"] == 4 * found["slice"]
-    assert found["publishing_bytes"] == 8 * found["slice"], "checksums are made in int64"
-    assert found["read"] == found["encoder"], "every element is read once, by one rank"
+    assert results["slice"] == -(-results["whole"] // 2)
+    assert results["largest_read"] == results["slice"]
+    assert results["loading_bytes"] == 4 * results["slice"]
+    assert results["publishing_bytes"] == 8 * results["slice"], "checksums are made in int64"
+    assert results["read"] == results["encoder"], "every element is read once, by one rank"
     # Where the encoder trains, its masters follow and its moments, no others, begin again.
-    assert found["moved"] and found["again"] and found["masters"] and found["moments"]
-    assert found["others_kept"] and 0 < found["next_step"] < 0.05
+    assert results["moved"] and results["again"] and results["masters"] and results["moments"]
+    assert results["others_kept"] and 0 < results["next_step"] < 0.05
 
 
 def test_ds_configs_are_read_by_name_and_mistakes_are_named(tmp_path):
@@ -111,9 +111,9 @@ def test_a_step_waits_for_the_device_before_the_optimizer_alone(launch, tiny, tm
     out = tmp_path / "waits.json"
     done = launch(PROGRAM.parent / "host_waits.py", tiny, out, zero, ranks=1)
     assert done.returncode == 0, done.stdout[-3000:]
-    found = json.loads(out.read_text())
-    assert list(found) == ["pretrain", "align", "ia_sft", "joint"]
-    for stage, waits in found.items():
+    results = json.loads(out.read_text())
+    assert list(results) == ["pretrain", "align", "ia_sft", "joint"]
+    for stage, waits in results.items():
         asked = {k: n for k, n in waits["asked"].items() if k not in ON_THE_HOST}
         # DeepSpeed checks whether the gradient is finite: all of it at once, or each group's and
         # the norm for clipping. The engine does not read the norm a second time.

@@ -75,6 +75,8 @@ def test_states_on_a_disk_are_those_in_memory(launch, tmp_path):
     program = Path(__file__).parents[1] / "programs" / "nvme_offload.py"
     done = launch(program, tmp_path, timeout=600)  # async_io may have to be compiled
     assert done.returncode == 0, done.stdout[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert all(found["equal"]) and found["swapped"] == [True, False] and found["files"] > 0
-    assert found["resumed"] and found["continued"] and found["loaded"] and found["left"] == 0
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert all(results["equal"]) and results["swapped"] == [True, False] and results["files"] > 0
+    assert (
+        results["resumed"] and results["continued"] and results["loaded"] and results["left"] == 0
+    )

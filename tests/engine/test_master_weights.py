@@ -80,13 +80,15 @@ def test_a_stage_that_does_not_train_them_loses_no_bit(tmp_path, moments):
     switch(states, module)
     assert same(values(states), {k: v for k, v in before.items() if k.startswith("master/")})
     states.live.init_moments(3.0)
-    moved = {k: t.add_(1.0) for k, t in values(states).items() if not k.startswith("master/")}
+    moments_written = {
+        k: t.add_(1.0) for k, t in values(states).items() if not k.startswith("master/")
+    }
     for key, view in states.live.edit():
-        if key in moved:
-            view.tensor.copy_(moved[key])
+        if key in moments_written:
+            view.tensor.copy_(moments_written[key])
     switch(states, module, moments)
     assert states.steps() == (3.0 if moments else 0.0)
-    assert same(values(states, "exp_avg"), moved if moments else {})
+    assert same(values(states, "exp_avg"), moments_written if moments else {})
 
 
 def test_another_partition_starts_from_the_weights(tmp_path):

@@ -63,9 +63,9 @@ def begin(tmp_path):
 
     jobs = []
 
-    def run(**given: str) -> subprocess.Popen:
+    def run(**variables: str) -> subprocess.Popen:
         jobs.append(subprocess.Popen(
-            ["bash", str(SCRIPT)], env={**settings, **given}, cwd=tmp_path, text=True,
+            ["bash", str(SCRIPT)], env={**settings, **variables}, cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         ))  # fmt: skip
         return jobs[-1]
@@ -78,15 +78,17 @@ def begin(tmp_path):
 
 def test_two_components_with_their_own_rendezvous(begin, tmp_path):
     job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), OVERRIDES="seed=2 monitor.every=5")
-    told, _ = job.communicate(timeout=30)
-    assert job.returncode == 0 and "pretrain ended with 0" in told and "sft ended with 0" in told
+    output, _ = job.communicate(timeout=30)
+    assert (
+        job.returncode == 0 and "pretrain ended with 0" in output and "sft ended with 0" in output
+    )
     for branch, host, port in (("pretrain", "a1", 20123), ("sft", "b1", 20124)):
         words = (tmp_path / branch).read_text().split()
         assert words[:6] == ["9", "1", "16", "8", host, str(port)]
         assert f"branch={branch}" in words and "store.late=wait" in words
         assert words[-2:] == ["seed=2", "monitor.every=5"]
-    given = (tmp_path / "srun").read_text()
-    assert "--het-group=0" in given and "--het-group=1" in given
+    variables = (tmp_path / "srun").read_text()
+    assert "--het-group=0" in variables and "--het-group=1" in variables
 
 
 def requeued(tmp_path) -> list[dict]:
@@ -96,29 +98,29 @@ def requeued(tmp_path) -> list[dict]:
 
 def test_a_failed_component_stops_the_other_and_the_job_is_requeued(begin, tmp_path):
     job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), FAIL="pretrain", WAIT="20")
-    told, _ = job.communicate(timeout=30)
-    assert "pretrain ended with 3" in told and "sft ended with 0" in told
+    output, _ = job.communicate(timeout=30)
+    assert "pretrain ended with 3" in output and "sft ended with 0" in output
     assert [(r["job"], r["start"], r["cause"]) for r in requeued(tmp_path)] == [
         (123, 0, "pretrain ended with 3")
     ]
 
 
 def test_the_third_failure_in_a_row_ends_the_job(begin, tmp_path):
-    given = {"RECIPE": "demo", "RUN": str(tmp_path / "run"), "FAIL": "sft", "RETRIES": "2"}
-    job = begin(**given)
+    variables = {"RECIPE": "demo", "RUN": str(tmp_path / "run"), "FAIL": "sft", "RETRIES": "2"}
+    job = begin(**variables)
     job.communicate(timeout=30)
     requeued(tmp_path)
     (tmp_path / "scontrol").unlink()
-    job = begin(**given, SLURM_RESTART_COUNT="1")
-    told, _ = job.communicate(timeout=30)
-    assert job.returncode == 1 and "2 failures in a row" in told
+    job = begin(**variables, SLURM_RESTART_COUNT="1")
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == 1 and "2 failures in a row" in output
     assert not (tmp_path / "scontrol").exists()
 
 
 def test_what_slurm_requeued_by_itself_is_noted(begin, tmp_path):
     job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), SLURM_RESTART_COUNT="1")
-    told, _ = job.communicate(timeout=30)
-    assert job.returncode == 0 and "finished after 1 requeues" in told
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == 0 and "finished after 1 requeues" in output
     lines = (tmp_path / "run" / "requeues.jsonl").read_text().splitlines()
     assert [json.loads(x)["cause"] for x in lines] == [
         "node failure or preemption: requeued by Slurm"

@@ -90,13 +90,13 @@ def loss(report) -> str:
     return float(report.sums["nll"][0]).hex()
 
 
-def take_turns(pre: BranchEngine, sft: BranchEngine | None, found: dict) -> None:
+def take_turns(pre: BranchEngine, sft: BranchEngine | None, results: dict) -> None:
     for number in range(12):
         if sft is not None:
             sft.offload()
         pre.enter(PRETRAIN)
         pre.reload()
-        found["losses"].append(loss(pre.step([batch(number)], number)))
+        results["losses"].append(loss(pre.step([batch(number)], number)))
         if sft is None:
             continue
         if number not in (3, 6):
@@ -106,23 +106,23 @@ def take_turns(pre: BranchEngine, sft: BranchEngine | None, found: dict) -> None
         sft.reload()
         if number in (3, 6):
             sft.load_encoder(pre)
-            found["swapped"] &= same(weights(sft, "encoder"), weights(pre, "encoder"))
-            found["swapped"] &= same(resident(sft), resident(pre))
-            found["resident"] = len(resident(sft))
+            results["swapped"] &= same(weights(sft, "encoder"), weights(pre, "encoder"))
+            results["swapped"] &= same(resident(sft), resident(pre))
+            results["resident"] = len(resident(sft))
         before = {part: weights(sft, part) for part in ("encoder", "adaptor", "llm")}
         sft.step([batch(100 + number)], number)
         for part, old in before.items():
             unchanged = same(old, weights(sft, part))
-            found["frozen"] &= unchanged == (part not in stage.trains)
+            results["frozen"] &= unchanged == (part not in stage.trains)
 
 
-def join(pre: BranchEngine, sft: BranchEngine, found: dict, folder: Path, fresh) -> None:
+def join(pre: BranchEngine, sft: BranchEngine, results: dict, folder: Path, fresh) -> None:
     """The joint stage from the live encoder, saved, loaded into a new branch, and stepped."""
     pre.reload()
     sft.enter(JOINT)
     sft.load_encoder(pre)
     masters, sft_masters = pre.masters("encoder."), sft.masters("encoder.")
-    found["masters"] = same(
+    results["masters"] = same(
         {key: f.tensor for key, f in masters.items()},
         {key: sft_masters[key].tensor for key in masters},
     )
@@ -131,25 +131,25 @@ def join(pre: BranchEngine, sft: BranchEngine, found: dict, folder: Path, fresh)
     tensor_fragments.verify(folder / "saved")
     again = fresh("sft", ("encoder", "adaptor", "llm"))
     again.load(FragmentReader(folder / "saved"), JOINT, sft.adam_steps())
-    found["saved"] = digest(sft) == digest(again)
+    results["saved"] = digest(sft) == digest(again)
     a, b = sft.step([batch(9)], 50), again.step([batch(9)], 50)
-    found["continued"] = loss(a) == loss(b) and digest(sft) == digest(again)
-    found["lrs"] = a.lrs == b.lrs
-    found["groups"] = {g["name"]: g["lr"] for g in again._optimizer_groups()}
+    results["continued"] = loss(a) == loss(b) and digest(sft) == digest(again)
+    results["lrs"] = a.lrs == b.lrs
+    results["groups"] = {g["name"]: g["lr"] for g in again._optimizer_groups()}
 
 
-def switch(sft: BranchEngine, found: dict) -> None:
+def switch(sft: BranchEngine, results: dict) -> None:
     """Fifty stage switches; memory and hooks after each ten."""
     process = psutil.Process()
     for number in range(52):
         sft.enter(IA_SFT if number % 2 else ALIGN)
         sft.step([batch(number)], 0)
         if number % 10 == 1:
-            found["rss"].append(process.memory_info().rss)
+            results["rss"].append(process.memory_info().rss)
             hooks = sum(
                 len(m._forward_hooks) + len(m._forward_pre_hooks) for m in sft.module.modules()
             )
-            found["hooks"].append(hooks)
+            results["hooks"].append(hooks)
 
 
 def main() -> None:
@@ -163,26 +163,26 @@ def main() -> None:
     def fresh(name: str, parts: tuple[str, ...]) -> BranchEngine:
         torch.manual_seed(1)
         sizes = {"ctc": (7, 5), "adaptor": (7, 5), "llm": (5, 300)}
-        made = {p: encoder() if p == "encoder" else nn.Linear(*sizes[p]) for p in parts}
-        return BranchEngine(name, Toy(made), config, folder)
+        modules = {p: encoder() if p == "encoder" else nn.Linear(*sizes[p]) for p in parts}
+        return BranchEngine(name, Toy(modules), config, folder)
 
     both = ("encoder", "adaptor", "llm")
-    found: dict = {"losses": [], "swapped": True, "frozen": True, "rss": [], "hooks": []}
+    results: dict = {"losses": [], "swapped": True, "frozen": True, "rss": [], "hooks": []}
     if course == "switches":
-        switch(fresh("sft", both), found)
+        switch(fresh("sft", both), results)
     else:
         alone = fresh("pretrain", ("encoder", "ctc"))
-        take_turns(alone, None, found)
-        found["alone"] = [found["losses"], digest(alone)]
+        take_turns(alone, None, results)
+        results["alone"] = [results["losses"], digest(alone)]
         alone.close()
-        found["losses"] = []
+        results["losses"] = []
         pre, sft = fresh("pretrain", ("encoder", "ctc")), fresh("sft", both)
-        take_turns(pre, sft, found)
+        take_turns(pre, sft, results)
         pre.reload()
-        found["beside"] = [found["losses"], digest(pre)]
-        join(pre, sft, found, folder, fresh)
+        results["beside"] = [results["losses"], digest(pre)]
+        join(pre, sft, results, folder, fresh)
     if distributed.is_main_rank():
-        (folder / f"{course}.json").write_text(json.dumps(found))
+        (folder / f"{course}.json").write_text(json.dumps(results))
     distributed.end_process()
 
 

@@ -47,12 +47,12 @@ def batch(number: int) -> Batch:
     return Batch.blank(features, seed=number, number=number)
 
 
-def held(branch: BranchEngine) -> dict[str, torch.Tensor]:
+def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
     return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    differ = one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one)
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
     return not distributed.any_rank(differ)
 
 
@@ -65,43 +65,43 @@ def main() -> None:
         "memory": BranchEngine("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
         "disk": BranchEngine("sft", Model(), disk, folder),
     }
-    found: dict = {"equal": [], "files": 0}
+    results: dict = {"equal": [], "files": 0}
     number = 0
     for stage in (SFT, JOINT):
         for branch in branches.values():
             branch.enter(stage)
-        found["equal"].append(same(held(branches["memory"]), held(branches["disk"])))
+        results["equal"].append(same(states(branches["memory"]), states(branches["disk"])))
         for _ in range(2):
             losses = [
                 float(b.step([batch(number)], number).sums["nll"][0]) for b in branches.values()
             ]
             number += 1
-            found["equal"].append(losses[0] == losses[1])
-            found["equal"].append(same(held(branches["memory"]), held(branches["disk"])))
-    found["files"] = len(list((folder / "disk").rglob("*.swp")))
+            results["equal"].append(losses[0] == losses[1])
+            results["equal"].append(same(states(branches["memory"]), states(branches["disk"])))
+    results["files"] = len(list((folder / "disk").rglob("*.swp")))
     empty = [flat.numel() == 0 for flat in branches["disk"]._masters.live.flat_masters()]
-    found["swapped"] = [any(empty), all(empty)]
+    results["swapped"] = [any(empty), all(empty)]
     # A checkpoint of the one on the disk, and a swap of the encoder into it.
     tensor_fragments.write_folder(folder / "saved", branches["disk"].fragments(), {})
     two = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "two"))
     again = BranchEngine("sft", Model(), two, folder / "other")
     again.load(FragmentReader(folder / "saved"), JOINT, branches["disk"].adam_steps())
-    found["resumed"] = same(held(branches["disk"]), held(again))
-    one, other = (b.step([batch(99)], 3) for b in (branches["disk"], again))
-    found["continued"] = float(one.sums["nll"][0]) == float(other.sums["nll"][0])
-    found["continued"] &= same(held(branches["disk"]), held(again))
+    results["resumed"] = same(states(branches["disk"]), states(again))
+    a, b = (b.step([batch(99)], 3) for b in (branches["disk"], again))
+    results["continued"] = float(a.sums["nll"][0]) == float(b.sums["nll"][0])
+    results["continued"] &= same(states(branches["disk"]), states(again))
     branches["disk"].load_encoder(branches["memory"])
     weights = zero_partition.weight_fragments(branches["disk"].module, "encoder.")
     masters = branches["disk"].masters("encoder.")
-    found["loaded"] = same(
+    results["loaded"] = same(
         {k: f.tensor for k, f in weights.items()},
         {k.partition("/")[2]: f.tensor for k, f in masters.items()},
     )
     for branch in (*branches.values(), again):
         branch.close()
-    found["left"] = len(list((folder / "disk").rglob("*.swp")))
+    results["left"] = len(list((folder / "disk").rglob("*.swp")))
     if distributed.is_main_rank():
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(results))
     distributed.end_process()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Gloo's threads get the processor only when the main thread does not want it, so that they hold on
-# to what they worked on until the process ends. The group stays held, as DeepSpeed holds it.
+# to what they worked on until the process ends. The group stays referenced, as it is by DeepSpeed.
 LATE = """
 import atexit, os, sys
 import torch
@@ -20,9 +20,9 @@ from dsasr.utils import distributed
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 group = dist.new_group([0])
 dist.all_reduce(torch.ones(2), group=group)
-one = {min(os.sched_getaffinity(0))}
+core = {min(os.sched_getaffinity(0))}
 for thread in map(int, os.listdir("/proc/self/task")):
-    os.sched_setaffinity(thread, one)
+    os.sched_setaffinity(thread, core)
     if thread != os.getpid():
         os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 for _ in range(50):

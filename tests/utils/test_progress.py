@@ -57,9 +57,9 @@ def test_what_is_written_between_does_not_hurry_a_log(clock):
 
 
 @pytest.mark.parametrize("given", [{"disable": True}, {"delay": 30}, {"leave": False}])
-def test_a_short_one_may_stay_silent(clock, given):
+def test_a_short_one_may_stay_silent(clock, options):
     log = io.StringIO()
-    for _ in Bar(range(10), file=log, **given):
+    for _ in Bar(range(10), file=log, **options):
         clock(1)
     assert log.getvalue() == ""
 

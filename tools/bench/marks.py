@@ -81,9 +81,9 @@ class Marks:
             part.register_forward_hook(
                 lambda _, __, out, name=name, above=above: self._after(name, above, out)
             )
-        held = branch._engine
-        held.backward = self._marked(held.backward, f"{last} backward")
-        held.step = self._marked(held.step, "optimizer")
+        engine = branch._engine
+        engine.backward = self._marked(engine.backward, f"{last} backward")
+        engine.step = self._marked(engine.step, "optimizer")
 
     def _marked(self, call, name: str):
         def run(*args, **kwargs):

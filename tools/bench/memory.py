@@ -72,10 +72,10 @@ class Memory:
         if not self.gpu:
             self._watch = threading.Thread(target=self._sample, daemon=True)
             self._watch.start()
-        self.base = self.held()
+        self.base = self.resident()
         self.reset()
 
-    def held(self) -> int:
+    def resident(self) -> int:
         gc.collect()
         if self.gpu:
             torch.cuda.synchronize()
@@ -106,38 +106,38 @@ def anonymous() -> int:
     return status("RssAnon") + status("RssShmem")
 
 
-def measure(args: argparse.Namespace, chosen: recipe.Recipe, folder: Path) -> dict:
-    stage = chosen.stage(args.stage)
+def measure(args: argparse.Namespace, cfg: recipe.Recipe, folder: Path) -> dict:
+    stage = cfg.stage(args.stage)
     try:
         shape = Shape(*(int(x) for x in args.batch.split("x")))
     except (ValueError, TypeError):
         raise UserError(f"--batch {args.batch}: give UTTERANCESxFRAMESxTOKENS") from None
-    build = Builder(chosen)
+    build = Builder(cfg)
     sft = stage.branch == "sft"
     phonemes = 2 if sft else len(build.phonemes)
     tokens = build.tokenizer.vocab_size if sft else 1
-    batch = synthetic_batch(shape, chosen.model.encoder.mels, phonemes, tokens)
-    warm_up(chosen, stage, batch, folder)
+    batch = synthetic_batch(shape, cfg.model.encoder.mels, phonemes, tokens)
+    warm_up(cfg, stage, batch, folder)
     memory = Memory()
-    module = build.module(stage.branch, None if args.whole else partitioner(chosen.engine))
-    found = {"building": memory.most()}
-    branch = BranchEngine(stage.branch, module, chosen.engine, folder)
+    module = build.module(stage.branch, None if args.whole else partitioner(cfg.engine))
+    measured = {"building": memory.most()}
+    branch = BranchEngine(stage.branch, module, cfg.engine, folder)
     branch.enter(stage)
-    found |= {"entering": memory.most(), "entered": memory.held()}
+    measured |= {"entering": memory.most(), "entered": memory.resident()}
     for number in range(args.steps):
         memory.reset()
         branch.step([batch] * stage.grad_accum_steps, number)
-    found |= {"peak": memory.most(), "held": memory.held()}
+    measured |= {"peak": memory.most(), "held": memory.resident()}
     memory.close()
-    return found
+    return measured
 
 
-def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Path) -> None:
+def warm_up(cfg: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Path) -> None:
     """What libraries, DeepSpeed and the ranks need once, whatever the model: two steps of the same
     kinds of layers, one of each, 32 wide."""
-    model = chosen.model
+    model = cfg.model
     small = replace(
-        chosen,
+        cfg,
         model=replace(
             model,
             encoder=replace(model.encoder, width=32, heads=2, layers=1, ffn=32),
@@ -146,29 +146,29 @@ def warm_up(chosen: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Pat
         ),
     )
     if distributed.is_main_rank():
-        make_random_lm(folder / "small", Builder(chosen).tokenizer_folder, 32, 1)
+        make_random_lm(folder / "small", Builder(cfg).tokenizer_folder, 32, 1)
     distributed.barrier()
-    module = Builder(small).module(stage.branch, partitioner(chosen.engine))
-    branch = BranchEngine(stage.branch, module, chosen.engine, folder)
+    module = Builder(small).module(stage.branch, partitioner(cfg.engine))
+    branch = BranchEngine(stage.branch, module, cfg.engine, folder)
     branch.enter(stage)
     for number in range(2):
         branch.step([batch] * stage.grad_accum_steps, number)
     branch.close()
 
 
-def predict(args: argparse.Namespace, chosen: recipe.Recipe) -> tuple[dict[str, float], float]:
-    stage = chosen.stage(args.stage)
+def predict(args: argparse.Namespace, cfg: recipe.Recipe) -> tuple[dict[str, float], float]:
+    stage = cfg.stage(args.stage)
     shape = [int(x) for x in args.batch.split("x")]
     seconds = shape[1] / FRAMES_PER_SECOND
     traffic = Traffic(seconds, shape[2] / seconds)
-    batch = replace(stage.batch or chosen.data.dataloader.batch, frames=shape[0] * shape[1],
+    batch = replace(stage.batch or cfg.data.dataloader.batch, frames=shape[0] * shape[1],
                     samples=shape[0], tokens=0)  # fmt: skip
     stage = replace(stage, batch=batch)
     machine = Machine(nodes=1, gpus=distributed.world_size(), reserve=0.0,
                       cpu=distributed.device().type == "cpu")  # fmt: skip
-    parts = count_parts(chosen)
-    total = sum(parts[name].parameters for name in chosen.parts(stage.branch))
-    memory = step_memory(chosen, stage, machine, parts, traffic)
+    parts = count_parts(cfg)
+    total = sum(parts[name].parameters for name in cfg.parts(stage.branch))
+    memory = step_memory(cfg, stage, machine, parts, traffic)
     predicted = {name: value * GB for name, value in memory.items()}
     predicted["held"] = between_steps(memory) * GB
     return predicted | {"peak": sum(memory.values()) * GB}, total
@@ -178,41 +178,41 @@ def main() -> None:
     args = parse()
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     recipe.silence_library_warnings()
-    chosen = recipe.load(args.recipe, args.overrides)
-    chosen.stage(args.stage)
-    branch_engine.set_threads(chosen.engine)
-    dispatch.select(chosen.kernels)
+    cfg = recipe.load(args.recipe, args.overrides)
+    cfg.stage(args.stage)
+    branch_engine.set_threads(cfg.engine)
+    dispatch.select(cfg.kernels)
     branch_engine.init_distributed()
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(distributed.broadcast(own))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(distributed.broadcast(temporary))
         if args.llm:
-            place = folder / "llm"
+            llm_folder = folder / "llm"
             if distributed.is_main_rank():
                 width, layers = (int(x) for x in args.llm.split("x"))
-                make_random_lm(place, Builder(chosen).tokenizer_folder, width, layers)
+                make_random_lm(llm_folder, Builder(cfg).tokenizer_folder, width, layers)
             distributed.barrier()
-            chosen = recipe.load(args.recipe, [*args.overrides, f"model.llm.path={place}"])
+            cfg = recipe.load(args.recipe, [*args.overrides, f"model.llm.path={llm_folder}"])
         # Of this stage's branch alone: the other one is not built here.
-        one = replace(chosen, branch=chosen.stage(args.stage).branch)
-        expected, total = predict(args, one)
-        found = distributed.all_gather_object(measure(args, one, folder))
+        branch_recipe = replace(cfg, branch=cfg.stage(args.stage).branch)
+        expected, total = predict(args, branch_recipe)
+        measured = distributed.all_gather_object(measure(args, branch_recipe, folder))
         distributed.barrier()
     if distributed.is_main_rank():
-        tell(found, expected, total)
+        print_table(measured, expected, total)
         record("memory", recipe=args.recipe, stage=args.stage, whole=args.whole, llm=args.llm,
                batch=args.batch, overrides=args.overrides, ranks=distributed.world_size(),
-               parameters=total, measured=found, predicted=expected)  # fmt: skip
+               parameters=total, measured=measured, predicted=expected)  # fmt: skip
 
 
-def tell(found: list[dict], expected: dict, total: int) -> None:
+def print_table(measured: list[dict], expected: dict, total: int) -> None:
     print(f"{total / MB:.1f} M parameters; MB of each rank above its baseline")
     for name in ("building", "entering", "entered", "held", "peak"):
-        cells = " ".join(f"{one[name] / MB:>9.1f}" for one in found)
-        most = max(one[name] for one in found)
+        cells = " ".join(f"{rank[name] / MB:>9.1f}" for rank in measured)
+        most = max(rank[name] for rank in measured)
         beside = f"  predicted {expected[name] / MB:.1f}: {expected[name] / most:.3f} of it" if (
             name in expected) else ""  # fmt: skip
         print(f"{name:<10} {cells}{beside}")
-    parts = ", ".join(f"{n} {v / MB:.1f}" for n, v in expected.items() if n not in found[0])
+    parts = ", ".join(f"{n} {v / MB:.1f}" for n, v in expected.items() if n not in measured[0])
     print(f"predicted: {parts}")
 
 

@@ -38,9 +38,9 @@ PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 1e-4}, steps=1000)
 
 def audio(length: float) -> Batch:
     """So many seconds of noise, in rows of four."""
-    one, rows = batch(), max(1, round(length / 4))
+    template, rows = batch(), max(1, round(length / 4))
     return dataclasses.replace(
-        one,
+        template,
         features_BTF=torch.randn(rows, 400, 80),
         feature_lengths_B=torch.full((rows,), 400),
     )
@@ -56,25 +56,25 @@ def measure(size: int, rounds: int, length: float, folder: Path) -> None:
     branch.enter(PRETRAIN)
     checkpoints = CheckpointManager(folder / "checkpoints", CheckpointConfig(keep=1))
     fed, steps = audio(length), 0
-    taken: dict[str, list[float]] = {"step": [], "stall": [], "beside": [], "write": []}
+    times: dict[str, list[float]] = {"step": [], "stall": [], "beside": [], "write": []}
 
     def step() -> float:
         return seconds(lambda: branch.step([fed], 0))
 
     step()  # Adam's moments are there from here on
     for _ in range(rounds):
-        taken["step"] += [step(), step()]
+        times["step"] += [step(), step()]
         steps += 3
-        taken["stall"].append(seconds(partial(save, checkpoints, branch, steps)))
-        taken["beside"].append(step())
+        times["stall"].append(seconds(partial(save, checkpoints, branch, steps)))
+        times["beside"].append(step())
         checkpoints._settle()
-        taken["write"] += [done.seconds for done in checkpoints.finished_saves()]
+        times["write"] += [done.seconds for done in checkpoints.finished_saves()]
     count = sum(p.ds_numel for p in branch.module.parameters())
     saved = sum(f.tensor.numel() * f.tensor.element_size() for f in branch.fragments().values())
     saved = sum(distributed.all_gather_object(saved))
     branch.close()
     if distributed.is_main_rank():
-        middle = {name: statistics.median(values) for name, values in taken.items()}
+        middle = {name: statistics.median(values) for name, values in times.items()}
         record(
             "stall",
             parameters=count,
@@ -84,7 +84,7 @@ def measure(size: int, rounds: int, length: float, folder: Path) -> None:
             audio_seconds=length,
             checkpoint_mib=round(saved / 2**20, 1),
             **{f"{name}_ms": round(1000 * value, 1) for name, value in middle.items()},
-            stall_ms_range=[round(1000 * f(taken["stall"]), 1) for f in (min, max)],
+            stall_ms_range=[round(1000 * f(times["stall"]), 1) for f in (min, max)],
             stall_steps=round(middle["stall"] / middle["step"], 3),
         )
 
@@ -100,8 +100,8 @@ def main() -> int:
     branch_engine.set_threads(EngineConfig())
     branch_engine.init_distributed()
     for size in options.sizes:
-        made = tempfile.mkdtemp(dir=options.folder) if distributed.is_main_rank() else None
-        folder = Path(distributed.broadcast(made))
+        path = tempfile.mkdtemp(dir=options.folder) if distributed.is_main_rank() else None
+        folder = Path(distributed.broadcast(path))
         try:
             measure(size, options.rounds, options.audio, folder)
         finally:

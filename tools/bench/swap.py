@@ -98,13 +98,13 @@ def seconds(run: Callable[[], object]) -> float:
 
 def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each side, taken in turn after one round that does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, run in sides.items():
-            found = seconds(run)
+            elapsed = seconds(run)
             if turn:
-                taken[name].append(found)
-    return taken
+                times[name].append(elapsed)
+    return times
 
 
 class Floor:
@@ -129,59 +129,59 @@ class Floor:
 def measure(size: int, rounds: int, step_seconds: float, folder: Path) -> None:
     width, layers = SIZES[size]
     config = EngineConfig(offload=OffloadConfig("cpu"))
-    other = BranchEngine("sft", Parts(width, layers, 4 * width), config, folder)
-    other.enter(ALIGN)
-    found, over, rate = beside_live(size, other, rounds, folder)
+    sft = BranchEngine("sft", Parts(width, layers, 4 * width), config, folder)
+    sft.enter(ALIGN)
+    medians, over, rate = beside_live(size, sft, rounds, folder)
     gc.collect()
-    found |= switches(other, max(rounds // 3, 1))
-    other.close()
+    medians |= switches(sft, max(rounds // 3, 1))
+    sft.close()
     if distributed.is_main_rank():
-        count = sum(p.ds_numel for p in other.module.encoder.parameters())
-        _record(count, found, over, rate, step_seconds)
+        count = sum(p.ds_numel for p in sft.module.encoder.parameters())
+        _record(count, medians, over, rate, step_seconds)
 
 
 def beside_live(
-    size: int, other: BranchEngine, rounds: int, folder: Path
+    size: int, sft: BranchEngine, rounds: int, folder: Path
 ) -> tuple[dict[str, float | None], list[float], float]:
     """Seconds by name, the hot-swaps over their floors, and a rank's copy rate in bytes/s."""
     width, layers = SIZES[size]
     light, few = size >= LIGHT, max(rounds // 3, 1)
-    found: dict[str, float | None] = {"step": None, "offload": None}
-    live = BranchEngine("pretrain", Parts(width, layers, 8 if light else 0), other.config, folder)
+    medians: dict[str, float | None] = {"step": None, "offload": None}
+    live = BranchEngine("pretrain", Parts(width, layers, 8 if light else 0), sft.config, folder)
     live.enter(HEAD_ONLY if light else PRETRAIN)
     if not light:  # before anything else: Adam's moments are there then
-        found["step"] = _median(lambda: live.step([batch()], 0), 2)
-    encoder = [p.ds_tensor for p in other.module.encoder.parameters()]
-    moved = sum(t.numel() * t.element_size() for t in encoder)
-    moved += sum(f.tensor.numel() * 4 for f in _moved_masters(live).values())
-    floor = Floor(moved)
-    swap = alternate({"hot_swap": lambda: other.load_encoder(live), "floor": floor}, rounds)
+        medians["step"] = _median(lambda: live.step([batch()], 0), 2)
+    encoder = [p.ds_tensor for p in sft.module.encoder.parameters()]
+    moved_bytes = sum(t.numel() * t.element_size() for t in encoder)
+    moved_bytes += sum(f.tensor.numel() * 4 for f in _moved_masters(live).values())
+    floor = Floor(moved_bytes)
+    swap = alternate({"hot_swap": lambda: sft.load_encoder(live), "floor": floor}, rounds)
     over = [a / b for a, b in zip(swap["hot_swap"], swap["floor"], strict=True)]
-    found |= {name: statistics.median(values) for name, values in swap.items()}
-    found |= through_store(live, other, few, folder)
+    medians |= {name: statistics.median(values) for name, values in swap.items()}
+    medians |= through_store(live, sft, few, folder)
     if not light:
-        found["offload"] = _median(lambda: (live.offload(), live.reload()), few)
+        medians["offload"] = _median(lambda: (live.offload(), live.reload()), few)
     live.close()
-    return found, over, floor.bytes / found["floor"]
+    return medians, over, floor.bytes / medians["floor"]
 
 
 def through_store(
-    live: BranchEngine, other: BranchEngine, rounds: int, folder: Path
+    live: BranchEngine, sft: BranchEngine, rounds: int, folder: Path
 ) -> dict[str, float]:
     store, snapshot = SnapshotStore(folder / "store"), Snapshot("encoder-1", 1, "drift")
-    found = {"publish": seconds(lambda: store.publish(live.module, {}, snapshot, {}))}
-    found["store_swap"] = _median(lambda: other.load_encoder(store.open(snapshot.id)), rounds)
-    found["checksum"] = _median(other.checksum, rounds)
-    assert other.checksum() == live.checksum() == store.manifest(snapshot.id)["checksum"]
-    return found
+    medians = {"publish": seconds(lambda: store.publish(live.module, {}, snapshot, {}))}
+    medians["store_swap"] = _median(lambda: sft.load_encoder(store.open(snapshot.id)), rounds)
+    medians["checksum"] = _median(sft.checksum, rounds)
+    assert sft.checksum() == live.checksum() == store.manifest(snapshot.id)["checksum"]
+    return medians
 
 
-def switches(other: BranchEngine, rounds: int) -> dict[str, float]:
+def switches(sft: BranchEngine, rounds: int) -> dict[str, float]:
     """From align to joint and back, after one turn that does not count."""
     there, back = [], []
     for _ in range(rounds + 1):
-        there.append(seconds(lambda: other.enter(JOINT)))
-        back.append(seconds(lambda: other.enter(ALIGN)))
+        there.append(seconds(lambda: sft.enter(JOINT)))
+        back.append(seconds(lambda: sft.enter(ALIGN)))
     return {"switch": statistics.median(there[1:]), "switch_back": statistics.median(back[1:])}
 
 
@@ -196,16 +196,16 @@ def _moved_masters(live: BranchEngine) -> dict:
 
 
 def _record(
-    count: int, found: dict[str, float | None], over: list[float], rate: float, stated: float
+    count: int, medians: dict[str, float | None], over: list[float], rate: float, stated: float
 ) -> None:
     lowest = 2 * 4 * count / distributed.world_size() / rate  # of a switch
-    switch = max(found["switch"], found["switch_back"])
-    a_swap = found["publish"] + found["store_swap"] + found["checksum"]
+    switch = max(medians["switch"], medians["switch_back"])
+    a_swap = medians["publish"] + medians["store_swap"] + medians["checksum"]
     cost = SWAPS * a_swap + SWITCHES * switch
-    step = found["step"] or stated
+    step = medians["step"] or stated
     milliseconds = {
         f"{name}_ms": None if value is None else round(1000 * value, 2)
-        for name, value in found.items()
+        for name, value in medians.items()
     }
     record(
         "swap",
@@ -219,9 +219,9 @@ def _record(
         hot_swap_over_floor=round(statistics.median(over), 3),
         hot_swap_over_floor_range=[round(min(over), 3), round(max(over), 3)],
         switch_floor_ms=round(1000 * lowest, 2),
-        switch_over_floor=round(found["switch"] / lowest, 2),
+        switch_over_floor=round(medians["switch"] / lowest, 2),
         step_seconds=round(step, 4),
-        step_is="measured, 4 s of audio a rank" if found["step"] else "stated",
+        step_is="measured, 4 s of audio a rank" if medians["step"] else "stated",
         schedule={"swaps": SWAPS, "switches": SWITCHES, "steps": STEPS},
         schedule_cost_seconds=round(cost, 3),
         share_of_training=cost / (cost + STEPS * step),
@@ -262,8 +262,8 @@ def main() -> int:
             if distributed.is_main_rank():
                 Bar.write(reason)
             continue
-        made = tempfile.mkdtemp(dir=options.folder) if distributed.is_main_rank() else None
-        folder = Path(distributed.broadcast(made))
+        path = tempfile.mkdtemp(dir=options.folder) if distributed.is_main_rank() else None
+        folder = Path(distributed.broadcast(path))
         try:
             measure(size, options.rounds, options.step_seconds, folder)
         finally:
