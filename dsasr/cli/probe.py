@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, default, what in (
         ("random", "all", "the same encoder with random weights (all: of each architecture)"),
         ("control", "all", "the control of shuffled frames"),
-        ("limits", "first", "the detection limit where nothing is detected; slow"),
+        ("limits", "first", "the smallest gain that would be detected where none is; slow"),
     ):
         choices = ("all", "first", "none")
         parser.add_argument(f"--{name}", choices=choices, default=default, help=what)
@@ -61,16 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from dsasr.analysis import compare, probed_encoders
-    from dsasr.analysis.compare import CompareConfig
+    from dsasr.analysis import probe_checkpoints, probed_encoders
     from dsasr.analysis.probe_set import label_recordings
     from dsasr.entropy_allocation.v_information import VInformationConfig
     from dsasr.evaluation.eval_sets import read_recordings
-    from dsasr.recipe import silence_library_warnings
+    from dsasr.recipe import quiet
 
-    silence_library_warnings()
+    quiet()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    runs = [path for path in args.checkpoints if not probed_encoders.is_pretrained(path)]
+    runs = [c for c in args.checkpoints if not probed_encoders.is_pretrained(c)]
     path = args.aligner or (runs[-1] if runs else None)
     if path is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
@@ -80,27 +79,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
         max_seconds=probed_encoders.max_seconds(args.checkpoints),
     )  # fmt: skip
-    labeled = label_recordings(aligner, recordings, args.semantic)
-    left_out = dict(Counter(bad) + labeled.causes)
-    speakers = len({r.speaker for r in labeled.recordings})
-    print(
-        f"{len(labeled.recordings)} utterances by {speakers} speakers, labels by "
-        f"{aligner.source.name}" + (f"; left out: {left_out}" if left_out else "")
-    )
-    estimates = VInformationConfig(
+    probe_set = label_recordings(aligner, recordings, args.semantic)
+    left_out = dict(Counter(bad) + probe_set.causes)
+    speakers = len({r.speaker for r in probe_set.recordings})
+    count, name = len(probe_set.recordings), aligner.source.name
+    print(f"{count} utterances by {speakers} speakers, labels by {name}"
+          + (f"; left out: {left_out}" if left_out else ""))  # fmt: skip
+    config = VInformationConfig(
         max_width=args.width, folds=args.folds, seed=args.seed,
         max_frames=args.frames, semantic_frames=max(1, args.frames // 4),
     )  # fmt: skip
-    config = CompareConfig(estimates, args.control, args.random, args.limits)
-    rows = compare.compare(args.checkpoints, labeled, config)
-    print(compare.table(rows))
-    print("PAI, CSAI: nats a frame, 95% interval, [shuffled], none (<detection limit);")
+    baselines = probe_checkpoints.Baselines(args.random, args.control, args.limits)
+    rows = probe_checkpoints.measure_all(args.checkpoints, probe_set, config, baselines)
+    print(probe_checkpoints.table(rows))
+    print("PAI, CSAI: nats a frame, 95% interval, [shuffled]; none (<x): a gain of x would show;")
     first = rows[0].pai
     folds = f", in {first.folds} folds" if first.folds > 1 else ""
     print(f"H: nats a token (CTC: frame); CKA: to the first; test part: by {first.split_by}{folds}")
     names = ("data", "utterances", "semantic", "width", "frames", "folds", "seed")
     settings = {name: getattr(args, name) for name in names}
     home = aligner.source.run
-    settings["aligner"] = str(Path(home).resolve().parent / aligner.source.name)
-    for message in compare.write(rows, home, settings, args.out):
+    settings["aligner"] = str(Path(home).resolve().parent / name)
+    for message in probe_checkpoints.write(rows, home, settings, args.out):
         print(message)

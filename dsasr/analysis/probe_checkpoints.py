@@ -1,10 +1,10 @@
-"""Allocation rows of several checkpoints on one probe set: measured, as a table, in files."""
+"""Entropy allocation of several checkpoints on one probe set: rows, a table, and their files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,45 +21,49 @@ Extent = Literal["all", "first", "none"]
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """How checkpoints are compared.
+class Baselines:
+    """Which checkpoints have a baseline measured beside them.
 
-    ``control``: which of them also have the control of shuffled frames. ``random``: which are
-    followed by the same encoder with random weights (all: one of each run and architecture).
-    ``limits``: for which a detection limit is searched where nothing is detected (first: until one
-    is known). The rest of ``estimates`` is the same for all.
+    ``random``: the same encoder with random weights (all: one of each run and architecture).
+    ``control``: shuffled frames. ``limits``: the detection limit where nothing is detected (first:
+    until one is known).
     """
 
-    estimates: VInformationConfig = field(default_factory=VInformationConfig)
-    control: Extent = "all"
     random: Extent = "all"
+    control: Extent = "all"
     limits: Extent = "first"
 
 
-def compare(
-    checkpoints: Sequence[str], probe_set: ProbeSet, config: CompareConfig
+def measure_all(
+    checkpoints: Sequence[str],
+    probe_set: ProbeSet,
+    config: VInformationConfig,
+    baselines: Baselines,
 ) -> list[AllocationRow]:
-    """A row per checkpoint, and one per random encoder. CKA is to the first checkpoint."""
+    """A row per checkpoint, and one per random encoder. CKA is to the first checkpoint.
+
+    ``config`` applies to all, but for the control and the planted shares, which ``baselines`` set.
+    """
     rows: list[AllocationRow] = []
     reference: Reference | None = None
     architectures = set()
 
     def options(control: bool) -> VInformationConfig:
         known = any(0 < e.detection_limit < math.inf for r in rows for e in (r.pai, r.csai))
-        shares = config.estimates.planted_shares if _applies(config.limits, known) else ()
-        return replace(config.estimates, control=control, planted_shares=shares)
+        shares = config.planted_shares if _applies(baselines.limits, known) else ()
+        return replace(config, control=control, planted_shares=shares)
 
     with Bar(total=len(checkpoints), unit="checkpoint") as bar:
         for path in checkpoints:
             encoder, later = probed_encoders.open_encoder(path), bool(rows)
-            control = _applies(config.control, later)
+            control = _applies(baselines.control, later)
             row, features = measure(encoder, probe_set, options(control), reference)
             rows.append(row)
             architecture = encoder.source.run or encoder.source.path, row.width
-            if architecture not in architectures and _applies(config.random, later):
+            if architecture not in architectures and _applies(baselines.random, later):
                 architectures.add(architecture)
-                baseline = probed_encoders.random_baseline(encoder, seed=config.estimates.seed)
-                control = config.control == "all"
+                baseline = probed_encoders.random_baseline(encoder, seed=config.seed)
+                control = baselines.control == "all"
                 rows.append(measure(baseline, probe_set, options(control))[0])
             reference = reference or Reference(encoder.source.name, features)
             bar.update()

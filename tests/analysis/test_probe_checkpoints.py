@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from dsasr.analysis import compare
+from dsasr.analysis import probe_checkpoints
 from dsasr.entropy_allocation.row import AllocationRow, EncoderSource, Estimate
 
 
@@ -26,7 +26,7 @@ def test_the_table_shows_what_is_not_detected_and_failed_probes():
         row(estimate(-0.5), estimate(0.0, entropy_before=0.0)),
         row(estimate(0.0), estimate(0.25)),
     ]
-    _, *lines = (" ".join(x.split()) for x in compare.table(rows).splitlines())
+    _, *lines = (" ".join(x.split()) for x in probe_checkpoints.table(rows).splitlines())
     assert "0.500 0.40…0.60 [0.00] 25.0% none (<0.012) [–] 0.0%" in lines[0]
     assert "-0.500 -0.60…-0.40 [0.00] underfit -25.0% none [0.00] –" in lines[1]
     assert "none [0.00] 0.0% 0.250 0.15…0.35 [0.00] 12.5%" in lines[2]
@@ -52,19 +52,19 @@ def test_rows_go_to_their_runs_or_to_one_file(tmp_path):
     ]
     rows = [AllocationRow(source) for source in sources]
     settings = {"data": "shards"}
-    messages = compare.write(rows, str(first), settings, None)
+    messages = probe_checkpoints.write(rows, str(first), settings, None)
     assert names(first / "allocation.jsonl") == ["first/a", "whisper"]
     [_, random] = rows_of(second / "allocation.jsonl")
     assert random["encoder"]["name"] == "random encoder" and random["settings"] == settings
     assert f"written: {second}/allocation.jsonl (second/b, random encoder)" in messages
-    compare.write(rows, str(first), settings, tmp_path / "all.jsonl")
+    probe_checkpoints.write(rows, str(first), settings, tmp_path / "all.jsonl")
     assert names(tmp_path / "all.jsonl") == [source.name for source in sources]
 
 
 def test_rows_with_other_settings_are_replaced(tmp_path):
     def write(name: str, settings: dict) -> str:
         row = AllocationRow(EncoderSource(name, "checkpoint", run=str(tmp_path)))
-        [message] = compare.write([row], str(tmp_path), settings, None)
+        [message] = probe_checkpoints.write([row], str(tmp_path), settings, None)
         return message
 
     write("run/a", {"data": "x"})
