@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dsasr.analysis.probe_set import label_recordings
     from dsasr.entropy_allocation.v_information import VInformationConfig
     from dsasr.evaluation.eval_sets import read_recordings
-    from dsasr.recipe import quiet
+    from dsasr.recipe import silence_library_warnings
 
-    quiet()
+    silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     runs = [c for c in args.checkpoints if not probed_encoders.is_pretrained(c)]
     path = args.aligner or (runs[-1] if runs else None)
