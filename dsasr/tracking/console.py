@@ -165,7 +165,7 @@ def _swap(e: Mapping[str, Any]) -> str:
 
 def _after_swap(e: Mapping[str, Any]) -> str:
     before = "" if e["nll_before"] is None else f"{_loss(e['nll_before'])} → "
-    return f"NLL {before}{_loss(e['nll'])}, {e['sft_steps']:,} sft steps after the swap"
+    return f"NLL {before}{_loss(e['nll'])} by the swap (sft steps since: {e['sft_steps']:,})"
 
 
 def _refused(e: Mapping[str, Any]) -> str:
