@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass when told to: ``clock(3)``, for tqdm too."""
+    """A clock that ``clock(3)`` advances by 3 seconds, for tqdm too."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
@@ -50,13 +50,13 @@ def test_what_is_written_between_does_not_hurry_a_log(clock):
             clock(0.5)
             bar.set_postfix_str("fits")
             bar.update()
-            Bar.write("told", file=log)
-    lines = [line for line in log.getvalue().splitlines() if line != "told"]
+            Bar.write("text", file=log)
+    lines = [line for line in log.getvalue().splitlines() if line != "text"]
     assert "\r" not in log.getvalue() and len(lines) == 3
     assert all(line.endswith("fits]") for line in lines)
 
 
-@pytest.mark.parametrize("given", [{"disable": True}, {"delay": 30}, {"leave": False}])
+@pytest.mark.parametrize("options", [{"disable": True}, {"delay": 30}, {"leave": False}])
 def test_a_short_one_may_stay_silent(clock, options):
     log = io.StringIO()
     for _ in Bar(range(10), file=log, **options):
