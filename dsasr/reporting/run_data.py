@@ -115,7 +115,7 @@ def _job(folder: Path, name: str) -> RunData:
 def _allocation(folder: Path) -> list[AllocationRow]:
     path = folder / "allocation.jsonl"
     try:
-        return [AllocationRow.from_json(row) for row in _measured(path)]
+        return [AllocationRow.from_json(row) for row in read_json_lines(path)]
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{path}: {error}: it is of another version, remove it and measure again"
@@ -131,11 +131,6 @@ def _publisher_rows(folder: Path, store: Path) -> list[AllocationRow]:
     if publisher.resolve() == folder.resolve():
         return []
     return _allocation(publisher)
-
-
-def _measured(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines without what is null or not finite: it was not measured."""
-    return [without_missing(row) for row in read_json_lines(path)]
 
 
 def named(folders: Sequence[str | Path]) -> list[RunData]:

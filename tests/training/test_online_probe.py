@@ -105,6 +105,19 @@ class ProbeBatch:
     def to(self, _device):
         return self
 
+    def or_silence(self, _mels):
+        return self
+
+
+class LinearEncoder:
+    cfg = SimpleNamespace(mels=6)
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+
+    def __call__(self, x_BTF, lengths_B):
+        return SimpleNamespace(frames_BSE=x_BTF @ self.weight, lengths_B=lengths_B)
+
 
 class Linear:
     """A branch whose encoder is a matrix."""
@@ -117,11 +130,7 @@ class Linear:
 
     @contextlib.contextmanager
     def evaluating(self):
-        yield SimpleNamespace(
-            encoder=lambda x, lengths: SimpleNamespace(
-                frames_BSE=x @ self.weight, lengths_B=lengths
-            )
-        )
+        yield SimpleNamespace(encoder=LinearEncoder(self.weight))
 
     def frames(self) -> dict[str, torch.Tensor]:
         x = ProbeBatch.features_BTF @ self.weight
