@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "recipe_reference.py"
+from dsasr.utils.errors import UserError
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=TOOL.parents[1])
+@pytest.fixture
+def reference(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.delitem(sys.modules, "recipe_reference", raising=False)
+    import recipe_reference
+
+    return recipe_reference
 
 
-def test_the_page_is_current():
-    done = run("--check")
-    if done.returncode:
-        pytest.fail(done.stderr)  # names the command that writes it
+def test_the_page_is_current(reference):
+    reference.main(["--check"])  # its error names the command that writes the page
 
 
-def test_a_page_is_written_and_a_stale_one_refused(tmp_path):
+def test_a_page_is_written_and_a_stale_one_refused(reference, tmp_path):
     page = tmp_path / "README.md"
-    assert run("--page", str(page)).returncode == 0
+    reference.main(["--page", str(page)])
     text = page.read_text()
     row = "| `stages.NAME.min_lr_ratio` | number | `0.0` | learning rate at the end of the decay, "
     assert row in text
@@ -32,7 +35,19 @@ def test_a_page_is_written_and_a_stale_one_refused(tmp_path):
     assert "| `evaluation.suite.clips` | integer | `2` |" in text
     assert text.count(".min_seconds`") == 1 and "(#datadataloaderbatch)" in text
     assert "| `data.cmvn` | string | required |" in text and "| `demo` | " in text
-    assert run("--page", str(page), "--check").returncode == 0
+    reference.main(["--page", str(page), "--check"])
     page.write_text(text.replace("`0.0`", "`0.1`"))
-    stale = run("--page", str(page), "--check")
-    assert stale.returncode == 2 and "run 'python tools/recipe_reference.py'" in stale.stderr
+    with pytest.raises(UserError, match=r"run 'python tools/recipe_reference\.py'"):
+        reference.main(["--page", str(page), "--check"])
+
+
+def test_a_key_without_a_comment_is_refused(reference):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Silent:
+        explained: int = 1  # has a meaning
+        silent: int = 2
+
+    with pytest.raises(UserError, match=r"Silent\.silent has no comment"):
+        list(reference.sections(Silent, None, "", {}))
