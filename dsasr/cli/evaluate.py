@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.is_finished and not args.data:
         parser.error("--data is needed")
     if args.checkpoint and args.report:
-        parser.error("--report speaks of the run's end: write those of a --checkpoint with --out")
+        parser.error("--report is for the end of the run: with --checkpoint use --out")
     return args
 
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = args.against.is_dir()
         baseline = read_results(args.against / TRANSCRIPTS if folder else args.against)
         tests = compare(baseline, results, rules)
-        print(f"against {args.against}: (this less that)")
+        print(f"against {args.against}: (this minus that)")
         for line in results_text.format_comparison(tests):
             print(line)
         summary["against"] = {"run": str(args.against), "tests": tests}

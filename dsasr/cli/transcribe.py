@@ -110,8 +110,8 @@ def seconds_of(path: Path | str) -> float:
 
 def formatted(transcription: Transcription, form: str) -> str:
     if form == "jsonl":
-        return to_json(transcription.plain()) + "\n"
-    return transcription.srt() if form == "srt" else transcription.text + "\n"
+        return to_json(transcription.to_dict()) + "\n"
+    return transcription.to_srt() if form == "srt" else transcription.text + "\n"
 
 
 def target(out: Path, path: str, form: str, written: set[Path]) -> Path:
