@@ -67,7 +67,7 @@ def measure(size: int, rounds: int, length: float, folder: Path) -> None:
         steps += 3
         times["stall"].append(seconds(partial(save, checkpoints, branch, steps)))
         times["beside"].append(step())
-        checkpoints._settle()
+        checkpoints._finish_write()
         times["write"] += [done.seconds for done in checkpoints.finished_saves()]
     count = sum(p.ds_numel for p in branch.module.parameters())
     saved = sum(f.tensor.numel() * f.tensor.element_size() for f in branch.fragments().values())
