@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.kernels import reference
+from dsasr.kernels.adaptor import AdaptorWeights
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.planning import flops
@@ -82,7 +83,7 @@ def test_adaptor(trained_below):
 
     def run():
         # All stacks of both utterances: 3 and, padded, 3.
-        reference.adaptor_padded(frames, lengths, *weights, stack=4)[0].sum().backward()
+        reference.adaptor_padded(frames, lengths, AdaptorWeights(*weights, 4))[0].sum().backward()
 
     part = flops.adaptor(4, 6, 10, 8, [36, 33])
     below = flops.encoder(EncoderConfig(), [36, 33])

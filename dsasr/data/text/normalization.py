@@ -19,8 +19,9 @@ class TextConfig:
     whose transcript is the end token alone.
     """
 
-    case: str = "keep"
-    punctuation: str = "keep"
+    case: str = "keep"  # keep, lower or upper
+    punctuation: str = "keep"  # keep or strip
+    # samples without text: drop (counted as empty_text), or keep as non-speech
     empty: str = "drop"
 
     def __post_init__(self) -> None:
