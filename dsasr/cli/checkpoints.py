@@ -50,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def list_checkpoints(runs: Sequence[Path]) -> int:
     """Print one line a checkpoint, verified; returns how many are not whole."""
-    from dsasr.checkpoint import tensor_fragments
+    from dsasr.checkpoint import locate, tensor_fragments
 
     bad = 0
     for run in runs:
         folders = [run / "checkpoints", *sorted(run.glob("*/checkpoints")), run]
-        folder = next((p for p in folders if any(p.glob("step-*"))), None)
+        folder = next((p for p in folders if locate.list_checkpoints(p)), None)
         if folder is None:
             raise UserError(f"{run} has no checkpoints")
-        for path in sorted(folder.glob("step-*")):
+        for path in locate.list_checkpoints(folder):
             size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
             try:
                 manifest = tensor_fragments.verify(path)

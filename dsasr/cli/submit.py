@@ -77,9 +77,9 @@ def schedule_rows(recipe: Recipe, asynchronous: bool) -> list[tuple[str, str]]:
     rows = []
     for stage in recipe.stages:
         sft = asynchronous and stage.branch == "sft"
-        world = (recipe.slurm.sft if sft else recipe.slurm.size).world
+        world_size = (recipe.slurm.sft if sft else recipe.slurm.size).world_size
         batch = stage.batch or recipe.data.dataloader.batch
-        audio = world * stage.grad_accum_steps * batch.frames / 100 / 3600
+        audio = world_size * stage.grad_accum_steps * batch.frames / 100 / 3600
         trained = "+".join(stage.trains)
         rows.append((stage.name, f"{stage.steps:,} steps, {trained}, ≤ {audio:.2f} h audio a step"))
     return rows

@@ -29,6 +29,7 @@ import systems
 from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, named
 
 from dsasr import config
+from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.entropy_allocation.row import AllocationRow
 from dsasr.evaluation.hallucination import Example, count_characters
 from dsasr.evaluation.results import Results, read_results
@@ -111,7 +112,7 @@ def train_system(args: argparse.Namespace, system: System, seed: int, pretrain: 
     run, store = args.runs / f"seed{seed}" / whole.name, pretrain.parent / "snapshots"
     recipe = systems.sft(whole, args.kind, args.sizes, seed, args.corpus, run, store, published)
     folder = train(recipe, args.ranks)
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    checkpoints = list_checkpoints(folder / "checkpoints")
     if system.joint == "none":
         name = f"step-{systems.before_joint(args.sizes):010d}"
         checkpoints = [p for p in checkpoints if p.name == name]
