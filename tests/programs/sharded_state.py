@@ -99,17 +99,15 @@ def main() -> None:
     receiver.step([batch()], 0)
     trained_checksum = receiver.checksum()
     receiver.load_encoder(store.open(SNAPSHOT.id))
-    masters = receiver._masters.live.views()
+    states = receiver._masters.live.fragments()
     masters, moments = True, True
     for name, parameter in zero_partition.named_parameters(receiver.module, "encoder."):
-        master = masters[f"master/{name}"]
+        master = states[f"master/{name}"]
         masters &= torch.equal(
             master.tensor, zero_partition.weight_range(parameter, master.start, master.stop)
         )
-        moments &= not any(
-            masters[f"{kind}/{name}"].tensor.any() for kind in zero_partition.MOMENTS
-        )
-    others = any(masters[f"exp_avg/llm.{n}"].tensor.any() for n in ("weight", "bias"))
+        moments &= not any(states[f"{kind}/{name}"].tensor.any() for kind in zero_partition.MOMENTS)
+    others = any(states[f"exp_avg/llm.{n}"].tensor.any() for n in ("weight", "bias"))
     report |= {
         "moved": trained_checksum != live.checksum(),
         "again": receiver.checksum() == live.checksum(),
