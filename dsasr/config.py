@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import yaml
 
 from dsasr.utils.errors import UserError
+from dsasr.utils.package_data import RECIPES
 
 T = TypeVar("T")
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:

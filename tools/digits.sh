@@ -15,7 +15,7 @@ mkdir -p "$corpus"
 dsasr data make-shards "$data/train.jsonl" "$data/test.jsonl" --out-root "$corpus/shards" --shard-size 100
 [ -f "$corpus/cmvn.json" ] || dsasr data cmvn "$corpus/shards/train" --out "$corpus/cmvn.json"
 [ -f "$corpus/phonemes.json" ] || dsasr data phonemes "$corpus/shards/train" \
-    --out "$corpus/phonemes.json" --kind lexicon --lexicon dsasr/recipes/digits.lexicon
+    --out "$corpus/phonemes.json" --kind lexicon --lexicon digits.lexicon
 # The language model's text: digit strings at random, and none of the recordings' own transcripts.
 [ -f "$corpus/text.txt" ] || python - > "$corpus/text.txt" <<'PY'
 import random
@@ -26,7 +26,7 @@ for _ in range(20_000):
 PY
 dsasr data tokenizer "$corpus/text.txt" --out "$corpus/tokenizer" --size 320
 dsasr demo lm "$corpus/text.txt" --tokenizer "$corpus/tokenizer" --out "$corpus/lm" \
-    --steps 700 --reads lexicon --lexicon dsasr/recipes/digits.lexicon
+    --steps 700 --reads lexicon --lexicon digits.lexicon
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 dsasr train --recipe digits --ranks "$((gpus ? gpus : 2))" "run=$run" "$@"
 dsasr evaluate "$run" --data "$corpus/shards/test" --report

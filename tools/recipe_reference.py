@@ -19,10 +19,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dsasr.config import RECIPES, to_plain
+from dsasr.config import to_plain
 from dsasr.recipe import Recipe
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.field_comments import field_comments
+from dsasr.utils.package_data import RECIPES
 
 PAGE = RECIPES / "README.md"
 SCALARS = {str: "string", int: "integer", float: "number", bool: "true or false"}

@@ -72,7 +72,7 @@ for kind in $sets; do
             dsasr data make-shards "$corpus"/{train,valid,test}.jsonl --out-root "$corpus/shards" \
                 --shard-size 100
             if [ "$kind" = digits ]; then
-                sounds=(lexicon --lexicon dsasr/recipes/digits.lexicon) words=320
+                sounds=(lexicon --lexicon digits.lexicon) words=320
             else
                 sounds=(espeak) words=1000
             fi

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsasr.analysis import probed_encoders
-from dsasr.analysis.measure import Reference, measure
+from dsasr.analysis.measure_allocation import Reference, measure
 from dsasr.analysis.probe_set import ProbeSet
-from dsasr.entropy_allocation.row import AllocationRow, CtcEntropy, Estimate, LlmAllocation
-from dsasr.entropy_allocation.v_information import VInformationConfig
+from dsasr.entropy_allocation.allocation_row import (
+    AllocationRow,
+    CtcEntropy,
+    Estimate,
+    LlmAllocation,
+)
+from dsasr.entropy_allocation.pai_csai import VInformationConfig
 from dsasr.utils.io import atomic_write, read_json_lines, to_json
 from dsasr.utils.progress import Bar
 

@@ -14,8 +14,8 @@ from dsasr.build import Builder
 from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint, open_verified
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
-from dsasr.entropy_allocation.row import EncoderSource
-from dsasr.entropy_allocation.v_information import reinitialized
+from dsasr.entropy_allocation.allocation_row import EncoderSource
+from dsasr.entropy_allocation.pai_csai import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.model.ctc import CtcHead

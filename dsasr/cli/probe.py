@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dsasr.analysis import probe_checkpoints, probed_encoders
     from dsasr.analysis.probe_set import label_recordings
-    from dsasr.entropy_allocation.v_information import VInformationConfig
+    from dsasr.entropy_allocation.pai_csai import VInformationConfig
     from dsasr.evaluation.eval_sets import read_recordings
     from dsasr.recipe import silence_library_warnings
 

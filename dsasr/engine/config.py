@@ -14,7 +14,7 @@ from dsasr.config import nearest
 from dsasr.engine.offload import OffloadConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
-from dsasr.utils.packaged import packaged_folder
+from dsasr.utils.package_data import packaged_folder
 
 DS_CONFIGS = packaged_folder("ds_configs")
 

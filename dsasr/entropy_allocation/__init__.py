@@ -1,5 +1,5 @@
 """Entropy allocation: which part of the transcript's uncertainty which part of the model resolves.
 
 Tensors in, `row.AllocationRow` out: NSE and effective rank (`nse`), PAI and CSAI
-(`v_information`), CKA (`cka`), predictive entropies and H₀ − H₁ (`predictive_entropy`).
+(`pai_csai`), CKA (`cka`), predictive entropies and H₀ − H₁ (`predictive_entropy`).
 """

@@ -1,4 +1,4 @@
-"""Labeled frames of a probe set: the input of `v_information`."""
+"""Labeled frames of a probe set: the input of `pai_csai`."""
 
 from __future__ import annotations
 

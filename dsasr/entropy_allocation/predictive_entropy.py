@@ -5,7 +5,7 @@ Per frame (CTC) or token (LLM), with the model's distribution q over V outcomes:
     entropy = −Σ_v q(v) ln q(v)         nll = −ln q(target)         (nats)
 
 A model that is calibrated has equal means of both. `dsasr.kernels` computes both without a [N, V]
-matrix. PAI and CSAI (`v_information`) are per frame, H₀ and H₁ (`row.LlmAllocation`) per token.
+matrix. PAI and CSAI (`pai_csai`) are per frame, H₀ and H₁ (`LlmAllocation`) per token.
 Frames are not independent, so PAI and CSAI are shown beside H₀ − H₁ and never multiplied into nats
 per token.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dsasr.data.batch import Batch
 from dsasr.entropy_allocation.accumulators import Sums
-from dsasr.entropy_allocation.row import CtcEntropy, LlmAllocation
+from dsasr.entropy_allocation.allocation_row import CtcEntropy, LlmAllocation
 
 
 def frame_entropy(log_probs_BSP: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsasr.utils.errors import UserError
-from dsasr.utils.packaged import CODE, packaged_folder
+from dsasr.utils.package_data import CODE, packaged_folder
 
 SCRIPTS = packaged_folder("slurm")
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d\d){0,2}|\d+(:\d\d){0,2})")

@@ -1,9 +1,9 @@
 """Search for the largest batch budget that fits a memory, by steps of worst-case batches.
 
-A child process (`batch_probe`) builds the stage's branch with DeepSpeed's engine, the other branch
-offloaded beside it where the recipe has both in one job, and makes whole optimizer steps. Running
-out of memory may end the child in any way; the parent counts that as "does not fit" and starts a
-new child.
+A child process (`measure_batch`) builds the stage's branch with DeepSpeed's engine, the other
+branch offloaded beside it where the recipe has both in one job, and makes whole optimizer steps.
+Running out of memory may end the child in any way; the parent counts that as "does not fit" and
+starts a new child.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import yaml
 
 from dsasr import config
 from dsasr.build import sub_seed
-from dsasr.data.dataloader.augment_params import planned_seconds
+from dsasr.data.dataloader.augment_sampler import planned_seconds
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig, PlanConfig
 from dsasr.data.dataloader.dataloader import build_dataset_parts
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import ShardStorage
-from dsasr.planning.batch_probe import Shape, serve
+from dsasr.planning.measure_batch import Shape, serve
 from dsasr.recipe import SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils.errors import UserError

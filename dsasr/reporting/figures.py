@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsasr.entropy_allocation.row import AllocationRow, Estimate
+from dsasr.entropy_allocation.allocation_row import AllocationRow, Estimate
 from dsasr.reporting.run_data import Row, RunData, allocation_rows, before_and_after
 from dsasr.tracking.timeline_plot import COLORS, DPI, lr_curves, plot
 from dsasr.utils.io import atomic_path

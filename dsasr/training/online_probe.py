@@ -36,11 +36,16 @@ from dsasr.data.batch import Batch
 from dsasr.data.text.phonemes import build_phonemizer
 from dsasr.engine.branch_engine import BranchEngine, StepReport
 from dsasr.entropy_allocation import frame_labels, predictive_entropy
+from dsasr.entropy_allocation.allocation_row import (
+    AllocationRow,
+    CtcEntropy,
+    EncoderSource,
+    Estimate,
+)
 from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.frame_labels import AlignedUtterance, UtteranceLabels
 from dsasr.entropy_allocation.nse import nse
-from dsasr.entropy_allocation.row import AllocationRow, CtcEntropy, EncoderSource, Estimate
-from dsasr.entropy_allocation.v_information import VInformationConfig, csai, pai
+from dsasr.entropy_allocation.pai_csai import VInformationConfig, csai, pai
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
 from dsasr.tracking.monitor import Monitor

@@ -10,7 +10,7 @@ import pytest
 from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig
-from dsasr.entropy_allocation.row import EncoderSource
+from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.evaluation.eval_sets import Recording
 
 

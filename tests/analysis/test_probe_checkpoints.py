@@ -6,7 +6,7 @@ import json
 import math
 
 from dsasr.analysis import probe_checkpoints
-from dsasr.entropy_allocation.row import AllocationRow, EncoderSource, Estimate
+from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource, Estimate
 
 
 def estimate(value: float, **values) -> Estimate:

@@ -14,7 +14,7 @@ from dsasr import config, recipe
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.padding_forecast import Forecast
 from dsasr.planning import batch_search
-from dsasr.planning.batch_probe import Shape
+from dsasr.planning.measure_batch import Shape
 from dsasr.utils.errors import UserError
 
 

@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dsasr import config, recipe
-from dsasr.entropy_allocation.row import (
+from dsasr.entropy_allocation.allocation_row import (
     AllocationRow,
     EncoderSource,
     Estimate,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsasr import config
-from dsasr.entropy_allocation.row import (
+from dsasr.entropy_allocation.allocation_row import (
     AllocationRow,
     EncoderSource,
     Estimate,

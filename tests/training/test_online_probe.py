@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from dsasr import recipe
 from dsasr.analysis import probed_encoders
 from dsasr.checkpoint import tensor_fragments
+from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource
 from dsasr.entropy_allocation.cka import cka
-from dsasr.entropy_allocation.row import AllocationRow, EncoderSource
 from dsasr.evaluation.eval_sets import read_recordings
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig

@@ -40,7 +40,7 @@ from dsasr.demo.small_lm import make_random_lm
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine, partitioner
 from dsasr.kernels import dispatch
-from dsasr.planning.batch_probe import Shape, status, synthetic_batch
+from dsasr.planning.measure_batch import Shape, status, synthetic_batch
 from dsasr.planning.memory import GB, Machine, Traffic, between_steps, step_memory
 from dsasr.planning.model_parts import count_parts
 from dsasr.stages import StageConfig

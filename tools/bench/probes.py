@@ -18,7 +18,7 @@ import torch
 from common import record
 
 from dsasr.entropy_allocation.frame_set import FrameSet
-from dsasr.entropy_allocation.v_information import VInformationConfig, pai
+from dsasr.entropy_allocation.pai_csai import VInformationConfig, pai
 from dsasr.utils.errors import run_tool
 
 UTTERANCE_FRAMES = 250  # ten seconds

@@ -12,7 +12,7 @@ import numpy as np
 from resampling import Ratio, interval
 from systems import SYSTEMS
 
-from dsasr.entropy_allocation.row import AllocationRow
+from dsasr.entropy_allocation.allocation_row import AllocationRow
 from dsasr.evaluation.hallucination import wilson
 from dsasr.utils.errors import UserError
 

@@ -30,7 +30,7 @@ from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining, System, na
 
 from dsasr import config
 from dsasr.checkpoint.locate import list_checkpoints
-from dsasr.entropy_allocation.row import AllocationRow
+from dsasr.entropy_allocation.allocation_row import AllocationRow
 from dsasr.evaluation.hallucination import Example, count_characters
 from dsasr.evaluation.results import Results, read_results
 from dsasr.inference.model_from_run import run_recipe

@@ -86,7 +86,7 @@ LATE = {"encoder": 5.0e-5, "adaptor": 1.0e-4, "llm": 1.0e-4}
 PHONEMIZERS = {
     "synth": {"kind": "stored"},
     "read": {"kind": "espeak"},
-    "digits": {"kind": "lexicon", "lexicons": ["dsasr/recipes/digits.lexicon"]},
+    "digits": {"kind": "lexicon", "lexicons": ["digits.lexicon"]},
 }
 SIZES = {
     "synth": Sizes(pretrain=1600, align=40, sft=1100, joint=60, final=500),

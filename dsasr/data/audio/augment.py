@@ -1,7 +1,7 @@
 """Augmentation: speed, silence and noise on the audio; SpecAugment on the features.
 
 A sample's `AugmentParams` are drawn from its seed alone, without its audio
-(`dsasr.data.dataloader.augment_params`), so that batches are planned by augmented durations and a
+(`dsasr.data.dataloader.augment_sampler`), so that batches are planned by augmented durations and a
 resumed run repeats them.
 """
 

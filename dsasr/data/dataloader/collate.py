@@ -25,7 +25,7 @@ from dsasr.data.audio.features import (
     fbank_batch,
     one_thread,
 )
-from dsasr.data.dataloader.augment_params import AugmentParamColumns
+from dsasr.data.dataloader.augment_sampler import AugmentParamColumns
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, PlannedSample, Task
 from dsasr.data.dataloader.workers import Allocate
 from dsasr.data.shards.index import (

@@ -28,7 +28,7 @@ import torch
 from dsasr.data.audio.augment import RECORDED, AugmentConfig
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.augment_params import planned_seconds
+from dsasr.data.dataloader.augment_sampler import planned_seconds
 from dsasr.data.dataloader.bucketing import BatchConfig, DatasetPart, PlanConfig, Task
 from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.sampler import BatchSampler

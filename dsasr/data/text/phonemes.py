@@ -20,6 +20,7 @@ from dsasr.data.text.characters import CharacterPhonemizer
 from dsasr.data.text.scripts import HAN, HAN_CHARACTER, script_runs
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
+from dsasr.utils.package_data import RECIPES
 
 BLANK = "<blk>"
 VOCAB_FORMAT = "dsasr-phonemes"
@@ -175,6 +176,7 @@ class LexiconPhonemizer:
     CMUdict's own files read as they are: ``;;;`` comments, ``#`` remarks, and variants ``(2)``, of
     which the first wins. ARPAbet stress digits go unless ``stress``; pinyin tones stay. Words are
     looked up in lower case; a Han run takes the longest entry that fits, again and again.
+    A bare file name that is not in the working directory is looked up beside the packaged recipes.
     Raises `UserError` for a missing or malformed file, `UnknownWord` for a word that is not there.
     """
 
@@ -187,6 +189,8 @@ class LexiconPhonemizer:
         self._longest = max((len(w) for w in self.entries if HAN_CHARACTER.match(w)), default=0)
 
     def _read(self, path: Path, stress: bool) -> None:
+        if path.name == str(path) and not path.exists() and (RECIPES / path).exists():
+            path = RECIPES / path
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -259,7 +263,8 @@ class PhonemizerConfig:
 
     # stored (in the shards), espeak, lexicon, or characters (labels are letters: conventional CTC)
     kind: str = "stored"
-    lexicons: tuple[str, ...] = ()  # lexicon: pronunciation files; the first that has a word wins
+    # lexicon: pronunciation files; the first that has a word wins. digits.lexicon comes with dsasr.
+    lexicons: tuple[str, ...] = ()
     stress: bool = False  # keep the stress marks of English vowels
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from dsasr.data.audio.augment import (
     mix,
     spec_augment,
 )
-from dsasr.data.dataloader.augment_params import AugmentParamColumns, planned_seconds
+from dsasr.data.dataloader.augment_sampler import AugmentParamColumns, planned_seconds
 from dsasr.utils.errors import UserError
 
 RATE = 16_000

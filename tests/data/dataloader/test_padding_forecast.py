@@ -12,7 +12,7 @@ import pytest
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.augment import AugmentConfig
-from dsasr.data.dataloader.augment_params import planned_seconds
+from dsasr.data.dataloader.augment_sampler import planned_seconds
 from dsasr.data.dataloader.bucketing import BatchConfig, DatasetPart, PlanConfig
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.shards.index import Entry, ShardIndex, load_index

@@ -141,6 +141,13 @@ def test_lexicon_takes_the_longest_match(tmp_path):
     assert LexiconPhonemizer(path).phonemes("银行行") == "y in2 h ang2 x ing2".split()
 
 
+def test_the_digits_lexicon_travels_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert LexiconPhonemizer("digits.lexicon").phonemes("two") == ["T", "UW"]
+    (tmp_path / "digits.lexicon").write_text("two MINE\n")  # a file of the user's comes first
+    assert LexiconPhonemizer("digits.lexicon").phonemes("two") == ["MINE"]
+
+
 def test_lexicon_errors(lexicon, tmp_path):
     with pytest.raises(UnknownWord) as caught:
         LexiconPhonemizer(lexicon).phonemes("hello world")

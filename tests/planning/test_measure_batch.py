@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsasr.planning.batch_probe import Shape, is_out_of_memory, synthetic_batch
+from dsasr.planning.measure_batch import Shape, is_out_of_memory, synthetic_batch
 
 
 def test_out_of_memory_is_distinguished_from_other_errors() -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dsasr.entropy_allocation.row import (
+from dsasr.entropy_allocation.allocation_row import (
     AllocationRow,
     CtcEntropy,
     EncoderSource,

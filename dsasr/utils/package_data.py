@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+RECIPES = PACKAGE / "recipes"
 CODE = PACKAGE.parent  # the folder to import dsasr from: a checkout's root, or site-packages
 
 

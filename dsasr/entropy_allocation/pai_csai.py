@@ -44,10 +44,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsasr.entropy_allocation.allocation_row import Estimate
 from dsasr.entropy_allocation.frame_set import FrameSet
 from dsasr.entropy_allocation.probe_splits import Split, folds
 from dsasr.entropy_allocation.probes import Frames, Probe, ProbeConfig, fit, projection
-from dsasr.entropy_allocation.row import Estimate
 from dsasr.utils.errors import UserError
 
 PLANTED_SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)

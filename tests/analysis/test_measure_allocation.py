@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dsasr.analysis.measure import Reference, measure
+from dsasr.analysis.measure_allocation import Reference, measure
 from dsasr.analysis.probe_set import ProbeSet, label_recordings
 from dsasr.analysis.probed_encoders import ProbedEncoder
-from dsasr.entropy_allocation.row import AllocationRow, EncoderSource
-from dsasr.entropy_allocation.v_information import VInformationConfig
+from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource
+from dsasr.entropy_allocation.pai_csai import VInformationConfig
 from dsasr.utils.errors import UserError
 
 

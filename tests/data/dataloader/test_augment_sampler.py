@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsasr.data.audio.augment import NOISE_KINDS, AugmentConfig
-from dsasr.data.dataloader.augment_params import AugmentParamColumns, planned_seconds
+from dsasr.data.dataloader.augment_sampler import AugmentParamColumns, planned_seconds
 from dsasr.data.dataloader.bucketing import sample_seeds
 
 COUNT = 60_000

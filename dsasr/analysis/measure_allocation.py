@@ -13,10 +13,10 @@ from dsasr.analysis.probe_set import ProbeSet
 from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.build import Builder
 from dsasr.entropy_allocation import frame_labels, predictive_entropy
+from dsasr.entropy_allocation.allocation_row import AllocationRow, CtcEntropy, LlmAllocation
 from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.nse import nse
-from dsasr.entropy_allocation.row import AllocationRow, CtcEntropy, LlmAllocation
-from dsasr.entropy_allocation.v_information import VInformationConfig, csai, pai
+from dsasr.entropy_allocation.pai_csai import VInformationConfig, csai, pai
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device

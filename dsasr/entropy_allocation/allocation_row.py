@@ -24,7 +24,7 @@ class Estimate:
     the entropy with it; ``value`` is their difference. ``shuffled`` is the control, NaN if it was
     left out. ``split_by`` is ``"speaker"`` where the speakers held out are new to the probes, else
     ``"utterance"``. ``detection_limit`` is the smallest gain that would have been detected
-    (`v_information`), infinite if no tried one is, NaN if it was not searched. ``folds_won`` of
+    (`pai_csai`), infinite if no tried one is, NaN if it was not searched. ``folds_won`` of
     ``folds`` chose a probe that uses the encoder on their validation frames.
     """
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from dsasr.entropy_allocation import v_information as v
+from dsasr.entropy_allocation import pai_csai as v
 from dsasr.entropy_allocation.frame_set import FrameSet, FrameSetBuilder
 from dsasr.utils.errors import UserError
 
