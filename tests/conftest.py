@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RECORDINGS = ROOT.parent / "shared" / "data"
+# As in an activated environment. Two versions of ninja in turn would rebuild an extension each time.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +78,6 @@ def launch():
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **(env or {}),
         }
         process = subprocess.Popen(

@@ -45,7 +45,9 @@ def run(
 
     Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
     """
-    env = dict(os.environ)
+    # Ranks on a CPU build DeepSpeed's extension, with this environment's ninja, activated or not:
+    # two versions of ninja in turn build it anew each time.
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
     command = [*LAUNCHER, *placement(env, ranks, hostfile), str(program), *arguments]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

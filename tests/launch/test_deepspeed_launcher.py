@@ -66,6 +66,7 @@ LAUNCHER = """
 # As deepspeed.launcher.runner: one child, which starts the ranks.
 import os, subprocess, sys
 assert os.environ["DS_ACCELERATOR"] == "cpu"
+assert os.environ["PATH"].startswith(os.path.dirname(sys.executable) + ":")
 sys.exit(subprocess.call([sys.executable, f"{__file__}.launch", *sys.argv[-2:]]))
 """
 LAUNCH = """

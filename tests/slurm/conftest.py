@@ -116,7 +116,7 @@ class Cluster:
         key.chmod(0o400)
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
-            "PATH": f"{Path(sys.executable).parent}:{PATH}",
+            "PATH": PATH,
             "SLURM_CONF": str(conf),
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
