@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RECORDINGS = ROOT.parent / "shared" / "data"
-# As in an activated environment. Two versions of ninja in turn would rebuild an extension each time.
+# As in an activated environment: two versions of ninja in turn rebuild an extension each time.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
