@@ -15,12 +15,12 @@ TRAIN = Path(__file__).parent.parent / "dsasr" / "train.py"
 
 @pytest.mark.launcher
 def test_a_mistake_is_one_line_of_one_rank_and_exit_code_2(launch, tiny, tmp_path):
-    overrides = f"run={tmp_path / 'run'}", "stages.pretrain.rate=3"
+    overrides = f"run={tmp_path / 'run'}", "stages.pretrain.trian=3"
     done = launch(TRAIN, "--recipe", tiny, *overrides)
     assert done.returncode == 2, done.stdout[-3000:]
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stdout[-3000:]
-    assert "'stages.pretrain.rate' (did you mean 'min_lr_ratio'" in errors[0]
+    assert "'stages.pretrain.trian' (did you mean 'trains'" in errors[0]
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = {"pretrain": 6, "align": 4, "ia_sft": 6, "joint": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["en_read", "zh_words"])
 def test_real_recordings_train_without_a_dropped_sample(
     tmp_path, recordings, name, command, monkeypatch

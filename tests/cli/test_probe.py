@@ -69,6 +69,7 @@ def test_a_run_its_snapshots_and_pretrained_encoders(trained, tiny, tmp_path, co
     assert command("probe", tmp_path / "hubert", "--data", data).returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_two_runs_on_recordings_that_whisper_can_read(trained, tiny, tmp_path, command):
     """Each run's rows go into its own folder, and all encoders are shown the same recordings."""

@@ -50,14 +50,15 @@ def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision
     assert not list(tmp_path.glob("offloaded-pretrain-*")), "the offload file outlived its use"
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):
     results = run_program(launch, tmp_path, "switches")
     assert len(set(results["hooks"])) == 1
-    # DeepSpeed's own bookkeeping grows by about 45 KiB a switch; a leaked optimizer of this model
+    # DeepSpeed's own bookkeeping grows by 45 to 105 KiB a switch; a leaked optimizer of this model
     # would be 3 MiB a switch.
     growth = results["rss"][-1] - results["rss"][0]
-    assert growth < 50 * 100 * 1024, f"resident memory grew by {growth / 2**20:.1f} MiB"
+    assert growth < 50 * 300 * 1024, f"resident memory grew by {growth / 2**20:.1f} MiB"
 
 
 @pytest.mark.launcher
@@ -95,7 +96,7 @@ ON_THE_HOST = {
     "dsasr/model/speech_llm.py:<listcomp>",
     "dsasr/model/speech_llm.py:lay_out",
     "dsasr/model/speech_llm.py:ragged",
-    "dsasr/kernels/dispatch.py:_check",
+    "dsasr/kernels/dispatch.py:_check_cross_entropy",
     "dsasr/kernels/dispatch.py:_check_adaptor",
     # Adam's step count, which a GPU's fused Adam never reads.
     "deepspeed/runtime/zero/stage3.py:step_with_gradscaler",

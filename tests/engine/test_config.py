@@ -61,6 +61,7 @@ def test_without_async_io_the_error_names_the_ways_out(monkeypatch, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_machine_without_libaio_is_told_so(tmp_path):
     if AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("async_io can be built here")

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_to_the_end_and_records_its_lines(tmp_path):
     results = tmp_path / "results.jsonl"
     env = {**os.environ, "DSASR_BENCH_RESULTS": str(results), "PYTHONPATH": str(ROOT)}

@@ -66,7 +66,8 @@ def test_what_makes_no_sense_is_refused(values):
 
 def test_the_size_is_no_reason_to_refuse_a_resume():
     assert "slurm" in recipe.RESUME_MAY_CHANGE
-    assert SizeConfig(gpus=0, ranks=3).world == 3 and SizeConfig(gpus=0).world == 1
+    assert SizeConfig(gpus=0, ranks=3).world_size == 3
+    assert SizeConfig(gpus=0).world_size == 1
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.s*")), ids=lambda p: p.name)

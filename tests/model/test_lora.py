@@ -443,6 +443,7 @@ def test_what_cannot_be_exported_is_said(trained, tmp_path):
 # -- trained -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_stages_under_zero_3(launch, lora_recipe, trained, tmp_path):
     cfg = recipe.load(str(lora_recipe))

@@ -85,6 +85,7 @@ def small(tiny) -> recipe.Recipe:
     return recipe.load(str(tiny), over)
 
 
+@pytest.mark.slow
 def test_probes_run_out_of_memory_and_the_largest_budget_that_fits_is_found(small, tiny) -> None:
     """Real engines in child processes, limited to little more than a first child's resident set."""
     stage = small.stage("joint")

@@ -102,6 +102,7 @@ def test_two_nodes_train_to_the_end(whole):
     assert not (whole / "requeues.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_training(jobs, whole):
     job, run = jobs.submit("run", PYTHON=jobs.holding, HOLD="5 16 30")
     jobs.held(job, run, 0, 2)
@@ -145,6 +146,7 @@ def test_failures_without_progress_end_the_job(jobs):
     assert [r["cause"] for r in lines(run, "requeues")] == ["train ended with 1"] * 2
 
 
+@pytest.mark.slow
 def test_the_asynchronous_pair(jobs):
     part = ("--nodes=1", *SIZE[1:])
     job, run = jobs.submit("run", *part, ":", *part, script="async", PYTHON=jobs.holding, HOLD="16")

@@ -107,6 +107,7 @@ def test_a_used_folder_is_refused(tmp_path):
         soak.soak("demo", [], tmp_path, kills=1, world=1, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_kills_in_a_save_in_a_swap_and_of_the_launcher(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -9,6 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent.parent / "tools" / "bench" / "step.py"
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_line_a_stage_and_zero_whose_figures_hang_together(launch, tmp_path):
     results = tmp_path / "results.jsonl"

@@ -8,6 +8,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent.parent / "tools" / "bench" / "swap.py"
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_one_line_a_size_with_floor_and_share(launch, tmp_path):
     results = tmp_path / "results.jsonl"

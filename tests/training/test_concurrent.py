@@ -27,6 +27,7 @@ def sft_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {k: reader.whole(k) for k in reader.shapes if k.startswith("sft/")}
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_two_jobs_are_killed_resumed_and_repeated_in_one(start, tmp_path):
     run = tmp_path / "run"

@@ -33,6 +33,7 @@ def weights(folder: Path) -> dict:
     return tensor_fragments.verify(last)["files"]
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_evaluations_on_two_ranks_change_nothing_and_are_logged(start, tiny, tmp_path):
     plain, probed = tmp_path / "plain", tmp_path / "probed"

@@ -200,6 +200,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, tmp_p
         assert keys and all(torch.isfinite(reader.whole(k)).all() for k in keys)
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_full_store_costs_swaps_not_the_run(whole, launch, tiny, tmp_path):
     folder = tmp_path / "run"
@@ -226,6 +227,7 @@ def test_a_full_store_costs_swaps_not_the_run(whole, launch, tiny, tmp_path):
     assert snapshot["checksum"] == expected["checksum"]
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_pretraining_alone_and_a_reader_whose_marks_fail(whole, launch, tiny, tmp_path):
     store, program = (

@@ -58,6 +58,7 @@ def trained(launch, tiny, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_zero_3_resumes_as_zero_1_and_back(trained):
     zero_3 = trained("three", 3)

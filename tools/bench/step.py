@@ -51,7 +51,6 @@ from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder
-from dsasr.model.llm import embedding_rms
 from dsasr.model.llm_hub import llm_config
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.planning import flops
@@ -99,8 +98,9 @@ def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
         )
         if model.lora is not None:
             lora.inject(llm, model.lora)
-        width = shape.get_text_config().hidden_size
-        adaptor = Adaptor(model.adaptor, model.encoder.width, width, embedding_rms(llm))
+        text = shape.get_text_config()
+        rms = text.initializer_range  # of random weights; on device meta there are none to measure
+        adaptor = Adaptor(model.adaptor, model.encoder.width, text.hidden_size, rms)
     prefix, suffix = prompt(batch_config(chosen, chosen.schedule().sft[0], small))
     return SpeechLLM(
         encoder, adaptor, llm, prefix, suffix, 0, model.llm,

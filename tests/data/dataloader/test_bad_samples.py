@@ -253,6 +253,7 @@ def bad_recipe(tiny: Path, folder: Path) -> list[str]:
     return [train, "branch=pretrain", "stages.pretrain.steps=12", "monitor.every=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_run_names_counts_and_goes_on_or_stops(tiny, start, tmp_path) -> None:
     overrides = bad_recipe(tiny, tmp_path)
