@@ -56,13 +56,13 @@ def test_batches_are_cut_by_the_recipes_budgets(monkeypatch):
     from dsasr import recipe
     from dsasr.planning.memory import Traffic
 
-    chosen = recipe.load("nim-2.3b")
-    stage = next(s for s in chosen.stages if s.name == "joint")
-    config = step.batch_config(chosen, stage, small=False)
+    cfg = recipe.load("nim-2.3b")
+    stage = next(s for s in cfg.stages if s.name == "joint")
+    config = step.batch_config(cfg, stage, small=False)
     traffic = Traffic(8.0, 4.0)
-    held = step.batches(config, 3, traffic, 500, 5)
-    assert len(held) == 3
-    for batch in held:
+    batches = step.batches(config, 3, traffic, 500, 5)
+    assert len(batches) == 3
+    for batch in batches:
         rows, frames, _ = batch.features_BTF.shape
         assert rows * frames <= config.frames == 48_000
         speech = -(-frames // config.frames_per_token)
@@ -92,15 +92,15 @@ def test_the_papers_size_and_its_work(monkeypatch):
     from dsasr.utils import distributed
 
     monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
-    chosen = recipe.load("nim-2.3b", ["engine.precision=bf16"])
-    for stage in chosen.stages:
-        module = step.build(chosen, stage.branch, small=False)
+    cfg = recipe.load("nim-2.3b", ["engine.precision=bf16"])
+    for stage in cfg.stages:
+        module = step.build(cfg, stage.branch, small=False)
         size = sum(p.numel() for p in module.parameters())
         encoder = sum(p.numel() for p in module.encoder.parameters())
         assert 5.5e8 < encoder < 6.5e8
-        config = step.batch_config(chosen, stage, small=False)
+        config = step.batch_config(cfg, stage, small=False)
         (batch,) = step.batches(config, 1, Traffic(), 500, 80)
-        work, positions = step.work(chosen, stage, module, batch)
+        work, positions = step.work(cfg, stage, module, batch)
         frames = int(((batch.feature_lengths_B + 3) // 4).sum())
         if stage.name == "pretrain":
             # Two views; six operations a weight and frame.

@@ -85,13 +85,13 @@ def _read_share(folder: Path, share: int, workers: int) -> list[bytes]:
 def _bare_loop(folder: Path, share: int, workers: int, epochs: int, barrier, queue) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as our workers do
-    held, config = _read_share(folder, share, workers), FbankConfig()
-    for data in held[:10]:
+    samples, config = _read_share(folder, share, workers), FbankConfig()
+    for data in samples[:10]:
         fbank(decode(data), config)
     barrier.wait()
     started, cpu, seconds = time.perf_counter(), time.process_time(), 0.0
     for _ in range(epochs):
-        for data in held:
+        for data in samples:
             seconds += len(fbank(decode(data), config)) / 100
     queue.put((seconds, time.perf_counter() - started, time.process_time() - cpu))
 
@@ -139,16 +139,16 @@ def _wds_collate(samples: list[dict]) -> tuple[torch.Tensor, torch.Tensor, list[
 
 def _budget_batches(samples: Iterator[dict]) -> Iterator[list[dict]]:
     """Samples as they come, as many as fit the frame budget with padding: no bucketing."""
-    held, longest = [], 0
+    group, longest = [], 0
     for sample in samples:
         frames = len(sample["features"])
-        if held and max(longest, frames) * (len(held) + 1) > FRAMES:
-            yield held
-            held, longest = [], 0
-        held.append(sample)
+        if group and max(longest, frames) * (len(group) + 1) > FRAMES:
+            yield group
+            group, longest = [], 0
+        group.append(sample)
         longest = max(longest, frames)
-    if held:
-        yield held
+    if group:
+        yield group
 
 
 def plain_webdataset(folder: Path, workers: int, epochs: int) -> Batches:
@@ -193,12 +193,12 @@ def write_shar(folder: Path, out: Path) -> Path:
     cuts = []
     for path in paths:
         with tarfile.open(path) as tar:
-            held: dict[str, dict] = {}
+            parts_by_key: dict[str, dict] = {}
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 kind = "json" if extension == "json" else "audio"
-                held.setdefault(key, {})[kind] = tar.extractfile(member).read()
-        for key, parts in held.items():
+                parts_by_key.setdefault(key, {})[kind] = tar.extractfile(member).read()
+        for key, parts in parts_by_key.items():
             recording = Recording.from_bytes(parts["audio"], recording_id=key)
             meta = json.loads(parts["json"])
             span = SupervisionSegment(
@@ -340,9 +340,9 @@ def _compare(
         rounds += 1
     others = (_machine_busy() - busy - (_joined() - used)) / elapsed / (os.cpu_count() or 1)
     about = json.loads((folder / "dataset.json").read_text())
-    for name, held in runs.items():
-        clock, cpu, padding = (statistics.median(column) for column in zip(*held, strict=True))
-        pairs = list(zip(runs["ours"], held, strict=True))
+    for name, measured in runs.items():
+        clock, cpu, padding = (statistics.median(column) for column in zip(*measured, strict=True))
+        pairs = list(zip(runs["ours"], measured, strict=True))
         ratios = [mine[0] / other[0] for mine, other in pairs]
         record(
             "loader",
@@ -354,7 +354,7 @@ def _compare(
             rounds=rounds,
             others=round(max(others, 0.0), 3),
             useful_s_per_s_worker=round(clock / workers, 1),
-            spread=round((max(r[0] for r in held) - min(r[0] for r in held)) / clock, 3),
+            spread=round((max(r[0] for r in measured) - min(r[0] for r in measured)) / clock, 3),
             useful_s_per_cpu_s=round(cpu, 1),
             padding=round(padding, 4),
             ours_over_this=round(statistics.median(ratios), 3),

@@ -84,9 +84,9 @@ SMALL_BATCH = {"frames": 3000, "tokens": 900, "samples": 32}
 # -- what is trained, and on what ------------------------------------------------------------------
 
 
-def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
+def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
     """The branch's module with random weights, on the device."""
-    model, dtype = chosen.model, branch_engine.precision(chosen.engine)
+    model, dtype = cfg.model, branch_engine.precision(cfg.engine)
     torch.manual_seed(0)
     with distributed.device():
         encoder = Encoder(model.encoder)
@@ -101,7 +101,7 @@ def build(chosen: Recipe, branch: str, small: bool) -> nn.Module:
         text = shape.get_text_config()
         rms = text.initializer_range  # of random weights; on device meta there are none to measure
         adaptor = Adaptor(model.adaptor, model.encoder.width, text.hidden_size, rms)
-    prefix, suffix = prompt(batch_config(chosen, chosen.schedule().sft[0], small))
+    prefix, suffix = prompt(batch_config(cfg, cfg.schedule().sft[0], small))
     return SpeechLLM(
         encoder, adaptor, llm, prefix, suffix, 0, model.llm,
         spec=model.pretrain.spec if model.sft.spec else None, chunks=model.sft.chunks,
@@ -114,8 +114,8 @@ def prompt(config: BatchConfig) -> tuple[list[int], list[int]]:
     return [1] * before, [2] * max(0, config.prompt_tokens - before)
 
 
-def batch_config(chosen: Recipe, stage: StageConfig, small: bool) -> BatchConfig:
-    config = chosen.dataloader(stage)[0].batch
+def batch_config(cfg: Recipe, stage: StageConfig, small: bool) -> BatchConfig:
+    config = cfg.dataloader(stage)[0].batch
     return replace(config, **SMALL_BATCH) if small else config
 
 
@@ -131,10 +131,10 @@ def batches(
     order = bucket_order(frames, chars, config.bucket, rng)
     frames, tokens = frames[order], tokens[order]
     ranges = split_into_batches(frames, chars[order], config)
-    chosen = ranges[rng.choice(len(ranges), count, replace=count > len(ranges))]
+    picked = ranges[rng.choice(len(ranges), count, replace=count > len(ranges))]
     return [
         _batch(frames[a:b], tokens[a:b] + 1, vocab, mels, number)
-        for number, (a, b) in enumerate(chosen)
+        for number, (a, b) in enumerate(picked)
     ]
 
 
@@ -159,10 +159,10 @@ def _batch(frames: np.ndarray, tokens: np.ndarray, vocab: int, mels: int, number
 
 
 def work(
-    chosen: Recipe, stage: StageConfig, module: nn.Module, batch: Batch
+    cfg: Recipe, stage: StageConfig, module: nn.Module, batch: Batch
 ) -> tuple[dict[str, flops.StepFlops], int]:
     """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
-    model, frames = chosen.model, batch.feature_lengths_B.tolist()
+    model, frames = cfg.model, batch.feature_lengths_B.tolist()
     width = model.encoder.width
     again = {"encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all"}
     if stage.branch == "pretrain":
@@ -213,12 +213,12 @@ class Limits:
 
 
 def measure(
-    branch: BranchEngine, stage: StageConfig, held: Sequence[Batch], warm_up: int
+    branch: BranchEngine, stage: StageConfig, timed: Sequence[Batch], warm_up: int
 ) -> dict[str, Any]:
-    """Time ``held``, ``stage.grad_accum_steps`` a step, but for the first ``warm_up`` steps."""
+    """Time ``timed``, ``stage.grad_accum_steps`` a step, but for the first ``warm_up`` steps."""
     branch.enter(stage)
     marks, size = Marks(), stage.grad_accum_steps
-    groups = [held[i : i + size] for i in range(0, len(held), size)]
+    groups = [timed[i : i + size] for i in range(0, len(timed), size)]
     marks.watch(branch)
     for number, group in enumerate(Bar(groups, stage.name, leave=False, disable=not _shown())):
         if number == warm_up:
@@ -245,20 +245,20 @@ def _shown() -> bool:
 
 
 def line(
-    chosen: Recipe, stage: StageConfig, module: nn.Module, held: Sequence[Batch], steps: int,
+    cfg: Recipe, stage: StageConfig, module: nn.Module, timed: Sequence[Batch], steps: int,
     found: dict[str, Any], limits: Limits,
 ) -> dict[str, Any]:  # fmt: skip
-    """What is recorded of one case; ``held`` are the batches that were timed."""
+    """What is recorded of one case; ``timed`` are the batches that it was measured on."""
     seconds, world = sum(found.pop("seconds")), distributed.world_size()
     needed = again = positions = 0.0
-    for batch in held:
-        parts, here = work(chosen, stage, module, batch)
+    for batch in timed:
+        parts, here = work(cfg, stage, module, batch)
         needed += sum(w.needed for w in parts.values())
         again += sum(w.recomputed for w in parts.values())
         positions += here
-    audio = sum(batch.audio_seconds for batch in held)
-    frames = sum(float(b.feature_lengths_B.sum()) for b in held)
-    padded = sum(b.features_BTF.shape[0] * b.features_BTF.shape[1] for b in held)
+    audio = sum(batch.audio_seconds for batch in timed)
+    frames = sum(float(b.feature_lengths_B.sum()) for b in timed)
+    padded = sum(b.features_BTF.shape[0] * b.features_BTF.shape[1] for b in timed)
     # Every rank draws from the same distribution: rank 0's work stands for each.
     return {
         "tokens_per_s": round(world * positions / seconds, 1),
@@ -267,8 +267,8 @@ def line(
         "share": round(needed / seconds / limits.measured, 4),
         "recomputed": round(again / needed, 4),
         "tflop": round(needed / steps / 1e12, 4),
-        "utterances": round(sum(map(len, held)) / steps, 1),
-        "seconds_each": round(audio / sum(map(len, held)), 2),
+        "utterances": round(sum(map(len, timed)) / steps, 1),
+        "seconds_each": round(audio / sum(map(len, timed)), 2),
         "padding": round(1 - frames / padded, 4),
         **found,
         "peak_tflops": round(limits.peak / 1e12, 3),
@@ -276,17 +276,17 @@ def line(
     }
 
 
-def run(options: argparse.Namespace, chosen: Recipe) -> None:
-    dtype = branch_engine.precision(chosen.engine)
+def run(options: argparse.Namespace, cfg: Recipe) -> None:
+    dtype = branch_engine.precision(cfg.engine)
     limits = Limits.of(dtype)
-    stages = {stage.name: stage for stage in chosen.stages if stage.name in options.stages}
+    stages = {stage.name: stage for stage in cfg.stages if stage.name in options.stages}
     missing = [name for name in options.stages if name not in stages]
     if missing:
         raise UserError(f"the recipe has no stage '{missing[0]}': it has {', '.join(stages)}")
     first: dict[str, float] = {}
     for zero in options.zero:
         for stage in stages.values():
-            middle, fields = case(options, chosen, stage, zero, limits)
+            middle, fields = case(options, cfg, stage, zero, limits)
             first.setdefault(stage.name, middle)
             over = {f"over_zero{options.zero[0]}": round(middle / first[stage.name], 3)}
             if distributed.is_main_rank():
@@ -298,29 +298,29 @@ def run(options: argparse.Namespace, chosen: Recipe) -> None:
 
 
 def case(
-    options: argparse.Namespace, chosen: Recipe, stage: StageConfig, zero: int, limits: Limits
+    options: argparse.Namespace, cfg: Recipe, stage: StageConfig, zero: int, limits: Limits
 ) -> tuple[float, dict[str, Any]]:
     """The median step's seconds, and the fields to record, of one stage under one ZeRO."""
     # A module of its own: ZeRO-3 leaves partitioned weights behind.
-    module = build(chosen, stage.branch, options.small)
+    module = build(cfg, stage.branch, options.small)
     vocab = module.head.out_features if stage.branch == "sft" else 4
     unseen = options.warm_up * stage.grad_accum_steps
-    held = batches(
-        batch_config(chosen, stage, options.small),
+    timed = batches(
+        batch_config(cfg, stage, options.small),
         unseen + options.rounds * stage.grad_accum_steps,
         Traffic(options.seconds, options.tokens),
         vocab,
-        chosen.model.encoder.mels,
+        cfg.model.encoder.mels,
     )
     settings, dtype = (
-        replace(chosen.engine, deepspeed=f"zero{zero}"),
-        branch_engine.precision(chosen.engine),
+        replace(cfg.engine, deepspeed=f"zero{zero}"),
+        branch_engine.precision(cfg.engine),
     )
     with tempfile.TemporaryDirectory() as folder:
         branch = BranchEngine(stage.branch, module, settings, Path(folder))
-        found = measure(branch, stage, held, options.warm_up)
+        found = measure(branch, stage, timed, options.warm_up)
         times = found["seconds"]
-        fields = line(chosen, stage, module, held[unseen:], options.rounds, found, limits)
+        fields = line(cfg, stage, module, timed[unseen:], options.rounds, found, limits)
         branch.close()
     middle = statistics.median(times)
     quarters = statistics.quantiles(times, method="inclusive")
@@ -359,11 +359,11 @@ def main() -> None:
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     recipe.silence_library_warnings()
     overrides = [*(SMALL if options.small else ()), *options.overrides]
-    chosen = recipe.load(options.recipe, overrides)
-    branch_engine.set_threads(chosen.engine)
-    dispatch.select(chosen.kernels)
+    cfg = recipe.load(options.recipe, overrides)
+    branch_engine.set_threads(cfg.engine)
+    dispatch.select(cfg.kernels)
     branch_engine.init_distributed()
-    run(options, chosen)
+    run(options, cfg)
 
 
 if __name__ == "__main__":
