@@ -55,10 +55,10 @@ def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision
 def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):
     results = run_program(launch, tmp_path, "switches")
     assert len(set(results["hooks"])) == 1
-    # DeepSpeed's own bookkeeping grows by 45 to 105 KiB a switch; a leaked optimizer of this model
+    # DeepSpeed's own bookkeeping grows by about 45 KiB a switch; a leaked optimizer of this model
     # would be 3 MiB a switch.
-    growth = results["rss"][-1] - results["rss"][0]
-    assert growth < 50 * 300 * 1024, f"resident memory grew by {growth / 2**20:.1f} MiB"
+    growth = results["rss"][-1] - results["rss"][1]  # the first ten settle caches
+    assert growth < 40 * 100 * 1024, f"resident memory grew by {growth / 2**20:.1f} MiB"
 
 
 @pytest.mark.launcher
