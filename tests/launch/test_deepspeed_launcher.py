@@ -70,7 +70,9 @@ assert os.environ["PATH"].startswith(os.path.dirname(sys.executable) + ":")
 sys.exit(subprocess.call([sys.executable, f"{__file__}.launch", *sys.argv[-2:]]))
 """
 LAUNCH = """
-import subprocess, sys
+import signal, subprocess, sys
+# A shell's background job ignores it, and bash cannot trap what is ignored when it starts.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 print("[2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] two ranks", flush=True)
 ranks = [subprocess.Popen(["bash", sys.argv[1], str(rank), sys.argv[2]]) for rank in (0, 1)]
 sys.exit(max(rank.wait() for rank in ranks))
