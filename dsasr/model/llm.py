@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from dsasr.kernels import dispatch
 from dsasr.utils.errors import UserError
@@ -128,15 +131,16 @@ def load_llm(
     try:
         if not weights:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
-        llm, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _no_progress_bar():
+            llm, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except _FAULTS as error:
         raise _unreadable(folder, error) from error
     for kind in ("missing_keys", "mismatched_keys"):
@@ -147,6 +151,18 @@ def load_llm(
                 f" {names[0]}: export it again, whole"
             )
     return llm
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar of its own for a file that is read in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_llm_config(folder: Path, dropout: float = 0.0) -> PretrainedConfig:

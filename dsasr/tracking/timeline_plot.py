@@ -198,10 +198,11 @@ def plot_run(folder: Path) -> Path:
     events, metrics = read_events(folder), read_metrics(folder)
     cka = [(m["steps"], m["cka"]) for m in metrics if m.get("cka") is not None]
     threshold = next((m["cka_threshold"] for m in metrics if "cka_threshold" in m), None)
+    trained = [m for m in metrics if "step" in m]  # not what was measured on held-out data
     losses = {
         label: points
         for label, key in (("CTC (pretrain)", "ctc"), ("transcript (sft)", "nll"))
-        if (points := [(m["steps"], m[key]) for m in metrics if m.get(key) is not None])
+        if (points := [(m["steps"], m[key]) for m in trained if m.get(key) is not None])
     }
     path = folder / "timeline.png"
     title = f"{folder.name}: stages, encoder swaps, drift"

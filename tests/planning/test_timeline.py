@@ -10,6 +10,7 @@ from dsasr.planning import timeline
 from dsasr.planning.memory import Machine, between_steps, step_memory
 from dsasr.planning.model_parts import count_parts
 from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig
+from dsasr.tracking import timeline_plot
 from dsasr.tracking.timeline_plot import lr_curves, plot_run, stage_spans
 
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=2000)
@@ -110,7 +111,7 @@ def test_unknown_sizes_are_reported(tiny):
     assert "for 256 phonemes, as data.phonemes is not there" in table
 
 
-def test_a_run_is_drawn_from_its_own_events(tmp_path):
+def test_a_run_is_drawn_from_its_own_events(tmp_path, monkeypatch):
     events = timeline.simulate(Schedule(ALL), (1010, 1320))
     refused = {"event": "refused", "snapshot": "x", "steps": 1200, "reason": "not finite"}
     events += [
@@ -118,11 +119,20 @@ def test_a_run_is_drawn_from_its_own_events(tmp_path):
         {"event": "refused", "reason": "no steps"},
         {"event": "resumed", "steps": 9},
     ]
-    metrics = [{"steps": s, "ctc": 3 - s / 2000, "stage": "pretrain"} for s in range(0, 2000, 100)]
+    metrics = [{"steps": s, "step": s, "ctc": 3 - s / 2000} for s in range(0, 2000, 100)]
     metrics += [{"steps": 1020, "cka": 0.97, "cka_threshold": 0.975}]
     for name, rows in (("events", events), ("metrics", metrics)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert plot_run(tmp_path).stat().st_size > 10_000
+    # What was measured on held-out data is no training loss.
+    held_out = {"steps": 1020, "ctc": 99.0, "stage": "allocation_pretrain"}
+    drawn = {}
+    monkeypatch.setattr(timeline_plot, "plot", lambda *_, losses, **__: drawn.update(losses))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(held_out) + "\n")
+    plot_run(tmp_path)
+    assert len(drawn["CTC (pretrain)"]) == 20 and max(y for _, y in drawn["CTC (pretrain)"]) == 3
+    monkeypatch.undo()
     for name in ("events", "metrics"):  # a run that was stopped at once
         (tmp_path / f"{name}.jsonl").write_text("")
     assert plot_run(tmp_path).is_file()
