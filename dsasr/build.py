@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.tensor_fragments import MANIFEST
 from dsasr.data.audio.features import Cmvn
+from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
@@ -25,10 +26,14 @@ from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenize
 from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.ctc_model import CtcModel
-from dsasr.model.encoders.conformer import Encoder, reset_layer
+from dsasr.model.encoders.conformer import Encoder as Conformer
+from dsasr.model.encoders.conformer import reset_layer
+from dsasr.model.encoders.load import load_encoder
+from dsasr.model.encoders.pretrained import build_encoder
+from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
 from dsasr.model.llm import embedding_rms, load_llm
-from dsasr.model.llm_hub import find_llm
+from dsasr.model.llm_hub import find_model
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import SUBSAMPLING, Recipe
@@ -54,7 +59,16 @@ class Builder:
     @property
     def frame_seconds(self) -> float:
         """Seconds of an encoder frame."""
+        if self.recipe.pretrained_encoder is not None:
+            return self.encoder_shape.frame_seconds
         return SUBSAMPLING * self.recipe.data.fbank.shift_ms / 1000
+
+    @cached_property
+    def front_end(self) -> FrontEnd:
+        """The features that the encoder reads."""
+        if self.recipe.pretrained_encoder is not None:
+            return self.encoder_shape.front_end
+        return FbankFrontEnd(self.recipe.data.fbank, self.cmvn)
 
     @cached_property
     def cmvn(self) -> Cmvn:
@@ -70,9 +84,22 @@ class Builder:
         )
 
     @cached_property
+    def encoder_folder(self) -> Path:
+        """The folder of ``model.encoder.path``, which is itself or a hub name (`find_model`)."""
+        return find_model(self.recipe.pretrained_encoder.path, "model.encoder.path")
+
+    @cached_property
+    def encoder_shape(self) -> Encoder:
+        """The encoder without memory for its weights."""
+        with torch.device("meta"):
+            if (cfg := self.recipe.pretrained_encoder) is not None:
+                return build_encoder(self.encoder_folder, cfg)
+            return Conformer(self.recipe.model.encoder)
+
+    @cached_property
     def llm_folder(self) -> Path:
-        """The folder of ``model.llm.path``, which is itself or a hub name (`find_llm`)."""
-        return find_llm(self.recipe.model.llm.path)
+        """The folder of ``model.llm.path``, which is itself or a hub name (`find_model`)."""
+        return find_model(self.recipe.model.llm.path)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -86,6 +113,8 @@ class Builder:
     @staticmethod
     def _existing_file(path: str, key: str, hint: str) -> Path:
         """``path`` of the recipe's ``key``, or `UserError` with ``hint``."""
+        if not path:
+            raise UserError(f"{key} is not given: {hint}")
         if not Path(path).is_file():
             raise UserError(f"{key}: there is no {path}; {hint}")
         return Path(path)
@@ -147,8 +176,7 @@ class Builder:
             config,
             datasets=datasets,
             text=self.text_encoder(phonemes=branch == "pretrain", tokens=branch == "sft"),
-            fbank=self.recipe.data.fbank,
-            cmvn=self.cmvn,
+            front_end=self.front_end,
             rank=distributed.rank(),
             world=distributed.world_size(),
             device=distributed.device(),
@@ -169,8 +197,9 @@ class Builder:
         pretrain = model.pretrain
         if stage is not None and stage.objective == "ctc":
             pretrain = replace(pretrain, consistency=0.0)
+        encoder = self._encoder("pretrain encoder", partition)
         with torch.device("meta"):
-            module = CtcModel(Encoder(model.encoder), len(self.phonemes), pretrain)
+            module = CtcModel(encoder, len(self.phonemes), pretrain)
         return self._drawn(module, "pretrain", partition)
 
     def speech_llm(self, partition: Partition | None = None) -> SpeechLLM:
@@ -179,9 +208,9 @@ class Builder:
         llm, scale = self._llm(partition)
         vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
+        encoder = self._encoder("sft encoder", partition)
         with torch.device("meta"):
-            encoder = Encoder(model.encoder)
-            adaptor = Adaptor(model.adaptor, model.encoder.width, width, scale)
+            adaptor = Adaptor(model.adaptor, encoder.width, width, scale)
         self._drawn(encoder, "sft encoder", partition)
         self._drawn(adaptor, "adaptor", partition, Adaptor.reset_parameters)
         prefix, suffix = Prompt.build(self.tokenizer)
@@ -197,6 +226,20 @@ class Builder:
             chunks=model.sft.chunks,
         )
 
+    def empty_encoder(self) -> Encoder:
+        """An encoder on the CPU whose weights are to be loaded from a checkpoint."""
+        if (cfg := self.recipe.pretrained_encoder) is not None:
+            return build_encoder(self.encoder_folder, cfg)
+        return Conformer(self.recipe.model.encoder)
+
+    def _encoder(self, purpose: str, partition: Partition | None) -> Encoder:
+        """The encoder that others trained, with its weights; or a Conformer on the meta device."""
+        if (cfg := self.recipe.pretrained_encoder) is not None:
+            seed = sub_seed(self.recipe.seed, purpose)
+            return load_encoder(self.encoder_folder, cfg, seed, partition)
+        with torch.device("meta"):
+            return Conformer(self.recipe.model.encoder)
+
     def _drawn(
         self,
         module: nn.Module,
@@ -204,7 +247,7 @@ class Builder:
         partition: Partition | None,
         reset: Callable = reset_layer,
     ) -> nn.Module:
-        """Draw the weights of a module on the meta device from the recipe's seed."""
+        """Draw the weights that a module has on the meta device from the recipe's seed."""
         generator = self._generator(purpose)
         layerwise_init.materialize(module, lambda layer, _: reset(layer, generator), partition)
         return module
@@ -248,27 +291,55 @@ class Builder:
     def check(self) -> None:
         """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
         schedule = self.recipe.schedule()
-        _ = self.cmvn
+        self._check_encoder()
         if schedule.pretrain is not None and self.recipe.branch != "sft":
             _ = self.phonemes
         if schedule.sft and self.recipe.branch != "pretrain":
             _ = self.llm_folder, self.tokenizer
             self._check_prompt()
             self._check_lora()
-        if self.recipe.starts_from_snapshot:
+        if self.recipe.model.encoder_from:
             manifest = Path(self.recipe.model.encoder_from) / MANIFEST
             self._existing_file(str(manifest), "model.encoder_from", "give a snapshot's folder")
-        if self.cmvn.mean_F.shape[0] != self.recipe.model.encoder.mels:
-            raise UserError(
-                f"{self.recipe.data.cmvn} has {self.cmvn.mean_F.shape[0]} mel bins, "
-                f"model.encoder.mels is {self.recipe.model.encoder.mels}"
-            )
         for datasets in (self.recipe.data.train, self.recipe.data.valid):
             from dsasr.data.shards.storage import ShardStorage
 
             sources = ShardStorage(self.recipe.data.dataloader.source)
             for dataset in datasets:
                 sources.resolve(dataset.shards)
+
+    def _check_encoder(self) -> None:
+        """The encoder must fit its features, and the recipe what the encoder can do."""
+        model = self.recipe.model
+        if self.recipe.pretrained_encoder is None:
+            if self.cmvn.mean_F.shape[0] != model.encoder.mels:
+                raise UserError(
+                    f"{self.recipe.data.cmvn} has {self.cmvn.mean_F.shape[0]} mel bins, "
+                    f"model.encoder.mels is {model.encoder.mels}"
+                )
+            return
+        for branch in ("pretrain", "sft"):
+            if getattr(model, branch).chunks is not None:
+                raise UserError(
+                    f"model.{branch}.chunks: {model.encoder.path} sees whole utterances only; give "
+                    f"model.{branch}.chunks=null"
+                )
+        if self.front_end.bins == 1 and model.pretrain.spec is not None:
+            raise UserError(
+                f"model.pretrain.spec: {model.encoder.path} reads waves, which SpecAugment does "
+                "not mask; give model.pretrain.spec=null"
+            )
+        longest = self.front_end.max_seconds
+        for stage in self.recipe.stages:
+            batch = self.recipe.dataloader(stage)[0].batch
+            if batch.max_seconds > longest:
+                raise UserError(
+                    f"stage '{stage.name}' takes utterances of {batch.max_seconds:g} s, "
+                    f"{model.encoder.path} reads {longest:g} s at most: give batch.max_seconds"
+                )
+            if stage.branch == "sft" and batch.tokens:
+                frames = round(100 * self.frame_seconds * model.adaptor.stack)
+                self.recipe.check_frames_per_token(stage, frames)
 
     def _check_prompt(self) -> None:
         """The prompt must not be longer than the token budgets count it."""

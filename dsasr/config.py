@@ -104,6 +104,9 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     rest = [k for k in kinds if k is not type(None)]
+    if isinstance(value, Mapping) and all(map(dataclasses.is_dataclass, rest)):
+        # The one whose keys these are, so that a mistake is told in its words.
+        rest = [max(rest, key=lambda kind: _known_keys(kind, value))]
     error: UserError | None = None
     for kind in rest:
         try:
@@ -112,6 +115,13 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
             error = reason
     assert error is not None
     raise error
+
+
+def _known_keys(cls: type, values: Mapping) -> tuple[int, int]:
+    """(keys of ``values`` that ``cls`` has, required ones among them)."""
+    fields = [f for f in dataclasses.fields(cls) if f.name in values]
+    required = [f for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    return len(required), len(fields)
 
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:

@@ -26,6 +26,7 @@ from dsasr.model.adaptor import AdaptorConfig
 from dsasr.model.ctc_model import CtcModelConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import EncoderConfig
+from dsasr.model.encoders.pretrained import PretrainedEncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.lora import LoraConfig
 from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
@@ -41,8 +42,11 @@ class DataConfig:
 
     train: tuple[DatasetConfig, ...]  # training datasets, mixed by weight; names must differ
     valid: tuple[DatasetConfig, ...]  # validation datasets, read whole and in order
-    cmvn: str  # file with mean and variance of the features, by `dsasr data cmvn`
-    phonemes: str  # file with the phoneme vocabulary, by `dsasr data phonemes`
+    # file with mean and variance of the features, by `dsasr data cmvn`; not needed by an encoder
+    # that others trained
+    cmvn: str = ""
+    # file with the phoneme vocabulary, by `dsasr data phonemes`; needed by pretraining
+    phonemes: str = ""
     # log-Mel features; must be those that cmvn was computed from
     fbank: FbankConfig = field(default_factory=FbankConfig)
     # augmentation of the training audio; null: none
@@ -77,7 +81,8 @@ class ModelConfig:
     llm: LlmConfig  # the language model
     # LoRA in the language model, for stages that train 'lora'; null: none
     lora: LoraConfig | None = None
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # sizes of the Conformer
+    # sizes of a Conformer to pretrain; or `path`: an encoder that others trained
+    encoder: EncoderConfig | PretrainedEncoderConfig = field(default_factory=EncoderConfig)
     # between encoder and language model
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
     # objective and input of the pretrain branch
@@ -195,20 +200,26 @@ class Recipe:
                         f"{nearest(name, names)}"
                     )
             batch = self.dataloader(stage)[0].batch
-            per_token = SUBSAMPLING * self.model.adaptor.stack
-            if stage.branch == "sft" and batch.tokens and batch.frames_per_token != per_token:
-                raise UserError(
-                    f"stage '{stage.name}' counts speech at one token for {batch.frames_per_token} "
-                    f"frames, the model at {per_token}: give batch.frames_per_token={per_token}"
-                )
+            if self.pretrained_encoder is None and stage.branch == "sft" and batch.tokens:
+                self.check_frames_per_token(stage, SUBSAMPLING * self.model.adaptor.stack)
         self._check_lora()
         if (
             self.branch != "pretrain"
             and not self.schedule().pretrain
-            and not self.starts_from_snapshot
+            and not self.has_initial_encoder
         ):
             raise UserError(
-                "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT"
+                "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT, or "
+                "model.encoder.path=FOLDER of an encoder that others trained"
+            )
+
+    def check_frames_per_token(self, stage: StageConfig, per_token: int) -> None:
+        """Raise `UserError` unless the stage's token budget counts speech as the model does."""
+        counted = self.dataloader(stage)[0].batch.frames_per_token
+        if counted != per_token:
+            raise UserError(
+                f"stage '{stage.name}' counts speech at one token for {counted} frames, the model "
+                f"at {per_token}: give batch.frames_per_token={per_token}"
             )
 
     def _check_lora(self) -> None:
@@ -228,9 +239,17 @@ class Recipe:
         return tuple(p for p in PARTS[branch] if p != "lora" or self.model.lora is not None)
 
     @property
-    def starts_from_snapshot(self) -> bool:
-        """Whether the sft branch starts from the encoder snapshot of ``model.encoder_from``."""
-        return bool(self.model.encoder_from)
+    def pretrained_encoder(self) -> PretrainedEncoderConfig | None:
+        """The encoder that others trained, if the recipe names one."""
+        encoder = self.model.encoder
+        return encoder if isinstance(encoder, PretrainedEncoderConfig) else None
+
+    @property
+    def has_initial_encoder(self) -> bool:
+        """Whether the sft branch starts with an encoder from outside the run: the snapshot of
+        ``model.encoder_from``, or without pretraining the encoder that others trained."""
+        pretrained = self.pretrained_encoder is not None and not self.schedule().pretrain
+        return bool(self.model.encoder_from) or pretrained
 
     @property
     def folder(self) -> Path:

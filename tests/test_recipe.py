@@ -51,4 +51,4 @@ def test_a_branch_without_an_encoder_is_refused():
     sft_only = "stages=[{name: align, branch: sft, trains: {adaptor: 1.0e-3}, steps: 3}]"
     with pytest.raises(UserError, match=r"model\.encoder_from=SNAPSHOT"):
         recipe.load("demo", [sft_only])
-    assert recipe.load("demo", [sft_only, "model.encoder_from=x"]).starts_from_snapshot
+    assert recipe.load("demo", [sft_only, "model.encoder_from=x"]).has_initial_encoder

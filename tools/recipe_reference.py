@@ -62,16 +62,20 @@ class Section:
     """The keys of one dataclass, by the dotted path at which it first stands."""
 
     path: str
+    title: str
     rows: list[Row] = dataclasses.field(default_factory=list)
 
 
-def sections(cls: type, instance: Any, path: str, seen: dict[type, str]) -> Iterator[Section]:
+def sections(
+    cls: type, instance: Any, path: str, seen: dict[type, str], title: str = ""
+) -> Iterator[Section]:
     """The section of ``cls``, then those of the dataclasses in it; each class once.
 
-    ``instance`` holds the defaults of its fields, or is None: those of the class.
+    ``instance`` holds the defaults of its fields, or is None: those of the class. ``seen``: class →
+    title of its section.
     """
-    seen[cls] = path
-    section, nested = Section(path), []
+    seen[cls] = title or path
+    section, nested = Section(path, seen[cls]), []
     hints, meanings = typing.get_type_hints(cls), field_comments(cls)
     for field in dataclasses.fields(cls):
         key = f"{path}.{field.name}" if path else field.name
@@ -80,24 +84,24 @@ def sections(cls: type, instance: Any, path: str, seen: dict[type, str]) -> Iter
                 f"{cls.__module__}.{cls.__name__}.{field.name} has no comment beside it"
             )
         default = getattr(instance, field.name) if instance is not None else _default(field)
-        inner, is_list = _inner_class(hints[field.name])
+        alternatives, is_list = _inner_classes(hints[field.name])
         meaning = meanings[field.name]
-        if inner is not None:
+        for inner in alternatives:
             where = f"{key}.{_entry(inner)}" if is_list else key
             if inner in seen:
                 meaning += f"; its keys are those of {_link(seen[inner])}"
             else:
-                seen[inner] = where
-                nested.append((inner, None if is_list else default, where))
-                meaning += f"; see {_link(where)}"
+                seen[inner] = where if inner is alternatives[0] else _titled(where, inner)
+                known = default if isinstance(default, inner) else None
+                nested.append((inner, known, where, seen[inner]))
+                meaning += f"; see {_link(seen[inner])}"
         kind = type_name(hints[field.name])
-        has_own_keys = inner is not None and dataclasses.is_dataclass(default)
+        has_own_keys = dataclasses.is_dataclass(default)
         shown = "" if has_own_keys else _shown(default)
         section.rows.append(Row(key, kind, shown, meaning))
     yield section
-    for inner, default, where in nested:
-        known = default if dataclasses.is_dataclass(default) else None
-        yield from sections(inner, known, where, seen)
+    for inner, known, where, title in nested:
+        yield from sections(inner, known, where, seen, title)
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -112,15 +116,22 @@ def _shown(default: Any) -> str:
     return f"`{json.dumps(to_plain(default), ensure_ascii=False)}`"
 
 
-def _inner_class(hint: Any) -> tuple[type | None, bool]:
-    """(the dataclass in a type hint, whether the hint is a list of them)."""
+def _inner_classes(hint: Any) -> tuple[list[type], bool]:
+    """(the dataclasses in a type hint, whether the hint is a list of them)."""
     if dataclasses.is_dataclass(hint):
-        return hint, False
+        return [hint], False
+    classes, is_list = [], typing.get_origin(hint) is tuple
     for inner in typing.get_args(hint):
-        cls, is_list = _inner_class(inner)
-        if cls is not None:
-            return cls, is_list or typing.get_origin(hint) is tuple
-    return None, False
+        found, nested_list = _inner_classes(inner)
+        classes += found
+        is_list |= bool(found) and nested_list
+    return classes, is_list
+
+
+def _titled(where: str, cls: type) -> str:
+    """The title of an alternative's section: the key that chooses it."""
+    required = next(f.name for f in dataclasses.fields(cls) if _default(f) is dataclasses.MISSING)
+    return f"{where} with {required}"
 
 
 def _entry(cls: type) -> str:
@@ -129,7 +140,7 @@ def _entry(cls: type) -> str:
 
 
 def _link(path: str) -> str:
-    return f"[{path}](#{path.replace('.', '').lower()})"
+    return f"[{path}](#{path.replace('.', '').replace(' ', '-').lower()})"
 
 
 def type_name(hint: Any) -> str:
@@ -142,7 +153,7 @@ def type_name(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in inner)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_name(kind) for kind in inner)
+        return " or ".join(dict.fromkeys(type_name(kind) for kind in inner))
     if origin is tuple and inner[1:] == (...,):
         return f"list of {type_name(inner[0])}s"
     if origin is tuple:
@@ -166,7 +177,7 @@ def page() -> str:
     lines += [f"| `{path.stem}` | {purpose(path)} |" for path in sorted(RECIPES.glob("*.yaml"))]
     for section in sections(Recipe, None, "", {}):
         depth = "##" if "." not in section.path else "###"
-        title = section.path or "The recipe's own keys"
+        title = section.title or "The recipe's own keys"
         lines += [
             "",
             f"{depth} {title}",

@@ -96,8 +96,7 @@ def llm_allocation(
 ) -> LlmAllocation:
     """H₀, H₁ and predictive entropies over the transcripts' tokens, the end token included."""
     sums: dict[str, tuple[float, float]] = {}
-    options = {"fbank_config": build.recipe.data.fbank, "cmvn": build.cmvn}
-    for batch in batch_recordings(recordings, **options, tokenizer=build.tokenizer):
+    for batch in batch_recordings(recordings, front_end=build.front_end, tokenizer=build.tokenizer):
         batch_sums = predictive_entropy.llm_sums(model, batch.to(device()))
         for name, (total, count) in batch_sums.items():
             before = sums.get(name, (0.0, 0.0))

@@ -86,7 +86,7 @@ def label_recordings(
     if semantic == "token":
         pairs = zip(labeled, labels, strict=True)
         labels = [_label_tokens(r, of_utterance, build, of_words) for r, of_utterance in pairs]
-    return ProbeSet(labeled, labels, causes, build.recipe.data.fbank.rate)
+    return ProbeSet(labeled, labels, causes, build.front_end.rate)
 
 
 def _align(
@@ -113,7 +113,7 @@ def _stored(
     r: Recording, aligner: ProbedEncoder, x_SE: Tensor | None, of_words: Phonemizer
 ) -> AlignedUtterance:
     """An utterance by its shard's alignment."""
-    rate, seconds = aligner.build.recipe.data.fbank.rate, aligner.frame_seconds
+    rate, seconds = aligner.build.front_end.rate, aligner.frame_seconds
     frames = len(x_SE) if x_SE is not None else round(len(r.wave) / rate / seconds)
     stored = forced_alignment.read(r.alignment, frames, seconds)
     ids = aligner.build.phonemes.encode(stored.phonemes)

@@ -14,13 +14,20 @@ from dsasr.build import Builder
 from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint, open_verified
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
+from dsasr.data.audio.frontends import FrontEnd
 from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.entropy_allocation.pai_csai import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.inference.model_from_run import run_folder, run_recipe
 from dsasr.model.ctc import CtcHead
-from dsasr.model.encoders.conformer import Encoder
-from dsasr.model.encoders.pretrained import RATE, ForeignEncoder
+from dsasr.model.encoders.load import load_encoder
+from dsasr.model.encoders.pretrained import (
+    RATE,
+    PretrainedEncoder,
+    PretrainedEncoderConfig,
+    build_encoder,
+)
+from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
@@ -33,7 +40,7 @@ class ProbedEncoder:
     """An encoder to probe. ``rate`` is the sampling rate of the audio it reads.
 
     ``encode`` gives the valid frames of each recording. ``ctc`` and ``llm`` are the heads that go
-    with the encoder, if there are any; ``encoder`` or ``pretrained`` is the module itself.
+    with the encoder, if there are any.
     """
 
     source: EncoderSource
@@ -43,7 +50,6 @@ class ProbedEncoder:
     encoder: Encoder | None = None
     ctc: CtcHead | None = None
     llm: SpeechLLM | None = None
-    pretrained: ForeignEncoder | None = None
     rate: int = RATE
 
 
@@ -54,9 +60,8 @@ def is_pretrained(path: str | Path) -> bool:
 
 def max_seconds(paths: Iterable[str | Path]) -> float:
     """The longest audio, in seconds, that all encoders can read: at most `MAX_SECONDS`."""
-    from dsasr.model.encoders import pretrained
-
-    limits = [pretrained.longest(path) for path in paths if is_pretrained(path)]
+    folders = [path for path in paths if is_pretrained(path)]
+    limits = [_build_empty(path).front_end.max_seconds for path in folders]
     return min([MAX_SECONDS, *limits])
 
 
@@ -83,13 +88,13 @@ def open_checkpoint(path: str | Path) -> ProbedEncoder:
 def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:
     manifest, run = reader.manifest, run_folder(path)
     source = EncoderSource(f"{run.name}/{reader.folder.name}", manifest["kind"], run=str(run))
-    encoder, head, llm = Encoder(build.recipe.model.encoder), None, None
+    encoder, head, llm = build.empty_encoder(), None, None
     if source.kind == "snapshot":
         source = replace(source, pretrain=manifest["pretrain"], cause=manifest["cause"])
         zero_partition.load_weights(encoder, PrefixReader(reader, "encoder."))
         head = _head(build, PrefixReader(reader, "ctc."))
     else:
-        branch = "sft" if "sft/encoder.subsampling.project.bias" in reader else "pretrain"
+        branch = "sft" if PrefixReader(reader, "sft/encoder.").shapes else "pretrain"
         progress = manifest["progress"]
         source = replace(
             source,
@@ -108,6 +113,22 @@ def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> Prob
     return _of_build(source, build, encoder, head, llm)
 
 
+def _encode_with(encoder: Encoder, front_end: FrontEnd):
+    """The function from recordings to their valid frames, key → [S, E] on the CPU."""
+
+    def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
+        features = {}
+        with torch.no_grad():
+            for batch in batch_recordings(recordings, front_end=front_end):
+                on_device = batch.to(device())
+                out = encoder(on_device.features_BTF, on_device.feature_lengths_B)
+                for i, key in enumerate(batch.keys):
+                    features[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
+        return features
+
+    return encode
+
+
 def _of_build(
     source: EncoderSource,
     build: Builder,
@@ -115,20 +136,9 @@ def _of_build(
     ctc: CtcHead | None = None,
     llm: SpeechLLM | None = None,
 ) -> ProbedEncoder:
-    fbank = build.recipe.data.fbank
-
-    def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
-        features = {}
-        with torch.no_grad():
-            for batch in batch_recordings(recordings, fbank_config=fbank, cmvn=build.cmvn):
-                on_device = batch.to(device())
-                out = encoder(on_device.features_BTF, on_device.feature_lengths_B)
-                for i, key in enumerate(batch.keys):
-                    features[key] = out.frames_BSE[i, : int(out.lengths_B[i])].float().cpu()
-        return features
-
+    encode = _encode_with(encoder, build.front_end)
     return ProbedEncoder(
-        source, build.frame_seconds, encode, build, encoder, ctc, llm, rate=fbank.rate
+        source, build.frame_seconds, encode, build, encoder, ctc, llm, rate=build.front_end.rate
     )
 
 
@@ -136,7 +146,7 @@ def _head(build: Builder, reader: PrefixReader) -> CtcHead | None:
     """The CTC head stored below ``reader``, if there is one."""
     if not reader.shapes:
         return None
-    head = CtcHead(build.recipe.model.encoder.width, len(build.phonemes))
+    head = CtcHead(build.encoder_shape.width, len(build.phonemes))
     zero_partition.load_weights(head, reader)
     return head.to(device()).eval().requires_grad_(False)
 
@@ -150,24 +160,26 @@ def _stored_head(build: Builder, manifest: dict[str, Any]) -> CtcHead | None:
         return None  # pruned, or published by another store
 
 
-def open_pretrained(path: str, *, random: bool = False) -> ProbedEncoder:
+def _build_empty(path: str | Path) -> PretrainedEncoder:
+    """A Hugging Face folder's encoder without memory for its weights."""
+    with torch.device("meta"):
+        return build_encoder(Path(path), PretrainedEncoderConfig(str(path)))
+
+
+def open_pretrained(path: str, *, random: bool = False, seed: int = 0) -> ProbedEncoder:
     """The encoder of a Hugging Face folder, or one of its architecture with random weights."""
-    from dsasr.model.encoders import pretrained
-
-    encoder = pretrained.load(path, random=random)
-    encoder.module.to(device())
-
-    def encode(recordings: Sequence[Recording]) -> dict[str, Tensor]:
-        return {r.key: encoder.frames(r.wave) for r in recordings}
-
-    source = EncoderSource(encoder.name, "random" if random else "pretrained", path=str(path))
-    return ProbedEncoder(source, encoder.frame_seconds, encode, pretrained=encoder)
+    cfg = PretrainedEncoderConfig(path, weights=not random)
+    encoder = load_encoder(Path(path), cfg, seed).to(device()).eval().requires_grad_(False)
+    name = Path(path).name + (" (random)" if random else "")
+    source = EncoderSource(name, "random" if random else "pretrained", path=path)
+    encode = _encode_with(encoder, encoder.front_end)
+    return ProbedEncoder(source, encoder.frame_seconds, encode, encoder=encoder)
 
 
 def random_baseline(encoder: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
     """An encoder of the same architecture with random weights."""
-    if encoder.pretrained is not None:
-        return open_pretrained(encoder.source.path, random=True)
+    if encoder.build is None:
+        return open_pretrained(encoder.source.path, random=True, seed=seed)
     module = reinitialized(encoder.encoder, seed=seed)
     source = EncoderSource("random encoder", "random", run=encoder.source.run)
     return _of_build(source, encoder.build, module)

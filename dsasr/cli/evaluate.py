@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--{error}") from None
     recordings, left_out = read_recordings(
         args.data,
-        rate=recipe.data.fbank.rate,
+        rate=run.build.front_end.rate,
         text=recipe.data.text,
         source=recipe.data.dataloader.source,
         limit=args.limit,

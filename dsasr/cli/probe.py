@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     aligner = probed_encoders.open_checkpoint(path)
     data = aligner.build.recipe.data
     recordings, bad = read_recordings(
-        args.data, rate=data.fbank.rate, text=data.text, limit=args.utterances,
+        args.data, rate=aligner.build.front_end.rate, text=data.text, limit=args.utterances,
         max_seconds=probed_encoders.max_seconds(args.checkpoints),
     )  # fmt: skip
     probe_set = label_recordings(aligner, recordings, args.semantic)

@@ -243,7 +243,7 @@ def decode(
     try:
         search = _Search([cfg.token_limit(s) for s in batch.durations], tokenizer.end_id, cfg)
         stepper = _Stepper(model)
-        logits = stepper.prefill(batch.or_silence(model.encoder.cfg.mels, model.pad_id), chunk)
+        logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:

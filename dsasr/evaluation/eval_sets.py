@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dsasr.data.audio.features import AudioError, Cmvn, FbankConfig, decode, fbank
+from dsasr.data.audio.features import AudioError, decode
+from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import pad
 from dsasr.data.shards.index import BadSample, parse_sample
@@ -85,12 +86,11 @@ def read_recordings(
 def batch_recordings(
     recordings: Sequence[Recording],
     *,
-    fbank_config: FbankConfig,
-    cmvn: Cmvn,
+    front_end: FrontEnd,
     tokenizer=None,
     frames: int = 4000,
 ) -> Iterator[Batch]:
-    """Batches of up to about ``frames`` padded frames, by falling length.
+    """Batches of up to about ``frames`` padded frames of 10 ms, by falling length.
 
     With a ``tokenizer`` they hold transcript tokens and the end token, without one no tokens.
     Audio shorter than a window is padded to one with zeros.
@@ -98,22 +98,22 @@ def batch_recordings(
     by_length = sorted(recordings, key=lambda r: (-len(r.wave), r.key))
     group: list[Recording] = []
     for recording in by_length:
-        longest = fbank_config.frames(len((group or [recording])[0].wave))
+        longest = 100 * len((group or [recording])[0].wave) // front_end.rate
         if group and (len(group) + 1) * longest > frames:
-            yield _collate(group, fbank_config, cmvn, tokenizer)
+            yield _collate(group, front_end, tokenizer)
             group = []
         group.append(recording)
     if group:
-        yield _collate(group, fbank_config, cmvn, tokenizer)
+        yield _collate(group, front_end, tokenizer)
 
 
-def _collate(recordings: list[Recording], config: FbankConfig, cmvn: Cmvn, tokenizer) -> Batch:
+def _collate(recordings: list[Recording], front_end: FrontEnd, tokenizer) -> Batch:
     rows = []
     for recording in recordings:
         wave = torch.from_numpy(np.ascontiguousarray(recording.wave, dtype=np.float32))
-        if len(wave) < config.window:
-            wave = torch.nn.functional.pad(wave, (0, config.window - len(wave)))
-        rows.append(cmvn.apply(fbank(wave, config)))
+        if len(wave) < front_end.window:
+            wave = torch.nn.functional.pad(wave, (0, front_end.window - len(wave)))
+        rows.append(front_end.features(wave))
     features_BTF = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     ids, pad_id = [[] for _ in recordings], 0
     if tokenizer is not None:
@@ -129,5 +129,5 @@ def _collate(recordings: list[Recording], config: FbankConfig, cmvn: Cmvn, token
         texts=tuple(r.text for r in recordings),
         langs=tuple(r.lang for r in recordings),
         speakers=tuple(r.speaker for r in recordings),
-        durations=tuple(r.seconds(config.rate) for r in recordings),
+        durations=tuple(r.seconds(front_end.rate) for r in recordings),
     )

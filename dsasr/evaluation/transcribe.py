@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, decode
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
@@ -50,8 +50,7 @@ def transcribe_clips(
     tokenizer,
     config: DecodeConfig,
     *,
-    fbank: FbankConfig,
-    cmvn: Cmvn,
+    front_end: FrontEnd,
     device: torch.device,
     frames: int = 8000,
     rank: int = 0,
@@ -72,12 +71,10 @@ def transcribe_clips(
         if index % world_size == rank
     ]
     batches = list(
-        batch_recordings(
-            recordings, fbank_config=fbank, cmvn=cmvn, tokenizer=tokenizer, frames=frames
-        )
+        batch_recordings(recordings, front_end=front_end, tokenizer=tokenizer, frames=frames)
     )
     most = max(gather(len(batches)))
-    batches += [Batch.blank(torch.zeros(0, 0, fbank.mels))] * (most - len(batches))
+    batches += [Batch.blank(torch.zeros(0, 0, front_end.bins))] * (most - len(batches))
     indexed = transcribe(
         model, progress(batches), tokenizer, config,
         device=device, any_rank=any_rank, gather=gather,

@@ -3,7 +3,8 @@
 ::
 
     DIR/config.json          settings: encoder, adaptor, features, prompt, decoding
-    DIR/cmvn.json            mean and standard deviation per mel bin
+    DIR/cmvn.json            mean and standard deviation per mel bin; of a Conformer
+    DIR/encoder/             config.json of an encoder that others trained
     DIR/model.safetensors    encoder.… and adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
     DIR/adapter/             on request, for a run with LoRA: the LoRA matrices as a peft folder
@@ -22,7 +23,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,16 @@ from dsasr.build import Builder
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor, AdaptorConfig
-from dsasr.model.encoders.conformer import Encoder, EncoderConfig
+from dsasr.model.encoders.conformer import Encoder as Conformer
+from dsasr.model.encoders.conformer import EncoderConfig
+from dsasr.model.encoders.pretrained import PretrainedEncoderConfig, build_encoder
+from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.llm import LlmConfig, load_llm
 from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.speech_llm import SpeechLLM
@@ -49,6 +54,7 @@ from dsasr.utils.io import atomic_folder, atomic_write
 from dsasr.utils.progress import Bar
 
 MODEL_TYPE, FORMAT = "dsasr", 1
+ENCODER = "encoder"  # folder with the config.json of an encoder that others trained
 FILE_BYTES = 4 << 30  # the largest file of weights
 # The files of a language model besides its weights and config.json; no others are copied.
 _LLM_FILES = (
@@ -70,7 +76,7 @@ class PromptIds:
 class ExportConfig:
     """``config.json``: what inference needs besides the weights, and nothing of the training."""
 
-    encoder: EncoderConfig
+    encoder: EncoderConfig | PretrainedEncoderConfig
     adaptor: AdaptorConfig
     prompt: PromptIds
     fbank: FbankConfig = field(default_factory=FbankConfig)
@@ -89,7 +95,7 @@ class Export:
     config: ExportConfig
     model: SpeechLLM
     tokenizer: Tokenizer
-    cmvn: Cmvn
+    front_end: FrontEnd
 
 
 # -- write -------------------------------------------------------------------------------------
@@ -136,7 +142,7 @@ def _write_model(
     recipe = build.recipe
     prefix, suffix = Prompt.build(build.tokenizer)
     export_config = ExportConfig(
-        encoder=recipe.model.encoder,
+        encoder=_exported_encoder(build, folder),
         adaptor=recipe.model.adaptor,
         prompt=PromptIds(tuple(prefix), tuple(suffix)),
         fbank=recipe.data.fbank,
@@ -147,7 +153,8 @@ def _write_model(
     atomic_write(
         folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"
     )
-    build.cmvn.save(folder / "cmvn.json")
+    if recipe.pretrained_encoder is None:
+        build.cmvn.save(folder / "cmvn.json")
     llm = folder / "llm"
     llm.mkdir()
     _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
@@ -165,6 +172,16 @@ def _write_model(
                 for name, key in keys.items()
             }
             _write_files(directory, tensors)
+
+
+def _exported_encoder(build: Builder, folder: Path) -> EncoderConfig | PretrainedEncoderConfig:
+    """The encoder's settings for ``folder``, which gets the settings of its family."""
+    cfg = build.recipe.pretrained_encoder
+    if cfg is None:
+        return build.recipe.model.encoder
+    (folder / ENCODER).mkdir()
+    shutil.copyfile(build.encoder_folder / "config.json", folder / ENCODER / "config.json")
+    return replace(cfg, path=ENCODER)
 
 
 def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
@@ -295,9 +312,10 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
     tokenizer = load_tokenizer(folder / "llm")
     width = llm.get_input_embeddings().weight.shape
     check_tokenizer(tokenizer, width[0])
+    encoder = _load_encoder(export_config, folder)
     model = SpeechLLM(
-        Encoder(export_config.encoder),
-        Adaptor(export_config.adaptor, export_config.encoder.width, width[1]),
+        encoder,
+        Adaptor(export_config.adaptor, encoder.width, width[1]),
         llm,
         export_config.prompt.prefix,
         export_config.prompt.suffix,
@@ -305,7 +323,18 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
         LlmConfig(attn=attn),
     )
     _load_weights({"encoder": model.encoder, "adaptor": model.adaptor}, folder)
-    return Export(export_config, model.eval(), tokenizer, Cmvn.load(folder / "cmvn.json"))
+    front_end = encoder.front_end
+    if front_end is None:
+        front_end = FbankFrontEnd(export_config.fbank, Cmvn.load(folder / "cmvn.json"))
+    return Export(export_config, model.eval(), tokenizer, front_end)
+
+
+def _load_encoder(export_config: ExportConfig, folder: Path) -> Encoder:
+    """The encoder of an export, before its weights are loaded."""
+    cfg = export_config.encoder
+    if isinstance(cfg, PretrainedEncoderConfig):
+        return build_encoder(folder / cfg.path, cfg)
+    return Conformer(cfg)
 
 
 def _weight_files(folder: Path) -> Sequence[Path]:

@@ -64,11 +64,10 @@ class RunModel:
         decode = recipe.evaluation.decode
         return transcribe_clips(
             self.model,
-            build_suite(recordings, config, rate=recipe.data.fbank.rate),
+            build_suite(recordings, config, rate=self.build.front_end.rate),
             self.build.tokenizer,
             replace(decode, beam=beam) if beam else decode,
-            fbank=recipe.data.fbank,
-            cmvn=self.build.cmvn,
+            front_end=self.build.front_end,
             device=device(),
             progress=progress,
         )

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
+from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis, decode
@@ -106,8 +106,7 @@ class Recognizer:
 
     model: SpeechLLM
     tokenizer: Tokenizer
-    fbank: FbankConfig
-    cmvn: Cmvn
+    front_end: FrontEnd
     segmentation: SegmentationConfig
     decode: DecodeConfig
     no_speech: NoSpeechConfig = NoSpeechConfig()
@@ -127,8 +126,7 @@ class Recognizer:
             return cls(
                 export.model.to(device()),
                 export.tokenizer,
-                export.config.fbank,
-                export.cmvn,
+                export.front_end,
                 SegmentationConfig(max_seconds=export.config.max_seconds),
                 export.config.decode,
             )
@@ -141,8 +139,7 @@ class Recognizer:
         return cls(
             run.model,
             run.build.tokenizer,
-            recipe.data.fbank,
-            run.build.cmvn,
+            run.build.front_end,
             SegmentationConfig(max_seconds=recipe.data.dataloader.batch.max_seconds),
             recipe.evaluation.decode,
         )
@@ -222,7 +219,7 @@ class Recognizer:
             segments[index].append(self._segment(segment, hypothesis))
 
     def _batch(self, audio: Sequence[AudioSegment]) -> Batch:
-        rows = [self.cmvn.apply(fbank(_pad_to_minimum(a.wave), self.fbank)) for a in audio]
+        rows = [self.front_end.features(_pad_to_minimum(a.wave)) for a in audio]
         return Batch.blank(
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             feature_lengths_B=torch.tensor([len(row) for row in rows]),

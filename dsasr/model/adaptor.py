@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsasr.kernels import dispatch
 from dsasr.kernels.adaptor import AdaptorWeights
-from dsasr.model.encoders.conformer import valid_frames
+from dsasr.model.encoders.protocol import valid_frames
 from dsasr.utils.errors import UserError
 
 # Root mean square of activation(x) for x ~ N(0, 1).

@@ -15,7 +15,8 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from dsasr.kernels import dispatch
-from dsasr.model.encoders.conformer import reset_parameters, valid_frames
+from dsasr.model.encoders.conformer import reset_parameters
+from dsasr.model.encoders.protocol import valid_frames
 
 BLANK = 0
 

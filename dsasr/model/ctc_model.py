@@ -18,7 +18,7 @@ from dsasr.model.ctc import (
     posterior_entropy,
 )
 from dsasr.model.dynamic_chunks import ChunkConfig, draw_chunk
-from dsasr.model.encoders.conformer import Encoder
+from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils.errors import UserError
@@ -47,7 +47,7 @@ class CtcModel(nn.Module):
     def __init__(self, encoder: Encoder, phonemes: int, cfg: CtcModelConfig):
         super().__init__()
         self.encoder = encoder
-        self.ctc = CtcHead(encoder.cfg.width, phonemes)
+        self.ctc = CtcHead(encoder.width, phonemes)
         self.cfg = cfg
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -69,7 +69,7 @@ class CtcModel(nn.Module):
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch.or_silence(self.encoder.cfg.mels)
+        batch = batch.or_silence(self.encoder.bins)
         views_XTF, chunk = [batch.features_BTF], None
         if self.training:
             seed_dropout(batch)

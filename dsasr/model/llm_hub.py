@@ -33,8 +33,8 @@ def is_hub_name(path: str) -> bool:
     return bool(_NAME.fullmatch(path)) and not Path(path).exists()
 
 
-def find_llm(path: str) -> Path:
-    """The folder of ``model.llm.path``: itself, or the hub's model of that name.
+def find_model(path: str, key: str = "model.llm.path") -> Path:
+    """The folder of a model that the recipe's ``key`` names: itself, or the hub's model.
 
     The hub's model is downloaded into the library's cache unless it is there;
     ``HF_HUB_OFFLINE=1`` forbids downloads. Several ranks of a machine may call this at once.
@@ -45,7 +45,7 @@ def find_llm(path: str) -> Path:
         return folder
     if not is_hub_name(path):
         raise UserError(
-            f"model.llm.path: there is no {folder}/config.json; give a Hugging Face folder or a hub"
+            f"{key}: there is no {folder}/config.json; give a Hugging Face folder or a hub"
             " name, such as Qwen/Qwen3-1.7B"
         )
     from huggingface_hub import snapshot_download
@@ -56,12 +56,12 @@ def find_llm(path: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"model.llm.path: there is no folder {path}, and the hub's model of that name is not to"
+            f"{key}: there is no folder {path}, and the hub's model of that name is not to"
             f" be had ({reason}): give a local folder; or fetch it where there is a network, with"
             f" 'hf download {path}' (once huggingface-cli download), and set HF_HUB_OFFLINE=1"
         ) from None
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.llm.path: the hub's {path} has no language model (config.json)")
+        raise UserError(f"{key}: the hub's {path} has no config.json")
     return folder
 
 

@@ -11,63 +11,21 @@ partitioned.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dsasr.model import layerwise_init, lora
+from dsasr.model.hf_weights import TensorFiles, fill_buffers
 from dsasr.model.layerwise_init import Partition
 from dsasr.model.llm import embedding_rms, load_llm, read_llm_config
 from dsasr.utils import distributed
-from dsasr.utils.errors import UserError
 
 Adapt = Callable[[PreTrainedModel], None]  # injects LoRA's layers
 DrawAdapter = Callable[[str, tuple[int, ...]], Tensor]  # name, shape → a LoRA matrix
-
-
-class TensorFiles:
-    """The tensors of a Hugging Face folder by name, in one safetensors file or in several."""
-
-    def __init__(self, folder: Path):
-        """Raises `UserError` for an index or a file that cannot be read."""
-        self.folder = folder
-        self._files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._paths():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in list(file.keys()):
-                        self._files[name] = path
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read: {error}") from None
-
-    def _paths(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.is_file():
-            whole = self.folder / "model.safetensors"
-            return [whole] if whole.is_file() else []
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({Path(name).name for name in weight_map.values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} cannot be read: {error}") from None
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise UserError(
-                    f"the language model in {self.folder} lacks {name}: copy or download it again"
-                )
-        return [self.folder / name for name in names]
-
-    def read(self, name: str, into: Tensor) -> None:
-        """Copy the tensor into ``into``; the file is mapped only meanwhile."""
-        with safe_open(self._files[name], framework="pt") as file:
-            into.copy_(file.get_tensor(name))
 
 
 def match_tensors(llm: PreTrainedModel, files: TensorFiles) -> dict[str, str] | None:
@@ -130,7 +88,7 @@ def load_llm_partitioned(
     file_names = distributed.broadcast(match_tensors(llm, files))
     if file_names is None:
         return _load_whole(folder, partition, attn, dropout, adapt, draw_adapter)
-    _fill_buffers(llm, files, file_names)
+    fill_buffers(llm, files, file_names)
 
     def fill_layer(_layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():
@@ -193,7 +151,7 @@ def draw_llm(
     the same values. Torch's global random state is left as it was. Collective with ``partition``.
     """
     llm = _on_meta(read_llm_config(folder, dropout), attn, adapt)
-    _fill_buffers(llm)
+    fill_buffers(llm)
     owners: dict[int, PreTrainedModel] = {}
     for module in llm.modules():
         if isinstance(module, PreTrainedModel):
@@ -224,28 +182,3 @@ def _on_meta(config: PretrainedConfig, attn: str, adapt: Adapt | None) -> PreTra
         if adapt is not None:
             adapt(llm)
     return llm
-
-
-def _fill_buffers(
-    llm: PreTrainedModel,
-    files: TensorFiles | None = None,
-    file_names: Mapping[str, str] | None = None,
-) -> None:
-    """Fill the buffers of a model on the meta device: computed ones by their layers, others from
-    files.
-
-    As in transformers: with every weight marked as initialized, only buffers get values.
-    """
-    for parameter in llm.parameters():
-        parameter._is_hf_initialized = True
-    for layer in llm.modules():
-        layer._is_hf_initialized = False
-        for name, buffer in layer._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                layer._buffers[name] = torch.empty_like(buffer, device="cpu")
-    llm.initialize_weights()
-    for path, layer in llm.named_modules():
-        for name, buffer in layer._buffers.items():
-            full = f"{path}.{name}" if path else name
-            if buffer is not None and file_names and full in file_names:
-                files.read(file_names[full], buffer)

@@ -22,7 +22,7 @@ from dsasr.data.batch import Batch, upload
 from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
-from dsasr.model.encoders.conformer import Encoder, EncoderOutput
+from dsasr.model.encoders.protocol import Encoder, EncoderOutput
 from dsasr.model.llm import FusedLmHead, LlmConfig
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
@@ -182,7 +182,7 @@ class SpeechLLM(nn.Module):
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch.or_silence(self.encoder.cfg.mels, self.pad_id)
+        batch = batch.or_silence(self.encoder.bins, self.pad_id)
         # From the host: a copy from the GPU would wait for all that is queued there.
         frame_lengths_B = batch.host.feature_lengths_B.cpu()
         token_lengths_B = batch.host.token_lengths_B.cpu()

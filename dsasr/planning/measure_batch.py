@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
+from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,19 +77,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(t in text for t in OUT_OF_MEMORY)
 
 
-def synthetic_batch(shape: Shape, mels: int, phonemes: int, tokens: int) -> Batch:
+def synthetic_batch(shape: Shape, front_end: FrontEnd, phonemes: int, tokens: int) -> Batch:
     """A batch of that shape: noise for features, labels below ``phonemes`` and ``tokens``."""
-    count, frames = shape.samples, shape.frames
-    spoken = max(1, min(frames * PHONEMES_PER_SECOND // 100, frames // 6))
+    count = shape.samples
+    hop = front_end.rate // FRAMES_PER_SECOND
+    rows = front_end.frames((shape.frames - 1) * hop + front_end.window)
+    spoken = max(1, min(shape.frames * PHONEMES_PER_SECOND // 100, shape.frames // 6))
     labels = torch.arange(spoken) % max(phonemes - 1, 1) + 1  # no two alike beside each other
     said = max(shape.tokens, 1)
     generator = torch.Generator().manual_seed(0)
     return Batch.blank(
-        torch.randn(count, frames, mels, generator=generator),
+        torch.randn(count, rows, front_end.bins, generator=generator),
         phonemes_BP=labels.repeat(count, 1),
         tokens_BU=torch.randint(tokens, (count, said), generator=generator),
         keys=tuple(f"synthetic-{i}" for i in range(count)),
-        durations=(frames / 100,) * count,
+        durations=(shape.frames / 100,) * count,
         seed=1,
     )
 
@@ -113,7 +117,7 @@ class StageProbe:
         self.device_name = torch.cuda.get_device_name(self.device) if self.gpu else "the CPU"
         self.build, self.folder = Builder(recipe), tempfile.TemporaryDirectory()
         self.stage = recipe.stage(stage)
-        self.mels = recipe.model.encoder.mels
+        self.front_end = self.build.front_end
         for other in stages_beside(recipe, self.stage)[-1:]:  # the one that usually trains most
             self._enter(other).offload()
         self.branch = self._enter(self.stage)
@@ -150,7 +154,7 @@ class StageProbe:
         sft = stage.branch == "sft"
         phonemes = 2 if sft else len(self.build.phonemes)
         tokens = self.build.tokenizer.vocab_size if sft else 1
-        batch = synthetic_batch(shape, self.mels, phonemes, tokens)
+        batch = synthetic_batch(shape, self.front_end, phonemes, tokens)
         branch.step([batch] * stage.grad_accum_steps, 0)
 
     def _limit(self) -> None:

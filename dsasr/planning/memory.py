@@ -16,6 +16,7 @@ from dsasr.engine.config import read_ds_config
 from dsasr.planning.model_parts import ModelPart
 from dsasr.recipe import SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
+from dsasr.utils.errors import UserError
 
 GB = 1e9
 # Bytes of a parameter in bf16, of its gradient, and of its fp32 master weight and Adam moments.
@@ -109,6 +110,14 @@ def resident_parts(recipe: Recipe, stage: StageConfig) -> list[str]:
     return [part for branch in branches for part in recipe.parts(branch)]
 
 
+def check_known(recipe: Recipe) -> None:
+    """Raise `UserError` for an encoder whose activations and products are not modeled."""
+    if recipe.pretrained_encoder is not None:
+        raise UserError(
+            "plans are for the Conformer encoder: measure this recipe with `dsasr plan batch`"
+        )
+
+
 def step_memory(
     recipe: Recipe,
     stage: StageConfig,
@@ -120,6 +129,7 @@ def step_memory(
 
     ``parts``: at least those of `resident_parts` (`model_parts.count_parts`).
     """
+    check_known(recipe)
     at = micro_batch_positions(recipe, stage, traffic or Traffic())
     used = recipe.parts(stage.branch)
     wide = 2 if uses_float32(recipe, machine) else 1  # times the bytes in bf16

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dsasr.build import Builder
 from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.model import lora
 from dsasr.model.adaptor import Adaptor
 from dsasr.model.ctc import CtcHead
-from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.llm_hub import llm_config
 from dsasr.planning.flops import LlmShape
 from dsasr.recipe import Recipe
@@ -45,14 +45,14 @@ def count_parts(recipe: Recipe) -> dict[str, ModelPart]:
 
 def count_speech_parts(recipe: Recipe) -> dict[str, ModelPart]:
     """Encoder and CTC head; the head for `ASSUMED_PHONEMES` if the vocabulary is not there yet."""
-    config = recipe.model.encoder
     path = Path(recipe.data.phonemes)
     phonemes = len(PhonemeVocab.load(path)) if path.is_file() else ASSUMED_PHONEMES
+    encoder = Builder(recipe).encoder_shape
     with torch.device("meta"):
-        encoder, head = Encoder(config), CtcHead(config.width, phonemes)
+        head = CtcHead(encoder.width, phonemes)
     largest = max(count_parameters(block) for block in encoder.blocks)
     return {
-        "encoder": ModelPart(count_parameters(encoder), config.layers, largest),
+        "encoder": ModelPart(count_parameters(encoder), len(encoder.blocks), largest),
         "ctc": ModelPart(count_parameters(head), 1, count_parameters(head)),
     }
 
@@ -67,7 +67,7 @@ def count_llm_parts(recipe: Recipe) -> dict[str, ModelPart]:
     width = config.get_text_config().hidden_size
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
-        adaptor = Adaptor(model.adaptor, model.encoder.width, width)
+        adaptor = Adaptor(model.adaptor, Builder(recipe).encoder_shape.width, width)
     shape = LlmShape.of(llm)
     parts = {"adaptor": ModelPart(count_parameters(adaptor), 1, count_parameters(adaptor))}
     if model.lora is not None:

@@ -161,6 +161,8 @@ def stage_table(recipe: recipes.Recipe, ranks: int = 8) -> str:
 def _memory_note(
     recipe: recipes.Recipe, stage: StageConfig, parts: Mapping[str, ModelPart], ranks: int
 ) -> str:
+    if recipe.pretrained_encoder is not None:
+        return "not modeled for this encoder; `dsasr plan batch` measures it"
     if not set(resident_parts(recipe, stage)) <= parts.keys():
         return "not known"
     memory = step_memory(recipe, stage, Machine(nodes=1, gpus=ranks), parts)
@@ -193,7 +195,7 @@ def swap_rule(schedule: Schedule) -> str:
     """One line: when pretraining publishes an encoder."""
     drift = schedule.drift
     if schedule.pretrain is None:
-        return "encoder: given (model.encoder_from), never swapped"
+        return "encoder: from outside the run, never swapped"
     if drift.mode == "cka":
         first, interval = schedule.drift_steps()
         return (

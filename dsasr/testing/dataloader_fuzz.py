@@ -24,7 +24,6 @@ import soundfile
 import torch
 
 from dsasr.data.audio.augment import AugmentConfig
-from dsasr.data.audio.features import FbankConfig
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
@@ -163,7 +162,6 @@ def open_stream(
             DatasetConfig(name, str(folder / name / "*.tar"), weight=weight)
             for name, weight in zip(case.shards, case.weights, strict=True)
         ],
-        fbank=FbankConfig(),
         augment=AugmentConfig(noise_share=0.5) if case.augment else None,
         seed=case.seed,
         rank=rank,

@@ -102,7 +102,7 @@ class DriftMonitor:
         with branch.evaluating() as module:
             for batch in self.probe_batches:
                 # A rank without an utterance must still make the collective calls.
-                inputs = batch.or_silence(module.encoder.cfg.mels).to(distributed.device())
+                inputs = batch.or_silence(module.encoder.bins).to(distributed.device())
                 out = module.encoder(
                     inputs.features_BTF, inputs.feature_lengths_B, layers=self.config.layers
                 )

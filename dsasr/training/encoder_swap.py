@@ -27,7 +27,7 @@ from dsasr.training.drift import DriftMonitor, DriftTrigger
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
-EXTERNAL = "given"  # id and cause of the encoder that model.encoder_from names
+EXTERNAL = "given"  # id and cause of an encoder from outside the run
 
 
 class EncoderSwap:
@@ -320,6 +320,9 @@ class EncoderSwap:
         return replace(progress, published=usable)
 
     def _load_external(self, sft: BranchEngine) -> None:
+        """Load ``model.encoder_from``; an encoder that others trained is there already."""
+        if not self.recipe.model.encoder_from:
+            return
         folder = Path(self.recipe.model.encoder_from)
         try:
             sft.load_encoder(on_all_ranks(lambda: FragmentReader(folder)))

@@ -293,7 +293,7 @@ class OnlineProbe:
 
 def _encode(module, batch: Batch):
     """The encoder's output; collective, also for a rank whose batch has no utterance."""
-    nonempty = batch.or_silence(module.encoder.cfg.mels).to(distributed.device())
+    nonempty = batch.or_silence(module.encoder.bins).to(distributed.device())
     return module.encoder(nonempty.features_BTF, nonempty.feature_lengths_B)
 
 

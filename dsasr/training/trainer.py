@@ -98,7 +98,7 @@ class Trainer:
         if reader is not None:
             self._restore(reader)
             self.monitor.event("resumed", steps=self.steps, checkpoint=reader.folder.name)
-        elif self.recipe.starts_from_snapshot:
+        elif self.recipe.has_initial_encoder:
             external = Snapshot(EXTERNAL, 0, EXTERNAL)
             self.progress = add_published(self.progress, [external])
         for reason in passed_over:

@@ -107,18 +107,17 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
         return {}
     recordings, _ = read_recordings(
         [s for d in data.valid for s in ([d.shards] if isinstance(d.shards, str) else d.shards)],
-        rate=data.fbank.rate,
+        rate=build.front_end.rate,
         text=data.text,
         source=data.dataloader.source,
         limit=evaluation.suite_utterances,
     )
     results = transcribe_clips(
         module,
-        build_suite(recordings, evaluation.suite, rate=data.fbank.rate),
+        build_suite(recordings, evaluation.suite, rate=build.front_end.rate),
         build.tokenizer,
         evaluation.decode,
-        fbank=data.fbank,
-        cmvn=build.cmvn,
+        front_end=build.front_end,
         device=distributed.device(),
         rank=distributed.rank(),
         world_size=distributed.world_size(),

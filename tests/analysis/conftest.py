@@ -9,6 +9,7 @@ import pytest
 
 from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.data.audio.features import FbankConfig
+from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig
 from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.evaluation.eval_sets import Recording
@@ -17,9 +18,11 @@ from dsasr.evaluation.eval_sets import Recording
 @pytest.fixture
 def aligner() -> ProbedEncoder:
     """A run without a CTC head, whose frames are 40 ms."""
-    data = SimpleNamespace(phonemizer=PhonemizerConfig(kind="stored"), fbank=FbankConfig())
+    data = SimpleNamespace(phonemizer=PhonemizerConfig(kind="stored"))
     build = SimpleNamespace(
-        phonemes=PhonemeVocab.build([list("abcd")]), recipe=SimpleNamespace(data=data)
+        phonemes=PhonemeVocab.build([list("abcd")]),
+        recipe=SimpleNamespace(data=data),
+        front_end=FbankFrontEnd(FbankConfig()),
     )
     source = EncoderSource("x", "checkpoint")
     return ProbedEncoder(source, 0.04, lambda recordings: {}, build=build)

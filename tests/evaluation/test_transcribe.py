@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.evaluation.results import Result, Results
@@ -18,7 +19,7 @@ from dsasr.evaluation.suite import SuiteConfig, build_suite
 from dsasr.evaluation.transcribe import transcribe, transcribe_clips
 
 FBANK = FbankConfig()
-CMVN = Cmvn(torch.zeros(FBANK.mels), torch.ones(FBANK.mels))
+FRONT_END = FbankFrontEnd(FBANK, Cmvn(torch.zeros(FBANK.mels), torch.ones(FBANK.mels)))
 TOKENIZER = SimpleNamespace(pad_id=0, end_id=1, encode=lambda text: [2] * len(text))
 
 
@@ -49,7 +50,7 @@ def batch_sizes(monkeypatch) -> list[int]:
 
 
 def test_batches_give_results_by_key(batch_sizes):
-    batches = batch_recordings(RECORDINGS, fbank_config=FBANK, cmvn=CMVN, tokenizer=TOKENIZER)
+    batches = batch_recordings(RECORDINGS, front_end=FRONT_END, tokenizer=TOKENIZER)
     results = transcribe(None, batches, TOKENIZER, DecodeConfig(), device=torch.device("cpu"))
     assert [(r.key, r.reference, r.hypothesis) for r in results.rows] == [
         ("a", "one", "0.30"), ("b", "two", "0.50"), ("c", None, "0.40")
@@ -62,7 +63,7 @@ def test_batches_give_results_by_key(batch_sizes):
 def test_clips_keep_their_order_and_every_rank_decodes_as_often(batch_sizes):
     config = SuiteConfig(clips=1, seconds=0.6, snrs=(5.0,), truncations=(0.5,))
     clips = build_suite(RECORDINGS, config)
-    options = {"fbank": FBANK, "cmvn": CMVN, "device": torch.device("cpu"), "frames": 100}
+    options = {"front_end": FRONT_END, "device": torch.device("cpu"), "frames": 100}
     results = transcribe_clips(None, clips, TOKENIZER, DecodeConfig(), **options)
     labels = [(clip.key, clip.condition, clip.text, clip.lang) for clip in clips]
     assert [(r.key, r.condition, r.reference, r.lang) for r in results.rows] == labels

@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.inference.recognizer import Recognizer, Token, _srt_time
 from dsasr.inference.segmentation import SegmentationConfig
@@ -53,9 +54,9 @@ def batches(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def recognizer() -> Recognizer:
-    cmvn = Cmvn(torch.zeros(80), torch.ones(80))
-    return Recognizer(None, Letters(), FbankConfig(), cmvn, SegmentationConfig(max_seconds=6),
-                      DecodeConfig(), batch_seconds=12)  # fmt: skip
+    front_end = FbankFrontEnd(FbankConfig(), Cmvn(torch.zeros(80), torch.ones(80)))
+    segmentation = SegmentationConfig(max_seconds=6)
+    return Recognizer(None, Letters(), front_end, segmentation, DecodeConfig(), batch_seconds=12)
 
 
 def loud(seconds: float) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.model.llm_hub import find_llm, is_hub_name
+from dsasr.model.llm_hub import find_model, is_hub_name
 from dsasr.planning.model_parts import count_parts
 from dsasr.utils.errors import UserError
 
@@ -52,9 +52,9 @@ def test_offline_the_error_names_the_ways_out(offline, tiny):
 
 
 def test_names_and_folders(tmp_path, tiny):
-    assert find_llm(str(tiny.parent / "lm")) == tiny.parent / "lm"
+    assert find_model(str(tiny.parent / "lm")) == tiny.parent / "lm"
     assert is_hub_name("Qwen/Qwen3-1.7B") and is_hub_name("gpt2")
     for path in ("/nowhere/lm", "../lm", "a/b/c", "", "https://huggingface.co/gpt2", str(tmp_path)):
         assert not is_hub_name(path)
         with pytest.raises(UserError, match="Hugging Face folder or a hub name"):
-            find_llm(path)
+            find_model(path)

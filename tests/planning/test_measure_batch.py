@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsasr.data.audio.features import FbankConfig
+from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.planning.measure_batch import Shape, is_out_of_memory, synthetic_batch
 
 
@@ -18,7 +20,7 @@ def test_out_of_memory_is_distinguished_from_other_errors() -> None:
 
 
 def test_synthetic_batches_are_what_a_model_takes() -> None:
-    batch = synthetic_batch(Shape(3, 200, 7), mels=80, phonemes=5, tokens=11)
+    batch = synthetic_batch(Shape(3, 200, 7), FbankFrontEnd(FbankConfig()), phonemes=5, tokens=11)
     assert batch.features_BTF.shape == (3, 200, 80) and batch.tokens_BU.shape == (3, 7)
     assert batch.phonemes_BP.min() >= 1 and batch.phonemes_BP.max() < 5
     assert not (batch.phonemes_BP[:, 1:] == batch.phonemes_BP[:, :-1]).any()

@@ -34,7 +34,10 @@ def test_a_page_is_written_and_a_stale_one_refused(reference, tmp_path):
     # A default of the recipe's, not of the class; a repeated section; a required key.
     assert "| `evaluation.suite.clips` | integer | `2` |" in text
     assert text.count(".min_seconds`") == 1 and "(#datadataloaderbatch)" in text
-    assert "| `data.cmvn` | string | required |" in text and "| `demo` | " in text
+    assert "| `data.train` | list of sections | required |" in text and "| `demo` | " in text
+    # Both kinds of an encoder, each with its keys.
+    assert "(#modelencoder); see [model.encoder with path](#modelencoder-with-path) |" in text
+    assert "### model.encoder with path\n" in text and "| `model.encoder.pad_to` |" in text
     reference.main(["--page", str(page), "--check"])
     page.write_text(text.replace("`0.0`", "`0.1`"))
     with pytest.raises(UserError, match=r"run 'python tools/recipe_reference\.py'"):

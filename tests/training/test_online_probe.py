@@ -111,7 +111,7 @@ class ProbeBatch:
 
 
 class LinearEncoder:
-    cfg = SimpleNamespace(mels=6)
+    bins = 6
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight

@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, cfg: recipe.Recipe, folder: Path) -> dict:
     sft = stage.branch == "sft"
     phonemes = 2 if sft else len(build.phonemes)
     tokens = build.tokenizer.vocab_size if sft else 1
-    batch = synthetic_batch(shape, cfg.model.encoder.mels, phonemes, tokens)
+    batch = synthetic_batch(shape, build.front_end, phonemes, tokens)
     warm_up(cfg, stage, batch, folder)
     memory = Memory()
     module = build.module(stage.branch, None if args.whole else partitioner(cfg.engine))

@@ -331,6 +331,10 @@ class Cmvn:
     def apply(self, x_TF: Tensor) -> Tensor:
         return (x_TF - self._shift.to(x_TF.device)) * self._scale.to(x_TF.device)
 
+    def apply_(self, x_TF: Tensor) -> Tensor:
+        """`apply` in place, on the CPU."""
+        return x_TF.sub_(self._shift).mul_(self._scale)
+
     @classmethod
     def accumulate(cls, features: Iterable[Tensor], mels: int) -> Cmvn:
         """The statistics of all frames of ``features`` ([T, F] each), in float64."""

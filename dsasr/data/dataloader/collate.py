@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 
 from dsasr.data.audio.augment import AugmentConfig, AugmentParams, augment_wave
-from dsasr.data.audio.features import (
-    AudioError,
-    Cmvn,
-    FbankConfig,
-    decode,
-    fbank,
-    fbank_batch,
-    one_thread,
-)
+from dsasr.data.audio.features import AudioError, decode, one_thread
+from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, PlannedSample, Task
 from dsasr.data.dataloader.workers import Allocate
@@ -163,20 +156,17 @@ class Collator:
         self,
         *,
         storage: ShardStorage,
-        fbank: FbankConfig,
-        cmvn: Cmvn | None,
+        front_end: FrontEnd,
         augment: AugmentConfig | None,
         text: TextEncoder,
         max_seconds: float,
         features_on_device: bool,
     ) -> None:
-        self.storage, self.fbank, self.cmvn, self.augment = storage, fbank, cmvn, augment
+        self.storage, self.front_end, self.augment = storage, front_end, augment
         self.text, self.max_seconds = text, max_seconds
         self.features_on_device = features_on_device
         self.voices: Sequence[Tensor] = ()  # for babble
         self.recordings: Sequence[Tensor] = ()  # of the noise shards
-        if cmvn is not None:
-            self.shift_F, self.scale_F = cmvn.mean_F.float(), (1.0 / cmvn.std_F).float()
 
     def collate(self, task: Task, allocate: Allocate) -> tuple[np.ndarray, CollatedBatch]:
         """A task's padded array, [B, T, F] features or [B, n] audio, and the rest of its batch.
@@ -201,22 +191,22 @@ class Collator:
                 row[len(sample.features) :] = 0.0
             array = batch
         else:
-            shape = (len(samples), longest, self.fbank.mels)
+            shape = (len(samples), longest, self.front_end.bins)
             array = _pad_features(samples, _reshape_memory(batch, shape))
         stats["bytes"] = float(self.storage.bytes - bytes_before)
         return array, self._collate_labels(samples, bad, stats)
 
     def _planned_shape(self, task: Task) -> tuple[int, int, int]:
         """[B, T, F] of the batch if its samples are as planned."""
-        step = self.fbank.rate / FRAMES_PER_SECOND
+        step = self.front_end.rate / FRAMES_PER_SECOND
         lengths = (
-            round(planned.entry.duration * self.fbank.rate)
+            round(planned.entry.duration * self.front_end.rate)
             if self.augment is None or planned.plain
             else int(planned.frames * step)
             for planned in task.samples
         )
-        longest = max(map(self.fbank.frames, lengths), default=0)
-        return len(task.samples), longest, self.fbank.mels
+        longest = max(map(self.front_end.frames, lengths), default=0)
+        return len(task.samples), longest, self.front_end.bins
 
     def _collate_labels(
         self, samples: list[_CollatedSample], bad: list[DroppedSample], stats: dict[str, float]
@@ -265,9 +255,9 @@ class Collator:
         wave = self._decode(sample)
         times.append(time.perf_counter())
         if params is not None:
-            wave = augment_wave(wave, params, self.voices, self.fbank.rate, self.recordings)
+            wave = augment_wave(wave, params, self.voices, self.front_end.rate, self.recordings)
         times.append(time.perf_counter())
-        seconds = len(wave) / self.fbank.rate
+        seconds = len(wave) / self.front_end.rate
         if seconds * FRAMES_PER_SECOND > planned.frames + FRAME_SLACK:
             # The batch was planned by the index; a longer sample could exceed the memory.
             detail = f"{seconds:.2f} s, planned for {planned.frames / FRAMES_PER_SECOND:.2f} s"
@@ -285,18 +275,17 @@ class Collator:
         cut = cut_seconds is not None
         seconds = cut_seconds if cut else self.max_seconds
         try:
-            return decode(sample.audio, rate=self.fbank.rate, max_seconds=seconds, cut=cut)
+            return decode(sample.audio, rate=self.front_end.rate, max_seconds=seconds, cut=cut)
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
 
     def _features(self, wave: Tensor, sample: Sample, out: Tensor | None) -> Tensor:
-        if len(wave) < self.fbank.window:
+        if len(wave) < self.front_end.window:
             raise BadSample("too_short", sample.shard, sample.key, f"{len(wave)} samples of audio")
         if self.features_on_device:
             return wave
-        fits = out is not None and self.fbank.frames(len(wave)) <= len(out)
-        features = fbank(wave, self.fbank, out if fits else None)
-        return features if self.cmvn is None else features.sub_(self.shift_F).mul_(self.scale_F)
+        fits = out is not None and self.front_end.frames(len(wave)) <= len(out)
+        return self.front_end.features(wave, out if fits else None)
 
     def _read(self, planned: PlannedSample) -> Sample:
         entry, shard = planned.entry, planned.shard
@@ -315,13 +304,9 @@ class Collator:
     ) -> tuple[Tensor, Tensor]:
         """Collated audio → features [B, T, F] on ``device`` and their frames [B] on the CPU."""
         if not len(lengths_B):
-            return torch.zeros(0, 0, self.fbank.mels, device=device), lengths_B
+            return torch.zeros(0, 0, self.front_end.bins, device=device), lengths_B
         lengths = lengths_B.to(device, non_blocking=True)
-        features, frames = fbank_batch(waves_BN.to(device, non_blocking=True), lengths, self.fbank)
-        if self.cmvn is not None:
-            features = self.cmvn.apply(features)
-            beyond = torch.arange(features.shape[1], device=device) >= frames[:, None]
-            features = features.masked_fill(beyond[..., None], 0.0)
+        features, frames = self.front_end.batch(waves_BN.to(device, non_blocking=True), lengths)
         return features, frames.cpu()
 
     def load_recordings(

@@ -26,10 +26,17 @@ from typing import Any, Literal
 import torch
 
 from dsasr.data.audio.augment import RECORDED, AugmentConfig
-from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.audio.features import FbankConfig
+from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.augment_sampler import planned_seconds
-from dsasr.data.dataloader.bucketing import BatchConfig, DatasetPart, PlanConfig, Task
+from dsasr.data.dataloader.bucketing import (
+    FRAMES_PER_SECOND,
+    BatchConfig,
+    DatasetPart,
+    PlanConfig,
+    Task,
+)
 from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.dataloader.workers import Payload, WorkerPool, run_inline
@@ -149,8 +156,8 @@ class StreamingDataLoader(Iterator[Batch]):
 
     ``purpose="train"``: endless, shuffled, augmented. ``purpose="eval"``: one epoch, in order of
     length, not augmented. ``epochs`` overrides how often a stream goes over the data (0: endless).
-    With ``features="device"`` fbank runs on ``device`` in this process and the batch's features
-    lie there. All ranks must pass the same arguments except ``rank``.
+    With ``features="device"`` the front end runs on ``device`` in this process and the batch's
+    features are there. All ranks must pass the same arguments except ``rank``.
     """
 
     def __init__(
@@ -159,8 +166,7 @@ class StreamingDataLoader(Iterator[Batch]):
         *,
         datasets: Sequence[DatasetConfig],
         text: TextEncoder | None = None,
-        fbank: FbankConfig | None = None,
-        cmvn: Cmvn | None = None,
+        front_end: FrontEnd | None = None,
         augment: AugmentConfig | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -177,8 +183,7 @@ class StreamingDataLoader(Iterator[Batch]):
         storage = ShardStorage(config.source)
         self.collator = Collator(
             storage=storage,
-            fbank=fbank or FbankConfig(),
-            cmvn=cmvn,
+            front_end=front_end or FbankFrontEnd(FbankConfig()),
             augment=augment,
             text=text or TextEncoder(),
             max_seconds=config.batch.max_seconds,
@@ -243,11 +248,20 @@ class StreamingDataLoader(Iterator[Batch]):
         if not self.config.num_workers:
             return None
         frames = self.config.batch.frames
-        floats = frames * (160 if self.config.features == "device" else self.collator.fbank.mels)
+        floats = frames * self._floats_per_frame
         slot = 4 * floats + (floats // 4) + (2 << 20)
         return WorkerPool(
             self.collator.collate, self.config.num_workers, self.config.prefetch, slot
         )
+
+    @property
+    def _floats_per_frame(self) -> int:
+        """Of the array that a worker fills, for 10 ms of audio."""
+        front_end = self.collator.front_end
+        samples = front_end.rate // FRAMES_PER_SECOND
+        if self.config.features == "device":
+            return samples
+        return -(-front_end.frames(100 * samples) // 100) * front_end.bins
 
     def __next__(self) -> Batch:
         if self.closed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dsasr.model import activation_checkpointing
 from dsasr.model.dynamic_chunks import Chunk
+from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
 from dsasr.utils.errors import UserError
 
 
@@ -55,17 +56,6 @@ class EncoderConfig:
             raise UserError("encoder width, layers, ffn and conv_expansion must be at least 1")
 
 
-class EncoderOutput(NamedTuple):
-    """``frames_BSE`` (zero where padded), their ``lengths_B``, each block's output if asked for.
-
-    A tuple, because ZeRO-3 looks for tensors in tuples only when it hooks a module's output.
-    """
-
-    frames_BSE: Tensor
-    lengths_B: Tensor
-    layers: tuple[Tensor, ...] = ()
-
-
 @dataclass(frozen=True)
 class _Context:
     """What every block of one forward pass shares."""
@@ -75,11 +65,6 @@ class _Context:
     bias: Tensor | None  # 0 or -inf, broadcasts to the scores [B, heads, S, S]; None: all see all
     padding_BS1: Tensor | None  # bool, True where padded; None: nothing is
     chunk: Chunk | None
-
-
-def valid_frames(lengths_B: Tensor, frames: int) -> Tensor:
-    """Bool [B, frames], True where an utterance has a frame."""
-    return torch.arange(frames, device=lengths_B.device) < lengths_B.unsqueeze(1)
 
 
 class StridedConv(nn.Conv2d):
@@ -279,9 +264,14 @@ class Encoder(nn.Module):
     Built under ``torch.device("meta")`` it takes no memory; `reset_parameters` fills it later.
     """
 
+    front_end = None  # filter banks, by the recipe's data.fbank
+    frame_seconds = 0.04
+    takes_chunks = True
+
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.cfg = cfg
+        self.width, self.bins = cfg.width, cfg.mels
         self.subsampling = Subsampling(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))

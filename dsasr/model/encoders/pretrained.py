@@ -1,112 +1,258 @@
-"""Encoders from elsewhere: Hugging Face folders of Whisper, wav2vec 2.0, HuBERT and their kin."""
+"""Encoders that others trained, from Hugging Face folders: what all families share.
+
+A family is a short file beside this one: a subclass of `PretrainedEncoder` that says which front
+end it reads, how many frames come out, and how padding is kept out of an utterance's frames.
+Weights are safetensors, read by name; no code from the folder is run.
+
+Whatever a family of transformers does at random in training (layer drop, time masks) is off: it
+would make ranks differ, and the recipe has SpecAugment and dropout of its own. BatchNorm keeps the
+statistics that it was trained with.
+"""
 
 from __future__ import annotations
 
-import math
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsasr.data.audio.frontends import PretrainedFrontEnd
+from dsasr.model import activation_checkpointing
+from dsasr.model.dynamic_chunks import Chunk
+from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
 from dsasr.utils.errors import UserError
 
-RATE = 16000  # all of them read 16 kHz
-WHISPER_STEP = 0.02  # seconds of one of its frames
-WAVES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
+# model_type in config.json → (module beside this one, class)
+FAMILIES = {
+    "whisper": ("whisper", "WhisperEncoder"),
+    "qwen2_audio": ("whisper", "PooledWhisperEncoder"),
+    "qwen2_audio_encoder": ("whisper", "PooledWhisperEncoder"),
+    "voxtral": ("whisper", "WhisperEncoder"),
+    "voxtral_encoder": ("whisper", "WhisperEncoder"),
+    "wav2vec2": ("wav2vec2", "Wav2Vec2Encoder"),
+    "hubert": ("wav2vec2", "Wav2Vec2Encoder"),
+    "wavlm": ("wav2vec2", "Wav2Vec2Encoder"),
+    "unispeech": ("wav2vec2", "Wav2Vec2Encoder"),
+    "unispeech-sat": ("wav2vec2", "Wav2Vec2Encoder"),
+    "data2vec-audio": ("wav2vec2", "Data2VecEncoder"),
+    "wav2vec2-bert": ("wav2vec2_bert", "Wav2Vec2BertEncoder"),
+    "parakeet_ctc": ("parakeet", "ParakeetEncoder"),
+    "parakeet_rnnt": ("parakeet", "ParakeetEncoder"),
+    "parakeet_tdt": ("parakeet", "ParakeetEncoder"),
+    "parakeet_encoder": ("parakeet", "ParakeetEncoder"),
+}
+RATE = 16000  # every family reads 16 kHz
 
 
 @dataclass(frozen=True)
-class ForeignEncoder:
-    """``frames(wave)`` gives the encoder's last hidden states, one each ``frame_seconds``."""
+class PretrainedEncoderConfig:
+    """An encoder that others trained: Whisper, wav2vec 2.0, HuBERT, WavLM, Parakeet …"""
 
-    name: str
-    module: nn.Module
-    extractor: object
-    kind: str
+    path: str  # Hugging Face folder, or a hub name such as openai/whisper-large-v3
+    weights: bool = True  # false: weights drawn at random, for benchmarks and baselines
+    layers: int = 0  # blocks kept, from the input; 0: all
+    layer_sum: bool = False  # output: a learned weighted sum over all blocks instead of the last
+    dropout: float | None = None  # of hidden states, attention and activations; null: the folder's
+    pad_to: float = 0.0  # seconds that every utterance is padded to; Whisper was trained on 30
+    activation_checkpointing: bool = False  # recompute each block in the backward pass
+    recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("model.encoder.path: give a Hugging Face folder or a hub name")
+        if self.layers < 0 or self.pad_to < 0:
+            raise UserError("model.encoder.layers and model.encoder.pad_to must not be negative")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError("model.encoder.dropout must be at least 0 and below 1")
+
+
+class PretrainedEncoder(nn.Module, ABC):
+    """A family's encoder around transformers' layers; see `dsasr.model.encoders.protocol.Encoder`.
+
+    Subclasses set ``front_end``, ``width`` and ``frame_seconds`` and implement `build`,
+    `output_lengths`, ``blocks`` and `_encode`.
+    """
+
+    takes_chunks = False
+    anchor: str  # a parameter's name that finds the encoder inside a larger checkpoint
+    front_end: PretrainedFrontEnd
+    width: int
     frame_seconds: float
 
-    @torch.no_grad()
-    def frames(self, wave: np.ndarray) -> Tensor:
-        """Mono audio at 16 kHz, float [n] in [−1, 1] → [S, E] float32 on the CPU.
+    def __init__(self, settings: Any, cfg: PretrainedEncoderConfig):
+        """``settings``: transformers' configuration of the encoder (not of a model around it)."""
+        super().__init__()
+        self.cfg, self.settings = cfg, _quiet(settings, cfg.dropout)
+        self.model = self.build(self.settings)
+        if hasattr(self.model, "masked_spec_embed"):  # of the time masks that are off
+            del self.model.masked_spec_embed
+        count = len(self.blocks)
+        if cfg.layers > count:
+            raise UserError(
+                f"model.encoder.layers={cfg.layers}: {cfg.path} has {count} blocks; give fewer"
+            )
+        if cfg.layers:
+            del self.blocks[cfg.layers :]
+        self.layer_weights = None
+        if cfg.layer_sum:
+            self.layer_weights = nn.Parameter(torch.zeros(len(self.blocks)))
+        if cfg.activation_checkpointing:
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            enable = getattr(self.model, new if hasattr(self.model, new) else old)
+            enable(activation_checkpointing.options(keep=cfg.recompute == "cheap"))
 
-        Utterance by utterance, so that no padding is seen. Whisper's 30 s window is cut to the
-        audio's own frames; longer audio is a `UserError`.
+    # -- what a family says ------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self, settings: Any) -> nn.Module:
+        """transformers' encoder of these settings, with fresh weights."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The layers, from the input on."""
+
+    @abstractmethod
+    def output_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Encoder frames of utterances of ``lengths_B`` feature frames."""
+
+    @abstractmethod
+    def _encode(self, features_BTF: Tensor, lengths_B: Tensor, out_lengths_B: Tensor) -> Tensor:
+        """[B, S, E]; frames beyond ``out_lengths_B`` may hold anything finite."""
+
+    # -- what all share ----------------------------------------------------------------------
+
+    @property
+    def bins(self) -> int:
+        return self.front_end.bins
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def train(self, mode: bool = True) -> PretrainedEncoder:
+        """Training mode for all but BatchNorm, whose statistics must not drift."""
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
+        return self
+
+    def forward(
+        self,
+        features_BTF: Tensor,
+        lengths_B: Tensor,
+        chunk: Chunk | None = None,
+        layers: bool = False,
+    ) -> EncoderOutput:
+        """Encode ``features_BTF``, of which ``lengths_B`` frames are valid and >= 1.
+
+        Runs in the dtype of the weights. Raises ValueError for a chunk: these encoders see all.
         """
-        inputs = self.extractor(wave, sampling_rate=RATE, return_tensors="pt")
-        device = next(self.module.parameters()).device
-        if self.kind == "whisper":
-            limit = self.module.config.max_source_positions * self.frame_seconds
-            if len(wave) > limit * RATE:
-                raise UserError(f"{self.name} reads {limit:g} s at most: leave out longer audio")
-            states = self.module(inputs["input_features"].to(device)).last_hidden_state[0]
-            count = max(1, round(len(wave) / RATE / self.frame_seconds))
-            return states[:count].float().cpu()
-        return self.module(inputs["input_values"].to(device)).last_hidden_state[0].float().cpu()
+        if chunk is not None:
+            raise ValueError(f"{type(self).__name__} knows no chunks")
+        features = features_BTF.to(self.dtype)
+        if self.cfg.pad_to:
+            steps = round(self.cfg.pad_to * self.front_end.steps_per_second)
+            missing = max(0, steps - features.shape[1])
+            features = nn.functional.pad(features, (0, 0, 0, missing), value=self._silence())
+        valid_BT = valid_frames(lengths_B, features.shape[1]).unsqueeze(2)
+        features = torch.where(valid_BT, features, self._silence(features, lengths_B))
+        seen_B = torch.full_like(lengths_B, features.shape[1]) if self.cfg.pad_to else lengths_B
+        out_lengths_B = self.output_lengths(lengths_B)
+        with self._recorded(layers or self.layer_weights is not None) as outputs:
+            frames = self._encode(features, seen_B, self.output_lengths(seen_B))
+        if self.layer_weights is not None:
+            shares = self.layer_weights.softmax(0).to(frames.dtype)
+            frames = sum(share * x for share, x in zip(shares, outputs, strict=True))
+        frames = frames[:, : int(self.output_lengths(torch.tensor(features_BTF.shape[1])))]
+        valid_BS1 = valid_frames(out_lengths_B, frames.shape[1]).unsqueeze(2)
+        frames = frames.masked_fill(~valid_BS1, 0.0)
+        return EncoderOutput(frames, out_lengths_B, tuple(outputs) if layers else ())
+
+    def _silence(self, features: Tensor | None = None, lengths_B: Tensor | None = None):
+        """What stands where no audio is: a number, or a tensor that broadcasts to [B, T, F]."""
+        return 0.0
+
+    @contextmanager
+    def _recorded(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """The blocks' outputs [B, S, E] of the forward passes inside, in order."""
+        outputs: list[Tensor] = []
+
+        def record(_block: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [b.register_forward_hook(record) for b in self.blocks] if wanted else []
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def longest(path: str | Path) -> float:
-    """The seconds of audio that a Hugging Face folder's encoder reads at most: Whisper's 30, else
-    infinity. Raises `UserError` as `load` does; reads no weights."""
-    config = _config(path)
-    return (
-        config.max_source_positions * WHISPER_STEP if config.model_type == "whisper" else math.inf
-    )
+def family_of(model_type: str, path: str) -> type[PretrainedEncoder]:
+    """The family's class. Raises `UserError` with the families known."""
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted({name for name in FAMILIES if not name.endswith("_encoder")}))
+        raise UserError(f"{path} is of type '{model_type}', no known encoder: use one of {known}")
+    module, name = FAMILIES[model_type]
+    return getattr(importlib.import_module(f"dsasr.model.encoders.{module}"), name)
 
 
-def _config(path: str | Path):
+def read_settings(folder: Path) -> Any:
+    """transformers' configuration of the encoder in a Hugging Face folder.
+
+    Raises `UserError` for a folder without a config.json, or with one that is damaged.
+    """
     from transformers import AutoConfig
 
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} is no Hugging Face folder: it has no config.json")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if config.model_type not in ("whisper", *WAVES):
-        known = ", ".join(WAVES)
-        raise UserError(f"{path} is of type '{config.model_type}': use whisper or one of {known}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}/config.json: {reason}") from None
+    family_of(config.model_type, str(folder))
+    for name in ("audio_config", "encoder_config"):
+        if hasattr(config, name):
+            return getattr(config, name)
     return config
 
 
-def load(path: str | Path, *, random: bool = False, seed: int = 0) -> ForeignEncoder:
-    """The encoder of a Hugging Face folder (config.json, safetensors); nothing is downloaded.
+def build_encoder(folder: Path, cfg: PretrainedEncoderConfig) -> PretrainedEncoder:
+    """The encoder of a Hugging Face folder with fresh weights; under ``torch.device("meta")`` it
+    takes no memory. Raises `UserError` for a folder that is none or of an unknown family."""
+    settings = read_settings(folder)
+    return family_of(settings.model_type, str(folder))(settings, cfg)
 
-    ``random`` draws the weights anew instead of reading them: the baseline of that architecture.
-    Raises `UserError` for a folder that is none, or of an architecture not named here.
-    """
-    from transformers import AutoModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a tool has its own
-    folder, config = Path(path), _config(path)
-    kind = config.model_type
-    if random:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModel.from_config(config)
-    else:
-        try:
-            model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from None
-    known = (folder / "preprocessor_config.json").is_file()
-    if kind == "whisper":
-        step = WHISPER_STEP
-        extractor = (
-            WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
-            if known
-            else WhisperFeatureExtractor(
-                feature_size=config.num_mel_bins,
-                chunk_length=round(config.max_source_positions * step),
-            )
-        )
-        module = model.get_encoder()
-    else:
-        step = float(np.prod(config.conv_stride)) / RATE
-        extractor = (
-            Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
-            if known
-            else Wav2Vec2FeatureExtractor(do_normalize=True)
-        )
-        module = model
-    name = folder.name + (" (random)" if random else "")
-    return ForeignEncoder(name, module.eval().requires_grad_(False), extractor, kind, step)
+def _quiet(settings: Any, dropout: float | None) -> Any:
+    """The settings without random skips and masks, and with the recipe's dropout."""
+    values = settings.to_dict()
+    for name in ("layerdrop", "encoder_layerdrop", "mask_time_prob", "mask_feature_prob"):
+        if name in values:
+            setattr(settings, name, 0.0)
+    if "apply_spec_augment" in values:
+        settings.apply_spec_augment = False
+    if dropout is not None:
+        for name in values:
+            if (
+                "dropout" in name
+                and isinstance(values[name], float | int)
+                and name != "classifier_dropout"
+            ):
+                setattr(settings, name, dropout)
+    return settings
+
+
+def construct(model: type[nn.Module], settings: Any) -> nn.Module:
+    """transformers' ``model`` of these settings, with torch's fused attention where it has that."""
+    settings._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    return model(settings)

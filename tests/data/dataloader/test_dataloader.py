@@ -20,6 +20,7 @@ import torch
 
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import Cmvn, FbankConfig
+from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import (
@@ -329,7 +330,9 @@ def test_cmvn_is_applied_and_padding_stays_zero(tmp_path, config, features) -> N
     cmvn = Cmvn(torch.linspace(1, 9, 80), torch.linspace(0.5, 4, 80))
     config = replace(config, features=features)
     pairs = zip(
-        collect(config, tmp_path / "c"), collect(config, tmp_path / "c", cmvn=cmvn), strict=True
+        collect(config, tmp_path / "c"),
+        collect(config, tmp_path / "c", front_end=FbankFrontEnd(FbankConfig(), cmvn)),
+        strict=True,
     )
     for plain, normal in pairs:
         for i, n in enumerate(plain.feature_lengths_B.tolist()):
@@ -343,7 +346,7 @@ def test_any_shift_of_frames(tmp_path, config, shift) -> None:
     """The plan counts hundredths of a second, whatever the features' rate."""
     plain_corpus(tmp_path / "c", [6])
     fbanks = FbankConfig(shift_ms=shift, mels=23)
-    for batch in collect(config, tmp_path / "c", fbank=fbanks):
+    for batch in collect(config, tmp_path / "c", front_end=FbankFrontEnd(fbanks)):
         want = [fbanks.frames(round(seconds * RATE)) for seconds in batch.durations]
         assert batch.feature_lengths_B.tolist() == want and batch.features_BTF.shape[2] == 23
         for row, length in zip(batch.features_BTF, want, strict=True):

@@ -1,0 +1,53 @@
+"""What the rest of the package needs of an encoder, ours or one that others trained."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from dsasr.data.audio.frontends import PretrainedFrontEnd
+from dsasr.model.dynamic_chunks import Chunk
+
+
+class EncoderOutput(NamedTuple):
+    """``frames_BSE`` (zero where padded), their ``lengths_B``, each block's output if asked for.
+
+    A tuple, because ZeRO-3 looks for tensors in tuples only when it hooks a module's output.
+    """
+
+    frames_BSE: Tensor
+    lengths_B: Tensor
+    layers: tuple[Tensor, ...] = ()
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Features [B, T, F] to frames [B, S, E]; an utterance's frames do not depend on its batch."""
+
+    # None: filter banks with CMVN, as the recipe's data.fbank says
+    front_end: PretrainedFrontEnd | None
+    width: int  # E
+    bins: int  # F
+    frame_seconds: float  # of audio between two encoder frames
+    takes_chunks: bool  # whether `chunk` may be given: dynamic chunks in training, streaming
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+
+    def output_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Encoder frames S of utterances of ``lengths_B`` feature frames T."""
+
+    def __call__(
+        self,
+        features_BTF: Tensor,
+        lengths_B: Tensor,
+        chunk: Chunk | None = None,
+        layers: bool = False,
+    ) -> EncoderOutput: ...
+
+
+def valid_frames(lengths_B: Tensor, frames: int) -> Tensor:
+    """Bool [B, frames], True where an utterance has a frame."""
+    return torch.arange(frames, device=lengths_B.device) < lengths_B.unsqueeze(1)

@@ -1,0 +1,109 @@
+"""A run whose encoder others trained: a tiny random Whisper through all stages on two ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from transformers import WhisperConfig, WhisperModel
+
+from dsasr import Recognizer, config, recipe
+from dsasr.build import Builder
+from dsasr.checkpoint.locate import open_run_checkpoint
+from dsasr.checkpoint.tensor_fragments import MANIFEST
+from dsasr.inference import export
+from dsasr.inference.model_from_run import RunModel
+from dsasr.tracking.run_log import read_events
+from dsasr.utils.errors import UserError
+
+TRAIN = Path(__file__).parents[2] / "dsasr" / "train.py"
+LAST = "step-0000000042"
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whisper")
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
+             "encoder_ffn_dim": 32}  # fmt: skip
+    small = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    tokens = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+              "decoder_start_token_id": 1}  # fmt: skip
+    WhisperModel(WhisperConfig(**shape, **small, **tokens)).save_pretrained(folder)
+    return folder
+
+
+def overrides(whisper: Path) -> list[str]:
+    """What a recipe of ours changes to start from that encoder."""
+    return [
+        f"model.encoder={{path: {whisper}}}", "data.cmvn=''", "model.adaptor.stack=8",
+        "model.pretrain.chunks=null", "model.sft.chunks=null",
+        "data.dataloader.batch.max_seconds=20",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(launch, tiny, whisper, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = launch(TRAIN, "--recipe", tiny, f"run={folder}", *overrides(whisper))
+    assert done.returncode == 0, done.stdout[-3000:]
+    return folder
+
+
+def checksums(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / MANIFEST).read_text())["files"]
+
+
+@pytest.mark.launcher
+def test_four_stages_with_a_swap(trained):
+    events = list(read_events(trained))
+    assert [e["name"] for e in events if e["event"] == "stage_end"][-1] == "joint"
+    assert [e for e in events if e["event"] == "swap"][-1]["cause"] == "final"
+    assert (trained / "checkpoints" / LAST).is_dir()
+
+
+@pytest.mark.launcher
+def test_a_resumed_run_ends_in_the_same_bits(trained, launch, tiny, whisper, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "snapshots" / "PUBLISHER").unlink()  # the copied run's
+    for path in sorted((folder / "checkpoints").glob("step-*"))[-2:]:
+        shutil.rmtree(path)
+    done = launch(TRAIN, "--recipe", tiny, f"run={folder}", *overrides(whisper))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert checksums(folder / "checkpoints" / LAST) == checksums(trained / "checkpoints" / LAST)
+
+
+@pytest.mark.launcher
+def test_the_export_needs_neither_the_encoders_folder_nor_the_run(trained, whisper, tmp_path):
+    cfg = config.build(recipe.Recipe, config.read_recipe(str(trained / "recipe.yaml")))
+    of_run = RunModel.from_run(trained).model.state_dict()
+    model = export.export_run(Builder(cfg), open_run_checkpoint(trained), tmp_path / "model")
+    moved = whisper.rename(whisper.parent / "elsewhere")
+    try:
+        of_export = export.load_export(model).model.state_dict()
+        assert of_run.keys() == of_export.keys()
+        assert all(torch.equal(of_run[k], of_export[k]) for k in of_run)
+        wave = 0.3 * torch.sin(torch.arange(16000) * 0.2)
+        soundfile.write(tmp_path / "a.wav", wave.numpy(), 16000)
+        assert Recognizer.from_pretrained(model).transcribe(tmp_path / "a.wav").segments
+    finally:
+        moved.rename(whisper)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder={path: /nowhere}", "/nowhere"),
+        ("model.sft.chunks={left: [8], sizes: [8]}", "chunks"),
+        ("model.encoder={path: x, width: 3}", "width"),
+    ],
+)
+def test_a_mistake_is_one_line(tiny, whisper, override, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Builder(recipe.load(str(tiny), [*overrides(whisper), override])).check()
+    assert "\n" not in str(caught.value)
