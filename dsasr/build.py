@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from dsasr.data.text.phonemes import PhonemeVocab, build_phonemizer
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.model import layerwise_init, lora
-from dsasr.model.adaptor import Adaptor
+from dsasr.model.adaptors.protocol import build_adaptor
+from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import reset_layer
@@ -46,6 +47,11 @@ def sub_seed(seed: int, purpose: str) -> int:
     """A 31-bit seed derived from ``seed``, independent for each ``purpose``."""
     digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 33
+
+
+def _reset_own(top: nn.Module, layer: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights of ``layer``, those of ``top`` itself by its own rule."""
+    (top.reset_parameters if layer is top else partial(reset_layer, layer))(generator)
 
 
 @dataclass(frozen=True)
@@ -209,10 +215,14 @@ class Builder:
         vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
         encoder = self._encoder("sft encoder", partition)
+        units = len(self.phonemes) if model.adaptor.reads_ctc else 0
         with torch.device("meta"):
-            adaptor = Adaptor(model.adaptor, encoder.width, width, scale)
+            adaptor = build_adaptor(model.adaptor, encoder.width, width, scale, units)
+            ctc = CtcHead(encoder.width, units, model.pretrain.head) if units else None
         self._drawn(encoder, "sft encoder", partition)
-        self._drawn(adaptor, "adaptor", partition, Adaptor.reset_parameters)
+        self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor))
+        if ctc is not None:
+            self._drawn(ctc, "sft ctc", partition)
         prefix, suffix = Prompt.build(self.tokenizer)
         return SpeechLLM(
             encoder,
@@ -224,6 +234,7 @@ class Builder:
             model.llm,
             spec=model.pretrain.spec if model.sft.spec else None,
             chunks=model.sft.chunks,
+            ctc=ctc,
         )
 
     def empty_encoder(self) -> Encoder:
@@ -337,8 +348,8 @@ class Builder:
                     f"stage '{stage.name}' takes utterances of {batch.max_seconds:g} s, "
                     f"{model.encoder.path} reads {longest:g} s at most: give batch.max_seconds"
                 )
-            if stage.branch == "sft" and batch.tokens:
-                frames = round(100 * self.frame_seconds * model.adaptor.stack)
+            if stage.branch == "sft" and batch.tokens and model.adaptor.frames_per_token:
+                frames = round(100 * self.frame_seconds * model.adaptor.frames_per_token)
                 self.recipe.check_frames_per_token(stage, frames)
 
     def _check_prompt(self) -> None:

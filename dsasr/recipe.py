@@ -22,7 +22,7 @@ from dsasr.evaluation.normalize import check_rules
 from dsasr.evaluation.suite import SuiteConfig
 from dsasr.launch.slurm import SlurmConfig
 from dsasr.launch.watchdog import WatchdogConfig
-from dsasr.model.adaptor import AdaptorConfig
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.ctc_model import CtcModelConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import EncoderConfig
@@ -199,9 +199,14 @@ class Recipe:
                         f"stage '{stage.name}' mixes an unknown dataset '{name}'"
                         f"{nearest(name, names)}"
                     )
-            batch = self.dataloader(stage)[0].batch
-            if self.pretrained_encoder is None and stage.branch == "sft" and batch.tokens:
-                self.check_frames_per_token(stage, SUBSAMPLING * self.model.adaptor.stack)
+            batch, frames = self.dataloader(stage)[0].batch, self.model.adaptor.frames_per_token
+            if (
+                self.pretrained_encoder is None
+                and stage.branch == "sft"
+                and batch.tokens
+                and frames
+            ):
+                self.check_frames_per_token(stage, SUBSAMPLING * frames)
         self._check_lora()
         if (
             self.branch != "pretrain"
@@ -236,7 +241,10 @@ class Recipe:
 
     def parts(self, branch: str) -> tuple[str, ...]:
         """Names of the parts of a branch's model."""
-        return tuple(p for p in PARTS[branch] if p != "lora" or self.model.lora is not None)
+        lacks = set() if self.model.lora is not None else {"lora"}
+        if branch == "sft" and not self.model.adaptor.reads_ctc:
+            lacks.add("ctc")
+        return tuple(p for p in PARTS[branch] if p not in lacks)
 
     @property
     def pretrained_encoder(self) -> PretrainedEncoderConfig | None:

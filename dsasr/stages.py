@@ -25,7 +25,8 @@ from dsasr.utils.errors import UserError
 BranchName = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
     "pretrain": ("encoder", "ctc"),
-    "sft": ("encoder", "adaptor", "llm", "lora"),  # lora: if the recipe has model.lora
+    # ctc: of an adaptor that reads it; lora: if the recipe has model.lora
+    "sft": ("encoder", "ctc", "adaptor", "llm", "lora"),
 }
 OBJECTIVES = {"pretrain": ("cr_ctc", "ctc"), "sft": ("ce",)}
 

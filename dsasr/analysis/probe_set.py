@@ -103,7 +103,9 @@ def _align(
         raise UserError("the aligner has no CTC head, and the shards hold no alignments")
     ids = vocab.encode(phonemizer.for_sample(r))
     with torch.no_grad():
-        log_probs_SP = aligner.ctc(x_SE[None].to(device()))[0]
+        log_probs_SP = aligner.ctc(
+            x_SE[None].to(device()), torch.tensor([len(x_SE)], device=device())
+        )[0]
     return frame_labels.align_utterance(
         r.key, r.speaker, r.text, r.lang, ids, log_probs_SP, vocab, of_words
     )

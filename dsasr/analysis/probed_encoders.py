@@ -146,7 +146,8 @@ def _head(build: Builder, reader: PrefixReader) -> CtcHead | None:
     """The CTC head stored below ``reader``, if there is one."""
     if not reader.shapes:
         return None
-    head = CtcHead(build.encoder_shape.width, len(build.phonemes))
+    width, cfg = build.encoder_shape.width, build.recipe.model.pretrain.head
+    head = CtcHead(width, len(build.phonemes), cfg)
     zero_partition.load_weights(head, reader)
     return head.to(device()).eval().requires_grad_(False)
 

@@ -13,7 +13,7 @@ When whole weights are written, each rank writes an equal share, so that a folde
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -114,8 +114,8 @@ def load_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None:
         _write_partition(target, _read_partition(reader, name, target))
 
 
-def replace_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None:
-    """`load_weights` into a module that must survive a bad folder; collective.
+def replace_weights(module: nn.Module, reader: Reader, prefixes: Sequence[str] = ("",)) -> None:
+    """`load_weights` of several children into a module that must survive a bad folder; collective.
 
     Every rank reads and checks all of its partition before the first weight changes on any:
     `FragmentError` on all ranks, with one rank's reason, when a weight is missing, unreadable or
@@ -123,7 +123,8 @@ def replace_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None
     """
 
     def read() -> list[Tensor]:
-        _check_layout(module, reader, prefix)
+        for prefix in prefixes:
+            _check_layout(module, reader, prefix)
         partitions = []
         for name, target in targets.items():
             partition = _read_partition(reader, name, target)
@@ -132,7 +133,7 @@ def replace_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None
             partitions.append(partition)
         return partitions
 
-    targets = named_tensors(module, prefix)
+    targets = {n: t for prefix in prefixes for n, t in named_tensors(module, prefix).items()}
     for target, partition in zip(targets.values(), on_all_ranks(read), strict=True):
         _write_partition(target, partition)
 

@@ -15,7 +15,7 @@ class Batch:
     """One rank's utterances of one step, padded on the right.
 
     ``bad`` names the samples that were meant for this batch and dropped: (cause, shard, key,
-    detail). A batch may hold no utterance at all only in the way that ``stream.py`` states.
+    detail). Which batches hold no utterance at all, `dsasr.data.dataloader.dataloader` states.
     """
 
     features_BTF: Tensor  # float32, CMVN applied, zero padded
@@ -82,6 +82,11 @@ class Batch:
     def __len__(self) -> int:
         """Utterances."""
         return self.features_BTF.shape[0]
+
+    @property
+    def text_only(self) -> bool:
+        """Whether the batch has transcripts and their units, but no audio."""
+        return len(self) > 0 and self.features_BTF.shape[1] == 0
 
     @property
     def audio_seconds(self) -> float:

@@ -286,7 +286,8 @@ class BranchEngine:
         return self._masters.offloaded_bytes
 
     def load_encoder(self, source: FragmentReader | BranchEngine) -> None:
-        """Hot-swap: load the encoder of a published snapshot or of the other branch; collective.
+        """Hot-swap: load the encoder of a published snapshot or of the other branch, and its CTC
+        head where this branch has one; collective.
 
         From a snapshot each rank reads only its partition; from a branch of the same job it is a
         local copy. Where the stage trains the encoder, its masters are replaced too and its moments
@@ -298,16 +299,23 @@ class BranchEngine:
         if isinstance(source, BranchEngine):
             zero_partition.copy_weights(source._encoder(), encoder)
         else:
-            zero_partition.replace_weights(self.module, source, "encoder.")
+            zero_partition.replace_weights(self.module, source, self._swapped())
         zero_partition.refresh_gathered(encoder.values())
         masters = source._masters if isinstance(source, BranchEngine) else source
         self._masters.replace(encoder, masters)
 
     def _encoder(self) -> dict[str, Tensor]:
-        """The encoder's tensors by name; cached: the lookup takes as long as a small swap."""
+        """The swapped tensors by name; cached: the lookup takes as long as a small swap."""
         if self._encoder_tensors is None:
-            self._encoder_tensors = zero_partition.named_tensors(self.module, "encoder.")
+            self._encoder_tensors = {}
+            for prefix in self._swapped():
+                self._encoder_tensors |= zero_partition.named_tensors(self.module, prefix)
         return self._encoder_tensors
+
+    def _swapped(self) -> tuple[str, ...]:
+        """The children that a hot-swap replaces."""
+        has_head = getattr(self.module, "ctc", None) is not None
+        return ("encoder.", "ctc.") if has_head else ("encoder.",)
 
     def checksum(self, prefix: str = "encoder.") -> str:
         """The checksum of the weights of all ranks, equal to a snapshot's; collective."""

@@ -5,7 +5,8 @@
     DIR/config.json          settings: encoder, adaptor, features, prompt, decoding
     DIR/cmvn.json            mean and standard deviation per mel bin; of a Conformer
     DIR/encoder/             config.json of an encoder that others trained
-    DIR/model.safetensors    encoder.… and adaptor.…
+    DIR/phonemes.json        units of the CTC head; of an adaptor that reads it
+    DIR/model.safetensors    encoder.…, ctc.… of an adaptor that reads it, adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
     DIR/adapter/             on request, for a run with LoRA: the LoRA matrices as a peft folder
 
@@ -41,7 +42,8 @@ from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.model import lora
-from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.adaptors.protocol import AdaptorConfig, build_adaptor
+from dsasr.model.ctc import CtcHead, CtcHeadConfig
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.encoders.pretrained import PretrainedEncoderConfig, build_encoder
@@ -83,6 +85,8 @@ class ExportConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     max_seconds: float = 30.0  # the longest utterance of the training
     steps: int = 0  # training steps of the checkpoint
+    units: int = 0  # of the CTC head, blank included; of an adaptor that reads it
+    head: CtcHeadConfig = field(default_factory=CtcHeadConfig)  # of an adaptor that reads it
     model_type: str = MODEL_TYPE
     architectures: tuple[str, ...] = ("DsasrModel",)
     format: int = FORMAT
@@ -139,7 +143,7 @@ def _write_model(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> None:
-    recipe = build.recipe
+    recipe, reads_ctc = build.recipe, build.recipe.model.adaptor.reads_ctc
     prefix, suffix = Prompt.build(build.tokenizer)
     export_config = ExportConfig(
         encoder=_exported_encoder(build, folder),
@@ -149,17 +153,21 @@ def _write_model(
         decode=recipe.evaluation.decode,
         max_seconds=recipe.data.dataloader.batch.max_seconds,
         steps=int(reader.manifest.get("steps", 0)),
+        units=len(build.phonemes) if reads_ctc else 0,
+        head=recipe.model.pretrain.head,
     )
     atomic_write(
         folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"
     )
+    if reads_ctc:
+        shutil.copyfile(recipe.data.phonemes, folder / "phonemes.json")
     if recipe.pretrained_encoder is None:
         build.cmvn.save(folder / "cmvn.json")
     llm = folder / "llm"
     llm.mkdir()
     _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
     # Name in the file → key in the checkpoint.
-    speech_keys = {k: k for k in weights.shapes if k.startswith(("encoder.", "adaptor."))}
+    speech_keys = {k: k for k in weights.shapes if k.startswith(("encoder.", "ctc.", "adaptor."))}
     llm_keys = {
         k.removeprefix("llm."): k
         for k in weights.shapes
@@ -313,16 +321,21 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
     width = llm.get_input_embeddings().weight.shape
     check_tokenizer(tokenizer, width[0])
     encoder = _load_encoder(export_config, folder)
+    ctc = None
+    if export_config.adaptor.reads_ctc:
+        ctc = CtcHead(encoder.width, export_config.units, export_config.head)
     model = SpeechLLM(
         encoder,
-        Adaptor(export_config.adaptor, encoder.width, width[1]),
+        build_adaptor(export_config.adaptor, encoder.width, width[1], units=export_config.units),
         llm,
         export_config.prompt.prefix,
         export_config.prompt.suffix,
         tokenizer.pad_id,
         LlmConfig(attn=attn),
+        ctc=ctc,
     )
-    _load_weights({"encoder": model.encoder, "adaptor": model.adaptor}, folder)
+    parts = {"encoder": model.encoder, "ctc": model.ctc, "adaptor": model.adaptor}
+    _load_weights({name: part for name, part in parts.items() if part is not None}, folder)
     front_end = encoder.front_end
     if front_end is None:
         front_end = FbankFrontEnd(export_config.fbank, Cmvn.load(folder / "cmvn.json"))

@@ -17,21 +17,60 @@ from torch import Tensor, nn
 from dsasr.kernels import dispatch
 from dsasr.model.encoders.conformer import reset_parameters
 from dsasr.model.encoders.protocol import valid_frames
+from dsasr.utils.errors import UserError
 
 BLANK = 0
 
 
-class CtcHead(nn.Module):
-    """Encoder frames [B, S, E] to phoneme log-probabilities [B, S, P], float32 at least."""
+@dataclass(frozen=True)
+class CtcHeadConfig:
+    """The CTC head: a linear layer, or convolutions before it."""
 
-    def __init__(self, width: int, vocab: int):
+    # convolutions over time before the linear layer; 0: none. On a frozen encoder that others
+    # trained, three of them leave CTC's plateau where a linear layer stays on it
+    layers: int = 0
+    kernel: int = 5  # frames that a convolution sees; odd
+    dropout: float = 0.1  # after each convolution
+
+    def __post_init__(self) -> None:
+        if self.layers < 0 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError("model.pretrain.head: layers must be ≥ 0 and kernel odd")
+        if not 0 <= self.dropout < 1:
+            raise UserError("model.pretrain.head.dropout must be at least 0 and below 1")
+
+
+class HeadLayer(nn.Module):
+    """A residual convolution over time with LayerNorm and GELU; padding is kept out."""
+
+    def __init__(self, width: int, cfg: CtcHeadConfig):
         super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, width, cfg.kernel, padding=cfg.kernel // 2)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, frames_BSE: Tensor, valid_BS1: Tensor) -> Tensor:
+        x = self.norm(frames_BSE) * valid_BS1
+        x = F.gelu(self.conv(x.transpose(1, 2)).transpose(1, 2))
+        return frames_BSE + self.dropout(x)
+
+
+class CtcHead(nn.Module):
+    """Encoder frames [B, S, E] to log-probabilities of units [B, S, P], float32 at least."""
+
+    def __init__(self, width: int, vocab: int, cfg: CtcHeadConfig | None = None):
+        super().__init__()
+        cfg = cfg or CtcHeadConfig()
+        self.layers = nn.ModuleList(HeadLayer(width, cfg) for _ in range(cfg.layers))
         self.project = nn.Linear(width, vocab)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         reset_parameters(self, generator)
 
-    def forward(self, frames_BSE: Tensor) -> Tensor:
+    def forward(self, frames_BSE: Tensor, lengths_B: Tensor) -> Tensor:
+        """``lengths_B``: valid frames, on the device of the frames."""
+        valid_BS1 = valid_frames(lengths_B, frames_BSE.shape[1]).unsqueeze(2)
+        for layer in self.layers:
+            frames_BSE = layer(frames_BSE, valid_BS1)
         logits = self.project(frames_BSE)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -102,13 +141,22 @@ def posterior_entropy(log_probs_BSP: Tensor, lengths_B: Tensor) -> Tensor:
     return frames_BS.masked_fill(~valid_frames(lengths_B, frames_BS.shape[1]), 0.0).sum()
 
 
+def unit_starts(best_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the best path ``best_BS`` begins to write a unit, and where it writes one: bool [B, S].
+
+    Consecutive frames with the same unit write it once; blanks and padding write nothing.
+    """
+    valid_BS = valid_frames(lengths_B.to(best_BS.device), best_BS.shape[1])
+    written_BS = (best_BS != BLANK) & valid_BS
+    changed_BS = torch.ones_like(written_BS)
+    changed_BS[:, 1:] = best_BS[:, 1:] != best_BS[:, :-1]
+    return written_BS & changed_BS, written_BS
+
+
 def greedy_phonemes(log_probs_BSP: Tensor, lengths_B: Tensor) -> list[list[int]]:
     """The best path of each utterance, repeats merged and blanks dropped."""
     best_BS = log_probs_BSP.argmax(-1)
-    merged_BS = torch.ones_like(best_BS, dtype=torch.bool)
-    merged_BS[:, 1:] = best_BS[:, 1:] != best_BS[:, :-1]
-    keep_BS = merged_BS & (best_BS != BLANK) & valid_frames(lengths_B, best_BS.shape[1])
-    best, keep = best_BS.cpu(), keep_BS.cpu()
+    best, keep = best_BS.cpu(), unit_starts(best_BS, lengths_B)[0].cpu()
     return [row[mask].tolist() for row, mask in zip(best, keep, strict=True)]
 
 

@@ -11,6 +11,7 @@ from dsasr.data.audio.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batch import Batch
 from dsasr.model.ctc import (
     CtcHead,
+    CtcHeadConfig,
     consistency_loss,
     ctc_loss,
     greedy_phonemes,
@@ -35,6 +36,7 @@ class CtcModelConfig:
     spec: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     # dynamic chunks; null: full context
     chunks: ChunkConfig | None = field(default_factory=ChunkConfig)
+    head: CtcHeadConfig = field(default_factory=CtcHeadConfig)  # between encoder and units
 
     def __post_init__(self) -> None:
         if self.consistency < 0:
@@ -47,7 +49,7 @@ class CtcModel(nn.Module):
     def __init__(self, encoder: Encoder, phonemes: int, cfg: CtcModelConfig):
         super().__init__()
         self.encoder = encoder
-        self.ctc = CtcHead(encoder.width, phonemes)
+        self.ctc = CtcHead(encoder.width, phonemes, cfg.head)
         self.cfg = cfg
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -82,7 +84,7 @@ class CtcModel(nn.Module):
             batch.feature_lengths_B.repeat(views),
             chunk,
         )
-        log_probs = self.ctc(output.frames_BSE)
+        log_probs = self.ctc(output.frames_BSE, output.lengths_B)
         host = batch.host
         host_lengths = self.encoder.output_lengths(host.feature_lengths_B), host.phoneme_lengths_B
         ctc = ctc_loss(

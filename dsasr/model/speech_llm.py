@@ -1,16 +1,15 @@
 """Encoder, adaptor and language model in one: [prefix | speech | suffix | transcript | end].
 
-The loss is on the transcript's tokens and the end token. Sequences are laid out by index, straight
-from valid positions: adaptor output is never padded, and logits exist at targets only, inside the
-fused kernel. A row has one utterance, or several (``pack``), whose positions restart and which do
-not attend to each other; both give the same loss.
+The loss is on the transcript's tokens and the end token. Sequences are laid out by index
+(`dsasr.model.sequence_layout`): adaptor output is never padded, and logits exist at targets only,
+inside the fused kernel. Packed rows and rows of one utterance give the same loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,114 +19,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsasr.data.audio.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batch import Batch, upload
 from dsasr.model import activation_checkpointing, lora
-from dsasr.model.adaptor import Adaptor
+from dsasr.model.adaptors.protocol import Adaptor
+from dsasr.model.ctc import CtcHead
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
 from dsasr.model.encoders.protocol import Encoder, EncoderOutput
 from dsasr.model.llm import FusedLmHead, LlmConfig
 from dsasr.model.outputs import Outputs
+from dsasr.model.sequence_layout import Layout, lay_out, ragged
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils.errors import UserError
 
 
-def plan_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
-    """The utterances of each row of at most ``pack`` positions; 0: one utterance a row.
+class SpeechInput(NamedTuple):
+    """What the adaptor reads [B, S, E], and its lengths_B on the CPU."""
 
-    As many rows as first fit (longest first) needs, then filled evenly where that makes the longest
-    row, which all are padded to, shorter. An utterance longer than ``pack`` has a row to itself.
-    """
-    if pack == 0:
-        return [[index] for index in range(len(lengths))]
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    rows: list[list[int]] = []
-    sizes: list[int] = []
-    for index in order:
-        fit = next((r for r, size in enumerate(sizes) if size + lengths[index] <= pack), None)
-        if fit is None:
-            rows.append([])
-            sizes.append(0)
-            fit = -1
-        rows[fit].append(index)
-        sizes[fit] += lengths[index]
-    even: list[list[int]] = [[] for _ in rows]
-    filled = [0] * len(rows)
-    for index in order:
-        emptiest = filled.index(min(filled))
-        even[emptiest].append(index)
-        filled[emptiest] += lengths[index]
-    return even if max(filled, default=0) < max(sizes, default=0) else rows
-
-
-def ragged(starts_B: Tensor, counts_B: Tensor) -> Tensor:
-    """The ranges start_b … start_b + count_b - 1, concatenated."""
-    ends_B = counts_B.cumsum(0)
-    total = int(ends_B[-1]) if len(ends_B) else 0
-    return torch.repeat_interleave(starts_B - ends_B + counts_B, counts_B) + torch.arange(total)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Positions of speech, text and targets in R rows of L; indices into [R·L], on the CPU.
-
-    ``speech_N``: the speech embeddings, utterance by utterance; ``text_M``: all prefixes, all
-    suffixes, all transcripts (without the end token, which is a target only); ``targets_N``: the
-    positions that predict the transcript and the end token; ``positions_RL`` restart with each
-    utterance; ``starts_B`` and ``lengths_B``: where each utterance begins, and its positions.
-    """
-
-    rows: int
-    length: int
-    speech_N: Tensor
-    text_M: Tensor
-    targets_N: Tensor
-    positions_RL: Tensor
-    starts_B: Tensor
+    frames_BSE: Tensor
     lengths_B: Tensor
-
-
-def lay_out(
-    speech_B: Tensor,
-    tokens_B: Tensor,
-    prefix: int,
-    suffix: int,
-    pack: int = 0,
-    left_pad: bool = False,
-) -> Layout:
-    """Place utterances of ``speech_B`` embeddings and ``tokens_B`` target tokens into rows.
-
-    With no tokens at all (decoding), the layout is that of the prompts.
-    """
-    inputs_B = (tokens_B - 1).clamp_min(0)
-    lengths_B = prefix + speech_B + suffix + inputs_B
-    plan = plan_rows(lengths_B.tolist(), pack)
-    sizes = [sum(int(lengths_B[index]) for index in row) for row in plan]
-    length = max(sizes, default=0)
-    starts_B = torch.zeros_like(lengths_B)
-    for number, (row, size) in enumerate(zip(plan, sizes, strict=True)):
-        start = number * length + (length - size if left_pad else 0)
-        for index in row:
-            starts_B[index] = start
-            start += int(lengths_B[index])
-    after_speech_B = starts_B + prefix + speech_B
-    tokens_start_B = after_speech_B + suffix
-    whole = torch.ones_like(starts_B)
-    positions = torch.zeros(len(plan) * length, dtype=torch.int64)
-    positions[ragged(starts_B, lengths_B)] = ragged(torch.zeros_like(lengths_B), lengths_B)
-    return Layout(
-        rows=len(plan),
-        length=length,
-        speech_N=ragged(starts_B + prefix, speech_B),
-        text_M=torch.cat(
-            (
-                ragged(starts_B, whole * prefix),
-                ragged(after_speech_B, whole * suffix),
-                ragged(tokens_start_B, inputs_B),
-            )
-        ),
-        targets_N=ragged(tokens_start_B - 1, tokens_B),
-        positions_RL=positions.view(len(plan), length),
-        starts_B=starts_B,
-        lengths_B=lengths_B,
-    )
 
 
 class SpeechLLM(nn.Module):
@@ -138,7 +45,8 @@ class SpeechLLM(nn.Module):
     own dropout, which is off where they are frozen.
 
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
-    context. Raises `UserError` if the prompt is empty: something must predict the first token.
+    context; ctc: the head whose posteriors an adaptor of kind ctc reads. Raises `UserError` if the
+    prompt is empty: something must predict the first token.
     """
 
     def __init__(
@@ -152,11 +60,12 @@ class SpeechLLM(nn.Module):
         cfg: LlmConfig,
         spec: SpecAugmentConfig | None = None,
         chunks: ChunkConfig | None = None,
+        ctc: CtcHead | None = None,
     ):
         super().__init__()
         if not prefix_ids and not suffix_ids:
             raise UserError("the prompt has no token: the template needs at least one")
-        self.encoder, self.adaptor, self.llm = encoder, adaptor, llm
+        self.encoder, self.ctc, self.adaptor, self.llm = encoder, ctc, adaptor, llm
         self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
         self.cfg, self.spec, self.chunks = cfg, spec, chunks
         FusedLmHead.replace(llm)
@@ -184,15 +93,13 @@ class SpeechLLM(nn.Module):
         weight = 1.0 if len(batch) else 0.0
         batch = batch.or_silence(self.encoder.bins, self.pad_id)
         # From the host: a copy from the GPU would wait for all that is queued there.
-        frame_lengths_B = batch.host.feature_lengths_B.cpu()
         token_lengths_B = batch.host.token_lengths_B.cpu()
         self._set_modes()
         if self.training:
             seed_dropout(batch)
-        frames_BSE = self._frames(batch) if audio else None
-        speech_B = self._speech_lengths(frame_lengths_B)
+        speech = self._speech(batch) if audio else None
         layout = lay_out(
-            speech_B if audio else torch.zeros_like(speech_B),
+            torch.zeros_like(token_lengths_B) if speech is None else self._speech_tokens(speech),
             token_lengths_B,
             len(self.prefix_ids),
             len(self.suffix_ids),
@@ -203,7 +110,7 @@ class SpeechLLM(nn.Module):
         flat = batch.tokens_BU.flatten()
         inputs = flat[upload(ragged(row_starts_B, token_lengths_B - 1), device)]
         targets_N = flat[upload(ragged(row_starts_B, token_lengths_B), device)]
-        embeds_RLD = self._splice(layout, frame_lengths_B, frames_BSE, inputs)
+        embeds_RLD = self._splice(layout, len(batch), speech, inputs)
         if torch.is_grad_enabled() and not embeds_RLD.requires_grad and _trainable(self.llm):
             # LoRA alone trains. DeepSpeed 0.19 releases the weights of a layer whose input needs
             # no gradient before its backward pass has used them.
@@ -227,14 +134,13 @@ class SpeechLLM(nn.Module):
     def prompts(self, batch: Batch, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
         """[prefix | speech | suffix] as embeddings [B, L, D], padded on the left; and lengths_B."""
         self._set_modes()
-        frames_BSE = self.encode(batch, chunk).frames_BSE
-        frame_lengths_B = batch.host.feature_lengths_B.cpu()
-        speech_B = self._speech_lengths(frame_lengths_B)
+        speech = self._read(self.encode(batch, chunk), batch)
+        speech_B = self._speech_tokens(speech)
         sizes = len(self.prefix_ids), len(self.suffix_ids)
         layout = lay_out(speech_B, torch.zeros_like(speech_B), *sizes, left_pad=True)
         no_ids = batch.tokens_BU.new_empty(0)
         lengths_B = layout.lengths_B.to(no_ids.device)
-        return self._splice(layout, frame_lengths_B, frames_BSE, no_ids), lengths_B
+        return self._splice(layout, len(batch), speech, no_ids), lengths_B
 
     @property
     def _pack(self) -> int:
@@ -244,7 +150,7 @@ class SpeechLLM(nn.Module):
 
     def _set_modes(self) -> None:
         """Eval mode for frozen parts, the whole model's mode for the others."""
-        for part in (self.encoder, self.adaptor, self.llm):
+        for part in filter(None, (self.encoder, self.ctc, self.adaptor, self.llm)):
             training = self.training and _trainable(part)
             if part.training == training:
                 continue
@@ -276,12 +182,14 @@ class SpeechLLM(nn.Module):
         same = utterance_RL[:, None, :, None] == utterance_RL[:, None, None, :]
         return same.tril()
 
-    def _speech_lengths(self, frame_lengths_B: Tensor) -> Tensor:
-        return self.adaptor.output_lengths(self.encoder.output_lengths(frame_lengths_B))
+    def _speech_tokens(self, speech: SpeechInput) -> Tensor:
+        return self.adaptor.output_lengths(speech.lengths_B)
 
-    def _frames(self, batch: Batch) -> Tensor:
-        """The encoder's frames, in training with its augmentation and chunks."""
-        chunk = None
+    def _speech(self, batch: Batch) -> SpeechInput:
+        """What the adaptor reads of a batch, in training with its augmentation and chunks."""
+        if batch.text_only:
+            return self._read_units(batch)
+        chunk, heard = None, batch
         if self.training:
             if self.spec is not None:
                 features_BTF = spec_augment(
@@ -290,29 +198,52 @@ class SpeechLLM(nn.Module):
                     self.spec,
                     step_generator(batch, "spec"),
                 )
-                batch = dataclasses.replace(batch, features_BTF=features_BTF)
+                heard = dataclasses.replace(batch, features_BTF=features_BTF)
             if self.chunks is not None:
                 chunk = draw_chunk(self.chunks, step_generator(batch, "chunk"))
-        return self.encode(batch, chunk).frames_BSE
+        return self._read(self.encode(heard, chunk), batch)
+
+    def _read(self, output: EncoderOutput, batch: Batch) -> SpeechInput:
+        """The encoder's frames, or of an adaptor that reads CTC what the head makes of them."""
+        lengths_B = self.encoder.output_lengths(batch.host.feature_lengths_B.cpu())
+        if self.ctc is None:
+            return SpeechInput(output.frames_BSE, lengths_B)
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and (_trainable(self.ctc) or output.frames_BSE.requires_grad)
+        ):
+            log_probs_BSP = self.ctc(output.frames_BSE, output.lengths_B)
+        return SpeechInput(*self.adaptor.read(log_probs_BSP, output.frames_BSE, lengths_B))
+
+    def _read_units(self, batch: Batch) -> SpeechInput:
+        """What the adaptor reads of a text-only batch: its units, as a perfect head writes them."""
+        if self.ctc is None:
+            raise ValueError("text-only batches need an adaptor that reads CTC")
+        inputs = self.adaptor.read_units(batch.phonemes_BP, batch.phoneme_lengths_B)
+        if self.training and any(map(_trainable, (self.encoder, self.ctc))):
+            # Every trainable part must have a gradient, or ZeRO's ranks wait for one another.
+            silence = batch.blank(inputs.new_zeros(1, 16, self.encoder.bins))
+            unused = self._read(self.encode(silence), silence).frames_BSE
+            inputs = inputs + 0.0 * unused.sum()
+        return SpeechInput(inputs, batch.host.phoneme_lengths_B.cpu())
 
     def _splice(
         self,
         layout: Layout,
-        frame_lengths_B: Tensor,
-        frames_BSE: Tensor | None,
+        utterances: int,
+        speech: SpeechInput | None,
         token_ids: Tensor,
     ) -> Tensor:
         """Token and speech embeddings at their positions, zeros elsewhere: [R, L, D]."""
-        device, utterances = token_ids.device, len(frame_lengths_B)
+        device = token_ids.device
         prompt = self.prefix_ids * utterances + self.suffix_ids * utterances
         ids = torch.cat((upload(torch.tensor(prompt, dtype=torch.int64), device), token_ids))
         text_MD = self.llm.get_input_embeddings()(ids)
         embeds = text_MD.new_zeros(layout.rows * layout.length, text_MD.shape[1])
         embeds = embeds.index_copy(0, upload(layout.text_M, device), text_MD)
-        if frames_BSE is not None:
+        if speech is not None:
             embeds, _ = self.adaptor(
-                frames_BSE,
-                self.encoder.output_lengths(frame_lengths_B),
+                speech.frames_BSE,
+                speech.lengths_B,
                 out_LD=embeds,
                 index_N=upload(layout.speech_N, device),
             )

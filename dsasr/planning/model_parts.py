@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from dsasr.build import Builder
 from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.model import lora
-from dsasr.model.adaptor import Adaptor
+from dsasr.model.adaptors.protocol import build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.llm_hub import llm_config
 from dsasr.planning.flops import LlmShape
@@ -43,13 +43,17 @@ def count_parts(recipe: Recipe) -> dict[str, ModelPart]:
     return {**count_speech_parts(recipe), **count_llm_parts(recipe)}
 
 
+def count_units(recipe: Recipe) -> int:
+    """Units of the CTC head, blank included: of the vocabulary, or `ASSUMED_PHONEMES`."""
+    path = Path(recipe.data.phonemes)
+    return len(PhonemeVocab.load(path)) if path.is_file() else ASSUMED_PHONEMES
+
+
 def count_speech_parts(recipe: Recipe) -> dict[str, ModelPart]:
     """Encoder and CTC head; the head for `ASSUMED_PHONEMES` if the vocabulary is not there yet."""
-    path = Path(recipe.data.phonemes)
-    phonemes = len(PhonemeVocab.load(path)) if path.is_file() else ASSUMED_PHONEMES
     encoder = Builder(recipe).encoder_shape
     with torch.device("meta"):
-        head = CtcHead(encoder.width, phonemes)
+        head = CtcHead(encoder.width, count_units(recipe), recipe.model.pretrain.head)
     largest = max(count_parameters(block) for block in encoder.blocks)
     return {
         "encoder": ModelPart(count_parameters(encoder), len(encoder.blocks), largest),
@@ -67,7 +71,8 @@ def count_llm_parts(recipe: Recipe) -> dict[str, ModelPart]:
     width = config.get_text_config().hidden_size
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
-        adaptor = Adaptor(model.adaptor, Builder(recipe).encoder_shape.width, width)
+        encoder_width = Builder(recipe).encoder_shape.width
+        adaptor = build_adaptor(model.adaptor, encoder_width, width, units=count_units(recipe))
     shape = LlmShape.of(llm)
     parts = {"adaptor": ModelPart(count_parameters(adaptor), 1, count_parameters(adaptor))}
     if model.lora is not None:

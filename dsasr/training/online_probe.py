@@ -181,7 +181,11 @@ class OnlineProbe:
             for batch in self._batches(branch.name):
                 encoded = _encode(module, batch)
                 # On every rank, also without an utterance: the head's weights are gathered.
-                posteriors = module.ctc(encoded.frames_BSE) if branch.name == "pretrain" else None
+                posteriors = (
+                    module.ctc(encoded.frames_BSE, encoded.lengths_B)
+                    if branch.name == "pretrain"
+                    else None
+                )
                 outputs.features |= _frames(encoded, batch)
                 if with_probes and posteriors is not None:
                     for i in range(len(batch)):

@@ -46,7 +46,7 @@ def test_what_is_published_is_what_is_read(tmp_path):
     manifest = store.manifest("encoder-000000007")
     assert manifest["cka"] == 0.9 and manifest["parent"] == "p" and len(manifest["files"]) == 1
     target = Both(seed=4)
-    zero_partition.replace_weights(target, store.open("encoder-000000007"), "encoder.")
+    zero_partition.replace_weights(target, store.open("encoder-000000007"), ("encoder.",))
     for name, value in module.encoder.state_dict().items():
         assert torch.equal(value, target.encoder.state_dict()[name])
     assert checksum(zero_partition.weight_fragments(target, "encoder.")) == manifest["checksum"]
@@ -113,7 +113,7 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing(tmp_path, damage):
     }[damage]
     with pytest.raises(FragmentError, match=words):
         architecture = "two" if damage == "architecture" else "one"
-        zero_partition.replace_weights(target, store.open(name, architecture), "encoder.")
+        zero_partition.replace_weights(target, store.open(name, architecture), ("encoder.",))
     for key, value in target.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -268,7 +268,7 @@ def reading(folder, run):
         name = newest[0].id
         store.use(run, name)
         try:
-            zero_partition.replace_weights(target, store.open(name), "encoder.")
+            zero_partition.replace_weights(target, store.open(name), ("encoder.",))
         except FragmentError:
             if (folder / name).exists():
                 os._exit(3)
@@ -311,7 +311,7 @@ def test_no_kill_of_publisher_or_readers_tears_a_snapshot(tmp_path):
                 folder = tmp_path / manifest["id"]
                 tensor_fragments.verify(folder)
                 expected = Both(width=4000, seed=manifest["pretrain"])
-                encoder = zero_partition.weight_fragments(expected, "encoder.")
+                encoder = zero_partition.weight_fragments(expected, ("encoder.",))
                 assert manifest["checksum"] == checksum(encoder)
             for path in tmp_path.glob("in-use-*.json"):
                 assert json.loads(path.read_text())["id"].startswith("encoder-")

@@ -7,7 +7,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.data.batch import Batch
 from dsasr.evaluation.decode import DecodeConfig, decode
-from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.adaptors.mlp import MlpAdaptor
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
@@ -38,7 +39,7 @@ def make_model(vocab=12, seed=1):
         initializer_range=0.5,
     )
     encoder = Encoder(EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12))
-    adaptor = Adaptor(AdaptorConfig(hidden=10), 12, 16, 0.5)
+    adaptor = MlpAdaptor(AdaptorConfig(hidden=10), 12, 16, 0.5)
     llm = Qwen3ForCausalLM(config)
     return SpeechLLM(encoder, adaptor, llm, [1, 2], [3], 0, LlmConfig()).double()
 

@@ -23,7 +23,8 @@ from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.inference.recognizer import Recognizer
 from dsasr.model import lora
-from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.adaptors.mlp import MlpAdaptor
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.lora import LoraConfig
@@ -194,7 +195,7 @@ def small_model(dropout: float, checkpoint: bool = False) -> SpeechLLM:
     fill(llm)
     torch.manual_seed(2)
     encoder = Encoder(EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12))
-    adaptor = Adaptor(AdaptorConfig(hidden=10), 12, 16)
+    adaptor = MlpAdaptor(AdaptorConfig(hidden=10), 12, 16)
     cfg = LlmConfig(activation_checkpointing=checkpoint)
     return SpeechLLM(encoder, adaptor, llm, [1, 2], [3], 0, cfg).double()
 

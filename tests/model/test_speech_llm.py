@@ -8,11 +8,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsasr.data.batch import Batch
-from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.adaptors.mlp import MlpAdaptor
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import FusedLmHead, LlmConfig, embedding_rms, load_llm
-from dsasr.model.speech_llm import SpeechLLM, lay_out, plan_rows, ragged
+from dsasr.model.sequence_layout import lay_out, plan_rows, ragged
+from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.errors import UserError
 
 VOCAB, PREFIX, SUFFIX, END = 41, [1, 2], [3], 4
@@ -41,7 +43,7 @@ def make_model(cfg=None, dtype=torch.float64, dropout=0.0, chunks=None, llm=None
     encoder = Encoder(
         EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12, dropout=dropout)
     )
-    adaptor = Adaptor(AdaptorConfig(hidden=10), 12, 16, embedding_rms(llm))
+    adaptor = MlpAdaptor(AdaptorConfig(hidden=10), 12, 16, embedding_rms(llm))
     cfg = cfg or LlmConfig()
     return SpeechLLM(encoder, adaptor, llm, PREFIX, SUFFIX, 0, cfg, chunks=chunks).to(dtype)
 

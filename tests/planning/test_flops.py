@@ -62,9 +62,10 @@ def test_encoder(frames):
 
 def test_ctc_and_the_encoder_below_it():
     ctc, frames = CtcHead(12, 7), torch.randn(2, 5, 12, requires_grad=True)
+    lengths = torch.tensor([5, 5])
     part = flops.ctc(12, 7, [20, 17])
-    assert part.forward == counted(lambda: ctc(frames))[0] == 2 * 10 * 12 * 7
-    assert counted(lambda: ctc(frames).sum().backward())[0] == 3 * part.forward
+    assert part.forward == counted(lambda: ctc(frames, lengths))[0] == 2 * 10 * 12 * 7
+    assert counted(lambda: ctc(frames, lengths).sum().backward())[0] == 3 * part.forward
     parts = {"encoder": flops.encoder(EncoderConfig(), [100]), "ctc": part}
     # With a frozen encoder only the head's weights have a gradient.
     head_only = flops.step_flops(parts, ["ctc"])

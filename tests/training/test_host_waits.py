@@ -16,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, masking_utils
 
 from dsasr.data.audio.augment import SpecAugmentConfig
 from dsasr.data.batch import Batch, upload
-from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.adaptors.mlp import MlpAdaptor
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.ctc_model import CtcModel, CtcModelConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
@@ -109,7 +110,7 @@ def speech_llm(stage: str, pack: int, device: str) -> SpeechLLM:
     with torch.device(device):
         model = SpeechLLM(
             Encoder(EncoderConfig(**ENCODER)),
-            Adaptor(AdaptorConfig(hidden=10), 16, 16),
+            MlpAdaptor(AdaptorConfig(hidden=10), 16, 16),
             Qwen3ForCausalLM(shape),
             [1, 2], [3], 0, LlmConfig(pack=pack, activation_checkpointing=True),
             SpecAugmentConfig(), CHUNKS,

@@ -48,7 +48,7 @@ from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.kernels import dispatch
 from dsasr.model import lora
-from dsasr.model.adaptor import Adaptor
+from dsasr.model.adaptors.protocol import build_adaptor
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder
 from dsasr.model.llm_hub import llm_config
@@ -100,7 +100,7 @@ def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
             lora.inject(llm, model.lora)
         text = shape.get_text_config()
         rms = text.initializer_range  # of random weights; on device meta there are none to measure
-        adaptor = Adaptor(model.adaptor, model.encoder.width, text.hidden_size, rms)
+        adaptor = build_adaptor(model.adaptor, model.encoder.width, text.hidden_size, rms)
     prefix, suffix = prompt(batch_config(cfg, cfg.schedule().sft[0], small))
     return SpeechLLM(
         encoder, adaptor, llm, prefix, suffix, 0, model.llm,

@@ -353,7 +353,7 @@ def reset_parameters(module: nn.Module, generator: torch.Generator | None = None
 
 def reset_layer(layer: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw the layer's own weights, not those of layers inside it."""
-    if isinstance(layer, nn.Linear | nn.Conv2d):
+    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
         bound = 1 / math.sqrt(layer.weight[0].numel())
         nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
         if layer.bias is not None:

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsasr.model.adaptor import Adaptor, AdaptorConfig
+from dsasr.model.adaptors.mlp import MlpAdaptor
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.utils.errors import UserError
 
 
@@ -17,7 +18,7 @@ def plain(adaptor, frames_SE):
 
 def test_padded_and_packed_forms_equal_the_formula():
     torch.manual_seed(0)
-    adaptor = Adaptor(AdaptorConfig(stack=4, hidden=9), 5, 7).double()
+    adaptor = MlpAdaptor(AdaptorConfig(stack=4, hidden=9), 5, 7).double()
     frames = torch.randn(3, 13, 5, dtype=torch.float64)
     lengths = torch.tensor([13, 1, 8])
     padded, out_lengths = adaptor(frames, lengths)
@@ -35,14 +36,14 @@ def test_padded_and_packed_forms_equal_the_formula():
 @pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
 def test_embeddings_start_at_the_scale_asked_for(activation):
     torch.manual_seed(0)
-    adaptor = Adaptor(AdaptorConfig(hidden=512, activation=activation), 128, 256, scale=0.03)
+    adaptor = MlpAdaptor(AdaptorConfig(hidden=512, activation=activation), 128, 256, scale=0.03)
     frames = F.layer_norm(torch.randn(8, 64, 128), (128,))
     embeds, _ = adaptor(frames, torch.full((8,), 64), packed=True)
     assert float(embeds.detach().square().mean().sqrt()) == pytest.approx(0.03, rel=0.05)
 
 
 def test_weights_follow_the_generator():
-    adaptor = Adaptor(AdaptorConfig(), 4, 6)
+    adaptor = MlpAdaptor(AdaptorConfig(), 4, 6)
     assert adaptor.weight1.shape == (6, 16)  # hidden 0: the output's width
     adaptor.reset_parameters(torch.Generator().manual_seed(3))
     first = adaptor.weight2.detach().clone()

@@ -1,0 +1,126 @@
+"""Adaptors: from what the encoder says to embeddings in the language model's space.
+
+mlp      `stack` consecutive frames concatenated, then two linear layers (the paper's)
+conv     strided convolutions
+qformer  learned queries that attend to a window of frames
+ctc      the embedding expected under the CTC head's posterior (LegoSLM, arXiv 2505.11352)
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dsasr.utils.errors import UserError
+
+# Root mean square of activation(x) for x ~ N(0, 1).
+ACTIVATION_RMS = {"gelu": 0.6521, "silu": 0.5968, "relu": 0.7071}
+CLASSES = {
+    "mlp": ("mlp", "MlpAdaptor"),
+    "ctc": ("ctc", "CtcAdaptor"),
+}
+# Keys that only some kinds have.
+_ONLY = {
+    "stack": ("mlp",),
+    "hidden": ("mlp",),
+    "activation": ("mlp",),
+    "temperature": ("ctc",),
+    "merge": ("ctc",),
+    "frames": ("ctc",),
+}
+
+
+@dataclass(frozen=True)
+class AdaptorConfig:
+    """The adaptor's kind, and the settings of that kind."""
+
+    # mlp: stacked frames through two layers; ctc: embeddings expected under the CTC posterior
+    kind: Literal["mlp", "ctc"] = "mlp"
+    stack: int = 4  # mlp: consecutive encoder frames concatenated into one speech token
+    hidden: int = 0  # mlp: inner width; 0: the language model's width
+    activation: str = "gelu"  # mlp: gelu, silu or relu
+    temperature: float = 1.0  # ctc: of the posterior; below 1 sharper, above 1 flatter
+    # ctc: one speech token for each unit that CTC writes; false: one for each encoder frame
+    merge: bool = True
+    frames: bool = False  # ctc: add a learned projection of the encoder's frames, zero at first
+
+    def __post_init__(self) -> None:
+        if self.stack < 1 or self.hidden < 0:
+            raise UserError("adaptor: stack must be at least 1 and hidden at least 0")
+        if self.activation not in ACTIVATION_RMS:
+            raise UserError(
+                f"adaptor activation {self.activation!r}: choose one of {', '.join(ACTIVATION_RMS)}"
+            )
+        if not self.temperature > 0:
+            raise UserError("model.adaptor.temperature must be above 0")
+        for name, kinds in _ONLY.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.kind not in kinds and getattr(self, name) != default:
+                raise UserError(
+                    f"model.adaptor.{name} has no effect on an adaptor of kind {self.kind}: leave "
+                    f"it out, or give model.adaptor.kind={kinds[0]}"
+                )
+
+    @property
+    def reads_ctc(self) -> bool:
+        """Whether the adaptor reads the CTC head's posterior instead of the encoder's frames."""
+        return self.kind == "ctc"
+
+    @property
+    def frames_per_token(self) -> int | None:
+        """Encoder frames of one speech token; None where the audio decides."""
+        if self.reads_ctc:
+            return None if self.merge else 1
+        return self.stack
+
+
+class Adaptor(Protocol):
+    """Inputs [B, S, E] to embeddings; an utterance's embeddings do not depend on its batch."""
+
+    cfg: AdaptorConfig
+
+    def output_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Embeddings that inputs of ``lengths_B`` frames give."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the module's own weights anew, not those of layers inside it."""
+
+    def __call__(
+        self,
+        frames_BSE: Tensor,
+        lengths_B: Tensor,
+        packed: bool = False,
+        out_LD: Tensor | None = None,
+        index_N: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, A, D], zero where padded, or ``packed`` [N, D]; and their lengths_B.
+
+        With ``out_LD`` the valid embeddings are written to its rows ``index_N`` in place, and it is
+        returned. With lengths on the CPU the host does not wait for a GPU.
+        """
+
+
+def build_adaptor(
+    cfg: AdaptorConfig, width: int, out_width: int, scale: float = 1.0, units: int = 0
+) -> Adaptor:
+    """The adaptor that ``cfg`` describes, from an encoder of ``width`` to embeddings of
+    ``out_width``.
+
+    ``scale``: the root mean square that the embeddings start with, that of the language model's
+    token embeddings (**ours**). ``units``: of the CTC head, blank included; of kind ctc only.
+    """
+    module, name = CLASSES[cfg.kind]
+    cls = getattr(importlib.import_module(f"dsasr.model.adaptors.{module}"), name)
+    extra = (units,) if cfg.reads_ctc else ()
+    return cls(cfg, width, out_width, scale, *extra)
+
+
+def padded(embeds_ND: Tensor, valid_BA: Tensor) -> Tensor:
+    """Packed embeddings [N, D] → [B, A, D], zero where ``valid_BA`` is False."""
+    rows = embeds_ND.new_zeros(valid_BA.numel(), embeds_ND.shape[1])
+    index_N = valid_BA.flatten().nonzero().squeeze(1).to(embeds_ND.device)
+    return rows.index_copy(0, index_N, embeds_ND).view(*valid_BA.shape, -1)
