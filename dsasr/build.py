@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
+from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.text.phonemes import PhonemeVocab, build_phonemizer
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
@@ -149,6 +150,20 @@ class Builder:
             state=state,
         )
 
+    def text_dataloader(
+        self, stage: StageConfig, state: Mapping[str, Any] | None
+    ) -> TextDataLoader:
+        """A stage's endless dataloader of text without speech, from ``state`` on."""
+        return TextDataLoader(
+            self.recipe.data.text_only,
+            self.text_encoder(phonemes=True, tokens=True),
+            self.front_end.bins,
+            seed=sub_seed(self.recipe.seed, f"text {stage.name}"),
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            state=state,
+        )
+
     def validation_batches(
         self,
         branch: str,
@@ -199,9 +214,9 @@ class Builder:
         then.
         """
         model = self.recipe.model
-        stage = self.recipe.schedule().pretrain
+        stages = self.recipe.schedule().pretrain
         pretrain = model.pretrain
-        if stage is not None and stage.objective == "ctc":
+        if stages and stages[0].objective == "ctc":
             pretrain = replace(pretrain, consistency=0.0)
         encoder = self._encoder("pretrain encoder", partition)
         with torch.device("meta"):
@@ -303,9 +318,10 @@ class Builder:
         """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
         schedule = self.recipe.schedule()
         self._check_encoder()
-        if schedule.pretrain is not None and self.recipe.branch != "sft":
+        if schedule.pretrain and self.recipe.branch != "sft":
             _ = self.phonemes
         if schedule.sft and self.recipe.branch != "pretrain":
+            self._check_text_only(schedule.sft)
             _ = self.llm_folder, self.tokenizer
             self._check_prompt()
             self._check_lora()
@@ -351,6 +367,27 @@ class Builder:
             if stage.branch == "sft" and batch.tokens and model.adaptor.frames_per_token:
                 frames = round(100 * self.frame_seconds * model.adaptor.frames_per_token)
                 self.recipe.check_frames_per_token(stage, frames)
+
+    def _check_text_only(self, stages: Sequence[StageConfig]) -> None:
+        """Text-only training needs text, and an adaptor that reads what CTC writes."""
+        adaptor = self.recipe.model.adaptor
+        if adaptor.reads_ctc:
+            _ = self.phonemes
+        mixed = [s.name for s in stages if s.text_share]
+        if not mixed:
+            return
+        if self.recipe.data.text_only is None:
+            raise UserError(f"stage '{mixed[0]}' has a text_share: give data.text_only.path")
+        _ = self.recipe.data.text_only.files()
+        if not (adaptor.reads_ctc and adaptor.merge):
+            raise UserError(
+                f"stage '{mixed[0]}' has a text_share: give model.adaptor.kind=ctc with merge=true"
+            )
+        if self.recipe.data.phonemizer.kind == "stored":
+            raise UserError(
+                f"stage '{mixed[0]}' has a text_share, but data.phonemizer reads phonemes from the "
+                "shards: give a kind that makes them from text"
+            )
 
     def _check_prompt(self) -> None:
         """The prompt must not be longer than the token budgets count it."""

@@ -14,6 +14,7 @@ from dsasr.config import nearest
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
+from dsasr.data.dataloader.text_dataloader import TextOnlyConfig
 from dsasr.data.text.normalization import TextConfig
 from dsasr.data.text.phonemes import PhonemizerConfig
 from dsasr.engine.config import EngineConfig
@@ -51,6 +52,8 @@ class DataConfig:
     fbank: FbankConfig = field(default_factory=FbankConfig)
     # augmentation of the training audio; null: none
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    # text without speech, for stages with a text_share; null: none
+    text_only: TextOnlyConfig | None = None
     # form of the transcripts that are trained on
     text: TextConfig = field(default_factory=TextConfig)
     # where phoneme labels come from

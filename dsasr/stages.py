@@ -60,6 +60,9 @@ class StageConfig:
     swaps: bool = False  # load newer encoder snapshots while the stage runs (sft)
     steps_after_final_swap: int = 0  # last steps of the stage that wait for the final encoder (sft)
     keep_moments: bool = False  # keep the Adam moments of parts that the stage before trained too
+    # share of the micro-batches that have text and no speech (data.text_only); 1: text alone, which
+    # needs no encoder (sft)
+    text_share: float = 0.0
 
     def __post_init__(self) -> None:
         where = f"stage '{self.name}'"
@@ -88,6 +91,10 @@ class StageConfig:
             raise UserError(f"{where}: steps_after_final_swap must lie between 0 and {self.steps}")
         if self.grad_accum_steps < 1:
             raise UserError(f"{where}: grad_accum_steps must be at least 1")
+        if not 0 <= self.text_share <= 1 or (self.text_share and self.branch != "sft"):
+            raise UserError(f"{where}: text_share lies between 0 and 1, in branch sft")
+        if self.text_only and (speech := {"encoder", "ctc"} & set(self.trains)):
+            raise UserError(f"{where}: text alone cannot train '{min(speech)}'; lower text_share")
         if not self.objective:
             object.__setattr__(self, "objective", OBJECTIVES[self.branch][0])
         if self.objective not in OBJECTIVES[self.branch]:
@@ -95,6 +102,11 @@ class StageConfig:
                 f"{where} has an unknown objective '{self.objective}'"
                 f"{nearest(self.objective, OBJECTIVES[self.branch])}"
             )
+
+    @property
+    def text_only(self) -> bool:
+        """Whether all batches have text and no speech."""
+        return self.text_share == 1
 
     @property
     def needs_final_encoder(self) -> bool:
@@ -204,14 +216,14 @@ class Schedule:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"two stages are called '{name}': names must differ")
-        if len([s for s in self.stages if s.branch == "pretrain"]) > 1:
-            raise UserError("a recipe has at most one stage of branch pretrain")
+        if len({s.objective for s in self.pretrain}) > 1:
+            raise UserError("the stages of branch pretrain must have one objective")
         if min(self.interleave) < 1:
             raise UserError("interleave needs two whole numbers ≥ 1: pretrain steps, sft steps")
-        if self.branch == "pretrain" and self.pretrain is None:
+        if self.branch == "pretrain" and not self.pretrain:
             raise UserError("branch=pretrain, but the recipe has no stage of branch pretrain")
         late = [s.pretrain for s in self.drift.swaps if s.pretrain > self.pretrain_steps()]
-        if self.drift.mode == "fixed" and self.pretrain is not None and late:
+        if self.drift.mode == "fixed" and self.pretrain and late:
             raise UserError(
                 f"drift.swaps wants the encoder of pretrain step {late[0]:,}, but pretraining has "
                 f"{self.pretrain_steps():,} steps"
@@ -220,15 +232,23 @@ class Schedule:
             raise UserError("branch=sft, but the recipe has no stage of branch sft")
 
     @property
-    def pretrain(self) -> StageConfig | None:
-        return next((s for s in self.stages if s.branch == "pretrain"), None)
+    def pretrain(self) -> tuple[StageConfig, ...]:
+        return tuple(s for s in self.stages if s.branch == "pretrain")
 
     @property
     def sft(self) -> tuple[StageConfig, ...]:
         return tuple(s for s in self.stages if s.branch == "sft")
 
     def pretrain_steps(self) -> int:
-        return self.pretrain.steps if self.pretrain else 0
+        return sum(s.steps for s in self.pretrain)
+
+    def pretrain_stage(self, step: int) -> tuple[StageConfig, int]:
+        """The stage of pretrain step ``step`` (from 0), and the step within it."""
+        for stage in self.pretrain:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        raise ValueError("pretraining has fewer steps")
 
     def drift_steps(self) -> tuple[int, int]:
         """(pretrain step of the first drift reference, pretrain steps between measurements)."""
@@ -237,7 +257,7 @@ class Schedule:
 
     def measures_at(self, pretrain: int) -> Literal["reference", "measure"] | None:
         """What the drift monitor does after pretrain step ``pretrain`` (from 1)."""
-        if self.drift.mode != "cka" or self.pretrain is None:
+        if self.drift.mode != "cka" or not self.pretrain:
             return None
         first, interval = self.drift_steps()
         if pretrain == first:
@@ -248,7 +268,7 @@ class Schedule:
 
     def publishes_at(self, pretrain: int) -> str | None:
         """Why the encoder is published after this pretrain step whatever its drift, if it is."""
-        if self.pretrain is None:
+        if not self.pretrain:
             return None
         if pretrain == self.pretrain_steps():
             return "final"
@@ -257,7 +277,7 @@ class Schedule:
 
     def finished_pretraining(self, progress: Progress) -> bool:
         """Whether the final encoder is published, by this job or the other one."""
-        return self.pretrain is None or any(s.cause == "final" for s in progress.published)
+        return not self.pretrain or any(s.cause == "final" for s in progress.published)
 
     def next_turn(self, progress: Progress) -> Turn:
         """The turn that follows ``progress``; a pure function."""
@@ -272,15 +292,17 @@ class Schedule:
         return pretrain
 
     def _pretrain_turn(self, progress: Progress) -> Turn:
-        if self.pretrain is None or progress.pretrain >= self.pretrain.steps:
+        if progress.pretrain >= self.pretrain_steps():
             return Turn("end")
-        return Turn("step", self.pretrain, progress.pretrain)
+        return Turn("step", *self.pretrain_stage(progress.pretrain))
 
     def _sft_turn(self, progress: Progress) -> Turn:
         stages = self.sft
         if progress.stage >= len(stages):
             return Turn("end")
         stage, step = stages[progress.stage], progress.step
+        if stage.text_only:
+            return Turn("step", stage, step)
         final = self.finished_pretraining(progress)
         waits_for_final = stage.needs_final_encoder or (
             stage.steps_after_final_swap and step >= stage.steps - stage.steps_after_final_swap

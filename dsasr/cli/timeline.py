@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     events, accuracy = timeline.simulate_scaled(schedule, triggers)
     print(timeline.stage_table(cfg, args.ranks))
     print(timeline.swap_rule(schedule))
-    if schedule.pretrain is not None and cfg.branch == "both":
+    if schedule.pretrain and cfg.branch == "both":
         p, s = cfg.interleave
         print(f"turns: {p} pretrain : {s} sft while both branches run")
     if triggers:

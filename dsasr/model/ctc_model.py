@@ -68,7 +68,8 @@ class CtcModel(nn.Module):
         in eval mode also "phoneme_errors" (share of greedy decoding's edits).
 
         A batch without utterances runs every part once, for its collectives, and weighs nothing.
-        In training, seeds torch's global generators from the batch (see `seed_dropout`).
+        A frozen encoder runs in eval mode and without a graph. In training, seeds torch's global
+        generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
         batch = batch.or_silence(self.encoder.bins)
@@ -79,11 +80,15 @@ class CtcModel(nn.Module):
             if self.cfg.chunks is not None:
                 chunk = draw_chunk(self.cfg.chunks, step_generator(batch, "chunk"))
         views = len(views_XTF)
-        output = self.encoder(
-            torch.cat(views_XTF) if views > 1 else views_XTF[0],
-            batch.feature_lengths_B.repeat(views),
-            chunk,
-        )
+        trainable = any(p.requires_grad for p in self.encoder.parameters())
+        if self.training and self.encoder.training != trainable:
+            self.encoder.train(trainable)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+            output = self.encoder(
+                torch.cat(views_XTF) if views > 1 else views_XTF[0],
+                batch.feature_lengths_B.repeat(views),
+                chunk,
+            )
         log_probs = self.ctc(output.frames_BSE, output.lengths_B)
         host = batch.host
         host_lengths = self.encoder.output_lengths(host.feature_lengths_B), host.phoneme_lengths_B

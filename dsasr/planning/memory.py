@@ -95,11 +95,11 @@ def stages_beside(recipe: Recipe, stage: StageConfig) -> list[StageConfig]:
     The pretrain branch is closed when the sft branch has taken the final encoder.
     """
     schedule = recipe.schedule()
-    if recipe.branch != "both" or schedule.pretrain is None or not schedule.sft:
+    if recipe.branch != "both" or not schedule.pretrain or not schedule.sft:
         return []
     if stage.branch == "pretrain":
         return [s for s in schedule.sft if not s.needs_final_encoder]
-    return [] if stage.needs_final_encoder else [schedule.pretrain]
+    return [] if stage.needs_final_encoder else list(schedule.pretrain)
 
 
 def resident_parts(recipe: Recipe, stage: StageConfig) -> list[str]:

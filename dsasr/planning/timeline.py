@@ -44,7 +44,7 @@ def simulate(schedule: Schedule, drift_steps: Sequence[int] = ()) -> list[dict[s
     Exact, one iteration a step: for long schedules see `simulate_scaled`.
     """
     progress, events = Progress(), []
-    if schedule.pretrain is None or schedule.branch == "sft":
+    if not schedule.pretrain or schedule.branch == "sft":
         cause = "final" if schedule.pretrain else "given"
         progress = add_published(progress, [Snapshot("given", 0, cause)])
     while (turn := schedule.next_turn(progress)).kind == "step":
@@ -153,7 +153,7 @@ def stage_table(recipe: recipes.Recipe, ranks: int = 8) -> str:
         lines.append(
             f"sizes of {', '.join(missing)}, and so the memory, not known: model.llm.path not there"
         )
-    if schedule.pretrain is not None and not Path(recipe.data.phonemes).is_file():
+    if schedule.pretrain and not Path(recipe.data.phonemes).is_file():
         lines.append(f"size of ctc: for {ASSUMED_PHONEMES} phonemes, as data.phonemes is not there")
     return "\n".join(lines)
 
@@ -186,7 +186,7 @@ def _encoder_note(schedule: Schedule, stage: StageConfig) -> str:
     if stage.needs_final_encoder:
         return "; starts from the final encoder"
     notes = ["takes newer encoders while it runs" if stage.swaps else "keeps its encoder"]
-    if stage.steps_after_final_swap and schedule.pretrain is not None:
+    if stage.steps_after_final_swap and schedule.pretrain:
         notes.append(f"the last {stage.steps_after_final_swap:,} steps wait for the final one")
     return "; " + "; ".join(notes)
 
@@ -194,7 +194,7 @@ def _encoder_note(schedule: Schedule, stage: StageConfig) -> str:
 def swap_rule(schedule: Schedule) -> str:
     """One line: when pretraining publishes an encoder."""
     drift = schedule.drift
-    if schedule.pretrain is None:
+    if not schedule.pretrain:
         return "encoder: from outside the run, never swapped"
     if drift.mode == "cka":
         first, interval = schedule.drift_steps()

@@ -138,10 +138,13 @@ class Trainer:
 
     def next_batches(self, stage: StageConfig) -> list[Batch]:
         """This rank's micro-batches of the next step; before it the online probe's reference."""
-        step = self.progress.step if stage.branch == "sft" else self.progress.pretrain
+        step = self.progress.step
+        if stage.branch == "pretrain":
+            _, step = self.schedule.pretrain_stage(self.progress.pretrain)
         # The time of a probe is not the stage's.
         engine = self.branches.get(stage.branch)
-        self._turn_started += self.online_probe.take_reference(engine, step)
+        if self._hears(engine):
+            self._turn_started += self.online_probe.take_reference(engine, step)
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
         batches = self.dataloaders.next_batches(stage)
@@ -260,11 +263,17 @@ class Trainer:
 
     def evaluate_if_due(self, engine: BranchEngine, report: StepReport) -> None:
         """Online probe and validation of the branch after its step, each at its interval."""
+        if not self._hears(engine):
+            return
         trained_seconds = sum(self.stage_seconds.values())
         self.online_probe.evaluate_if_due(engine, report, self.steps, trained_seconds)
         every = self.recipe.evaluation.every
         if every and (report.step + 1) % every == 0:
             self._evaluate(engine, self.recipe.evaluation.utterances)
+
+    def _hears(self, engine: BranchEngine) -> bool:
+        """Whether the branch has an encoder: training on text alone begins without one."""
+        return engine.name == "pretrain" or self.progress.in_use is not None
 
     def _evaluate(self, engine: BranchEngine, utterances: int) -> None:
         watched = partial(self.watchdog.each, doing="evaluation")
@@ -329,7 +338,7 @@ class Trainer:
         if not self._finished:
             self._finished = True
             for engine in self.branches:
-                if engine.stage is not None:
+                if engine.stage is not None and self._hears(engine):
                     self._evaluate(engine, 0)
             if not self.save():
                 raise UserError(
