@@ -21,7 +21,11 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
-from dsasr.data.text.phonemes import PhonemeVocab, build_phonemizer
+from dsasr.data.text.phonemes import (
+    PhonemeVocab,
+    Speller,
+    build_phonemizer,
+)
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.model import layerwise_init, lora
@@ -250,7 +254,13 @@ class Builder:
             spec=model.pretrain.spec if model.sft.spec else None,
             chunks=model.sft.chunks,
             ctc=ctc,
+            spell=self.spell if model.adaptor.reads_ctc else None,
         )
+
+    @cached_property
+    def spell(self) -> Speller:
+        """From a transcript to the units of the CTC head."""
+        return Speller(build_phonemizer(self.recipe.data.phonemizer), self.phonemes)
 
     def empty_encoder(self) -> Encoder:
         """An encoder on the CPU whose weights are to be loaded from a checkpoint."""

@@ -29,6 +29,7 @@ COMMANDS = {
     "data cmvn": "mean and variance of the features",
     "data phonemes": "the phoneme vocabulary",
     "data tokenizer": "train a sentencepiece tokenizer",
+    "data confusions": "what a CTC head takes for what, for text-only training",
     "demo corpus": "synthesize a small bilingual speech corpus",
     "demo lm": "train a small language model for it",
 }

@@ -18,8 +18,9 @@ from transformers import DynamicCache
 
 from dsasr.data.batch import Batch
 from dsasr.kernels import dispatch
+from dsasr.model.ctc import ctc_log_prob
 from dsasr.model.dynamic_chunks import Chunk
-from dsasr.model.speech_llm import SpeechLLM
+from dsasr.model.speech_llm import SpeechInput, SpeechLLM
 from dsasr.utils.errors import UserError
 
 
@@ -38,10 +39,15 @@ class DecodeConfig:
     tokens_per_second: float = 25.0
     extra_tokens: int = 16  # see tokens_per_second
     length_penalty: float = 1.0  # beams are ranked by log-probability / tokens ** length_penalty
+    # rank the beams that ended by log-probability + ctc_weight · that of their units by the CTC
+    # head; of an adaptor that reads CTC
+    ctc_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.beam < 1 or self.max_tokens < 1:
             raise UserError("decoding: beam and max_tokens must be at least 1")
+        if self.ctc_weight < 0 or (self.ctc_weight and self.beam == 1):
+            raise UserError("decoding: ctc_weight must be at least 0, and needs a beam above 1")
         if min(self.tokens_per_second, self.extra_tokens, self.length_penalty) < 0:
             raise UserError(
                 "decoding: tokens_per_second, extra_tokens and length_penalty must not be negative"
@@ -154,18 +160,21 @@ class _Search:
         if active[0][0].length >= limit:
             ended.extend(beam for beam, _ in active)
             return []
-        if ended:
+        if ended and not self.cfg.ctc_weight:
             # A log-probability only falls, and the longest transcript divides it by the most.
             best_possible = self.score(active[0][0], limit)
             if max(map(self.score, ended)) >= best_possible:
                 return []
         return active
 
-    def best(self, utterance: int) -> _Beam:
-        """The best by score of the finished beams, else of those cut at the token limit."""
+    def candidates(self, utterance: int) -> list[_Beam]:
+        """The finished beams, else those cut at the token limit."""
         beams = self.ended[utterance]
-        finished = [beam for beam in beams if beam.token == self.end_id]
-        return max(finished or beams, key=self.score)
+        return [beam for beam in beams if beam.token == self.end_id] or beams
+
+    def best(self, utterance: int) -> _Beam:
+        """The best by score of the candidates."""
+        return max(self.candidates(utterance), key=self.score)
 
 
 class _Stepper:
@@ -177,7 +186,7 @@ class _Stepper:
 
     def prefill(self, batch: Batch, chunk: Chunk | None) -> Tensor:
         """Run the prompts through the model; logits [B, V] of the first token."""
-        embeds_BLD, self.next_R = self.model.prompts(batch, chunk)
+        embeds_BLD, self.next_R, self.speech = self.model.prompts(batch, chunk)
         length = embeds_BLD.shape[1]
         steps = torch.arange(length, device=embeds_BLD.device)
         self.mask_RL = (steps >= length - self.next_R.unsqueeze(1)).long()
@@ -238,6 +247,8 @@ def decode(
     ``chunk`` simulates streaming in the encoder.
     """
     cfg = cfg or DecodeConfig()
+    if cfg.ctc_weight and (model.ctc is None or model.spell is None):
+        raise UserError("decoding: ctc_weight needs a model whose adaptor reads CTC")
     training = model.training
     model.eval()
     try:
@@ -253,7 +264,36 @@ def decode(
                 stepper.idle()
     finally:
         model.train(training)
-    return [_hypothesis(key, search.best(index), tokenizer) for index, key in enumerate(batch.keys)]
+    best = [search.best(index) for index in range(len(batch))]
+    if cfg.ctc_weight:
+        best = [
+            _rescored(search, i, model, batch, stepper.speech, tokenizer) for i in range(len(batch))
+        ]
+    return [_hypothesis(key, beam, tokenizer) for key, beam in zip(batch.keys, best, strict=True)]
+
+
+def _rescored(
+    search: _Search,
+    utterance: int,
+    model: SpeechLLM,
+    batch: Batch,
+    speech: SpeechInput,
+    tokenizer: Detokenizer,
+) -> _Beam:
+    """The candidate with the highest log-probability by language model and CTC head together.
+
+    A transcript that the head cannot have written (a unit that it lacks, more units than frames)
+    comes last.
+    """
+    log_probs_SP = speech.log_probs_BSP[utterance, : int(speech.log_prob_lengths_B[utterance])]
+    candidates = search.candidates(utterance)
+    scores = []
+    for beam in candidates:
+        ids = [step.token for step in beam.path() if step.token != search.end_id]
+        units = model.spell(tokenizer.decode(ids), batch.langs[utterance])
+        heard = ctc_log_prob(log_probs_SP, units) if units is not None else -math.inf
+        scores.append((beam.logprob + search.cfg.ctc_weight * heard, beam.logprob))
+    return candidates[scores.index(max(scores))]
 
 
 def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer) -> Hypothesis:

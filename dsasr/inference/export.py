@@ -38,6 +38,7 @@ from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
+from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig, Speller, build_phonemizer
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
@@ -87,6 +88,7 @@ class ExportConfig:
     steps: int = 0  # training steps of the checkpoint
     units: int = 0  # of the CTC head, blank included; of an adaptor that reads it
     head: CtcHeadConfig = field(default_factory=CtcHeadConfig)  # of an adaptor that reads it
+    phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)  # as `head`
     model_type: str = MODEL_TYPE
     architectures: tuple[str, ...] = ("DsasrModel",)
     format: int = FORMAT
@@ -155,6 +157,7 @@ def _write_model(
         steps=int(reader.manifest.get("steps", 0)),
         units=len(build.phonemes) if reads_ctc else 0,
         head=recipe.model.pretrain.head,
+        phonemizer=recipe.data.phonemizer,
     )
     atomic_write(
         folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"
@@ -321,8 +324,10 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
     width = llm.get_input_embeddings().weight.shape
     check_tokenizer(tokenizer, width[0])
     encoder = _load_encoder(export_config, folder)
-    ctc = None
+    ctc, spell = None, None
     if export_config.adaptor.reads_ctc:
+        phonemizer = build_phonemizer(export_config.phonemizer)
+        spell = Speller(phonemizer, PhonemeVocab.load(folder / "phonemes.json"))
         ctc = CtcHead(encoder.width, export_config.units, export_config.head)
     model = SpeechLLM(
         encoder,
@@ -333,6 +338,7 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
         tokenizer.pad_id,
         LlmConfig(attn=attn),
         ctc=ctc,
+        spell=spell,
     )
     parts = {"encoder": model.encoder, "ctc": model.ctc, "adaptor": model.adaptor}
     _load_weights({name: part for name, part in parts.items() if part is not None}, folder)

@@ -123,6 +123,17 @@ def ctc_loss(
     return CtcLoss(nll_B, feasible_B, phoneme_lengths_B)
 
 
+def ctc_log_prob(log_probs_SP: Tensor, units: Sequence[int]) -> float:
+    """The log-probability (nats) of writing ``units``; -inf where there are too few frames."""
+    frames = torch.tensor([len(log_probs_SP)])
+    targets_BP = torch.tensor([list(units)], device=log_probs_SP.device)
+    counts = torch.tensor([len(units)])
+    nll = F.ctc_loss(
+        log_probs_SP[:, None], targets_BP, frames, counts, blank=BLANK, reduction="none"
+    )
+    return -float(nll[0])
+
+
 def consistency_loss(log_probs_BSP: Tensor, view2_BSP: Tensor, lengths_B: Tensor) -> Tensor:
     """CR-CTC's term per utterance, in nats: ½ Σ_frames [KL(sg(q)‖p) + KL(sg(p)‖q)].
 

@@ -8,7 +8,7 @@ inside the fused kernel. Packed rows and rows of one utterance give the same los
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,12 +29,25 @@ from dsasr.model.sequence_layout import Layout, lay_out, ragged
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils.errors import UserError
 
+# From a transcript and its language to units of the CTC head; None where one is unknown.
+Spell = Callable[[str, str], list[int] | None]
+
 
 class SpeechInput(NamedTuple):
-    """What the adaptor reads [B, S, E], and its lengths_B on the CPU."""
+    """What the adaptor reads [B, S, E], and its lengths_B on the CPU; what the CTC head said."""
 
     frames_BSE: Tensor
     lengths_B: Tensor
+    log_probs_BSP: Tensor | None = None
+    log_prob_lengths_B: Tensor | None = None
+
+
+class Prompts(NamedTuple):
+    """[prefix | speech | suffix], padded on the left, with lengths_B; and what was heard."""
+
+    embeds_BLD: Tensor
+    lengths_B: Tensor
+    speech: SpeechInput
 
 
 class SpeechLLM(nn.Module):
@@ -45,8 +58,9 @@ class SpeechLLM(nn.Module):
     own dropout, which is off where they are frozen.
 
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
-    context; ctc: the head whose posteriors an adaptor of kind ctc reads. Raises `UserError` if the
-    prompt is empty: something must predict the first token.
+    context; ctc: the head whose posteriors an adaptor of kind ctc reads; spell: transcripts to its
+    units, for decoding that weighs both. Raises `UserError` if the prompt is empty: something must
+    predict the first token.
     """
 
     def __init__(
@@ -61,13 +75,14 @@ class SpeechLLM(nn.Module):
         spec: SpecAugmentConfig | None = None,
         chunks: ChunkConfig | None = None,
         ctc: CtcHead | None = None,
+        spell: Spell | None = None,
     ):
         super().__init__()
         if not prefix_ids and not suffix_ids:
             raise UserError("the prompt has no token: the template needs at least one")
         self.encoder, self.ctc, self.adaptor, self.llm = encoder, ctc, adaptor, llm
         self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
-        self.cfg, self.spec, self.chunks = cfg, spec, chunks
+        self.cfg, self.spec, self.chunks, self.spell = cfg, spec, chunks, spell
         FusedLmHead.replace(llm)
         self._lora = [p for _, p in lora.adapters(llm)]
         self._lora_dropouts = lora.dropouts(llm)
@@ -131,8 +146,8 @@ class SpeechLLM(nn.Module):
             return self.encoder(batch.features_BTF, batch.feature_lengths_B, chunk)
 
     @torch.no_grad()
-    def prompts(self, batch: Batch, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
-        """[prefix | speech | suffix] as embeddings [B, L, D], padded on the left; and lengths_B."""
+    def prompts(self, batch: Batch, chunk: Chunk | None = None) -> Prompts:
+        """The batch's prompts as embeddings."""
         self._set_modes()
         speech = self._read(self.encode(batch, chunk), batch)
         speech_B = self._speech_tokens(speech)
@@ -140,7 +155,7 @@ class SpeechLLM(nn.Module):
         layout = lay_out(speech_B, torch.zeros_like(speech_B), *sizes, left_pad=True)
         no_ids = batch.tokens_BU.new_empty(0)
         lengths_B = layout.lengths_B.to(no_ids.device)
-        return self._splice(layout, len(batch), speech, no_ids), lengths_B
+        return Prompts(self._splice(layout, len(batch), speech, no_ids), lengths_B, speech)
 
     @property
     def _pack(self) -> int:
@@ -212,7 +227,8 @@ class SpeechLLM(nn.Module):
             torch.is_grad_enabled() and (_trainable(self.ctc) or output.frames_BSE.requires_grad)
         ):
             log_probs_BSP = self.ctc(output.frames_BSE, output.lengths_B)
-        return SpeechInput(*self.adaptor.read(log_probs_BSP, output.frames_BSE, lengths_B))
+        inputs_BKX, units_B = self.adaptor.read(log_probs_BSP, output.frames_BSE, lengths_B)
+        return SpeechInput(inputs_BKX, units_B, log_probs_BSP, lengths_B)
 
     def _read_units(self, batch: Batch) -> SpeechInput:
         """What the adaptor reads of a text-only batch: its units, as a perfect head writes them."""

@@ -70,7 +70,7 @@ def select(batch, row):
 
 def next_log_probs(model, batch, ids):
     """The model's own forward over the whole sequence; the last position's prediction."""
-    embeds, _ = model.prompts(batch)
+    embeds, *_ = model.prompts(batch)
     tokens = model.llm.get_input_embeddings()(torch.tensor([ids], dtype=torch.int64))
     logits = model.llm(inputs_embeds=torch.cat((embeds, tokens), 1)).logits
     return logits[0, -1].log_softmax(-1)
@@ -166,7 +166,7 @@ def test_the_limit_follows_the_audio():
 
 def test_streaming_changes_what_the_encoder_sees():
     model, batch = make_model(), make_batch(90)
-    full, _ = model.prompts(batch)
-    chunked, _ = model.prompts(batch, Chunk(2, 0))
+    full, *_ = model.prompts(batch)
+    chunked, *_ = model.prompts(batch, Chunk(2, 0))
     assert not torch.allclose(full, chunked)
     assert decode(model, batch, Tokenizer(), DecodeConfig(max_tokens=3), chunk=Chunk(2, 0))

@@ -364,3 +364,18 @@ class PhonemeVocab:
         if document.get("fingerprint") != vocab.fingerprint:
             raise UserError(f"phoneme vocabulary {path} was edited: fingerprint differs")
         return vocab
+
+
+@dataclass(frozen=True)
+class Speller:
+    """From a transcript to the ids of its units."""
+
+    phonemizer: Phonemizer
+    vocab: PhonemeVocab
+
+    def __call__(self, text: str, lang: str) -> list[int] | None:
+        """None where the phonemizer lacks a word, or the vocabulary a unit."""
+        try:
+            return self.vocab.encode(self.phonemizer.phonemes(text, lang))
+        except (UnknownPhoneme, UnknownWord, MissingPhonemes):
+            return None

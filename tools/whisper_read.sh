@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From a pretrained encoder to a recognizer with little speech: train and score recipe whisper-read.
+#   bash tools/whisper_read.sh SPEECH ENCODER LLM TEXT [key=value …]
+# SPEECH: folder with train.jsonl and valid.jsonl; ENCODER, LLM: Hugging Face folders of Whisper base
+# and of its decoder as a language model; TEXT: sentences, one a line. WordNet's usage examples are
+# such a text (Debian's package wordnet-base):
+#   python tools/wordnet_sentences.py /usr/share/wordnet > sentences.txt
+set -euo pipefail
+[ $# -ge 4 ] && [ -f "$1/train.jsonl" ] && [ -f "$2/config.json" ] && [ -f "$3/config.json" ] &&
+    [ -f "$4" ] || { echo "usage: bash tools/whisper_read.sh SPEECH ENCODER LLM TEXT [key=value …]" >&2; exit 2; }
+speech=$(realpath "$1") encoder=$(realpath "$2") llm=$(realpath "$3") text=$(realpath "$4")
+shift 4
+cd "$(dirname "$0")/.."
+source tools/install.sh
+corpus=corpus/read run=runs/whisper-read
+started=$SECONDS
+mkdir -p "$corpus"
+dsasr data make-shards "$speech/train.jsonl" "$speech/valid.jsonl" --out-root "$corpus/shards" --shard-size 100
+[ -f "$corpus/characters.json" ] ||
+    dsasr data phonemes "$corpus/shards/train" --out "$corpus/characters.json" --kind characters
+cp "$text" "$corpus/text.txt"
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+dsasr train --recipe whisper-read --ranks "$((gpus ? gpus : 1))" "run=$run" \
+    "model.encoder.path=$encoder" "model.llm.path=$llm" "$@"
+dsasr data confusions "$run" --data "$corpus/shards/valid"
+dsasr evaluate "$run" --data "$corpus/shards/valid" --report
+echo "Time: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
