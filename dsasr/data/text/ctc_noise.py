@@ -47,9 +47,9 @@ class Confusions:
         written = np.full((count, count), substitutions / max(count - 2, 1))
         written[:, BLANK] = deletions
         np.fill_diagonal(written, 1 - substitutions - deletions)
-        written[BLANK] = insertions / max(count - 1, 1)
+        written[BLANK] = insertions  # as often as all units together are written
         written[BLANK, BLANK] = 0.0
-        return cls(tuple(units), written * 1e6, 1_000_000)
+        return cls(tuple(units), written * 1e6, 1_000_000 * (count - 1))
 
     def add(self, reference: Sequence[int], written: Sequence[int]) -> None:
         """Count an utterance, by an alignment of the fewest edits."""

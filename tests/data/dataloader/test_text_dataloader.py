@@ -55,7 +55,8 @@ def lines(batches) -> list[str]:
 
 
 def test_every_line_once_an_epoch_in_one_order_for_any_world(file):
-    whole = lines(next(loaders(file)[0]) for _ in range(11))
+    (loader,) = loaders(file)
+    whole = lines(next(loader) for _ in range(11))
     assert sorted(whole[:11]) == sorted(whole[11:22]) == sorted(file.read_text().split("\n")[:11])
     ranks = loaders(file, world=2)
     steps = [[next(rank) for rank in ranks] for _ in range(5)]
