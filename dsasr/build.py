@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsasr.checkpoint import zero_partition
-from dsasr.checkpoint.tensor_fragments import MANIFEST
+from dsasr.checkpoint import export_folder, zero_partition
+from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
@@ -27,9 +27,14 @@ from dsasr.data.text.phonemes import (
     build_phonemizer,
 )
 from dsasr.data.text.prompt import Prompt
-from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
+from dsasr.data.text.tokenizers import (
+    Tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    vocabulary_fingerprint,
+)
 from dsasr.model import layerwise_init, lora
-from dsasr.model.adaptors.protocol import build_adaptor
+from dsasr.model.adaptors.protocol import Adaptor, build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder as Conformer
@@ -42,7 +47,7 @@ from dsasr.model.llm import embedding_rms, load_llm
 from dsasr.model.llm_hub import find_model
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.recipe import SUBSAMPLING, Recipe
+from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -84,8 +89,8 @@ class Builder:
     @cached_property
     def cmvn(self) -> Cmvn:
         hint = "make it with `dsasr data cmvn`"
-        path = self._existing_file(self.recipe.data.cmvn, "data.cmvn", hint)
-        return Cmvn.load(path)
+        path = self._here(self.recipe.data.cmvn)
+        return Cmvn.load(self._existing_file(path, "data.cmvn", hint))
 
     @cached_property
     def phonemes(self) -> PhonemeVocab:
@@ -97,7 +102,7 @@ class Builder:
     @cached_property
     def encoder_folder(self) -> Path:
         """The folder of ``model.encoder.path``, which is itself or a hub name (`find_model`)."""
-        return find_model(self.recipe.pretrained_encoder.path, "model.encoder.path")
+        return find_model(self._here(self.recipe.pretrained_encoder.path), "model.encoder.path")
 
     @cached_property
     def encoder_shape(self) -> Encoder:
@@ -110,16 +115,39 @@ class Builder:
     @cached_property
     def llm_folder(self) -> Path:
         """The folder of ``model.llm.path``, which is itself or a hub name (`find_model`)."""
-        return find_model(self.recipe.model.llm.path)
+        return find_model(self._here(self.recipe.model.llm.path))
 
     @property
     def tokenizer_folder(self) -> Path:
-        folder = self.recipe.model.tokenizer
+        folder = self._here(self.recipe.model.tokenizer)
         return Path(folder) if folder else self.llm_folder
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer_folder)
+
+    @cached_property
+    def vocabularies(self) -> dict[str, str]:
+        """Fingerprints of the vocabularies that this job's branches learn: "phonemes", "tokenizer".
+
+        They lie beside its weights, so that a run which starts from those can compare them.
+        """
+        found = {}
+        if "pretrain" in self.recipe.branches:
+            found["phonemes"] = self.phonemes.fingerprint
+        if "sft" in self.recipe.branches:
+            found["tokenizer"] = vocabulary_fingerprint(self.tokenizer)
+        return found
+
+    @property
+    def source_copies(self) -> dict[str, Path]:
+        """Each source of the run's initial weights → the run's copy of what it needs of it besides
+        weights: the source may be gone when the run is resumed, evaluated or exported."""
+        sources = {key: getattr(self.recipe.model, key) for key in SOURCES}
+        return {source: self.recipe.folder / key for key, source in sources.items() if source}
+
+    def _here(self, path: str) -> str:
+        return export_folder.original_or_copy(path, self.source_copies)
 
     @staticmethod
     def _existing_file(path: str, key: str, hint: str) -> Path:
@@ -234,10 +262,7 @@ class Builder:
         vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
         encoder = self._encoder("sft encoder", partition)
-        units = len(self.phonemes) if model.adaptor.reads_ctc else 0
-        with torch.device("meta"):
-            adaptor = build_adaptor(model.adaptor, encoder.width, width, scale, units)
-            ctc = CtcHead(encoder.width, units, model.pretrain.head) if units else None
+        adaptor, ctc = self._meta_adaptor(encoder, width, scale)
         self._drawn(encoder, "sft encoder", partition)
         self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor))
         if ctc is not None:
@@ -257,6 +282,33 @@ class Builder:
             spell=self.spell if model.adaptor.reads_ctc else None,
         )
 
+    def empty_module(self, branch: str) -> nn.Module:
+        """The branch's model on the meta device: the names and shapes of its weights."""
+        model = self.recipe.model
+        with torch.device("meta"):
+            if branch == "pretrain":
+                return CtcModel(self.encoder_shape, len(self.phonemes), model.pretrain)
+            llm = load_llm(self.llm_folder, weights=False)
+            if model.lora is not None:
+                self._adapt(llm)
+            encoder, width = self.encoder_shape, llm.get_input_embeddings().weight.shape[1]
+            adaptor, ctc = self._meta_adaptor(encoder, width)
+            prompt = Prompt.build(self.tokenizer)
+            return SpeechLLM(
+                encoder, adaptor, llm, *prompt, self.tokenizer.pad_id, model.llm, ctc=ctc
+            )
+
+    def _meta_adaptor(
+        self, encoder: Encoder, width: int, scale: float = 1.0
+    ) -> tuple[Adaptor, CtcHead | None]:
+        """The adaptor, and the CTC head if it reads one, on the meta device."""
+        model = self.recipe.model
+        units = len(self.phonemes) if model.adaptor.reads_ctc else 0
+        with torch.device("meta"):
+            adaptor = build_adaptor(model.adaptor, encoder.width, width, scale, units)
+            ctc = CtcHead(encoder.width, units, model.pretrain.head) if units else None
+        return adaptor, ctc
+
     @cached_property
     def spell(self) -> Speller:
         """From a transcript to the units of the CTC head."""
@@ -272,6 +324,9 @@ class Builder:
         """The encoder that others trained, with its weights; or a Conformer on the meta device."""
         if (cfg := self.recipe.pretrained_encoder) is not None:
             seed = sub_seed(self.recipe.seed, purpose)
+            carried = [Path(source) / export_folder.ENCODER for source in self.source_copies]
+            if self.recipe.takes_encoder and Path(cfg.path) in carried:
+                cfg = replace(cfg, weights=False)  # an export's, loaded with its other weights
             return load_encoder(self.encoder_folder, cfg, seed, partition)
         with torch.device("meta"):
             return Conformer(self.recipe.model.encoder)
@@ -295,7 +350,8 @@ class Builder:
         options = {"attn": cfg.attn, "dropout": cfg.dropout}
         if self.recipe.model.lora is not None:
             options |= {"adapt": self._adapt, "draw_adapter": self._adapter}
-        if not cfg.weights:
+        # A copy has no weights: those of a checkpoint are loaded into what is drawn here.
+        if not cfg.weights or any(map(folder.is_relative_to, self.source_copies.values())):
             return draw_llm(folder, sub_seed(self.recipe.seed, "llm"), partition, **options)
         if partition is not None:
             return load_llm_partitioned(folder, partition, **options)
@@ -324,20 +380,31 @@ class Builder:
 
     # -- checks ------------------------------------------------------------------------------
 
+    @property
+    def starts_afresh(self) -> bool:
+        """Whether a job would start without a checkpoint, going by what lies in its folder."""
+        resumes = self.recipe.resume == "auto" and list_checkpoints(
+            self.recipe.folder / "checkpoints"
+        )
+        return not resumes and self.recipe.resume in ("auto", "never")
+
     def check(self) -> None:
         """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
-        schedule = self.recipe.schedule()
+        for key in SOURCES:
+            source = getattr(self.recipe.model, key)
+            if source and not Path(source).is_dir() and self.starts_afresh:
+                raise UserError(
+                    f"model.{key}: there is no folder {source}; give an exported model, a run, a "
+                    "checkpoint or a snapshot"
+                )
         self._check_encoder()
-        if schedule.pretrain and self.recipe.branch != "sft":
+        if "pretrain" in self.recipe.branches:
             _ = self.phonemes
-        if schedule.sft and self.recipe.branch != "pretrain":
-            self._check_text_only(schedule.sft)
+        if "sft" in self.recipe.branches:
+            self._check_text_only(self.recipe.schedule().sft)
             _ = self.llm_folder, self.tokenizer
             self._check_prompt()
             self._check_lora()
-        if self.recipe.model.encoder_from:
-            manifest = Path(self.recipe.model.encoder_from) / MANIFEST
-            self._existing_file(str(manifest), "model.encoder_from", "give a snapshot's folder")
         for datasets in (self.recipe.data.train, self.recipe.data.valid):
             from dsasr.data.shards.storage import ShardStorage
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from dsasr import config
+from dsasr.checkpoint import weight_source
+from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.checkpoint.manager import CheckpointConfig
+from dsasr.checkpoint.weight_source import PARTS as PARTS_IN_FILES
 from dsasr.config import nearest
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import FbankConfig
@@ -34,6 +37,7 @@ from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
 from dsasr.tracking.monitor import MonitorConfig
 from dsasr.utils.errors import UserError
 
+SOURCES = ("encoder_from", "init_from")  # keys of `ModelConfig`: where a run's weights come from
 SUBSAMPLING = 4  # feature frames to one encoder frame, of every encoder size
 
 
@@ -92,8 +96,30 @@ class ModelConfig:
     pretrain: CtcModelConfig = field(default_factory=CtcModelConfig)
     sft: SftInputConfig = field(default_factory=SftInputConfig)  # input of the sft branch
     tokenizer: str = ""  # folder of a tokenizer; empty: the language model's
-    # folder of an encoder snapshot for the sft branch to start from; empty: pretraining's
+    # start with the encoder of this snapshot, or of any source of `init_from`, in both branches;
+    # the sft branch then does not wait for pretraining's
     encoder_from: str = ""
+    # start with the weights of another model, by name: of an exported model, a run folder (its
+    # newest whole checkpoint), or a folder with a checkpoint or snapshot. Read at a fresh start,
+    # never at a resume. Sizes, features and the language model's folder that the recipe does not
+    # give are the source's
+    init_from: str = ""
+    # parts that `init_from` gives: encoder, head (the CTC head), adaptor, llm, lora; empty: all
+    # that both have
+    init_parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for part in self.init_parts:
+            if part not in PARTS_IN_FILES:
+                raise UserError(
+                    f"model.init_parts: unknown part '{part}'{nearest(part, PARTS_IN_FILES)}"
+                )
+        if self.init_parts and not self.init_from:
+            raise UserError("model.init_parts chooses parts of model.init_from, which is not given")
+        if self.encoder_from and "encoder" in self.init_parts:
+            raise UserError(
+                "model.encoder_from and model.init_parts both give the encoder: leave out one"
+            )
 
 
 @dataclass(frozen=True)
@@ -217,8 +243,9 @@ class Recipe:
             and not self.has_initial_encoder
         ):
             raise UserError(
-                "the recipe has no stage of branch pretrain: give model.encoder_from=SNAPSHOT, or "
-                "model.encoder.path=FOLDER of an encoder that others trained"
+                "the recipe has no stage of branch pretrain: give model.init_from=MODEL, "
+                "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of an encoder that "
+                "others trained"
             )
 
     def check_frames_per_token(self, stage: StageConfig, per_token: int) -> None:
@@ -258,9 +285,29 @@ class Recipe:
     @property
     def has_initial_encoder(self) -> bool:
         """Whether the sft branch starts with an encoder from outside the run: the snapshot of
-        ``model.encoder_from``, or without pretraining the encoder that others trained."""
-        pretrained = self.pretrained_encoder is not None and not self.schedule().pretrain
-        return bool(self.model.encoder_from) or pretrained
+        ``model.encoder_from``, or without pretraining that of ``model.init_from`` or the encoder
+        that others trained."""
+        given = self.pretrained_encoder is not None or self.takes_encoder
+        return bool(self.model.encoder_from) or (given and not self.schedule().pretrain)
+
+    @property
+    def takes_encoder(self) -> bool:
+        """Whether the encoder starts with weights of ``encoder_from`` or ``init_from``."""
+        return bool(self.model.encoder_from) or "encoder" in self.init_parts
+
+    @property
+    def init_parts(self) -> tuple[str, ...]:
+        """The parts that ``model.init_from`` may give; empty without it."""
+        if not self.model.init_from:
+            return ()
+        parts = self.model.init_parts or PARTS_IN_FILES
+        return tuple(p for p in parts if p != "encoder" or not self.model.encoder_from)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches that this job trains."""
+        stages = {stage.branch for stage in self.stages}
+        return tuple(b for b in PARTS if b in stages and self.branch in ("both", b))
 
     @property
     def folder(self) -> Path:
@@ -274,8 +321,11 @@ class Recipe:
 
     def encoder_fingerprint(self) -> str:
         """A hash of all settings that the pretrained encoder depends on."""
-        settings = (self.seed, self.data, self.model.encoder, self.model.pretrain)
-        return config.fingerprint([*settings, self.schedule().pretrain])
+        model = self.model
+        settings = [self.seed, self.data, model.encoder, model.pretrain, self.schedule().pretrain]
+        if model.init_from or model.encoder_from:
+            settings += [model.init_from, self.init_parts, model.encoder_from]
+        return config.fingerprint(settings)
 
     def schedule(self) -> Schedule:
         return Schedule(self.stages, self.drift, self.interleave, self.branch)
@@ -320,7 +370,30 @@ def load(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:
     Raises `UserError` for a missing file, an unknown key or an invalid value.
     """
     values = config.override(config.read_recipe(name_or_path), assignments)
-    return config.build(Recipe, values)
+    return config.build(Recipe, _completed(values))
+
+
+def _completed(values: dict) -> dict:
+    """A recipe's plain values, with what they leave out taken from the sources of its weights.
+
+    A run that resumes has it from its own recipe: the sources may be gone.
+    """
+    model = values.get("model")
+    if not isinstance(model, dict):
+        return values
+    branch = values.get("branch", "both")
+    run = Path(str(values.get("run", ""))) / ("" if branch == "both" else str(branch))
+    own = {}
+    if list_checkpoints(run / "checkpoints") and (run / "recipe.yaml").is_file():
+        own = config.read_recipe(str(run / "recipe.yaml"))
+    parts = {"encoder_from": ("encoder",), "init_from": model.get("init_parts") or PARTS_IN_FILES}
+    for key, wanted in parts.items():
+        source = model.get(key)
+        if isinstance(source, str) and source:
+            resumed = (own.get("model") or {}).get(key) == source
+            settings = own if resumed else weight_source.read_settings(Path(source))
+            values = weight_source.complete_recipe(values, settings, wanted)
+    return values
 
 
 def changed_settings(old: dict, new: Recipe) -> list[str]:

@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dsasr.engine import branch_engine
     from dsasr.kernels import dispatch
     from dsasr.launch import watchdog
+    from dsasr.training import initial_weights
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
@@ -76,8 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     branch_engine.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
     branch_engine.check_nvme(cfg.engine)
-    build.Builder(cfg).check()
+    builder = build.Builder(cfg)
+    builder.check()
     if options.check:
+        initial_weights.check(builder)
         print("the recipe and its files are in order")
         return 0
     rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dsasr.build import Builder
 from dsasr.checkpoint import zero_partition
-from dsasr.checkpoint.locate import open_run_checkpoint, open_verified
+from dsasr.checkpoint.locate import open_run_checkpoint, open_verified, run_folder
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.entropy_allocation.pai_csai import reinitialized
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
-from dsasr.inference.model_from_run import run_folder, run_recipe
+from dsasr.inference.model_from_run import run_recipe
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.load import load_encoder
 from dsasr.model.encoders.pretrained import (

@@ -30,6 +30,15 @@ def checkpoint_folder(run: Path) -> Path:
     return concurrent if concurrent.is_dir() and not folder.is_dir() else folder
 
 
+def run_folder(path: Path) -> Path:
+    """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
+    for ancestor in (path, *path.resolve().parents[:3]):
+        for folder in (ancestor, ancestor / "pretrain", ancestor / "sft"):
+            if (folder / "recipe.yaml").is_file():
+                return folder
+    raise UserError(f"{path} belongs to no run: there is no recipe.yaml at or above it")
+
+
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in ``folder`` whose checksums match, and why newer ones do not."""
     problems = []

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -214,6 +214,19 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+class Reader(Protocol):
+    """Tensors by key: whole, or a range of the flattened tensor, so that a rank reads its own."""
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def whole(self, key: str) -> torch.Tensor: ...
+
+
 class FragmentReader:
     """Random access to the tensors of a published folder, by key and range.
 
@@ -250,6 +263,11 @@ class FragmentReader:
 
     def keys(self) -> Iterable[str]:
         return self.shapes.keys()
+
+    def is_float32(self, key: str) -> bool:
+        """Whether the tensor is stored in float32; False for one without elements."""
+        parts = self._ranges.get(key)
+        return bool(parts) and self._open(parts[0][2]).get_slice(key).get_dtype() == "F32"
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of the flattened tensor: a new 1-D tensor on the CPU."""

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from dsasr.checkpoint.tensor_fragments import (
     Fragment,
     FragmentError,
-    FragmentReader,
-    PrefixReader,
+    Reader,
     all_finite,
     on_all_ranks,
 )
@@ -33,7 +32,6 @@ from dsasr.utils import distributed
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Reader = FragmentReader | PrefixReader
 
 
 # -- weights -------------------------------------------------------------------------------------
@@ -63,8 +61,8 @@ def named_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return dict(named_parameters(module, prefix)) | dict(persistent_buffers(module, prefix))
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The parameter's shape, also while ZeRO-3 has partitioned it."""
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also while ZeRO-3 has partitioned it, or of a buffer."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -103,15 +101,26 @@ def weight_fragments(module: nn.Module, prefix: str = "") -> dict[str, Fragment]
 
 
 def load_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None:
-    """Load ``module``'s weights and buffers from ``reader``; each rank reads its partition.
+    """`load_tensors` into all of ``module``, or into a child by ``"NAME."``; collective."""
+    load_tensors(named_tensors(module, prefix), reader)
+
+
+def load_tensors(targets: Mapping[str, Tensor], reader: Reader, finite: bool = False) -> None:
+    """Load ``targets`` (name → parameter or buffer) one after the other; each rank reads its
+    partition.
 
     Names and shapes are all checked before the first weight changes: `FragmentError` when the
-    folder is of another architecture, and the module is then as it was. The caller refreshes
-    gathered copies afterwards (`refresh_gathered`). Collective.
+    folder is of another architecture, and the targets are then as they were. A weight that cannot
+    be read or, with ``finite``, is not finite raises it on all ranks too, in the midst. The caller
+    refreshes gathered copies afterwards (`refresh_gathered`). Collective.
     """
-    on_all_ranks(lambda: _check_layout(module, reader, prefix))
-    for name, target in named_tensors(module, prefix).items():
-        _write_partition(target, _read_partition(reader, name, target))
+    on_all_ranks(lambda: _check_layout(targets, reader))
+
+    def load() -> None:
+        for name, target in targets.items():
+            _write_partition(target, _read_checked(reader, name, target, finite))
+
+    on_all_ranks(load)
 
 
 def replace_weights(module: nn.Module, reader: Reader, prefixes: Sequence[str] = ("",)) -> None:
@@ -123,25 +132,17 @@ def replace_weights(module: nn.Module, reader: Reader, prefixes: Sequence[str] =
     """
 
     def read() -> list[Tensor]:
-        for prefix in prefixes:
-            _check_layout(module, reader, prefix)
-        partitions = []
-        for name, target in targets.items():
-            partition = _read_partition(reader, name, target)
-            if not all_finite([partition]):
-                raise FragmentError(f"{reader.folder} holds '{name}' with values not finite")
-            partitions.append(partition)
-        return partitions
+        _check_layout(targets, reader)
+        return [_read_checked(reader, name, target, True) for name, target in targets.items()]
 
     targets = {n: t for prefix in prefixes for n, t in named_tensors(module, prefix).items()}
     for target, partition in zip(targets.values(), on_all_ranks(read), strict=True):
         _write_partition(target, partition)
 
 
-def _check_layout(module: nn.Module, reader: Reader, prefix: str) -> None:
-    shapes = {n: full_shape(p) for n, p in named_parameters(module, prefix)}
-    shapes |= {n: tuple(b.shape) for n, b in persistent_buffers(module, prefix)}
-    for name, shape in shapes.items():
+def _check_layout(targets: Mapping[str, Tensor], reader: Reader) -> None:
+    for name, target in targets.items():
+        shape = full_shape(target)
         if name not in reader:
             raise FragmentError(f"{reader.folder} holds no '{name}': another architecture")
         if reader.shapes[name] != shape:
@@ -149,6 +150,13 @@ def _check_layout(module: nn.Module, reader: Reader, prefix: str) -> None:
                 f"{reader.folder} holds '{name}' of shape {list(reader.shapes[name])}, "
                 f"this model has {list(shape)}: another architecture"
             )
+
+
+def _read_checked(reader: Reader, name: str, target: Tensor, finite: bool) -> Tensor:
+    partition = _read_partition(reader, name, target)
+    if finite and not all_finite([partition]):
+        raise FragmentError(f"{reader.folder} holds '{name}' with values not finite")
+    return partition
 
 
 def _read_partition(reader: Reader, name: str, target: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.checkpoint import zero_partition
-from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader, PrefixReader, checksum
+from dsasr.checkpoint.tensor_fragments import (
+    Fragment,
+    FragmentReader,
+    PrefixReader,
+    Reader,
+    checksum,
+)
 from dsasr.data.batch import Batch
 from dsasr.engine import zero_hooks
 from dsasr.engine.config import (
@@ -327,6 +333,22 @@ class BranchEngine:
 
     # -- saving and loading ------------------------------------------------------------------
 
+    def load_initial(
+        self, reader: Reader, names: Collection[str], trained: Collection[str]
+    ) -> None:
+        """Load the weights ``names`` of another model, before the first stage; collective.
+
+        Each rank reads its own partition, a tensor at a time. Of ``trained``, parameters that a
+        later stage trains, low-precision weights keep the fp32 masters too. Raises `FragmentError`
+        on all ranks when a weight is missing, of another shape, unreadable or not finite.
+        """
+        assert self._engine is None
+        tensors = zero_partition.named_tensors(self.module)
+        targets = {name: tensors[name] for name in tensors if name in names}
+        zero_partition.load_tensors(targets, reader, finite=True)
+        zero_partition.refresh_gathered(targets.values())
+        self._masters.replace({n: t for n, t in targets.items() if n in trained}, reader)
+
     def fragments(self) -> dict[str, Fragment]:
         """This rank's weights, masters and moments; keys begin with the branch's name."""
         fragments = zero_partition.weight_fragments(self.module) | self._masters.fragments()
@@ -339,13 +361,11 @@ class BranchEngine:
     def load(self, reader: FragmentReader, stage: StageConfig | None, adam_steps: float) -> None:
         """Restore what `fragments` returned on any number of ranks; collective.
 
-        ``stage``: the one that the branch was in; None: in none yet, and there are weights alone.
+        ``stage``: the one that the branch was in; None: in none yet.
         """
         branch_reader = PrefixReader(reader, f"{self.name}/")
-        if stage is None:
-            zero_partition.load_weights(self.module, branch_reader)
-            return
-        self.enter(stage)
+        if stage is not None:
+            self.enter(stage)
         zero_partition.load_weights(self.module, branch_reader)
         zero_partition.refresh_gathered(self.module.parameters())
         self._masters.load(branch_reader, adam_steps)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.checkpoint import zero_partition
-from dsasr.checkpoint.tensor_fragments import Fragment
-from dsasr.checkpoint.zero_partition import OptimizerStates, Reader
+from dsasr.checkpoint.tensor_fragments import Fragment, Reader
+from dsasr.checkpoint.zero_partition import OptimizerStates
 from dsasr.engine.offload import StateOffloader
 
 
@@ -167,11 +167,12 @@ class MasterWeights:
         return self.live.steps() if self.live is not None else 0.0
 
     def load(self, reader: Reader, steps: float) -> None:
-        """Load what any number of ranks saved from `fragments` and `steps` into this engine."""
+        """Load what any number of ranks saved from `fragments` and `steps`; without an engine only
+        the dormant masters."""
         if steps:
             self.live.init_moments(steps)
         live = set()
-        for key, view in self.live.edit():
+        for key, view in self.live.edit() if self.live is not None else ():
             view.tensor.copy_(reader.read(key, view.start, view.stop))
             live.add(key)
         for name, parameter in zero_partition.named_parameters(self._module):

@@ -34,6 +34,15 @@ from torch import nn
 
 from dsasr import config
 from dsasr.build import Builder
+from dsasr.checkpoint.export_folder import (
+    CMVN,
+    ENCODER,
+    FORMAT,
+    LLM,
+    LLM_FILES,
+    MODEL_TYPE,
+    read_values,
+)
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
@@ -56,15 +65,7 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write
 from dsasr.utils.progress import Bar
 
-MODEL_TYPE, FORMAT = "dsasr", 1
-ENCODER = "encoder"  # folder with the config.json of an encoder that others trained
 FILE_BYTES = 4 << 30  # the largest file of weights
-# The files of a language model besides its weights and config.json; no others are copied.
-_LLM_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "dsasr_tokenizer.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ def _write_model(
     if reads_ctc:
         shutil.copyfile(recipe.data.phonemes, folder / "phonemes.json")
     if recipe.pretrained_encoder is None:
-        build.cmvn.save(folder / "cmvn.json")
-    llm = folder / "llm"
+        build.cmvn.save(folder / CMVN)
+    llm = folder / LLM
     llm.mkdir()
     _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
     # Name in the file → key in the checkpoint.
@@ -283,7 +284,7 @@ def _copy_llm(llm: Path, tokenizer: Path, target: Path, dtype: torch.dtype | Non
     atomic_write(target / "config.json", json.dumps(values, indent=2) + "\n")
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, target / "tokenizer.model")
-    for name in _LLM_FILES:
+    for name in LLM_FILES:
         source = tokenizer / name if tokenizer.is_dir() else llm / name
         if name == "generation_config.json":
             source = llm / name
@@ -294,33 +295,19 @@ def _copy_llm(llm: Path, tokenizer: Path, target: Path, dtype: torch.dtype | Non
 # -- load ---------------------------------------------------------------------------------------
 
 
-def is_export(folder: Path) -> bool:
-    """Whether `export_run` wrote ``folder``."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
-
-
 def read_config(folder: Path) -> ExportConfig:
     """The ``config.json`` of an export. Raises `UserError` if it is none, or of another format."""
-    if not is_export(folder):
-        raise UserError(f"{folder} is no exported recognizer: make one with `dsasr export`")
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if values.get("format") != FORMAT:
-        raise UserError(f"{folder} is of format {values.get('format')!r}, this code reads {FORMAT}")
     # Other keys are those that transformers adds when it saves a config.
     known = set(ExportConfig.__dataclass_fields__)
-    return config.build(ExportConfig, {k: v for k, v in values.items() if k in known})
+    return config.build(ExportConfig, {k: v for k, v in read_values(folder).items() if k in known})
 
 
 def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
     """Load an exported folder onto the CPU, in float32 and in eval mode. Raises `UserError`."""
     folder = Path(folder)
     export_config = read_config(folder)
-    llm = load_llm(folder / "llm", attn=attn)
-    tokenizer = load_tokenizer(folder / "llm")
+    llm = load_llm(folder / LLM, attn=attn)
+    tokenizer = load_tokenizer(folder / LLM)
     width = llm.get_input_embeddings().weight.shape
     check_tokenizer(tokenizer, width[0])
     encoder = _load_encoder(export_config, folder)
@@ -344,7 +331,7 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
     _load_weights({name: part for name, part in parts.items() if part is not None}, folder)
     front_end = encoder.front_end
     if front_end is None:
-        front_end = FbankFrontEnd(export_config.fbank, Cmvn.load(folder / "cmvn.json"))
+        front_end = FbankFrontEnd(export_config.fbank, Cmvn.load(folder / CMVN))
     return Export(export_config, model.eval(), tokenizer, front_end)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from dsasr.inference.export import MODEL_TYPE, Export, load_export
+from dsasr.checkpoint.export_folder import MODEL_TYPE
+from dsasr.inference.export import Export, load_export
 from dsasr.model.outputs import Outputs
 
 

@@ -73,15 +73,6 @@ class RunModel:
         )
 
 
-def run_folder(path: Path) -> Path:
-    """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
-    for ancestor in (path, *path.resolve().parents[:3]):
-        for folder in (ancestor, ancestor / "pretrain", ancestor / "sft"):
-            if (folder / "recipe.yaml").is_file():
-                return folder
-    raise UserError(f"{path} belongs to no run: there is no recipe.yaml at or above it")
-
-
 def run_recipe(folder: Path) -> Recipe:
     """The recipe that a run folder was trained with.
 

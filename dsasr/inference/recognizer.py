@@ -118,7 +118,8 @@ class Recognizer:
 
         It is on the GPU if there is one. Raises `UserError` if ``folder`` is neither.
         """
-        from dsasr.inference.export import is_export, load_export
+        from dsasr.checkpoint.export_folder import is_export
+        from dsasr.inference.export import load_export
 
         folder = Path(folder)
         if is_export(folder):

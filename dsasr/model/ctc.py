@@ -6,6 +6,7 @@ their phonemes and the balance between the two terms is the paper's (which also 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,29 +30,32 @@ class CtcHeadConfig:
     # convolutions over time before the linear layer; 0: none. On a frozen encoder that others
     # trained, three of them leave CTC's plateau where a linear layer stays on it
     layers: int = 0
-    kernel: int = 5  # frames that a convolution sees; odd
+    width: int = 0  # channels of the convolutions; 0: the encoder's width
+    kernel: int = 3  # frames that a convolution sees; odd
     dropout: float = 0.1  # after each convolution
 
     def __post_init__(self) -> None:
-        if self.layers < 0 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise UserError("model.pretrain.head: layers must be ≥ 0 and kernel odd")
+        if min(self.layers, self.width) < 0 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError("model.pretrain.head: layers and width must be ≥ 0, kernel odd")
         if not 0 <= self.dropout < 1:
             raise UserError("model.pretrain.head.dropout must be at least 0 and below 1")
 
 
 class HeadLayer(nn.Module):
-    """A residual convolution over time with LayerNorm and GELU; padding is kept out."""
+    """LayerNorm, a convolution over time and GELU; padding is kept out.
 
-    def __init__(self, width: int, cfg: CtcHeadConfig):
+    Without a residual path: with one, a head on Whisper's frames stays on CTC's plateau far longer.
+    """
+
+    def __init__(self, width: int, out_width: int, cfg: CtcHeadConfig):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.conv = nn.Conv1d(width, width, cfg.kernel, padding=cfg.kernel // 2)
+        self.conv = nn.Conv1d(width, out_width, cfg.kernel, padding=cfg.kernel // 2)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, frames_BSE: Tensor, valid_BS1: Tensor) -> Tensor:
         x = self.norm(frames_BSE) * valid_BS1
-        x = F.gelu(self.conv(x.transpose(1, 2)).transpose(1, 2))
-        return frames_BSE + self.dropout(x)
+        return self.dropout(F.gelu(self.conv(x.transpose(1, 2)).transpose(1, 2)))
 
 
 class CtcHead(nn.Module):
@@ -60,8 +64,9 @@ class CtcHead(nn.Module):
     def __init__(self, width: int, vocab: int, cfg: CtcHeadConfig | None = None):
         super().__init__()
         cfg = cfg or CtcHeadConfig()
-        self.layers = nn.ModuleList(HeadLayer(width, cfg) for _ in range(cfg.layers))
-        self.project = nn.Linear(width, vocab)
+        widths = [width, *[cfg.width or width] * cfg.layers]
+        self.layers = nn.ModuleList(HeadLayer(*pair, cfg) for pair in itertools.pairwise(widths))
+        self.project = nn.Linear(widths[-1], vocab)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         reset_parameters(self, generator)

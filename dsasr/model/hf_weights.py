@@ -22,12 +22,14 @@ class TensorFiles:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # safetensors' names: F32, BF16 …
         for path in self._paths():
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in list(file.keys()):
                         self._files[name] = path
                         self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        self.dtypes[name] = file.get_slice(name).get_dtype()
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -50,6 +52,19 @@ class TensorFiles:
         """Copy the tensor into ``into``; the file is mapped only meanwhile."""
         with safe_open(self._files[name], framework="pt") as file:
             into.copy_(file.get_tensor(name))
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of the flattened tensor; reads the rows that hold them."""
+        shape = self.shapes[name]
+        if stop <= start:
+            return torch.empty(0)
+        with safe_open(self._files[name], framework="pt") as file:
+            if not shape:
+                return file.get_tensor(name).reshape(1)[start:stop]
+            row = max(torch.Size(shape[1:]).numel(), 1)
+            first = start // row
+            rows = file.get_slice(name)[first : -(-stop // row)]
+            return rows.reshape(-1)[start - first * row : stop - first * row].clone()
 
 
 def fill_buffers(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dsasr.checkpoint.locate import run_folder
 from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource
-from dsasr.inference.model_from_run import run_folder, run_recipe
+from dsasr.inference.model_from_run import run_recipe
 from dsasr.stages import Schedule
 from dsasr.tracking.run_log import Row, read_events, read_metrics, without_missing
 from dsasr.utils.errors import UserError

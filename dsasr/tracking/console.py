@@ -16,6 +16,7 @@ WARNINGS = {
     "checkpoint_failed",
     "checkpoint_passed_over",
     "not_marked",
+    "partly_initialized",
     "publisher_lost",
     "refused",
 }
@@ -122,6 +123,23 @@ def _stage_end(e: Mapping[str, Any]) -> str:
     return f"stage {e['name']} ends after {duration(e['stage_seconds'])} of training"
 
 
+def _initialized(e: Mapping[str, Any]) -> str:
+    """Tensors and parameters by part: taken from the source, left there, and fresh in the model."""
+    cells = []
+    for kind in ("taken", "left", "fresh"):
+        parts = [
+            f"{part} {tensors:,} tensors ({number(parameters)} parameters)"
+            for part, (tensors, parameters) in e[kind].items()
+        ]
+        cells.append(f"{kind}: {', '.join(parts) or 'nothing'}")
+    return f"initial weights from {e['source']} (model.{e['key']}): {'; '.join(cells)}"
+
+
+def _partly_initialized(e: Mapping[str, Any]) -> str:
+    fresh = f"{e['fresh']:,} of its {e['tensors']:,} tensors are fresh"
+    return f"only a part of the {e['part']} is from {e['source']}: {fresh}"
+
+
 def _resumed(e: Mapping[str, Any]) -> str:
     return f"resumed from checkpoint {e['checkpoint']}"
 
@@ -223,6 +241,8 @@ def _time(e: Mapping[str, Any], name: str) -> str:
 _EVENTS = {
     "stage": _stage,
     "stage_end": _stage_end,
+    "initialized": _initialized,
+    "partly_initialized": _partly_initialized,
     "resumed": _resumed,
     "checkpoint": _checkpoint,
     "checkpoint_failed": _checkpoint_failed,

@@ -70,14 +70,15 @@ def truncate_log(path: Path, steps: int, line_count: int | None) -> int:
     """Cut a log back to a checkpoint after ``steps`` optimizer steps; returns the lines left.
 
     Removed are the rows of later steps, broken lines, and what follows the first ``line_count``
-    lines (None: no such limit), except `JOB_EVENTS`: a resumed run writes the rest again.
+    lines (None: no such limit), except `JOB_EVENTS`: a resumed run writes the rest again. No steps
+    and no ``line_count`` means no checkpoint: all rows are removed.
     """
     if not path.is_file():
         return 0
     lines = [
         line + "\n"
         for number, line, row in _parsed_lines(path)
-        if steps
+        if (steps or line_count is not None)
         and row.get("steps", 0) <= steps
         and (line_count is None or number < line_count or row.get("event") in JOB_EVENTS)
     ]

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint.snapshot_store import SnapshotStore
-from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader, on_all_ranks
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.recipe import Recipe
@@ -162,6 +161,8 @@ class EncoderSwap:
             "reference": self._reference,
             "parent": progress.published[-1].id if progress.published else None,
             "architecture": self._architecture,
+            "encoder": config.to_plain(self.recipe.model.encoder),
+            "vocabularies": self.builder.vocabularies,
             "config": self.recipe.encoder_fingerprint(),
         }
         masters = live.masters("") if _low_precision(live) else {}
@@ -249,7 +250,7 @@ class EncoderSwap:
         """
         started = time.monotonic()
         if snapshot.id == EXTERNAL:
-            self._load_external(sft)
+            pass  # it is there since the start (`initial_weights`)
         elif live is not None and snapshot.pretrain == progress.pretrain:
             self._mark_in_use(snapshot.id)
             sft.load_encoder(live)
@@ -318,16 +319,6 @@ class EncoderSwap:
         self._refused.add(snapshot.id)
         usable = tuple(s for s in progress.published if s.id != snapshot.id)
         return replace(progress, published=usable)
-
-    def _load_external(self, sft: BranchEngine) -> None:
-        """Load ``model.encoder_from``; an encoder that others trained is there already."""
-        if not self.recipe.model.encoder_from:
-            return
-        folder = Path(self.recipe.model.encoder_from)
-        try:
-            sft.load_encoder(on_all_ranks(lambda: FragmentReader(folder)))
-        except FragmentError as error:
-            raise UserError(f"model.encoder_from: {error}") from None
 
     def _encoder_scalars(self, progress: Progress, **values: float) -> None:
         head = {"steps": progress.steps, "branch": "sft", "stage": "encoder"}

@@ -22,9 +22,10 @@ from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
 from dsasr.tracking import console
 from dsasr.tracking.monitor import Monitor
-from dsasr.training import resume
+from dsasr.training import initial_weights, resume
 from dsasr.training.branch_switcher import BranchSwitcher
 from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
+from dsasr.training.initial_weights import InitialWeights
 from dsasr.training.online_probe import OnlineProbe
 from dsasr.training.train_dataloaders import TrainDataLoaders
 from dsasr.training.validation import Validation
@@ -58,7 +59,9 @@ class Trainer:
         if watchdog is not None:
             watchdog.at("loading")
         reader, passed_over = resume.find_checkpoint(recipe, self.checkpoints)
+        sources = initial_weights.plan(self.builder) if reader is None else []
         resume.save_recipe(recipe)
+        initial_weights.keep_settings(self.builder, sources)
         self.monitor = Monitor(
             recipe.folder,
             recipe.monitor,
@@ -78,7 +81,7 @@ class Trainer:
         self._logged_bad_samples = reader.manifest["bad_samples"] if reader else {}
         # Before any collective call: no rank may write its file while rank 0 truncates it.
         self.bad_samples.resume(self._logged_bad_samples, reader.manifest["steps"] if reader else 0)
-        self._start(reader, passed_over)
+        self._start(reader, passed_over, sources)
 
     # -- start, resume -----------------------------------------------------------------------
 
@@ -89,18 +92,24 @@ class Trainer:
 
     def _total_steps(self) -> int:
         """Optimizer steps of this job, over its branches."""
-        branches = {"both": ("pretrain", "sft")}.get(self.recipe.branch, (self.recipe.branch,))
-        return sum(s.steps for s in self.recipe.stages if s.branch in branches)
+        return sum(s.steps for s in self.recipe.stages if s.branch in self.recipe.branches)
 
-    def _start(self, reader: FragmentReader | None, passed_over: list[str]) -> None:
+    def _start(
+        self,
+        reader: FragmentReader | None,
+        passed_over: list[str],
+        sources: list[InitialWeights],
+    ) -> None:
         if self.schedule.pretrain and self.recipe.branch != "sft":
             self.encoder_swap.claim(fresh=reader is None)
         if reader is not None:
             self._restore(reader)
             self.monitor.event("resumed", steps=self.steps, checkpoint=reader.folder.name)
-        elif self.recipe.has_initial_encoder:
-            external = Snapshot(EXTERNAL, 0, EXTERNAL)
-            self.progress = add_published(self.progress, [external])
+        else:
+            initial_weights.load(self.builder, sources, self.branches, self.monitor)
+            if self.recipe.has_initial_encoder:
+                external = Snapshot(EXTERNAL, 0, EXTERNAL)
+                self.progress = add_published(self.progress, [external])
         for reason in passed_over:
             self.monitor.event("checkpoint_passed_over", reason=reason, steps=self.steps)
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -320,6 +329,7 @@ class Trainer:
             "finished": self._finished,
             "best_score": self.validation.best,
             **self.encoder_swap.state(),
+            "vocabularies": self.builder.vocabularies,
             "recipe": config.to_plain(self.recipe),
         }
         score = self.validation.score(self.steps)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from dsasr import Recognizer, config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.export_folder import LLM_FILES
 from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
@@ -110,7 +111,7 @@ def test_automodel_loads_it_without_remote_code(exported):
 
 def test_nothing_of_the_training_is_exported(run, exported):
     names = {p.name for p in exported.rglob("*") if p.is_file()}
-    allowed = {"config.json", "cmvn.json", "model.safetensors", *export._LLM_FILES}
+    allowed = {"config.json", "cmvn.json", "model.safetensors", *LLM_FILES}
     assert names <= allowed
     weights = load_file(exported / "model.safetensors")
     assert all(k.startswith(("encoder.", "adaptor.")) for k in weights)

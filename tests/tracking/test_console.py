@@ -61,6 +61,16 @@ def test_the_line_of_a_log_interval():
          "— stage align starts (sft branch, ready in 0.31 s)"),
         ("stage_end", {"name": "align", "stage_seconds": 723.2},
          "— stage align ends after 12:03 of training"),
+        ("initialized", {"key": "init_from", "source": "models/mine", "left": {},
+                         "taken": {"encoder": (36, 5756), "llm": (13, 1_720_000_000)},
+                         "fresh": {"lora": [14, 4096]}},
+         "— initial weights from models/mine (model.init_from): taken: encoder 36 tensors (5,756 "
+         "parameters), llm 13 tensors (1,720,000,000 parameters); left: nothing; fresh: lora 14 "
+         "tensors (4,096 parameters)"),
+        ("partly_initialized", {"part": "encoder", "source": "models/mine", "fresh": 12,
+                                "tensors": 1048},
+         "WARNING only a part of the encoder is from models/mine: 12 of its 1,048 tensors are "
+         "fresh"),
         ("resumed", {"checkpoint": "step-0000000007"},
          "— resumed from checkpoint step-0000000007"),
         ("checkpoint", {"name": "step-0000000007", "save_seconds": 1.21, "stall_seconds": 0.034},

@@ -68,3 +68,10 @@ def test_a_log_is_cut_back_to_a_checkpoint(tmp_path, steps, lines, left):
     assert truncate_log(path, steps, lines) == len(left)
     assert read_events(tmp_path) == [rows[n] for n in left]
     assert truncate_log(tmp_path / METRICS, steps, lines) == 0
+
+
+def test_what_came_before_a_checkpoint_without_steps_is_kept(tmp_path):
+    rows = [{"event": "initialized", "steps": 0}, {"event": "later", "steps": 0}]
+    write(tmp_path / EVENTS, rows)
+    assert truncate_log(tmp_path / EVENTS, 0, 1) == 1 and read_events(tmp_path) == rows[:1]
+    assert truncate_log(tmp_path / EVENTS, 0, None) == 0  # a fresh start

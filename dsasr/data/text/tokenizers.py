@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -33,6 +34,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
     def special_id(self, name: str) -> int | None: ...
+
+    def vocabulary(self) -> dict[str, int]: ...  # every token, special ones too → its id
 
 
 class HfTokenizer:
@@ -73,6 +76,9 @@ class HfTokenizer:
     def special_id(self, name: str) -> int | None:
         number = self._hf.get_vocab().get(name)
         return number if number in self.special_ids else None
+
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._hf.get_vocab())
 
 
 class SentencePieceTokenizer:
@@ -131,6 +137,10 @@ class SentencePieceTokenizer:
         number = self._sp.piece_to_id(name)
         return number if number in self.special_ids else None
 
+    def vocabulary(self) -> dict[str, int]:
+        pieces = {self._sp.id_to_piece(i): i for i in range(self._sp.get_piece_size())}
+        return pieces | self._phrases
+
 
 def to_pieces(text: str) -> str:
     """A space before each Latin run, none around Han: ``打开 wifi 吧`` → ``打开 wifi吧``.
@@ -164,6 +174,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if (path / "tokenizer.model").is_file():
         return SentencePieceTokenizer(path / "tokenizer.model")
     raise UserError(f"{path} holds no tokenizer (tokenizer.json or tokenizer.model)")
+
+
+def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
+    """Twelve hex digits that two tokenizers share only if their tokens have the same ids."""
+    rows = sorted((number, token) for token, number in tokenizer.vocabulary().items())
+    text = json.dumps(rows, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def _read_meta(path: Path) -> dict:

@@ -17,8 +17,19 @@ from dsasr.data.text.tokenizers import (
     Tokenizer,
     check_tokenizer,
     load_tokenizer,
+    vocabulary_fingerprint,
 )
 from dsasr.utils.errors import UserError
+
+
+def test_a_fingerprint_is_of_every_token_and_its_id(tokenizer):
+    vocabulary = tokenizer.vocabulary()
+    assert max(vocabulary.values()) + 1 == tokenizer.vocab_size
+    assert vocabulary[IM_END] == tokenizer.end_id
+    fingerprint = vocabulary_fingerprint(tokenizer)
+    assert len(fingerprint) == 12 and fingerprint == vocabulary_fingerprint(tokenizer)
+    tokenizer.vocabulary = lambda: vocabulary | {IM_END: 0, next(iter(vocabulary)): 1}
+    assert vocabulary_fingerprint(tokenizer) != fingerprint
 
 
 def test_kinds(trained, hugging_face, sentences):

@@ -1,0 +1,66 @@
+"""The folder of an exported model (`dsasr.inference.export` writes it): its files and settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_folder
+
+MODEL_TYPE, FORMAT = "dsasr", 1
+LLM = "llm"  # folder of the language model and its tokenizer
+ENCODER = "encoder"  # folder with the config.json of an encoder that others trained
+CMVN = "cmvn.json"
+# The files of a language model besides its weights and config.json; no others are copied.
+LLM_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "dsasr_tokenizer.json",
+)  # fmt: skip
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `dsasr export` wrote ``folder``."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """The plain values of an export's ``config.json``.
+
+    Raises `UserError` if it is none, or of another format.
+    """
+    if not is_export(folder):
+        raise UserError(f"{folder} is no exported recognizer: make one with `dsasr export`")
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if values.get("format") != FORMAT:
+        raise UserError(f"{folder} is of format {values.get('format')!r}, this code reads {FORMAT}")
+    return values
+
+
+def original_or_copy(path: str, copies: Mapping[str, Path]) -> str:
+    """``path``; where it lay in one of the folders ``copies`` (folder → copy) and is gone, the same
+    in the copy."""
+    for folder, copy in copies.items():
+        if path and not Path(path).exists() and Path(path).is_relative_to(folder):
+            found = copy / Path(path).relative_to(folder)
+            return str(found) if found.exists() else path
+    return path
+
+
+def copy_without_weights(folder: Path, target: Path) -> None:
+    """Copy what a model is built from (settings, tokenizer, CMVN) to the new folder ``target``."""
+    names = [CMVN, f"{ENCODER}/config.json", f"{LLM}/config.json"]
+    names += [f"{LLM}/{name}" for name in LLM_FILES]
+    with atomic_folder(target) as staging:
+        for name in names:
+            if (folder / name).is_file():
+                (staging / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, staging / name)

@@ -1,0 +1,325 @@
+"""Weights of another model that a run starts from: an export, a checkpoint or a snapshot.
+
+`locate_source` finds what a user's path means and verifies it, `open_source` opens it. Tensors have
+the names of this package's modules (``encoder.…``, ``ctc.…``, ``adaptor.…``, ``llm.…``). As far as
+they are stored, a source also knows the settings and the vocabularies that it was trained with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Size, Tensor
+
+from dsasr import config
+from dsasr.checkpoint import export_folder
+from dsasr.checkpoint.locate import open_checkpoint, open_run_checkpoint, run_folder
+from dsasr.checkpoint.merge import weight_keys
+from dsasr.checkpoint.tensor_fragments import (
+    MANIFEST,
+    FragmentError,
+    FragmentReader,
+    read_manifest,
+)
+from dsasr.checkpoint.zero_partition import MASTER
+from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.tokenizers import load_tokenizer, vocabulary_fingerprint
+from dsasr.model import lora
+from dsasr.model.hf_weights import TensorFiles
+from dsasr.utils.errors import UserError
+
+PARTS = ("encoder", "head", "adaptor", "llm", "lora")  # head: the CTC head
+RECIPE = "recipe.yaml"
+# Of a checkpoint that has an encoder in both branches, each branch takes its own.
+_PREFIXES = {"pretrain": ("pretrain/", "sft/"), "sft": ("sft/", "pretrain/")}
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor belongs to, one of `PARTS`."""
+    if lora.is_adapter(name):
+        return lora.PART
+    child = name.partition(".")[0]
+    return "head" if child == "ctc" else child
+
+
+class NamedTensors:
+    """A `tensor_fragments.Reader` of tensors that lie anywhere: name → (shape, function that reads
+    elements ``start`` to ``stop`` of the flattened tensor)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], Callable[[int, int], Tensor]]],
+    ):
+        self.folder, self._tensors = folder, tensors
+        self.shapes = {name: shape for name, (shape, _) in tensors.items()}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        if key not in self._tensors:
+            raise FragmentError(f"{self.folder} holds no '{key}'")
+        try:
+            return self._tensors[key][1](start, stop)
+        except SafetensorError as error:
+            raise FragmentError(f"{self.folder}: '{key}' cannot be read: {error}") from None
+
+    def whole(self, key: str) -> Tensor:
+        shape = self.shapes.get(key, ())
+        return self.read(key, 0, Size(shape).numel()).reshape(shape)
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """An opened source. ``shapes``: name → shape of every weight, without optimizer states.
+
+    ``settings``: recipe keys of its training, nested, as far as known; ``recorded``: fingerprints
+    of its vocabularies, by "phonemes" and "tokenizer"; ``architecture``: a fingerprint of the
+    encoder's settings, of a snapshot; ``readers``: branch → what that branch reads, where
+    ``master/NAME`` is the fp32 master of a weight: a float32 weight is its own.
+    """
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    settings: Mapping[str, Any]
+    readers: Mapping[str, NamedTensors]
+    recorded: Mapping[str, str]
+    architecture: str | None = None
+
+    def setting(self, *keys: str) -> Any:
+        """A value of ``settings``, or None."""
+        value: Any = self.settings
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def fingerprint(self, vocabulary: str) -> str | None:
+        """Of its "phonemes" or its "tokenizer": as recorded, else of the file that its recipe
+        names; None where neither is there."""
+        if vocabulary in self.recorded:
+            return self.recorded[vocabulary]
+        try:
+            if vocabulary == "phonemes":
+                path = Path(self.setting("data", "phonemes") or "")
+                return PhonemeVocab.load(path).fingerprint if path.is_file() else None
+            path = self.setting("model", "tokenizer") or self.setting("model", "llm", "path")
+            if path and Path(path).exists():
+                return vocabulary_fingerprint(load_tokenizer(path))
+        except UserError:
+            pass  # nothing to compare with
+        return None
+
+    def hf_config(self, *keys: str) -> dict[str, Any]:
+        """The config.json in the Hugging Face folder of a setting; empty where there is none."""
+        path = self.setting(*keys)
+        return read_json(Path(path) / "config.json") if isinstance(path, str) and path else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where it cannot be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# -- find and open -------------------------------------------------------------------------------
+
+
+def locate_source(path: Path) -> Path:
+    """The folder of the weights that ``path`` means, with its checksums verified.
+
+    An export or a folder with a manifest (checkpoint, snapshot, average) is itself; a run folder
+    stands for its newest whole checkpoint. Raises `UserError` for all else.
+    """
+    if export_folder.is_export(path):
+        open_source(path)  # an export has no checksums: its files must be whole
+        return path
+    if (path / MANIFEST).is_file():
+        return open_checkpoint(path).folder
+    jobs = [path, path / "sft", path / "pretrain"]
+    for run in jobs:
+        if (run / "checkpoints").is_dir():
+            return open_run_checkpoint(run).folder
+    if any((run / RECIPE).is_file() for run in jobs):
+        raise UserError(f"{path} has no checkpoint yet: train it until its first one is written")
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}")
+    hint = ""
+    if (path / "config.json").is_file():
+        hint = "; a Hugging Face model belongs into model.llm.path or model.encoder.path"
+    raise UserError(f"{path} is no exported model, run, checkpoint or snapshot{hint}")
+
+
+def open_source(folder: Path) -> WeightSource:
+    """Open what `locate_source` returned, without comparing checksums again.
+
+    Raises `UserError` for an export, `FragmentError` for another folder that cannot be read.
+    """
+    if export_folder.is_export(folder):
+        return _open_export(folder)
+    return _open_fragments(folder)
+
+
+def _open_export(folder: Path) -> WeightSource:
+    settings = _export_settings(folder)
+    tensors: dict[str, Any] = {}
+    for directory, prefix in ((folder, ""), (folder / export_folder.LLM, "llm.")):
+        files = TensorFiles(directory)
+        if not files.shapes:
+            raise UserError(f"{directory} has no weights: copy or export it again")
+        for name, shape in files.shapes.items():
+            tensors[prefix + name] = (
+                shape,
+                lambda start, stop, f=files, n=name: f.read_range(n, start, stop),
+            )
+            if files.dtypes[name] == "F32":
+                tensors[f"{MASTER}/{prefix}{name}"] = tensors[prefix + name]
+    reader = NamedTensors(folder, tensors)
+    shapes = {n: s for n, s in reader.shapes.items() if not n.startswith(f"{MASTER}/")}
+    return WeightSource(folder, shapes, settings, {"pretrain": reader, "sft": reader}, {})
+
+
+def _open_fragments(folder: Path) -> WeightSource:
+    reader = FragmentReader(folder)
+    snapshot = reader.manifest.get("kind") == "snapshot"
+    weights = weight_keys(reader)
+    readers = {}
+    for branch, prefixes in _PREFIXES.items():
+        keys: dict[str, str] = {}
+        for prefix in ("",) if snapshot else prefixes:
+            own = {k.removeprefix(prefix): k for k in weights if k.startswith(prefix)}
+            # A part comes from one of the branches, never from both.
+            known = {part_of(name) for name in keys}
+            keys |= {name: key for name, key in own.items() if part_of(name) not in known}
+        readers[branch] = _fragments_by_name(reader, keys)
+    shapes = {
+        name: shape
+        for reader_of_branch in readers.values()
+        for name, shape in reader_of_branch.shapes.items()
+        if not name.startswith(f"{MASTER}/")
+    }
+    return WeightSource(
+        folder,
+        shapes,
+        _manifest_settings(folder, reader.manifest),
+        readers,
+        reader.manifest.get("vocabularies") or {},
+        reader.manifest.get("architecture") if snapshot else None,
+    )
+
+
+def _fragments_by_name(reader: FragmentReader, keys: Mapping[str, str]) -> NamedTensors:
+    tensors: dict[str, Any] = {}
+    for name, key in keys.items():
+        prefix = key.removesuffix(name)
+        master = f"{prefix}{MASTER}/{name}"
+        if master not in reader and reader.is_float32(key):
+            master = key
+        for target, stored in ((name, key), (f"{MASTER}/{name}", master)):
+            if stored in reader:
+                tensors[target] = (
+                    reader.shapes[stored],
+                    lambda start, stop, k=stored: reader.read(k, start, stop),
+                )
+    return NamedTensors(reader.folder, tensors)
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def _export_settings(folder: Path) -> dict[str, Any]:
+    values = export_folder.read_values(folder)
+    encoder = dict(values.get("encoder") or {})
+    if "path" in encoder:
+        encoder["path"] = str(folder / export_folder.ENCODER)
+    data: dict[str, Any] = {"fbank": values.get("fbank") or {}}
+    if (folder / export_folder.CMVN).is_file():
+        data["cmvn"] = str(folder / export_folder.CMVN)
+    model = {"encoder": encoder, "adaptor": values.get("adaptor") or {}}
+    model["llm"] = {"path": str(folder / export_folder.LLM)}
+    return {"data": data, "model": model}
+
+
+def _manifest_settings(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a checkpoint; of a snapshot or an average, that of the run they lie in."""
+    if "recipe" in manifest:
+        return manifest["recipe"]
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # it was moved
+        settings = config.read_recipe(str(run_folder(folder) / RECIPE))
+    if "encoder" in manifest:
+        return config.merge(settings, {"model": {"encoder": manifest["encoder"]}})
+    encoder = (settings.get("model") or {}).get("encoder")
+    architecture = manifest.get("architecture")
+    return {} if architecture and config.fingerprint(encoder) != architecture else settings
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Recipe keys of what ``path`` means (`locate_source`), by a glance: nothing is verified.
+
+    Empty where ``path`` is no source.
+    """
+    try:
+        if export_folder.is_export(path):
+            return _export_settings(path)
+        if (path / MANIFEST).is_file():
+            return _manifest_settings(path, read_manifest(path))
+        for run in (path, path / "sft", path / "pretrain"):
+            if (run / RECIPE).is_file():
+                return config.read_recipe(str(run / RECIPE))
+    except (UserError, FragmentError):
+        pass  # the checks before training say why
+    return {}
+
+
+def complete_recipe(
+    values: Mapping[str, Any], settings: Mapping[str, Any], parts: Collection[str]
+) -> dict[str, Any]:
+    """A recipe's plain ``values``; what they leave out of ``parts`` is taken from ``settings``.
+
+    encoder: its sizes, the features and their CMVN; adaptor: its sizes; llm: its folder and
+    tokenizer; head: the phonemes. An empty string counts as left out.
+    """
+    model, data = (settings.get(name) or {} for name in ("model", "data"))
+    own_model = values.get("model") or {}
+    taken: dict[str, Any] = {"model": {}, "data": {}}
+    if "encoder" in parts and _same_kind(own_model.get("encoder"), model.get("encoder")):
+        taken["model"]["encoder"] = model["encoder"]
+        taken["data"] |= {k: data[k] for k in ("fbank", "cmvn") if data.get(k)}
+    if "adaptor" in parts and model.get("adaptor"):
+        taken["model"]["adaptor"] = model["adaptor"]
+    own_llm = own_model.get("llm") or {}
+    if "llm" in parts and not own_llm.get("path") and (model.get("llm") or {}).get("path"):
+        taken["model"]["llm"] = {"path": model["llm"]["path"]}
+        taken["model"] |= {k: model[k] for k in ("tokenizer",) if model.get(k)}
+    if "head" in parts and data.get("phonemes"):
+        taken["data"]["phonemes"] = data["phonemes"]
+    return config.merge(taken, _without_empty(values, taken))
+
+
+def _same_kind(own: Any, theirs: Any) -> bool:
+    """Whether two encoder settings are both of a Conformer or both of one that others trained."""
+    if not isinstance(theirs, Mapping) or not theirs:
+        return False
+    return not own or (isinstance(own, Mapping) and ("path" in own) == ("path" in theirs))
+
+
+def _without_empty(values: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without the empty strings for which ``taken`` has a value."""
+    kept = {}
+    for key, value in values.items():
+        other = taken.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            kept[key] = _without_empty(value, other)
+        elif not (value == "" and other):
+            kept[key] = value
+    return kept
