@@ -122,6 +122,45 @@ def profiled(branch: BranchEngine, group: Sequence[Batch], number: int) -> dict[
     return {"communication_ms": round(talk / 1000, 3), "waits": waits}
 
 
+class Throughput:
+    """Audio trained on per second by the wall clock, and the process's peak meanwhile.
+
+    Measured after ``warm_up`` steps (at least one) until ``seconds`` have passed, two steps at
+    least.
+    """
+
+    def __init__(self, warm_up: int, seconds: float):
+        self.warm_up, self.limit = warm_up, seconds
+        self.steps = self.utterances = 0
+        self.audio = self.started = self.took = 0.0
+
+    def add(self, durations: Sequence[float]) -> None:
+        """A micro-batch of utterances of ``durations`` seconds."""
+        self.audio += sum(durations)
+        self.utterances += len(durations)
+
+    def step(self) -> bool:
+        """A step has ended; returns whether enough were measured."""
+        self.steps += 1
+        if self.steps == self.warm_up:
+            self.audio, self.utterances = 0.0, 0
+            restart_peak()
+            self.started = time.perf_counter()
+        self.took = time.perf_counter() - self.started
+        return self.steps >= self.warm_up + 2 and self.took >= self.limit
+
+    def fields(self) -> dict[str, float]:
+        """audio_s_per_s, audio_s_per_step, utterances_per_step, steps and peak_mb."""
+        steps = self.steps - self.warm_up
+        return {
+            "audio_s_per_s": self.audio / self.took,
+            "audio_s_per_step": self.audio / steps,
+            "utterances_per_step": self.utterances / steps,
+            "steps": steps,
+            "peak_mb": peak() / 2**20,
+        }
+
+
 def restart_peak() -> None:
     """From here on counts what `peak` gives."""
     if distributed.device().type == "cuda":

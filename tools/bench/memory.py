@@ -9,6 +9,8 @@ Above a baseline, taken when the libraries, the recipe's files and the process g
   states and buckets;
 - ``peak``: the most held during a step, beside the plan's whole (without its reserve).
 
+There is no plan beside a recipe whose encoder others trained.
+
 On a CPU that is the process's resident set without pages of files, looked at every 5 ms (and freed
 memory is given back before ``held`` is read), on a GPU what torch's allocator has given out.
 ``--whole`` builds as before models were built in slices; ``--llm 1024x20`` puts a language model of
@@ -136,11 +138,15 @@ def warm_up(cfg: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Path) 
     """What libraries, DeepSpeed and the ranks need once, whatever the model: two steps of the same
     kinds of layers, one of each, 32 wide."""
     model = cfg.model
+    if cfg.pretrained_encoder is not None:  # one of its blocks, as wide as it is
+        encoder = replace(cfg.pretrained_encoder, layers=1, weights=False)
+    else:
+        encoder = replace(model.encoder, width=32, heads=2, layers=1, ffn=32)
     small = replace(
         cfg,
         model=replace(
             model,
-            encoder=replace(model.encoder, width=32, heads=2, layers=1, ffn=32),
+            encoder=encoder,
             adaptor=replace(model.adaptor, hidden=32),
             llm=replace(model.llm, path=str(folder / "small"), weights=True),
         ),
@@ -157,7 +163,12 @@ def warm_up(cfg: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Path) 
 
 
 def predict(args: argparse.Namespace, cfg: recipe.Recipe) -> tuple[dict[str, float], float]:
+    """Bytes by part, none for an encoder that others trained; and the model's parameters."""
     stage = cfg.stage(args.stage)
+    parts = count_parts(cfg)
+    total = sum(parts[name].parameters for name in cfg.parts(stage.branch))
+    if cfg.pretrained_encoder is not None:
+        return {}, total
     shape = [int(x) for x in args.batch.split("x")]
     seconds = shape[1] / FRAMES_PER_SECOND
     traffic = Traffic(seconds, shape[2] / seconds)
@@ -166,8 +177,6 @@ def predict(args: argparse.Namespace, cfg: recipe.Recipe) -> tuple[dict[str, flo
     stage = replace(stage, batch=batch)
     machine = Machine(nodes=1, gpus=distributed.world_size(), reserve=0.0,
                       cpu=distributed.device().type == "cpu")  # fmt: skip
-    parts = count_parts(cfg)
-    total = sum(parts[name].parameters for name in cfg.parts(stage.branch))
     memory = step_memory(cfg, stage, machine, parts, traffic)
     predicted = {name: value * GB for name, value in memory.items()}
     predicted["held"] = between_steps(memory) * GB
@@ -213,7 +222,8 @@ def print_table(measured: list[dict], expected: dict, total: int) -> None:
             name in expected) else ""  # fmt: skip
         print(f"{name:<10} {cells}{beside}")
     parts = ", ".join(f"{n} {v / MB:.1f}" for n, v in expected.items() if n not in measured[0])
-    print(f"predicted: {parts}")
+    if parts:
+        print(f"predicted: {parts}")
 
 
 if __name__ == "__main__":

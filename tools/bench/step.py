@@ -3,7 +3,8 @@
     deepspeed tools/bench/step.py --recipe nim-2.3b [--stages joint] [--zero 1 3] [key=value …]
     DS_ACCELERATOR=cpu python tools/bench/step.py --small
 
-Weights and features are random; the recipe gives the shapes. Durations are drawn (lognormal, mean
+Weights and features are random; the recipe gives the shapes, an encoder that others trained
+included (its folder's; ``encoder_flops.py`` counts its FLOPs). Durations are drawn (lognormal, mean
 --seconds, spread 0.6), transcripts at --tokens a second, and cut into batches by the recipe's own
 budgets, padding and all. The step is `BranchEngine.step`, as a run makes it; what is not in it is
 the making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is recorded:
@@ -34,6 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import encoder_flops
 import numpy as np
 import torch
 from common import machine, matrix_rate, record
@@ -42,8 +44,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dsasr import recipe
+from dsasr.build import Builder
+from dsasr.data.audio.frontends import PretrainedFrontEnd
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
+from dsasr.data.dataloader.bucketing import (
+    FRAMES_PER_SECOND,
+    BatchConfig,
+    bucket_order,
+    split_into_batches,
+)
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.kernels import dispatch
@@ -51,6 +60,7 @@ from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder
+from dsasr.model.encoders.load import load_encoder
 from dsasr.model.llm_hub import llm_config
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.planning import flops
@@ -88,8 +98,12 @@ def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
     """The branch's module with random weights, on the device."""
     model, dtype = cfg.model, branch_engine.precision(cfg.engine)
     torch.manual_seed(0)
+    encoder = None
+    if cfg.pretrained_encoder is not None:
+        shape = replace(cfg.pretrained_encoder, weights=False)
+        encoder = load_encoder(Builder(cfg).encoder_folder, shape).to(distributed.device())
     with distributed.device():
-        encoder = Encoder(model.encoder)
+        encoder = encoder or Encoder(model.encoder)
         if branch == "pretrain":
             return CtcModel(encoder, PHONEMES, model.pretrain)
         shape = Qwen3Config(**SMALL_LM) if small else llm_config(model.llm.path)
@@ -100,7 +114,7 @@ def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
             lora.inject(llm, model.lora)
         text = shape.get_text_config()
         rms = text.initializer_range  # of random weights; on device meta there are none to measure
-        adaptor = build_adaptor(model.adaptor, model.encoder.width, text.hidden_size, rms)
+        adaptor = build_adaptor(model.adaptor, encoder.width, text.hidden_size, rms)
     prefix, suffix = prompt(batch_config(cfg, cfg.schedule().sft[0], small))
     return SpeechLLM(
         encoder, adaptor, llm, prefix, suffix, 0, model.llm,
@@ -120,7 +134,12 @@ def batch_config(cfg: Recipe, stage: StageConfig, small: bool) -> BatchConfig:
 
 
 def batches(
-    config: BatchConfig, count: int, traffic: Traffic, vocab: int, mels: int
+    config: BatchConfig,
+    count: int,
+    traffic: Traffic,
+    vocab: int,
+    bins: int,
+    front_end: PretrainedFrontEnd | None = None,
 ) -> list[Batch]:
     """``count`` batches of this rank's, as the planner would cut them from such a corpus."""
     rng = np.random.default_rng(100 + distributed.rank())
@@ -133,16 +152,26 @@ def batches(
     ranges = split_into_batches(frames, chars[order], config)
     picked = ranges[rng.choice(len(ranges), count, replace=count > len(ranges))]
     return [
-        _batch(frames[a:b], tokens[a:b] + 1, vocab, mels, number)
+        _batch(frames[a:b], tokens[a:b] + 1, vocab, bins, front_end, number)
         for number, (a, b) in enumerate(picked)
     ]
 
 
-def _batch(frames: np.ndarray, tokens: np.ndarray, vocab: int, mels: int, number: int) -> Batch:
-    lengths_B, token_lengths_B = torch.from_numpy(frames), torch.from_numpy(tokens)
-    count = len(frames)
-    phoneme_lengths_B = (lengths_B / 100 * PHONEME_RATE).long().clamp_min(1)
-    features_BTF = torch.randn(count, int(lengths_B.max()), mels)
+def _batch(
+    frames: np.ndarray,
+    tokens: np.ndarray,
+    vocab: int,
+    bins: int,
+    front_end: PretrainedFrontEnd | None,
+    number: int,
+) -> Batch:
+    rows = frames.tolist()
+    if front_end is not None:
+        rows = [front_end.frames(f * front_end.rate // FRAMES_PER_SECOND) for f in rows]
+    lengths_B = torch.tensor(rows)
+    count, token_lengths_B = len(frames), torch.from_numpy(tokens)
+    phoneme_lengths_B = torch.from_numpy(frames / 100 * PHONEME_RATE).long().clamp_min(1)
+    features_BTF = torch.randn(count, int(lengths_B.max()), bins)
     features_BTF[torch.arange(features_BTF.shape[1]) >= lengths_B[:, None]] = 0.0
     return Batch.blank(
         features_BTF,
@@ -162,24 +191,27 @@ def work(
     cfg: Recipe, stage: StageConfig, module: nn.Module, batch: Batch
 ) -> tuple[dict[str, flops.StepFlops], int]:
     """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
-    model, frames = cfg.model, batch.feature_lengths_B.tolist()
-    width = model.encoder.width
+    model, rows = cfg.model, batch.feature_lengths_B.tolist()
+    width = module.encoder.width
+    # Heads and adaptors count four feature frames to an encoder frame.
+    frames = (4 * module.encoder.output_lengths(batch.feature_lengths_B)).tolist()
     again = {"encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all"}
     if stage.branch == "pretrain":
-        frames = frames * (2 if model.pretrain.consistency else 1)
+        views = 2 if model.pretrain.consistency else 1
         parts = {
-            "encoder": flops.encoder(model.encoder, frames),
-            "ctc": flops.ctc(width, PHONEMES, frames),
+            "encoder": encoder_flops.of(cfg, rows * views),
+            "ctc": flops.ctc(width, PHONEMES, frames * views),
         }
-        positions = sum((f + 3) // 4 for f in frames)
+        positions = views * sum(frames) // 4
     else:
         shape = flops.LlmShape.of(module.llm)
         fixed = len(module.prefix_ids) + len(module.suffix_ids) - 1  # the end token is no input
-        speech = module.adaptor.output_lengths(Encoder.output_lengths(batch.feature_lengths_B))
+        encoded = module.encoder.output_lengths(batch.feature_lengths_B)
+        speech = module.adaptor.output_lengths(encoded)
         lengths = (speech + batch.token_lengths_B + fixed).tolist()
         hidden = model.adaptor.hidden or shape.width
         parts = {
-            "encoder": flops.encoder(model.encoder, frames),
+            "encoder": encoder_flops.of(cfg, rows),
             "adaptor": flops.adaptor(model.adaptor.stack, width, hidden, shape.width, frames),
             **({"lora": flops.lora(shape, lengths)} if shape.adapters else {}),
             "llm": flops.llm(shape, lengths),
@@ -310,7 +342,8 @@ def case(
         unseen + options.rounds * stage.grad_accum_steps,
         Traffic(options.seconds, options.tokens),
         vocab,
-        cfg.model.encoder.mels,
+        module.encoder.bins,
+        module.encoder.front_end,
     )
     settings, dtype = (
         replace(cfg.engine, deepspeed=f"zero{zero}"),
