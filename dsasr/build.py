@@ -43,7 +43,7 @@ from dsasr.model.encoders.load import load_encoder
 from dsasr.model.encoders.pretrained import build_encoder
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import embedding_rms, load_llm
+from dsasr.model.llm import embedding_rms, load_llm, read_llm_config
 from dsasr.model.llm_hub import find_model
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
@@ -403,6 +403,7 @@ class Builder:
         if "sft" in self.recipe.branches:
             self._check_text_only(self.recipe.schedule().sft)
             _ = self.llm_folder, self.tokenizer
+            self._check_adaptor()
             self._check_prompt()
             self._check_lora()
         for datasets in (self.recipe.data.train, self.recipe.data.valid):
@@ -445,11 +446,17 @@ class Builder:
                 frames = round(100 * self.frame_seconds * model.adaptor.frames_per_token)
                 self.recipe.check_frames_per_token(stage, frames)
 
+    def _check_adaptor(self) -> None:
+        """The adaptor must fit the language model, and one that reads CTC has units."""
+        cfg = self.recipe.model.adaptor
+        units = len(self.phonemes) if cfg.reads_ctc else 0
+        width = read_llm_config(self.llm_folder).get_text_config().hidden_size
+        with torch.device("meta"):
+            build_adaptor(cfg, self.encoder_shape.width, width, units=units)
+
     def _check_text_only(self, stages: Sequence[StageConfig]) -> None:
         """Text-only training needs text, and an adaptor that reads what CTC writes."""
         adaptor = self.recipe.model.adaptor
-        if adaptor.reads_ctc:
-            _ = self.phonemes
         mixed = [s.name for s in stages if s.text_share]
         if not mixed:
             return

@@ -116,3 +116,31 @@ def test_a_token_budget_must_count_speech_and_prompt_as_the_model_does(tiny) -> 
     Builder(cfg).check()
     with pytest.raises(UserError, match=r"batch\.prompt_tokens"):
         Builder(recipe.load(str(tiny), [f"{over}, prompt_tokens: 1}}"])).check()
+
+
+ADAPTORS = [
+    "{kind: conv, hidden: 12}",
+    "{kind: conv, stack: 3, hidden: 12}",
+    "{kind: qformer, hidden: 12, heads: 3, stack: 6, queries: 2}",
+    "{kind: ctc, frames: true}",
+]
+
+
+@pytest.mark.parametrize("adaptor", ADAPTORS)
+def test_every_adaptor_is_drawn_from_the_seed_whole_or_by_layers(tiny, adaptor) -> None:
+    cfg = recipe.load(str(tiny), [f"model.adaptor={adaptor}"])
+    Builder(cfg).check()
+    first, again = Builder(cfg).speech_llm(), Builder(cfg).speech_llm(lambda parameters: None)
+    other = Builder(recipe.load(str(tiny), [f"model.adaptor={adaptor}", "seed=2"])).speech_llm()
+    for (name, a), b, c in zip(
+        first.adaptor.named_parameters(),
+        again.adaptor.parameters(),
+        other.adaptor.parameters(),
+        strict=True,
+    ):
+        assert torch.equal(a, b) and a.isfinite().all(), name
+        assert a.dim() == 1 or "project" in name or not torch.equal(a, c), name
+    scale = first.llm.get_input_embeddings().weight.square().mean().sqrt()
+    assert float(first.adaptor.scale) == pytest.approx(float(scale))
+    batch = load_batches(tiny, "align", 1)[0]
+    assert first.eval()(batch).loss.isfinite()

@@ -20,6 +20,12 @@ def test_a_recipe_is_checked_without_ranks(command, tiny, tmp_path, monkeypatch)
     done = command("train", *recipe, "data.cmvn=missing.json", "--check")
     assert done.returncode == 2 and "make it with `dsasr data cmvn`" in done.stderr
     assert not (tmp_path / "run").exists()
+    reads_ctc = "branch=sft", "model.adaptor={kind: ctc}", "data.phonemes=''"
+    done = command("train", *recipe, *reads_ctc, "--check")
+    assert done.returncode == 2 and "data.phonemes is not given: make it with" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = command("train", *recipe, "model.adaptor={kind: qformer, heads: 3}", "--check")
+    assert done.returncode == 2 and "heads=3 does not divide" in done.stderr
 
 
 def test_mistakes_end_before_a_rank_is_started(command, tmp_path):

@@ -7,6 +7,8 @@ import torch
 
 from dsasr.data.batch import Batch
 from dsasr.model.ctc import (
+    CtcHead,
+    CtcHeadConfig,
     consistency_loss,
     ctc_loss,
     greedy_phonemes,
@@ -15,6 +17,7 @@ from dsasr.model.ctc import (
 )
 from dsasr.model.ctc_model import CtcModel, CtcModelConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
+from dsasr.utils.errors import UserError
 
 
 def log_probs(B, S, P, seed=0):
@@ -96,6 +99,41 @@ def test_greedy_merges_repeats_before_dropping_blanks():
     assert hypotheses == [[1, 1, 2], [3]]
     labels, lengths = torch.tensor([[1, 2, 2], [3, 0, 0]]), torch.tensor([3, 1])
     assert phoneme_errors(hypotheses, labels, lengths) == (1, 4)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_head_with_convolutions_keeps_the_padding_out(layers):
+    torch.manual_seed(0)
+    head = CtcHead(6, 5, CtcHeadConfig(layers=layers, kernel=5, dropout=0.0)).double()
+    lengths = torch.tensor([9, 1, 4])
+    frames = torch.randn(3, 9, 6, dtype=torch.float64)
+    together = head(frames, lengths)
+    assert together.exp().sum(-1).allclose(torch.ones(3, 9).double())
+    weight = torch.randn(5, dtype=torch.float64)
+    valid = torch.arange(9) < lengths[:, None]
+    both = torch.autograd.grad((together[valid] @ weight).sum(), list(head.parameters()))
+    alone = [torch.zeros_like(p) for p in head.parameters()]
+    for row, length in enumerate(lengths.tolist()):
+        one = head(frames[row : row + 1, :length], lengths[row : row + 1])
+        torch.testing.assert_close(together[row, :length], one[0])
+        parts = torch.autograd.grad((one @ weight).sum(), list(head.parameters()))
+        alone = [a + b for a, b in zip(alone, parts, strict=True)]
+    for (name, _), a, b in zip(head.named_parameters(), both, alone, strict=True):
+        assert a.any(), name
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_convolution_of_the_head_sees_its_kernel_and_no_more():
+    head = CtcHead(2, 3, CtcHeadConfig(layers=2, kernel=3, dropout=0.0)).double()
+    frames = torch.randn(1, 12, 2, dtype=torch.float64, requires_grad=True)
+    head(frames, torch.tensor([12]))[0, 6].square().sum().backward()
+    assert frames.grad[0].abs().sum(1).nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("values", [{"layers": -1}, {"kernel": 4}, {"dropout": 1.0}])
+def test_a_head_that_cannot_be_is_refused(values):
+    with pytest.raises(UserError, match=r"model\.pretrain\.head"):
+        CtcHeadConfig(**values)
 
 
 def make_batch(B=3, seed=5, mels=12):

@@ -14,7 +14,7 @@ import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from dsasr.data.text.tokenizers import load_tokenizer
-from dsasr.model.adaptor import AdaptorConfig
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.utils.errors import UserError
 
 BENCH = Path(__file__).parent.parent.parent / "tools" / "bench"

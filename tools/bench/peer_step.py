@@ -53,7 +53,7 @@ from dsasr.data.shards.writer import sample_key
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine, partitioner
 from dsasr.kernels import dispatch
-from dsasr.model.adaptor import AdaptorConfig
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.encoders.protocol import valid_frames
 from dsasr.recipe import Recipe, silence_library_warnings
 from dsasr.utils import distributed

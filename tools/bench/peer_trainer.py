@@ -37,7 +37,7 @@ from dsasr.data.audio.features import RATE, decode
 from dsasr.data.text.normalization import normalize_text
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer
-from dsasr.model.adaptor import AdaptorConfig
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.llm import FusedLmHead
 
 AUDIO = -1  # placeholder of a speech embedding among token ids

@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsasr.data.batch import upload
-from dsasr.model.adaptors.protocol import AdaptorConfig, padded
+from dsasr.model.adaptors.protocol import AdaptorConfig, deliver, pack
 from dsasr.model.ctc import BLANK, unit_starts
 from dsasr.model.encoders.protocol import valid_frames
 
@@ -96,16 +95,12 @@ class CtcAdaptor(nn.Module):
         index_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `dsasr.model.adaptors.protocol.Adaptor`; ``frames_BSE`` are those of `read`."""
-        # From the host: a device's own mask would make it wait.
-        valid_BK = valid_frames(lengths_B.cpu(), frames_BSE.shape[1])
-        rows_N = upload(valid_BK.flatten().nonzero().squeeze(1), frames_BSE.device)
-        inputs_NE = frames_BSE.flatten(0, 1).index_select(0, rows_N)
-        embeds = inputs_NE[:, : self.units] @ self.table
+        inputs_NE = pack(frames_BSE, lengths_B)
+        embeds_ND = inputs_NE[:, : self.units] @ self.table
         if self.project is not None:
-            embeds = embeds + inputs_NE[:, self.units :] @ self.project.T
-        if out_LD is not None:
-            return out_LD.index_copy(0, index_N, embeds.to(out_LD.dtype)), lengths_B
-        return (embeds if packed else padded(embeds, valid_BK)), lengths_B
+            embeds_ND = embeds_ND + inputs_NE[:, self.units :] @ self.project.T
+        slots = frames_BSE.shape[1]
+        return deliver(embeds_ND, lengths_B, slots, packed, out_LD, index_N), lengths_B
 
 
 def _segment_means(inputs_BSX: Tensor, segment_BS: Tensor, segments: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Adaptors: from what the encoder says to embeddings in the language model's space.
 
-mlp      `stack` consecutive frames concatenated, then two linear layers (the paper's)
-conv     strided convolutions
-qformer  learned queries that attend to a window of frames
+mlp      ``stack`` consecutive frames concatenated, then two linear layers (the paper's)
+conv     strided convolutions over time, then a linear layer
+qformer  learned queries that attend to a window of ``stack`` frames (SALMONN, arXiv 2310.13289)
 ctc      the embedding expected under the CTC head's posterior (LegoSLM, arXiv 2505.11352)
 """
 
@@ -15,19 +15,26 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from dsasr.data.batch import upload
+from dsasr.model.encoders.protocol import valid_frames
 from dsasr.utils.errors import UserError
 
 # Root mean square of activation(x) for x ~ N(0, 1).
 ACTIVATION_RMS = {"gelu": 0.6521, "silu": 0.5968, "relu": 0.7071}
 CLASSES = {
     "mlp": ("mlp", "MlpAdaptor"),
+    "conv": ("conv", "ConvAdaptor"),
+    "qformer": ("qformer", "QformerAdaptor"),
     "ctc": ("ctc", "CtcAdaptor"),
 }
 # Keys that only some kinds have.
 _ONLY = {
-    "stack": ("mlp",),
-    "hidden": ("mlp",),
-    "activation": ("mlp",),
+    "stack": ("mlp", "conv", "qformer"),
+    "hidden": ("mlp", "conv", "qformer"),
+    "activation": ("mlp", "conv"),
+    "layers": ("qformer",),
+    "heads": ("qformer",),
+    "queries": ("qformer",),
     "temperature": ("ctc",),
     "merge": ("ctc",),
     "frames": ("ctc",),
@@ -38,11 +45,16 @@ _ONLY = {
 class AdaptorConfig:
     """The adaptor's kind, and the settings of that kind."""
 
-    # mlp: stacked frames through two layers; ctc: embeddings expected under the CTC posterior
-    kind: Literal["mlp", "ctc"] = "mlp"
-    stack: int = 4  # mlp: consecutive encoder frames concatenated into one speech token
-    hidden: int = 0  # mlp: inner width; 0: the language model's width
-    activation: str = "gelu"  # mlp: gelu, silu or relu
+    # mlp: stacked frames through two layers; conv: strided convolutions; qformer: queries that
+    # attend to windows of frames; ctc: embeddings expected under the CTC posterior
+    kind: Literal["mlp", "conv", "qformer", "ctc"] = "mlp"
+    # encoder frames of one speech token; qformer: of one window, which gives `queries` tokens
+    stack: int = 4
+    hidden: int = 0  # inner width (not of ctc); 0: the language model's width
+    activation: str = "gelu"  # mlp, conv: gelu, silu or relu
+    layers: int = 2  # qformer: layers of attention and feed-forward
+    heads: int = 8  # qformer: attention heads; must divide the inner width
+    queries: int = 1  # qformer: speech tokens of one window; must divide stack
     temperature: float = 1.0  # ctc: of the posterior; below 1 sharper, above 1 flatter
     # ctc: one speech token for each unit that CTC writes; false: one for each encoder frame
     merge: bool = True
@@ -57,12 +69,24 @@ class AdaptorConfig:
             )
         if not self.temperature > 0:
             raise UserError("model.adaptor.temperature must be above 0")
+        if min(self.layers, self.heads, self.queries) < 1:
+            raise UserError("model.adaptor: layers, heads and queries must be at least 1")
+        if self.kind == "qformer" and self.stack < 2:
+            raise UserError(
+                "model.adaptor: a qformer needs a stack of at least 2: of one frame there is "
+                "nothing to choose; give model.adaptor.kind=mlp"
+            )
+        if self.kind == "qformer" and self.stack % self.queries:
+            raise UserError(
+                f"model.adaptor: a window of stack={self.stack} frames cannot give "
+                f"queries={self.queries} speech tokens of equally many frames: choose a multiple"
+            )
         for name, kinds in _ONLY.items():
             default = type(self).__dataclass_fields__[name].default
             if self.kind not in kinds and getattr(self, name) != default:
                 raise UserError(
                     f"model.adaptor.{name} has no effect on an adaptor of kind {self.kind}: leave "
-                    f"it out, or give model.adaptor.kind={kinds[0]}"
+                    f"it out, or give model.adaptor.kind={' or '.join(kinds)}"
                 )
 
     @property
@@ -72,10 +96,13 @@ class AdaptorConfig:
 
     @property
     def frames_per_token(self) -> int | None:
-        """Encoder frames of one speech token; None where the audio decides."""
+        """Encoder frames of one speech token; None where the audio decides.
+
+        A last window of a qformer gives all its tokens however few frames it has.
+        """
         if self.reads_ctc:
             return None if self.merge else 1
-        return self.stack
+        return self.stack // self.queries
 
 
 class Adaptor(Protocol):
@@ -117,6 +144,33 @@ def build_adaptor(
     cls = getattr(importlib.import_module(f"dsasr.model.adaptors.{module}"), name)
     extra = (units,) if cfg.reads_ctc else ()
     return cls(cfg, width, out_width, scale, *extra)
+
+
+def pack(frames_BSE: Tensor, lengths_B: Tensor) -> Tensor:
+    """The valid frames [N, E], utterance by utterance.
+
+    N depends on the lengths: where they lie on a GPU, the host waits for it.
+    """
+    valid_BS = valid_frames(lengths_B.cpu(), frames_BSE.shape[1])
+    rows_N = upload(valid_BS.flatten().nonzero().squeeze(1), frames_BSE.device)
+    return frames_BSE.flatten(0, 1).index_select(0, rows_N)
+
+
+def deliver(
+    embeds_ND: Tensor,
+    lengths_B: Tensor,
+    slots: int,
+    packed: bool,
+    out_LD: Tensor | None,
+    index_N: Tensor | None,
+) -> Tensor:
+    """Packed embeddings of ``lengths_B`` in the form that a caller of `Adaptor` asks for.
+
+    ``slots``: A, of the padded form.
+    """
+    if out_LD is not None:
+        return out_LD.index_copy_(0, index_N, embeds_ND.to(out_LD.dtype))
+    return embeds_ND if packed else padded(embeds_ND, valid_frames(lengths_B, slots))
 
 
 def padded(embeds_ND: Tensor, valid_BA: Tensor) -> Tensor:
