@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +22,13 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
-from dsasr.data.text.phonemes import (
-    PhonemeVocab,
-    Speller,
-    build_phonemizer,
-)
-from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.phonemes import PhonemeVocab, Speller, build_phonemizer
+from dsasr.data.text.prompt import Prompt, describe
 from dsasr.data.text.tokenizers import (
     Tokenizer,
+    check_end_token,
     check_tokenizer,
+    has_tokenizer,
     load_tokenizer,
     vocabulary_fingerprint,
 )
@@ -43,10 +42,11 @@ from dsasr.model.encoders.load import load_encoder
 from dsasr.model.encoders.pretrained import build_encoder
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import embedding_rms, load_llm, read_llm_config
+from dsasr.model.llm import load_llm, read_llm_config
 from dsasr.model.llm_hub import find_model
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.model.token_embeddings import token_rms
 from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -148,6 +148,10 @@ class Builder:
 
     def _here(self, path: str) -> str:
         return export_folder.original_or_copy(path, self.source_copies)
+
+    def prompt(self, context: str | None = None) -> tuple[list[int], list[int]]:
+        """The prompt's ids before and after the speech, with hints if there are any."""
+        return Prompt.build(self.tokenizer, context, self.recipe.model.prompt)
 
     @staticmethod
     def _existing_file(path: str, key: str, hint: str) -> Path:
@@ -267,7 +271,7 @@ class Builder:
         self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor))
         if ctc is not None:
             self._drawn(ctc, "sft ctc", partition)
-        prefix, suffix = Prompt.build(self.tokenizer)
+        prefix, suffix = self.prompt()
         return SpeechLLM(
             encoder,
             adaptor,
@@ -293,7 +297,7 @@ class Builder:
                 self._adapt(llm)
             encoder, width = self.encoder_shape, llm.get_input_embeddings().weight.shape[1]
             adaptor, ctc = self._meta_adaptor(encoder, width)
-            prompt = Prompt.build(self.tokenizer)
+            prompt = self.prompt()
             return SpeechLLM(
                 encoder, adaptor, llm, *prompt, self.tokenizer.pad_id, model.llm, ctc=ctc
             )
@@ -344,8 +348,8 @@ class Builder:
         return module
 
     def _llm(self, partition: Partition | None) -> tuple[PreTrainedModel, float]:
-        """The language model, with LoRA's matrices if the recipe has them; and the root mean square
-        of its token embeddings."""
+        """The language model, with LoRA's matrices if the recipe has them; and its
+        `token_rms`."""
         cfg, folder = self.recipe.model.llm, self.llm_folder
         options = {"attn": cfg.attn, "dropout": cfg.dropout}
         if self.recipe.model.lora is not None:
@@ -358,7 +362,7 @@ class Builder:
         llm = load_llm(folder, attn=cfg.attn, dropout=cfg.dropout)
         if self.recipe.model.lora is not None:
             self.add_lora(llm)
-        return llm, embedding_rms(llm)
+        return llm, token_rms(llm)
 
     def add_lora(self, llm: PreTrainedModel) -> None:
         """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""
@@ -388,6 +392,12 @@ class Builder:
         )
         return not resumes and self.recipe.resume in ("auto", "never")
 
+    def summary(self) -> list[str]:
+        """Lines about what the recipe makes, for a user to check."""
+        if not self.recipe.schedule().sft or self.recipe.branch == "pretrain":
+            return []
+        return describe(self.tokenizer, *self.prompt())
+
     def check(self) -> None:
         """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
         for key in SOURCES:
@@ -402,7 +412,7 @@ class Builder:
             _ = self.phonemes
         if "sft" in self.recipe.branches:
             self._check_text_only(self.recipe.schedule().sft)
-            _ = self.llm_folder, self.tokenizer
+            self._check_tokenizer()
             self._check_adaptor()
             self._check_prompt()
             self._check_lora()
@@ -473,9 +483,24 @@ class Builder:
                 "shards: give a kind that makes them from text"
             )
 
+    def _check_tokenizer(self) -> None:
+        """The tokenizer must be the language model's, whichever folder it comes from."""
+        folder = self.llm_folder
+        config = read_llm_config(folder).get_text_config()
+        own: Tokenizer | None = None
+        elsewhere = self.tokenizer_folder.resolve() != folder.resolve()
+        if elsewhere and self.recipe.model.llm.weights:
+            if has_tokenizer(folder):
+                with contextlib.suppress(UserError):  # one that does not load says nothing
+                    own = load_tokenizer(folder)
+            elif config.eos_token_id is not None:
+                ends = config.eos_token_id
+                check_end_token(self.tokenizer, [ends] if isinstance(ends, int) else ends)
+        check_tokenizer(self.tokenizer, config.vocab_size, own)
+
     def _check_prompt(self) -> None:
         """The prompt must not be longer than the token budgets count it."""
-        length = sum(map(len, Prompt.build(self.tokenizer)))
+        length = sum(map(len, self.prompt()))
         for stage in self.recipe.schedule().sft:
             batch = self.recipe.dataloader(stage)[0].batch
             if batch.tokens and length > batch.prompt_tokens:

@@ -20,6 +20,7 @@ from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
 from dsasr.data.dataloader.text_dataloader import TextOnlyConfig
 from dsasr.data.text.normalization import TextConfig
 from dsasr.data.text.phonemes import PhonemizerConfig
+from dsasr.data.text.prompt import check_template
 from dsasr.engine.config import EngineConfig
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.normalize import check_rules
@@ -96,6 +97,9 @@ class ModelConfig:
     pretrain: CtcModelConfig = field(default_factory=CtcModelConfig)
     sft: SftInputConfig = field(default_factory=SftInputConfig)  # input of the sft branch
     tokenizer: str = ""  # folder of a tokenizer; empty: the language model's
+    # the prompt, with <speech> where the speech is and {context} where hints go, if it takes any;
+    # special tokens are parsed; empty: the form that the tokenizer calls for
+    prompt: str = ""
     # start with the encoder of this snapshot, or of any source of `init_from`, in both branches;
     # the sft branch then does not wait for pretraining's
     encoder_from: str = ""
@@ -109,6 +113,8 @@ class ModelConfig:
     init_parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.prompt:
+            check_template(self.prompt)
         for part in self.init_parts:
             if part not in PARTS_IN_FILES:
                 raise UserError(

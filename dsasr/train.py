@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     builder.check()
     if options.check:
         initial_weights.check(builder)
-        print("the recipe and its files are in order")
+        print("\n".join([*builder.summary(), "the recipe and its files are in order"]))
         return 0
     rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)
     rank_watchdog.at("start")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.features import decode, fbank
 from dsasr.data.shards.index import build_index, read_sample
+from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.utils.errors import UserError
 
 
@@ -144,3 +146,37 @@ def test_every_adaptor_is_drawn_from_the_seed_whole_or_by_layers(tiny, adaptor) 
     assert float(first.adaptor.scale) == pytest.approx(float(scale))
     batch = load_batches(tiny, "align", 1)[0]
     assert first.eval()(batch).loss.isfinite()
+
+
+def test_the_recipes_prompt_is_the_models(tiny) -> None:
+    template = "<|im_start|>play <speech><|im_end|>"
+    build = Builder(recipe.load(str(tiny), [f"model.prompt={template}"]))
+    model, marker = build.speech_llm(), build.tokenizer.special_id
+    assert model.prefix_ids == [marker("<|im_start|>"), *build.tokenizer.encode("play ")]
+    assert model.suffix_ids == [marker("<|im_end|>")]
+    assert build.summary()[0].startswith("prompt of ")
+    assert build.summary()[0].endswith(" <speech> [<|im_end|>]")
+    with pytest.raises(UserError, match=r"<speech> 0 times"):
+        recipe.load(str(tiny), ["model.prompt=Transcribe."])
+    with pytest.raises(UserError, match="no token of the tokenizer"):
+        Builder(recipe.load(str(tiny), ["model.prompt=<|en|><speech>"])).check()
+
+
+def test_another_models_tokenizer_ends_before_training(tiny, tmp_path) -> None:
+    text, lm = tmp_path / "text", tmp_path / "lm"
+    text.write_text("all other words than those of the tones\n" * 9)
+    train_tokenizer([text], tmp_path / "other", size=300)
+    shutil.copytree(tiny.parent / "lm", lm)
+    over = [f"model.llm.path={lm}", f"model.tokenizer={tmp_path / 'other'}"]
+    with pytest.raises(UserError, match="not the language model's"):
+        Builder(recipe.load(str(tiny), over)).check()
+    Builder(recipe.load(str(tiny), [*over, "model.llm.weights=false"])).check()
+    Builder(recipe.load(str(tiny), [over[0], f"model.tokenizer={tiny.parent / 'lm'}"])).check()
+    # A language model whose folder has no tokenizer, and whose texts end with another token.
+    (lm / "dsasr_tokenizer.json").unlink()
+    (lm / "tokenizer.model").unlink()
+    Builder(recipe.load(str(tiny), over)).check()
+    config = json.loads((lm / "config.json").read_text())
+    (lm / "config.json").write_text(json.dumps(config | {"eos_token_id": [270, 271]}))
+    with pytest.raises(UserError, match="ends a text with token 270"):
+        Builder(recipe.load(str(tiny), over)).check()

@@ -213,7 +213,7 @@ class _Stepper:
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
         device = self.mask_RL.device
-        return self.model.llm.get_input_embeddings()(torch.tensor(tokens, device=device)[:, None])
+        return self.model.embed_tokens(torch.tensor(tokens, device=device)[:, None])
 
     def _run(
         self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None, cache: object

@@ -48,7 +48,6 @@ from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, Pre
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig, Speller, build_phonemizer
-from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.model import lora
@@ -147,7 +146,7 @@ def _write_model(
     dtype: torch.dtype | None,
 ) -> None:
     recipe, reads_ctc = build.recipe, build.recipe.model.adaptor.reads_ctc
-    prefix, suffix = Prompt.build(build.tokenizer)
+    prefix, suffix = build.prompt()
     export_config = ExportConfig(
         encoder=_exported_encoder(build, folder),
         adaptor=recipe.model.adaptor,
@@ -285,10 +284,9 @@ def _copy_llm(llm: Path, tokenizer: Path, target: Path, dtype: torch.dtype | Non
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, target / "tokenizer.model")
     for name in LLM_FILES:
-        source = tokenizer / name if tokenizer.is_dir() else llm / name
-        if name == "generation_config.json":
-            source = llm / name
-        if source.is_file() and not (target / name).exists():
+        # Nothing of another tokenizer: it would be the one that is loaded.
+        source = (llm if name == "generation_config.json" else tokenizer) / name
+        if source.is_file():
             shutil.copyfile(source, target / name)
 
 

@@ -28,6 +28,10 @@ _DROPOUTS = (
     "embd_pdrop",
 )
 
+# What families call a factor of their logits, and the cap of a tanh around them.
+_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "dim_model_base")
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 @dataclass(frozen=True)
 class LlmConfig:
@@ -73,14 +77,15 @@ class FusedLmHead(nn.Linear):
         head, config = llm.get_output_embeddings(), llm.config.get_text_config()
         if isinstance(head, cls):
             return head
-        scaled = [name for name in ("logit_scale", "logits_scaling") if _scaled(config, name)]
+        scaled = [name for name in _LOGIT_SCALES if _scaled(config, name)]
         if type(head) is not nn.Linear or scaled:
             reason = f"scales its logits ({scaled[0]})" if scaled else "has no linear LM head"
             raise UserError(f"{llm.config.model_type} {reason}: choose another language model")
         with torch.device("meta"):
             fused = cls(head.in_features, head.out_features, bias=head.bias is not None)
         fused.weight, fused.bias = head.weight, head.bias
-        fused.soft_cap = getattr(config, "final_logit_softcapping", None)
+        caps = (getattr(config, name, None) for name in _SOFT_CAPS)
+        fused.soft_cap = next((cap for cap in caps if cap), None)
         llm.set_output_embeddings(fused)
         return fused
 
@@ -110,7 +115,8 @@ class FusedLmHead(nn.Linear):
 
 
 def _scaled(config: object, name: str) -> bool:
-    return getattr(config, name, None) not in (None, 1, 1.0)
+    one = config.hidden_size if name == "dim_model_base" else 1  # a width, to be divided by that
+    return getattr(config, name, None) not in (None, one)
 
 
 def load_llm(
@@ -184,9 +190,6 @@ _FAULTS = (OSError, ValueError, ImportError, KeyError)
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "does not support an attention implementation" in reason:
+        reason = "its architecture has eager attention only; give model.llm.attn=eager"
     return UserError(f"cannot load the language model in {folder}: {reason}")
-
-
-def embedding_rms(llm: PreTrainedModel) -> float:
-    """Root mean square of the token embeddings' weight, which is whole on this rank."""
-    return float(llm.get_input_embeddings().weight.detach().float().square().mean().sqrt())

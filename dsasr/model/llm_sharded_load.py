@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsasr.model import layerwise_init, lora
 from dsasr.model.hf_weights import TensorFiles, fill_buffers
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import embedding_rms, load_llm, read_llm_config
+from dsasr.model.llm import load_llm
+from dsasr.model.token_embeddings import embedding_rms, input_scale, token_rms
 from dsasr.utils import distributed
 
 Adapt = Callable[[PreTrainedModel], None]  # injects LoRA's layers
@@ -77,37 +78,31 @@ def load_llm_partitioned(
     adapt: Adapt | None = None,
     draw_adapter: DrawAdapter | None = None,
 ) -> tuple[PreTrainedModel, float]:
-    """`load_llm` with ``adapt`` applied, and the root mean square of its token embeddings.
+    """`load_llm` with ``adapt`` applied, and its `token_rms`.
 
     A rank has at most its slices and one layer's own parameters in memory. Raises as `load_llm`
     does, on all ranks. Collective.
     """
-    config = read_llm_config(folder, dropout)
+    llm = _on_meta(folder, attn, dropout, adapt)
     files = TensorFiles(folder)
-    llm = _on_meta(config, attn, adapt)
     file_names = distributed.broadcast(match_tensors(llm, files))
     if file_names is None:
         return _load_whole(folder, partition, attn, dropout, adapt, draw_adapter)
     fill_buffers(llm, files, file_names)
+    rms, embeddings = 0.0, llm.get_input_embeddings()
 
-    def fill_layer(_layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    def fill_layer(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        nonlocal rms
         for name, parameter in parameters.items():
             if name in file_names:
                 files.read(file_names[name], parameter)
             else:
                 parameter.copy_(draw_adapter(name, tuple(parameter.shape)))
+        if layer is embeddings:
+            rms = embedding_rms(layer)
 
-    rms = 0.0
-    if distributed.is_main_rank():
-        embeddings = llm.get_input_embeddings().weight
-        name = next(n for n, p in llm.named_parameters() if p is embeddings)
-        # Before the model has its copy of them, and squared in place: one such tensor in memory.
-        values = torch.empty(embeddings.shape)
-        files.read(file_names[name], values)
-        rms = float(values.square_().mean().sqrt())
-        del values
     layerwise_init.materialize(llm, fill_layer, partition)
-    return llm.eval(), distributed.broadcast(rms)
+    return llm.eval(), distributed.broadcast(rms) * abs(input_scale(llm))
 
 
 def _load_whole(
@@ -125,7 +120,7 @@ def _load_whole(
     if adapt is not None:
         adapt(llm)
         _draw_adapters(dict(lora.adapters(llm)), draw_adapter)
-    rms = embedding_rms(llm)
+    rms = token_rms(llm)
     layerwise_init.partition_all(llm, partition)
     return llm, distributed.broadcast(rms)
 
@@ -145,12 +140,12 @@ def draw_llm(
     adapt: Adapt | None = None,
     draw_adapter: DrawAdapter | None = None,
 ) -> tuple[PreTrainedModel, float]:
-    """A model of the folder's config.json with weights drawn from ``seed``; its embeddings' RMS.
+    """A model of the folder's config.json with weights drawn from ``seed``; its `token_rms`.
 
     Each layer is drawn as transformers initializes it. Without ``partition`` the model is whole, of
     the same values. Torch's global random state is left as it was. Collective with ``partition``.
     """
-    llm = _on_meta(read_llm_config(folder, dropout), attn, adapt)
+    llm = _on_meta(folder, attn, dropout, adapt)
     fill_buffers(llm)
     owners: dict[int, PreTrainedModel] = {}
     for module in llm.modules():
@@ -166,19 +161,18 @@ def draw_llm(
         else:
             owners[id(layer)]._init_weights(layer)
         if layer is embeddings:
-            rms = embedding_rms(llm)
+            rms = embedding_rms(layer)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layerwise_init.materialize(llm, fill_layer, partition)
-    return llm, distributed.broadcast(rms) if partition is not None else rms
+    rms = distributed.broadcast(rms) if partition is not None else rms
+    return llm, rms * abs(input_scale(llm))
 
 
-def _on_meta(config: PretrainedConfig, attn: str, adapt: Adapt | None) -> PreTrainedModel:
+def _on_meta(folder: Path, attn: str, dropout: float, adapt: Adapt | None) -> PreTrainedModel:
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attn
-        )
+        llm = load_llm(folder, attn=attn, dropout=dropout, weights=False)
         if adapt is not None:
             adapt(llm)
     return llm

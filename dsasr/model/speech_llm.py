@@ -27,6 +27,7 @@ from dsasr.model.llm import FusedLmHead, LlmConfig
 from dsasr.model.outputs import Outputs
 from dsasr.model.sequence_layout import Layout, lay_out, ragged
 from dsasr.model.step_rng import seed_dropout, step_generator
+from dsasr.model.token_embeddings import input_scale
 from dsasr.utils.errors import UserError
 
 # From a transcript and its language to units of the CTC head; None where one is unknown.
@@ -84,6 +85,7 @@ class SpeechLLM(nn.Module):
         self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
         self.cfg, self.spec, self.chunks, self.spell = cfg, spec, chunks, spell
         FusedLmHead.replace(llm)
+        self._input_scale = input_scale(llm)
         self._lora = [p for _, p in lora.adapters(llm)]
         self._lora_dropouts = lora.dropouts(llm)
         if cfg.activation_checkpointing:
@@ -242,6 +244,11 @@ class SpeechLLM(nn.Module):
             inputs = inputs + 0.0 * unused.sum()
         return SpeechInput(inputs, batch.host.phoneme_lengths_B.cpu())
 
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Token ids of any shape → embeddings [..., D] that the language model takes as inputs."""
+        embeds = self.llm.get_input_embeddings()(ids)
+        return embeds if self._input_scale == 1.0 else embeds * self._input_scale
+
     def _splice(
         self,
         layout: Layout,
@@ -253,7 +260,7 @@ class SpeechLLM(nn.Module):
         device = token_ids.device
         prompt = self.prefix_ids * utterances + self.suffix_ids * utterances
         ids = torch.cat((upload(torch.tensor(prompt, dtype=torch.int64), device), token_ids))
-        text_MD = self.llm.get_input_embeddings()(ids)
+        text_MD = self.embed_tokens(ids)
         embeds = text_MD.new_zeros(layout.rows * layout.length, text_MD.shape[1])
         embeds = embeds.index_copy(0, upload(layout.text_M, device), text_MD)
         if speech is not None:

@@ -16,7 +16,15 @@ def test_a_recipe_is_checked_without_ranks(command, tiny, tmp_path, monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "0")  # train.py sets it
     recipe = "--recipe", tiny, f"run={tmp_path / 'run'}"
     done = command("train", *recipe, "--check")
-    assert (done.returncode, done.stdout) == (0, "the recipe and its files are in order\n")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "prompt of 11 tokens: [<|im_start|>]"
+        "[system\\nYou are a Multilingual Speech Recognition Model.][<|im_end|>]"
+        "[\\n][<|im_start|>][user\\nTranscribe the speech into text ] <speech> [.]"
+        "[<|im_end|>][\\n][<|im_start|>][assistant\\n]",
+        "a transcript ends with [<|im_end|>]",
+        "the recipe and its files are in order",
+    ]
     done = command("train", *recipe, "data.cmvn=missing.json", "--check")
     assert done.returncode == 2 and "make it with `dsasr data cmvn`" in done.stderr
     assert not (tmp_path / "run").exists()

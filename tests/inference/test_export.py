@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +30,9 @@ from dsasr.utils.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def write_run(tiny: Path, run: Path, world_size: int) -> Path:
+def write_run(tiny: Path, run: Path, world_size: int, *overrides: str) -> Path:
     """A run folder whose only checkpoint was written by ``world_size`` ranks."""
-    cfg = recipe.load(str(tiny), [f"run={run}"])
+    cfg = recipe.load(str(tiny), [f"run={run}", *overrides])
     build = Builder(cfg)
     model = build.speech_llm()
     folder = run / "checkpoints" / "step-0000000042"
@@ -176,3 +177,26 @@ def test_tensors_written_one_by_one_are_safetensors(tmp_path):
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype is tensor.dtype and torch.equal(loaded[name], tensor)
+
+
+def test_an_export_keeps_the_recipes_prompt(tiny, tmp_path):
+    run = write_run(tiny, tmp_path / "run", 1, "model.prompt=<|im_start|>do <speech>fi<|im_end|>")
+    of_run = RunModel.from_run(run)
+    folder = export.export_run(of_run.build, open_run_checkpoint(run), tmp_path / "model")
+    loaded = export.load_export(folder)
+    encode, marker = loaded.tokenizer.encode, loaded.tokenizer.special_id
+    for model in (of_run.model, loaded.model):
+        assert model.prefix_ids == [marker("<|im_start|>"), *encode("do ")]
+        assert model.suffix_ids == [*encode("fi"), marker("<|im_end|>")]
+
+
+def test_the_exported_tokenizer_is_that_of_the_training(tiny, tmp_path):
+    """A .model file, beside a language model that has a tokenizer.json of another kind."""
+    llm, model = tmp_path / "lm", tmp_path / "own.model"
+    shutil.copytree(tiny.parent / "lm", llm)
+    shutil.copyfile(llm / "tokenizer.model", model)
+    (llm / "tokenizer.json").write_text("{}")
+    (tmp_path / "copied").mkdir()
+    export._copy_llm(llm, model, tmp_path / "copied", None)
+    names = {p.name for p in (tmp_path / "copied").iterdir()}
+    assert names == {"config.json", "tokenizer.model"}

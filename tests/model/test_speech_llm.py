@@ -12,9 +12,10 @@ from dsasr.model.adaptors.mlp import MlpAdaptor
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
-from dsasr.model.llm import FusedLmHead, LlmConfig, embedding_rms, load_llm
+from dsasr.model.llm import FusedLmHead, LlmConfig, load_llm
 from dsasr.model.sequence_layout import lay_out, plan_rows, ragged
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.model.token_embeddings import token_rms
 from dsasr.utils.errors import UserError
 
 VOCAB, PREFIX, SUFFIX, END = 41, [1, 2], [3], 4
@@ -43,7 +44,7 @@ def make_model(cfg=None, dtype=torch.float64, dropout=0.0, chunks=None, llm=None
     encoder = Encoder(
         EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12, dropout=dropout)
     )
-    adaptor = MlpAdaptor(AdaptorConfig(hidden=10), 12, 16, embedding_rms(llm))
+    adaptor = MlpAdaptor(AdaptorConfig(hidden=10), 12, 16, token_rms(llm))
     cfg = cfg or LlmConfig()
     return SpeechLLM(encoder, adaptor, llm, PREFIX, SUFFIX, 0, cfg, chunks=chunks).to(dtype)
 
@@ -284,7 +285,7 @@ def test_models_load_from_local_folders_alone(tmp_path):
     with torch.device("meta"):
         empty = load_llm(tmp_path / "good", weights=False)
     assert all(parameter.is_meta for parameter in empty.parameters())
-    assert embedding_rms(llm) == pytest.approx(0.3, rel=0.1)
+    assert token_rms(llm) == pytest.approx(0.3, rel=0.1)
 
 
 def test_bad_folders_end_in_one_line(tmp_path):
@@ -312,6 +313,9 @@ def test_scaled_logits_and_empty_prompts_are_refused():
     llm = make_llm()
     llm.config.logit_scale = 0.5
     with pytest.raises(UserError, match="logit_scale"):
+        FusedLmHead.replace(llm)
+    llm.config.logit_scale, llm.config.dim_model_base = 1.0, 8  # of a width of 16
+    with pytest.raises(UserError, match="dim_model_base"):
         FusedLmHead.replace(llm)
     with pytest.raises(UserError, match="prompt"):
         model = make_model()

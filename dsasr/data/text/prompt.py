@@ -7,39 +7,50 @@ the demo's language model all build their prompt here.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from dsasr.data.text.chat_template import SPEECH
 from dsasr.data.text.tokenizers import IM_END, IM_START, Tokenizer
 from dsasr.utils.errors import UserError
 
-SPEECH = "<speech>"
+CONTEXT = "{context}"
+_SYSTEM = "You are a Multilingual Speech Recognition Model."
+_USER = f"Transcribe the speech into text {SPEECH}."
 _MARKER = re.compile(r"(<\|[a-z_]+\|>)")
+_ANY_MARKER = re.compile(r"<\|[^<>|]+\|>")
 
 
 class Prompt:
-    """Qwen's chat format around the speech (NIM4-ASR, arXiv 2604.18105).
+    """The instruction, the speech, hints: in the form that the language model was trained with.
 
-    Instruction, then speech, then hints: a streaming recognizer computes the part before the
+    The order is NIM4-ASR's (arXiv 2604.18105): a streaming recognizer computes the part before the
     speech once and appends to it. The whole sequence is
     ``prefix + speech embeddings + suffix + transcript + end_id``.
+
+    The form is, by the tokenizer:
+
+    - Qwen's chat format (ChatML), where it has those markers and no other template;
+    - its chat template, where it has one;
+    - else the beginning-of-text token, if it has one, and the instruction in plain words.
     """
 
     template = (
-        f"{IM_START}system\nYou are a Multilingual Speech Recognition Model.{IM_END}\n"
-        f"{IM_START}user\nTranscribe the speech into text {SPEECH}.{IM_END}\n"
+        f"{IM_START}system\n{_SYSTEM}{IM_END}\n"
+        f"{IM_START}user\n{_USER}{IM_END}\n"
         f"{IM_START}assistant\n"
     )
-    hints = " Contextual hints: {context}."
+    hints = f" Contextual hints: {CONTEXT}."
 
     @classmethod
     def parts(cls, context: str | None = None) -> tuple[list[str], list[str]]:
-        """The parts before and after the speech, plain text and markers alternating.
+        """ChatML before and after the speech, plain text and markers alternating.
 
         Plain text has the even indices, markers the odd ones, as `re.split` returns them. A marker
         within ``context``, which comes from the user, stays plain text.
         """
         before, after = cls.template.split(SPEECH)
         if context:
-            after = after.replace(".", "." + cls.hints.replace("{context}", "\0"), 1)
+            after = after.replace(".", "." + cls.hints.replace(CONTEXT, "\0"), 1)
         prefix, suffix = _MARKER.split(before), _MARKER.split(after)
         return prefix, [part.replace("\0", context or "") for part in suffix]
 
@@ -50,19 +61,107 @@ class Prompt:
         return [text for text in dict.fromkeys(prefix[::2] + suffix[::2]) if text]
 
     @classmethod
-    def build(cls, tokenizer: Tokenizer, context: str | None = None) -> tuple[list[int], list[int]]:
+    def build(
+        cls, tokenizer: Tokenizer, context: str | None = None, template: str = ""
+    ) -> tuple[list[int], list[int]]:
         """(prefix ids, suffix ids).
 
-        If the tokenizer has no chat markers (it is not a chat model's), they are encoded as plain
-        text. Raises `UserError` if it has only one of them.
+        ``template`` (the recipe's ``model.prompt``) takes the place of all forms above: text with
+        one ``<speech>``, whose special tokens are parsed, and a ``{context}`` where it takes hints.
+        ``context`` is always plain text. Raises `UserError` for a template that does not fit the
+        tokenizer, and for a tokenizer that has only one of ChatML's markers.
         """
-        markers = {m: tokenizer.special_id(m) for m in (IM_START, IM_END)}
-        if len({number is None for number in markers.values()}) > 1:
-            raise UserError(f"the tokenizer knows only one of {IM_START} and {IM_END}")
-        prefix: list[int] = []
-        suffix: list[int] = []
-        for ids, side in zip((prefix, suffix), cls.parts(context), strict=True):
-            for i, part in enumerate(side):
-                number = markers[part] if i % 2 else None
-                ids += tokenizer.encode(part) if number is None else [number]
+        if template:
+            return cls._of_template(tokenizer, template, context)
+        user = _USER + cls.hints if context else _USER
+        markers = [m for m in (IM_START, IM_END) if tokenizer.special_id(m) is not None]
+        try:
+            text = tokenizer.chat_prompt(_SYSTEM, user)
+        except UserError:
+            if len(markers) < 2:
+                raise
+            text = None
+        if len(markers) == 2 and (text is None or f"{IM_START}user\n" in text):
+            prefix, suffix = _encode_chatml(tokenizer, cls.parts(context))
+        elif text is not None:
+            return _encode_sides(tokenizer, text, context)
+        elif markers:
+            raise UserError(f"the tokenizer knows only {markers[0]} of {IM_START} and {IM_END}")
+        else:
+            prefix, suffix = _encode_sides(tokenizer, f"{_SYSTEM}\n{user}\n", context)
+        bos = list(tokenizer.bos_ids)
+        return (prefix if prefix[: len(bos)] == bos else bos + prefix), suffix
+
+    @classmethod
+    def _of_template(
+        cls, tokenizer: Tokenizer, template: str, context: str | None
+    ) -> tuple[list[int], list[int]]:
+        check_template(template)
+        for marker in _ANY_MARKER.findall(template):
+            if len(tokenizer.parse(marker)) != 1:
+                raise UserError(
+                    f"model.prompt has {marker}, which is no token of the tokenizer: see the "
+                    "special tokens in its tokenizer.json"
+                )
+        if context and CONTEXT not in template:
+            raise UserError(f"model.prompt takes no hints: put {CONTEXT} where they belong")
+        prefix, suffix = _encode_sides(tokenizer, template, context)
+        if not prefix and not suffix:
+            raise UserError(
+                f"model.prompt has no token besides {SPEECH}: give at least one, which the first "
+                "token of a transcript is predicted from"
+            )
         return prefix, suffix
+
+
+def check_template(template: str) -> None:
+    """Raise `UserError` unless ``template`` has exactly one ``<speech>``."""
+    count = template.count(SPEECH)
+    if count != 1:
+        raise UserError(f"model.prompt has {SPEECH} {count} times: it needs it once, for speech")
+
+
+def describe(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> list[str]:
+    """Two lines for people: the prompt's tokens, each in brackets, and the end of a transcript."""
+
+    def shown(ids: Sequence[int]) -> str:
+        return "".join(f"[{tokenizer.token(number)}]" for number in ids).replace("\n", "\\n")
+
+    sides = " ".join(text for text in (shown(prefix), SPEECH, shown(suffix)) if text)
+    return [
+        f"prompt of {len(prefix) + len(suffix)} tokens: {sides}",
+        f"a transcript ends with {shown([tokenizer.end_id])}",
+    ]
+
+
+def _encode_chatml(
+    tokenizer: Tokenizer, parts: tuple[list[str], list[str]]
+) -> tuple[list[int], list[int]]:
+    """Part by part: a trained tokenizer has the prompt's sentences as tokens."""
+    prefix: list[int] = []
+    suffix: list[int] = []
+    for ids, side in zip((prefix, suffix), parts, strict=True):
+        for i, part in enumerate(side):
+            ids += [tokenizer.special_id(part)] if i % 2 else tokenizer.encode(part)
+    return prefix, suffix
+
+
+def _encode_sides(
+    tokenizer: Tokenizer, text: str, context: str | None
+) -> tuple[list[int], list[int]]:
+    """Trusted ``text`` with one `SPEECH`: special tokens are parsed in it, not in ``context``."""
+    if not context:
+        text = text.replace(CONTEXT, "")
+    before, after = (_encode_side(tokenizer, side, context or "") for side in text.split(SPEECH))
+    return before, after
+
+
+def _encode_side(tokenizer: Tokenizer, text: str, context: str) -> list[int]:
+    first, *others = text.split(CONTEXT)
+    ids: list[int] = []
+    for following in others:
+        # A space belongs to the word after it, as in most vocabularies.
+        spaced = first.endswith(" ")
+        ids += tokenizer.parse(first.removesuffix(" ")) + tokenizer.encode(" " * spaced + context)
+        first = following
+    return ids + tokenizer.parse(first)

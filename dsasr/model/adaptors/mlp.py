@@ -18,8 +18,9 @@ class MlpAdaptor(nn.Module):
     for the one kernel that reads them all.
 
     ``scale`` is the root mean square that the embeddings start with, for frames of unit variance
-    (the encoder ends in a LayerNorm). Give it that of the language model's token embeddings
-    (**ours**): speech then enters the residual stream at the scale of tokens.
+    (the encoder ends in a LayerNorm). Give it the language model's
+    `dsasr.model.token_embeddings.token_rms` (**ours**): speech then enters the residual stream at
+    the scale of tokens.
     """
 
     def __init__(self, cfg: AdaptorConfig, width: int, out_width: int, scale: float = 1.0):

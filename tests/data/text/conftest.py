@@ -34,30 +34,46 @@ def trained_tokenizer(trained):
 
 
 @pytest.fixture(scope="session")
-def hugging_face(tmp_path_factory):
+def hugging_face(make_hugging_face):
     """A byte-level BPE tokenizer with Qwen's special tokens, as a saved folder."""
+    return make_hugging_face(
+        ["<|endoftext|>", IM_START, IM_END], eos_token=IM_END, pad_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def make_hugging_face(tmp_path_factory):
+    """``make(specials, bos=…, template=…, eos_token=…)``: a byte-level BPE tokenizer's folder.
+
+    ``bos``: what it puts before a text itself; ``template``: its chat template.
+    """
     from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", IM_START, IM_END]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet
-    )
-    fast.train_from_iterator(SENTENCES, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        eos_token=IM_END,
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[IM_START],
-    )
-    folder = tmp_path_factory.mktemp("hf")
-    wrapped.save_pretrained(folder)
-    return folder
+    def make(specials, bos="", template=None, **names):
+        fast = Fast(models.BPE())
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=specials, initial_alphabet=alphabet
+        )
+        fast.train_from_iterator(SENTENCES, trainer)
+        if bos:
+            fast.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, specials.index(bos))]
+            )
+        others = [token for token in specials if token not in names.values()]
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=fast, additional_special_tokens=others, **names
+        )
+        wrapped.chat_template = template
+        folder = tmp_path_factory.mktemp("hf")
+        wrapped.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(params=["trained", "hugging_face"])

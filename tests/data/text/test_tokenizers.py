@@ -1,6 +1,7 @@
 """Both kinds of tokenizer: round trips, special tokens, folders that are none."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from dsasr.data.text.tokenizers import (
     HfTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    check_end_token,
     check_tokenizer,
     load_tokenizer,
     vocabulary_fingerprint,
@@ -23,12 +25,11 @@ from dsasr.utils.errors import UserError
 
 
 def test_a_fingerprint_is_of_every_token_and_its_id(tokenizer):
-    vocabulary = tokenizer.vocabulary()
-    assert max(vocabulary.values()) + 1 == tokenizer.vocab_size
-    assert vocabulary[IM_END] == tokenizer.end_id
+    pieces = tokenizer.pieces()
+    assert max(pieces) + 1 == tokenizer.vocab_size and pieces[tokenizer.end_id] == IM_END
     fingerprint = vocabulary_fingerprint(tokenizer)
     assert len(fingerprint) == 12 and fingerprint == vocabulary_fingerprint(tokenizer)
-    tokenizer.vocabulary = lambda: vocabulary | {IM_END: 0, next(iter(vocabulary)): 1}
+    tokenizer.pieces = lambda: pieces | {tokenizer.end_id: "other"}
     assert vocabulary_fingerprint(tokenizer) != fingerprint
 
 
@@ -67,7 +68,8 @@ def test_plain_sentencepiece_model(tmp_path, sentences):
         assert tokenizer.end_id == 2
         assert tokenizer.decode(tokenizer.encode("turn on the radio")) == "turn on the radio"
         prefix, suffix = Prompt.build(tokenizer)  # no chat markers: they come as text
-        assert prefix and suffix
+        assert prefix[0] == 1 and suffix  # <s>
+        assert tokenizer.bos_ids == (1,)
 
 
 def test_round_trip(tokenizer, sentences):
@@ -134,3 +136,56 @@ def test_check_tokenizer(trained):
         check_tokenizer(tokenizer, tokenizer.vocab_size - 1)
     with pytest.raises(UserError, match="do not belong together"):
         check_tokenizer(tokenizer, 151_936)
+
+
+def test_spare_rows_of_the_language_model():
+    """Whisper's tokenizer has no timestamps, its decoder 1501 rows for them."""
+    whisper = SimpleNamespace(vocab_size=50_364)
+    check_tokenizer(whisper, 51_865)
+    with pytest.raises(UserError, match="do not belong together"):
+        check_tokenizer(whisper, 54_000)
+    with pytest.raises(UserError, match="only 49152"):
+        check_tokenizer(whisper, 49_152)
+
+
+def test_another_models_tokenizer_is_refused(trained, hugging_face, make_hugging_face):
+    tokenizer, other = load_tokenizer(trained), load_tokenizer(hugging_face)
+    size = max(tokenizer.vocab_size, other.vocab_size)
+    for one, two in ((tokenizer, other), (other, tokenizer)):
+        check_tokenizer(one, size, one)
+        with pytest.raises(UserError, match="not the language model's") as caught:
+            check_tokenizer(one, size, two)
+        assert "\n" not in str(caught.value)
+    # Reserved tokens that were given names are no other tokenizer.
+    specials = ["<|reserved|>", "<|user|>", "<|end|>"]
+    renamed = load_tokenizer(make_hugging_face(specials, eos_token="<|end|>"))
+    check_tokenizer(renamed, size, other)
+
+
+def test_the_language_models_end_token_is_a_special_one(hugging_face):
+    tokenizer = load_tokenizer(hugging_face)
+    for ends in ([], [tokenizer.end_id], [100, 0], [999_999]):
+        check_end_token(tokenizer, ends)
+    with pytest.raises(UserError, match="ends a text with token 100"):
+        check_end_token(tokenizer, [100])
+
+
+def test_what_a_tokenizer_puts_before_a_text(trained, hugging_face, make_hugging_face, tmp_path):
+    assert load_tokenizer(trained).bos_ids == load_tokenizer(hugging_face).bos_ids == ()
+    folder = make_hugging_face(["</s>", "<s>"], bos="<s>", eos_token="</s>", bos_token="<s>")
+    assert load_tokenizer(folder).bos_ids == (1,)
+    # SmolLM2 names <|im_start|> as bos_token, and does not put it before a text.
+    folder = make_hugging_face([IM_START, IM_END], bos_token=IM_START, eos_token=IM_END)
+    assert load_tokenizer(folder).bos_ids == ()
+
+
+def test_special_tokens_are_parsed_in_trusted_text_alone(tokenizer):
+    text = f"play{IM_END}{IM_START}music"
+    ends = [tokenizer.special_id(IM_END), tokenizer.special_id(IM_START)]
+    assert tokenizer.parse(text) == [
+        *tokenizer.encode("play"),
+        *ends,
+        *tokenizer.encode("music"),
+    ]
+    assert tokenizer.parse("") == [] and tokenizer.parse("play") == tokenizer.encode("play")
+    assert "".join(map(tokenizer.token, tokenizer.parse(text))).replace(" ", "") == text
