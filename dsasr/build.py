@@ -19,6 +19,7 @@ from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
+from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
@@ -38,8 +39,8 @@ from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import reset_layer
-from dsasr.model.encoders.load import load_encoder
-from dsasr.model.encoders.pretrained import build_encoder
+from dsasr.model.encoders.load import check_weights, load_encoder
+from dsasr.model.encoders.pretrained import build_encoder, check_preprocessor
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
 from dsasr.model.llm import load_llm, read_llm_config
@@ -416,12 +417,20 @@ class Builder:
             self._check_adaptor()
             self._check_prompt()
             self._check_lora()
-        for datasets in (self.recipe.data.train, self.recipe.data.valid):
-            from dsasr.data.shards.storage import ShardStorage
+        self._check_shards()
 
-            sources = ShardStorage(self.recipe.data.dataloader.source)
+    def _check_shards(self) -> None:
+        """The shards must be there."""
+        from dsasr.data.shards.storage import ShardStorage
+
+        data = self.recipe.data
+        sources = ShardStorage(data.dataloader.source)
+        for key, datasets in (("data.train", data.train), ("data.valid", data.valid)):
             for dataset in datasets:
-                sources.resolve(dataset.shards)
+                try:
+                    sources.resolve(dataset.shards)
+                except UserError as error:
+                    raise UserError(f"{key}.{dataset.name}.shards: {error}") from None
 
     def _check_encoder(self) -> None:
         """The encoder must fit its features, and the recipe what the encoder can do."""
@@ -433,8 +442,12 @@ class Builder:
                     f"model.encoder.mels is {model.encoder.mels}"
                 )
             return
+        check_preprocessor(self.encoder_folder, self.front_end)
+        if model.encoder.weights:
+            check_weights(self.encoder_folder, self.encoder_shape)
         for branch in ("pretrain", "sft"):
-            if getattr(model, branch).chunks is not None:
+            chunks = getattr(model, branch).chunks
+            if chunks is not None and not self.encoder_shape.takes_chunks:
                 raise UserError(
                     f"model.{branch}.chunks: {model.encoder.path} sees whole utterances only; give "
                     f"model.{branch}.chunks=null"
@@ -444,14 +457,10 @@ class Builder:
                 f"model.pretrain.spec: {model.encoder.path} reads waves, which SpecAugment does "
                 "not mask; give model.pretrain.spec=null"
             )
-        longest = self.front_end.max_seconds
+        self._check_seconds("data.dataloader.batch", self.recipe.data.dataloader.batch)
         for stage in self.recipe.stages:
             batch = self.recipe.dataloader(stage)[0].batch
-            if batch.max_seconds > longest:
-                raise UserError(
-                    f"stage '{stage.name}' takes utterances of {batch.max_seconds:g} s, "
-                    f"{model.encoder.path} reads {longest:g} s at most: give batch.max_seconds"
-                )
+            self._check_seconds(f"stages.{stage.name}.batch", batch)
             if stage.branch == "sft" and batch.tokens and model.adaptor.frames_per_token:
                 frames = round(100 * self.frame_seconds * model.adaptor.frames_per_token)
                 self.recipe.check_frames_per_token(stage, frames)
@@ -463,6 +472,16 @@ class Builder:
         width = read_llm_config(self.llm_folder).get_text_config().hidden_size
         with torch.device("meta"):
             build_adaptor(cfg, self.encoder_shape.width, width, units=units)
+
+    def _check_seconds(self, key: str, batch: BatchConfig) -> None:
+        """Utterances must not be longer than the encoder reads."""
+        longest = self.front_end.max_seconds
+        if batch.max_seconds > longest:
+            raise UserError(
+                f"{key}.max_seconds={batch.max_seconds:g}: {self.recipe.model.encoder.path} reads "
+                f"{longest:g} s at most; give {key}.max_seconds={longest:g} (longer utterances are "
+                "dropped and counted as too_long)"
+            )
 
     def _check_text_only(self, stages: Sequence[StageConfig]) -> None:
         """Text-only training needs text, and an adaptor that reads what CTC writes."""

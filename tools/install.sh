@@ -1,5 +1,6 @@
 # Sourced by the other scripts: a virtual environment (.venv, or the active one) with dsasr in it.
-# usage: source tools/install.sh EXTRAS
+# usage: source tools/install.sh EXTRAS; with DSASR_INSTALL=no what is on the PATH is used as it is
+[ "${DSASR_INSTALL:-}" != no ] || return 0
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     if [ ! -x .venv/bin/python ]; then
         echo "== making a virtual environment in .venv"

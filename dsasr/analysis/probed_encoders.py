@@ -17,7 +17,7 @@ from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, Pre
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.entropy_allocation.pai_csai import reinitialized
-from dsasr.evaluation.eval_sets import Recording, batch_recordings
+from dsasr.evaluation.eval_sets import MAX_SECONDS, Recording, batch_recordings
 from dsasr.inference.model_from_run import run_recipe
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.load import load_encoder
@@ -31,8 +31,6 @@ from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
-
-MAX_SECONDS = 60.0  # of a recording
 
 
 @dataclass
@@ -60,9 +58,14 @@ def is_pretrained(path: str | Path) -> bool:
 
 def max_seconds(paths: Iterable[str | Path]) -> float:
     """The longest audio, in seconds, that all encoders can read: at most `MAX_SECONDS`."""
-    folders = [path for path in paths if is_pretrained(path)]
-    limits = [_build_empty(path).front_end.max_seconds for path in folders]
-    return min([MAX_SECONDS, *limits])
+    return min([MAX_SECONDS, *map(_seconds, map(Path, paths))])
+
+
+def _seconds(path: Path) -> float:
+    if is_pretrained(path):
+        return _build_empty(path).front_end.max_seconds
+    build = Builder(run_recipe(run_folder(path)))
+    return MAX_SECONDS if build.recipe.pretrained_encoder is None else build.front_end.max_seconds
 
 
 def open_encoder(path: str | Path) -> ProbedEncoder:

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from dsasr.evaluation import results_text
-    from dsasr.evaluation.eval_sets import read_recordings
+    from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
     from dsasr.evaluation.normalize import check_rules
     from dsasr.evaluation.results import compare, read_results
     from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
@@ -95,9 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text=recipe.data.text,
         source=recipe.data.dataloader.source,
         limit=args.limit,
+        max_seconds=longest_seconds(run.build.front_end),
     )
     if left_out:
-        print(f"left out: {dict(left_out)}")
+        longest = longest_seconds(run.build.front_end)
+        print(f"left out: {dict(left_out)} (too_long: more than {longest:g} s)")
     config = replace(SuiteConfig(), clips=args.clips) if args.suite else RECORDINGS_ONLY
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
     results = run.transcribe(recordings, config, beam=args.beam, progress=bar)

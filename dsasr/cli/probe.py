@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = aligner.build.recipe.data
     recordings, bad = read_recordings(
         args.data, rate=aligner.build.front_end.rate, text=data.text, limit=args.utterances,
-        max_seconds=probed_encoders.max_seconds(args.checkpoints),
+        max_seconds=probed_encoders.max_seconds([path, *args.checkpoints]),
     )  # fmt: skip
     probe_set = label_recordings(aligner, recordings, args.semantic)
     left_out = dict(Counter(bad) + probe_set.causes)

@@ -24,6 +24,14 @@ from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.utils.errors import UserError
 
+MAX_SECONDS = 60.0  # of a recording
+
+
+def longest_seconds(front_end: FrontEnd) -> float:
+    """Seconds of the longest recording that is evaluated: what the encoder reads, at most
+    `MAX_SECONDS`."""
+    return min(MAX_SECONDS, front_end.max_seconds)
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -48,12 +56,13 @@ def read_recordings(
     text: TextConfig | None = None,
     source: StorageConfig | None = None,
     limit: int = 0,
-    max_seconds: float = 60.0,
+    max_seconds: float = MAX_SECONDS,
 ) -> tuple[list[Recording], Counter[str]]:
     """Recordings of ``shards`` (folders, tars or patterns), and the samples left out, by cause.
 
     ``limit`` takes that many of each folder, tar or pattern, evenly spread over it (0: all), so
-    that every speaker and language is among them. Raises `UserError` if no recording is readable.
+    that every speaker and language is among them. A recording above ``max_seconds``
+    (`longest_seconds`) is too_long. Raises `UserError` if no recording is readable.
     """
     storage = ShardStorage(source)
     samples = []

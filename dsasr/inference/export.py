@@ -4,7 +4,7 @@
 
     DIR/config.json          settings: encoder, adaptor, features, prompt, decoding
     DIR/cmvn.json            mean and standard deviation per mel bin; of a Conformer
-    DIR/encoder/             config.json of an encoder that others trained
+    DIR/encoder/             settings of an encoder that others trained, and of its features
     DIR/phonemes.json        units of the CTC head; of an adaptor that reads it
     DIR/model.safetensors    encoder.…, ctc.… of an adaptor that reads it, adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
@@ -55,7 +55,11 @@ from dsasr.model.adaptors.protocol import AdaptorConfig, build_adaptor
 from dsasr.model.ctc import CtcHead, CtcHeadConfig
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import EncoderConfig
-from dsasr.model.encoders.pretrained import PretrainedEncoderConfig, build_encoder
+from dsasr.model.encoders.pretrained import (
+    PREPROCESSOR,
+    PretrainedEncoderConfig,
+    build_encoder,
+)
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.llm import LlmConfig, load_llm
 from dsasr.model.llm_hub import is_hub_name
@@ -191,7 +195,9 @@ def _exported_encoder(build: Builder, folder: Path) -> EncoderConfig | Pretraine
     if cfg is None:
         return build.recipe.model.encoder
     (folder / ENCODER).mkdir()
-    shutil.copyfile(build.encoder_folder / "config.json", folder / ENCODER / "config.json")
+    for name in ("config.json", PREPROCESSOR):
+        if (build.encoder_folder / name).is_file():
+            shutil.copyfile(build.encoder_folder / name, folder / ENCODER / name)
     return replace(cfg, path=ENCODER)
 
 

@@ -1,4 +1,4 @@
-"""Finding a language model: in a local folder, or by its Hugging Face hub name (cached)."""
+"""Finding a model: in a local folder, or by its Hugging Face hub name (cached)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _FILES = (
     "*.jinja",
     "merges.txt",
 )
-# Published shapes, for planning with a language model that is not on this machine.
+# The same weights once more, in another precision.
+_VARIANTS = ("*.fp16*", "*.fp32*", "*.bf16*")
+# Published shapes, for planning with a language model that is not on this machine (of encoders:
+# `dsasr.model.encoders.published`).
 QWEN3 = {
     "Qwen3-0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
                    "intermediate_size": 3072},
@@ -52,7 +55,8 @@ def find_model(path: str, key: str = "model.llm.path") -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(path, allow_patterns=list(_FILES)))
+        files = {"allow_patterns": list(_FILES), "ignore_patterns": list(_VARIANTS)}
+        folder = Path(snapshot_download(path, **files))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
@@ -65,20 +69,28 @@ def find_model(path: str, key: str = "model.llm.path") -> Path:
     return folder
 
 
+def config_folder(path: str) -> Path | None:
+    """The folder with the config.json of that model: ``path`` itself, or the hub's model in the
+    cache; None where there is neither. Uses no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(path)
+    if not (folder / "config.json").is_file() and is_hub_name(path):
+        cached = try_to_load_from_cache(path, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if (folder / "config.json").is_file() else None
+
+
 def llm_config(path: str):
     """The config of the model of ``model.llm.path``, without its weights and without a network.
 
     From the folder, from the hub's model in the cache, or of a model in `QWEN3`. Raises
     `UserError` where it is none of them.
     """
-    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
-    folder, name = Path(path), Path(path).name
-    if not (folder / "config.json").is_file() and is_hub_name(path):
-        cached = try_to_load_from_cache(path, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    if (folder / "config.json").is_file():
+    folder, name = config_folder(path), Path(path).name
+    if folder is not None:
         try:
             return AutoConfig.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
@@ -86,7 +98,7 @@ def llm_config(path: str):
             raise UserError(f"{folder}/config.json: {reason}") from None
     if name not in QWEN3:
         raise UserError(
-            f"model.llm.path: there is no {folder}/config.json; only that file is needed to plan "
+            f"model.llm.path: there is no {path}/config.json; only that file is needed to plan "
             f"(known without it: {', '.join(QWEN3)})"
         )
     shape = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}

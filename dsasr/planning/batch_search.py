@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from dsasr import config
-from dsasr.build import sub_seed
+from dsasr.build import Builder, sub_seed
 from dsasr.data.dataloader.augment_sampler import planned_seconds
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig, PlanConfig
 from dsasr.data.dataloader.dataloader import build_dataset_parts
@@ -28,7 +28,7 @@ from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import ShardStorage
 from dsasr.planning.measure_batch import Shape, serve
-from dsasr.recipe import SUBSAMPLING, Recipe
+from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils.errors import UserError
 
@@ -249,8 +249,9 @@ def search_budget(
     """
     epoch = forecast_stage(recipe, stage)
     base, sft = recipe.dataloader(stage)[0].batch, stage.branch == "sft"
-    if sft:
-        base = replace(base, frames_per_token=SUBSAMPLING * recipe.model.adaptor.stack)
+    if sft and (stacked := recipe.model.adaptor.frames_per_token):
+        step = FRAMES_PER_SECOND * Builder(recipe).frame_seconds
+        base = replace(base, frames_per_token=round(step * stacked))
     child, probes = ProbeProcess(recipe, stage.name, memory), []
 
     def with_frames(frames: int) -> BatchConfig:

@@ -17,20 +17,19 @@ import torch
 
 from dsasr.planning import flops
 from dsasr.planning.memory import (
-    ENCODER_FRAMES_PER_SECOND,
     GB,
     GRADIENT,
     STATES,
     WEIGHT,
     Machine,
+    MicroBatch,
     Traffic,
     between_steps,
     has_backward,
-    micro_batch_positions,
     step_memory,
 )
-from dsasr.planning.model_parts import ASSUMED_PHONEMES, ModelPart, count_parts
-from dsasr.recipe import SUBSAMPLING, Recipe
+from dsasr.planning.model_parts import ModelPart, count_parts
+from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
 FLAC_BYTES = 16_000  # of a second of 16 kHz speech
@@ -89,7 +88,8 @@ def estimate_step(
     """One optimizer step of ``stage``; ``parts``: `count_parts` of the recipe, where at hand."""
     traffic, parts = traffic or Traffic(), parts or count_parts(recipe)
     used = recipe.parts(stage.branch)
-    work = micro_batch_flops(recipe, stage, traffic, parts["llm"].shape).values()
+    at = MicroBatch.of(recipe, stage, traffic, parts)
+    work = micro_batch_flops(recipe, stage, at, parts).values()
     operations = stage.grad_accum_steps * sum(w.needed + w.recomputed for w in work)
     # ZeRO-3 gathers every weight for the forward and again for the backward pass, and reduces the
     # gradients of what is trained.
@@ -104,8 +104,7 @@ def estimate_step(
     layers = {n: parts[n].layers if n != "lora" else 0 for n in used}
     collectives = sum(layers.values()) + sum(layers[n] for n in backward) * 2
     latency = machine.latency * (1 + math.log2(world)) if world > 1 else 0.0
-    seconds = micro_batch_positions(recipe, stage, traffic)["seconds"]
-    hours = seconds * stage.grad_accum_steps * world / 3600
+    hours = at.audio_seconds * stage.grad_accum_steps * world / 3600
     return StepCost(
         stage=stage.name,
         steps=stage.steps,
@@ -121,37 +120,26 @@ def estimate_step(
 
 
 def micro_batch_flops(
-    recipe: Recipe, stage: StageConfig, traffic: Traffic, shape: flops.LlmShape | None
+    recipe: Recipe, stage: StageConfig, at: MicroBatch, parts: Mapping[str, ModelPart]
 ) -> dict[str, flops.StepFlops]:
     """FLOPs of one micro-batch of one GPU by part, made of average utterances."""
-    model, frames = recipe.model, [traffic.seconds * ENCODER_FRAMES_PER_SECOND * SUBSAMPLING]
-    width = model.encoder.width
-    at = micro_batch_positions(recipe, stage, traffic)
-    if stage.branch == "pretrain":
-        utterances = at["encoder"] / at["length"]  # both views count
-        utterance = {
-            "encoder": flops.encoder(model.encoder, frames),
-            # The vocabulary's size hardly matters beside the encoder.
-            "ctc": flops.ctc(width, ASSUMED_PHONEMES, frames),
-        }
-    else:
-        utterances, stack = at["seconds"] / traffic.seconds, model.adaptor.stack
-        hidden, tokens = model.adaptor.hidden or shape.width, traffic.seconds * traffic.tokens
-        prompt = recipe.dataloader(stage)[0].batch.prompt_tokens
-        length = prompt + at["length"] / stack + tokens
-        utterance = {
-            "encoder": flops.encoder(model.encoder, frames),
-            "adaptor": flops.adaptor(stack, width, hidden, shape.width, frames),
-            **({"lora": flops.lora(shape, [length])} if shape.adapters else {}),
-            "llm": flops.llm(shape, [length]),
-            "head": flops.head(shape, tokens + 1),
-        }
+    model, used = recipe.model, recipe.parts(stage.branch)
+    utterance = {"encoder": parts["encoder"].cost.flops(at.rows)}
+    if "ctc" in used:
+        utterance["ctc"] = parts["ctc"].cost.flops(at.frames)
+    if stage.branch == "sft":
+        shape = parts["llm"].shape
+        utterance["adaptor"] = parts["adaptor"].cost.flops(round(at.heard))
+        if shape.adapters:
+            utterance["lora"] = flops.lora(shape, [at.positions])
+        utterance["llm"] = flops.llm(shape, [at.positions])
+        utterance["head"] = flops.head(shape, at.targets)
     recomputes = {
         "encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all",
         "llm": model.llm.activation_checkpointing and model.llm.recompute == "all",
     }
     recomputes["lora"] = recomputes["llm"]
-    batch = {name: part.times(utterances) for name, part in utterance.items()}
+    batch = {name: part.times(at.utterances * at.views) for name, part in utterance.items()}
     return flops.step_flops(batch, stage.trains, [n for n, on in recomputes.items() if on])
 
 
@@ -182,7 +170,7 @@ def advice(cost: StepCost, machine: Machine, recipe: Recipe) -> str:
     if cost.bottleneck == "products":
         much = cost.audio_hours > MUCH_AUDIO
         return "smaller batch.frames, or fewer steps at higher rates" if much else ""
-    if machine.nodes > 1 and cost.bottleneck == "network":
+    if machine.nodes > 1 and machine.gpus > 1 and cost.bottleneck == "network":
         return f"gather inside a node: zero_hpz_partition_size {machine.gpus}; or larger batches"
     return "larger batch.frames (fewer, longer steps), or fewer GPUs"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dsasr.planning import cluster_sizing
 from dsasr.planning.cluster_sizing import StepCost
 from dsasr.planning.memory import Machine, Traffic
-from dsasr.planning.model_parts import ModelPart, count_parts
+from dsasr.planning.model_parts import ModelPart, assumptions, count_parts, used_parts
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
@@ -22,12 +22,19 @@ def cluster_plan(
 ) -> Iterator[str]:
     """The lines of the plan for ``stages``; the training begins on the day ``start``."""
     parts = count_parts(recipe)
-    sizes = ", ".join(f"{n} {p.parameters / 1e6:,.1f} M" for n, p in parts.items())
-    yield f"parameters: {sizes}"
+    used = {name: parts[name].parameters / 1e6 for name in used_parts(recipe)}
+    yield f"parameters: {', '.join(f'{name} {size:,.1f} M' for name, size in used.items())}"
     yield (
         f"{machine.nodes} x {machine.gpus} GPUs of {machine.memory:g} GB at "
-        f"{machine.rate:.3g} TFLOP/s\n"
+        f"{machine.rate:.3g} TFLOP/s"
     )
+    yield (
+        f"assumed: utterances of {traffic.seconds:g} s, {traffic.tokens:g} transcript tokens a "
+        "second (--utterance, --tokens)"
+    )
+    for assumption in assumptions(recipe):
+        yield f"assumed: {assumption}"
+    yield ""
     steps = [
         cluster_sizing.estimate_step(recipe, stage, machine, traffic, parts) for stage in stages
     ]
@@ -36,7 +43,7 @@ def cluster_plan(
     hours = sum(step.steps * step.seconds for step in steps) / 3600
     end = start + datetime.timedelta(hours=hours)
     saved = cluster_sizing.checkpoint_bytes(recipe, parts) / 1e9
-    total = f"{hours / 24:,.1f} days, {hours * machine.world:,.0f} GPU-hours"
+    total = f"{hours / 24:,.2f} days, {hours * machine.world:,.0f} GPU-hours"
     yield f"\nfrom {start} to {end}: {total}; a checkpoint is {saved:.1f} GB"
     longest = max(steps, key=lambda step: step.steps * step.seconds).stage
     stage = recipe.stage(longest)
@@ -61,7 +68,7 @@ def _time(steps: Sequence[StepCost], machine: Machine) -> Iterator[str]:
         yield (
             f"{step.stage:<12} {step.steps:>10,} {step.seconds:>8.3f} {step.compute:>9.3f} "
             f"{step.network:>8.3f} {step.traffic / 1e9:>8.1f} {step.audio_hours:>8.2f} "
-            f"{hours / 24:>7.1f} {hours * machine.world:>10,.0f}  {step.bottleneck}"
+            f"{hours / 24:>7.2f} {hours * machine.world:>10,.0f}  {step.bottleneck}"
         )
 
 

@@ -1,8 +1,10 @@
 """Floating-point operations (FLOPs) of a training step by part, as the mathematics needs them.
 
-Products and convolutions count, 2 for each multiplication and addition; norms, activations,
-softmaxes, losses and the optimizer (below one percent at the sizes that matter) do not. Lengths are
-those of the utterances, so padding does not count. In causal attention a position sees (L + 1) / 2
+The language model is counted here, by formula; encoder, CTC head and adaptor by running their
+shapes (`dsasr.planning.module_cost`). Products and convolutions count, 2 for each multiplication
+and addition; norms, activations, softmaxes, losses and the optimizer (below one percent at the
+sizes that matter) do not. Lengths are those of the utterances, so padding does not count, but for
+an encoder's own (``model.encoder.pad_to``). In causal attention a position sees (L + 1) / 2
 positions on average, itself included; dynamic chunks count as full context (1% of an encoder's
 FLOPs at 8 s).
 
@@ -22,7 +24,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.lora import is_adapter
 
 
@@ -41,6 +42,11 @@ class PartFlops:
     def times(self, factor: float) -> PartFlops:
         """FLOPs of ``factor`` times as many utterances."""
         return PartFlops(self.linear * factor, self.attention * factor, self.entry * factor)
+
+    def __add__(self, other: PartFlops) -> PartFlops:
+        return PartFlops(
+            self.linear + other.linear, self.attention + other.attention, self.entry + other.entry
+        )
 
 
 @dataclass(frozen=True)
@@ -87,41 +93,6 @@ class LlmShape:
             width=head.in_features,
             vocab=head.out_features,
         )
-
-
-def encoder(cfg: EncoderConfig, frames: Sequence[float]) -> PartFlops:
-    """The encoder on utterances of ``frames`` feature frames each."""
-    linear = attention = entry = 0.0
-    channels, width, inner = cfg.subsample_channels, cfg.width, cfg.width * cfg.conv_expansion
-    mels1 = (cfg.mels - 1) // 2
-    mels2 = (mels1 - 1) // 2
-    ffn = 2 * (2 * width * cfg.ffn)
-    projections = 4 * width * width
-    convolution = 3 * width * inner + cfg.kernel * inner
-    block = 2 * (ffn + projections + convolution)
-    for length in frames:
-        half, quarter = (length + 1) // 2, (length + 3) // 4
-        first = 2 * half * mels1 * 9 * channels
-        second = 2 * quarter * mels2 * 9 * channels * channels
-        project = 2 * quarter * mels2 * channels * width
-        entry += first
-        linear += first + second + project + cfg.layers * quarter * block
-        attention += cfg.layers * 4 * quarter * quarter * width
-    return PartFlops(linear, attention, entry)
-
-
-def ctc(width: int, vocab: int, frames: Sequence[float]) -> PartFlops:
-    """The phoneme head on utterances of ``frames`` feature frames each."""
-    linear = 2.0 * width * vocab * sum((length + 3) // 4 for length in frames)
-    return PartFlops(linear, entry=linear)
-
-
-def adaptor(stack: int, width: int, hidden: int, out: int, frames: Sequence[float]) -> PartFlops:
-    """The adaptor on utterances of ``frames`` feature frames each; a partial last stack counts
-    as a whole one."""
-    stacks = sum(-(-((length + 3) // 4) // stack) for length in frames)
-    entry = 2.0 * stacks * stack * width * hidden
-    return PartFlops(entry + 2.0 * stacks * hidden * out, entry=entry)
 
 
 def llm(shape: LlmShape, lengths: Sequence[float], causal: bool = True) -> PartFlops:

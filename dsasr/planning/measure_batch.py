@@ -77,12 +77,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(t in text for t in OUT_OF_MEMORY)
 
 
-def synthetic_batch(shape: Shape, front_end: FrontEnd, phonemes: int, tokens: int) -> Batch:
-    """A batch of that shape: noise for features, labels below ``phonemes`` and ``tokens``."""
+def synthetic_batch(
+    shape: Shape,
+    front_end: FrontEnd,
+    phonemes: int,
+    tokens: int,
+    frame_seconds: float = 0.04,
+) -> Batch:
+    """A batch of that shape: noise for features, labels below ``phonemes`` and ``tokens``;
+    ``frame_seconds`` of the encoder, which must have more frames than labels."""
     count = shape.samples
     hop = front_end.rate // FRAMES_PER_SECOND
     rows = front_end.frames((shape.frames - 1) * hop + front_end.window)
-    spoken = max(1, min(shape.frames * PHONEMES_PER_SECOND // 100, shape.frames // 6))
+    seconds = shape.frames / FRAMES_PER_SECOND
+    spoken = max(1, int(seconds * min(PHONEMES_PER_SECOND, 1 / (1.5 * frame_seconds))))
     labels = torch.arange(spoken) % max(phonemes - 1, 1) + 1  # no two alike beside each other
     said = max(shape.tokens, 1)
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +162,8 @@ class StageProbe:
         sft = stage.branch == "sft"
         phonemes = 2 if sft else len(self.build.phonemes)
         tokens = self.build.tokenizer.vocab_size if sft else 1
-        batch = synthetic_batch(shape, self.front_end, phonemes, tokens)
+        seconds = self.build.frame_seconds
+        batch = synthetic_batch(shape, self.front_end, phonemes, tokens, seconds)
         branch.step([batch] * stage.grad_accum_steps, 0)
 
     def _limit(self) -> None:

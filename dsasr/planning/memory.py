@@ -1,27 +1,28 @@
 """Memory of a GPU, or of a rank on a CPU, in a training step, by part: the package's one planner.
 
 ZeRO-3's shares are counted exactly, and so are its buffers, which DeepSpeed's settings size. What
-layers save for the backward pass was counted by autograd's hooks on layers of several widths.
-``tools/bench/memory.py`` measures how far the sum is from a run's (tools/experiments/LOG.md).
+the language model's and the Conformer's layers save for the backward pass was counted by autograd's
+hooks on layers of several widths; what other parts save is counted so at each plan
+(`dsasr.planning.module_cost`). ``tools/bench/memory.py`` measures how far the sum is from a run's
+(tools/experiments/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.engine.config import read_ds_config
-from dsasr.planning.model_parts import ModelPart
-from dsasr.recipe import SUBSAMPLING, Recipe
+from dsasr.model.encoders.conformer import EncoderConfig
+from dsasr.planning.model_parts import ASSUMED_UNITS_PER_SECOND, ModelPart
+from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
-from dsasr.utils.errors import UserError
 
 GB = 1e9
 # Bytes of a parameter in bf16, of its gradient, and of its fp32 master weight and Adam moments.
 WEIGHT, GRADIENT, STATES = 2, 2, 12
-ENCODER_FRAMES_PER_SECOND = FRAMES_PER_SECOND // SUBSAMPLING
 # Parts of the memory that are also taken between steps.
 RESIDENT = ("weights", "gradients", "optimizer", "bucket", "offloaded", "reserve", "heap")
 # DeepSpeed's defaults, in elements. Gradients gather in a bucket until it is full. A gathered
@@ -32,7 +33,8 @@ BUCKET, REUSE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 # in GB and as a share of what is resident; and the heap's holes, as a share of what comes and goes
 # within a step.
 BUFFERS, BUFFERS_SHARE, HOLES = 0.04, 0.02, 0.1
-DEPTH = {"encoder": 0, "ctc": 1, "adaptor": 1, "llm": 2, "lora": 2}  # distance from the input
+# distance from the input
+DEPTH = {"encoder": 0, "ctc": 1, "adaptor": 2, "llm": 3, "lora": 3}
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,53 @@ class Traffic:
     tokens: float = 4.0  # transcript tokens a second
 
 
-def micro_batch_positions(recipe: Recipe, stage: StageConfig, traffic: Traffic) -> dict[str, float]:
-    """Positions that each part processes in one micro-batch of one rank, filled to its budget.
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of one rank, filled to its budget with utterances that are all alike."""
 
-    Beside the parts: "seconds" of audio, and "length", the encoder frames of one utterance.
-    """
-    batch = recipe.dataloader(stage)[0].batch
-    seconds, stack = batch.frames / FRAMES_PER_SECOND, recipe.model.adaptor.stack
-    if batch.tokens and stage.branch == "sft":
-        speech_and_text = traffic.seconds * (ENCODER_FRAMES_PER_SECOND / stack + traffic.tokens)
-        positions = speech_and_text + batch.prompt_tokens  # of one utterance
-        seconds = min(seconds, batch.tokens / positions * traffic.seconds)
-    utterances = min(seconds / traffic.seconds, batch.samples)
-    seconds = utterances * traffic.seconds
-    frames = seconds * ENCODER_FRAMES_PER_SECOND
-    audio = {"seconds": seconds, "length": traffic.seconds * ENCODER_FRAMES_PER_SECOND}
-    if stage.branch == "pretrain":
-        views = 2 if stage.objective == "cr_ctc" else 1
-        return {"encoder": frames * views, "ctc": frames * views, **audio}
-    text = utterances * batch.prompt_tokens + seconds * traffic.tokens
-    positions = {"encoder": frames, "adaptor": frames / stack, "llm": frames / stack + text}
-    if recipe.model.lora is not None:
-        positions["lora"] = positions["llm"]
-    return {**positions, **audio}
+    utterances: float
+    views: int  # of each utterance: 2 of CR-CTC
+    seconds: float  # of an utterance
+    rows: int  # feature rows of an utterance
+    frames: int  # encoder frames of an utterance
+    heard: float  # what the adaptor reads of an utterance: encoder frames, or units of CTC
+    positions: float  # of the language model for an utterance: prompt, speech, transcript
+    targets: float  # of the language model for an utterance: transcript and end token
+
+    @property
+    def audio_seconds(self) -> float:
+        return self.utterances * self.seconds
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        stage: StageConfig,
+        traffic: Traffic,
+        parts: Mapping[str, ModelPart],
+    ) -> MicroBatch:
+        """The micro-batches of ``stage``; ``parts``: at least the encoder."""
+        batch, adaptor = recipe.dataloader(stage)[0].batch, recipe.model.adaptor
+        speech, seconds = parts["encoder"].speech, traffic.seconds
+        rows = speech.rows(seconds)
+        heard = frames = speech.frames(rows)
+        if adaptor.frames_per_token is None:
+            heard = seconds * ASSUMED_UNITS_PER_SECOND
+        text = seconds * traffic.tokens
+        positions = batch.prompt_tokens + heard / (adaptor.frames_per_token or 1) + text
+        utterances = batch.frames / FRAMES_PER_SECOND / seconds
+        if batch.tokens and stage.branch == "sft":
+            utterances = min(utterances, batch.tokens / positions)
+        return cls(
+            utterances=min(utterances, batch.samples),
+            views=2 if stage.objective == "cr_ctc" else 1,
+            seconds=seconds,
+            rows=rows,
+            frames=frames,
+            heard=heard,
+            positions=positions,
+            targets=text + 1,
+        )
 
 
 def stages_beside(recipe: Recipe, stage: StageConfig) -> list[StageConfig]:
@@ -110,14 +136,6 @@ def resident_parts(recipe: Recipe, stage: StageConfig) -> list[str]:
     return [part for branch in branches for part in recipe.parts(branch)]
 
 
-def check_known(recipe: Recipe) -> None:
-    """Raise `UserError` for an encoder whose activations and products are not modeled."""
-    if recipe.pretrained_encoder is not None:
-        raise UserError(
-            "plans are for the Conformer encoder: measure this recipe with `dsasr plan batch`"
-        )
-
-
 def step_memory(
     recipe: Recipe,
     stage: StageConfig,
@@ -129,8 +147,7 @@ def step_memory(
 
     ``parts``: at least those of `resident_parts` (`model_parts.count_parts`).
     """
-    check_known(recipe)
-    at = micro_batch_positions(recipe, stage, traffic or Traffic())
+    at = MicroBatch.of(recipe, stage, traffic or Traffic(), parts)
     used = recipe.parts(stage.branch)
     wide = 2 if uses_float32(recipe, machine) else 1  # times the bytes in bf16
     zero = read_ds_config(recipe.engine.deepspeed).get("zero_optimization", {})
@@ -144,10 +161,10 @@ def step_memory(
     memory["reducing"] = filled * (2 if machine.cpu else 1)
     memory["gathered"] = _gathered(stage, zero, parts, used) * WEIGHT * wide
     memory["activations"] = sum(
-        activation_bytes(recipe, stage, machine, n, parts[n], at[n], at["length"]) for n in used
+        activation_bytes(recipe, stage, machine, name, parts[name], at) for name in used
     )
-    features = at["seconds"] * FRAMES_PER_SECOND * recipe.model.encoder.mels
-    memory["features"] = features * 4 * 2  # float32, in two copies
+    values = at.utterances * at.rows * parts["encoder"].speech.bins
+    memory["features"] = values * 4 * 2  # float32, in two copies
     memory = {name: value / GB for name, value in memory.items()}
     memory["reserve"] = machine.reserve
     if machine.cpu:
@@ -223,48 +240,59 @@ def activation_bytes(
     machine: Machine,
     name: str,
     part: ModelPart,
-    positions: float,
-    length: float,
+    at: MicroBatch,
 ) -> float:
-    """Bytes of a part that ``positions`` save for the backward pass, or that one of its layers uses
-    where there is no backward pass. ``length``: encoder frames of an utterance."""
-    model, float32 = recipe.model, uses_float32(recipe, machine)
-    scale = positions * (4 if float32 else 2)
-    if name == "lora":
-        return scale * _lora_values(recipe, stage, part)
+    """Bytes of a part that a micro-batch saves for the backward pass, or that one of its layers
+    uses where there is no backward pass."""
+    float32 = uses_float32(recipe, machine)
+    value = 4 if float32 else 2  # bytes
     if name in ("ctc", "adaptor"):
-        return scale * 4 * model.encoder.width * 2
+        rows = at.frames if name == "ctc" else round(at.heard)
+        return at.utterances * at.views * sum(part.cost.saved(rows, float32, machine.cpu))
     if name == "encoder":
-        config, width = model.encoder, model.encoder.width
-        front, layer = _encoder_values(recipe, machine, length)
+        config, width, positions = recipe.model.encoder, part.speech.width, at.frames
+        front, layer = _encoder_bytes(recipe, machine, part, at)
     else:
-        config, width = model.llm, part.shape.width
-        front, layer = 0.0, (part.saved + (0.0 if float32 else part.upcast)) / part.layers
+        config, width, positions = recipe.model.llm, part.shape and part.shape.width, at.positions
+        upcast = 0.0 if float32 else part.upcast
+        front, layer = 0.0, value * positions * (part.saved + upcast) / part.layers
+    if name == "lora":
+        return at.utterances * value * positions * _lora_values(recipe, stage, part)
+    utterances = at.utterances * at.views
     if not has_backward(stage, name):
-        return scale * layer
+        return utterances * layer
     if not config.activation_checkpointing:
-        return scale * (front + layer * part.layers)
-    kept = _kept_of_layer(layer, width, config.recompute)
-    return scale * (front + kept * part.layers + layer)
+        return utterances * (front + layer * part.layers)
+    # A checkpointed layer keeps its input, or with recompute=cheap the results of its products,
+    # about half of what it saves.
+    kept = layer / 2 if config.recompute == "cheap" else value * positions * width
+    return utterances * (front + kept * part.layers + layer)
 
 
-def _kept_of_layer(layer: float, width: int, recompute: Literal["all", "cheap"]) -> float:
-    """Values of a checkpointed layer that stay for one position: its input, or with recompute=cheap
-    the results of its products, about half of what a layer saves."""
-    return layer / 2 if recompute == "cheap" else width
+def _encoder_bytes(
+    recipe: Recipe, machine: Machine, part: ModelPart, at: MicroBatch
+) -> tuple[float, float]:
+    """Bytes that an utterance leaves in the encoder: (in its front end, in one layer)."""
+    float32 = uses_float32(recipe, machine)
+    if recipe.pretrained_encoder is not None:
+        return part.cost.saved(at.rows, float32, machine.cpu)
+    scale = (4 if float32 else 2) * at.frames
+    front, layer = conformer_values(recipe.model.encoder, float32, machine.cpu, at.frames)
+    return scale * front, scale * layer
 
 
-def _encoder_values(recipe: Recipe, machine: Machine, length: float) -> tuple[float, float]:
-    """(values that the encoder's front end saves for one frame, values of one layer)."""
-    config = recipe.model.encoder
+def conformer_values(
+    config: EncoderConfig, float32: bool, cpu: bool, length: float
+) -> tuple[float, float]:
+    """(values that the Conformer's front end saves for one frame, values of one layer), for an
+    utterance of ``length`` frames."""
     mels = (config.mels - 1) // 2, ((config.mels - 1) // 2 - 1) // 2
     # Two convolutions' inputs and outputs, the first at twice the frame rate.
     front = (2 * mels[0] + mels[1]) * config.subsample_channels + 4 * config.mels
     # Masks of dropout: bytes on a GPU, values on a CPU.
-    value_bytes = 4 if uses_float32(recipe, machine) else 2
-    masks = (4 if machine.cpu else 4 / value_bytes) if config.dropout else 0
+    masks = (4 if cpu else 4 / (4 if float32 else 2)) if config.dropout else 0
     layer = (19 + masks) * config.width + 4 * config.ffn
-    if machine.cpu and length <= 512:
+    if cpu and length <= 512:
         layer += config.heads * length  # plain attention, which saves its softmax
     return front, layer
 

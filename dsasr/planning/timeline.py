@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from dsasr import recipe as recipes
@@ -21,8 +20,8 @@ from dsasr.planning.memory import (
     step_memory,
 )
 from dsasr.planning.model_parts import (
-    ASSUMED_PHONEMES,
     ModelPart,
+    assumptions,
     count_llm_parts,
     count_speech_parts,
 )
@@ -110,7 +109,7 @@ def simulate_scaled(
 
 def paper_drift_steps(schedule: Schedule) -> list[int]:
     """Pretrain steps at which drift triggered in the paper's run: 50.5% and 66% of pretraining."""
-    if schedule.drift.mode != "cka":
+    if schedule.drift.mode != "cka" or not schedule.pretrain:
         return []
     total = schedule.pretrain_steps()
     return [round(0.505 * total), round(0.66 * total)]
@@ -121,8 +120,9 @@ def paper_drift_steps(schedule: Schedule) -> list[int]:
 
 def known_parts(recipe: recipes.Recipe) -> dict[str, ModelPart]:
     """The model's parts, without those whose files are not there yet."""
-    parts = count_speech_parts(recipe)
+    parts: dict[str, ModelPart] = {}
     with suppress(UserError):
+        parts |= count_speech_parts(recipe)
         parts |= count_llm_parts(recipe)
     return parts
 
@@ -150,19 +150,21 @@ def stage_table(recipe: recipes.Recipe, ranks: int = 8) -> str:
     )
     missing = sorted({p for s in schedule.stages for p in recipe.parts(s.branch)} - parts.keys())
     if missing:
+        path = "encoder" if "encoder" in missing else "llm"
         lines.append(
-            f"sizes of {', '.join(missing)}, and so the memory, not known: model.llm.path not there"
+            f"sizes of {', '.join(missing)}, and so the memory, not known: model.{path}.path not "
+            "there"
         )
-    if schedule.pretrain and not Path(recipe.data.phonemes).is_file():
-        lines.append(f"size of ctc: for {ASSUMED_PHONEMES} phonemes, as data.phonemes is not there")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"assumed: {line}" for line in _assumed(recipe, missing))])
+
+
+def _assumed(recipe: recipes.Recipe, missing: Sequence[str]) -> list[str]:
+    return [] if "llm" in missing else list(assumptions(recipe))
 
 
 def _memory_note(
     recipe: recipes.Recipe, stage: StageConfig, parts: Mapping[str, ModelPart], ranks: int
 ) -> str:
-    if recipe.pretrained_encoder is not None:
-        return "not modeled for this encoder; `dsasr plan batch` measures it"
     if not set(resident_parts(recipe, stage)) <= parts.keys():
         return "not known"
     memory = step_memory(recipe, stage, Machine(nodes=1, gpus=ranks), parts)

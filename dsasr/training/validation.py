@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from dsasr.build import Builder
 from dsasr.engine.branch_engine import BranchEngine
-from dsasr.evaluation.eval_sets import read_recordings
+from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
 from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate
 from dsasr.evaluation.suite import build_suite
 from dsasr.evaluation.transcribe import transcribe, transcribe_clips
@@ -111,6 +111,7 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
         text=data.text,
         source=data.dataloader.source,
         limit=evaluation.suite_utterances,
+        max_seconds=longest_seconds(build.front_end),
     )
     results = transcribe_clips(
         module,

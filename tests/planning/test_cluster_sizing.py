@@ -9,7 +9,7 @@ import pytest
 
 from dsasr import recipe
 from dsasr.planning import cluster_sizing, flops
-from dsasr.planning.memory import Machine, Traffic, micro_batch_positions, step_memory
+from dsasr.planning.memory import Machine, MicroBatch, Traffic, step_memory
 from dsasr.planning.model_parts import count_parts
 
 ROOT = Path(__file__).parents[2]
@@ -28,15 +28,16 @@ def parts(nim):
 def test_flops_are_those_of_average_utterances(nim, parts):
     """test_flops.py compares the formulas with torch's counter."""
     shape, traffic = parts["llm"].shape, Traffic(seconds=8.0, tokens=4.0)
+    at = MicroBatch.of(nim, nim.stage("ia_sft"), traffic, parts)
+    assert (at.rows, at.frames, at.heard, at.positions, at.targets) == (800, 200, 200, 122, 33)
     work = {
-        n: cluster_sizing.micro_batch_flops(nim, nim.stage(n), traffic, shape)
+        n: cluster_sizing.micro_batch_flops(nim, nim.stage(n), at, parts)
         for n in ("align", "ia_sft")
     }
-    at = micro_batch_positions(nim, nim.stage("ia_sft"), traffic)
-    count = at["seconds"] / 8.0
+    count = at.utterances
     assert work["align"]["llm"].forward == pytest.approx(flops.llm(shape, [122]).forward * count)
     assert work["align"]["head"].forward == pytest.approx(flops.head(shape, 33).forward * count)
-    encoder = flops.encoder(nim.model.encoder, [800]).forward * count
+    encoder = parts["encoder"].cost.flops(800).forward * count
     assert work["ia_sft"]["encoder"] == flops.StepFlops(pytest.approx(encoder), 0, 0)
     # Both recompute; align sends gradients through a frozen model, ia_sft also trains it.
     frozen, trained = work["align"]["llm"], work["ia_sft"]["llm"]
@@ -46,9 +47,10 @@ def test_flops_are_those_of_average_utterances(nim, parts):
     assert trained.backward == pytest.approx(2 * trained.forward)
     # Both views of a pretraining utterance count.
     pretrain = nim.stage("pretrain")
-    views = cluster_sizing.micro_batch_flops(nim, pretrain, traffic, None)["encoder"]
-    audio = micro_batch_positions(nim, pretrain, traffic)["seconds"]
-    assert views.forward == pytest.approx(2 * audio / 8 * encoder / count)
+    both = MicroBatch.of(nim, pretrain, traffic, parts)
+    views = cluster_sizing.micro_batch_flops(nim, pretrain, both, parts)["encoder"]
+    assert views.forward == pytest.approx(2 * both.utterances * encoder / count)
+    assert both.audio_seconds == pytest.approx(480.0)
 
 
 def test_traffic_of_zero_3(nim, parts):

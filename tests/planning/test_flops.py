@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,9 +11,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.kernels import reference
 from dsasr.kernels.adaptor import AdaptorWeights
+from dsasr.model.adaptors.protocol import AdaptorConfig, build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.planning import flops
+from dsasr.planning.model_parts import adaptor_cost, encoder_cost, head_cost
+from dsasr.planning.module_cost import ModuleCost
 
 CONVOLUTIONS = ("convolution", "convolution_backward")
 
@@ -34,6 +39,11 @@ def lm():
     return Qwen3ForCausalLM(shape)
 
 
+def conformer(cfg: EncoderConfig) -> ModuleCost:
+    with torch.device("meta"):
+        return encoder_cost(Encoder(replace(cfg, layers=2)), cfg.layers)
+
+
 @pytest.mark.parametrize("frames", [33, 70, 8])
 def test_encoder(frames):
     cfg = EncoderConfig(
@@ -50,7 +60,7 @@ def test_encoder(frames):
     lengths = torch.full((3,), frames)
     out = []
     forward, convolved = counted(lambda: out.append(encoder(features, lengths).frames_BSE))
-    part = flops.encoder(cfg, [frames] * 3)
+    part = conformer(cfg).flops(frames).times(3)
     assert part.forward == forward
     # torch counts the gradient of a depthwise convolution as if it were a dense one.
     whole, of_convolutions = counted(lambda: out[0].sum().backward())
@@ -63,10 +73,11 @@ def test_encoder(frames):
 def test_ctc_and_the_encoder_below_it():
     ctc, frames = CtcHead(12, 7), torch.randn(2, 5, 12, requires_grad=True)
     lengths = torch.tensor([5, 5])
-    part = flops.ctc(12, 7, [20, 17])
+    with torch.device("meta"):
+        part = head_cost(CtcHead(12, 7), 12).flops(5).times(2)
     assert part.forward == counted(lambda: ctc(frames, lengths))[0] == 2 * 10 * 12 * 7
     assert counted(lambda: ctc(frames, lengths).sum().backward())[0] == 3 * part.forward
-    parts = {"encoder": flops.encoder(EncoderConfig(), [100]), "ctc": part}
+    parts = {"encoder": conformer(EncoderConfig()).flops(100), "ctc": part}
     # With a frozen encoder only the head's weights have a gradient.
     head_only = flops.step_flops(parts, ["ctc"])
     assert head_only["encoder"].backward == 0 and head_only["ctc"].backward == part.linear
@@ -86,12 +97,12 @@ def test_adaptor(trained_below):
         # All stacks of both utterances: 3 and, padded, 3.
         reference.adaptor_padded(frames, lengths, AdaptorWeights(*weights, 4))[0].sum().backward()
 
-    part = flops.adaptor(4, 6, 10, 8, [36, 33])
-    below = flops.encoder(EncoderConfig(), [36, 33])
+    with torch.device("meta"):
+        cost = adaptor_cost(build_adaptor(AdaptorConfig(stack=4, hidden=10), 6, 8), 6)
+    parts = {"encoder": conformer(EncoderConfig()).flops(36), "adaptor": cost.flops(9).times(2)}
     trains = ["encoder", "adaptor"] if trained_below else ["adaptor"]
-    work = flops.step_flops({"encoder": below, "adaptor": part}, trains)["adaptor"]
-    assert counted(run)[0] == work.needed
-    assert flops.adaptor(4, 6, 10, 8, [32]).forward == 2 * 2 * (24 * 10 + 10 * 8)
+    assert counted(run)[0] == flops.step_flops(parts, trains)["adaptor"].needed
+    assert cost.flops(8).forward == 2 * 2 * (24 * 10 + 10 * 8)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -130,8 +141,8 @@ def test_the_papers_size():
     cfg = EncoderConfig(width=1280, layers=16, heads=20, ffn=5120, kernel=33)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Encoder(cfg).parameters())
-    part = flops.encoder(cfg, [800])
+    part = conformer(cfg).flops(800)
     work = flops.step_flops({"encoder": part}, ["encoder"])["encoder"]
     assert work.needed == pytest.approx(6 * parameters * 200, rel=0.06)
     assert part.attention / part.forward == pytest.approx(0.013, abs=0.003)
-    assert part.times(3) == flops.encoder(cfg, [800] * 3)
+    assert part.times(3) == part + part + part

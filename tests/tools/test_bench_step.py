@@ -100,7 +100,8 @@ def test_the_papers_size_and_its_work(monkeypatch):
         assert 5.5e8 < encoder < 6.5e8
         config = step.batch_config(cfg, stage, small=False)
         (batch,) = step.batches(config, 1, Traffic(), 500, 80)
-        work, positions = step.work(cfg, stage, module, batch)
+        costs = step.SpeechCosts.of(cfg, 2048 if stage.branch == "sft" else 0)
+        work, positions = step.work(cfg, stage, module, batch, costs)
         frames = int(((batch.feature_lengths_B + 3) // 4).sum())
         if stage.name == "pretrain":
             # Two views; six operations a weight and frame.

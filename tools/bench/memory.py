@@ -9,8 +9,6 @@ Above a baseline, taken when the libraries, the recipe's files and the process g
   states and buckets;
 - ``peak``: the most held during a step, beside the plan's whole (without its reserve).
 
-There is no plan beside a recipe whose encoder others trained.
-
 On a CPU that is the process's resident set without pages of files, looked at every 5 ms (and freed
 memory is given back before ``held`` is read), on a GPU what torch's allocator has given out.
 ``--whole`` builds as before models were built in slices; ``--llm 1024x20`` puts a language model of
@@ -163,12 +161,7 @@ def warm_up(cfg: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Path) 
 
 
 def predict(args: argparse.Namespace, cfg: recipe.Recipe) -> tuple[dict[str, float], float]:
-    """Bytes by part, none for an encoder that others trained; and the model's parameters."""
     stage = cfg.stage(args.stage)
-    parts = count_parts(cfg)
-    total = sum(parts[name].parameters for name in cfg.parts(stage.branch))
-    if cfg.pretrained_encoder is not None:
-        return {}, total
     shape = [int(x) for x in args.batch.split("x")]
     seconds = shape[1] / FRAMES_PER_SECOND
     traffic = Traffic(seconds, shape[2] / seconds)
@@ -177,6 +170,8 @@ def predict(args: argparse.Namespace, cfg: recipe.Recipe) -> tuple[dict[str, flo
     stage = replace(stage, batch=batch)
     machine = Machine(nodes=1, gpus=distributed.world_size(), reserve=0.0,
                       cpu=distributed.device().type == "cpu")  # fmt: skip
+    parts = count_parts(cfg)
+    total = sum(parts[name].parameters for name in cfg.parts(stage.branch))
     memory = step_memory(cfg, stage, machine, parts, traffic)
     predicted = {name: value * GB for name, value in memory.items()}
     predicted["held"] = between_steps(memory) * GB
@@ -222,8 +217,7 @@ def print_table(measured: list[dict], expected: dict, total: int) -> None:
             name in expected) else ""  # fmt: skip
         print(f"{name:<10} {cells}{beside}")
     parts = ", ".join(f"{n} {v / MB:.1f}" for n, v in expected.items() if n not in measured[0])
-    if parts:
-        print(f"predicted: {parts}")
+    print(f"predicted: {parts}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     deepspeed tools/bench/step.py --recipe nim-2.3b [--stages joint] [--zero 1 3] [key=value …]
     DS_ACCELERATOR=cpu python tools/bench/step.py --small
 
-Weights and features are random; the recipe gives the shapes, an encoder that others trained
-included (its folder's; ``encoder_flops.py`` counts its FLOPs). Durations are drawn (lognormal, mean
+Weights and features are random; the recipe gives the shapes. Durations are drawn (lognormal, mean
 --seconds, spread 0.6), transcripts at --tokens a second, and cut into batches by the recipe's own
 budgets, padding and all. The step is `BranchEngine.step`, as a run makes it; what is not in it is
 the making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is recorded:
@@ -30,12 +29,11 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import encoder_flops
 import numpy as np
 import torch
 from common import machine, matrix_rate, record
@@ -44,27 +42,28 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dsasr import recipe
-from dsasr.build import Builder
-from dsasr.data.audio.frontends import PretrainedFrontEnd
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.bucketing import (
-    FRAMES_PER_SECOND,
-    BatchConfig,
-    bucket_order,
-    split_into_batches,
-)
+from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.kernels import dispatch
 from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
+from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
-from dsasr.model.encoders.conformer import Encoder
-from dsasr.model.encoders.load import load_encoder
 from dsasr.model.llm_hub import llm_config
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.planning import flops
 from dsasr.planning.memory import Traffic
+from dsasr.planning.model_parts import (
+    SpeechShape,
+    adaptor_cost,
+    count_speech_parts,
+    fresh_encoder,
+    head_cost,
+    planned_encoder,
+)
+from dsasr.planning.module_cost import ModuleCost
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -98,12 +97,8 @@ def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
     """The branch's module with random weights, on the device."""
     model, dtype = cfg.model, branch_engine.precision(cfg.engine)
     torch.manual_seed(0)
-    encoder = None
-    if cfg.pretrained_encoder is not None:
-        shape = replace(cfg.pretrained_encoder, weights=False)
-        encoder = load_encoder(Builder(cfg).encoder_folder, shape).to(distributed.device())
     with distributed.device():
-        encoder = encoder or Encoder(model.encoder)
+        encoder = fresh_encoder(cfg)
         if branch == "pretrain":
             return CtcModel(encoder, PHONEMES, model.pretrain)
         shape = Qwen3Config(**SMALL_LM) if small else llm_config(model.llm.path)
@@ -139,9 +134,12 @@ def batches(
     traffic: Traffic,
     vocab: int,
     bins: int,
-    front_end: PretrainedFrontEnd | None = None,
+    rows: Callable[[float], int] | None = None,
 ) -> list[Batch]:
-    """``count`` batches of this rank's, as the planner would cut them from such a corpus."""
+    """``count`` batches of this rank's, as the planner would cut them from such a corpus.
+
+    ``rows``: from seconds to rows of features of ``bins``; one every 10 ms if not given.
+    """
     rng = np.random.default_rng(100 + distributed.rank())
     drawn = rng.lognormal(np.log(traffic.seconds) - 0.18, 0.6, CORPUS)
     frames = (100 * drawn.clip(max(0.5, config.min_seconds), config.max_seconds)).astype(np.int64)
@@ -152,7 +150,7 @@ def batches(
     ranges = split_into_batches(frames, chars[order], config)
     picked = ranges[rng.choice(len(ranges), count, replace=count > len(ranges))]
     return [
-        _batch(frames[a:b], tokens[a:b] + 1, vocab, bins, front_end, number)
+        _batch(frames[a:b], tokens[a:b] + 1, vocab, bins, number, rows)
         for number, (a, b) in enumerate(picked)
     ]
 
@@ -162,15 +160,14 @@ def _batch(
     tokens: np.ndarray,
     vocab: int,
     bins: int,
-    front_end: PretrainedFrontEnd | None,
     number: int,
+    rows: Callable[[float], int] | None,
 ) -> Batch:
-    rows = frames.tolist()
-    if front_end is not None:
-        rows = [front_end.frames(f * front_end.rate // FRAMES_PER_SECOND) for f in rows]
-    lengths_B = torch.tensor(rows)
-    count, token_lengths_B = len(frames), torch.from_numpy(tokens)
-    phoneme_lengths_B = torch.from_numpy(frames / 100 * PHONEME_RATE).long().clamp_min(1)
+    lengths_B, token_lengths_B = torch.from_numpy(frames), torch.from_numpy(tokens)
+    count = len(frames)
+    phoneme_lengths_B = (lengths_B / 100 * PHONEME_RATE).long().clamp_min(1)
+    if rows is not None:
+        lengths_B = torch.tensor([rows(n / 100) for n in frames.tolist()])
     features_BTF = torch.randn(count, int(lengths_B.max()), bins)
     features_BTF[torch.arange(features_BTF.shape[1]) >= lengths_B[:, None]] = 0.0
     return Batch.blank(
@@ -187,32 +184,54 @@ def _batch(
     )
 
 
+@dataclass(frozen=True)
+class SpeechCosts:
+    """FLOPs of encoder, CTC head and adaptor by an utterance's length, counted on device meta."""
+
+    shape: SpeechShape
+    encoder: ModuleCost
+    ctc: ModuleCost
+    adaptor: ModuleCost | None
+
+    @classmethod
+    def of(cls, cfg: Recipe, llm_width: int = 0) -> SpeechCosts:
+        """``llm_width`` 0: without an adaptor."""
+        parts, width = count_speech_parts(cfg), planned_encoder(cfg).width
+        adaptor = None
+        with torch.device("meta"):
+            head = CtcHead(width, PHONEMES, cfg.model.pretrain.head)
+            if llm_width:
+                adaptor = adaptor_cost(build_adaptor(cfg.model.adaptor, width, llm_width), width)
+        encoder = parts["encoder"]
+        return cls(encoder.speech, encoder.cost, head_cost(head, width), adaptor)
+
+
+def total(cost: ModuleCost, lengths: Sequence[int]) -> flops.PartFlops:
+    return sum(map(cost.flops, lengths), flops.PartFlops(0.0))
+
+
 def work(
-    cfg: Recipe, stage: StageConfig, module: nn.Module, batch: Batch
+    cfg: Recipe, stage: StageConfig, module: nn.Module, batch: Batch, costs: SpeechCosts
 ) -> tuple[dict[str, flops.StepFlops], int]:
     """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
     model, rows = cfg.model, batch.feature_lengths_B.tolist()
-    width = module.encoder.width
-    # Heads and adaptors count four feature frames to an encoder frame.
-    frames = (4 * module.encoder.output_lengths(batch.feature_lengths_B)).tolist()
+    frames = [costs.shape.frames(n) for n in rows]
     again = {"encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all"}
     if stage.branch == "pretrain":
         views = 2 if model.pretrain.consistency else 1
         parts = {
-            "encoder": encoder_flops.of(cfg, rows * views),
-            "ctc": flops.ctc(width, PHONEMES, frames * views),
+            "encoder": total(costs.encoder, rows).times(views),
+            "ctc": total(costs.ctc, frames).times(views),
         }
-        positions = views * sum(frames) // 4
+        positions = views * sum(frames)
     else:
         shape = flops.LlmShape.of(module.llm)
         fixed = len(module.prefix_ids) + len(module.suffix_ids) - 1  # the end token is no input
-        encoded = module.encoder.output_lengths(batch.feature_lengths_B)
-        speech = module.adaptor.output_lengths(encoded)
+        speech = module.adaptor.output_lengths(torch.tensor(frames))
         lengths = (speech + batch.token_lengths_B + fixed).tolist()
-        hidden = model.adaptor.hidden or shape.width
         parts = {
-            "encoder": encoder_flops.of(cfg, rows),
-            "adaptor": flops.adaptor(model.adaptor.stack, width, hidden, shape.width, frames),
+            "encoder": total(costs.encoder, rows),
+            "adaptor": total(costs.adaptor, frames),
             **({"lora": flops.lora(shape, lengths)} if shape.adapters else {}),
             "llm": flops.llm(shape, lengths),
             "head": flops.head(shape, int(batch.token_lengths_B.sum())),
@@ -278,13 +297,13 @@ def _shown() -> bool:
 
 def line(
     cfg: Recipe, stage: StageConfig, module: nn.Module, timed: Sequence[Batch], steps: int,
-    found: dict[str, Any], limits: Limits,
+    found: dict[str, Any], limits: Limits, costs: SpeechCosts,
 ) -> dict[str, Any]:  # fmt: skip
     """What is recorded of one case; ``timed`` are the batches that it was measured on."""
     seconds, world = sum(found.pop("seconds")), distributed.world_size()
     needed = again = positions = 0.0
     for batch in timed:
-        parts, here = work(cfg, stage, module, batch)
+        parts, here = work(cfg, stage, module, batch, costs)
         needed += sum(w.needed for w in parts.values())
         again += sum(w.recomputed for w in parts.values())
         positions += here
@@ -335,15 +354,17 @@ def case(
     """The median step's seconds, and the fields to record, of one stage under one ZeRO."""
     # A module of its own: ZeRO-3 leaves partitioned weights behind.
     module = build(cfg, stage.branch, options.small)
-    vocab = module.head.out_features if stage.branch == "sft" else 4
+    sft = stage.branch == "sft"
+    vocab = module.head.out_features if sft else 4
+    costs = SpeechCosts.of(cfg, module.head.in_features if sft else 0)
     unseen = options.warm_up * stage.grad_accum_steps
     timed = batches(
         batch_config(cfg, stage, options.small),
         unseen + options.rounds * stage.grad_accum_steps,
         Traffic(options.seconds, options.tokens),
         vocab,
-        module.encoder.bins,
-        module.encoder.front_end,
+        costs.shape.bins,
+        costs.shape.rows,
     )
     settings, dtype = (
         replace(cfg.engine, deepspeed=f"zero{zero}"),
@@ -353,7 +374,7 @@ def case(
         branch = BranchEngine(stage.branch, module, settings, Path(folder))
         found = measure(branch, stage, timed, options.warm_up)
         times = found["seconds"]
-        fields = line(cfg, stage, module, timed[unseen:], options.rounds, found, limits)
+        fields = line(cfg, stage, module, timed[unseen:], options.rounds, found, limits, costs)
         branch.close()
     middle = statistics.median(times)
     quarters = statistics.quantiles(times, method="inclusive")

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     from dsasr.analysis.ctc_errors import count_ctc_errors
-    from dsasr.analysis.probed_encoders import open_checkpoint
+    from dsasr.analysis.probed_encoders import max_seconds, open_checkpoint
     from dsasr.data.shards.writer import check_file
     from dsasr.evaluation.eval_sets import read_recordings
     from dsasr.utils.progress import Bar
@@ -29,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out is not None:
         check_file(args.out)
     encoder = open_checkpoint(args.encoder)
-    recordings, _ = read_recordings(args.data, rate=encoder.rate, limit=args.utterances)
+    recordings, _ = read_recordings(
+        args.data,
+        rate=encoder.rate,
+        limit=args.utterances,
+        max_seconds=max_seconds([args.encoder]),
+    )
     errors = count_ctc_errors(encoder, recordings, lambda items: Bar(items, desc="CTC", delay=1))
     units, words = errors.units, errors.words
     print(f"units   {100 * units.rate:5.1f}% wrong of {units.reference:,} (greedy CTC)")

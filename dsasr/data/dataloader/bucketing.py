@@ -365,9 +365,11 @@ def plan_window(
         if part.reports:
             bad += [(b.cause, shard, b.key, b.detail) for b in index.bad]
         for i in np.flatnonzero(exceeded).tolist():
-            entry = index.entry(int(keep[i]))
+            entry, cause = index.entry(int(keep[i])), LIMITS[int(exceeded[i])]
             detail = f"{entry.duration:.2f} s, {entry.chars} characters"
-            bad.append((LIMITS[int(exceeded[i])], shard, entry.key, detail))
+            if cause == "too_long":
+                detail += f"; at most {config.batch.max_seconds:g} s (batch.max_seconds)"
+            bad.append((cause, shard, entry.key, detail))
         frames = np.ceil(seconds * FRAMES_PER_SECOND).astype(np.int64)
         good = exceeded == 0
         slots = np.full(len(keep), slot)

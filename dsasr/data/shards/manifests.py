@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +42,9 @@ def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manif
     """The utterances of ``path``: ``kind`` is jsonl, kaldi, librispeech, aishell or auto.
 
     ``lang`` is the language of those that name none. Recordings of a Kaldi folder or a tree that
-    have no transcript are left out and named. Raises `UserError` for a malformed corpus, for a
-    repeated id, and for missing audio.
+    have no transcript are left out and named. Raises `UserError` for a malformed corpus, for a tree
+    with more than one of training, development and test data, for a repeated id, and for missing
+    audio.
     """
     path = Path(path)
     if not path.exists():
@@ -59,6 +61,8 @@ def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manif
     utterances = list(readers[kind](path, lang or defaults.get(kind, ""), left_out))
     if not utterances:
         raise UserError(f"{path} holds no utterance")
+    if kind in ("librispeech", "aishell"):
+        _check_one_split(path, utterances)
     ids: set[str] = set()
     missing = []
     for utterance in Bar(utterances, desc="checking audio", unit="file", delay=3):
@@ -74,6 +78,25 @@ def read_manifest(path: str | Path, kind: str = "auto", lang: str = "") -> Manif
             f"the first is {missing[0]}"
         )
     return Manifest(utterances, tuple(left_out))
+
+
+_SPLIT = re.compile(r"(train|dev|test)(-.*)?")  # train-clean-100, dev …
+
+
+def _check_one_split(path: Path, utterances: list[ManifestEntry]) -> None:
+    """Raise `UserError` for a tree that holds, say, the test set beside the training data."""
+    splits: dict[str, Path] = {}  # train, dev, test → the first folder of its kind
+    for parent in dict.fromkeys(utterance.audio.parent for utterance in utterances):
+        folder = path
+        for part in parent.relative_to(path).parts:
+            folder = folder / part
+            if found := _SPLIT.fullmatch(part):
+                splits.setdefault(found[1], folder)
+    if len(splits) > 1:
+        raise UserError(
+            f"{path} holds {', '.join(sorted(splits))} data, which must stay apart: pack each "
+            f"split's folder alone, such as {min(splits.values())}"
+        )
 
 
 def _check_times(path: Path, utterance: ManifestEntry) -> None:

@@ -120,7 +120,10 @@ class ShardStorage:
         local = [name for name in shards if not is_remote(name)]
         for name in local[:: max(1, len(local) // MAX_CHECKED)]:
             if not os.path.isfile(name):
-                raise UserError(f"there is no shard '{name}': check the path in the recipe")
+                raise UserError(
+                    f"there is no shard '{name}': give its path, or make it with "
+                    "`dsasr data make-shards`"
+                )
         if len(set(shards)) < len(shards):
             raise UserError(f"'{spec}' names a shard twice")
         return ShardList(shards)

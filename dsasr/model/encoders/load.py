@@ -51,6 +51,12 @@ def load_encoder(
     return encoder
 
 
+def check_weights(folder: Path, encoder: PretrainedEncoder) -> None:
+    """Raise `UserError` if the folder lacks the weights of ``encoder``, which may be on the meta
+    device: for a check before anything is built."""
+    _Source(folder, encoder)
+
+
 class _Source:
     """Where each tensor of an encoder stands in a folder's safetensors files."""
 
@@ -64,7 +70,7 @@ class _Source:
                     ", only a pickle, which could run code: convert it where you trust it, with "
                     "transformers' AutoModel.from_pretrained(DIR).save_pretrained(DIR)"
                     if pickled
-                    else ": copy or download them"
+                    else ": copy or download them (pickles are not read)"
                 )
             )
         self.folder = folder

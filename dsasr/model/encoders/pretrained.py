@@ -12,6 +12,7 @@ statistics that it was trained with.
 from __future__ import annotations
 
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ FAMILIES = {
     "parakeet_encoder": ("parakeet", "ParakeetEncoder"),
 }
 RATE = 16000  # every family reads 16 kHz
+PREPROCESSOR = "preprocessor_config.json"  # of the features that the encoder was trained on
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ def family_of(model_type: str, path: str) -> type[PretrainedEncoder]:
 
 
 def read_settings(folder: Path) -> Any:
-    """transformers' configuration of the encoder in a Hugging Face folder.
+    """transformers' configuration of the encoder in a Hugging Face folder, with ``do_normalize``
+    of its preprocessor_config.json if there is one.
 
     Raises `UserError` for a folder without a config.json, or with one that is damaged.
     """
@@ -228,6 +231,50 @@ def read_settings(folder: Path) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}/config.json: {reason}") from None
     family_of(config.model_type, str(folder))
+    settings = inner_settings(config)
+    settings.do_normalize = bool(_preprocessor(folder).get("do_normalize", True))
+    return settings
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """The settings of the folder's own feature extractor; empty if it has none.
+
+    Raises `UserError` for a file that is damaged.
+    """
+    path = folder / PREPROCESSOR
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings")
+    return values
+
+
+def check_preprocessor(folder: Path, front_end: PretrainedFrontEnd) -> None:
+    """Raise `UserError` if the folder's preprocessor_config.json has other audio or other features
+    than the encoder of its config.json reads here."""
+    values, path = _preprocessor(folder), folder / PREPROCESSOR
+    rate = values.get("sampling_rate", front_end.rate)
+    if rate != front_end.rate:
+        raise UserError(
+            f"{path} has a sampling_rate of {rate} Hz: only encoders of {front_end.rate} Hz are "
+            "read; give another encoder"
+        )
+    bins = values.get("feature_size", front_end.bins)
+    if front_end.kind == "w2v-bert":
+        bins = bins * values.get("stride", 2) if "feature_size" in values else front_end.bins
+    if bins != front_end.bins:
+        raise UserError(
+            f"{path} has {bins} features, the encoder of config.json reads {front_end.bins}: the "
+            "two files are of different models; download the folder again"
+        )
+
+
+def inner_settings(config: Any) -> Any:
+    """The encoder's part of a model's configuration, which may be of a larger model."""
     for name in ("audio_config", "encoder_config"):
         if hasattr(config, name):
             return getattr(config, name)

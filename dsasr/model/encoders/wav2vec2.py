@@ -66,7 +66,9 @@ class Wav2Vec2Encoder(PretrainedEncoder):
         for _, stride in self.kernels:
             step *= stride
         self.frame_seconds = step / RATE
-        self.front_end = PretrainedFrontEnd("wave", 1, normalize=True)
+        self.front_end = PretrainedFrontEnd(
+            "wave", 1, normalize=getattr(settings, "do_normalize", True)
+        )
         first = self.model.feature_extractor.conv_layers[0]
         self._norm = getattr(first, "layer_norm", None)
         if isinstance(self._norm, nn.GroupNorm):

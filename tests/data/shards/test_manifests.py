@@ -1,6 +1,7 @@
 """Manifests, Kaldi folders and corpus trees: what is read, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,18 @@ def test_a_librispeech_tree(tmp_path):
         read_manifest(tmp_path)
 
 
+def test_librispeechs_splits_stay_apart(tmp_path):
+    for split in ("train-clean-100", "train-clean-360", "dev-clean"):
+        folder = tmp_path / "LibriSpeech" / split / "84" / "121123"
+        write(folder / f"84-{split}-0000.flac")
+        (folder / "84-121123.trans.txt").write_text(f"84-{split}-0000 GO ON\n")
+    with pytest.raises(UserError, match=r"holds dev, train data.*such as .*/dev-clean"):
+        read_manifest(tmp_path)
+    assert len(read_manifest(tmp_path / "LibriSpeech" / "dev-clean").utterances) == 1
+    shutil.rmtree(tmp_path / "LibriSpeech" / "dev-clean")  # two of one kind may be packed together
+    assert len(read_manifest(tmp_path).utterances) == 2
+
+
 def test_an_aishell_tree_and_one_split_of_it(tmp_path):
     for split, speaker, key in (
         ("train", "S0002", "BAC009S0002W0122"), ("test", "S0764", "BAC009S0764W0121"),
@@ -149,10 +162,10 @@ def test_an_aishell_tree_and_one_split_of_it(tmp_path):
         "BAC009S0002W0122 而 对 楼市\nBAC009S0764W0121 甚至 出现\nBAC009S0900W0001 没有\n",
         encoding="utf-8",
     )
-    whole = read_manifest(tmp_path)
-    assert [(u.text, u.speaker, u.lang) for u in whole.utterances] == [
-        ("甚至出现", "S0764", "zh"), ("而对楼市", "S0002", "zh")
-    ]  # fmt: skip
-    assert [key for _, _, key, _ in whole.left_out] == ["BAC009S0764W0999"]
+    with pytest.raises(UserError, match=r"holds test, train data.*such as .*wav/t"):
+        read_manifest(tmp_path)
+    test = read_manifest(tmp_path / "wav" / "test")
+    assert [(u.text, u.speaker, u.lang) for u in test.utterances] == [("甚至出现", "S0764", "zh")]
+    assert [key for _, _, key, _ in test.left_out] == ["BAC009S0764W0999"]
     split = read_manifest(tmp_path / "wav" / "train").utterances
     assert [u.id for u in split] == ["BAC009S0002W0122"]
