@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,17 +18,14 @@ from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.text.phonemes import PhonemeVocab, Speller, build_phonemizer
-from dsasr.data.text.prompt import Prompt, describe
+from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import (
     Tokenizer,
-    check_end_token,
     check_tokenizer,
-    has_tokenizer,
     load_tokenizer,
     vocabulary_fingerprint,
 )
@@ -39,11 +35,11 @@ from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import reset_layer
-from dsasr.model.encoders.load import check_weights, load_encoder
-from dsasr.model.encoders.pretrained import build_encoder, check_preprocessor
+from dsasr.model.encoders.load import load_encoder
+from dsasr.model.encoders.pretrained import build_encoder
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import load_llm, read_llm_config
+from dsasr.model.llm import load_llm
 from dsasr.model.llm_hub import find_model
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
@@ -383,8 +379,6 @@ class Builder:
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(sub_seed(self.recipe.seed, purpose))
 
-    # -- checks ------------------------------------------------------------------------------
-
     @property
     def starts_afresh(self) -> bool:
         """Whether a job would start without a checkpoint, going by what lies in its folder."""
@@ -392,145 +386,3 @@ class Builder:
             self.recipe.folder / "checkpoints"
         )
         return not resumes and self.recipe.resume in ("auto", "never")
-
-    def summary(self) -> list[str]:
-        """Lines about what the recipe makes, for a user to check."""
-        if not self.recipe.schedule().sft or self.recipe.branch == "pretrain":
-            return []
-        return describe(self.tokenizer, *self.prompt())
-
-    def check(self) -> None:
-        """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
-        for key in SOURCES:
-            source = getattr(self.recipe.model, key)
-            if source and not Path(source).is_dir() and self.starts_afresh:
-                raise UserError(
-                    f"model.{key}: there is no folder {source}; give an exported model, a run, a "
-                    "checkpoint or a snapshot"
-                )
-        self._check_encoder()
-        if "pretrain" in self.recipe.branches:
-            _ = self.phonemes
-        if "sft" in self.recipe.branches:
-            self._check_text_only(self.recipe.schedule().sft)
-            self._check_tokenizer()
-            self._check_adaptor()
-            self._check_prompt()
-            self._check_lora()
-        self._check_shards()
-
-    def _check_shards(self) -> None:
-        """The shards must be there."""
-        from dsasr.data.shards.storage import ShardStorage
-
-        data = self.recipe.data
-        sources = ShardStorage(data.dataloader.source)
-        for key, datasets in (("data.train", data.train), ("data.valid", data.valid)):
-            for dataset in datasets:
-                try:
-                    sources.resolve(dataset.shards)
-                except UserError as error:
-                    raise UserError(f"{key}.{dataset.name}.shards: {error}") from None
-
-    def _check_encoder(self) -> None:
-        """The encoder must fit its features, and the recipe what the encoder can do."""
-        model = self.recipe.model
-        if self.recipe.pretrained_encoder is None:
-            if self.cmvn.mean_F.shape[0] != model.encoder.mels:
-                raise UserError(
-                    f"{self.recipe.data.cmvn} has {self.cmvn.mean_F.shape[0]} mel bins, "
-                    f"model.encoder.mels is {model.encoder.mels}"
-                )
-            return
-        check_preprocessor(self.encoder_folder, self.front_end)
-        if model.encoder.weights:
-            check_weights(self.encoder_folder, self.encoder_shape)
-        for branch in ("pretrain", "sft"):
-            chunks = getattr(model, branch).chunks
-            if chunks is not None and not self.encoder_shape.takes_chunks:
-                raise UserError(
-                    f"model.{branch}.chunks: {model.encoder.path} sees whole utterances only; give "
-                    f"model.{branch}.chunks=null"
-                )
-        if self.front_end.bins == 1 and model.pretrain.spec is not None:
-            raise UserError(
-                f"model.pretrain.spec: {model.encoder.path} reads waves, which SpecAugment does "
-                "not mask; give model.pretrain.spec=null"
-            )
-        self._check_seconds("data.dataloader.batch", self.recipe.data.dataloader.batch)
-        for stage in self.recipe.stages:
-            batch = self.recipe.dataloader(stage)[0].batch
-            self._check_seconds(f"stages.{stage.name}.batch", batch)
-            if stage.branch == "sft" and batch.tokens and model.adaptor.frames_per_token:
-                frames = round(100 * self.frame_seconds * model.adaptor.frames_per_token)
-                self.recipe.check_frames_per_token(stage, frames)
-
-    def _check_adaptor(self) -> None:
-        """The adaptor must fit the language model, and one that reads CTC has units."""
-        cfg = self.recipe.model.adaptor
-        units = len(self.phonemes) if cfg.reads_ctc else 0
-        width = read_llm_config(self.llm_folder).get_text_config().hidden_size
-        with torch.device("meta"):
-            build_adaptor(cfg, self.encoder_shape.width, width, units=units)
-
-    def _check_seconds(self, key: str, batch: BatchConfig) -> None:
-        """Utterances must not be longer than the encoder reads."""
-        longest = self.front_end.max_seconds
-        if batch.max_seconds > longest:
-            raise UserError(
-                f"{key}.max_seconds={batch.max_seconds:g}: {self.recipe.model.encoder.path} reads "
-                f"{longest:g} s at most; give {key}.max_seconds={longest:g} (longer utterances are "
-                "dropped and counted as too_long)"
-            )
-
-    def _check_text_only(self, stages: Sequence[StageConfig]) -> None:
-        """Text-only training needs text, and an adaptor that reads what CTC writes."""
-        adaptor = self.recipe.model.adaptor
-        mixed = [s.name for s in stages if s.text_share]
-        if not mixed:
-            return
-        if self.recipe.data.text_only is None:
-            raise UserError(f"stage '{mixed[0]}' has a text_share: give data.text_only.path")
-        _ = self.recipe.data.text_only.files()
-        if not (adaptor.reads_ctc and adaptor.merge):
-            raise UserError(
-                f"stage '{mixed[0]}' has a text_share: give model.adaptor.kind=ctc with merge=true"
-            )
-        if self.recipe.data.phonemizer.kind == "stored":
-            raise UserError(
-                f"stage '{mixed[0]}' has a text_share, but data.phonemizer reads phonemes from the "
-                "shards: give a kind that makes them from text"
-            )
-
-    def _check_tokenizer(self) -> None:
-        """The tokenizer must be the language model's, whichever folder it comes from."""
-        folder = self.llm_folder
-        config = read_llm_config(folder).get_text_config()
-        own: Tokenizer | None = None
-        elsewhere = self.tokenizer_folder.resolve() != folder.resolve()
-        if elsewhere and self.recipe.model.llm.weights:
-            if has_tokenizer(folder):
-                with contextlib.suppress(UserError):  # one that does not load says nothing
-                    own = load_tokenizer(folder)
-            elif config.eos_token_id is not None:
-                ends = config.eos_token_id
-                check_end_token(self.tokenizer, [ends] if isinstance(ends, int) else ends)
-        check_tokenizer(self.tokenizer, config.vocab_size, own)
-
-    def _check_prompt(self) -> None:
-        """The prompt must not be longer than the token budgets count it."""
-        length = sum(map(len, self.prompt()))
-        for stage in self.recipe.schedule().sft:
-            batch = self.recipe.dataloader(stage)[0].batch
-            if batch.tokens and length > batch.prompt_tokens:
-                raise UserError(
-                    f"the prompt has {length} tokens: give stage '{stage.name}' "
-                    f"batch.prompt_tokens={length}"
-                )
-
-    def _check_lora(self) -> None:
-        """The language model must have the layers that LoRA targets."""
-        config = self.recipe.model.lora
-        if config is not None:
-            with torch.device("meta"):
-                lora.check(load_llm(self.llm_folder, weights=False), config)

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dsasr.engine import branch_engine
     from dsasr.kernels import dispatch
     from dsasr.launch import watchdog
-    from dsasr.training import initial_weights
+    from dsasr.training import initial_weights, preflight
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
@@ -78,10 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     dispatch.select(cfg.kernels)
     branch_engine.check_nvme(cfg.engine)
     builder = build.Builder(cfg)
-    builder.check()
+    preflight.check(builder)
     if options.check:
         initial_weights.check(builder)
-        print("\n".join([*builder.summary(), "the recipe and its files are in order"]))
+        print("\n".join([*preflight.summary(builder), "the recipe and its files are in order"]))
         return 0
     rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)
     rank_watchdog.at("start")

@@ -15,6 +15,7 @@ from dsasr.build import Builder
 from dsasr.data.audio.features import decode, fbank
 from dsasr.data.shards.index import build_index, read_sample
 from dsasr.data.text.train_tokenizer import train_tokenizer
+from dsasr.training import preflight
 from dsasr.utils.errors import UserError
 
 
@@ -115,9 +116,9 @@ def test_a_token_budget_must_count_speech_and_prompt_as_the_model_does(tiny) -> 
     with pytest.raises(UserError, match=r"batch\.frames_per_token=16"):
         recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}"])
     cfg = recipe.load(str(tiny), [f"{over}, frames_per_token: 32}}", "model.adaptor.stack=8"])
-    Builder(cfg).check()
+    preflight.check(Builder(cfg))
     with pytest.raises(UserError, match=r"batch\.prompt_tokens"):
-        Builder(recipe.load(str(tiny), [f"{over}, prompt_tokens: 1}}"])).check()
+        preflight.check(Builder(recipe.load(str(tiny), [f"{over}, prompt_tokens: 1}}"])))
 
 
 ADAPTORS = [
@@ -131,7 +132,7 @@ ADAPTORS = [
 @pytest.mark.parametrize("adaptor", ADAPTORS)
 def test_every_adaptor_is_drawn_from_the_seed_whole_or_by_layers(tiny, adaptor) -> None:
     cfg = recipe.load(str(tiny), [f"model.adaptor={adaptor}"])
-    Builder(cfg).check()
+    preflight.check(Builder(cfg))
     first, again = Builder(cfg).speech_llm(), Builder(cfg).speech_llm(lambda parameters: None)
     other = Builder(recipe.load(str(tiny), [f"model.adaptor={adaptor}", "seed=2"])).speech_llm()
     for (name, a), b, c in zip(
@@ -154,12 +155,12 @@ def test_the_recipes_prompt_is_the_models(tiny) -> None:
     model, marker = build.speech_llm(), build.tokenizer.special_id
     assert model.prefix_ids == [marker("<|im_start|>"), *build.tokenizer.encode("play ")]
     assert model.suffix_ids == [marker("<|im_end|>")]
-    assert build.summary()[0].startswith("prompt of ")
-    assert build.summary()[0].endswith(" <speech> [<|im_end|>]")
+    assert preflight.summary(build)[0].startswith("prompt of ")
+    assert preflight.summary(build)[0].endswith(" <speech> [<|im_end|>]")
     with pytest.raises(UserError, match=r"<speech> 0 times"):
         recipe.load(str(tiny), ["model.prompt=Transcribe."])
     with pytest.raises(UserError, match="no token of the tokenizer"):
-        Builder(recipe.load(str(tiny), ["model.prompt=<|en|><speech>"])).check()
+        preflight.check(Builder(recipe.load(str(tiny), ["model.prompt=<|en|><speech>"])))
 
 
 def test_another_models_tokenizer_ends_before_training(tiny, tmp_path) -> None:
@@ -169,14 +170,16 @@ def test_another_models_tokenizer_ends_before_training(tiny, tmp_path) -> None:
     shutil.copytree(tiny.parent / "lm", lm)
     over = [f"model.llm.path={lm}", f"model.tokenizer={tmp_path / 'other'}"]
     with pytest.raises(UserError, match="not the language model's"):
-        Builder(recipe.load(str(tiny), over)).check()
-    Builder(recipe.load(str(tiny), [*over, "model.llm.weights=false"])).check()
-    Builder(recipe.load(str(tiny), [over[0], f"model.tokenizer={tiny.parent / 'lm'}"])).check()
+        preflight.check(Builder(recipe.load(str(tiny), over)))
+    preflight.check(Builder(recipe.load(str(tiny), [*over, "model.llm.weights=false"])))
+    preflight.check(
+        Builder(recipe.load(str(tiny), [over[0], f"model.tokenizer={tiny.parent / 'lm'}"]))
+    )
     # A language model whose folder has no tokenizer, and whose texts end with another token.
     (lm / "dsasr_tokenizer.json").unlink()
     (lm / "tokenizer.model").unlink()
-    Builder(recipe.load(str(tiny), over)).check()
+    preflight.check(Builder(recipe.load(str(tiny), over)))
     config = json.loads((lm / "config.json").read_text())
     (lm / "config.json").write_text(json.dumps(config | {"eos_token_id": [270, 271]}))
     with pytest.raises(UserError, match="ends a text with token 270"):
-        Builder(recipe.load(str(tiny), over)).check()
+        preflight.check(Builder(recipe.load(str(tiny), over)))

@@ -13,7 +13,9 @@ PACKAGED = sorted(path.stem for path in config.RECIPES.glob("*.yaml"))
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_recipes_load_and_say_what_they_are_for(name):
     cfg = recipe.load(name)
-    assert cfg.run == f"runs/{name}" and (cfg.schedule().pretrain or cfg.model.init_from)
+    assert cfg.run == f"runs/{name}" and (
+        cfg.schedule().pretrain or cfg.model.init_from or cfg.has_initial_encoder
+    )
     # Every stage gets data, and the resolved recipe reads back to itself.
     for stage in cfg.stages:
         assert cfg.dataloader(stage)[1]

@@ -106,10 +106,11 @@ def plan_cluster(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageCo
 def plan_batch(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
     from dsasr.build import Builder
     from dsasr.planning import batch_search
+    from dsasr.training import preflight
 
     if args.memory < 0 or not 0 <= args.margin < 1 or args.most < batch_search.ROUND:
         raise UserError(f"give --memory ≥ 0, --margin in [0, 1) and --most ≥ {batch_search.ROUND}")
-    Builder(cfg).check()
+    preflight.check(Builder(cfg))
     for stage in stages:
         with Bar(desc=stage.name, unit="probe") as bar:
 

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr import config, recipe
     from dsasr.build import Builder
     from dsasr.launch import slurm
+    from dsasr.training import preflight
 
     cfg = recipe.load(args.recipe, args.overrides)
     run = Path(cfg.run).absolute()
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build = slurm.train if args.job == "train" else slurm.concurrent
         job = build(cfg.slurm, run, args.python)
         if not args.no_check:
-            Builder(cfg).check()
+            preflight.check(Builder(cfg))
         rows = (*job.plan, *schedule_rows(cfg, args.job == "async"))
         variables = {**job.variables, "RECIPE": str(run / "submitted.yaml")}
     for name, value in rows:

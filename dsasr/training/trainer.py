@@ -22,7 +22,7 @@ from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
 from dsasr.tracking import console
 from dsasr.tracking.monitor import Monitor
-from dsasr.training import initial_weights, resume
+from dsasr.training import initial_weights, preflight, resume
 from dsasr.training.branch_switcher import BranchSwitcher
 from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
 from dsasr.training.initial_weights import InitialWeights
@@ -45,7 +45,7 @@ class Trainer:
         self.recipe = recipe
         self.schedule = recipe.schedule()
         self.builder = Builder(recipe)
-        self.builder.check()
+        preflight.check(self.builder)
         self.checkpoints = CheckpointManager(recipe.folder / "checkpoints", recipe.checkpoint)
         self.progress = Progress()
         self.dataloaders = TrainDataLoaders(self.builder)

@@ -12,6 +12,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.model.llm_hub import find_model, is_hub_name
 from dsasr.planning.model_parts import count_parts
+from dsasr.training import preflight
 from dsasr.utils.errors import UserError
 
 
@@ -30,7 +31,7 @@ def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
     shutil.copytree(tiny.parent / "lm", cached / "snapshots" / ("0" * 40))
     cfg = recipe.load(str(tiny), ["model.llm.path=someone/tiny-lm"])
     build = Builder(cfg)
-    build.check()
+    preflight.check(build)
     assert count_parts(cfg) == count_parts(recipe.load(str(tiny)))
     assert build.llm_folder == cached / "snapshots" / ("0" * 40)
     expected = Builder(recipe.load(str(tiny))).speech_llm().state_dict()
@@ -43,7 +44,7 @@ def test_a_model_in_the_cache_is_found_by_its_name(offline, tiny):
 
 def test_offline_the_error_names_the_ways_out(offline, tiny):
     with pytest.raises(UserError) as caught:
-        Builder(recipe.load(str(tiny), ["model.llm.path=someone/other-lm"])).check()
+        preflight.check(Builder(recipe.load(str(tiny), ["model.llm.path=someone/other-lm"])))
     message = str(caught.value)
     assert "\n" not in message and message.startswith("model.llm.path")
     for remedy in ("local folder", "hf download someone/other-lm", "huggingface-cli download",

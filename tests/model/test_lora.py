@@ -33,6 +33,7 @@ from dsasr.planning import cluster_sizing, flops, timeline
 from dsasr.planning.memory import Machine, step_memory
 from dsasr.planning.model_parts import count_parts
 from dsasr.stages import StageConfig
+from dsasr.training import preflight
 from dsasr.utils.errors import UserError
 
 PROGRAMS = Path(__file__).parent.parent / "programs"
@@ -115,7 +116,7 @@ def test_settings_that_make_no_sense(values):
 def test_without_peft_the_recipe_says_what_to_install(monkeypatch, lora_recipe):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'dsasr\[lora\]'"):
-        Builder(recipe.load(str(lora_recipe))).check()
+        preflight.check(Builder(recipe.load(str(lora_recipe))))
 
 
 def test_names_of_the_base_weights_stay_and_the_model_is_the_same_at_first():
@@ -186,7 +187,7 @@ def test_a_stage_trains_one_of_both_and_needs_its_settings(tiny):
     assert cfg.parts("sft") == ("encoder", "adaptor", "llm", "lora")
     with pytest.raises(UserError, match="none of the linear layers"):
         bad = recipe.load(str(tiny), [trains, "model.lora.targets=[lm_head]"])
-        Builder(bad).check()
+        preflight.check(Builder(bad))
 
 
 def small_model(dropout: float, checkpoint: bool = False) -> SpeechLLM:

@@ -18,6 +18,7 @@ from dsasr.checkpoint.tensor_fragments import MANIFEST
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.tracking.run_log import read_events
+from dsasr.training import preflight
 from dsasr.utils.errors import UserError
 
 TRAIN = Path(__file__).parents[2] / "dsasr" / "train.py"
@@ -105,5 +106,5 @@ def test_the_export_needs_neither_the_encoders_folder_nor_the_run(trained, whisp
 )
 def test_a_mistake_is_one_line(tiny, whisper, override, message):
     with pytest.raises(UserError, match=message) as caught:
-        Builder(recipe.load(str(tiny), [*overrides(whisper), override])).check()
+        preflight.check(Builder(recipe.load(str(tiny), [*overrides(whisper), override])))
     assert "\n" not in str(caught.value)

@@ -17,6 +17,7 @@ from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.tracking.run_log import read_events, read_metrics
+from dsasr.training import preflight
 from dsasr.utils.errors import UserError
 
 TRAIN = Path(__file__).parents[2] / "dsasr" / "train.py"
@@ -125,5 +126,5 @@ def test_the_export_decodes_as_the_run_and_weighs_the_ctc_head(trained, tmp_path
 )
 def test_a_mistake_is_one_line(tiny, overrides, override, message):
     with pytest.raises(UserError, match=message) as caught:
-        Builder(recipe.load(str(tiny), [*overrides, override])).check()
+        preflight.check(Builder(recipe.load(str(tiny), [*overrides, override])))
     assert "\n" not in str(caught.value)

@@ -56,6 +56,7 @@ from dsasr.kernels import dispatch
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.encoders.protocol import valid_frames
 from dsasr.recipe import Recipe, silence_library_warnings
+from dsasr.training import preflight
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
 
@@ -156,7 +157,7 @@ def train_ours(options: argparse.Namespace, side: Side, case: str) -> dict[str, 
     dispatch.select(cfg.kernels)
     branch_engine.init_distributed()
     builder, stage = Builder(cfg), cfg.stage("sft")
-    builder.check()
+    preflight.check(builder)
     engine = BranchEngine(
         "sft", builder.module("sft", partitioner(cfg.engine)), cfg.engine, Path(options.folder)
     )

@@ -1,0 +1,180 @@
+"""Checks before anything is trained: the files of a recipe, and whether they fit each other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dsasr.build import Builder
+from dsasr.data.dataloader.bucketing import BatchConfig
+from dsasr.data.shards.storage import ShardStorage
+from dsasr.data.text.prompt import describe
+from dsasr.data.text.tokenizers import (
+    Tokenizer,
+    check_end_token,
+    check_tokenizer,
+    has_tokenizer,
+    load_tokenizer,
+)
+from dsasr.model import lora
+from dsasr.model.adaptors.protocol import build_adaptor
+from dsasr.model.encoders.load import check_weights
+from dsasr.model.encoders.pretrained import check_preprocessor
+from dsasr.model.llm import load_llm, read_llm_config
+from dsasr.recipe import SOURCES
+from dsasr.stages import StageConfig
+from dsasr.utils.errors import UserError
+
+
+def summary(builder: Builder) -> list[str]:
+    """Lines about what the recipe makes, for a user to check."""
+    if not builder.recipe.schedule().sft or builder.recipe.branch == "pretrain":
+        return []
+    return describe(builder.tokenizer, *builder.prompt())
+
+
+def check(builder: Builder) -> None:
+    """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
+    for key in SOURCES:
+        source = getattr(builder.recipe.model, key)
+        if source and not Path(source).is_dir() and builder.starts_afresh:
+            raise UserError(
+                f"model.{key}: there is no folder {source}; give an exported model, a run, a "
+                "checkpoint or a snapshot"
+            )
+    _check_encoder(builder)
+    if "pretrain" in builder.recipe.branches:
+        _ = builder.phonemes
+    if "sft" in builder.recipe.branches:
+        _check_text_only(builder, builder.recipe.schedule().sft)
+        _check_tokenizer(builder)
+        _check_adaptor(builder)
+        _check_prompt(builder)
+        _check_lora(builder)
+    _check_shards(builder)
+
+
+def _check_shards(builder: Builder) -> None:
+    """The shards must be there."""
+
+    data = builder.recipe.data
+    sources = ShardStorage(data.dataloader.source)
+    for key, datasets in (("data.train", data.train), ("data.valid", data.valid)):
+        for dataset in datasets:
+            try:
+                sources.resolve(dataset.shards)
+            except UserError as error:
+                raise UserError(f"{key}.{dataset.name}.shards: {error}") from None
+
+
+def _check_encoder(builder: Builder) -> None:
+    """The encoder must fit its features, and the recipe what the encoder can do."""
+    model = builder.recipe.model
+    if builder.recipe.pretrained_encoder is None:
+        if builder.cmvn.mean_F.shape[0] != model.encoder.mels:
+            raise UserError(
+                f"{builder.recipe.data.cmvn} has {builder.cmvn.mean_F.shape[0]} mel bins, "
+                f"model.encoder.mels is {model.encoder.mels}"
+            )
+        return
+    check_preprocessor(builder.encoder_folder, builder.front_end)
+    if model.encoder.weights:
+        check_weights(builder.encoder_folder, builder.encoder_shape)
+    for branch in ("pretrain", "sft"):
+        chunks = getattr(model, branch).chunks
+        if chunks is not None and not builder.encoder_shape.takes_chunks:
+            raise UserError(
+                f"model.{branch}.chunks: {model.encoder.path} sees whole utterances only; give "
+                f"model.{branch}.chunks=null"
+            )
+    if builder.front_end.bins == 1 and model.pretrain.spec is not None:
+        raise UserError(
+            f"model.pretrain.spec: {model.encoder.path} reads waves, which SpecAugment does "
+            "not mask; give model.pretrain.spec=null"
+        )
+    _check_seconds(builder, "data.dataloader.batch", builder.recipe.data.dataloader.batch)
+    for stage in builder.recipe.stages:
+        batch = builder.recipe.dataloader(stage)[0].batch
+        _check_seconds(builder, f"stages.{stage.name}.batch", batch)
+        if stage.branch == "sft" and batch.tokens and model.adaptor.frames_per_token:
+            frames = round(100 * builder.frame_seconds * model.adaptor.frames_per_token)
+            builder.recipe.check_frames_per_token(stage, frames)
+
+
+def _check_adaptor(builder: Builder) -> None:
+    """The adaptor must fit the language model, and one that reads CTC has units."""
+    cfg = builder.recipe.model.adaptor
+    units = len(builder.phonemes) if cfg.reads_ctc else 0
+    width = read_llm_config(builder.llm_folder).get_text_config().hidden_size
+    with torch.device("meta"):
+        build_adaptor(cfg, builder.encoder_shape.width, width, units=units)
+
+
+def _check_seconds(builder: Builder, key: str, batch: BatchConfig) -> None:
+    """Utterances must not be longer than the encoder reads."""
+    longest = builder.front_end.max_seconds
+    if batch.max_seconds > longest:
+        raise UserError(
+            f"{key}.max_seconds={batch.max_seconds:g}: {builder.recipe.model.encoder.path} reads "
+            f"{longest:g} s at most; give {key}.max_seconds={longest:g} (longer utterances are "
+            "dropped and counted as too_long)"
+        )
+
+
+def _check_text_only(builder: Builder, stages: Sequence[StageConfig]) -> None:
+    """Text-only training needs text, and an adaptor that reads what CTC writes."""
+    adaptor = builder.recipe.model.adaptor
+    mixed = [s.name for s in stages if s.text_share]
+    if not mixed:
+        return
+    if builder.recipe.data.text_only is None:
+        raise UserError(f"stage '{mixed[0]}' has a text_share: give data.text_only.path")
+    _ = builder.recipe.data.text_only.files()
+    if not (adaptor.reads_ctc and adaptor.merge):
+        raise UserError(
+            f"stage '{mixed[0]}' has a text_share: give model.adaptor.kind=ctc with merge=true"
+        )
+    if builder.recipe.data.phonemizer.kind == "stored":
+        raise UserError(
+            f"stage '{mixed[0]}' has a text_share, but data.phonemizer reads phonemes from the "
+            "shards: give a kind that makes them from text"
+        )
+
+
+def _check_tokenizer(builder: Builder) -> None:
+    """The tokenizer must be the language model's, whichever folder it comes from."""
+    folder = builder.llm_folder
+    config = read_llm_config(folder).get_text_config()
+    own: Tokenizer | None = None
+    elsewhere = builder.tokenizer_folder.resolve() != folder.resolve()
+    if elsewhere and builder.recipe.model.llm.weights:
+        if has_tokenizer(folder):
+            with contextlib.suppress(UserError):  # one that does not load says nothing
+                own = load_tokenizer(folder)
+        elif config.eos_token_id is not None:
+            ends = config.eos_token_id
+            check_end_token(builder.tokenizer, [ends] if isinstance(ends, int) else ends)
+    check_tokenizer(builder.tokenizer, config.vocab_size, own)
+
+
+def _check_prompt(builder: Builder) -> None:
+    """The prompt must not be longer than the token budgets count it."""
+    length = sum(map(len, builder.prompt()))
+    for stage in builder.recipe.schedule().sft:
+        batch = builder.recipe.dataloader(stage)[0].batch
+        if batch.tokens and length > batch.prompt_tokens:
+            raise UserError(
+                f"the prompt has {length} tokens: give stage '{stage.name}' "
+                f"batch.prompt_tokens={length}"
+            )
+
+
+def _check_lora(builder: Builder) -> None:
+    """The language model must have the layers that LoRA targets."""
+    config = builder.recipe.model.lora
+    if config is not None:
+        with torch.device("meta"):
+            lora.check(load_llm(builder.llm_folder, weights=False), config)
