@@ -318,8 +318,11 @@ class Builder:
     def empty_encoder(self) -> Encoder:
         """An encoder on the CPU whose weights are to be loaded from a checkpoint."""
         if (cfg := self.recipe.pretrained_encoder) is not None:
-            return build_encoder(self.encoder_folder, cfg)
-        return Conformer(self.recipe.model.encoder)
+            encoder = build_encoder(self.encoder_folder, cfg)
+        else:
+            encoder = Conformer(self.recipe.model.encoder)
+        self._adapt_encoder(encoder, meta=False)
+        return encoder
 
     def _encoder(self, purpose: str, partition: Partition | None) -> Encoder:
         """The encoder that others trained, with its weights; or a Conformer on the meta device."""
@@ -328,9 +331,23 @@ class Builder:
             carried = [Path(source) / export_folder.ENCODER for source in self.source_copies]
             if self.recipe.takes_encoder and Path(cfg.path) in carried:
                 cfg = replace(cfg, weights=False)  # an export's, loaded with its other weights
-            return load_encoder(self.encoder_folder, cfg, seed, partition)
+            return load_encoder(
+                self.encoder_folder, cfg, seed, partition, adapt=self._adapt_encoder,
+                draw_adapter=self._encoder_adapter,
+            )  # fmt: skip
         with torch.device("meta"):
-            return Conformer(self.recipe.model.encoder)
+            encoder = Conformer(self.recipe.model.encoder)
+            self._adapt_encoder(encoder)
+        return encoder
+
+    def _adapt_encoder(self, encoder: Encoder, meta: bool = True) -> None:
+        """Put the recipe's LoRA into an encoder, if it has one."""
+        if self.recipe.model.encoder_lora is not None:
+            lora.inject(encoder, self.recipe.model.encoder_lora, meta=meta)
+
+    def _encoder_adapter(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The encoder's matrix of that name, the same in both branches."""
+        return lora.initial(name, shape, self._generator(f"encoder_lora {name}"))
 
     def _drawn(
         self,
@@ -341,7 +358,13 @@ class Builder:
     ) -> nn.Module:
         """Draw the weights that a module has on the meta device from the recipe's seed."""
         generator = self._generator(purpose)
-        layerwise_init.materialize(module, lambda layer, _: reset(layer, generator), partition)
+
+        def fill(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+            own = ((name.removeprefix("encoder."), p) for name, p in parameters.items())
+            if not lora.draw(own, self._encoder_adapter):
+                reset(layer, generator)
+
+        layerwise_init.materialize(module, fill, partition)
         return module
 
     def _llm(self, partition: Partition | None) -> tuple[PreTrainedModel, float]:
@@ -364,8 +387,7 @@ class Builder:
     def add_lora(self, llm: PreTrainedModel) -> None:
         """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""
         self._adapt(llm)
-        for name, parameter in lora.adapters(llm):
-            parameter.data.copy_(self._adapter(name, tuple(parameter.shape)))
+        lora.draw(llm.named_parameters(), self._adapter)
 
     def _adapt(self, llm: PreTrainedModel) -> None:
         lora.inject(llm, self.recipe.model.lora, meta=llm.device.type == "meta")

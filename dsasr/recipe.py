@@ -27,6 +27,7 @@ from dsasr.evaluation.normalize import check_rules
 from dsasr.evaluation.suite import SuiteConfig
 from dsasr.launch.slurm import SlurmConfig
 from dsasr.launch.watchdog import WatchdogConfig
+from dsasr.model import lora
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.ctc_model import CtcModelConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
@@ -91,6 +92,8 @@ class ModelConfig:
     lora: LoraConfig | None = None
     # sizes of a Conformer to pretrain; or `path`: an encoder that others trained
     encoder: EncoderConfig | PretrainedEncoderConfig = field(default_factory=EncoderConfig)
+    # LoRA in the encoder of both branches, for stages that train 'encoder_lora'; null: none
+    encoder_lora: LoraConfig | None = None
     # between encoder and language model
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
     # objective and input of the pretrain branch
@@ -264,20 +267,25 @@ class Recipe:
             )
 
     def _check_lora(self) -> None:
-        training = [stage.name for stage in self.stages if "lora" in stage.trains]
-        if training and self.model.lora is None:
-            raise UserError(
-                f"stage '{training[0]}' trains 'lora': give model.lora, such as model.lora.rank=16"
-            )
-        if self.model.lora is not None and self.schedule().sft and not training:
-            raise UserError(
-                "model.lora is given, but no stage trains 'lora': name it in a stage's trains, in "
-                "place of 'llm', or give model.lora=null"
-            )
+        # Without training, matrices come from a snapshot of another run.
+        used = {"lora": self.schedule().sft, "encoder_lora": not self.model.encoder_from}
+        for part, whole in lora.BASE.items():
+            given = getattr(self.model, part) is not None
+            training = [stage.name for stage in self.stages if part in stage.trains]
+            if training and not given:
+                raise UserError(
+                    f"stage '{training[0]}' trains '{part}': give model.{part}, such as "
+                    f"model.{part}.rank=16"
+                )
+            if given and used[part] and not training:
+                raise UserError(
+                    f"model.{part} is given, but no stage trains '{part}': name it in a stage's "
+                    f"trains, in place of '{whole}', or give model.{part}=null"
+                )
 
     def parts(self, branch: str) -> tuple[str, ...]:
         """Names of the parts of a branch's model."""
-        lacks = set() if self.model.lora is not None else {"lora"}
+        lacks = {part for part in lora.BASE if getattr(self.model, part) is None}
         if branch == "sft" and not self.model.adaptor.reads_ctc:
             lacks.add("ctc")
         return tuple(p for p in PARTS[branch] if p not in lacks)
@@ -328,10 +336,19 @@ class Recipe:
     def encoder_fingerprint(self) -> str:
         """A hash of all settings that the pretrained encoder depends on."""
         model = self.model
-        settings = [self.seed, self.data, model.encoder, model.pretrain, self.schedule().pretrain]
+        settings = [self.seed, self.data, model.encoder, model.pretrain]
+        if model.encoder_lora is not None:
+            settings.append(model.encoder_lora)
+        settings.append(self.schedule().pretrain)
         if model.init_from or model.encoder_from:
             settings += [model.init_from, self.init_parts, model.encoder_from]
         return config.fingerprint(settings)
+
+    def encoder_architecture(self) -> str:
+        """A hash of what an encoder's weights must fit."""
+        encoder = config.to_plain(self.model.encoder)
+        matrices = self.model.encoder_lora
+        return config.fingerprint(encoder if matrices is None else [encoder, matrices])
 
     def schedule(self) -> Schedule:
         return Schedule(self.stages, self.drift, self.interleave, self.branch)

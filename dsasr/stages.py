@@ -24,9 +24,10 @@ from dsasr.utils.errors import UserError
 
 BranchName = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("encoder", "ctc"),
-    # ctc: of an adaptor that reads it; lora: if the recipe has model.lora
-    "sft": ("encoder", "ctc", "adaptor", "llm", "lora"),
+    # encoder_lora, lora: if the recipe has model.encoder_lora, model.lora
+    "pretrain": ("encoder", "encoder_lora", "ctc"),
+    # ctc: of an adaptor that reads it
+    "sft": ("encoder", "encoder_lora", "ctc", "adaptor", "llm", "lora"),
 }
 OBJECTIVES = {"pretrain": ("cr_ctc", "ctc"), "sft": ("ce",)}
 
@@ -37,14 +38,14 @@ class StageConfig:
 
     ``trains`` maps the parts that this stage trains to their maximum learning rates: one optimizer
     parameter group each. All other parts are frozen. ``lora`` is the LoRA matrices in the language
-    model (`model.lora`), ``llm`` the model's own weights.
+    model (`model.lora`), ``llm`` the model's own weights; so with ``encoder_lora`` and ``encoder``.
     """
 
     name: str  # unique name; key=value reaches the stage by it (stages.NAME.steps=100)
     # pretrain: encoder and CTC head; sft: encoder, adaptor, language model and LoRA
     branch: BranchName
-    # part → maximum learning rate, all others are frozen; pretrain: encoder, ctc; sft: encoder,
-    # adaptor, llm or lora
+    # part → maximum learning rate, all others are frozen; pretrain: encoder or encoder_lora, ctc;
+    # sft: encoder or encoder_lora, ctc (of an adaptor that reads it), adaptor, llm or lora
     trains: dict[str, float]
     steps: int  # optimizer steps of the stage
     objective: str = ""  # pretrain: cr_ctc (default) or ctc; sft: ce
@@ -74,11 +75,12 @@ class StageConfig:
                 )
         if not self.trains:
             raise UserError(f"{where} trains nothing: give 'trains' at least one part")
-        if {"llm", "lora"} <= set(self.trains):
-            raise UserError(
-                f"{where} trains both 'llm' and 'lora': all that LoRA can reach, the whole "
-                "language model reaches too; name one of them"
-            )
+        for matrices, whole in (("lora", "llm"), ("encoder_lora", "encoder")):
+            if {matrices, whole} <= set(self.trains):
+                raise UserError(
+                    f"{where} trains both '{whole}' and '{matrices}': all that LoRA can reach, the "
+                    "whole model reaches too; name one of them"
+                )
         if any(rate < 0 for rate in self.trains.values()):
             raise UserError(f"{where} has a negative learning rate")
         if self.steps < 1:
@@ -93,7 +95,7 @@ class StageConfig:
             raise UserError(f"{where}: grad_accum_steps must be at least 1")
         if not 0 <= self.text_share <= 1 or (self.text_share and self.branch != "sft"):
             raise UserError(f"{where}: text_share lies between 0 and 1, in branch sft")
-        if self.text_only and (speech := {"encoder", "ctc"} & set(self.trains)):
+        if self.text_only and (speech := {"encoder", "encoder_lora", "ctc"} & set(self.trains)):
             raise UserError(f"{where}: text alone cannot train '{min(speech)}'; lower text_share")
         if not self.objective:
             object.__setattr__(self, "objective", OBJECTIVES[self.branch][0])
@@ -109,9 +111,14 @@ class StageConfig:
         return self.text_share == 1
 
     @property
+    def trains_encoder(self) -> bool:
+        """Whether the stage changes what the encoder says, by its own weights or LoRA's."""
+        return not {"encoder", "encoder_lora"}.isdisjoint(self.trains)
+
+    @property
     def needs_final_encoder(self) -> bool:
         """Whether the stage trains the sft branch's encoder: later snapshots cannot replace it."""
-        return self.branch == "sft" and "encoder" in self.trains
+        return self.branch == "sft" and self.trains_encoder
 
 
 @dataclass(frozen=True)

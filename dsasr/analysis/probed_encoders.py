@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.entropy_allocation.pai_csai import reinitialized
 from dsasr.evaluation.eval_sets import MAX_SECONDS, Recording, batch_recordings
 from dsasr.inference.model_from_run import run_recipe
+from dsasr.model import lora
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.load import load_encoder
 from dsasr.model.encoders.pretrained import (
@@ -185,5 +187,7 @@ def random_baseline(encoder: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
     if encoder.build is None:
         return open_pretrained(encoder.source.path, random=True, seed=seed)
     module = reinitialized(encoder.encoder, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    lora.draw(module.named_parameters(), partial(lora.initial, generator=generator))
     source = EncoderSource("random encoder", "random", run=encoder.source.run)
     return _of_build(source, encoder.build, module)

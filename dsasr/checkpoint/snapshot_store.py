@@ -211,7 +211,8 @@ class SnapshotStore:
             published = reader.manifest.get("architecture")
             if architecture and published and published != architecture:
                 raise FragmentError(
-                    f"{folder} is of another architecture: model.encoder is not this recipe's"
+                    f"{folder} is of another architecture: model.encoder or model.encoder_lora is "
+                    "not this recipe's"
                 )
             return reader
 

@@ -27,7 +27,7 @@ from dsasr.checkpoint.tensor_fragments import (
     all_finite,
     on_all_ranks,
 )
-from dsasr.model.lora import plain_name
+from dsasr.model.lora import is_adapter, plain_name
 from dsasr.utils import distributed
 
 MASTER = "master"
@@ -150,6 +150,14 @@ def _check_layout(targets: Mapping[str, Tensor], reader: Reader) -> None:
                 f"{reader.folder} holds '{name}' of shape {list(reader.shapes[name])}, "
                 f"this model has {list(shape)}: another architecture"
             )
+    # Names with a slash are optimizer states'.
+    parts = {name.partition(".")[0] for name in targets}
+    inside = (n for n in reader.shapes if n.partition(".")[0] in parts and "/" not in n)
+    if extra := next((n for n in inside if is_adapter(n) and n not in targets), None):
+        raise FragmentError(
+            f"{reader.folder} holds '{extra}', which this model lacks: give the model.lora or "
+            "model.encoder_lora that it was trained with"
+        )
 
 
 def _read_checked(reader: Reader, name: str, target: Tensor, finite: bool) -> Tensor:

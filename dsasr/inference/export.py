@@ -10,10 +10,11 @@
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
     DIR/adapter/             on request, for a run with LoRA: the LoRA matrices as a peft folder
 
-LoRA matrices are merged into the language model's weights (`dsasr.model.lora`) in float32, and the
-sum is rounded to the dtype that is written. Logits before and after agree to 1e-5 of the largest
-logit in float32, and to about 1e-2 in bfloat16, which is the rounding of the sum. ``adapter`` is
-for the language model that training started from, not for the merged one in ``llm``.
+LoRA matrices are merged into the weights that they adapt (`dsasr.model.lora`) in float32, the
+encoder's and the language model's, and the sum is rounded to the dtype that is written. Logits
+before and after agree to 1e-5 of the largest logit in float32, and to about 1e-2 in bfloat16, which
+is the rounding of the sum. ``adapter`` is of the language model, for the one that training started
+from, not for the merged one in ``llm``.
 
 Weights go from the checkpoint to the files one tensor at a time: memory does not grow with the
 model, and the checkpoint may be of any world size.
@@ -174,18 +175,13 @@ def _write_model(
     llm.mkdir()
     _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
     # Name in the file → key in the checkpoint.
-    speech_keys = {k: k for k in weights.shapes if k.startswith(("encoder.", "ctc.", "adaptor."))}
-    llm_keys = {
-        k.removeprefix("llm."): k
-        for k in weights.shapes
-        if k.startswith("llm.") and not lora.is_adapter(k)
-    }
+    plain = [k for k in weights.shapes if not lora.is_adapter(k)]
+    speech_keys = {k: k for k in plain if k.startswith(("encoder.", "ctc.", "adaptor."))}
+    llm_keys = {k.removeprefix("llm."): k for k in plain if k.startswith("llm.")}
+    matrices = ((speech_keys, recipe.model.encoder_lora), (llm_keys, recipe.model.lora))
     with Bar(desc="exporting", unit="B", unit_scale=True, total=0) as bar:
-        for directory, keys in ((folder, speech_keys), (llm, llm_keys)):
-            tensors = {
-                name: _lazy(weights, key, dtype, bar, recipe.model.lora)
-                for name, key in keys.items()
-            }
+        for directory, (keys, cfg) in zip((folder, llm), matrices, strict=True):
+            tensors = {name: _lazy(weights, key, dtype, bar, cfg) for name, key in keys.items()}
             _write_files(directory, tensors)
 
 
@@ -205,15 +201,18 @@ def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
     """Raise `UserError` if recipe and checkpoint disagree on LoRA, or if ``adapter`` is requested
     and the LoRA matrices are not all that the run trained of the language model."""
     model, stages = build.recipe.model, build.recipe.schedule().sft
-    has_lora = any(map(lora.is_adapter, weights.shapes))
-    if has_lora != (model.lora is not None):
-        raise UserError(
-            "the checkpoint and its recipe disagree on model.lora: export with the run's own recipe"
-        )
+    has = {}
+    for part, base in lora.BASE.items():
+        has[part] = any(k.startswith(f"{base}.") and lora.is_adapter(k) for k in weights.shapes)
+        if has[part] != (getattr(model, part) is not None):
+            raise UserError(
+                f"the checkpoint and its recipe disagree on model.{part}: export with the run's "
+                "own recipe"
+            )
     trained = [stage.name for stage in stages if "llm" in stage.trains]
-    if adapter and (not has_lora or trained):
-        why = "it has no LoRA"
-        if has_lora:
+    if adapter and (not has["lora"] or trained):
+        why = "its language model has no LoRA"
+        if has["lora"]:
             why = f"stage '{trained[0]}' trains the language model itself"
         raise UserError(f"the run has no adapter to write beside the merged model: {why}")
 
@@ -221,7 +220,7 @@ def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
 def _write_adapter(
     build: Builder, weights: PrefixReader, folder: Path, dtype: torch.dtype | None
 ) -> None:
-    keys = [k for k in weights.shapes if lora.is_adapter(k)]
+    keys = [k for k in weights.shapes if k.startswith("llm.") and lora.is_adapter(k)]
     matrices = {k.removeprefix("llm."): weights.whole(k) for k in keys}
     if dtype is not None:
         matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}

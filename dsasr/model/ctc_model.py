@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsasr.data.audio.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batch import Batch
+from dsasr.model import lora
 from dsasr.model.ctc import (
     CtcHead,
     CtcHeadConfig,
@@ -51,6 +52,7 @@ class CtcModel(nn.Module):
         self.encoder = encoder
         self.ctc = CtcHead(encoder.width, phonemes, cfg.head)
         self.cfg = cfg
+        self._lora_dropouts = lora.Dropouts(encoder)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew; the same generator state gives the same weights."""
@@ -74,6 +76,7 @@ class CtcModel(nn.Module):
         weight = 1.0 if len(batch) else 0.0
         batch = batch.or_silence(self.encoder.bins)
         views_XTF, chunk = [batch.features_BTF], None
+        self._lora_dropouts.train(self.training)
         if self.training:
             seed_dropout(batch)
             views_XTF = self._views(batch)

@@ -11,7 +11,7 @@ partitioned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,11 +22,9 @@ from dsasr.model import layerwise_init, lora
 from dsasr.model.hf_weights import TensorFiles, fill_buffers
 from dsasr.model.layerwise_init import Partition
 from dsasr.model.llm import load_llm
+from dsasr.model.lora import Adapt, DrawAdapter
 from dsasr.model.token_embeddings import embedding_rms, input_scale, token_rms
 from dsasr.utils import distributed
-
-Adapt = Callable[[PreTrainedModel], None]  # injects LoRA's layers
-DrawAdapter = Callable[[str, tuple[int, ...]], Tensor]  # name, shape → a LoRA matrix
 
 
 def match_tensors(llm: PreTrainedModel, files: TensorFiles) -> dict[str, str] | None:
@@ -119,15 +117,10 @@ def _load_whole(
     llm = load_llm(folder, attn=attn, dropout=dropout)
     if adapt is not None:
         adapt(llm)
-        _draw_adapters(dict(lora.adapters(llm)), draw_adapter)
+        lora.draw(llm.named_parameters(), draw_adapter)
     rms = token_rms(llm)
     layerwise_init.partition_all(llm, partition)
     return llm, distributed.broadcast(rms)
-
-
-def _draw_adapters(parameters: Mapping[str, nn.Parameter], draw: DrawAdapter) -> None:
-    for name, parameter in parameters.items():
-        parameter.data.copy_(draw(name, tuple(parameter.shape)))
 
 
 def draw_llm(
@@ -155,10 +148,7 @@ def draw_llm(
 
     def fill_layer(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         nonlocal rms
-        matrices = {n: p for n, p in parameters.items() if lora.is_adapter(n)}
-        if matrices:
-            _draw_adapters(matrices, draw_adapter)
-        else:
+        if not lora.draw(parameters.items(), draw_adapter):
             owners[id(layer)]._init_weights(layer)
         if layer is embeddings:
             rms = embedding_rms(layer)

@@ -1,19 +1,21 @@
-"""LoRA: low-rank matrices trained beside the language model's frozen weights (arXiv 2106.09685).
+"""LoRA: low-rank matrices trained beside frozen weights (arXiv 2106.09685).
 
     y = W·x + alpha / rank · B·A·dropout(x)        A: [rank, in], B: [out, rank], B = 0 at first
 
-The recipe's ``model.lora`` injects them into the loaded language model, and a stage trains them as
-its part ``lora``, instead of ``llm``; the layers are the library peft's. Choices made here:
+The recipe's ``model.lora`` injects them into the language model, ``model.encoder_lora`` into the
+encoder of both branches; a stage trains them as its part ``lora`` or ``encoder_lora``, instead of
+``llm`` or ``encoder``. The layers are the library peft's. Choices made here:
 
-- They are injected in place. A wrapper would hide the language model from code that needs its base
-  model, its embeddings or its head.
-- peft names the weight that it wraps ``X.base_layer.weight``. In checkpoints it is ``X.weight``, as
-  without LoRA (`plain_name`); beside it lie ``X.lora_A.default.weight`` and ``X.lora_B.….weight``.
+- They are injected in place. A wrapper would hide the model from code that needs its base model,
+  its embeddings or its head.
+- peft names the weight that it wraps ``X.base_layer.weight``. In checkpoints and snapshots it is
+  ``X.weight``, as without LoRA (`plain_name`); beside it lie ``X.lora_A.default.weight`` and
+  ``X.lora_B.….weight``.
 - Each matrix is drawn from a generator of its own, seeded by its name: the same on every rank, for
   any world size and partitioning.
 - The head and the embeddings are refused: the fused loss reads the head's weight, not its output,
-  and the embeddings are usually the same tensor.
-- An export is merged, W + alpha / rank · B·A in float32, and is a plain language model again.
+  and the embeddings are usually the same tensor. In an encoder only its blocks are adapted.
+- An export is merged, W + alpha / rank · B·A in float32, and is a plain model again.
 
 A stage with other parts than ``lora`` keeps the matrices frozen but in use. The mean of checkpoints
 is one of A and of B, not of their product; for checkpoints of one run the two are close.
@@ -22,7 +24,7 @@ is one of A and of B, not of their product; for checkpoints of one run the two a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,20 +34,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsasr.config import nearest
+from dsasr.model.encoders.protocol import Encoder
 from dsasr.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PART = "lora"
+BASE = {"lora": "llm", "encoder_lora": "encoder"}  # part of a stage → the model that it adapts
+Adapt = Callable[[nn.Module], None]  # injects LoRA's layers
+DrawAdapter = Callable[[str, tuple[int, ...]], Tensor]  # name, shape → a matrix
 _ADAPTER = "default"  # peft's name for the only one
 _WEIGHT, _A, _B = ".weight", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """``targets``: the linear layers of the language model's blocks, by the last part of their
-    names (q_proj …); empty: all of them. The sum is weighed by alpha / rank."""
+    """``targets``: the linear layers of the model's blocks, by the last part of their names
+    (q_proj …); empty: all of them. The sum is weighed by alpha / rank."""
 
     rank: int = 16  # rank of the matrices; at least 1
     alpha: float = 32.0  # the sum is scaled by alpha / rank
@@ -54,12 +59,13 @@ class LoraConfig:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        keys = "model.lora, model.encoder_lora"
         if self.rank < 1:
-            raise UserError(f"model.lora.rank must be at least 1, not {self.rank}")
+            raise UserError(f"{keys}: rank must be at least 1, not {self.rank}")
         if not 0 < self.alpha < math.inf:
-            raise UserError(f"model.lora.alpha must be a number above 0, not {self.alpha}")
+            raise UserError(f"{keys}: alpha must be a number above 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"model.lora.dropout must lie in [0, 1), not {self.dropout}")
+            raise UserError(f"{keys}: dropout must lie in [0, 1), not {self.dropout}")
 
     @property
     def scale(self) -> float:
@@ -69,54 +75,84 @@ class LoraConfig:
 # -- injection -----------------------------------------------------------------------------------
 
 
-def targeted(llm: PreTrainedModel, cfg: LoraConfig) -> dict[str, nn.Linear]:
+def targeted(model: PreTrainedModel | Encoder, cfg: LoraConfig) -> dict[str, nn.Linear]:
     """Name → linear layer that ``cfg`` adapts, of a model without LoRA yet, on any device.
 
     Raises `UserError` for a target that is no such layer.
     """
-    base, head = llm.base_model, llm.get_output_embeddings()
-    prefix = "" if base is llm else f"{llm.base_model_prefix}."
-    linear = {
-        f"{prefix}{name}": module
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    encoder = isinstance(model, Encoder)
+    linear = _encoder_layers(model) if encoder else _llm_layers(model)
+    key, what = ("model.encoder_lora", "encoder") if encoder else ("model.lora", "language model")
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     if not kinds:
-        raise UserError(f"model.lora: {llm.config.model_type} has no linear layer to adapt")
+        raise UserError(f"{key}: the {what} has no linear layer to adapt")
     for target in cfg.targets:
         if target not in kinds:
             raise UserError(
-                f"model.lora.targets: '{target}' is none of the linear layers of the language "
-                f"model's blocks ({', '.join(kinds)}){nearest(target, kinds)}"
+                f"{key}.targets: '{target}' is none of the linear layers of the {what}'s blocks "
+                f"that can be adapted ({', '.join(kinds)}){nearest(target, kinds)}"
             )
     targets = cfg.targets or tuple(kinds)
     return {name: m for name, m in linear.items() if name.rpartition(".")[2] in targets}
 
 
-def count(llm: PreTrainedModel, cfg: LoraConfig) -> int:
+def _llm_layers(llm: PreTrainedModel) -> dict[str, nn.Linear]:
+    base, head = llm.base_model, llm.get_output_embeddings()
+    prefix = "" if base is llm else f"{llm.base_model_prefix}."
+    return {
+        f"{prefix}{name}": module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def _encoder_layers(encoder: Encoder) -> dict[str, nn.Linear]:
+    """Those of its blocks, but for layers that do not run by their own forward."""
+    return {
+        name: module
+        for name, module in encoder.blocks.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] not in encoder.read_past_forward
+    }
+
+
+def count(model: PreTrainedModel | Encoder, cfg: LoraConfig) -> int:
     """The parameters that ``cfg`` adds to a model without LoRA."""
-    return sum(cfg.rank * (m.in_features + m.out_features) for m in targeted(llm, cfg).values())
+    return sum(cfg.rank * (m.in_features + m.out_features) for m in targeted(model, cfg).values())
 
 
-def inject(llm: PreTrainedModel, cfg: LoraConfig, meta: bool = False) -> None:
-    """Inject the layers into ``llm``; `initial` draws their values. ``meta``: without memory."""
+def inject(model: PreTrainedModel | Encoder, cfg: LoraConfig, meta: bool = False) -> None:
+    """Inject the layers into ``model``; `initial` draws their values. ``meta``: without memory."""
+    config = _peft_config(cfg, targeted(model, cfg))
+    encoder = isinstance(model, Encoder)
     _peft().inject_adapter_in_model(
-        _peft_config(cfg, targeted(llm, cfg)), llm, _ADAPTER, low_cpu_mem_usage=meta
+        config, model.blocks if encoder else model, _ADAPTER, low_cpu_mem_usage=meta
     )
+    if encoder:
+        model.blocks[0].register_forward_pre_hook(_require_input_gradient)
 
 
-def check(llm: PreTrainedModel, cfg: LoraConfig) -> None:
+def _require_input_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Before an encoder's first block, where the matrices train and nothing before them does:
+    DeepSpeed 0.19 releases the weights of a layer whose input needs no gradient before its backward
+    pass has used them."""
+    if torch.is_grad_enabled() and not inputs[0].requires_grad and any(
+        parameter.requires_grad for parameter in block.parameters()
+    ):  # fmt: skip
+        inputs[0].requires_grad_()
+
+
+def check(model: PreTrainedModel | Encoder, cfg: LoraConfig) -> None:
     """Raise `UserError` where `inject` would; changes nothing."""
     _peft()
-    targeted(llm, cfg)
+    targeted(model, cfg)
 
 
 def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UserError("model.lora needs the library peft: pip install 'dsasr[lora]'") from None
+        raise UserError("LoRA needs the library peft: pip install 'dsasr[lora]'") from None
     return peft
 
 
@@ -158,22 +194,42 @@ def adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in module.named_parameters() if is_adapter(name))
 
 
+def draw(named: Iterable[tuple[str, nn.Parameter]], draw_adapter: DrawAdapter) -> bool:
+    """Give the matrices among ``named`` parameters, which are whole, the values of
+    ``draw_adapter``; returns whether there are any."""
+    matrices = [(name, parameter) for name, parameter in named if is_adapter(name)]
+    for name, parameter in matrices:
+        parameter.data.copy_(draw_adapter(name, tuple(parameter.shape)))
+    return bool(matrices)
+
+
 def part(module: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters of a model's part. ``lora``: the matrices in its ``llm``; ``llm``: the rest
-    of it. Empty where the model has no such part."""
-    child = getattr(module, "llm" if name == PART else name, None)
+    of it; so with ``encoder_lora``. Empty where the model has no such part."""
+    child = getattr(module, BASE.get(name, name), None)
     if child is None:
         return []
-    adapter = name == PART
-    return [p for n, p in child.named_parameters() if is_adapter(n) == adapter]
+    return [p for n, p in child.named_parameters() if is_adapter(n) == (name in BASE)]
 
 
-def dropouts(llm: nn.Module) -> list[nn.Dropout]:
-    """The dropouts before the As."""
-    return [
-        m for n, m in llm.named_modules() if n.endswith(f"lora_dropout.{_ADAPTER}")
-        and isinstance(m, nn.Dropout)
-    ]  # fmt: skip
+class Dropouts:
+    """The dropouts before the As in ``module``, which the mode of ``module`` does not decide.
+
+    A stage that trains the model itself keeps its matrices frozen, and without dropout.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._matrices = [parameter for _, parameter in adapters(module)]
+        self._dropouts = [
+            m for n, m in module.named_modules() if n.endswith(f"lora_dropout.{_ADAPTER}")
+            and isinstance(m, nn.Dropout)
+        ]  # fmt: skip
+
+    def train(self, mode: bool) -> None:
+        """On in training where the matrices train."""
+        mode = mode and any(parameter.requires_grad for parameter in self._matrices)
+        for dropout in self._dropouts:
+            dropout.training = mode
 
 
 # -- export --------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ class SpeechLLM(nn.Module):
     """A speech recognizer around a Hugging Face causal LM.
 
     A part without a trainable parameter runs in eval mode (no dropout), and the encoder without a
-    graph, whatever mode the whole is in. LoRA matrices belong to the language model, but for their
-    own dropout, which is off where they are frozen.
+    graph, whatever mode the whole is in. LoRA matrices belong to the model that they adapt, but for
+    their own dropout, which is off where they are frozen.
 
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
     context; ctc: the head whose posteriors an adaptor of kind ctc reads; spell: transcripts to its
@@ -86,8 +86,7 @@ class SpeechLLM(nn.Module):
         self.cfg, self.spec, self.chunks, self.spell = cfg, spec, chunks, spell
         FusedLmHead.replace(llm)
         self._input_scale = input_scale(llm)
-        self._lora = [p for _, p in lora.adapters(llm)]
-        self._lora_dropouts = lora.dropouts(llm)
+        self._lora_dropouts = [lora.Dropouts(part) for part in (encoder, llm)]
         if cfg.activation_checkpointing:
             # transformers is renaming it.
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
@@ -178,10 +177,8 @@ class SpeechLLM(nn.Module):
                 for layer in part.modules():
                     if isinstance(layer, GradientCheckpointingLayer):
                         layer.training = True
-        # Not the part's mode: a stage that trains the language model keeps its matrices frozen.
-        training = self.training and any(p.requires_grad for p in self._lora)
-        for dropout in self._lora_dropouts:
-            dropout.training = training
+        for dropouts in self._lora_dropouts:
+            dropouts.train(self.training)
 
     def _packed_mask(self, positions_RL: Tensor | None) -> Tensor | None:
         """[R, 1, L, L], True where a position attends to another of its utterance, or to itself.

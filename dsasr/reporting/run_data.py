@@ -54,7 +54,7 @@ class RunData:
     def joint_stage(self) -> str | None:
         """The name of the first sft stage that trains the encoder."""
         for stage in self.schedule.stages if self.schedule else ():
-            if stage.branch == "sft" and "encoder" in stage.trains:
+            if stage.needs_final_encoder:
                 return stage.name
         return None
 

@@ -38,7 +38,7 @@ class EncoderSwap:
         self.store = SnapshotStore(recipe.store_folder, recipe.store.keep)
         self.trigger = DriftTrigger(recipe.drift.threshold)
         self._identity = str(recipe.folder.resolve())
-        self._architecture = config.fingerprint(config.to_plain(recipe.model.encoder))
+        self._architecture = recipe.encoder_architecture()
         self._drift: DriftMonitor | None = None
         self._reference: str | None = None  # name of the encoder that drift is measured from
         self._refused: set[str] = set()
@@ -164,6 +164,7 @@ class EncoderSwap:
             "encoder": config.to_plain(self.recipe.model.encoder),
             "vocabularies": self.builder.vocabularies,
             "config": self.recipe.encoder_fingerprint(),
+            "encoder_lora": config.to_plain(self.recipe.model.encoder_lora),
         }
         masters = live.masters("") if _low_precision(live) else {}
         started = time.monotonic()

@@ -86,7 +86,7 @@ class OnlineProbe:
         They are the encoder's after any swap at the stage's start. Other steps and stages store
         nothing; repeated, the result is the same. Returns the seconds taken.
         """
-        if not self.config.every or step or "encoder" not in branch.stage.trains:
+        if not self.config.every or step or not branch.stage.trains_encoder:
             return 0.0
         started = time.monotonic()
         features: dict[str, Tensor] = {}
@@ -250,7 +250,7 @@ class OnlineProbe:
         """The frames of `take_reference`; none in a stage that does not train the encoder, or whose
         first step was made without online probes."""
         path = self._reference_file(stage.name)
-        if "encoder" not in stage.trains or not path.is_file():
+        if not stage.trains_encoder or not path.is_file():
             return {}
         return load_file(path)
 

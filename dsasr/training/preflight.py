@@ -46,6 +46,8 @@ def check(builder: Builder) -> None:
                 "checkpoint or a snapshot"
             )
     _check_encoder(builder)
+    if builder.recipe.model.encoder_lora is not None:
+        lora.check(builder.encoder_shape, builder.recipe.model.encoder_lora)
     if "pretrain" in builder.recipe.branches:
         _ = builder.phonemes
     if "sft" in builder.recipe.branches:

@@ -267,6 +267,7 @@ class Encoder(nn.Module):
     front_end = None  # filter banks, by the recipe's data.fbank
     frame_seconds = 0.04
     takes_chunks = True
+    read_past_forward = ()
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()

@@ -3,7 +3,7 @@
 The encoder is built on the meta device; each layer then gets its weights, and with ``partition``
 leaves each rank its own slices before the next layer's turn, so that no rank has the encoder whole.
 Tensors are found by name, wherever the encoder is inside the folder's model (``model.encoder.…`` of
-a Whisper, ``wav2vec2.…`` of a CTC model).
+a Whisper, ``wav2vec2.…`` of a CTC model). LoRA's matrices are drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dsasr.model import layerwise_init
+from dsasr.model import layerwise_init, lora
 from dsasr.model.encoders.pretrained import (
     PretrainedEncoder,
     PretrainedEncoderConfig,
@@ -23,6 +23,7 @@ from dsasr.model.encoders.pretrained import (
 from dsasr.model.encoders.whisper import Positions
 from dsasr.model.hf_weights import TensorFiles, fill_buffers
 from dsasr.model.layerwise_init import Partition
+from dsasr.model.lora import Adapt, DrawAdapter
 from dsasr.utils.errors import UserError
 
 # Names of older checkpoints → today's in transformers.
@@ -34,10 +35,17 @@ LEGACY = {
 
 
 def load_encoder(
-    folder: Path, cfg: PretrainedEncoderConfig, seed: int = 0, partition: Partition | None = None
+    folder: Path,
+    cfg: PretrainedEncoderConfig,
+    seed: int = 0,
+    partition: Partition | None = None,
+    *,
+    adapt: Adapt | None = None,
+    draw_adapter: DrawAdapter | None = None,
 ) -> PretrainedEncoder:
     """The encoder of a Hugging Face folder, in float32; ``seed`` draws what is not read.
 
+    ``adapt`` injects LoRA's layers, whose matrices ``draw_adapter`` draws.
     Collective with ``partition``. Raises `UserError` for a folder that is none, of an unknown
     family, without safetensors, or whose tensors are not the encoder's.
     """
@@ -45,9 +53,11 @@ def load_encoder(
         torch.manual_seed(seed)
         with torch.device("meta"):
             encoder = build_encoder(folder, cfg)
+            if adapt is not None:
+                adapt(encoder)
         source = _Source(folder, encoder) if cfg.weights else None
         _fill_tables(encoder, source)
-        layerwise_init.materialize(encoder, _Drawer(encoder, source), partition)
+        layerwise_init.materialize(encoder, _Drawer(encoder, source, draw_adapter), partition)
     return encoder
 
 
@@ -88,6 +98,9 @@ class _Source:
     def _check(self, encoder: PretrainedEncoder) -> None:
         missing, reshaped = [], []
         for name, tensor in encoder.model.state_dict(keep_vars=True).items():
+            if lora.is_adapter(name):
+                continue
+            name = lora.plain_name(name)
             if self.has(name):
                 found = self.shape(name)
                 if found != tuple(tensor.shape):
@@ -138,12 +151,19 @@ class _Source:
 class _Drawer:
     """Fills a layer's parameters: from the source, or by the layers' own rules."""
 
-    def __init__(self, encoder: PretrainedEncoder, source: _Source | None):
-        self.encoder, self.source = encoder, source
+    def __init__(
+        self,
+        encoder: PretrainedEncoder,
+        source: _Source | None,
+        draw_adapter: DrawAdapter | None,
+    ):
+        self.encoder, self.source, self.draw_adapter = encoder, source, draw_adapter
 
     def __call__(self, layer: nn.Module, fresh: Mapping[str, nn.Parameter]) -> None:
+        if lora.draw(fresh.items(), self.draw_adapter):
+            return
         for name, parameter in fresh.items():
-            inner = name.removeprefix("model.")
+            inner = lora.plain_name(name.removeprefix("model."))
             if name == "layer_weights":
                 parameter.zero_()
             elif self.source is not None and self.source.has(inner):

@@ -84,6 +84,7 @@ class PretrainedEncoder(nn.Module, ABC):
     """
 
     takes_chunks = False
+    read_past_forward: tuple[str, ...] = ()
     anchor: str  # a parameter's name that finds the encoder inside a larger checkpoint
     front_end: PretrainedFrontEnd
     width: int

@@ -32,6 +32,9 @@ class Encoder(Protocol):
     bins: int  # F
     frame_seconds: float  # of audio between two encoder frames
     takes_chunks: bool  # whether `chunk` may be given: dynamic chunks in training, streaming
+    # last parts of the names of linear layers in the blocks whose weights are read past their
+    # forward: LoRA would have no effect on them
+    read_past_forward: tuple[str, ...]
 
     @property
     def blocks(self) -> nn.ModuleList: ...

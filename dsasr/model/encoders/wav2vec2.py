@@ -66,6 +66,8 @@ class Wav2Vec2Encoder(PretrainedEncoder):
         for _, stride in self.kernels:
             step *= stride
         self.frame_seconds = step / RATE
+        if settings.model_type == "wavlm":  # one function of torch's takes all four weights
+            self.read_past_forward = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.front_end = PretrainedFrontEnd(
             "wave", 1, normalize=getattr(settings, "do_normalize", True)
         )
