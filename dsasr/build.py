@@ -324,12 +324,18 @@ class Builder:
         self._adapt_encoder(encoder, meta=False)
         return encoder
 
+    @property
+    def encoder_comes_from_a_source(self) -> bool:
+        """Whether the encoder's folder is that of an export, whose weights lie elsewhere."""
+        carried = [Path(source) / export_folder.ENCODER for source in self.source_copies]
+        cfg = self.recipe.pretrained_encoder
+        return cfg is not None and self.recipe.takes_encoder and Path(cfg.path) in carried
+
     def _encoder(self, purpose: str, partition: Partition | None) -> Encoder:
         """The encoder that others trained, with its weights; or a Conformer on the meta device."""
         if (cfg := self.recipe.pretrained_encoder) is not None:
             seed = sub_seed(self.recipe.seed, purpose)
-            carried = [Path(source) / export_folder.ENCODER for source in self.source_copies]
-            if self.recipe.takes_encoder and Path(cfg.path) in carried:
+            if self.encoder_comes_from_a_source:
                 cfg = replace(cfg, weights=False)  # an export's, loaded with its other weights
             return load_encoder(
                 self.encoder_folder, cfg, seed, partition, adapt=self._adapt_encoder,

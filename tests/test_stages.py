@@ -208,8 +208,8 @@ def test_impossible_schedules_are_refused():
         Schedule(())
     with pytest.raises(UserError, match="two stages are called"):
         Schedule((ALIGN, ALIGN))
-    with pytest.raises(UserError, match="at most one stage"):
-        Schedule((PRETRAIN, replace(PRETRAIN, name="again")))
+    with pytest.raises(UserError, match="must have one objective"):
+        Schedule((PRETRAIN, replace(PRETRAIN, name="again", objective="ctc")))
     with pytest.raises(UserError, match="branch=sft"):
         Schedule((PRETRAIN,), branch="sft")
     with pytest.raises(UserError, match="encoder of pretrain step 21, but pretraining has 20"):
@@ -298,3 +298,21 @@ def test_recipe_of_a_joint_stage_with_a_frozen_encoder_and_stages_after_it(tmp_p
     assert not schedule.stages[3].needs_final_encoder
     # All of them use pretraining's final encoder.
     assert swaps[-1][0] == "s20" and [s[0] for s in swaps] == ["s8", "s20"]
+
+
+def test_pretraining_in_several_stages():
+    head = replace(PRETRAIN, name="head", trains={"ctc": 1e-3}, steps=3)
+    schedule = Schedule((head, PRETRAIN, ALIGN), DriftConfig(mode="final"))
+    assert schedule.pretrain == (head, PRETRAIN)
+    assert schedule.pretrain_steps() == 3 + PRETRAIN.steps
+    assert schedule.pretrain_stage(2) == (head, 2) and schedule.pretrain_stage(3) == (PRETRAIN, 0)
+    assert schedule.next_turn(Progress(pretrain=3)).stage is PRETRAIN
+    assert schedule.publishes_at(3) is None
+    assert schedule.publishes_at(3 + PRETRAIN.steps) == "final"
+
+
+def test_text_alone_waits_for_no_encoder():
+    read = replace(ALIGN, name="read", text_share=1.0)
+    turn = Schedule((read,), branch="sft").next_turn(Progress())
+    assert (turn.kind, turn.load) == ("step", None)
+    assert Schedule((ALIGN,), branch="sft").next_turn(Progress()).kind == "wait"

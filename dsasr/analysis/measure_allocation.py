@@ -86,7 +86,8 @@ def measure(
 def _ctc_entropy(head: nn.Module, features: dict[str, Tensor]) -> CtcEntropy:
     sums = predictive_entropy.CtcEntropySums()
     for x_SE in features.values():
-        sums.update(head(x_SE[None].to(device())).cpu(), torch.tensor([len(x_SE)]))
+        lengths_B = torch.tensor([len(x_SE)])
+        sums.update(head(x_SE[None].to(device()), lengths_B.to(device())).cpu(), lengths_B)
     return sums.value()
 
 

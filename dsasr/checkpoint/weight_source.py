@@ -42,9 +42,9 @@ _PREFIXES = {"pretrain": ("pretrain/", "sft/"), "sft": ("sft/", "pretrain/")}
 
 def part_of(name: str) -> str:
     """The part that a tensor belongs to, one of `PARTS`."""
-    if lora.is_adapter(name):
-        return lora.PART
     child = name.partition(".")[0]
+    if child == "llm" and lora.is_adapter(name):
+        return "lora"
     return "head" if child == "ctc" else child
 
 

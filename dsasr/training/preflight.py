@@ -83,7 +83,7 @@ def _check_encoder(builder: Builder) -> None:
             )
         return
     check_preprocessor(builder.encoder_folder, builder.front_end)
-    if model.encoder.weights:
+    if model.encoder.weights and not builder.encoder_comes_from_a_source:
         check_weights(builder.encoder_folder, builder.encoder_shape)
     for branch in ("pretrain", "sft"):
         chunks = getattr(model, branch).chunks

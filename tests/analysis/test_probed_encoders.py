@@ -10,7 +10,7 @@ from dsasr.analysis import probed_encoders
 
 
 def test_the_longest_recording_is_one_that_all_encoders_can_read(tmp_path):
-    folders = [tmp_path / name for name in ("whisper", "hubert", "run")]
+    folders = [tmp_path / name for name in ("whisper", "hubert")]
     for folder in folders:
         folder.mkdir()
     whisper = {"model_type": "whisper", "max_source_positions": 50}

@@ -92,10 +92,10 @@ def test_ds_configs_are_read_by_name_and_mistakes_are_named(tmp_path):
 # of the model waits for a GPU is tested in tests/training/test_host_waits.py.
 ON_THE_HOST = {
     "dsasr/model/encoders/conformer.py:forward",
-    "dsasr/model/speech_llm.py:<genexpr>",
+    "dsasr/model/sequence_layout.py:<genexpr>",
     "dsasr/model/speech_llm.py:<listcomp>",
-    "dsasr/model/speech_llm.py:lay_out",
-    "dsasr/model/speech_llm.py:ragged",
+    "dsasr/model/sequence_layout.py:lay_out",
+    "dsasr/model/sequence_layout.py:ragged",
     "dsasr/kernels/dispatch.py:_check_cross_entropy",
     "dsasr/kernels/dispatch.py:_check_adaptor",
     # Adam's step count, which a GPU's fused Adam never reads.

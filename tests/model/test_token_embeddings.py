@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dsasr.model.adaptor import Adaptor, AdaptorConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsasr.data.batch import Batch
+from dsasr.model.adaptors.mlp import MlpAdaptor
+from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig, load_llm
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
@@ -61,7 +62,7 @@ def speech_llm(llm, scale):
     torch.manual_seed(1)
     encoder = Encoder(EncoderConfig(width=32, layers=1, heads=2, ffn=32, kernel=3, mels=16))
     width = llm.get_input_embeddings().weight.shape[1]
-    adaptor = Adaptor(AdaptorConfig(hidden=128), 32, width, scale)
+    adaptor = MlpAdaptor(AdaptorConfig(hidden=128), 32, width, scale)
     return SpeechLLM(encoder, adaptor, llm, PREFIX, SUFFIX, 0, LlmConfig()).eval()
 
 
@@ -92,7 +93,8 @@ def residual_streams(model):
     for handle in handles:
         handle.remove()
     stream = found[0][0]
-    first, count = len(PREFIX), int(model._speech_lengths(torch.tensor([800])))
+    frames_B = model.encoder.output_lengths(torch.tensor([800]))
+    first, count = len(PREFIX), int(model.adaptor.output_lengths(frames_B))
     return stream[first : first + count], torch.cat((stream[:first], stream[first + count :]))
 
 

@@ -60,7 +60,7 @@ def test_every_recipe_is_sound_and_makes_the_same_steps(experiment):
         for variant in systems.PRETRAININGS:
             values = systems.pretraining(variant, kind, sizes, 3, *paths("corpus", "run"))
             recipe = config.build(Recipe, values)
-            stage = recipe.schedule().pretrain
+            (stage,) = recipe.schedule().pretrain
             assert (recipe.branch, recipe.seed, stage.steps) == ("pretrain", 3, sizes.pretrain)
             # The same frames go through the encoder, in one view or two.
             assert stage.batch.frames * variant.views == sizes.frames

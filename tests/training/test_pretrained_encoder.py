@@ -96,11 +96,43 @@ def test_the_export_needs_neither_the_encoders_folder_nor_the_run(trained, whisp
         moved.rename(whisper)
 
 
+SFT_ONLY = (
+    "stages=[{name: align, branch: sft, trains: {adaptor: 2e-3}, steps: 6}, "
+    "{name: joint, branch: sft, trains: {encoder: 1e-4, adaptor: 1e-3, llm: 1e-3}, steps: 6}]"
+)
+
+
+@pytest.mark.launcher
+def test_without_pretraining_it_trains_resumes_and_is_exported(launch, tiny, whisper, tmp_path):
+    """No pretrain stage, no phonemes, no mean and variance: as recipe whisper-qwen3."""
+    options = [*overrides(whisper), "data.phonemes=''", SFT_ONLY, "checkpoint.every_steps=4"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    done = launch(TRAIN, "--recipe", tiny, f"run={whole}", *options)
+    assert done.returncode == 0, done.stdout[-3000:]
+    events = list(read_events(whole))
+    assert [e["name"] for e in events if e["event"] == "stage_end"] == ["align", "joint"]
+    shutil.copytree(whole, resumed)
+    last = "checkpoints/step-0000000012"
+    for path in sorted((resumed / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(path)  # back to step 4, within align
+    done = launch(TRAIN, "--recipe", tiny, f"run={resumed}", *options)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert checksums(resumed / last) == checksums(whole / last)
+    cfg = config.build(recipe.Recipe, config.read_recipe(str(whole / "recipe.yaml")))
+    model = export.export_run(Builder(cfg), open_run_checkpoint(whole), tmp_path / "model")
+    trained, start = export.load_export(model).model, Builder(cfg).speech_llm()
+    changed = [n for n, p in start.encoder.named_parameters()
+               if not torch.equal(p, trained.encoder.get_parameter(n))]  # fmt: skip
+    assert changed
+    soundfile.write(tmp_path / "a.wav", torch.zeros(16000).numpy(), 16000)
+    assert Recognizer.from_pretrained(model).transcribe(tmp_path / "a.wav") is not None
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model.encoder={path: /nowhere}", "/nowhere"),
-        ("model.sft.chunks={left: [8], sizes: [8]}", "chunks"),
+        ("model.sft.chunks={}", "sees whole utterances only"),
         ("model.encoder={path: x, width: 3}", "width"),
     ],
 )

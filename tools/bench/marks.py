@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import clock
+from common import clock, resident
 from torch.profiler import ProfilerActivity, profile
 
 from dsasr.data.batch import Batch
@@ -173,5 +173,4 @@ def peak() -> int:
     """The most bytes held: of the device, or of this process on a CPU."""
     if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith("VmHWM:")).split()[1]) * 1024
+    return resident("VmHWM")

@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, cfg: recipe.Recipe, folder: Path) -> dict:
     sft = stage.branch == "sft"
     phonemes = 2 if sft else len(build.phonemes)
     tokens = build.tokenizer.vocab_size if sft else 1
-    batch = synthetic_batch(shape, build.front_end, phonemes, tokens)
+    batch = synthetic_batch(shape, build.front_end, phonemes, tokens, build.frame_seconds)
     warm_up(cfg, stage, batch, folder)
     memory = Memory()
     module = build.module(stage.branch, None if args.whole else partitioner(cfg.engine))
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, cfg: recipe.Recipe, folder: Path) -> dict:
 
 def warm_up(cfg: recipe.Recipe, stage: StageConfig, batch: Batch, folder: Path) -> None:
     """What libraries, DeepSpeed and the ranks need once, whatever the model: two steps of the same
-    kinds of layers, one of each, 32 wide."""
+    kinds of layers, one of each, 32 wide (of an encoder that others trained: as wide as it is)."""
     model = cfg.model
     if cfg.pretrained_encoder is not None:  # one of its blocks, as wide as it is
         encoder = replace(cfg.pretrained_encoder, layers=1, weights=False)

@@ -18,8 +18,8 @@ What makes the difference is shown by sides with changes, joined by "+":
 First, the loss and the adaptor's gradient of both must agree, to 1e-3, on the same utterances
 padded to 30 s (and ending in 25 ms of silence). Each measurement is a fresh process; sides take
 turns, round after round. One line a case and side is recorded: ``audio_s_per_s``, the process's
-``peak_mb`` (resident set, without its worker), and how many times as fast ours is, within each
-round.
+``peak_mb`` (resident set, without its worker; ``libraries_mb``: before there is a model), and how
+many times as fast ours is, within each round.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import peer_trainer
-from common import record
+from common import record, resident
 from marks import Throughput
 from peer_trainer import PeerOptions, SpeechCollator
 
@@ -158,6 +158,7 @@ def train_ours(options: argparse.Namespace, side: Side, case: str) -> dict[str, 
     branch_engine.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
     branch_engine.init_distributed()
+    libraries = resident()
     builder, stage = Builder(cfg), cfg.stage("sft")
     preflight.check(builder)
     engine = BranchEngine(
@@ -176,7 +177,7 @@ def train_ours(options: argparse.Namespace, side: Side, case: str) -> dict[str, 
             if throughput.step():
                 break
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in _trained(engine.module))
-    return throughput.fields() | {"trained": trained}
+    return throughput.fields() | {"trained": trained, "libraries_mb": libraries / 2**20}
 
 
 def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -201,6 +202,7 @@ def collator(options: argparse.Namespace, side: Side, builder: Builder) -> Speec
 def train_peer(options: argparse.Namespace, side: Side, case: str) -> dict[str, Any]:
     torch.set_float32_matmul_precision(options.matmul)
     builder = Builder(recipe(options, Side.parse("ours"), case))
+    libraries = resident()
     model = peer_model(options, side)
     model.freeze(CASES[case])
     throughput = Throughput(options.warm_up, options.seconds)
@@ -209,7 +211,8 @@ def train_peer(options: argparse.Namespace, side: Side, case: str) -> dict[str, 
         Path(options.folder), options.utterances // side.accumulate, side.accumulate,
         options.workers,
     )  # fmt: skip
-    return throughput.fields() | {"trained": sum(p.numel() for p in _trained(model))}
+    trained = sum(p.numel() for p in _trained(model))
+    return throughput.fields() | {"trained": trained, "libraries_mb": libraries / 2**20}
 
 
 def _rows(options: argparse.Namespace) -> list[Any]:
@@ -330,6 +333,7 @@ def line(
         "audio_s_per_s": round(statistics.median(rates), 3),
         "spread": round((max(rates) - min(rates)) / statistics.median(rates), 3),
         "peak_mb": round(middle("peak_mb"), 1),
+        "libraries_mb": round(middle("libraries_mb"), 1),
         "ours_over_this": round(statistics.median(ratios), 3),
         "ours_over_this_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "our_peak_over_this": round(middle("peak_mb", ours) / middle("peak_mb"), 3),

@@ -34,8 +34,6 @@ FAMILIES = {
     "whisper": ("whisper", "WhisperEncoder"),
     "qwen2_audio": ("whisper", "PooledWhisperEncoder"),
     "qwen2_audio_encoder": ("whisper", "PooledWhisperEncoder"),
-    "qwen3_asr": ("qwen3_asr", "Qwen3AsrEncoder"),
-    "qwen3_asr_encoder": ("qwen3_asr", "Qwen3AsrEncoder"),
     "voxtral": ("whisper", "WhisperEncoder"),
     "voxtral_encoder": ("whisper", "WhisperEncoder"),
     "wav2vec2": ("wav2vec2", "Wav2Vec2Encoder"),
@@ -131,10 +129,6 @@ class PretrainedEncoder(nn.Module, ABC):
     def _encode(self, features_BTF: Tensor, lengths_B: Tensor, out_lengths_B: Tensor) -> Tensor:
         """[B, S, E]; frames beyond ``out_lengths_B`` may hold anything finite."""
 
-    def _unpacked(self, block_output: Tensor, out_lengths_B: Tensor) -> Tensor:
-        """A block's output as [B, S, E]; overridden where blocks work on packed frames."""
-        return block_output
-
     # -- what all share ----------------------------------------------------------------------
 
     @property
@@ -176,9 +170,7 @@ class PretrainedEncoder(nn.Module, ABC):
         seen_B = torch.full_like(lengths_B, features.shape[1]) if self.cfg.pad_to else lengths_B
         out_lengths_B = self.output_lengths(lengths_B)
         with self._recorded(layers or self.layer_weights is not None) as outputs:
-            seen_out_B = self.output_lengths(seen_B)
-            frames = self._encode(features, seen_B, seen_out_B)
-        outputs = [self._unpacked(x, seen_out_B) for x in outputs]
+            frames = self._encode(features, seen_B, self.output_lengths(seen_B))
         if self.layer_weights is not None:
             shares = self.layer_weights.softmax(0).to(frames.dtype)
             frames = sum(share * x for share, x in zip(shares, outputs, strict=True))

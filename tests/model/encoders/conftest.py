@@ -21,7 +21,6 @@ TINY = {
                         "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
                         "decoder_start_token_id": 1},
     "qwen2_audio_encoder": TOWER,
-    "qwen3_asr_encoder": TOWER | {"downsample_hidden_size": 8, "n_window_infer": 200},
     "voxtral_encoder": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
                         "intermediate_size": 48, "num_mel_bins": 80},
     "wav2vec2": WAVES,

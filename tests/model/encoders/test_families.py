@@ -74,10 +74,6 @@ def theirs(encoder, row: torch.Tensor) -> torch.Tensor:
             v = conv.parametrizations.weight.original1
             conv.parametrizations.weight.original0.data = v.norm(dim=(0, 1), keepdim=True)
         return reference(row[:, 0][None]).last_hidden_state[0]
-    if encoder.settings.model_type == "qwen3_asr_encoder":
-        padded = torch.nn.functional.pad(row, (0, 0, 0, -len(row) % 100))
-        mask = (torch.arange(len(padded)) < len(row)).long()
-        return model(padded.T[None], mask[None]).last_hidden_state
     if encoder.front_end.kind == "whisper":
         window = len(row) // 2
         model.config.max_source_positions, model.max_source_positions = window, window

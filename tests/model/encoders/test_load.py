@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
-from dsasr.model.encoders.load import load_encoder
-from dsasr.model.encoders.pretrained import PretrainedEncoderConfig
+from dsasr.model.encoders.load import check_weights, load_encoder
+from dsasr.model.encoders.pretrained import (
+    PREPROCESSOR,
+    PretrainedEncoderConfig,
+    build_encoder,
+    check_preprocessor,
+)
 from dsasr.utils.errors import UserError
 
 
@@ -125,3 +132,41 @@ def test_what_does_not_fit_is_a_users_error(saved):
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):
         load_encoder(folder, cfg)
+
+
+def test_weights_are_checked_without_memory_for_them(saved):
+    folder, _ = saved("hubert")
+    with torch.device("meta"):
+        encoder = build_encoder(folder, PretrainedEncoderConfig(str(folder)))
+    check_weights(folder, encoder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no safetensors"):
+        check_weights(folder, encoder)
+
+
+# A folder's own feature extractor, and what it must not be.
+EXTRACTORS = {
+    "whisper": ({"feature_size": 80}, {"feature_size": 128}),
+    "wavlm": ({"feature_size": 1, "do_normalize": False}, {"sampling_rate": 8000}),
+    "wav2vec2-bert": ({"feature_size": 80, "stride": 2}, {"feature_size": 128, "stride": 2}),
+    "parakeet_encoder": ({"feature_size": 80}, {"feature_size": 128}),
+}
+
+
+@pytest.mark.parametrize("family", EXTRACTORS)
+def test_features_are_those_of_the_folders_extractor(family, make, tmp_path):
+    fits, wrong = EXTRACTORS[family]
+    path = tmp_path / PREPROCESSOR
+    front_end = make(family).front_end
+    path.write_text(json.dumps({"sampling_rate": 16000} | fits))
+    check_preprocessor(tmp_path, front_end)
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json has"):
+        check_preprocessor(tmp_path, front_end)
+
+
+def test_waves_are_normalized_where_the_folder_says_so(make, tmp_path):
+    assert make("wavlm").front_end.normalize
+    for value in (False, True):
+        (tmp_path / PREPROCESSOR).write_text(json.dumps({"do_normalize": value}))
+        assert make("wavlm").front_end.normalize is value

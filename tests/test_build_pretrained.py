@@ -1,0 +1,136 @@
+"""Bad input around an encoder that others trained: one line, from the check before training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from dsasr import recipe
+from dsasr.build import Builder
+from dsasr.data.shards.index import build_index
+from dsasr.model.encoders.pretrained import PREPROCESSOR
+from dsasr.utils.errors import UserError
+
+# Reads 0.8 s at most: three of the tiny corpus' words, but not four.
+SHAPE = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+         "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "vocab_size": 50,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+         "max_source_positions": 40}  # fmt: skip
+
+
+@pytest.fixture
+def whisper(tmp_path) -> Path:
+    folder = tmp_path / "whisper"
+    AutoModel.from_config(AutoConfig.for_model("whisper", **SHAPE)).save_pretrained(folder)
+    settings = {"feature_size": 80, "sampling_rate": 16000}
+    (folder / PREPROCESSOR).write_text(json.dumps(settings))
+    return folder
+
+
+def load(tiny: Path, encoder: object, *overrides: str) -> recipe.Recipe:
+    return recipe.load(
+        str(tiny),
+        [
+            f"model.encoder={{path: {encoder}}}", "data.cmvn=''", "model.adaptor.stack=8",
+            "model.pretrain.chunks=null", "data.dataloader.batch.max_seconds=0.8", *overrides,
+        ],
+    )  # fmt: skip
+
+
+def refusal(cfg: recipe.Recipe) -> str:
+    with pytest.raises(UserError) as caught:
+        Builder(cfg).check()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_fits_passes(tiny, whisper):
+    Builder(load(tiny, whisper)).check()
+
+
+def test_a_folder_without_weights(tiny, whisper):
+    (whisper / "model.safetensors").unlink()
+    assert "has no safetensors weights: copy or download" in refusal(load(tiny, whisper))
+    Builder(load(tiny, whisper, "model.encoder.weights=false")).check()
+    torch.save({}, whisper / "pytorch_model.bin")
+    message = refusal(load(tiny, whisper))
+    assert "only a pickle" in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"feature_size": 128}, "has 128 features, the encoder of config.json reads 80"),
+        ({"sampling_rate": 8000}, "has a sampling_rate of 8000 Hz: only encoders of 16000 Hz"),
+        ([1], "holds no settings"),
+    ],
+)
+def test_features_that_are_not_the_encoders(tiny, whisper, settings, says):
+    (whisper / PREPROCESSOR).write_text(json.dumps(settings))
+    message = refusal(load(tiny, whisper))
+    assert says in message and PREPROCESSOR in message
+
+
+def test_damaged_settings(tiny, whisper):
+    (whisper / PREPROCESSOR).write_text("{")
+    assert "cannot be read" in refusal(load(tiny, whisper))
+    (whisper / PREPROCESSOR).unlink()
+    Builder(load(tiny, whisper)).check()
+    (whisper / "config.json").write_text("{}")
+    assert "config.json" in refusal(load(tiny, whisper))
+
+
+def test_a_tokenizer_of_another_model(tiny, whisper, tmp_path):
+    """Such as Whisper's, whose 51,865 tokens the language model has no embeddings for."""
+    vocabulary = {f"t{i}": i for i in range(2000)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokens = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="t1", unk_token="t0")
+    tokens.save_pretrained(tmp_path / "tokenizer")
+    message = refusal(load(tiny, whisper, f"model.tokenizer={tmp_path / 'tokenizer'}"))
+    assert "has 2000 tokens, the language model only" in message
+    assert "use the tokenizer folder that came with the model" in message
+
+
+def test_chunks_of_an_encoder_that_sees_all(tiny, whisper):
+    for branch in ("pretrain", "sft"):
+        message = refusal(load(tiny, whisper, f"model.{branch}.chunks={{}}"))
+        assert f"model.{branch}.chunks" in message and "whole utterances only" in message
+
+
+def test_a_hub_name_without_a_network(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = refusal(load(tiny, "openai/whisper-large-v3"))
+    assert message.startswith("model.encoder.path") and "give a local folder" in message
+    assert "hf download openai/whisper-large-v3" in message
+
+
+def test_longer_audio_than_the_encoder_reads(tiny, whisper):
+    limit = "give data.dataloader.batch.max_seconds=0.8"
+    message = refusal(load(tiny, whisper, "data.dataloader.batch.max_seconds=40"))
+    assert "reads 0.8 s at most" in message and limit in message and "too_long" in message
+    message = refusal(load(tiny, whisper, "stages.joint.batch={frames: 400, max_seconds: 2}"))
+    assert "stages.joint.batch.max_seconds=2" in message
+    # Within the limit, what is longer is dropped, counted and named.
+    cfg = load(tiny, whisper)
+    shards = sorted((tiny.parent / "train").glob("*.tar"))
+    longer = {e.key for shard in shards for e in build_index(str(shard)) if e.duration > 0.8}
+    dropped = Counter()
+    with Builder(cfg).train_dataloader(cfg.stage("align"), None) as stream:
+        while (batch := next(stream)).epoch == 0:
+            for cause, _, key, detail in batch.bad:
+                assert cause == "too_long" and "at most 0.8 s" in detail
+                dropped[key] += 1
+    assert longer and set(dropped) >= longer
+
+
+def test_shards_that_are_not_there(tiny, whisper):
+    message = refusal(load(tiny, whisper, "data.train.tiny.shards=/nowhere/shards"))
+    assert message.startswith("data.train.tiny.shards") and "dsasr data make-shards" in message
