@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dsasr.model.lora import BASE
 from dsasr.planning import flops
 from dsasr.planning.memory import (
     GB,
@@ -101,7 +102,7 @@ def estimate_step(
     sent = (gathered + reduced) * share * stage.grad_accum_steps
     bandwidth = (machine.inside if machine.nodes == 1 else machine.network) * GB
     # LoRA is gathered with the layers that it is in.
-    layers = {n: parts[n].layers if n != "lora" else 0 for n in used}
+    layers = {n: 0 if n in BASE else parts[n].layers for n in used}
     collectives = sum(layers.values()) + sum(layers[n] for n in backward) * 2
     latency = machine.latency * (1 + math.log2(world)) if world > 1 else 0.0
     hours = at.audio_seconds * stage.grad_accum_steps * world / 3600
@@ -125,11 +126,14 @@ def micro_batch_flops(
     """FLOPs of one micro-batch of one GPU by part, made of average utterances."""
     model, used = recipe.model, recipe.parts(stage.branch)
     utterance = {"encoder": parts["encoder"].cost.flops(at.rows)}
+    if "encoder_lora" in used:
+        adapters = parts["encoder_lora"].parameters
+        utterance["encoder_lora"] = flops.encoder_lora(adapters, [at.frames])
     if "ctc" in used:
         utterance["ctc"] = parts["ctc"].cost.flops(at.frames)
     if stage.branch == "sft":
         shape = parts["llm"].shape
-        utterance["adaptor"] = parts["adaptor"].cost.flops(round(at.heard))
+        utterance["adaptor"] = parts["adaptor"].cost.flops(round(at.heard)) + _merging(at, parts)
         if shape.adapters:
             utterance["lora"] = flops.lora(shape, [at.positions])
         utterance["llm"] = flops.llm(shape, [at.positions])
@@ -138,9 +142,15 @@ def micro_batch_flops(
         "encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all",
         "llm": model.llm.activation_checkpointing and model.llm.recompute == "all",
     }
-    recomputes["lora"] = recomputes["llm"]
+    recomputes |= {matrices: recomputes[base] for matrices, base in BASE.items()}
     batch = {name: part.times(at.utterances * at.views) for name, part in utterance.items()}
     return flops.step_flops(batch, stage.trains, [n for n, on in recomputes.items() if on])
+
+
+def _merging(at: MicroBatch, parts: Mapping[str, ModelPart]) -> flops.PartFlops:
+    """The means over each unit's frames that an adaptor of kind ctc reads with ``merge``."""
+    read = parts["adaptor"].cost.inputs(1)[0].shape[2]
+    return flops.PartFlops(0, fixed=0 if at.heard == at.frames else 2 * at.frames * at.heard * read)
 
 
 def checkpoint_bytes(recipe: Recipe, parts: Mapping[str, ModelPart]) -> float:

@@ -20,11 +20,11 @@ it, but MFU does not count it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import nn
 
-from dsasr.model.lora import is_adapter
+from dsasr.model.lora import BASE, is_adapter
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,20 @@ class PartFlops:
     linear: float  # products with weights
     attention: float = 0.0  # products of activations with each other
     entry: float = 0.0  # the share of ``linear`` that reads the part's input
+    front: float = 0.0  # the share of ``linear`` before the layers that LoRA adapts
+    fixed: float = 0.0  # products of the part's input with numbers that need no gradient
 
     @property
     def forward(self) -> float:
-        return self.linear + self.attention
+        return self.linear + self.attention + self.fixed
 
     def times(self, factor: float) -> PartFlops:
         """FLOPs of ``factor`` times as many utterances."""
-        return PartFlops(self.linear * factor, self.attention * factor, self.entry * factor)
+        return PartFlops(*(getattr(self, item.name) * factor for item in fields(self)))
 
     def __add__(self, other: PartFlops) -> PartFlops:
-        return PartFlops(
-            self.linear + other.linear, self.attention + other.attention, self.entry + other.entry
-        )
+        names = [item.name for item in fields(self)]
+        return PartFlops(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ def lora(shape: LlmShape, lengths: Sequence[float]) -> PartFlops:
     return PartFlops(2.0 * shape.adapters * sum(lengths))
 
 
+def encoder_lora(adapters: int, frames: Sequence[float]) -> PartFlops:
+    """LoRA matrices of ``adapters`` weights in the encoder's blocks, on utterances of ``frames``
+    encoder frames each."""
+    return PartFlops(2.0 * adapters * sum(frames))
+
+
 def head(shape: LlmShape, targets: float) -> PartFlops:
     """The language model's head at ``targets`` positions."""
     return PartFlops(2.0 * targets * shape.width * shape.vocab)
@@ -122,18 +129,22 @@ def step_flops(
     The backward pass ends at the first part that is trained. The gradient of a weight costs its
     product once more where the part is trained; the gradient of an input costs it once more unless
     nothing below needs it. The head belongs to the language model, and recomputes its product in
-    the backward pass. LoRA (``lora``) stands before the language model: where it trains, the
-    language model's backward pass runs.
+    the backward pass. LoRA (``encoder_lora``, ``lora``) stands where the model does that it adapts:
+    where it trains, that model's backward pass runs, down to the layers that are adapted.
     """
     names = list(parts)
     trained = {name: name in trains or (name == "head" and "llm" in trains) for name in names}
-    first = min((i for i, name in enumerate(names) if trained[name]), default=len(names))
+    place = {name: names.index(BASE.get(name, name)) for name in names}
+    first = min((place[name] for name in names if trained[name]), default=len(names))
     step = {}
-    for index, (name, part) in enumerate(parts.items()):
+    for name, part in parts.items():
         backward = again = 0.0
-        if index >= first:
-            inputs = part.linear - (part.entry if index == first else 0.0)
+        if place[name] >= first:
+            inputs, below = part.linear, place[name] > first
+            if not below:
+                inputs -= part.entry if trained[name] else part.front
             backward = 2 * part.attention + inputs + (part.linear if trained[name] else 0.0)
+            backward += part.fixed if below else 0.0
             again = part.forward if name in recomputed or name == "head" else 0.0
         step[name] = StepFlops(part.forward, backward, again)
     return step

@@ -16,6 +16,7 @@ from typing import Any
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.engine.config import read_ds_config
 from dsasr.model.encoders.conformer import EncoderConfig
+from dsasr.model.lora import BASE
 from dsasr.planning.model_parts import ASSUMED_UNITS_PER_SECOND, ModelPart
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
@@ -33,8 +34,8 @@ BUCKET, REUSE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 # in GB and as a share of what is resident; and the heap's holes, as a share of what comes and goes
 # within a step.
 BUFFERS, BUFFERS_SHARE, HOLES = 0.04, 0.02, 0.1
-# distance from the input
-DEPTH = {"encoder": 0, "ctc": 1, "adaptor": 2, "llm": 3, "lora": 3}
+# Distance from the input.
+DEPTH = {"encoder": 0, "encoder_lora": 0, "ctc": 1, "adaptor": 2, "llm": 3, "lora": 3}
 
 
 @dataclass(frozen=True)
@@ -246,19 +247,21 @@ def activation_bytes(
     uses where there is no backward pass."""
     float32 = uses_float32(recipe, machine)
     value = 4 if float32 else 2  # bytes
+    utterances = at.utterances * at.views
     if name in ("ctc", "adaptor"):
         rows = at.frames if name == "ctc" else round(at.heard)
-        return at.utterances * at.views * sum(part.cost.saved(rows, float32, machine.cpu))
+        return utterances * sum(part.cost.saved(rows, float32, machine.cpu))
+    positions = at.frames if BASE.get(name, name) == "encoder" else at.positions
+    if name in BASE:
+        return utterances * value * positions * _lora_values(recipe, stage, part, name)
     if name == "encoder":
-        config, width, positions = recipe.model.encoder, part.speech.width, at.frames
+        config, width = recipe.model.encoder, part.speech.width
         front, layer = _encoder_bytes(recipe, machine, part, at)
+        front = 0.0 if "encoder_lora" in stage.trains else front
     else:
-        config, width, positions = recipe.model.llm, part.shape and part.shape.width, at.positions
+        config, width = recipe.model.llm, part.shape.width
         upcast = 0.0 if float32 else part.upcast
         front, layer = 0.0, value * positions * (part.saved + upcast) / part.layers
-    if name == "lora":
-        return at.utterances * value * positions * _lora_values(recipe, stage, part)
-    utterances = at.utterances * at.views
     if not has_backward(stage, name):
         return utterances * layer
     if not config.activation_checkpointing:
@@ -297,11 +300,11 @@ def conformer_values(
     return front, layer
 
 
-def _lora_values(recipe: Recipe, stage: StageConfig, part: ModelPart) -> float:
+def _lora_values(recipe: Recipe, stage: StageConfig, part: ModelPart, name: str) -> float:
     """Values that LoRA's layers save for one position; none where LoRA is frozen, as gradients pass
     through frozen products without their inputs."""
-    if "lora" not in stage.trains:
+    if name not in stage.trains:
         return 0.0
-    llm = recipe.model.llm
-    recomputed = llm.activation_checkpointing and llm.recompute != "cheap"
+    settings = getattr(recipe.model, BASE[name])
+    recomputed = settings.activation_checkpointing and settings.recompute != "cheap"
     return part.saved / part.layers if recomputed else part.saved

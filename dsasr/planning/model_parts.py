@@ -1,4 +1,5 @@
-"""Sizes of a recipe's model parts (encoder, ctc, adaptor, llm, lora), counted on the meta device.
+"""Sizes of a recipe's model parts (encoder, encoder_lora, ctc, adaptor, llm, lora), counted on the
+meta device.
 
 No weight is allocated and no network is used. A model's shape comes from its ``config.json``, or
 from the published shapes of `dsasr.model.llm_hub` and `dsasr.model.encoders.published`.
@@ -24,6 +25,7 @@ from dsasr.model.encoders import published
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.llm_hub import config_folder, llm_config
+from dsasr.model.lora import LoraConfig
 from dsasr.planning.flops import LlmShape
 from dsasr.planning.module_cost import ModuleCost
 from dsasr.recipe import Recipe
@@ -35,13 +37,14 @@ ASSUMED_UNITS_PER_SECOND = 12.0
 
 @dataclass(frozen=True)
 class ModelPart:
-    """One of encoder, ctc, adaptor, llm, lora."""
+    """One of encoder, encoder_lora, ctc, adaptor, llm, lora."""
 
     parameters: int
     layers: int
     largest: int  # parameters of the largest module that ZeRO-3 gathers at once
     shape: LlmShape | None = None  # llm only
-    saved: float = 0.0  # llm, lora: values that all layers save for one position's backward pass
+    # llm, lora, encoder_lora: values that all layers save for one position's backward pass
+    saved: float = 0.0
     upcast: float = 0.0  # llm: values saved beside them in bf16, where norms save a float32 input
     # encoder, ctc, adaptor: FLOPs and saved activations of one utterance
     cost: ModuleCost | None = field(default=None, compare=False)
@@ -151,35 +154,38 @@ def adaptor_cost(adaptor: Adaptor, width: int) -> ModuleCost:
 
     def inputs(frames: int) -> tuple[torch.Tensor, ...]:
         dtype = next(adaptor.parameters()).dtype
-        return torch.empty(1, frames, width, device="meta", dtype=dtype), torch.tensor([frames])
+        frames_BSE = torch.empty(1, frames, width, device="meta", dtype=dtype)
+        return frames_BSE, torch.tensor([frames], device="cpu")
 
     return ModuleCost(adaptor, inputs)
 
 
 def count_speech_parts(recipe: Recipe) -> dict[str, ModelPart]:
-    """Encoder and CTC head; the head for `ASSUMED_PHONEMES` if the vocabulary is not there yet.
+    """Encoder, its LoRA if the recipe has it, and CTC head; the head for `ASSUMED_PHONEMES` if the
+    vocabulary is not there yet.
 
     Raises `UserError` where the encoder's shape is not known.
     """
-    encoder = planned_encoder(recipe)
+    encoder, model = planned_encoder(recipe), recipe.model
     with torch.device("meta"):
-        head = CtcHead(encoder.width, count_units(recipe), recipe.model.pretrain.head)
-    changes = {"layers": min(2, len(encoder.blocks)), "activation_checkpointing": False}
+        head = CtcHead(encoder.width, count_units(recipe), model.pretrain.head)
+    layers, size = len(encoder.blocks), count_parameters(head)
+    changes = {"layers": min(2, layers), "activation_checkpointing": False}
     if recipe.pretrained_encoder is not None:
         changes["layer_sum"] = False
     short = planned_encoder(recipe, **changes)
-    largest = max(count_parameters(block) for block in encoder.blocks)
-    size = count_parameters(head)
-    return {
+    parts = {
         "encoder": ModelPart(
             count_parameters(encoder),
-            len(encoder.blocks),
-            largest,
-            cost=encoder_cost(short, len(encoder.blocks)),
+            layers,
+            largest=max(map(count_parameters, encoder.blocks)),
+            cost=encoder_cost(short, layers),
             speech=SpeechShape(encoder),
-        ),
-        "ctc": ModelPart(size, 1, size, cost=head_cost(head, encoder.width)),
+        )
     }
+    if model.encoder_lora is not None:
+        parts["encoder_lora"] = _lora_part(encoder, model.encoder_lora, model.encoder, layers)
+    return parts | {"ctc": ModelPart(size, 1, size, cost=head_cost(head, encoder.width))}
 
 
 def count_llm_parts(recipe: Recipe) -> dict[str, ModelPart]:
@@ -201,10 +207,8 @@ def count_llm_parts(recipe: Recipe) -> dict[str, ModelPart]:
     parts = {"adaptor": ModelPart(size, 1, size, cost=adaptor_cost(adaptor, reads))}
     shape = LlmShape.of(llm)
     if model.lora is not None:
-        added = lora.count(llm, model.lora)
-        saved = sum(_lora_saves(recipe, m) for m in lora.targeted(llm, model.lora).values())
-        parts["lora"] = ModelPart(added, shape.layers, 0, saved=saved)
-        shape = replace(shape, adapters=added)
+        parts["lora"] = _lora_part(llm, model.lora, model.llm, shape.layers)
+        shape = replace(shape, adapters=parts["lora"].parameters)
     embedding = llm.get_input_embeddings().weight.numel()
     saves = _llm_saves(config, shape)
     parts["llm"] = ModelPart(count_parameters(llm), shape.layers, embedding, shape, *saves)
@@ -215,13 +219,18 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _lora_saves(recipe: Recipe, layer: nn.Linear) -> float:
+def _lora_part(model: Any, cfg: LoraConfig, settings: Any, layers: int) -> ModelPart:
+    """LoRA in ``model``, an encoder or a language model of ``settings``."""
+    saved = sum(_lora_saves(cfg, settings, m) for m in lora.targeted(model, cfg).values())
+    return ModelPart(lora.count(model, cfg), layers, 0, saved=saved)
+
+
+def _lora_saves(cfg: LoraConfig, settings: Any, layer: nn.Linear) -> float:
     """Values that LoRA on ``layer`` saves for one position: A's output; with dropout also A's input
     and a mask of half its bytes; and B's output where products are kept (recompute=cheap)."""
-    config, llm = recipe.model.lora, recipe.model.llm
-    dropped = 1.5 * layer.in_features if config.dropout else 0.0
-    cheap = llm.activation_checkpointing and llm.recompute == "cheap"
-    return config.rank + (layer.out_features if cheap else dropped)
+    dropped = 1.5 * layer.in_features if cfg.dropout else 0.0
+    cheap = settings.activation_checkpointing and settings.recompute == "cheap"
+    return cfg.rank + (layer.out_features if cheap else dropped)
 
 
 def _llm_saves(config: Any, shape: LlmShape) -> tuple[float, float]:

@@ -8,7 +8,7 @@ for all that follow (the first may also make what all share).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,11 +65,14 @@ class ModuleCost:
         products = _Products()
         with torch.no_grad(), products, self._marked(lambda: len(products.found)) as marks:
             self.module.eval()(*self.inputs(n))
+        front, first, last = marks
         part = PartFlops(0, entry=products.found[0][1])
         for place, (kind, count) in enumerate(products.found):
-            if marks and marks[0] <= place < marks[1]:
-                count *= 1 + self.blocks - len(self.stack)
-            part += PartFlops(count) if kind in LINEAR else PartFlops(0, count)
+            found = PartFlops(0, count)
+            if kind in LINEAR:
+                found = PartFlops(count, front=count if place < front else 0)
+            more = self.blocks - len(self.stack) if first <= place < last else 0
+            part += found.times(1 + more)
         return part
 
     def _count_saved(self, n: int, float32: bool, cpu: bool) -> tuple[int, int]:
@@ -92,30 +95,31 @@ class ModuleCost:
             self._marked(lambda: len(kept)) as marks,
         ):
             self.module(*self.inputs(n))
-        first, last = marks or (0, 0)
+        _, first, last = marks
         inside = sum(storage.nbytes() for storage in kept[first:last])
         whole = sum(storage.nbytes() for storage in kept)
         return whole - len(self.stack) * inside, inside
 
     @contextmanager
     def _marked(self, place: Callable[[], int]) -> Iterator[list[int]]:
-        """``place`` at the last block's begin and end."""
-        marks: list[int] = []
-        with _hooks(self.stack[-1], marks, place) if self.stack else nullcontext():
+        """``place`` at the first block's begin, and at the last one's begin and end."""
+        marks = [0, 0, 0]
+
+        def mark(number: int) -> Callable[..., None]:
+            return lambda *_: marks.__setitem__(number, place())
+
+        handles = []
+        if self.stack:
+            handles = [
+                self.stack[0].register_forward_pre_hook(mark(0)),
+                self.stack[-1].register_forward_pre_hook(mark(1)),
+                self.stack[-1].register_forward_hook(mark(2)),
+            ]
+        try:
             yield marks
-
-
-@contextmanager
-def _hooks(block: nn.Module, marks: list[int], place: Callable[[], int]) -> Iterator[None]:
-    handles = [
-        block.register_forward_pre_hook(lambda *_: marks.append(place())),
-        block.register_forward_hook(lambda *_: marks.append(place())),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class _Products(TorchDispatchMode):

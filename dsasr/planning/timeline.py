@@ -179,7 +179,7 @@ def _group(stage: StageConfig, name: str, parts: Mapping[str, ModelPart]) -> str
     marks = sorted({0, stage.warmup_steps, middle, stage.steps - 1})
     rates = ", ".join(f"{learning_rate(stage, name, m):.1e} at {m:,}" for m in marks)
     size = _format_count(parts[name].parameters) if name in parts else "?"
-    return f"    trains   {name:<8}{size:>8}   lr {rates}"
+    return f"    trains   {name:<12} {size:>7}   lr {rates}"
 
 
 def _encoder_note(schedule: Schedule, stage: StageConfig) -> str:

@@ -53,6 +53,37 @@ def test_flops_are_those_of_average_utterances(nim, parts):
     assert both.audio_seconds == pytest.approx(480.0)
 
 
+def test_every_adaptor_and_lora_in_the_encoder_are_planned(nim):
+    """By hand, for 25 encoder frames a second and utterances of 8 s."""
+    width, llm = 1280, 2048
+    over = ["stages.joint.trains={encoder_lora: 1.0e-5, adaptor: 1.0e-5}"]
+    pretrain = ["stages.pretrain.trains={encoder_lora: 1.0e-4, ctc: 1.0e-4}"]
+    for kind, heard, products in (
+        ("{kind: conv}", 200, 2 * 50 * (6 * width * llm + 4 * llm**2)),
+        ("{kind: qformer, stack: 8, queries: 2, layers: 1, hidden: 512}", 200,
+         25 * (2 * 8 * width * 1024 + 2 * 2 * (10 * 512**2 + 512 * llm) + 4 * 2 * 8 * 512)),
+        ("{kind: ctc, frames: true}", 96, 2 * 96 * (256 + width) * (llm + 200)),
+    ):  # fmt: skip
+        settings = [f"model.adaptor={kind}", "model.encoder_lora.rank=4", *over, *pretrain]
+        cfg = recipe.load("nim-2.3b", settings)
+        parts, stage = count_parts(cfg), cfg.stage("joint")
+        traffic, machine = Traffic(8.0, 4.0), Machine(nodes=2, gpus=8)
+        at = MicroBatch.of(cfg, stage, traffic, parts)
+        work = cluster_sizing.micro_batch_flops(cfg, stage, at, parts)
+        assert at.heard == heard
+        assert work["adaptor"].forward == pytest.approx(products * at.utterances)
+        added = parts["encoder_lora"].parameters
+        assert work["encoder_lora"].forward == pytest.approx(2 * added * 200 * at.utterances)
+        assert ("ctc" in work) == ("ctc" in kind)
+        cost = cluster_sizing.estimate_step(cfg, stage, machine, traffic, parts)
+        trained = added + parts["adaptor"].parameters
+        assert cost.memory["optimizer"] == pytest.approx(12 * trained / 16 / 1e9)
+        # Three passes gather or reduce what trains, two what a gradient passes.
+        used = sum(parts[n].parameters for n in cfg.parts("sft"))
+        assert cost.traffic == pytest.approx(2 * (2 * used + trained) * 15 / 16)
+        assert cost.memory["activations"] > 0
+
+
 def test_traffic_of_zero_3(nim, parts):
     machine = Machine(nodes=2, gpus=8)
     joint = cluster_sizing.estimate_step(nim, nim.stage("joint"), machine, parts=parts)

@@ -11,9 +11,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.kernels import reference
 from dsasr.kernels.adaptor import AdaptorWeights
+from dsasr.model import lora
 from dsasr.model.adaptors.protocol import AdaptorConfig, build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
+from dsasr.model.lora import LoraConfig
 from dsasr.planning import flops
 from dsasr.planning.model_parts import adaptor_cost, encoder_cost, head_cost
 from dsasr.planning.module_cost import ModuleCost
@@ -70,6 +72,35 @@ def test_encoder(frames):
     assert part.entry == 2 * 3 * ((frames + 1) // 2) * 7 * 9 * 3
 
 
+def test_lora_in_the_encoder():
+    """Alone it needs the blocks' backward pass, but not the front end's."""
+    cfg = EncoderConfig(width=12, layers=3, heads=2, ffn=20, kernel=5, mels=15)
+    encoder, features, lengths = Encoder(cfg), torch.randn(3, 33, 15), torch.full((3,), 33)
+    front = counted(lambda: encoder.subsampling(features, lengths, False))
+    matrices = LoraConfig(rank=2)
+    adapters = lora.count(encoder, matrices)
+    lora.inject(encoder, matrices)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(lora.is_adapter(name))
+    out = []
+    forward, convolved = counted(lambda: out.append(encoder(features, lengths).frames_BSE))
+    parts = {
+        "encoder": conformer(cfg).flops(33).times(3),
+        "encoder_lora": flops.encoder_lora(adapters, [9] * 3),
+    }
+    assert sum(part.forward for part in parts.values()) == forward
+    assert parts["encoder"].front == front[0]
+    whole, of_convolutions = counted(lambda: out[0].sum().backward())
+    work = flops.step_flops(parts, ["encoder_lora"])
+    depthwise = convolved - front[1]
+    backward = sum(part.backward for part in work.values())
+    assert backward - depthwise == whole - of_convolutions
+    # Frozen beside an encoder that trains, gradients pass through the matrices.
+    joint = flops.step_flops(parts, ["encoder"])
+    assert joint["encoder_lora"].backward == parts["encoder_lora"].forward
+    assert not flops.step_flops(parts | {"ctc": flops.PartFlops(1.0)}, ["ctc"])["encoder"].backward
+
+
 def test_ctc_and_the_encoder_below_it():
     ctc, frames = CtcHead(12, 7), torch.randn(2, 5, 12, requires_grad=True)
     lengths = torch.tensor([5, 5])
@@ -103,6 +134,28 @@ def test_adaptor(trained_below):
     trains = ["encoder", "adaptor"] if trained_below else ["adaptor"]
     assert counted(run)[0] == flops.step_flops(parts, trains)["adaptor"].needed
     assert cost.flops(8).forward == 2 * 2 * (24 * 10 + 10 * 8)
+
+
+@pytest.mark.parametrize("trained_below", [True, False])
+@pytest.mark.parametrize("settings", [
+    {"kind": "mlp", "stack": 3, "hidden": 10},
+    {"kind": "conv", "stack": 6, "hidden": 10},
+    {"kind": "conv", "stack": 5},
+    {"kind": "qformer", "stack": 4, "heads": 2},
+    {"kind": "qformer", "stack": 6, "hidden": 12, "heads": 3, "queries": 3, "layers": 3},
+])  # fmt: skip
+def test_adaptors_of_every_kind(settings, trained_below):
+    cfg = AdaptorConfig(**settings)
+    adaptor = build_adaptor(cfg, 6, 8)
+    frames, lengths = torch.randn(2, 13, 6, requires_grad=trained_below), torch.tensor([13, 13])
+    with torch.device("meta"):
+        part = adaptor_cost(build_adaptor(cfg, 6, 8), 6).flops(13).times(2)
+    parts = {"ctc": flops.PartFlops(0.0), "adaptor": part}
+    trains = ["ctc", "adaptor"] if trained_below else ["adaptor"]
+    assert counted(lambda: adaptor(frames, lengths, packed=True))[0] == part.forward
+    run = counted(lambda: adaptor(frames, lengths, packed=True)[0].sum().backward())
+    assert run[0] == flops.step_flops(parts, trains)["adaptor"].needed
+    assert 0 < part.entry < part.linear
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -99,6 +99,8 @@ def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
     torch.manual_seed(0)
     with distributed.device():
         encoder = fresh_encoder(cfg)
+        if model.encoder_lora is not None:
+            lora.inject(encoder, model.encoder_lora)
         if branch == "pretrain":
             return CtcModel(encoder, PHONEMES, model.pretrain)
         shape = Qwen3Config(**SMALL_LM) if small else llm_config(model.llm.path)
@@ -192,6 +194,7 @@ class SpeechCosts:
     encoder: ModuleCost
     ctc: ModuleCost
     adaptor: ModuleCost | None
+    adapters: int  # weights of LoRA in the encoder
 
     @classmethod
     def of(cls, cfg: Recipe, llm_width: int = 0) -> SpeechCosts:
@@ -202,8 +205,9 @@ class SpeechCosts:
             head = CtcHead(width, PHONEMES, cfg.model.pretrain.head)
             if llm_width:
                 adaptor = adaptor_cost(build_adaptor(cfg.model.adaptor, width, llm_width), width)
-        encoder = parts["encoder"]
-        return cls(encoder.speech, encoder.cost, head_cost(head, width), adaptor)
+        encoder, matrices = parts["encoder"], parts.get("encoder_lora")
+        adapters = matrices.parameters if matrices else 0
+        return cls(encoder.speech, encoder.cost, head_cost(head, width), adaptor, adapters)
 
 
 def total(cost: ModuleCost, lengths: Sequence[int]) -> flops.PartFlops:
@@ -217,20 +221,20 @@ def work(
     model, rows = cfg.model, batch.feature_lengths_B.tolist()
     frames = [costs.shape.frames(n) for n in rows]
     again = {"encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all"}
+    again["encoder_lora"] = again["encoder"]
+    views = 2 if stage.branch == "pretrain" and model.pretrain.consistency else 1
+    parts = {"encoder": total(costs.encoder, rows).times(views)}
+    if costs.adapters:
+        parts["encoder_lora"] = flops.encoder_lora(costs.adapters, frames).times(views)
     if stage.branch == "pretrain":
-        views = 2 if model.pretrain.consistency else 1
-        parts = {
-            "encoder": total(costs.encoder, rows).times(views),
-            "ctc": total(costs.ctc, frames).times(views),
-        }
+        parts["ctc"] = total(costs.ctc, frames).times(views)
         positions = views * sum(frames)
     else:
         shape = flops.LlmShape.of(module.llm)
         fixed = len(module.prefix_ids) + len(module.suffix_ids) - 1  # the end token is no input
         speech = module.adaptor.output_lengths(torch.tensor(frames))
         lengths = (speech + batch.token_lengths_B + fixed).tolist()
-        parts = {
-            "encoder": total(costs.encoder, rows),
+        parts |= {
             "adaptor": total(costs.adaptor, frames),
             **({"lora": flops.lora(shape, lengths)} if shape.adapters else {}),
             "llm": flops.llm(shape, lengths),

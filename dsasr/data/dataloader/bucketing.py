@@ -49,7 +49,8 @@ class BatchConfig:
     min_seconds: float = 0.1  # shorter samples are dropped, counted as too_short
     max_seconds: float = 40.0  # longer samples are dropped, counted as too_long
     prompt_tokens: int = 40  # tokens of the prompt that the token budget counts for each sample
-    # feature frames of one speech token in the token budget: 4 · model.adaptor.stack
+    # frames of 10 ms of one speech token in the token budget: 4 · model.adaptor.stack, or with an
+    # encoder of 50 Hz, as Whisper's, 2 · model.adaptor.stack
     frames_per_token: int = 16
     # tokens of a transcript's character in the token budget; 1 is an upper bound for most alphabets
     tokens_per_char: float = 1.0

@@ -16,6 +16,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.shards.index import build_index
 from dsasr.model.encoders.pretrained import PREPROCESSOR
+from dsasr.training.preflight import check
 from dsasr.utils.errors import UserError
 
 # Reads 0.8 s at most: three of the tiny corpus' words, but not four.
@@ -46,19 +47,19 @@ def load(tiny: Path, encoder: object, *overrides: str) -> recipe.Recipe:
 
 def refusal(cfg: recipe.Recipe) -> str:
     with pytest.raises(UserError) as caught:
-        Builder(cfg).check()
+        check(Builder(cfg))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_what_fits_passes(tiny, whisper):
-    Builder(load(tiny, whisper)).check()
+    check(Builder(load(tiny, whisper)))
 
 
 def test_a_folder_without_weights(tiny, whisper):
     (whisper / "model.safetensors").unlink()
     assert "has no safetensors weights: copy or download" in refusal(load(tiny, whisper))
-    Builder(load(tiny, whisper, "model.encoder.weights=false")).check()
+    check(Builder(load(tiny, whisper, "model.encoder.weights=false")))
     torch.save({}, whisper / "pytorch_model.bin")
     message = refusal(load(tiny, whisper))
     assert "only a pickle" in message and "save_pretrained" in message
@@ -82,7 +83,7 @@ def test_damaged_settings(tiny, whisper):
     (whisper / PREPROCESSOR).write_text("{")
     assert "cannot be read" in refusal(load(tiny, whisper))
     (whisper / PREPROCESSOR).unlink()
-    Builder(load(tiny, whisper)).check()
+    check(Builder(load(tiny, whisper)))
     (whisper / "config.json").write_text("{}")
     assert "config.json" in refusal(load(tiny, whisper))
 
