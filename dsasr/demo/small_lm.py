@@ -317,7 +317,7 @@ def _phoneme_ids(
 
 def _lines(path: str | Path) -> list[str]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"text {path} cannot be read: {error}") from None
     return [normalize_text(line) for line in text.splitlines() if line.strip()]

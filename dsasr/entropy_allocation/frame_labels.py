@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsasr.data.text.normalization import is_upper_case
 from dsasr.data.text.phonemes import (
     EspeakPhonemizer,
     MissingPhonemes,
@@ -102,10 +103,12 @@ def assign_words(
     are shared among the words by their number of characters.
     """
     words = forced_alignment.words_of(text)
+    # A word alone does not show whether the utterance is in upper case.
+    spoken = [word.lower() for word in words] if is_upper_case(text) else words
     if phonemizer is not None:
         try:
             return forced_alignment.words_of_phonemes(
-                symbols, [phonemizer.phonemes(w, lang) for w in words]
+                symbols, [phonemizer.phonemes(w, lang) for w in spoken]
             )
         except (MissingPhonemes, UnknownWord, UserError):
             pass

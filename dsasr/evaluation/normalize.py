@@ -25,16 +25,18 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsasr.data.text.scripts import HAN, HAN_CHARACTER, HAN_SPACES
+from dsasr.data.text.scripts import (
+    HAN,
+    HAN_CHARACTER,
+    HAN_LANGS,
+    HAN_SPACES,
+    MIXED_LANGS,
+)
 from dsasr.utils.errors import UserError
 
 RULES = ("standard", "plain")
 CHAR_LANGS = frozenset(
     ["zh", "cmn", "yue", "wuu", "nan", "hak", "ja", "ko", "th", "lo", "my", "km"]
-)
-HAN_LANGS = frozenset(["zh", "cmn", "yue", "wuu", "nan", "hak"])
-MIXED_LANGS = frozenset(
-    ["zh-en", "en-zh", "cmn-en", "en-cmn", "yue-en", "en-yue", "cs", "mixed", "mix", "code-switch"]
 )
 
 _LATIN = r"a-z0-9\u00c0-\u024f"
@@ -130,7 +132,7 @@ def _english_normalizer(spelling: str | None):
     table: Mapping[str, str] = {}
     if spelling is not None:
         try:
-            table = json.loads(Path(spelling).read_text(encoding="utf-8"))
+            table = json.loads(Path(spelling).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the spelling table {spelling}: {error}") from error
         if not isinstance(table, dict):

@@ -20,6 +20,7 @@ from dsasr.data.shards.writer import (
     write_dataset,
     write_shard,
 )
+from dsasr.data.text import espeak
 from dsasr.data.text.phonemes import PhonemeVocab
 
 RATE = 16_000
@@ -229,6 +230,18 @@ def test_phonemes_by_a_lexicon_count_what_it_lacks(tmp_path, packed, data):
     printed = data("phonemes", tmp_path / "x.tar", *options)
     assert "1 samples left out: unknown word 'missing' 1" in printed
     assert set(PhonemeVocab.load(tmp_path / "p.json").symbols[1:]) >= {"T", "K", "S"}
+
+
+@pytest.mark.skipif(not espeak.available(), reason="espeakng-loader not installed")
+def test_phonemes_by_espeak_name_the_languages_it_lacks(tmp_path, data):
+    texts = {"a": ("GIVE IT UP", "en"), "b": ("ich", "de"), "c": ("up", "english")}
+    samples = [PackedSample(k, "flac", b"x", {"text": t, "lang": lang, "duration": 1.0})
+               for k, (t, lang) in texts.items()]  # fmt: skip
+    write_shard(tmp_path / "x.tar", samples)
+    out = tmp_path / "p.json"
+    printed = data("phonemes", tmp_path / "x.tar", "--out", out, "--kind", "espeak")
+    assert "1 samples of language 'english'" in printed and printed.count("samples of") == 1
+    assert set(PhonemeVocab.load(out).symbols[1:]) == set("ɡ ɪ v ɾ ʌ p ç".split())  # noqa: SIM905
 
 
 def test_phonemes_refuse_mistakes(tmp_path, refused):

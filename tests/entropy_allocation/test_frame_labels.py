@@ -29,6 +29,9 @@ def test_words_by_pronunciation_and_by_characters():
     assert assign_words(list("abcde"), "ab cde", "en", Letters()) == [0, 0, 1, 1, 1]
     assert assign_words(list("abcde"), "ab cde", "en", None) == [0, 0, 1, 1, 1]
     assert assign_words(["a"], "", "en", None) == [-1]
+    # The words of an utterance in upper case are pronounced as those in lower case.
+    assert assign_words(list("abcde"), "A BCDE", "en", Letters()) == [0, 1, 1, 1, 1]
+    assert assign_words(list("USa"), "US a", "en", Letters()) == [0, 0, 1]
 
 
 def aligned(words=("Ab", "c"), key="k") -> AlignedUtterance:

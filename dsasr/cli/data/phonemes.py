@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dsasr.data.shards.index import BadSample, find_tars, read_texts
     from dsasr.data.shards.writer import check_file
     from dsasr.data.text.phonemes import (
+        EspeakPhonemizer,
         MissingPhonemes,
         PhonemeVocab,
         PhonemizerConfig,
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     phonemizer, tars = build_phonemizer(config), find_tars(args.paths)
     check_file(args.out)
     causes: Counter[str] = Counter()
+    langs: Counter[str] = Counter()
 
     def sequences():
         for tar in Bar(tars, desc="phonemes", unit="shard", delay=1):
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 try:
                     if isinstance(sample, BadSample):
                         raise sample
+                    if isinstance(phonemizer, EspeakPhonemizer):
+                        langs[sample.lang] += 1
                     yield phonemizer.for_sample(sample)
                 except BadSample as error:
                     causes[error.cause] += 1
@@ -61,5 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"no phonemes found ({counts or 'no text'}): try --kind espeak or lexicon")
     vocab.save(args.out)
     print(f"{args.out}: {len(vocab)} symbols, blank included")
+    for lang, count in langs.items():
+        if lang and not phonemizer.knows(lang):
+            print(f"{count} samples of language '{lang}', which espeak-ng does not know, were read "
+                  "as English: give them a code such as de or pt-BR")  # fmt: skip
     if causes:
         print(f"{causes.total()} samples left out: {counts}")

@@ -326,7 +326,7 @@ def parse_json(data: bytes, shard: str, key: str) -> dict[str, Any]:
     Raises `BadSample`: bad_utf8, bad_json.
     """
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadSample("bad_utf8", shard, key, str(error)) from None
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import functools
 import threading
 
 import numpy as np
@@ -112,6 +113,18 @@ def available() -> bool:
         _loaded()
     except UserError:
         return False
+    return True
+
+
+@functools.cache
+def has_voice(voice: str) -> bool:
+    """Whether espeak-ng has ``voice``, such as ``de`` or ``pt-br``."""
+    library = _loaded()
+    with _lock:
+        try:
+            library.use(voice)
+        except UserError:
+            return False
     return True
 
 

@@ -1,4 +1,4 @@
-"""The normalization of transcripts into training targets."""
+"""The normalization of transcripts: into training targets, and into what a phonemizer reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from dsasr.data.text.scripts import HAN_SPACES
+from dsasr.data.text.scripts import HAN_SPACES, script_runs
 from dsasr.utils.errors import UserError
 
 
@@ -19,7 +19,7 @@ class TextConfig:
     whose transcript is the end token alone.
     """
 
-    case: str = "keep"  # keep, lower or upper
+    case: str = "keep"  # keep, lower or upper; phonemes are those of the text as it was
     punctuation: str = "keep"  # keep or strip
     # samples without text: drop (counted as empty_text), or keep as non-speech
     empty: str = "drop"
@@ -33,19 +33,50 @@ class TextConfig:
             raise UserError(f"text.empty {self.empty!r}: use drop or keep")
 
 
-def normalize_text(text: str, lang: str = "", config: TextConfig | None = None) -> str:
-    """The training target for ``text``: NFKC, single spaces, none between Han characters.
+def clean_text(text: str) -> str:
+    """NFKC, single spaces, none between Han characters; control characters become spaces.
 
-    Control characters become spaces. Case and punctuation follow ``config``; an apostrophe within
-    a word is not punctuation. Scoring has another normalization, which ignores more
-    (`dsasr.evaluation.normalize`).
+    A byte order mark (U+FEFF), which some editors put before a text, is dropped.
+    """
+    if text.isascii() and text.isprintable():
+        return " ".join(text.split())
+    text = unicodedata.normalize("NFKC", text.replace("\ufeff", ""))
+    text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    return HAN_SPACES.sub("", " ".join(text.split()))
+
+
+def spoken_text(text: str) -> str:
+    """`clean_text`, in lower case if it is a transcript in upper case (`is_upper_case`).
+
+    A phonemizer with rules for abbreviations reads this, not the training target: that may be all
+    of one case (``text.case``), and without the punctuation between clauses.
+    """
+    text = clean_text(text)
+    return text.lower() if is_upper_case(text) else text
+
+
+def is_upper_case(text: str) -> bool:
+    """Whether ``text`` is written in upper case, which then marks no abbreviations (**ours**).
+
+    It has no lower-case letter, and somewhere two words in a row, one of them of two letters at
+    least: "IT IS", but not "US", nor "U S A", nor 打开 WIFI. A word alone may be either, and
+    abbreviations that are no words (TV, CEO) are spelled by espeak-ng in lower case, too.
+    """
+    if not text.isupper():
+        return False
+    runs = (run for script, run in script_runs(text) if script != "zh")
+    letters = ([sum(map(str.isalpha, word)) for word in run.split()] for run in runs)
+    return any(sum(map(bool, of_run)) > 1 and max(of_run) > 1 for of_run in letters)
+
+
+def normalize_text(text: str, lang: str = "", config: TextConfig | None = None) -> str:
+    """The training target for ``text``: `clean_text`, with case and punctuation as ``config`` says.
+
+    An apostrophe within a word is not punctuation. Scoring has another normalization, which ignores
+    more (`dsasr.evaluation.normalize`).
     """
     config = config or TextConfig()
-    unchanged = config.case == "keep" and config.punctuation == "keep"
-    if unchanged and text.isascii() and text.isprintable() and " ".join(text.split()) == text:
-        return text
-    text = unicodedata.normalize("NFKC", text)
-    text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    text = clean_text(text)
     if config.case != "keep":
         text = text.lower() if config.case == "lower" else text.upper()
         text = unicodedata.normalize("NFKC", text)  # a change of case may undo it

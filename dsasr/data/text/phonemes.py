@@ -17,7 +17,8 @@ from typing import Protocol, runtime_checkable
 
 from dsasr.data.text import espeak
 from dsasr.data.text.characters import CharacterPhonemizer
-from dsasr.data.text.scripts import HAN, HAN_CHARACTER, script_runs
+from dsasr.data.text.normalization import clean_text, spoken_text
+from dsasr.data.text.scripts import HAN, HAN_CHARACTER, HAN_LANGS, MIXED_LANGS, script_runs
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 from dsasr.utils.package_data import RECIPES
@@ -60,6 +61,9 @@ class Phonemizer(Protocol):
 
 _TONES = {"55": "1", "35": "2", "214": "3", "21": "3", "51": "4", "11": "5", "22": "5"}
 _STRESS = "ˈˌ"
+_MANDARIN_VOICE = "cmn"
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z0-9]+)*")  # as BCP 47 writes it, in lower case
+_OTHER_NAMES = {"en-gb": "en", "no": "nb"}  # tag → what espeak-ng calls it
 # espeak-ng writes these Mandarin sounds in IPA with leftovers of its ASCII names.
 _MANDARIN = {
     "ts.h": "tʂʰ",
@@ -92,10 +96,11 @@ _IONG = {
 
 
 class EspeakPhonemizer:
-    """espeak-ng's rules and dictionaries; Han runs are read by ``cmn``, all else by ``en-us``.
+    """espeak-ng's rules and dictionaries; Han runs are read by ``cmn``, all else by `voice`.
 
-    ``stress`` keeps the marks ˈ and ˌ in front of English vowels. Results are cached (``cache``
-    texts). Raises `UserError` where espeak-ng is missing, at the first text.
+    It reads the text's `spoken_text`. ``stress`` keeps the marks ˈ and ˌ in front of vowels.
+    Results are cached (``cache`` texts). Raises `UserError` where espeak-ng is missing, at the
+    first text.
     """
 
     def __init__(self, *, english: str = "en-us", stress: bool = False, cache: int = 50_000):
@@ -112,20 +117,42 @@ class EspeakPhonemizer:
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
         symbols: list[str] = []
-        for script, run in script_runs(text, lang):
-            symbols += self._cached(run.strip(), script)
+        voice = self.voice(lang)
+        for script, run in script_runs(spoken_text(text), lang):
+            symbols += self._cached(run.strip(), _MANDARIN_VOICE if script == "zh" else voice)
         return symbols
+
+    def voice(self, lang: str) -> str:
+        """espeak-ng's voice for text of ``lang`` (de, pt-BR …) that is not Han.
+
+        English, as ``english``, beside Han, and where ``lang`` names no language or one that
+        espeak-ng does not know.
+        """
+        tag = lang.lower().replace("_", "-")
+        primary = tag.partition("-")[0]
+        if tag in ("", "en", *MIXED_LANGS) or primary in HAN_LANGS:
+            return self.english
+        tags = (tag,) if primary == "en" else (tag, primary)
+        return next(filter(None, map(_named_voice, tags)), self.english)
+
+    def knows(self, lang: str) -> bool:
+        """Whether text of ``lang`` is read by rules of that language."""
+        tag = lang.lower().replace("_", "-")
+        primary = tag.partition("-")[0]
+        known = tag in MIXED_LANGS or primary in ("en", *HAN_LANGS)
+        return known or _named_voice(primary) is not None
 
     def for_sample(self, sample) -> list[str]:
         return self.phonemes(sample.text, sample.lang)
 
-    def _run(self, text: str, script: str) -> tuple[str, ...]:
+    def _run(self, text: str, voice: str) -> tuple[str, ...]:
         if not text:
             return ()
-        return tuple(self._mandarin(text) if script == "zh" else self._english(text))
+        mandarin = voice == _MANDARIN_VOICE
+        return tuple(self._mandarin(text) if mandarin else self._alphabetic(text, voice))
 
-    def _english(self, text: str) -> list[str]:
-        names = espeak.phoneme_names(text, self.english, ipa=True)
+    def _alphabetic(self, text: str, voice: str) -> list[str]:
+        names = espeak.phoneme_names(text, voice, ipa=True)
         drop = "" if self.stress else _STRESS
         symbols = (name.translate(str.maketrans("", "", drop)) for name in names)
         return [symbol for symbol in symbols if symbol.strip() and symbol[0] != "("]
@@ -135,13 +162,19 @@ class EspeakPhonemizer:
         if len(text) == 1 and text in _IONG:
             onset, tone = _IONG[text]
             return [onset, f"iʊ{tone}", "ŋ"]
-        ipa = [name for name in espeak.phoneme_names(text, "cmn", ipa=True) if name != " "]
-        plain = [name for name in espeak.phoneme_names(text, "cmn", ipa=False) if name != " "]
+        ipa = [
+            name for name in espeak.phoneme_names(text, _MANDARIN_VOICE, ipa=True) if name != " "
+        ]
+        plain = [
+            name for name in espeak.phoneme_names(text, _MANDARIN_VOICE, ipa=False) if name != " "
+        ]
         # Words that its Mandarin rules cannot read (熊, 哪儿) espeak-ng reads by the English ones,
         # marked as (en)…(cmn): read those character by character.
         broken = any(name.startswith("(") for name in ipa) or len(ipa) != len(plain)
         if broken and len(text) > 1:
-            return [symbol for character in text for symbol in self._cached(character, "zh")]
+            return [
+                symbol for character in text for symbol in self._cached(character, _MANDARIN_VOICE)
+            ]
         if broken:
             raise UnknownWord(text)
         return [
@@ -149,6 +182,12 @@ class EspeakPhonemizer:
             for sound, name in zip(ipa, plain, strict=True)
             for symbol in _mandarin_symbols(sound, name)
         ]
+
+
+def _named_voice(tag: str) -> str | None:
+    """espeak-ng's voice for a language's tag; the bindings would take a voice's name, too."""
+    name = _OTHER_NAMES.get(tag, tag)
+    return name if _LANGUAGE.fullmatch(tag) and espeak.has_voice(name) else None
 
 
 def _mandarin_symbols(sound: str, name: str) -> list[str]:
@@ -192,7 +231,7 @@ class LexiconPhonemizer:
         if path.name == str(path) and not path.exists() and (RECIPES / path).exists():
             path = RECIPES / path
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"lexicon {path} cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
@@ -204,11 +243,11 @@ class LexiconPhonemizer:
                 raise UserError(f"lexicon {path} line {number}: {word!r} has no phonemes")
             if not stress:
                 phones = [_ARPABET.sub(r"\1", phone) for phone in phones]
-            self.entries.setdefault(_VARIANT.sub("", word).lower(), tuple(phones))
+            self.entries.setdefault(clean_text(_VARIANT.sub("", word)).lower(), tuple(phones))
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
         symbols: list[str] = []
-        for match in _WORD.finditer(text):
+        for match in _WORD.finditer(clean_text(text)):
             word = match.group().lower().replace("’", "'")
             if HAN_CHARACTER.match(word):
                 symbols += self._han(word)
@@ -261,7 +300,8 @@ class PhonemizerConfig:
     """``kind``: stored, espeak, lexicon or characters (conventional CTC, no phonemes at all);
     ``lexicons``: files for kind lexicon."""
 
-    # stored (in the shards), espeak, lexicon, or characters (labels are letters: conventional CTC)
+    # stored (in the shards), espeak (by each sample's language), lexicon, or characters (labels are
+    # letters: conventional CTC)
     kind: str = "stored"
     # lexicon: pronunciation files; the first that has a word wins. digits.lexicon comes with dsasr.
     lexicons: tuple[str, ...] = ()

@@ -1,9 +1,14 @@
-"""Scripts of a text: which characters are Han, and where a text changes between Han and another."""
+"""Scripts: which characters and languages are Han, where a text changes to another script."""
 
 from __future__ import annotations
 
 import re
 
+# Languages of Han text, and tags of speech that switches between one of them and English.
+HAN_LANGS = frozenset(["zh", "cmn", "yue", "wuu", "nan", "hak"])
+MIXED_LANGS = frozenset(
+    ["zh-en", "en-zh", "cmn-en", "en-cmn", "yue-en", "en-yue", "cs", "mixed", "mix", "code-switch"]
+)
 # Inside of a character class: zero, extension A, unified, compatibility, planes 2 and 3.
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 HAN_CHARACTER = re.compile(f"[{HAN}]")

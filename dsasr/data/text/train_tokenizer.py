@@ -76,7 +76,7 @@ def train_tokenizer(
 def _read(files: Sequence[str | Path]) -> Iterable[str]:
     for path in files:
         try:
-            with open(path, encoding="utf-8") as lines:
+            with open(path, encoding="utf-8-sig") as lines:
                 for line in lines:
                     if line.strip():
                         yield normalize_text(line)

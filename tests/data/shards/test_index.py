@@ -299,6 +299,13 @@ def test_a_missing_duration_is_read_from_the_audio():
     assert sample.duration == pytest.approx(0.75)
 
 
+def test_a_byte_order_mark_before_the_json_is_dropped():
+    tar = tar_of(("a.flac", flac()), ("a.json", b"\xef\xbb\xbf" + meta("one two")))
+    entry = build_index(tar, "s").entry(0)
+    assert entry.chars == len("one two")
+    assert read_sample(lambda offset, size: tar[offset:][:size], entry, "s").text == "one two"
+
+
 @pytest.mark.parametrize("value", [-1, "1.0", None, float("nan"), float("inf"), 1e300])
 def test_an_impossible_duration_is_not_believed(value):
     tar = tar_of(("a.flac", flac(0.25)), ("a.json", meta(duration=value)))

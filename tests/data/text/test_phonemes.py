@@ -47,6 +47,77 @@ def test_espeak_known_answers(text, phonemes):
     assert EspeakPhonemizer().phonemes(text, "zh") == phonemes.split()
 
 
+SENTENCES = (
+    "it is up to us",
+    "we go to who and what",
+    "may i help you, it said",
+    "a man is as good as his word",
+    "don't do it",
+)
+
+
+@needs_espeak
+@pytest.mark.parametrize("text", SENTENCES)
+def test_a_transcript_in_upper_case_sounds_as_in_lower_case(text):
+    phonemizer = EspeakPhonemizer()
+    for lang in ("en", "", "en-US"):
+        assert phonemizer.phonemes(text.upper(), lang) == phonemizer.phonemes(text, lang)
+    assert "".join(phonemizer.phonemes("IT IS", "en")) == "ɪɾɪz"
+
+
+@needs_espeak
+def test_abbreviations_in_mixed_case_are_spelled():
+    phonemizer = EspeakPhonemizer()
+    assert phonemizer.phonemes("US", "en") == "j uː ɛ s".split()
+    for text in ("the US army", "打开 US 吧"):
+        sounds = "".join(phonemizer.phonemes(text, "en"))
+        assert "juːɛs" in sounds
+    assert "juːɛs" not in "".join(phonemizer.phonemes("THE US ARMY", "en"))
+
+
+@needs_espeak
+def test_recorded_transcripts_sound_the_same_in_either_case(recordings):
+    """speechocean762's are in upper case."""
+    phonemizer = EspeakPhonemizer()
+    lines = (recordings / "en_read" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 600
+    for row in rows:
+        upper = phonemizer.phonemes(row["text"].upper(), row["lang"])
+        assert upper == phonemizer.phonemes(row["text"].lower(), row["lang"]), row["text"]
+
+
+@needs_espeak
+@pytest.mark.parametrize(
+    ("lang", "text", "phonemes"),
+    [
+        ("de", "ich", "ɪ ç"),
+        ("de-AT", "ich", "ɪ ç"),
+        ("DE_de", "ich", "ɪ ç"),
+        ("de", "打开", "t ɑ3 kʰ ai1"),
+        ("fr", "rue", "ʁ y"),
+        ("en", "bath", "b æ θ"),
+        ("en-GB", "bath", "b a θ"),
+        ("en-XX", "bath", "b æ θ"),
+        ("zh", "bath", "b æ θ"),
+        ("", "bath", "b æ θ"),
+        ("mixed", "bath", "b æ θ"),
+        ("cs", "bath", "b æ θ"),  # switching, not Czech
+        ("xx", "bath", "b æ θ"),
+    ],
+)
+def test_a_text_is_read_in_its_language(lang, text, phonemes):
+    assert EspeakPhonemizer().phonemes(text, lang) == phonemes.split()
+
+
+@needs_espeak
+def test_languages_that_espeak_does_not_know():
+    phonemizer = EspeakPhonemizer()
+    assert all(map(phonemizer.knows, ("en", "en-US", "zh", "zh-TW", "cs", "mixed", "de", "pt_BR")))
+    assert not any(map(phonemizer.knows, ("xx", "english", "?", "")))
+    assert phonemizer.knows("no") and phonemizer.voice("no") == "nb"  # Norwegian Bokmål
+
+
 @needs_espeak
 def test_espeak_never_leaks_its_markup():
     phonemizer = EspeakPhonemizer()
@@ -133,6 +204,12 @@ def test_lexicon(lexicon):
     assert phonemizer.phonemes("don’t 'read'") == "D OW N T R EH D".split()
     assert phonemizer.phonemes("好你好你") == "h ao3 n i3 h ao3 n i3".split()
     assert LexiconPhonemizer(lexicon, stress=True).phonemes("hello") == "HH AH0 L OW1".split()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_word(tmp_path):
+    path = tmp_path / "l.txt"
+    path.write_text("one W AH N\ntwo T UW\n", encoding="utf-8-sig")
+    assert LexiconPhonemizer(path).phonemes("\ufeffONE ｔｗｏ") == "W AH N T UW".split()
 
 
 def test_lexicon_takes_the_longest_match(tmp_path):

@@ -21,6 +21,15 @@ def test_training_is_repeatable_and_skipped_when_done(tmp_path, sentences):
     assert model.stat().st_mtime_ns != stamp and model.read_bytes() == first
 
 
+def test_a_byte_order_mark_is_no_token(tmp_path, sentences):
+    (tmp_path / "t.txt").write_text("\n".join(sentences), encoding="utf-8-sig")
+    (tmp_path / "u.txt").write_text("\n".join(sentences), encoding="utf-8")
+    for name in ("t", "u"):
+        train_tokenizer([tmp_path / f"{name}.txt"], tmp_path / name, size=400)
+    models = [(tmp_path / name / "tokenizer.model").read_bytes() for name in ("t", "u")]
+    assert models[0] == models[1]
+
+
 def test_training_errors(tmp_path, sentences):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(UserError, match="empty"):
