@@ -219,15 +219,19 @@ class Dropouts:
     """
 
     def __init__(self, module: nn.Module):
-        self._matrices = [parameter for _, parameter in adapters(module)]
+        named = list(module.named_modules())
+        # Modules, for weights are replaced when they are drawn.
+        self._layers = [
+            m for n, m in named if n.endswith((f"lora_A.{_ADAPTER}", f"lora_B.{_ADAPTER}"))
+        ]
         self._dropouts = [
-            m for n, m in module.named_modules() if n.endswith(f"lora_dropout.{_ADAPTER}")
+            m for n, m in named if n.endswith(f"lora_dropout.{_ADAPTER}")
             and isinstance(m, nn.Dropout)
         ]  # fmt: skip
 
     def train(self, mode: bool) -> None:
         """On in training where the matrices train."""
-        mode = mode and any(parameter.requires_grad for parameter in self._matrices)
+        mode = mode and any(layer.weight.requires_grad for layer in self._layers)
         for dropout in self._dropouts:
             dropout.training = mode
 

@@ -63,14 +63,15 @@ class ModuleCost:
 
     def _count_flops(self, n: int) -> PartFlops:
         products = _Products()
-        with torch.no_grad(), products, self._marked(lambda: len(products.found)) as marks:
+        with products, self._marked(lambda: len(products.found)) as marks:
             self.module.eval()(*self.inputs(n))
         front, first, last = marks
-        part = PartFlops(0, entry=products.found[0][1])
-        for place, (kind, count) in enumerate(products.found):
+        part = PartFlops(0)
+        for place, (kind, count, reads_input) in enumerate(products.found):
             found = PartFlops(0, count)
             if kind in LINEAR:
-                found = PartFlops(count, front=count if place < front else 0)
+                in_front = count if place < front else 0
+                found = PartFlops(count, entry=count if reads_input else 0, front=in_front)
             more = self.blocks - len(self.stack) if first <= place < last else 0
             part += found.times(1 + more)
         return part
@@ -123,11 +124,14 @@ class ModuleCost:
 
 
 class _Products(TorchDispatchMode):
-    """Lists each product with its FLOPs, in order."""
+    """Lists each product in order: its kind, its FLOPs, whether it is of the module's input.
+
+    No gradient leads from there to a parameter; all else depends on one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[Any, int]] = []
+        self.found: list[tuple[Any, int, bool]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -138,7 +142,8 @@ class _Products(TorchDispatchMode):
         packet = func._overloadpacket
         if packet in flop_registry:
             count = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-            self.found.append((packet, count))
+            read = args[1 if packet is aten.addmm else 0]
+            self.found.append((packet, count, not read.requires_grad))
         return out
 
 

@@ -55,7 +55,9 @@ def test_flops_are_those_that_torch_counts(family, tmp_path, options):
             computed(encoder, rows)
         part = cost.flops(rows)
         assert part.forward == seen.get_total_flops()
-        assert 0 < part.entry < part.linear and part.attention > 0
+        assert part.entry < part.linear and part.attention > 0
+        # A norm with weights stands before its first product.
+        assert (part.entry == 0) == (family == "wav2vec2-bert")
 
 
 def test_saved_bytes_are_those_that_autograd_keeps(family, tmp_path):

@@ -13,10 +13,12 @@ from transformers import WhisperConfig, WhisperModel
 
 from dsasr import Recognizer, config, recipe
 from dsasr.build import Builder
+from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint
-from dsasr.checkpoint.tensor_fragments import MANIFEST
+from dsasr.checkpoint.tensor_fragments import MANIFEST, FragmentReader
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
+from dsasr.model import lora
 from dsasr.tracking.run_log import read_events
 from dsasr.training import preflight
 from dsasr.utils.errors import UserError
@@ -126,6 +128,48 @@ def test_without_pretraining_it_trains_resumes_and_is_exported(launch, tiny, whi
     assert changed
     soundfile.write(tmp_path / "a.wav", torch.zeros(16000).numpy(), 16000)
     assert Recognizer.from_pretrained(model).transcribe(tmp_path / "a.wav") is not None
+
+
+MATRICES = [
+    "model.encoder_lora={rank: 2, alpha: 6}",
+    "stages.pretrain.trains={encoder_lora: 2.0e-2, ctc: 5.0e-3}",
+    "stages.joint.trains={encoder_lora: 1.0e-3, adaptor: 1.0e-3, llm: 1.0e-3}",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_with_lora_in_it_the_encoders_own_weights_stay_the_folders(launch, tiny, whisper, tmp_path):
+    """Through pretraining, hot-swaps and the joint stage; snapshots hold weights and matrices."""
+    folder = tmp_path / "run"
+    settings = [*overrides(whisper), *MATRICES]
+    done = launch(TRAIN, "--recipe", tiny, f"run={folder}", *settings)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert [e for e in read_events(folder) if e["event"] == "swap"][-1]["cause"] == "final"
+    build = Builder(recipe.load(str(tiny), settings))
+    names = dict(zero_partition.named_parameters(build.speech_llm(), "encoder."))
+    matrices = {name for name in names if lora.is_adapter(name)}
+    reader = open_run_checkpoint(folder)
+    snapshot = FragmentReader(max((folder / "snapshots").glob("encoder-*")))
+    stored = {name: reader.whole(f"sft/{name}") for name in names}
+    published = {name: snapshot.whole(name) for name in names}
+    assert {n for n in snapshot.shapes if n.startswith("encoder.")} == {
+        n.removeprefix("sft/") for n in reader.shapes if n.startswith("sft/encoder.")
+    }
+    for name, parameter in names.items():
+        for tensor in (stored[name], published[name]):
+            assert torch.equal(tensor, parameter) != (name in matrices), name
+        # The joint stage has trained the matrices on.
+        assert torch.equal(stored[name], published[name]) != (name in matrices), name
+    states = {k.removeprefix("sft/exp_avg/") for k in reader.shapes if "sft/exp_avg/" in k}
+    assert {name for name in states if name.startswith("encoder.")} == matrices
+    model = export.export_run(build, reader, tmp_path / "model")
+    merged = export.load_export(model).model.state_dict()
+    for name in names.keys() - matrices:
+        expected, (a, b) = stored[name], lora.factors(name)
+        if a in matrices:
+            expected = lora.merged(expected, stored[a], stored[b], build.recipe.model.encoder_lora)
+        assert torch.equal(merged[name], expected), name
 
 
 @pytest.mark.parametrize(
