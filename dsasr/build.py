@@ -21,7 +21,7 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
-from dsasr.data.text.phonemes import PhonemeVocab, Speller, build_phonemizer
+from dsasr.data.text.phonemes import PhonemeVocab, Phonemizer, Speller, build_phonemizer
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import (
     Tokenizer,
@@ -43,7 +43,7 @@ from dsasr.model.llm import load_llm
 from dsasr.model.llm_hub import find_model
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.model.token_embeddings import token_rms
+from dsasr.model.token_embeddings import embed_tokens, token_rms
 from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -56,9 +56,16 @@ def sub_seed(seed: int, purpose: str) -> int:
     return int.from_bytes(digest, "big") >> 33
 
 
-def _reset_own(top: nn.Module, layer: nn.Module, generator: torch.Generator) -> None:
-    """Draw the weights of ``layer``, those of ``top`` itself by its own rule."""
+def _reset_own(
+    top: nn.Module, table: Tensor | None, layer: nn.Module, generator: torch.Generator
+) -> None:
+    """Draw the weights of ``layer``, those of ``top`` itself by its own rule.
+
+    ``table``: of an adaptor that reads CTC, the embeddings of its units but the blank.
+    """
     (top.reset_parameters if layer is top else partial(reset_layer, layer))(generator)
+    if layer is top and table is not None:
+        top.table[1:] = table
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,12 @@ class Builder:
         return PhonemeVocab.load(
             self._existing_file(self.recipe.data.phonemes, "data.phonemes", hint)
         )
+
+    @property
+    def phonemizer(self) -> Phonemizer:
+        """A new one: of transcripts, the units that the CTC head learns."""
+        cfg = self.recipe.data.phonemizer
+        return build_phonemizer(cfg, self.tokenizer if cfg.kind == "tokens" else None)
 
     @cached_property
     def encoder_folder(self) -> Path:
@@ -164,7 +177,7 @@ class Builder:
         data = self.recipe.data
         return TextEncoder(
             config=data.text,
-            phonemizer=build_phonemizer(data.phonemizer) if phonemes else None,
+            phonemizer=self.phonemizer if phonemes else None,
             vocab=self.phonemes if phonemes else None,
             tokenizer=self.tokenizer if tokens else None,
         )
@@ -265,7 +278,11 @@ class Builder:
         encoder = self._encoder("sft encoder", partition)
         adaptor, ctc = self._meta_adaptor(encoder, width, scale)
         self._drawn(encoder, "sft encoder", partition)
-        self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor))
+        table = None
+        if model.adaptor.reads_ctc and self.recipe.data.phonemizer.kind == "tokens":
+            ids = {piece: number for number, piece in self.tokenizer.pieces().items()}
+            table = embed_tokens(llm, [ids[unit] for unit in self.phonemes.symbols[1:]])
+        self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor, table))
         if ctc is not None:
             self._drawn(ctc, "sft ctc", partition)
         prefix, suffix = self.prompt()
@@ -313,7 +330,7 @@ class Builder:
     @cached_property
     def spell(self) -> Speller:
         """From a transcript to the units of the CTC head."""
-        return Speller(build_phonemizer(self.recipe.data.phonemizer), self.phonemes)
+        return Speller(self.phonemizer, self.phonemes)
 
     def empty_encoder(self) -> Encoder:
         """An encoder on the CPU whose weights are to be loaded from a checkpoint."""

@@ -14,6 +14,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.features import decode, fbank
 from dsasr.data.shards.index import build_index, read_sample
+from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.training import preflight
 from dsasr.utils.errors import UserError
@@ -147,6 +148,21 @@ def test_every_adaptor_is_drawn_from_the_seed_whole_or_by_layers(tiny, adaptor) 
     assert float(first.adaptor.scale) == pytest.approx(float(scale))
     batch = load_batches(tiny, "align", 1)[0]
     assert first.eval()(batch).loss.isfinite()
+
+
+def test_a_ctc_that_writes_tokens_is_read_as_the_language_models_own(tiny, tmp_path) -> None:
+    settings = ["data.phonemizer={kind: tokens}", f"data.phonemes={tmp_path}/tokens.json"]
+    phonemizer = Builder(recipe.load(str(tiny), settings[:1])).phonemizer
+    units = phonemizer.phonemes("ba do fi gu")
+    PhonemeVocab.build([units]).save(tmp_path / "tokens.json")
+    build = Builder(recipe.load(str(tiny), [*settings, "model.adaptor={kind: ctc}"]))
+    model = build.speech_llm()
+    for unit in units:
+        (number,) = (n for n, piece in build.tokenizer.pieces().items() if piece == unit)
+        expected = model.llm.get_input_embeddings()(torch.tensor(number))
+        row = model.adaptor.table[build.phonemes.encode([unit])[0]]
+        torch.testing.assert_close(row, expected, rtol=1e-6, atol=0)
+    assert build.spell("BA do", "en") == build.phonemes.encode(phonemizer.phonemes("ba do"))
 
 
 def test_the_recipes_prompt_is_the_models(tiny) -> None:

@@ -10,7 +10,7 @@ import torch
 from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.data.text.characters import BOUNDARY
 from dsasr.data.text.ctc_noise import Confusions
-from dsasr.data.text.phonemes import UnknownPhoneme, UnknownWord, build_phonemizer
+from dsasr.data.text.phonemes import UnknownPhoneme, UnknownWord
 from dsasr.evaluation.error_rate import EditCounts, count_edits
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.model.ctc import greedy_phonemes
@@ -42,7 +42,7 @@ def count_ctc_errors(
     if encoder.ctc is None or encoder.build is None:
         raise UserError(f"{encoder.source.name} has no CTC head: give a run that pretrains")
     vocab = encoder.build.phonemes
-    phonemizer = build_phonemizer(encoder.build.recipe.data.phonemizer)
+    phonemizer = encoder.build.phonemizer
     errors = CtcErrors(Confusions.empty(vocab.symbols))
     for start in progress(range(0, len(recordings), GROUP)):
         group = recordings[start : start + GROUP]

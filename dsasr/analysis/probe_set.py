@@ -17,7 +17,6 @@ from dsasr.data.text.phonemes import (
     Phonemizer,
     UnknownPhoneme,
     UnknownWord,
-    build_phonemizer,
 )
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.entropy_allocation.frame_labels import AlignedUtterance, UtteranceLabels
@@ -66,7 +65,7 @@ def label_recordings(
         else:
             causes["same_key" if r.text else "no_text"] += 1
     features = aligner.encode(list(by_key.values())) if aligner.ctc is not None else {}
-    phonemizer = build_phonemizer(build.recipe.data.phonemizer)
+    phonemizer = build.phonemizer
     of_words = frame_labels.word_phonemizer(phonemizer)
     aligned, labeled = [], []
     for r in by_key.values():

@@ -316,7 +316,7 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
     encoder = _load_encoder(export_config, folder)
     ctc, spell = None, None
     if export_config.adaptor.reads_ctc:
-        phonemizer = build_phonemizer(export_config.phonemizer)
+        phonemizer = build_phonemizer(export_config.phonemizer, tokenizer)
         spell = Speller(phonemizer, PhonemeVocab.load(folder / "phonemes.json"))
         ctc = CtcHead(encoder.width, export_config.units, export_config.head)
     model = SpeechLLM(

@@ -14,7 +14,7 @@ compares what reaches the first layer from token ids with what reaches it from e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -51,6 +51,22 @@ def token_rms(llm: PreTrainedModel) -> float:
     both take the same way through the model.
     """
     return embedding_rms(llm.get_input_embeddings()) * abs(input_scale(llm))
+
+
+@torch.no_grad()
+def embed_tokens(llm: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """The tokens' embeddings as ``inputs_embeds``, [N, D] in float32.
+
+    Collective where ZeRO-3 has partitioned the model: ranks hold the embedding whole meanwhile.
+    """
+    embeddings = llm.get_input_embeddings()
+    weight, partitioned = embeddings.weight, hasattr(embeddings.weight, "ds_tensor")
+    if partitioned:
+        weight.all_gather()
+    rows_ND = embeddings(torch.tensor(ids, device=weight.device)).float()
+    if partitioned:
+        weight.partition()
+    return rows_ND * input_scale(llm)
 
 
 @torch.no_grad()

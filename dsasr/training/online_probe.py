@@ -33,7 +33,6 @@ from torch import Tensor
 
 from dsasr.build import Builder
 from dsasr.data.batch import Batch
-from dsasr.data.text.phonemes import build_phonemizer
 from dsasr.engine.branch_engine import BranchEngine, StepReport
 from dsasr.entropy_allocation import frame_labels, predictive_entropy
 from dsasr.entropy_allocation.allocation_row import (
@@ -266,7 +265,7 @@ class OnlineProbe:
     @functools.cached_property
     def _word_phonemizer(self):
         """Built once, for a lexicon takes seconds to read."""
-        return frame_labels.word_phonemizer(build_phonemizer(self.build.recipe.data.phonemizer))
+        return frame_labels.word_phonemizer(self.build.phonemizer)
 
     def _align(self, batch: Batch, i: int, log_probs_SP: Tensor) -> list[AlignedUtterance]:
         """Utterance ``i`` aligned; nothing if its phonemes do not fit on its frames."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dsasr import recipe
 from dsasr.build import Builder
+from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.engine.branch_engine import EngineConfig, partitioner, read_ds_config
 from dsasr.model import layerwise_init
 from dsasr.model.llm import load_llm
@@ -52,6 +53,12 @@ def unprefixed(tiny: Path, to: Path) -> Path:
     return to
 
 
+def token_units(tiny: Path) -> list[str]:
+    return Builder(recipe.load(str(tiny), ["data.phonemizer={kind: tokens}"])).phonemizer.phonemes(
+        "ba do fi gu"
+    )
+
+
 @pytest.mark.launcher
 def test_partitioned_models_equal_whole_ones(launch, tiny, tmp_path):
     settings = read_ds_config("zero3")
@@ -61,11 +68,15 @@ def test_partitioned_models_equal_whole_ones(launch, tiny, tmp_path):
     shards = two_shards(tiny, tmp_path / "shards")
     lora = ["model.lora={rank: 2}",
             "stages.joint.trains={encoder: 1.0e-4, adaptor: 1.0e-3, lora: 1.0e-3}"]  # fmt: skip
+    PhonemeVocab.build([token_units(tiny)]).save(tmp_path / "tokens.json")
+    tokens = [f"data.phonemes={tmp_path}/tokens.json", "data.phonemizer={kind: tokens}",
+              "model.adaptor={kind: ctc}"]  # fmt: skip
     cases = {
         "plain": ["engine.precision=fp32"],
         "shards": ["engine.precision=bf16", f"model.llm.path={shards}", *lora],
         "random": ["engine.precision=bf16", "model.llm.weights=false",
                    f"engine.deepspeed={persistent}"],
+        "tokens": ["engine.precision=fp32", *tokens],
         "other_names": [f"model.llm.path={unprefixed(tiny, tmp_path / 'base')}"],
     }  # fmt: skip
     words = [word for name, overrides in cases.items() for word in (f"{name}:", *overrides)]

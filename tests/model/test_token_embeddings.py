@@ -13,7 +13,7 @@ from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig, load_llm
 from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.model.token_embeddings import embedding_rms, input_scale, token_rms
+from dsasr.model.token_embeddings import embed_tokens, embedding_rms, input_scale, token_rms
 from dsasr.utils.errors import UserError
 
 VOCAB, WIDTH, PREFIX, SUFFIX = 300, 64, [11, 12, 13, 14, 15, 16], [17, 18, 19]
@@ -173,3 +173,10 @@ def test_a_model_that_needs_the_ids_is_refused():
     with pytest.raises(UserError, match="more from token ids") as caught:
         input_scale(AutoModelForCausalLM.from_config(config))
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_embedded_as_they_enter(family):
+    _, folder, inside, left = family
+    llm = load_llm(folder, attn="eager")
+    expected = llm.get_input_embeddings().weight[[5, 7, 5]].float() * inside * left
+    torch.testing.assert_close(embed_tokens(llm, [5, 7, 5]), expected, rtol=1e-4, atol=1e-6)

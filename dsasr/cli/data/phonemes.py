@@ -19,8 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("paths", nargs="+", help="tars, or folders of tars")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--kind", default="stored", help="stored (in the shards), espeak, lexicon or characters"
-    )
+        "--kind", default="stored",
+        help="stored (in the shards), espeak, lexicon, characters or tokens",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", type=Path, help="the language model's, for --kind tokens")
     parser.add_argument("--lexicon", nargs="*", default=(), help="files, for --kind lexicon")
     parser.add_argument("--stress", action="store_true", help="keep stress marks")
     args = parser.parse_args(arguments)
@@ -35,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UnknownWord,
         build_phonemizer,
     )
+    from dsasr.data.text.tokenizers import load_tokenizer
     from dsasr.utils.progress import Bar
 
     config = PhonemizerConfig(args.kind, tuple(args.lexicon), args.stress)
-    phonemizer, tars = build_phonemizer(config), find_tars(args.paths)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    phonemizer, tars = build_phonemizer(config, tokenizer), find_tars(args.paths)
     check_file(args.out)
     causes: Counter[str] = Counter()
     langs: Counter[str] = Counter()

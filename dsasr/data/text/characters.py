@@ -5,7 +5,8 @@ from __future__ import annotations
 from dsasr.data.text.normalization import TextConfig, normalize_text
 
 BOUNDARY = "▁"  # between words
-_RULES = TextConfig(case="lower", punctuation="strip")
+# The form of a transcript that its letters and tokens are those of.
+WRITTEN_FORM = TextConfig(case="lower", punctuation="strip")
 
 
 class CharacterPhonemizer:
@@ -13,7 +14,7 @@ class CharacterPhonemizer:
     space, which Han text has none of, is `BOUNDARY`."""
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
-        return [BOUNDARY if c == " " else c for c in normalize_text(text, lang, _RULES)]
+        return [BOUNDARY if c == " " else c for c in normalize_text(text, lang, WRITTEN_FORM)]
 
     def for_sample(self, sample) -> list[str]:
         return self.phonemes(sample.text, sample.lang)

@@ -251,7 +251,7 @@ def test_build_phonemizer(lexicon):
     config = PhonemizerConfig(kind="lexicon", lexicons=(str(lexicon),))
     sample = SimpleNamespace(text="hello", lang="en", phonemes=None)
     assert build_phonemizer(config).for_sample(sample) == "HH AH L OW".split()
-    with pytest.raises(UserError, match="lexicon or characters"):
+    with pytest.raises(UserError, match="characters or tokens"):
         PhonemizerConfig(kind="g2p")
     with pytest.raises(UserError, match="lexicons"):
         PhonemizerConfig(kind="lexicon")
