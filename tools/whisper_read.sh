@@ -20,8 +20,14 @@ dsasr data make-shards "$speech/train.jsonl" "$speech/valid.jsonl" --out-root "$
     dsasr data phonemes "$corpus/shards/train" --out "$corpus/characters.json" --kind characters
 cp "$text" "$corpus/text.txt"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-dsasr train --recipe whisper-read --ranks "$((gpus ? gpus : 1))" "run=$run" \
-    "model.encoder.path=$encoder" "model.llm.path=$llm" "$@"
+train=(dsasr train --recipe whisper-read --ranks "$((gpus ? gpus : 1))" "run=$run"
+    "model.encoder.path=$encoder" "model.llm.path=$llm" "$@")
+"${train[@]}" branch=pretrain
+# The language model reads text with the errors that this head makes.
+confusions=$corpus/confusions.json
+dsasr data confusions "$run" --data "$corpus/shards/train" --out "$confusions"
+"${train[@]}" branch=sft "data.text_only.confusions=$confusions"
+echo "The CTC head alone, greedy, on utterances that it did not train on:"
 dsasr data confusions "$run" --data "$corpus/shards/valid"
 dsasr evaluate "$run" --data "$corpus/shards/valid" --report
 echo "Time: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
