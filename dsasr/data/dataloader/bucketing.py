@@ -44,7 +44,8 @@ class BatchConfig:
     # positions of the language model in a micro-batch, padding included; 0: no such budget
     tokens: int = 0
     samples: int = 256  # samples of a micro-batch, at most
-    # relative width of a length bucket, 0 to 1; about half of it becomes padding
+    # relative width of a length bucket, 0 to 1; about half of it becomes padding. 1: all lengths
+    # together in random order
     bucket: float = 0.02
     min_seconds: float = 0.1  # shorter samples are dropped, counted as too_short
     max_seconds: float = 40.0  # longer samples are dropped, counted as too_long
@@ -211,8 +212,11 @@ def bucket_order(
 
     Buckets are geometric, ``width`` wide, their edges shifted at random; texts run up in one
     bucket and down in the next, so that a batch across an edge stays even. Text lengths are
-    jittered by a quarter so that short epochs do not repeat their batches.
+    jittered by a quarter so that short epochs do not repeat their batches. Of ``width`` 1 there is
+    one bucket, in random order.
     """
+    if width == 1:
+        return np.arange(len(frames)) if rng is None else rng.permutation(len(frames))
     shift = rng.random() if rng is not None else 0.0
     if width > 0:
         bins = np.floor(np.log(np.maximum(frames, 1)) / np.log1p(width) + shift).astype(np.int64)
@@ -228,18 +232,19 @@ def split_into_batches(frames: np.ndarray, chars: np.ndarray, config: BatchConfi
     """Ranges [batches, 2] (first, last + 1) of consecutive samples, each within every budget.
 
     Small windows, whose few batches span wide ranges of length, are split for the least padding
-    (`_split_for_least_padding`); large ones greedily.
+    (`_split_for_least_padding`); large ones, and those in random order, greedily.
     """
     tokens = config.positions(frames, chars)
     ranges: list[tuple[int, int]] = []
-    if len(frames) > LEAST_PADDING_UP_TO:
+    if len(frames) > LEAST_PADDING_UP_TO or config.bucket == 1:
         ranges = _split_greedily(frames, tokens, config)
     elif len(frames):
+        goal = max(PADDING_GOAL, config.bucket / 2)
         spans = _spans(frames, tokens, config)
         for cost in BATCH_COSTS:
             ranges = _split_for_least_padding(spans, cost * config.frames)
             padded = sum((last - first) * frames[first:last].max() for first, last in ranges)
-            if frames.sum() >= (1 - PADDING_GOAL) * padded:
+            if frames.sum() >= (1 - goal) * padded:
                 break
     return np.asarray(ranges, np.int64).reshape(-1, 2)
 

@@ -186,6 +186,33 @@ def test_budgets_hold_and_ranges_cover(seconds, frames, tokens, samples) -> None
             assert not tokens or count * row.max() <= tokens
 
 
+def test_bucket_1_mixes_all_lengths_in_batches_that_are_full() -> None:
+    """Else they would be of one length, and of few samples where a corpus is small."""
+    corpus = Corpus([150] * 4)
+    config = PlanConfig(BatchConfig(frames=24_000, samples=16, bucket=1.0), epochs=1, window=4)
+    tasks, _ = drain([corpus.part()], config, corpus, 1)
+    frames = [s.frames for t in tasks for s in t.samples]
+    full = [t for t in tasks if len(t.samples) == 16]
+    assert len(full) > 0.6 * len(frames) / 16
+    spreads = [np.std([s.frames for s in t.samples]) / np.std(frames) for t in full]
+    assert np.mean(spreads) > 0.8
+    for task in tasks:
+        assert len(task.samples) * max(s.frames for s in task.samples) <= 24_000
+
+
+def test_a_wide_bucket_may_have_half_its_width_in_padding() -> None:
+    corpus = Corpus([150] * 4)
+    counts = {}
+    for width in (0.02, 0.3):
+        config = PlanConfig(BatchConfig(frames=8000, bucket=width), epochs=1, window=4)
+        tasks, _ = drain([corpus.part()], config, corpus, 1)
+        counts[width] = len(tasks)
+        useful = sum(s.frames for t in tasks for s in t.samples)
+        padded = sum(len(t.samples) * max(s.frames for s in t.samples) for t in tasks)
+        assert 1 - useful / padded < max(0.05, width / 2)
+    assert counts[0.3] <= 1.1 * counts[0.02]
+
+
 def test_padding_of_a_window_is_small() -> None:
     corpus = Corpus([800] * 8)
     config = PlanConfig(BatchConfig(frames=12_000), epochs=1, window=4)
