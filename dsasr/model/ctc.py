@@ -59,7 +59,14 @@ class HeadLayer(nn.Module):
 
 
 class CtcHead(nn.Module):
-    """Encoder frames [B, S, E] to log-probabilities of units [B, S, P], float32 at least."""
+    """Encoder frames [B, S, E] to log-probabilities of units [B, S, P], float32 at least.
+
+    Before convolutions each channel is brought to mean 0 and deviation 1 (**ours**). A few channels
+    of an encoder that others trained are many times larger than all others, as they are in large
+    transformers (massive activations, arXiv 2402.17762), and LayerNorm shrinks those others: some
+    seeds then stay on CTC's plateau. `dsasr.training.frame_statistics` measures mean and deviation
+    at the first step; 0 where they are not known.
+    """
 
     def __init__(self, width: int, vocab: int, cfg: CtcHeadConfig | None = None):
         super().__init__()
@@ -67,6 +74,10 @@ class CtcHead(nn.Module):
         widths = [width, *[cfg.width or width] * cfg.layers]
         self.layers = nn.ModuleList(HeadLayer(*pair, cfg) for pair in itertools.pairwise(widths))
         self.project = nn.Linear(widths[-1], vocab)
+        if self.layers:
+            # Never on the meta device: nothing draws them.
+            for name in ("frame_mean_E", "frame_std_E"):
+                self.register_buffer(name, torch.zeros(width, dtype=torch.float32, device="cpu"))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         reset_parameters(self, generator)
@@ -74,10 +85,16 @@ class CtcHead(nn.Module):
     def forward(self, frames_BSE: Tensor, lengths_B: Tensor) -> Tensor:
         """``lengths_B``: valid frames, on the device of the frames."""
         valid_BS1 = valid_frames(lengths_B, frames_BSE.shape[1]).unsqueeze(2)
+        if self.layers:
+            frames_BSE = self._standardized(frames_BSE)
         for layer in self.layers:
             frames_BSE = layer(frames_BSE, valid_BS1)
         logits = self.project(frames_BSE)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def _standardized(self, frames_BSE: Tensor) -> Tensor:
+        mean_E, std_E = (x.to(frames_BSE.device) for x in (self.frame_mean_E, self.frame_std_E))
+        return ((frames_BSE - mean_E) / std_E.masked_fill(std_E == 0, 1.0)).to(frames_BSE.dtype)
 
 
 @dataclass(frozen=True)

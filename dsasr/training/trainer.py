@@ -22,7 +22,7 @@ from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
 from dsasr.tracking import console
 from dsasr.tracking.monitor import Monitor
-from dsasr.training import initial_weights, preflight, resume
+from dsasr.training import frame_statistics, initial_weights, preflight, resume
 from dsasr.training.branch_switcher import BranchSwitcher
 from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
 from dsasr.training.initial_weights import InitialWeights
@@ -161,6 +161,9 @@ class Trainer:
         self._data_wait = time.monotonic() - started
         for batch in batches:
             self.bad_samples.add(batch.bad, steps=self.steps, stage=stage.name, epoch=batch.epoch)
+        first = stage.branch == "pretrain" and self.progress.pretrain == 0
+        if first and self.recipe.pretrained_encoder is not None:
+            frame_statistics.measure(engine, batches)
         return batches
 
     def advance(self, turn: Turn) -> None:

@@ -45,7 +45,7 @@ def overrides(whisper: Path) -> list[str]:
     return [
         f"model.encoder={{path: {whisper}}}", "data.cmvn=''", "model.adaptor.stack=8",
         "model.pretrain.chunks=null", "model.sft.chunks=null",
-        "data.dataloader.batch.max_seconds=20",
+        "data.dataloader.batch.max_seconds=20", "model.pretrain.head.layers=1",
     ]  # fmt: skip
 
 
@@ -67,6 +67,15 @@ def test_four_stages_with_a_swap(trained):
     assert [e["name"] for e in events if e["event"] == "stage_end"][-1] == "joint"
     assert [e for e in events if e["event"] == "swap"][-1]["cause"] == "final"
     assert (trained / "checkpoints" / LAST).is_dir()
+
+
+@pytest.mark.launcher
+def test_the_head_keeps_the_frames_statistics_of_the_first_step(trained):
+    checkpoints = sorted((trained / "checkpoints").glob("step-*"))
+    first, last = (FragmentReader(folder) for folder in (checkpoints[0], checkpoints[-1]))
+    std = first.whole("pretrain/ctc.frame_std_E")
+    assert bool((std > 0).all())
+    assert torch.equal(last.whole("pretrain/ctc.frame_std_E"), std)
 
 
 @pytest.mark.launcher
