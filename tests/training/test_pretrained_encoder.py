@@ -71,11 +71,11 @@ def test_four_stages_with_a_swap(trained):
 
 @pytest.mark.launcher
 def test_the_head_keeps_the_frames_statistics_of_the_first_step(trained):
-    checkpoints = sorted((trained / "checkpoints").glob("step-*"))
-    first, last = (FragmentReader(folder) for folder in (checkpoints[0], checkpoints[-1]))
-    std = first.whole("pretrain/ctc.frame_std_E")
-    assert bool((std > 0).all())
-    assert torch.equal(last.whole("pretrain/ctc.frame_std_E"), std)
+    name = "pretrain/ctc.frame_std_E"
+    readers = map(FragmentReader, (trained / "checkpoints").glob("step-*"))
+    found = [reader.whole(name) for reader in readers if name in reader.shapes]
+    assert len(found) > 1 and bool((found[0] > 0).all())
+    assert all(torch.equal(std, found[0]) for std in found)
 
 
 @pytest.mark.launcher
