@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train_rank(cfg: Recipe, request: StopRequest) -> int:
     """Join the other ranks and train, until the end or a request to stop; returns the exit code."""
     from dsasr.engine import branch_engine
-    from dsasr.launch import watchdog
+    from dsasr.launch import rendezvous, watchdog
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
@@ -101,6 +101,7 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
     limits = cfg.watchdog.seconds, cfg.watchdog.start_seconds
     trainer = None
     try:
+        rendezvous.check_master()
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
         trainer = Trainer(cfg, rank_watchdog, request)
         request.begin_training()
