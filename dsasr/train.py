@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train_rank(cfg: Recipe, request: StopRequest) -> int:
     """Join the other ranks and train, until the end or a request to stop; returns the exit code."""
     from dsasr.engine import branch_engine
-    from dsasr.launch import rendezvous, watchdog
+    from dsasr.launch import rendezvous, run_lock, watchdog
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
@@ -99,10 +99,11 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
     rank_watchdog.at("start")
     # A hang ends by the watchdog before the process group's timeout: its message says more.
     limits = cfg.watchdog.seconds, cfg.watchdog.start_seconds
-    trainer = None
+    trainer = lock = None
     try:
         rendezvous.check_master()
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
+        lock = run_lock.hold(cfg.folder, request)
         trainer = Trainer(cfg, rank_watchdog, request)
         request.begin_training()
         train(trainer)
@@ -111,6 +112,8 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
     finally:
         if trainer is not None:
             trainer.close()
+        if lock is not None:
+            lock.release()
         rank_watchdog.close()
         distributed.destroy_process_group()
     return 0
