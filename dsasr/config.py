@@ -153,6 +153,24 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without its numbers to base 60: 15:00 is a time, not 900."""
+
+    def resolve(self, kind: type, value: Any, implicit: Any) -> str:
+        tag = super().resolve(kind, value, implicit)
+        if kind is yaml.ScalarNode and ":" in value and tag.endswith((":int", ":float")):
+            return self.DEFAULT_SCALAR_TAG
+        return tag
+
+
+def _from_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_recipe(name_or_path: str) -> dict[str, Any]:
     """The plain values of a packaged recipe, or of the YAML file at a path, bases merged in.
 
@@ -166,7 +184,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         packaged = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"no recipe '{name_or_path}'{nearest(name_or_path, packaged)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = _from_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -199,7 +217,7 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
         if not equals or not key:
             raise UserError(f"'{assignment}' is not key=value")
         try:
-            value = yaml.safe_load(text)
+            value = _from_yaml(text)
         except yaml.YAMLError:
             raise UserError(f"the value of '{key}' is not valid YAML: {text}") from None
         _assign(values, key, value)

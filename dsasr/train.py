@@ -22,9 +22,11 @@ import time
 from typing import TYPE_CHECKING
 
 from dsasr.launch.orphan_ranks import end_with_launcher
+from dsasr.launch.stop_request import EARLY, StopRequest
 from dsasr.utils.errors import UserError, run_tool
 
 if TYPE_CHECKING:
+    from dsasr.recipe import Recipe
     from dsasr.training.trainer import Trainer
 
 RANK_0_SECONDS = 5.0  # in which rank 0 prints an error and ends
@@ -61,16 +63,15 @@ def train(trainer: Trainer) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    request = StopRequest()
+    request.listen(*EARLY)
     options = parse(arguments)
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    end_with_launcher()
+    end_with_launcher(request)
     from dsasr import build, recipe
     from dsasr.engine import branch_engine
     from dsasr.kernels import dispatch
-    from dsasr.launch import watchdog
     from dsasr.training import initial_weights, preflight
-    from dsasr.training.trainer import Stopped, Trainer
-    from dsasr.utils import distributed
 
     recipe.silence_library_warnings()
     cfg = recipe.load(options.recipe, options.overrides)
@@ -83,20 +84,36 @@ def main(arguments: list[str] | None = None) -> int:
         initial_weights.check(builder)
         print("\n".join([*preflight.summary(builder), "the recipe and its files are in order"]))
         return 0
+    with request.guard_output():
+        return train_rank(cfg, request)
+
+
+def train_rank(cfg: Recipe, request: StopRequest) -> int:
+    """Join the other ranks and train, until the end or a request to stop; returns the exit code."""
+    from dsasr.engine import branch_engine
+    from dsasr.launch import rendezvous, run_lock, watchdog
+    from dsasr.training.trainer import Stopped, Trainer
+    from dsasr.utils import distributed
+
     rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)
     rank_watchdog.at("start")
     # A hang ends by the watchdog before the process group's timeout: its message says more.
     limits = cfg.watchdog.seconds, cfg.watchdog.start_seconds
-    trainer = None
+    trainer = lock = None
     try:
+        rendezvous.check_master()
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
-        trainer = Trainer(cfg, rank_watchdog)
+        lock = run_lock.hold(cfg.folder, request)
+        trainer = Trainer(cfg, rank_watchdog, request)
+        request.begin_training()
         train(trainer)
     except Stopped:
         return 0
     finally:
         if trainer is not None:
             trainer.close()
+        if lock is not None:
+            lock.release()
         rank_watchdog.close()
         distributed.destroy_process_group()
     return 0

@@ -101,6 +101,14 @@ def test_bad_overrides_are_one_clear_line(assignment, words):
         assert word in str(error.value)
 
 
+def test_a_time_is_no_number_to_base_60(tmp_path):
+    (tmp_path / "a.yaml").write_text("time: 15:00\nhours: 24:00:00\nrate: 1.5\ncount: -3\n")
+    values = config.read_recipe(str(tmp_path / "a.yaml"))
+    assert values == {"time": "15:00", "hours": "24:00:00", "rate": 1.5, "count": -3}
+    values = config.override({}, ["time=15:00", "ratio=1:30.5", "list=[1, 2:30]", "quoted='7'"])
+    assert values == {"time": "15:00", "ratio": "1:30.5", "list": [1, "2:30"], "quoted": "7"}
+
+
 def test_dump_reads_back_to_an_equal_value(tmp_path):
     root = Root(Inner(3, 0.5, "b"), (Named("x", 2),), {"e": 0.1}, (7, 8), None, "p")
     path = tmp_path / "r.yaml"

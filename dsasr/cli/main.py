@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a recipe, one rank a GPU",
     "plan": "time and memory on a cluster, batch sizes that fit, padding",
     "timeline": "stages, learning rates and encoder swaps of a recipe before it is trained",
+    "stop": "have a running job save a checkpoint and end",
     "submit": "train or evaluate under Slurm",
     "evaluate": "error rates and hallucinations of a trained run",
     "transcribe": "transcribe audio files",

@@ -1,7 +1,8 @@
 """Train a recipe on this machine, one rank a GPU, or on several machines with --hostfile.
 
-A run resumes from its newest checkpoint; SIGTERM and SIGUSR1 save and stop it. DeepSpeed's own log
-lines are left out: `deepspeed dsasr/train.py` with the same arguments shows them.
+A run resumes from its newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and `dsasr stop RUN` have it save
+before its next step, and stop. DeepSpeed's own log lines are left out: `deepspeed dsasr/train.py`
+with the same arguments shows them, but its launcher kills ranks that take over 30 s to save.
 
 examples:
   dsasr train --recipe demo run=runs/mine stages.ia_sft.steps=1000

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -51,7 +52,8 @@ def run(
     command = [*LAUNCHER, *placement(env, ranks, hostfile), str(program), *arguments]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        encoding="utf-8", errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
+        encoding="utf-8", errors="replace", start_new_session=True,
+        preexec_fn=partial(_end_with_parent, os.getpid()),
     )  # fmt: skip
     with _signals_forwarded(process, local=hostfile is None) as received:
         try:
@@ -62,6 +64,8 @@ def run(
             os.killpg(process.pid, signal.SIGTERM)
             raise
     code = code if code >= 0 else 128 - code  # as a shell counts a process that a signal ended
+    if code == 0 and signal.SIGINT in received:
+        code = 128 + signal.SIGINT  # saved and stopped, and a shell's script stops too
     if code not in (0, MISTAKE) and not received:
         print("the launcher's last lines:", *hidden, sep="\n")
         print(f"the ranks ended with exit code {code}", flush=True)
@@ -152,8 +156,10 @@ def _grandchildren(process: int) -> list[int]:
     return [pid for pid in pids if parent_of(parent_of(pid)) == process]
 
 
-def _end_with_parent() -> None:
-    """In the launcher's process: end when ``dsasr train`` is killed with ``kill -9``; the ranks
-    then end by themselves (`orphan_ranks`)."""
+def _end_with_parent(parent: int) -> None:
+    """In the launcher's process: end when ``dsasr train``, process ``parent``, is killed with
+    ``kill -9``; the ranks then save and end by themselves (`orphan_ranks`)."""
     if _PRCTL is not None:
         _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before this line
+            os._exit(128 + signal.SIGTERM)

@@ -99,8 +99,10 @@ def install(reporter: PhaseReporter) -> None:
     """Have the parts of a run report their phases."""
     from dsasr.checkpoint import tensor_fragments
     from dsasr.engine import branch_engine
+    from dsasr.launch import orphan_ranks
     from dsasr.launch.watchdog import Watchdog
 
+    orphan_ranks.STOP_SECONDS = 5.0  # a paused rank keeps the others from agreeing to stop
     watchdog_at = Watchdog.at
 
     @functools.wraps(watchdog_at)

@@ -6,7 +6,6 @@ digits; all of them, in full, are in metrics.jsonl and events.jsonl. No function
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -225,9 +224,7 @@ def _evaluated(e: Mapping[str, Any]) -> str:
 
 
 def _stopped(e: Mapping[str, Any]) -> str:
-    received = e["signal"]  # None where rank 0 has none
-    name = signal.Signals(received).name if received else "a signal to another rank"
-    return f"stopped by {name}"
+    return f"stopped by {e['cause']}"
 
 
 def _finished(_: Mapping[str, Any]) -> str:

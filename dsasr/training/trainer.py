@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
+import os
 import time
 from collections import Counter
 from functools import partial
-from typing import Any
+from typing import NoReturn
 
 from dsasr import config
 from dsasr.build import Builder
@@ -17,6 +17,7 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bad_samples import BadSampleLog
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.step_report import StepReport
+from dsasr.launch.stop_request import StopRequest
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
@@ -32,16 +33,21 @@ from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
+START = "DSASR_START"  # variable: job and start, set by slurm/job.sh
+
 
 class Stopped(Exception):
-    """The run was stopped by a signal; its checkpoint is written."""
+    """The run was asked to stop (`StopRequest`); its checkpoint is written."""
 
 
 class Trainer:
     """The steps of the loop in `dsasr.train.train`. Every public method is collective."""
 
-    def __init__(self, recipe: Recipe, watchdog: Watchdog | None = None):
-        """``watchdog``: the one that watches this rank since its start; None: a new one."""
+    def __init__(
+        self, recipe: Recipe, watchdog: Watchdog | None = None, request: StopRequest | None = None
+    ):
+        """``watchdog``: the one that watches this rank since its start; None: a new one.
+        ``request``: what asks this rank to stop; None: nothing does."""
         self.recipe = recipe
         self.schedule = recipe.schedule()
         self.builder = Builder(recipe)
@@ -51,7 +57,8 @@ class Trainer:
         self.dataloaders = TrainDataLoaders(self.builder)
         self.stage_seconds: dict[str, float] = {}
         self._data_wait = 0.0  # seconds that the last step waited for its batches
-        self._signal: int | None = None
+        self.request = request or StopRequest()
+        self._any_rank_later = distributed.DelayedAnyRank()
         self._finished = False
         self._turn_started = time.monotonic()
         self.watchdog = watchdog or for_rank(recipe.folder, recipe.watchdog)
@@ -112,11 +119,6 @@ class Trainer:
                 self.progress = add_published(self.progress, [external])
         for reason in passed_over:
             self.monitor.event("checkpoint_passed_over", reason=reason, steps=self.steps)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGUSR1, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        self._signal = number
 
     def _restore(self, reader: FragmentReader) -> None:
         manifest = reader.manifest
@@ -135,6 +137,8 @@ class Trainer:
     def next_turn(self) -> Turn:
         """The schedule's next turn; the sft job of a concurrent run polls the store before it."""
         self.watchdog.at("turn", step=self.steps)
+        if self._any_rank_later(bool(self.request.cause)):
+            self._stop()
         if self.recipe.branch == "sft":
             self.progress = self.encoder_swap.poll(self.progress)
         return self.schedule.next_turn(self.progress)
@@ -206,13 +210,13 @@ class Trainer:
         before = self.progress
         self.progress = self.encoder_swap.check_publisher(before)
         if self.progress == before:
-            self._stop_if_signaled()
+            self.stop_if_asked()
             time.sleep(self.recipe.store.poll_seconds)
 
     # -- logs --------------------------------------------------------------------------------
 
     def log(self, report: StepReport) -> None:
-        """Log the step; once a log interval, check for non-finite losses, bad data and signals."""
+        """Log the step; once a log interval, check for non-finite losses and bad data."""
         stage = next(s for s in self.recipe.stages if s.name == report.stage)
         last = report.step + 1 == stage.steps
         # The same on all ranks, and checked at every step: no broken weight is ever saved.
@@ -236,7 +240,6 @@ class Trainer:
         self.bad_samples.check(counts)
         if report.branch == "pretrain":
             self.encoder_swap.store.beat()
-        self._stop_if_signaled()
 
     def _count_bad_samples(self) -> dict[str, int]:
         """Dropped samples of the run by cause, over all ranks; collective."""
@@ -262,14 +265,24 @@ class Trainer:
             "a lower rate"
         )
 
-    def _stop_if_signaled(self) -> None:
-        if distributed.any_rank(self._signal is not None):
-            saved = self.save()
-            self.monitor.event("stopped", steps=self.steps, signal=self._signal)
-            self._plot()
-            if not saved:
-                raise UserError("stopped by a signal, and the checkpoint could not be written")
-            raise Stopped
+    def stop_if_asked(self) -> None:
+        """Save and raise `Stopped` where any rank was asked to stop; waits for the device."""
+        later = self._any_rank_later.settle()
+        if distributed.any_rank(bool(self.request.cause)) or later:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.request.saving = True
+        self._any_rank_later.settle()
+        causes = [c for c in distributed.all_gather_object(self.request.cause) if c]
+        saved = self.save()
+        # The batch script of a Slurm job takes the event as its own by the start's name.
+        start = {"start": os.environ[START]} if START in os.environ else {}
+        self.monitor.event("stopped", steps=self.steps, cause=causes[0], **start)
+        self._plot()
+        if not saved:
+            raise UserError(f"stopped by {causes[0]}, and the checkpoint could not be written")
+        raise Stopped
 
     # -- evaluation --------------------------------------------------------------------------
 
@@ -348,6 +361,7 @@ class Trainer:
 
     def finish(self) -> None:
         """After the last step: evaluate on the whole validation set, save, plot the timeline."""
+        self.stop_if_asked()
         if not self._finished:
             self._finished = True
             for engine in self.branches:

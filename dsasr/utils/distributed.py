@@ -92,6 +92,46 @@ def any_rank(flag: bool) -> bool:
     return bool(box.item())
 
 
+class DelayedAnyRank:
+    """`any_rank` that neither host nor device waits for: each call returns what holds for the flags
+    of the call before, the same on every rank. Every call is collective.
+
+    With one rank there is no delay. On a GPU the host waits at most for the device to come to the
+    call before, so a queue of work for it remains.
+    """
+
+    def __init__(self) -> None:
+        self._work: dist.Work | None = None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._copied: torch.cuda.Event | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        if world_size() == 1:
+            return flag
+        before = self.settle()
+        box = torch.full((1,), int(flag), dtype=torch.int32, device=device())
+        self._work = dist.all_reduce(box, op=dist.ReduceOp.MAX, async_op=True)
+        if box.is_cuda:
+            self._work.wait()  # the device's queue waits, the host does not
+            self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self._flag.copy_(box, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._flag = box
+        return before
+
+    def settle(self) -> bool:
+        """What holds for the flags of the last call; False where there was none."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        self._work = self._copied = None
+        flag, self._flag = bool(self._flag.item()), torch.zeros(1, dtype=torch.int32)
+        return flag
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum ``tensor`` over ranks in place, element by element; returns it."""
     if world_size() > 1:

@@ -26,7 +26,7 @@ def test_a_training_job_takes_everything_from_the_recipe():
     given = set(job.command)
     assert {"--nodes=8", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=6"} <= given
     assert {"--time=2-00:00:00", "--partition=gpu", "--account=asr", "--qos=high"} <= given
-    assert {"--signal=USR1@600", "--output=/shared/run/logs/%x-%j.log"} <= given
+    assert {"--signal=B:USR1@600", "--output=/shared/run/logs/%x-%j.log"} <= given
     expected = {"RUN": "/shared/run", "PYTHON": "/venv/bin/python", "CONTAINER": "image.sif"}
     assert job.variables == {**expected, "CODE": str(ROOT)}
     assert ("size", "8 × 4 GPUs, 6 CPUs each: 32 ranks") in job.plan
@@ -38,12 +38,14 @@ def test_two_components_have_a_size_each():
     parted = command.index(":")
     first, second = command[:parted], command[parted:]
     assert "--nodes=4" in first and "--nodes=2" in second and "--ntasks-per-node=2" in second
-    assert all("--account=a" in part and "--signal=USR1@300" in part for part in (first, second))
+    assert all("--account=a" in part and "--signal=B:USR1@300" in part for part in (first, second))
 
 
 def test_an_evaluation_is_an_array_over_its_sets():
     job = slurm.evaluate(SlurmConfig(), RUN, "python", ["clean=/a/b", "other=s3://c/{0..3}.tar"])
     assert "--array=0-1" in job.command
+    given = [option for option in job.command if option.startswith(("--time", "--signal"))]
+    assert given == ["--time=4:00:00"] and ("time", "4:00:00") in job.plan  # not training's
     assert job.variables["DATA"] == "clean=/a/b other=s3://c/{0..3}.tar"
     for bad in ("clean", "=x", "../up=x", "a=b c", ".=x"):
         with pytest.raises(UserError, match="NAME=SHARDS"):
@@ -55,13 +57,42 @@ def test_an_evaluation_is_an_array_over_its_sets():
 @pytest.mark.parametrize(
     "values",
     [
-        {"time": "soon"}, {"signal": 0}, {"options": ["qos=high"]}, {"size": {"nodes": 0}},
+        {"time": "soon"}, {"time": "0:00"}, {"eval_time": "4h"}, {"signal": 0},
+        {"time": "5:00", "signal": 300}, {"time": "5"}, {"time": "0-00:04"},
+        {"options": ["qos=high"]}, {"size": {"nodes": 0}},
         {"size": {"gpus": 8, "ranks": 4}},
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(values):
     with pytest.raises(UserError):
         config.build(SlurmConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("90", 5400), ("15:00", 900), ("1:00:05", 3605), ("2-03", 183600), ("1-00:30", 88200),
+        ("1-00:00:01", 86401),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_reads_them(time, expected):
+    assert slurm.seconds(time) == expected
+
+
+@pytest.mark.parametrize("name", ["100%", "a\\b"])
+def test_a_run_folder_whose_logs_slurm_would_put_elsewhere_is_refused(name):
+    for build in (slurm.train, slurm.concurrent):
+        with pytest.raises(UserError, match="give another folder"):
+            build(SlurmConfig(), Path("/runs") / name, "python")
+    with pytest.raises(UserError, match="give another folder"):
+        slurm.evaluate(SlurmConfig(), Path("/runs") / name, "python", ["a=x"])
+
+
+def test_a_job_is_asked_to_stop_by_its_id(tmp_path):
+    assert slurm.job_of(tmp_path) == ""
+    (tmp_path / slurm.JOB_LOCK).write_text("12 node now\n")
+    slurm.ask_to_stop(tmp_path, slurm.job_of(tmp_path))
+    assert (tmp_path / slurm.JOB_STOP).read_text() == "12\n"
 
 
 def test_the_size_is_no_reason_to_refuse_a_resume():

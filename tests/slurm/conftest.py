@@ -54,7 +54,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=30
 InactiveLimit=0
-KillWait=5
+KillWait=30
 MinJobAge=3600
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=8 RealMemory=2000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=8 RealMemory=2000
@@ -211,13 +211,21 @@ class Cluster:
         """
         end = time.monotonic() + seconds
         while (state := self.show(job, "JobState")) not in (
-            "COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
+            "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
         ) and not until():  # fmt: skip
             if time.monotonic() > end:
                 pytest.fail(f"job {job} is still {state}\n{self.run('squeue')}")
             self.hurry(job)
             time.sleep(0.2)
         return state
+
+    def until_gone(self, job: str, seconds: float = 120) -> None:
+        """Wait until Slurm has ended all processes of a job, which its state may precede."""
+        end = time.monotonic() + seconds
+        while self.run("squeue", "-h", "-j", job, "-o", "%T", check=False).strip():
+            if time.monotonic() > end:
+                pytest.fail(f"job {job} does not end\n{self.run('squeue')}")
+            time.sleep(0.2)
 
     def mark(self, node: str, state: str) -> None:
         """Tell the controller that a node is ``down``, or may ``resume``."""

@@ -39,9 +39,9 @@ def hold(step: int, start: int) -> None:
         here = {"pid": os.getpid(), "node": os.environ["SLURMD_NODENAME"]}
         name = f"held-{start}-{os.environ['RANK']}.json"
         atomic_write(run.recipe.folder / name, json.dumps(here))
-        while run._signal is None:
+        while not run.request.cause:
             time.sleep(0.05)
-        run._stop_if_signaled()
+        run.stop_if_asked()
 
     Trainer.save_if_due = wait
 

@@ -55,7 +55,7 @@ class Jobs:
     def submit(self, name: str, *arguments: str, script="train", overrides="", **env) -> tuple:
         """(job id, run folder)"""
         run = self.folder / name
-        (run / "logs").mkdir(parents=True)
+        (run / "logs").mkdir(parents=True, exist_ok=True)
         job = self.cluster.sbatch(
             f"--output={run}/logs/batch.log", *(arguments or SIZE), f"slurm/{script}.sbatch",
             RECIPE=str(self.tiny), RUN=str(run), OVERRIDES=overrides, MASTER_ADDR="127.0.0.1",
@@ -117,8 +117,9 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_training(j
 
     ranks = jobs.held(job, run, 2, 2, whole="step-0000000028")
     second = lines(run, "requeues")[1]
-    assert (second["start"], second["cause"]) == (1, "train ended with 137"), second
+    assert second["start"] == 1, second
     node = ranks[1]["node"]
+    assert second["cause"] == f"train ended with 137: {second['node']}, task 1: Killed", second
     jobs.cluster.kill_node(node, ranks[1]["pid"])
     jobs.cluster.mark(node, "down")  # as Slurm does by itself after SlurmdTimeout
     jobs.cluster.wait(job, until=lambda: jobs.cluster.show(job, "Restarts") == "3")
@@ -129,6 +130,8 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_training(j
     assert [e["steps"] for e in events(run, "resumed")] == [5, 14, 28]
     assert trace(run) == trace(whole)
     assert last(run)["files"] == last(whole)["files"]
+    third = lines(run, "requeues")[2]
+    assert node in third["cause"] and third["node"] == node, third
     assert len(lines(run, "requeues")) == 3 and "finished after 3 requeues" in told(run)
 
 
@@ -143,7 +146,60 @@ def test_failures_without_progress_end_the_job(jobs):
     job, run = jobs.submit("run", "--nodes=1", *SIZE[1:], PYTHON="false", RETRIES="2")
     assert jobs.cluster.wait(job) == "FAILED"
     assert "2 failures in a row without a new checkpoint" in told(run)
-    assert [r["cause"] for r in lines(run, "requeues")] == ["train ended with 1"] * 2
+    causes = [r["cause"] for r in lines(run, "requeues")]
+    assert len(causes) == 2
+    for cause in causes:
+        assert re.fullmatch(r"train ended with 1: n\d, task 0: Exited with exit code 1", cause)
+
+
+def test_an_end_without_training_is_a_failure_whatever_its_exit_code(jobs):
+    job, run = jobs.submit("run", "--nodes=1", *SIZE[1:], PYTHON="true", RETRIES="2")
+    assert jobs.cluster.wait(job) == "FAILED"
+    causes = [r["cause"] for r in lines(run, "requeues")]
+    assert causes == ["train ended with 0 before it was finished"] * 2
+
+
+def test_a_cancelled_job_saves_and_ends(jobs):
+    job, run = jobs.submit("run", PYTHON=jobs.holding, HOLD="5")
+    jobs.held(job, run, 0, 2)
+    jobs.cluster.run("scancel", job)
+    assert jobs.cluster.wait(job) == "CANCELLED"
+    jobs.cluster.until_gone(job)
+    assert events(run, "stopped")[0]["steps"] == 5 and last(run)["steps"] == 5, told(run)
+    assert "cancelled: not requeued" in told(run) and not (run / "requeues.jsonl").exists()
+    assert jobs.cluster.show(job, "Restarts") == "0" and not (run / "job.lock").exists()
+
+
+def test_a_run_is_one_jobs_alone_until_it_is_stopped(jobs, command):
+    job, run = jobs.submit("run", "--nodes=1", *SIZE[1:], PYTHON=jobs.holding, HOLD="5")
+    jobs.held(job, run, 0)
+    marked = run / "code" / "mark"
+    marked.touch()
+    second, _ = jobs.submit("run", "--nodes=1", *SIZE[1:])
+    assert jobs.cluster.wait(second) == "FAILED"
+    assert f"error: {run} belongs to job {job} (RUNNING): wait for its end" in told(run)
+    assert marked.exists() and not events(run, "stopped")
+    done = command("stop", run)
+    assert done.returncode == 0 and f"Slurm job {job}, process" in done.stdout, done.stderr
+    jobs.finish(job, run)
+    assert events(run, "stopped")[0]["cause"] == "dsasr stop" and last(run)["steps"] == 5
+    assert "stopped by dsasr stop: not requeued" in told(run)
+    assert not (run / "requeues.jsonl").exists()
+    assert not [p.name for p in run.iterdir() if "lock" in p.name or "stop" in p.name]
+
+
+@pytest.mark.slow
+def test_a_node_that_failed_twice_is_excluded(jobs):
+    job, run = jobs.submit("run", "--nodes=1", *SIZE[1:], PYTHON=jobs.holding, HOLD="5 16")
+    nodes = []
+    for start in (0, 1):
+        rank = jobs.held(job, run, start)[0]
+        nodes.append(rank["node"])
+        os.kill(rank["pid"], signal.SIGKILL)
+    jobs.finish(job, run)
+    assert nodes[0] == nodes[1] == jobs.cluster.show(job, "ExcNodeList"), nodes
+    assert f"excluded: {nodes[0]}, which failed twice" in told(run)
+    assert jobs.cluster.show(job, "NodeList") != nodes[0]
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 
 from dsasr.tracking import console
@@ -116,8 +114,7 @@ def test_the_line_of_a_log_interval():
          "WARNING encoder-000000009 not marked as in use: No space left on device"),
         ("bad_samples", {"empty_text": 3, "too_long": 1209},
          "WARNING bad samples so far: 1,212 (empty_text 3, too_long 1,209)"),
-        ("stopped", {"signal": int(signal.SIGTERM)}, "— stopped by SIGTERM"),
-        ("stopped", {"signal": None}, "— stopped by a signal to another rank"),
+        ("stopped", {"cause": "SIGTERM"}, "— stopped by SIGTERM"),
         ("finished", {}, "— finished"),
         ("some_other", {"seconds": 3573.9821999999986, "name": "x"},
          "— some_other  seconds 3574  name x"),

@@ -36,6 +36,37 @@ distributed.end_process(3)
 """
 
 
+FLAGS = """
+import os, sys
+import torch.distributed as dist
+from dsasr.utils import distributed
+
+rank = int(sys.argv[2])
+later = distributed.DelayedAnyRank()
+assert later(True) is True  # one rank: at once
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+later = distributed.DelayedAnyRank()
+raised = [later(rank == 1 and call == 2) for call in range(5)]
+settled = [later.settle(), later(rank == 0), later.settle(), later.settle()]
+print(raised, settled, distributed.any_rank(rank == 1))
+distributed.end_process()
+"""
+
+
+def test_a_flag_of_one_rank_reaches_all_at_the_next_call(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FLAGS, tmp_path / "store", str(rank)],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    raised, settled = [False, False, False, True, False], [False, False, True, False]
+    for rank in ranks:
+        assert rank.communicate(timeout=120)[0] == f"{raised} {settled} True\n"
+        assert rank.returncode == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 def test_a_process_ends_with_its_code_while_gloo_still_holds_tensors(tmp_path):
     command = [sys.executable, "-c", LATE, tmp_path / "store"]
