@@ -194,6 +194,7 @@ class Builder:
             seed=sub_seed(self.recipe.seed, f"stream {stage.name}"),
             augment=self.recipe.data.augment,
             state=state,
+            ctc_lengths=self.encoder_shape.output_lengths if stage.branch == "pretrain" else None,
         )
 
     def text_dataloader(

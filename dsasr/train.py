@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 RANK_0_SECONDS = 5.0  # in which rank 0 prints an error and ends
 
 
+# What gloo, NCCL and the store of the process group say where another rank's process has ended.
+LOST_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "remote process exited",
+)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="a packaged recipe's name, or a YAML file")
@@ -105,11 +114,20 @@ def main(arguments: list[str] | None = None) -> int:
 def main_once() -> int:
     """`main`, with a user's mistake printed by one rank instead of by all.
 
+    A rank that loses another one says so in a line: what ended that one is told by itself, by the
+    launcher (`dsasr.launch.killed_ranks`) or by Slurm.
+
     The launcher, or Slurm, ends all ranks when the first one ends, so the others give rank 0 time
     to print it first. A mistake that rank 0 does not meet is printed by the ranks that do.
     """
     try:
         return main()
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST_RANK):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank} stops: another rank has ended", file=sys.stderr, flush=True)
+        return 1
     except UserError:
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would save

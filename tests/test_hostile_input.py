@@ -88,7 +88,7 @@ def test_a_language_model_that_is_a_pickle_or_brings_code(tmp_path, bomb):
     own = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
     values |= {"model_type": "evil", "auto_map": own}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="cannot load the language model"):
+    with pytest.raises(UserError, match="never run"):
         load_llm(tmp_path)
 
 

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dsasr.kernels import dispatch
+from dsasr.model.hf_config import FAULTS, reason_of, read_hf_config
 from dsasr.utils.errors import UserError
 
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -136,7 +137,9 @@ def load_llm(
     config = read_llm_config(folder, dropout)
     try:
         if not weights:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn, trust_remote_code=False
+            )
         with _no_progress_bar():
             llm, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -144,10 +147,11 @@ def load_llm(
                 dtype=dtype,
                 attn_implementation=attn,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except _FAULTS as error:
+    except FAULTS as error:
         raise _unreadable(folder, error) from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report.get(kind, ())):
@@ -175,21 +179,15 @@ def read_llm_config(folder: Path, dropout: float = 0.0) -> PretrainedConfig:
     """The folder's config, with ``dropout`` wherever the model has one; raises `UserError`."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no language model in {folder}: there is no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except _FAULTS as error:
-        raise _unreadable(folder, error) from error
+    config = read_hf_config(folder)
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)
     return config
 
 
-_FAULTS = (OSError, ValueError, ImportError, KeyError)
-
-
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = reason_of(error)
     if "does not support an attention implementation" in reason:
         reason = "its architecture has eager attention only; give model.llm.attn=eager"
     return UserError(f"cannot load the language model in {folder}: {reason}")

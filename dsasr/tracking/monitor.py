@@ -89,7 +89,7 @@ class Meter:
         self.started = min(self.started, time.monotonic() - state["elapsed"])
 
     def collect(self) -> dict[str, float]:
-        """Means and rates over all ranks since the last call; collective."""
+        """Means and rates over all ranks since the last call, of what was counted; collective."""
         names = sorted(
             {n for names in distributed.all_gather_object(sorted(self.sums)) for n in names}
         )
@@ -106,6 +106,8 @@ class Meter:
         line = {
             name: summed[2 * i] / summed[2 * i + 1] if summed[2 * i + 1] else math.nan
             for i, name in enumerate(names)
+            # Neither: nothing was counted, because all samples were dropped.
+            if summed[2 * i] or summed[2 * i + 1]
         }
         line |= {
             "audio_hours_per_hour": data["audio"] / elapsed,

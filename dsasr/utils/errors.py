@@ -10,6 +10,14 @@ class UserError(Exception):
     """A mistake in a recipe, a path or a command line. One line that names the fix."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error in one line: a user's own words, or the type and the first line of another's."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 def run_tool(main: Callable[[], int | None]) -> int:
     """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, or 2 on
     `UserError`.

@@ -65,6 +65,17 @@ class BatchConfig:
         if self.frames_per_token < 1 or self.tokens_per_char <= 0 or self.prompt_tokens < 0:
             raise UserError("batch.frames_per_token and batch.tokens_per_char must be positive")
 
+    def limit_of(self, cause: str) -> str:
+        """The end of a dropped sample's detail: the limit that it exceeds, with its key."""
+        if cause == "too_long":
+            return f"; at most {self.max_seconds:g} s (batch.max_seconds)"
+        if cause == "too_short":
+            return f"; at least {self.min_seconds:g} s (batch.min_seconds)"
+        if cause == "over_budget":
+            tokens = f" and {self.tokens:,} tokens (batch.tokens)" if self.tokens else ""
+            return f"; at most {self.frames:,} frames of 10 ms (batch.frames){tokens}"
+        return ""
+
     def positions(self, frames: np.ndarray, chars: np.ndarray) -> np.ndarray:
         """Positions of the language model: prompt, speech, transcript and end token."""
         speech = -(-frames // self.frames_per_token)
@@ -368,8 +379,7 @@ def plan_window(
         for i in np.flatnonzero(exceeded).tolist():
             entry, cause = index.entry(int(keep[i])), LIMITS[int(exceeded[i])]
             detail = f"{entry.duration:.2f} s, {entry.chars} characters"
-            if cause == "too_long":
-                detail += f"; at most {config.batch.max_seconds:g} s (batch.max_seconds)"
+            detail += config.batch.limit_of(cause)
             bad.append((cause, shard, entry.key, detail))
         frames = np.ceil(seconds * FRAMES_PER_SECOND).astype(np.int64)
         good = exceeded == 0

@@ -37,7 +37,7 @@ from dsasr.data.dataloader.bucketing import (
     PlanConfig,
     Task,
 )
-from dsasr.data.dataloader.collate import Collator, TextEncoder
+from dsasr.data.dataloader.collate import Collator, EncoderLengths, TextEncoder
 from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.dataloader.workers import Payload, WorkerPool, run_inline
 from dsasr.data.shards.index import DroppedSample
@@ -176,7 +176,9 @@ class StreamingDataLoader(Iterator[Batch]):
         epochs: int | None = None,
         device: torch.device | str = "cpu",
         parts: Sequence[DatasetPart] | None = None,
+        ctc_lengths: EncoderLengths | None = None,
     ) -> None:
+        """``ctc_lengths``: see `Collator`."""
         train = purpose == "train"
         self.config, self.device = config, torch.device(device)
         augment = augment if train else None
@@ -188,6 +190,7 @@ class StreamingDataLoader(Iterator[Batch]):
             text=text or TextEncoder(),
             max_seconds=config.batch.max_seconds,
             features_on_device=config.features == "device",
+            ctc_lengths=ctc_lengths,
         )
         if parts is None:
             parts = build_dataset_parts(datasets, storage, config.temperature)

@@ -27,6 +27,7 @@ from dsasr.data.audio.frontends import PretrainedFrontEnd
 from dsasr.model import activation_checkpointing
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
+from dsasr.model.hf_config import read_hf_config
 from dsasr.utils.errors import UserError
 
 # model_type in config.json → (module beside this one, class)
@@ -212,17 +213,9 @@ def read_settings(folder: Path) -> Any:
     """transformers' configuration of the encoder in a Hugging Face folder, with ``do_normalize``
     of its preprocessor_config.json if there is one.
 
-    Raises `UserError` for a folder without a config.json, or with one that is damaged.
+    Raises `UserError` as `read_hf_config` does, and for an unknown family.
     """
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}/config.json: {reason}") from None
+    config = read_hf_config(folder)
     family_of(config.model_type, str(folder))
     settings = inner_settings(config)
     settings.do_normalize = bool(_preprocessor(folder).get("do_normalize", True))
