@@ -22,7 +22,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dsasr.launch.orphan_ranks import end_with_launcher
-from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.errors import Failure, UserError, run_tool
 
 if TYPE_CHECKING:
     from dsasr.training.trainer import Trainer
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dsasr.engine import branch_engine
     from dsasr.kernels import dispatch
     from dsasr.launch import watchdog
-    from dsasr.training import initial_weights, preflight
+    from dsasr.training import first_samples, initial_weights, preflight
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     branch_engine.check_nvme(cfg.engine)
     builder = build.Builder(cfg)
     preflight.check(builder)
+    first_samples.check(builder)
     if options.check:
         initial_weights.check(builder)
         print("\n".join([*preflight.summary(builder), "the recipe and its files are in order"]))
@@ -128,7 +129,7 @@ def main_once() -> int:
         rank = os.environ.get("RANK", "0")
         print(f"rank {rank} stops: another rank has ended", file=sys.stderr, flush=True)
         return 1
-    except UserError:
+    except (UserError, Failure):
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would save
             time.sleep(RANK_0_SECONDS)

@@ -20,7 +20,7 @@ _GB = 1e9
 
 @dataclass
 class Rank:
-    """A rank's process: its last known memory in bytes, and the signal that ended it, if one did."""
+    """A rank's process: its last known memory in bytes, and the signal that ended it (0: none)."""
 
     name: str
     resident: int = 0

@@ -6,9 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.package_data import CODE, packaged_folder
+from dsasr.utils.ranges import Range
 
 SCRIPTS = packaged_folder("slurm")
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d\d){0,2}|\d+(:\d\d){0,2})")
@@ -17,14 +20,13 @@ _TEST_SET = re.compile(r"(?!\.)[A-Za-z0-9._-]+=\S+")
 
 @dataclass(frozen=True)
 class SizeConfig:
-    nodes: int = 1  # number of nodes; at least 1
-    gpus: int = 8  # GPUs of a node, one rank each; 0: a CPU job
-    ranks: int = 0  # ranks of a node without GPUs
-    cpus: int = 8  # CPU cores of a rank, shared with its data workers
+    nodes: Annotated[int, Range(1, 100_000)] = 1  # number of nodes; at least 1
+    gpus: Annotated[int, Range(0, 1024)] = 8  # GPUs of a node, one rank each; 0: a CPU job
+    ranks: Annotated[int, Range(0, 1024)] = 0  # ranks of a node without GPUs
+    cpus: Annotated[int, Range(1, 1024)] = 8  # CPU cores of a rank, shared with its data workers
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.gpus < 0 or self.cpus < 1 or self.ranks < 0:
-            raise UserError("slurm: nodes and cpus must be at least 1, gpus and ranks at least 0")
+        ranges.check(self)
         if self.gpus and self.ranks not in (0, self.gpus):
             raise UserError("slurm: ranks is for nodes without GPUs; with GPUs there is one each")
 
@@ -46,7 +48,8 @@ class SlurmConfig:
     # of the sft component, in a job of two components
     sft: SizeConfig = field(default_factory=SizeConfig)
     time: str = "24:00:00"  # time limit as hours:minutes:seconds, in quotes
-    signal: int = 300  # seconds before the time limit at which the run saves and requeues itself
+    # seconds before the time limit at which the run saves and requeues itself
+    signal: Annotated[int, Range(1, 65_535)] = 300
     partition: str = ""  # Slurm partition; empty: the cluster's default
     account: str = ""  # Slurm account; empty: the user's default
     container: str = ""  # image: FILE.sif for Apptainer, else srun's --container-image; empty: none
@@ -56,10 +59,9 @@ class SlurmConfig:
     options: tuple[str, ...] = ()  # further options of sbatch, such as --qos=high
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if not _TIME.fullmatch(self.time):
             raise UserError(f"slurm.time {self.time!r}: give hours:minutes:seconds, in quotes")
-        if self.signal < 1:
-            raise UserError("slurm.signal must be at least a second")
         for option in self.options:
             if not option.startswith("--"):
                 raise UserError(f"slurm.options: {option!r} does not begin with --")

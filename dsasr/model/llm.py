@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dsasr.kernels import dispatch
-from dsasr.model.hf_config import FAULTS, reason_of, read_hf_config
+from dsasr.model.hf_config import FAULTS, read_hf_config, reason_of
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Dropout, NonNegativeInt
 
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _DROPOUTS = (
@@ -48,18 +50,18 @@ class LlmConfig:
     path: str = ""  # Hugging Face folder, or a hub name such as Qwen/Qwen3-1.7B
     # load the weights; false: only config.json, with weights drawn from the seed
     weights: bool = True
-    pack: int = 0  # positions of a row that utterances are packed into; 0: one utterance a row
+    # positions of a row that utterances are packed into; 0: one utterance a row
+    pack: NonNegativeInt = 0
     attn: str = "sdpa"  # attention of transformers: sdpa, eager, flash_attention_2, …
-    dropout: float = 0.0  # dropout wherever the language model has one
+    dropout: Dropout = 0.0  # dropout wherever the language model has one
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     # with activation_checkpointing; all: the whole layer, cheap: all but its matrix products
     recompute: Literal["all", "cheap"] = "all"
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if self.attn not in _ATTENTION:
             raise UserError(f"llm attn {self.attn!r}: choose one of {', '.join(_ATTENTION)}")
-        if self.pack < 0:
-            raise UserError(f"llm pack {self.pack}: give positions a row, or 0 for no packing")
 
 
 class FusedLmHead(nn.Linear):

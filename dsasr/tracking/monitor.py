@@ -20,15 +20,19 @@ import torch
 from dsasr.engine.branch_engine import StepReport
 from dsasr.tracking import console
 from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, truncate_log
-from dsasr.utils import distributed
+from dsasr.utils import distributed, ranges
 from dsasr.utils.io import to_json
+from dsasr.utils.ranges import PositiveInt
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    every: int = 10  # steps of a branch between two lines of metrics
+    every: PositiveInt = 10  # steps of a branch between two lines of metrics
     tensorboard: bool = True  # write TensorBoard files too
     ledger: bool = False  # write ledger.jsonl: the samples of every step, on all ranks
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 # Curves that TensorBoard draws into one chart.

@@ -33,7 +33,6 @@ from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
-
 EMPTY_STEPS = 50  # in a row without a usable sample on any rank, after which the run stops
 
 
@@ -68,6 +67,8 @@ class Trainer:
         if watchdog is not None:
             watchdog.at("loading")
         reader, passed_over = resume.find_checkpoint(recipe, self.checkpoints)
+        if reader is not None:
+            resume.check_contents(reader.manifest, self.builder)
         sources = initial_weights.plan(self.builder) if reader is None else []
         resume.save_recipe(recipe)
         initial_weights.keep_settings(self.builder, sources)
@@ -258,7 +259,7 @@ class Trainer:
         return dict(sorted(total.items()))
 
     def _check_usable(self, report: StepReport, last: bool, counts: dict[str, int]) -> None:
-        """Raise `UserError` where no rank has had a usable sample for long, or in the whole stage."""
+        """Raise `UserError` where no rank has had a usable sample for long, or in all the stage."""
         empty = min(distributed.all_gather_object(self._empty_steps[report.branch]))
         if empty >= EMPTY_STEPS or (last and empty > report.step):
             dropped = {k: v for k, v in counts.items() if v}
@@ -357,6 +358,7 @@ class Trainer:
             "best_score": self.validation.best,
             **self.encoder_swap.state(),
             "vocabularies": self.builder.vocabularies,
+            "contents": self.builder.contents,
             "recipe": config.to_plain(self.recipe),
         }
         score = self.validation.score(self.steps)
@@ -373,8 +375,8 @@ class Trainer:
     def finish(self) -> None:
         """After the last step: save, evaluate on the whole validation set, plot the timeline.
 
-        A run that ends in the evaluation has its last step in a checkpoint, and repeats no more than
-        the evaluation.
+        A run that ends in the evaluation has its last step in a checkpoint, and repeats the
+        evaluation alone.
         """
         if not self._finished:
             self._save_the_end()

@@ -122,11 +122,11 @@ def error_rates(
     utterances: int,
     progress: Callable[[list], Iterable] = iter,
 ) -> tuple[dict[str, float], str, list[DroppedSample]]:
-    """Rates by name over all ranks, some references beside their transcripts, and the samples of the
-    set that could not be read; collective.
+    """Rates by name over all ranks, some references beside their transcripts, and the samples
+    that could not be read; collective.
 
     The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
-    its transcripts. ``utterances`` limits the set (0: all). "left_out" counts the samples that could
+    its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples that could
     not be read, if any. ``progress`` wraps the batches. Raises `UserError` where none could.
     """
     batches = build.validation_batches(branch.name, utterances)

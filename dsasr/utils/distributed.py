@@ -96,7 +96,7 @@ def any_rank(flag: bool) -> bool:
 def failures(reason: str, name: str, seconds: float = 120.0) -> list[str]:
     """Every rank's ``reason`` of having failed at what ``name`` names; empty where it has not.
 
-    Other than a collective it works where a rank has skipped some of the others' collectives. Raises
+    Unlike a collective it works where a rank has skipped some of the others' collectives. Raises
     `TimeoutError` where a rank has no word in ``seconds``: it still waits for those.
     """
     if world_size() == 1:

@@ -1,4 +1,4 @@
-"""`UserError`, and a command's exit code: a user's mistake is one line on stderr, and code 2."""
+"""`UserError` and `Failure`, and a command's exit code: one line on stderr, and code 2 or 1."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ class UserError(Exception):
     """A mistake in a recipe, a path or a command line. One line that names the fix."""
 
 
+class Failure(Exception):
+    """What ends a command through no mistake of its user: a network, a disk, a killed process.
+
+    One line, and exit code 1: a job may be tried again.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """An error in one line: a user's own words, or the type and the first line of another's."""
     text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, Failure)):
         return text
     return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def run_tool(main: Callable[[], int | None]) -> int:
-    """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, or 2 on
-    `UserError`.
+    """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, 2 on
+    `UserError`, 1 on `Failure`.
 
     An interrupt returns 130, as shells expect, without a traceback.
     """
@@ -29,6 +36,9 @@ def run_tool(main: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Failure as failure:
+        print(f"failed: {failure}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130

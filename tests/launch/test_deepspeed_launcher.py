@@ -75,9 +75,10 @@ import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 print("[2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] two ranks", flush=True)
 import os
+command = ["bash", sys.argv[1]]
 ranks = [
-    subprocess.Popen(["bash", sys.argv[1], str(rank), sys.argv[2]], env=os.environ | {"RANK": str(rank)})
-    for rank in (0, 1)
+    subprocess.Popen([*command, rank, sys.argv[2]], env=os.environ | {"RANK": rank})
+    for rank in ("0", "1")
 ]
 sys.exit(max(rank.wait() for rank in ranks))
 """

@@ -13,7 +13,6 @@ from dsasr.data.shards.index import DroppedSample
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, read_lines
 
-
 # What to do about causes that a recipe's limits make.
 _HINTS = {
     "missing_audio": "a sample is an audio and a json member of the same name",

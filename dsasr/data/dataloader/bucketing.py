@@ -13,11 +13,20 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Share,
+)
 
 if TYPE_CHECKING:
     from dsasr.data.shards.index import DroppedSample, Entry, ShardIndex
@@ -40,30 +49,28 @@ class BatchConfig:
     estimated as characters x ``tokens_per_char`` (1 is an upper bound for most alphabets).
     """
 
-    frames: int = 12_000  # feature frames (10 ms) of a micro-batch of a rank, padding included
+    # feature frames (10 ms) of a micro-batch of a rank, padding included
+    frames: PositiveInt = 12_000
     # positions of the language model in a micro-batch, padding included; 0: no such budget
-    tokens: int = 0
-    samples: int = 256  # samples of a micro-batch, at most
+    tokens: NonNegativeInt = 0
+    samples: PositiveInt = 256  # samples of a micro-batch, at most
     # relative width of a length bucket, 0 to 1; about half of it becomes padding
-    bucket: float = 0.02
-    min_seconds: float = 0.1  # shorter samples are dropped, counted as too_short
-    max_seconds: float = 40.0  # longer samples are dropped, counted as too_long
-    prompt_tokens: int = 40  # tokens of the prompt that the token budget counts for each sample
+    bucket: Share = 0.02
+    min_seconds: NonNegativeFloat = 0.1  # shorter samples are dropped, counted as too_short
+    # longer samples are dropped, counted as too_long
+    max_seconds: Annotated[float, Range(0, 86_400, above=True)] = 40.0
+    # tokens of the prompt that the token budget counts for each sample
+    prompt_tokens: NonNegativeInt = 40
     # frames of 10 ms of one speech token in the token budget: 4 · model.adaptor.stack, or with an
     # encoder of 50 Hz, as Whisper's, 2 · model.adaptor.stack
-    frames_per_token: int = 16
+    frames_per_token: PositiveInt = 16
     # tokens of a transcript's character in the token budget; 1 is an upper bound for most alphabets
-    tokens_per_char: float = 1.0
+    tokens_per_char: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.samples < 1:
-            raise UserError("batch.frames and batch.samples must be at least 1")
-        if not 0 <= self.bucket <= 1:
-            raise UserError("batch.bucket must lie between 0 and 1 (0.02 is usual)")
-        if self.min_seconds < 0 or self.max_seconds <= self.min_seconds:
-            raise UserError("batch.max_seconds must be larger than batch.min_seconds, which is ≥ 0")
-        if self.frames_per_token < 1 or self.tokens_per_char <= 0 or self.prompt_tokens < 0:
-            raise UserError("batch.frames_per_token and batch.tokens_per_char must be positive")
+        ranges.check(self)
+        if self.max_seconds <= self.min_seconds:
+            raise UserError("batch.max_seconds must be larger than batch.min_seconds")
 
     def limit_of(self, cause: str) -> str:
         """The end of a dropped sample's detail: the limit that it exceeds, with its key."""

@@ -288,7 +288,7 @@ class Collator:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
 
     def _check_ctc(self, wave: Tensor, units: list[int], sample: Sample) -> None:
-        """Raise `BadSample` where no path of CTC writes ``units``: a frame each, and a blank between
+        """Raise `BadSample` where no path of CTC writes ``units``: a frame each, and one between
         equal neighbors."""
         if self.ctc_lengths is None or not units:
             return

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -44,7 +44,9 @@ from dsasr.data.shards.index import DroppedSample
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.shards.urls import ShardList
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import PositiveFloat, PositiveInt, Range
 
 VOICES = 16  # utterances of the first dataset that babble is made of
 RECORDINGS = 256  # of the noise shards together, at most
@@ -63,12 +65,11 @@ class DatasetConfig:
     # folder with a dataset.json, a tar, a glob or brace pattern (local, http(s), s3), or a list of
     # these
     shards: str | tuple[str, ...]
-    weight: float = 1.0  # share of the batches, relative to the other datasets
+    weight: PositiveFloat = 1.0  # share of the batches, relative to the other datasets
     lang: str | None = None  # use only samples of this language; null: all
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise UserError(f"the weight of dataset '{self.name}' must be positive")
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
@@ -77,31 +78,25 @@ class DataLoaderConfig:
 
     # batch budgets; a stage's own `batch` replaces them whole
     batch: BatchConfig = field(default_factory=BatchConfig)
-    num_workers: int = 1  # worker processes of a rank; 0: the training process collates
-    prefetch: int = 3  # batches in preparation per worker; at least 1
-    window: int = 16  # shards shuffled together, at least
+    # worker processes of a rank; 0: the training process collates
+    num_workers: Annotated[int, Range(0, 1024)] = 1
+    prefetch: Annotated[int, Range(1, 1024)] = 3  # batches in preparation per worker; at least 1
+    window: PositiveInt = 16  # shards shuffled together, at least
     # samples shuffled together, at least, where dataset.json has the counts
-    window_samples: int = 8192
+    window_samples: PositiveInt = 8192
     # shuffle shards and batches in training; false: shards in order, batches by length
     shuffle: bool = True
     # T ≥ 1: languages weigh hours^(1/T), 1 in proportion to their hours; null: by dataset alone
-    temperature: float | None = None
+    temperature: Annotated[float, Range(1)] | None = None
     # where log-Mel features are computed: in the workers, or on the training device
     features: Literal["worker", "device"] = "worker"
     # noise shards for augment.kinds "recorded": one set, a list of sets, or set → weight; null:
     # none
-    noise: str | tuple[str, ...] | dict[str, float] | None = None
+    noise: str | tuple[str, ...] | dict[str, PositiveFloat] | None = None
     source: StorageConfig = field(default_factory=StorageConfig)  # how shards are reached
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0 or self.prefetch < 1:
-            raise UserError("dataloader.num_workers must be ≥ 0 and dataloader.prefetch ≥ 1")
-        if self.window < 1 or self.window_samples < 1:
-            raise UserError("dataloader.window and dataloader.window_samples must be ≥ 1")
-        if self.temperature is not None and self.temperature < 1:
-            raise UserError("dataloader.temperature must be ≥ 1 (1: in proportion to the hours)")
-        if any(weight <= 0 for weight in self.noise_weights.values()):
-            raise UserError("the weights of dataloader.noise must be positive")
+        ranges.check(self)
 
     @property
     def noise_weights(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from dsasr.data.dataloader.bad_samples import dropped_summary
 from dsasr.data.dataloader.bucketing import (
     AugmentedDurations,
     DatasetPart,
@@ -23,7 +24,6 @@ from dsasr.data.dataloader.bucketing import (
     splitmix64,
     stable_hash,
 )
-from dsasr.data.dataloader.bad_samples import dropped_summary
 from dsasr.data.shards.index import DroppedSample, ShardIndex
 from dsasr.utils.errors import UserError
 

@@ -25,16 +25,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
 from dsasr.data.shards.urls import ShardList, expand_braces, is_pipe, is_remote, join_shard_lists
-from dsasr.utils.errors import UserError
+from dsasr.utils import ranges
+from dsasr.utils.errors import Failure, UserError
 from dsasr.utils.io import atomic_path
+from dsasr.utils.ranges import NonNegativeFloat, Range
 
 T = TypeVar("T")
-Range = tuple[int, int]  # offset, size in bytes
+Span = tuple[int, int]  # offset, size in bytes
 CHUNK = 1 << 20  # bytes
 MAX_GAP = 8192  # bytes between two ranges of a remote shard that one request reads along
 MAX_OPEN_FILES = 64
@@ -48,22 +50,24 @@ class StorageConfig:
 
     cache: str = ""  # folder for remote shards; empty: $XDG_CACHE_HOME/dsasr, or ~/.cache/dsasr
     # GB of whole remote shards kept in the cache; 0: read by range, nothing kept
-    cache_gb: float = 0.0
-    timeout: float = 20.0  # seconds without a byte after which a read is tried again
-    attempts: int = 5  # tries of a read before its shard counts as failed; at least 1
-    backoff: float = 0.5  # seconds before the second try; doubles with each one
+    cache_gb: NonNegativeFloat = 0.0
+    # seconds without a byte after which a read is tried again
+    timeout: Annotated[float, Range(0, 86_400, above=True)] = 20.0
+    # tries of a read before its shard counts as failed; at least 1
+    attempts: Annotated[int, Range(1, 1000)] = 5
+    # seconds before the second try; doubles with each one
+    backoff: Annotated[float, Range(0, 3600)] = 0.5
     allow_pipe: bool = False  # run the shell commands of pipe: URLs
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.timeout <= 0 or self.backoff < 0 or self.cache_gb < 0:
-            raise UserError("source: attempts ≥ 1, timeout > 0, backoff ≥ 0 and cache_gb ≥ 0")
+        ranges.check(self)
 
     def folder(self) -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         return Path(self.cache or os.path.join(base, "dsasr"))
 
 
-class ShardReadError(Exception):
+class ShardReadError(Failure):
     """A shard that could not be read: ``url``, ``attempts`` made, ``cause`` of the last one."""
 
     def __init__(self, url: str, attempts: int, cause: str) -> None:
@@ -145,6 +149,13 @@ class ShardStorage:
             raise UserError(f"{path} is not a dataset.json: {error!r}") from None
         if any("/" in name or not name.endswith(".tar") for name in names):
             raise UserError(f"{path} names shards that are not plain *.tar files beside it")
+        if not is_remote(root):
+            there = set(os.listdir(root or "."))
+            if missing := [name for name in names if name not in there]:
+                raise UserError(
+                    f"{path} names {len(missing):,} shards that are not there, such as "
+                    f"{missing[0]}: copy them again, or pack the dataset again"
+                )
         return ShardList([root + name for name in names], counts, hours, langs)
 
     def read_file(self, url: str) -> bytes:
@@ -174,7 +185,7 @@ class ShardStorage:
             raise ShardTruncated(f"{len(data)} of {size} bytes at {offset}")
         return data
 
-    def read_two(self, url: str, a: Range, b: Range) -> tuple[bytes, bytes]:
+    def read_two(self, url: str, a: Span, b: Span) -> tuple[bytes, bytes]:
         """Two ranges of a shard: in one request if the shard is remote and they are close."""
         first, last = min(a[0], b[0]), max(sum(a), sum(b))
         uncached = is_remote(url) and not self.config.cache_gb
