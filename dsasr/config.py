@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dsasr.utils.errors import UserError
+from dsasr.utils.masking import mask
 from dsasr.utils.package_data import RECIPES
 from dsasr.utils.ranges import OutOfRange
 
@@ -151,14 +152,17 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses as mappings, tuples as lists, paths as strings: values for YAML and JSON."""
+    """Dataclasses as mappings, tuples as lists, paths as strings: values for YAML and JSON.
+
+    Credentials in URLs are masked: these values are stored and compared.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return mask(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def read_recipe(name_or_path: str, above: Sequence[Path] = ()) -> dict[str, Any]:

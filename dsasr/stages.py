@@ -22,6 +22,7 @@ from dsasr.config import nearest
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.names import check_name
 from dsasr.utils.ranges import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -77,6 +78,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         ranges.check(self)
+        check_name(self.name, "a stage")
         where = f"stage '{self.name}'"
         for part in self.trains:
             if part not in PARTS[self.branch]:

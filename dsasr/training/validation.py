@@ -26,6 +26,7 @@ from dsasr.tracking.monitor import Monitor
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, first_line
 from dsasr.utils.io import atomic_write, to_json
+from dsasr.utils.masking import mask
 
 _PACKAGE = Path(__file__).parents[1]
 BAD_SAMPLES = "bad_validation_samples.jsonl"  # in the run folder, of the newest evaluation
@@ -77,7 +78,7 @@ class Validation:
         """
         reason = ""
         if failure is not None:
-            reason = f"{first_line(failure)}{_where(failure)}"
+            reason = mask(f"{first_line(failure)}{_where(failure)}")
         self._evaluations += 1
         try:
             reasons = distributed.failures(reason, f"evaluation {self._evaluations}")

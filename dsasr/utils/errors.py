@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from dsasr.utils.masking import mask
+from dsasr.utils.terminal import escaped_output
+
 
 class UserError(Exception):
     """A mistake in a recipe, a path or a command line. One line that names the fix."""
@@ -29,16 +32,23 @@ def run_tool(main: Callable[[], int | None]) -> int:
     """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, 2 on
     `UserError`, 1 on `Failure`.
 
-    An interrupt returns 130, as shells expect, without a traceback.
+    An interrupt returns 130, as shells expect, without a traceback. What is printed meanwhile is
+    escaped (`dsasr.utils.terminal`).
     """
-    try:
-        return main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Failure as failure:
-        print(f"failed: {failure}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+    with escaped_output():
+        try:
+            return main() or 0
+        except UserError as error:
+            print(f"error: {_told(error)}", file=sys.stderr, flush=True)
+            return 2
+        except Failure as failure:
+            print(f"failed: {_told(failure)}", file=sys.stderr, flush=True)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+
+
+def _told(error: Exception) -> str:
+    """One line, without a URL's credentials."""
+    return mask(" ".join(str(error).split("\n")))

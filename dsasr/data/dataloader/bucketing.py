@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
+from dsasr.data.shards.urls import shard_name
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import (
@@ -56,6 +57,11 @@ class BatchConfig:
     samples: PositiveInt = 256  # samples of a micro-batch, at most
     # relative width of a length bucket, 0 to 1; about half of it becomes padding
     bucket: Share = 0.02
+    # longer transcripts are dropped, counted as too_much_text
+    max_chars: PositiveInt = 10_000
+    # transcripts with more characters a second of audio, and 20 more, are dropped likewise: fast
+    # speech has 30
+    max_chars_per_second: PositiveFloat = 60.0
     min_seconds: NonNegativeFloat = 0.1  # shorter samples are dropped, counted as too_short
     # longer samples are dropped, counted as too_long
     max_seconds: Annotated[float, Range(0, 86_400, above=True)] = 40.0
@@ -78,10 +84,17 @@ class BatchConfig:
             return f"; at most {self.max_seconds:g} s (batch.max_seconds)"
         if cause == "too_short":
             return f"; at least {self.min_seconds:g} s (batch.min_seconds)"
+        if cause == "too_much_text":
+            rate = f"{self.max_chars_per_second:g} a second (batch.max_chars_per_second)"
+            return f"; at most {rate} and {self.max_chars:,} (batch.max_chars)"
         if cause == "over_budget":
             tokens = f" and {self.tokens:,} tokens (batch.tokens)" if self.tokens else ""
             return f"; at most {self.frames:,} frames of 10 ms (batch.frames){tokens}"
         return ""
+
+    def most_chars(self, seconds: np.ndarray | float) -> np.ndarray:
+        """The longest transcript that audio of ``seconds`` may have, in characters."""
+        return np.minimum(self.max_chars_per_second * np.asarray(seconds) + 20, self.max_chars)
 
     def positions(self, frames: np.ndarray, chars: np.ndarray) -> np.ndarray:
         """Positions of the language model: prompt, speech, transcript and end token."""
@@ -105,7 +118,7 @@ class DatasetPart:
         """Identity of the shard list; independent of where the shards lie."""
         digest = hashlib.blake2b(digest_size=8)
         for shard in self.shards:
-            digest.update(shard.rsplit("/", 1)[-1].encode() + b"\n")
+            digest.update(shard_name(shard).encode() + b"\n")
         if self.counts is not None:
             digest.update(np.asarray(self.counts, np.int64).tobytes())
         digest.update((self.lang or "").encode())
@@ -203,7 +216,7 @@ def sample_seeds(
     A sample's seed depends on no other sample, so neither a bad neighbor nor one that is missing
     from the index changes it.
     """
-    base = stable_hash("sample", seed, epoch, dataset, shard.rsplit("/", 1)[-1])
+    base = stable_hash("sample", seed, epoch, dataset, shard_name(shard))
     digests = (
         hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for key in keys
@@ -346,13 +359,14 @@ def exceeded_limits(seconds: np.ndarray, chars: np.ndarray, config: BatchConfig)
     exceeded[frames > config.frames] = 3
     if config.tokens:
         exceeded[config.positions(frames, chars) > config.tokens] = 3
+    exceeded[chars > config.most_chars(seconds)] = 5
     exceeded[seconds > config.max_seconds] = 2
     exceeded[seconds < config.min_seconds] = 1
     exceeded[seconds <= 0] = 4
     return exceeded
 
 
-LIMITS = {1: "too_short", 2: "too_long", 3: "over_budget", 4: "no_duration"}
+LIMITS = {1: "too_short", 2: "too_long", 3: "over_budget", 4: "no_duration", 5: "too_much_text"}
 
 
 def plan_window(

@@ -45,6 +45,7 @@ EncoderLengths = Callable[[Tensor], Tensor]
 
 # Frames by which a sample may exceed its plan, as durations and speeds are rounded.
 FRAME_SLACK = 10
+CHARS_SLACK = 64  # characters by which a text may exceed its index
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,10 @@ class Collator:
         times = [time.perf_counter()]
         sample = self._read(planned)
         times.append(time.perf_counter())
+        if len(sample.text) > planned.entry.chars + CHARS_SLACK:
+            # The batch was planned by the index; a longer text could exceed the memory.
+            detail = f"{len(sample.text):,} characters, {planned.entry.chars:,} by the index"
+            raise BadSample("too_much_text", sample.shard, sample.key, detail)
         text, phonemes, tokens = self.text.encode(sample)
         times.append(time.perf_counter())
         wave = self._decode(sample)

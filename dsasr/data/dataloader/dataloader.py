@@ -46,6 +46,8 @@ from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.shards.urls import ShardList
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.masking import mask
+from dsasr.utils.names import check_name, is_language
 from dsasr.utils.ranges import PositiveFloat, PositiveInt, Range
 
 VOICES = 16  # utterances of the first dataset that babble is made of
@@ -63,13 +65,17 @@ class DatasetConfig:
 
     name: str  # name in mixtures, logs and key=value
     # folder with a dataset.json, a tar, a glob or brace pattern (local, http(s), s3), or a list of
-    # these
+    # these; a password or signature in a URL as ${NAME}: of the environment variable NAME, or of a
+    # file that NAME_FILE names
     shards: str | tuple[str, ...]
     weight: PositiveFloat = 1.0  # share of the batches, relative to the other datasets
     lang: str | None = None  # use only samples of this language; null: all
 
     def __post_init__(self) -> None:
         ranges.check(self)
+        check_name(self.name, "a dataset")
+        if self.lang is not None and not is_language(self.lang):
+            raise UserError(f"dataset '{self.name}': {self.lang[:80]!r} is no name of a language")
 
 
 @dataclass(frozen=True)
@@ -304,7 +310,7 @@ class StreamingDataLoader(Iterator[Batch]):
             tokens_BU=torch.from_numpy(rest.tokens),
             token_lengths_B=torch.from_numpy(rest.token_lengths),
             keys=rest.keys,
-            shards=rest.shards,
+            shards=tuple(map(mask, rest.shards)),
             texts=rest.texts,
             langs=rest.langs,
             speakers=rest.speakers,
@@ -313,7 +319,10 @@ class StreamingDataLoader(Iterator[Batch]):
             epoch=task.epoch,
             number=task.number,
             state=state,
-            bad=task.bad + rest.bad + (() if task.number else tuple(self.bad_noise)),
+            bad=tuple(
+                tuple(map(mask, row))
+                for row in (*task.bad, *rest.bad, *([] if task.number else self.bad_noise))
+            ),
             stats=rest.stats,
         )
 
