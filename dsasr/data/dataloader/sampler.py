@@ -108,7 +108,8 @@ class PartCursor:
                 windows = len(self.layout(self.epoch)[1]) - 1
                 if self.empty_windows == windows and not self.config.epochs:
                     where = f" in language '{self.part.lang}'" if self.part.lang else ""
-                    what = dropped_summary(self.dropped, self.last_dropped)
+                    known = self.dropped or not self.part.lang
+                    what = dropped_summary(self.dropped, self.last_dropped) if known else ""
                     raise UserError(f"dataset '{self.part.name}' has no usable sample{where}{what}")
                 self.empty_windows = 0
                 self.dropped.clear()
