@@ -209,17 +209,20 @@ def parse_yaml(text: str) -> Any:
     what is no YAML, nests deeper than `MAX_DEPTH`, has more than `MAX_VALUES` values when all
     aliases are written out, or contains itself.
     """
-    try:
-        values = yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError(f"it nests deeper than {MAX_DEPTH} levels") from None
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # a loader calls itself for each level
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
+    values = yaml.safe_load(text)
     count = 0
     stack: list[tuple[Any, int]] = [(values, 0)]
     while stack:
         value, depth = stack.pop()
         count += 1
         if depth > MAX_DEPTH:
-            raise ValueError(f"it nests deeper than {MAX_DEPTH} levels, or contains itself")
+            raise ValueError("an alias contains itself, or nests too deep")
         if count > MAX_VALUES:
             raise ValueError(f"it has more than {MAX_VALUES:,} values (aliases written out)")
         if isinstance(value, dict):

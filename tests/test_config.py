@@ -135,7 +135,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: &x [*x]", "contains itself"),
+        ("a: &x [*x]", "an alias contains itself"),
         ("a: &x {b: *x}", "contains itself"),
         (LAUGHS, r"more than 100,000 values \(aliases written out\)"),
         ("a: " + "[" * 5000, "not valid YAML"),

@@ -34,7 +34,8 @@ A recipe is a YAML file with every setting of a run. `dsasr train --recipe NAME|
 takes the name of a packaged recipe or the path of a file.
 
 - Order of authority: the defaults below < the recipe file < `key=value` on the command line.
-  Unknown keys and wrong types are errors. The run folder gets the resolved `recipe.yaml`.
+  Unknown keys, wrong types and numbers out of their range are errors. The run folder gets the
+  resolved `recipe.yaml`; credentials in URLs are masked there.
 - `base: NAME|FILE` in a recipe starts from another one. Mappings merge key by key; lists and all
   other values are replaced.
 - On the command line a key is a dotted path and the value is YAML: `model.lora='{rank: 16}'`,

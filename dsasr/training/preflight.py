@@ -62,7 +62,6 @@ def check(builder: Builder) -> None:
         _check_tokenizer(builder)
         _check_adaptor(builder)
         _check_prompt(builder)
-        _check_lora(builder)
     _check_shards(builder)
 
 
@@ -103,16 +102,18 @@ def _check_writable(builder: Builder) -> None:
 
 
 def _check_llm(builder: Builder) -> None:
-    """The language model's weights must be there, whole, and of its config.json."""
-    folder = builder.llm_folder
-    copies = builder.source_copies.values()
-    if not builder.recipe.model.llm.weights or any(map(folder.is_relative_to, copies)):
-        return
-    if builder.starts_afresh and "llm" in builder.recipe.init_parts:
-        return  # a source's: `initial_weights` compares them
+    """The language model must have the layers that LoRA targets; its weights must be there, whole,
+    and those of its config.json."""
+    model, folder = builder.recipe.model, builder.llm_folder
     with torch.device("meta"):
-        llm = load_llm(folder, attn=builder.recipe.model.llm.attn, weights=False)
-    check_llm_weights(folder, llm)
+        llm = load_llm(folder, attn=model.llm.attn, weights=False)
+    copied = any(map(folder.is_relative_to, builder.source_copies.values()))
+    from_source = builder.starts_afresh and "llm" in builder.recipe.init_parts
+    # Those of a source are compared in `initial_weights`, a copy has none.
+    if model.llm.weights and not copied and not from_source:
+        check_llm_weights(folder, llm)
+    if model.lora is not None:
+        lora.check(llm, model.lora)
 
 
 def _check_encoder(builder: Builder) -> None:
@@ -215,11 +216,3 @@ def _check_prompt(builder: Builder) -> None:
                 f"the prompt has {length} tokens: give stage '{stage.name}' "
                 f"batch.prompt_tokens={length}"
             )
-
-
-def _check_lora(builder: Builder) -> None:
-    """The language model must have the layers that LoRA targets."""
-    config = builder.recipe.model.lora
-    if config is not None:
-        with torch.device("meta"):
-            lora.check(load_llm(builder.llm_folder, weights=False), config)

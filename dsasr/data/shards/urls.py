@@ -38,8 +38,8 @@ def expand_braces(text: str) -> Iterator[str]:
     count = math.prod(map(_choices, re.findall(r"\{([^{}]*)\}", text)))
     if count > MAX_SHARDS:
         raise UserError(
-            f"'{text[:200]}' stands for {count:.3g} shards, and a dataset has at most "
-            f"{MAX_SHARDS:,}: check its braces"
+            f"'{text[:200]}' stands for more than {MAX_SHARDS:,} shards, the most of a dataset: "
+            "check its braces"
         )
     yield from _expand(text)
 

@@ -488,7 +488,7 @@ def test_a_file_without_an_end_is_refused(tmp_path, server, monkeypatch) -> None
     "name", ["{0..99999999}.tar", "{0..999}{0..999}{0..999}.tar", "{0..9999999999999999999999}.tar"]
 )
 def test_braces_that_stand_for_too_much_are_refused(name) -> None:
-    with pytest.raises(UserError, match=r"shards, and a dataset has at most 1,000,000"):
+    with pytest.raises(UserError, match="more than 1,000,000 shards"):
         next(expand_braces(name))
     assert len(list(expand_braces("{0..9}{a,b}{00..99}.tar"))) == 2000
 
