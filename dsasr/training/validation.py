@@ -29,6 +29,8 @@ from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.masking import mask
 
 _PACKAGE = Path(__file__).parents[1]
+FAILED_SECONDS = 120.0  # that a rank whose evaluation has failed waits for the others
+ENDED_SECONDS = 3600.0  # and one whose evaluation has ended: others may still count errors
 BAD_SAMPLES = "bad_validation_samples.jsonl"  # in the run folder, of the newest evaluation
 
 
@@ -81,7 +83,8 @@ class Validation:
             reason = mask(f"{first_line(failure)}{_where(failure)}")
         self._evaluations += 1
         try:
-            reasons = distributed.failures(reason, f"evaluation {self._evaluations}")
+            patience = FAILED_SECONDS if reason else ENDED_SECONDS
+            reasons = distributed.failures(reason, f"evaluation {self._evaluations}", patience)
         except TimeoutError:
             if failure is not None:
                 raise failure from None

@@ -93,7 +93,7 @@ def any_rank(flag: bool) -> bool:
     return bool(box.item())
 
 
-def failures(reason: str, name: str, seconds: float = 120.0) -> list[str]:
+def failures(reason: str, name: str, seconds: float) -> list[str]:
     """Every rank's ``reason`` of having failed at what ``name`` names; empty where it has not.
 
     Unlike a collective it works where a rank has skipped some of the others' collectives. Raises
