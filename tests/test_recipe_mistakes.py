@@ -162,7 +162,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(place=st.sampled_from(LEAVES), value=MISTAKES)
 def test_any_mistake_is_one_line_and_nothing_is_written(
     tiny, command, offline, tmp_path, place, value

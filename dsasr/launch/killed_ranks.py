@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL = 0.2  # seconds; DeepSpeed's launcher collects a dead rank within one second
-FIND = 10  # polls between two searches for ranks
+FIND = 10  # polls between two searches for ranks, once there are some
 _GB = 1e9
 
 
@@ -47,7 +47,7 @@ class KilledRanks(threading.Thread):
     def run(self) -> None:
         polls = 0
         while not self._ended.wait(POLL):
-            if polls % FIND == 0:
+            if not self._ranks or polls % FIND == 0:
                 for process in self._find():
                     self._ranks.setdefault(process, Rank(_rank_of(process)))
             polls += 1

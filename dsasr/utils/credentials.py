@@ -28,7 +28,11 @@ def resolve(url: str) -> str:
             f"{url}: its credential was not stored; give it again, best as ${{NAME}}: of an "
             "environment variable NAME, or of a file that NAME_FILE names"
         )
-    return REFERENCE.sub(lambda match: _value(match[1]), url)
+    user = USER.match(url)
+    head = user[0] if user else ""
+    # A password may hold an @ or a slash; a query's part is as its server gave it.
+    quoted = REFERENCE.sub(lambda match: urllib.parse.quote(_value(match[1]), safe=""), head)
+    return quoted + REFERENCE.sub(lambda match: _value(match[1]), url[len(head) :])
 
 
 def _value(name: str) -> str:

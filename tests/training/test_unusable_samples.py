@@ -112,6 +112,6 @@ def test_the_last_step_is_saved_before_the_last_evaluation(run, monkeypatch):
     run.branches = [SimpleNamespace(name="pretrain", stage=BRANCH.stage)]
     monkeypatch.setattr(run, "_evaluate", lambda *_: done.append("evaluate"))
     monkeypatch.setattr(run, "save", lambda: done.append(f"finished={run._finished}") or True)
+    monkeypatch.setattr(run, "_plot", lambda: None)
     run.finish()
     assert done == ["finished=False", "evaluate", "finished=True"]
-    run.branches = SimpleNamespace()  # nothing is left for `close`

@@ -42,12 +42,12 @@ def test_a_signed_url():
 
 
 def test_references_are_resolved(monkeypatch, tmp_path):
-    monkeypatch.setenv("PASSWORD", "secret")
+    monkeypatch.setenv("PASSWORD", "s@cret")
     monkeypatch.delenv("SIGNATURE", raising=False)
     (tmp_path / "signature").write_text("signed\n")
     monkeypatch.setenv("SIGNATURE_FILE", str(tmp_path / "signature"))
     url = "https://me:${PASSWORD}@host/{a,b}.tar?sig=${SIGNATURE}"
-    assert resolve(url) == "https://me:secret@host/{a,b}.tar?sig=signed"
+    assert resolve(url) == "https://me:s%40cret@host/{a,b}.tar?sig=signed"
     assert resolve("/local/${PASSWORD}") == "/local/${PASSWORD}"
     monkeypatch.setenv("SIGNATURE_FILE", str(tmp_path / "none"))
     with pytest.raises(UserError, match="SIGNATURE_FILE="):

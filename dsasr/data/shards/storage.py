@@ -111,6 +111,8 @@ class ShardStorage:
 
         Raises `UserError` where nothing is found, a shard is missing or named twice.
         """
+        if not spec:
+            raise UserError("no shard is named: give a folder, a tar or a pattern")
         if not isinstance(spec, str):
             return join_shard_lists([self.resolve(item) for item in spec])
         spec = spec.removeprefix("file://")

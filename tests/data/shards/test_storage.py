@@ -415,6 +415,7 @@ def test_resolving_names(tmp_path, server) -> None:
     ("spec", "message"),
     [
         ("nothing.tar", "there is no shard"),
+        ([], "no shard is named"),
         ("none-*.tar", "no shard matches"),
         ("empty", "no dataset.json"),
         ("broken", "is not a dataset.json"),
@@ -430,6 +431,7 @@ def test_wrong_names_are_user_errors(tmp_path, spec, message) -> None:
     dataset(tmp_path / "broken", ["s-0.tar"], shards=[{"file": 1}])
     dataset(tmp_path / "escape", ["s.tar"], shards=[{"name": "../s.tar", "samples": 1}])
     names = [spec] if isinstance(spec, str) else spec
+    assert sources(tmp_path).resolve(str(tmp_path / "one")).shards
     paths = [str(tmp_path / name) for name in names]
     with pytest.raises(UserError, match=message):
         sources(tmp_path).resolve(paths[0] if isinstance(spec, str) else paths)
