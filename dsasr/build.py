@@ -18,10 +18,18 @@ from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.collate import TextEncoder
+from dsasr.data.dataloader.bucketing import BatchConfig
+from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
-from dsasr.data.text.phonemes import PhonemeVocab, Phonemizer, Speller, build_phonemizer
+from dsasr.data.shards.storage import ShardStorage
+from dsasr.data.text.phonemes import (
+    PhonemeVocab,
+    Phonemizer,
+    Speller,
+    build_phonemizer,
+    lexicon_path,
+)
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import (
     Tokenizer,
@@ -54,6 +62,14 @@ def sub_seed(seed: int, purpose: str) -> int:
     """A 31-bit seed derived from ``seed``, independent for each ``purpose``."""
     digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 33
+
+
+def _digest(path: Path) -> str:
+    """16 hex digits of a file's SHA-256. Raises `UserError` where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _reset_own(
@@ -149,6 +165,27 @@ class Builder:
             found["tokenizer"] = vocabulary_fingerprint(self.tokenizer)
         return found
 
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Fingerprints of the files that decide what a batch holds, by the recipe's keys.
+
+        They lie in a checkpoint: a resumed run must go on with the same contents.
+        """
+        data, files = self.recipe.data, {}
+        if self.recipe.pretrained_encoder is None:
+            files["data.cmvn"] = Path(self._here(data.cmvn))
+        if "phonemes" in self.vocabularies or self.recipe.model.adaptor.reads_ctc:
+            files["data.phonemes"] = Path(data.phonemes)
+            if data.phonemizer.kind == "lexicon":
+                for number, path in enumerate(data.phonemizer.lexicons):
+                    files[f"data.phonemizer.lexicons[{number}]"] = lexicon_path(path)
+        if data.text_only is not None and data.text_only.confusions:
+            files["data.text_only.confusions"] = Path(data.text_only.confusions)
+        found = {key: _digest(path) for key, path in files.items()}
+        if "tokenizer" in self.vocabularies:
+            found["model.tokenizer"] = self.vocabularies["tokenizer"]
+        return found
+
     @property
     def source_copies(self) -> dict[str, Path]:
         """Each source of the run's initial weights → the run's copy of what it needs of it besides
@@ -182,6 +219,19 @@ class Builder:
             tokenizer=self.tokenizer if tokens else None,
         )
 
+    def collator(self, branch: str, batch: BatchConfig, trains: bool) -> Collator:
+        """What reads a branch's samples, without augmentation; ``trains``: as in training."""
+        ctc = trains and branch == "pretrain"
+        return Collator(
+            storage=ShardStorage(self.recipe.data.dataloader.source),
+            front_end=self.front_end,
+            augment=None,
+            text=self.text_encoder(phonemes=branch == "pretrain", tokens=branch == "sft"),
+            max_seconds=batch.max_seconds,
+            features_on_device=False,
+            ctc_lengths=self.encoder_shape.output_lengths if ctc else None,
+        )
+
     def train_dataloader(
         self, stage: StageConfig, state: Mapping[str, Any] | None
     ) -> StreamingDataLoader:
@@ -194,6 +244,7 @@ class Builder:
             seed=sub_seed(self.recipe.seed, f"stream {stage.name}"),
             augment=self.recipe.data.augment,
             state=state,
+            ctc_lengths=self.encoder_shape.output_lengths if stage.branch == "pretrain" else None,
         )
 
     def text_dataloader(

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,14 @@ from typing import Any, TypeVar
 import yaml
 
 from dsasr.utils.errors import UserError
+from dsasr.utils.masking import mask
 from dsasr.utils.package_data import RECIPES
+from dsasr.utils.ranges import OutOfRange
 
 T = TypeVar("T")
+MAX_DEPTH = 32  # levels of a recipe's values
+MAX_VALUES = 100_000  # of a recipe
+MAX_FILE = 10 << 20  # bytes of a recipe
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -37,8 +43,8 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """An instance of dataclass ``cls`` from plain YAML values.
 
-    Raises `UserError` on an unknown key, a missing one, or a value of the wrong type, each named by
-    its full dotted path.
+    Raises `UserError` on an unknown key, a missing one, a value of the wrong type or a number out
+    of its range (`dsasr.utils.ranges`), each named by its full dotted path.
     """
     if dataclasses.is_dataclass(values) and isinstance(values, cls):
         return values
@@ -59,7 +65,10 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         if required and name not in arguments:
             where = f"{path}.{name}" if path else name
             raise UserError(f"the recipe lacks '{where}'")
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except OutOfRange as error:
+        raise UserError(f"{path}.{error}" if path else str(error)) from None
 
 
 def _abbreviated(value: Any) -> str:
@@ -132,7 +141,7 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         except ValueError:
             raise UserError(f"{where} must be a number, not {_abbreviated(value)}") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(max(-sys.maxsize, min(value, sys.maxsize)))  # a float64 has fewer numbers
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) and hint is not bool:
@@ -143,14 +152,17 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses as mappings, tuples as lists, paths as strings: values for YAML and JSON."""
+    """Dataclasses as mappings, tuples as lists, paths as strings: values for YAML and JSON.
+
+    Credentials in URLs are masked: these values are stored and compared.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return mask(str(value)) if isinstance(value, (str, Path)) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -163,19 +175,12 @@ class _Loader(yaml.SafeLoader):
         return tag
 
 
-def _from_yaml(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def read_recipe(name_or_path: str) -> dict[str, Any]:
+def read_recipe(name_or_path: str, above: Sequence[Path] = ()) -> dict[str, Any]:
     """The plain values of a packaged recipe, or of the YAML file at a path, bases merged in.
 
     A recipe may name another one with ``base:``; its values then override the base's (`merge`).
-    Raises `UserError` for a file that is missing or not YAML.
+    ``above``: the recipes whose base this one is. Raises `UserError` for a file that is missing,
+    not YAML, or its own base.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -183,14 +188,60 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     if not path.is_file():
         packaged = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"no recipe '{name_or_path}'{nearest(name_or_path, packaged)}")
-    try:
-        values = _from_yaml(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if path.resolve() in above:
+        chain = " → ".join(p.name for p in [*above, path.resolve()])
+        raise UserError(f"{path} is its own base ({chain}): remove a 'base:'")
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of recipe keys")
     base = values.pop("base", None)
-    return merge(read_recipe(str(base)), values) if base is not None else values
+    if base is None:
+        return values
+    return merge(read_recipe(str(base), [*above, path.resolve()]), values)
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file. Raises `UserError` where it is damaged, deep or huge."""
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes, more than a recipe can have"
+            )
+        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values of a YAML text: mappings, lists and scalars, with text as keys.
+
+    An alias (``*name``) copies what its anchor names. Raises `yaml.YAMLError` or ValueError for
+    what is no YAML, nests deeper than `MAX_DEPTH`, has more than `MAX_VALUES` values when all
+    aliases are written out, or contains itself.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # a loader calls itself for each level
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
+    values = yaml.load(text, Loader=_Loader)
+    count = 0
+    stack: list[tuple[Any, int]] = [(values, 0)]
+    while stack:
+        value, depth = stack.pop()
+        count += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("an alias contains itself, or nests too deep")
+        if count > MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES:,} values (aliases written out)")
+        if isinstance(value, dict):
+            if wrong := [key for key in value if not isinstance(key, (str, int, float))]:
+                raise ValueError(f"{wrong[0]!r} is no key")
+            stack += [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, list):
+            stack += [(item, depth + 1) for item in value]
+    return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,9 +268,10 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
         if not equals or not key:
             raise UserError(f"'{assignment}' is not key=value")
         try:
-            value = _from_yaml(text)
-        except yaml.YAMLError:
-            raise UserError(f"the value of '{key}' is not valid YAML: {text}") from None
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the value of '{key}' is not valid YAML: {reason[:200]}") from None
         _assign(values, key, value)
     return values
 

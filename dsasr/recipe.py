@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dsasr import config
 from dsasr.checkpoint import weight_source
@@ -14,7 +14,7 @@ from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.checkpoint.manager import CheckpointConfig
 from dsasr.checkpoint.weight_source import PARTS as PARTS_IN_FILES
 from dsasr.config import nearest
-from dsasr.data.audio.augment import AugmentConfig
+from dsasr.data.audio.augment import RECORDED, AugmentConfig
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
 from dsasr.data.dataloader.text_dataloader import TextOnlyConfig
@@ -37,9 +37,14 @@ from dsasr.model.llm import LlmConfig
 from dsasr.model.lora import LoraConfig
 from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
 from dsasr.tracking.monitor import MonitorConfig
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Range
 
 SOURCES = ("encoder_from", "init_from")  # keys of `ModelConfig`: where a run's weights come from
+# Metrics of an sft branch's evaluations that can rank checkpoints; NAME/LANG: of one language.
+SCORES = ("wer", "cer", "mer", "character_rate", "sentence_rate", "substitutions", "deletions",
+          "insertions", "hallucination")  # fmt: skip
 SUBSAMPLING = 4  # feature frames to one encoder frame, of every encoder size
 
 
@@ -67,11 +72,27 @@ class DataConfig:
     # reading, shuffling and batching
     dataloader: DataLoaderConfig = field(default_factory=DataLoaderConfig)
     # cause → samples of a run that may be dropped for it; "*": every other cause, "total": all
-    bad_limits: dict[str, int] = field(default_factory=dict)
+    bad_limits: dict[str, NonNegativeInt] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.train:
-            raise UserError("data.train names no dataset")
+        ranges.check(self)
+        for key in ("train", "valid"):
+            names = [dataset.name for dataset in getattr(self, key)]
+            if not names:
+                raise UserError(f"data.{key} names no dataset")
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"two datasets of data.{key} are called '{twice[0]}'")
+        recorded = self.augment is not None and RECORDED in self.augment.kinds
+        if recorded and not self.dataloader.noise_weights:
+            raise UserError(
+                'data.augment.kinds names "recorded": say where with '
+                "data.dataloader.noise=FOLDER_OF_SHARDS"
+            )
+        if self.fbank.dither and self.dataloader.features == "device":
+            raise UserError(
+                "data.fbank.dither needs features that workers compute: give "
+                "data.dataloader.features=worker, or data.fbank.dither=0"
+            )
 
 
 @dataclass(frozen=True)
@@ -135,21 +156,24 @@ class ModelConfig:
 class EvaluationConfig:
     """Error rates and hallucinations during training, and at the end of the run."""
 
-    every: int = 0  # steps of a stage between two evaluations; 0: only at the end of the run
-    utterances: int = 64  # of the validation set, in an evaluation during training; 0: all
-    samples: int = 3  # pairs of reference and hypothesis that each evaluation logs
+    # steps of a stage between two evaluations; 0: only at the end of the run
+    every: NonNegativeInt = 0
+    # of the validation set, in an evaluation during training; 0: all
+    utterances: NonNegativeInt = 64
+    samples: NonNegativeInt = 3  # pairs of reference and hypothesis that each evaluation logs
     # normalization before scoring: standard, plain (digit strings stay words), or the path of a
     # Whisper normalizer.json (standard, and British spellings count as American ones)
     rules: str = "standard"
     decode: DecodeConfig = field(default_factory=DecodeConfig)  # decoding of the validation set
     # utterances for the hallucination suite in each evaluation; 0: no suite
-    suite_utterances: int = 0
+    suite_utterances: NonNegativeInt = 0
     # the hallucination suite, smaller than the one of `dsasr evaluate`
     suite: SuiteConfig = field(
         default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
     )
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         try:
             check_rules(self.rules)
         except ValueError as error:
@@ -163,31 +187,34 @@ class SnapshotStoreConfig:
     # folder of the snapshots, on a file system that both jobs see; empty: RUN/snapshots
     path: str = ""
     # newest snapshots kept; never removed: the final one, the reference, those in use
-    keep: int = 5
+    keep: PositiveInt = 5
     # seconds between two polls of the store, and of each wait for a snapshot
-    poll_seconds: float = 5.0
+    poll_seconds: PositiveFloat = 5.0
     # seconds without a sign of life of the pretrain job after which `late` applies
-    silent_seconds: float = 600.0
+    silent_seconds: PositiveFloat = 600.0
     # an sft job without its next encoder: wait on, continue with the newest one as final, or stop
     late: Literal["wait", "continue", "stop"] = "wait"
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
 class OnlineProbeConfig:
     """Measurements of entropy allocation during training (`dsasr.training.online_probe`)."""
 
-    every: int = 0  # steps of a stage between two measurements, and one at its end; 0: none at all
-    probes: int = 4  # every n-th measurement of a branch also fits probes (PAI, CSAI); 0: never
-    utterances: int = 48  # of the validation set, as the probe set; at least 3
-    frames: int = 10_000  # encoder frames that probes are fitted on, at most; at least 100
+    # steps of a stage between two measurements, and one at its end; 0: none at all
+    every: NonNegativeInt = 0
+    # every n-th measurement of a branch also fits probes (PAI, CSAI); 0: never
+    probes: NonNegativeInt = 4
+    utterances: Annotated[int, Range(3)] = 48  # of the validation set, as the probe set; at least 3
+    # encoder frames that probes are fitted on, at most; at least 100
+    frames: Annotated[int, Range(100)] = 10_000
     # share of the training time that measurements may take, above 0 and at most 1
-    budget: float = 0.05
+    budget: PositiveShare = 0.05
 
     def __post_init__(self) -> None:
-        if min(self.every, self.probes) < 0 or self.utterances < 3 or self.frames < 100:
-            raise UserError("probe: every and probes must be ≥ 0, utterances ≥ 3, frames ≥ 100")
-        if not 0 < self.budget <= 1:
-            raise UserError("probe.budget must be above 0 and at most 1")
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
@@ -200,11 +227,12 @@ class Recipe:
     model: ModelConfig  # encoder, CTC head, adaptor and language model
     # the stage table: what trains, on what, for how long; names must differ
     stages: tuple[StageConfig, ...]
-    seed: int = 1  # of all random numbers: weights, order of the data, augmentation, dropout
+    # of all random numbers: weights, order of the data, augmentation, dropout
+    seed: NonNegativeInt = 1
     # both: one job; pretrain or sft: that branch alone, beside a second job with the other
     branch: Literal["both", "pretrain", "sft"] = "both"
     # [pretrain steps, sft steps] in turn while both branches run in one job
-    interleave: tuple[int, int] = (1, 1)
+    interleave: tuple[PositiveInt, PositiveInt] = (1, 1)
     # when pretraining publishes an encoder snapshot for the sft branch
     drift: DriftConfig = field(default_factory=DriftConfig)
     # where snapshots are exchanged
@@ -228,9 +256,17 @@ class Recipe:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
+        ranges.check(self)
+        if not self.run.strip():
+            raise UserError("run is empty: give the run folder")
         self.schedule()
+        self._check_sizes()
         names = [d.name for d in self.data.train]
         for stage in self.stages:
+            if stage.mixture is not None and not any(stage.mixture.values()):
+                raise UserError(
+                    f"stage '{stage.name}' mixes no dataset: give one in its mixture a weight"
+                )
             for name in stage.mixture or {}:
                 if name not in names:
                     raise UserError(
@@ -255,6 +291,25 @@ class Recipe:
                 "the recipe has no stage of branch pretrain: give model.init_from=MODEL, "
                 "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of an encoder that "
                 "others trained"
+            )
+
+    def _check_sizes(self) -> None:
+        """Settings of several sections that must agree."""
+        model, best = self.model, self.checkpoint.best
+        mels = self.data.fbank.mels
+        if self.pretrained_encoder is None and mels != model.encoder.mels:
+            raise UserError(
+                f"data.fbank.mels is {mels}, model.encoder.mels {model.encoder.mels}: they must be "
+                "equal"
+            )
+        if best.partition("/")[0] not in SCORES:
+            raise UserError(
+                f"checkpoint.best: no metric '{best}'{nearest(best.partition('/')[0], SCORES)}"
+            )
+        if self.evaluation.decode.ctc_weight and not model.adaptor.reads_ctc:
+            raise UserError(
+                "evaluation.decode.ctc_weight needs an adaptor that reads CTC: give "
+                "model.adaptor.kind=ctc, or ctc_weight=0"
             )
 
     def check_frames_per_token(self, stage: StageConfig, per_token: int) -> None:

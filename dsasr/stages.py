@@ -16,11 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from dsasr.config import nearest
 from dsasr.data.dataloader.bucketing import BatchConfig
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.names import check_name
+from dsasr.utils.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveShare,
+    Range,
+    Share,
+)
 
 BranchName = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
@@ -46,26 +56,29 @@ class StageConfig:
     branch: BranchName
     # part → maximum learning rate, all others are frozen; pretrain: encoder or encoder_lora, ctc;
     # sft: encoder or encoder_lora, ctc (of an adaptor that reads it), adaptor, llm or lora
-    trains: dict[str, float]
-    steps: int  # optimizer steps of the stage
+    trains: dict[str, NonNegativeFloat]
+    steps: PositiveInt  # optimizer steps of the stage
     objective: str = ""  # pretrain: cr_ctc (default) or ctc; sft: ce
-    warmup_steps: int = 0  # steps of linear warmup; below steps
+    warmup_steps: NonNegativeInt = 0  # steps of linear warmup; below steps
     # shape of the learning rate after warmup
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    min_lr_ratio: float = 0.0  # learning rate at the end of the decay, as a share of the maximum
-    weight_decay: float = 0.0  # decoupled weight decay of AdamW
-    grad_accum_steps: int = 1  # micro-batches of a rank in one optimizer step
+    min_lr_ratio: Share = 0.0  # learning rate at the end of the decay, as a share of the maximum
+    weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay of AdamW
+    grad_accum_steps: PositiveInt = 1  # micro-batches of a rank in one optimizer step
     batch: BatchConfig | None = None  # batch budgets of the stage; null: data.dataloader.batch
     # dataset name → weight, the others are left out; null: all with their own weights
-    mixture: dict[str, float] | None = None
+    mixture: dict[str, NonNegativeFloat] | None = None
     swaps: bool = False  # load newer encoder snapshots while the stage runs (sft)
-    steps_after_final_swap: int = 0  # last steps of the stage that wait for the final encoder (sft)
+    # last steps of the stage that wait for the final encoder (sft)
+    steps_after_final_swap: NonNegativeInt = 0
     keep_moments: bool = False  # keep the Adam moments of parts that the stage before trained too
     # share of the micro-batches that have text and no speech (data.text_only); 1: text alone, which
     # needs no encoder (sft)
-    text_share: float = 0.0
+    text_share: Share = 0.0
 
     def __post_init__(self) -> None:
+        ranges.check(self)
+        check_name(self.name, "a stage")
         where = f"stage '{self.name}'"
         for part in self.trains:
             if part not in PARTS[self.branch]:
@@ -81,20 +94,19 @@ class StageConfig:
                     f"{where} trains both '{whole}' and '{matrices}': all that LoRA can reach, the "
                     "whole model reaches too; name one of them"
                 )
-        if any(rate < 0 for rate in self.trains.values()):
-            raise UserError(f"{where} has a negative learning rate")
-        if self.steps < 1:
-            raise UserError(f"{where} needs steps ≥ 1, not {self.steps}")
-        if not 0 <= self.warmup_steps < self.steps:
+        if self.warmup_steps >= self.steps:
             raise UserError(
                 f"{where}: warmup_steps {self.warmup_steps} must be below its {self.steps} steps"
             )
-        if not 0 <= self.steps_after_final_swap <= self.steps:
-            raise UserError(f"{where}: steps_after_final_swap must lie between 0 and {self.steps}")
-        if self.grad_accum_steps < 1:
-            raise UserError(f"{where}: grad_accum_steps must be at least 1")
-        if not 0 <= self.text_share <= 1 or (self.text_share and self.branch != "sft"):
-            raise UserError(f"{where}: text_share lies between 0 and 1, in branch sft")
+        if self.steps_after_final_swap > self.steps:
+            raise UserError(f"{where}: steps_after_final_swap is above its {self.steps} steps")
+        if self.steps_after_final_swap and not self.swaps:
+            raise UserError(
+                f"{where}: steps_after_final_swap counts steps after a swap, and the stage makes "
+                "none: give it swaps=true, or leave it out"
+            )
+        if self.text_share and self.branch != "sft":
+            raise UserError(f"{where}: text_share is for stages of branch sft")
         if self.text_only and (speech := {"encoder", "encoder_lora", "ctc"} & set(self.trains)):
             raise UserError(f"{where}: text alone cannot train '{min(speech)}'; lower text_share")
         if not self.objective:
@@ -128,9 +140,12 @@ class PlannedSwap:
     ``sft`` counts the sft branch's steps over all its stages; None: as soon as it is published.
     """
 
-    pretrain: int  # publish the encoder after this pretrain step, counted from 1
+    pretrain: PositiveInt  # publish the encoder after this pretrain step, counted from 1
     # load it from this sft step on, counted over all sft stages; null: as soon as it is there
-    sft: int | None = None
+    sft: NonNegativeInt | None = None
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
@@ -141,29 +156,31 @@ class DriftConfig:
     # final: only when pretraining ends
     mode: Literal["cka", "fixed", "final"] = "cka"
     # cka: share of the pretrain steps after which the first reference is taken, 0 to 1
-    start: float = 0.25
+    start: Share = 0.25
     # cka: share of the pretrain steps between two measurements, above 0 to 1
-    interval: float = 0.005
+    interval: PositiveShare = 0.005
     # cka: CKA to the reference below which a snapshot is published and becomes the reference
-    threshold: float = 0.975
+    threshold: Annotated[float, Range(-1, 1)] = 0.975
     swaps: tuple[PlannedSwap, ...] = ()  # fixed: the steps at which to publish and swap
-    probe_utterances: int = 32  # cka: utterances of the validation set that CKA is measured on
+    # cka: utterances of the validation set that CKA is measured on
+    probe_utterances: PositiveInt = 32
     layers: bool = False  # cka: also log CKA of every encoder layer
     unbiased: bool = False  # cka: debiased estimate of CKA, for small probe sets
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= 1 or not 0 < self.interval <= 1:
-            raise UserError("drift.start and drift.interval are shares of pretraining, 0 to 1")
+        ranges.check(self)
         if self.mode == "fixed" and not self.swaps:
             raise UserError("drift.mode=fixed needs drift.swaps, a list of {pretrain: step}")
         steps = [s.pretrain for s in self.swaps]
-        if steps != sorted(set(steps)) or any(s < 1 for s in steps):
-            raise UserError("drift.swaps must name rising pretrain steps, from 1 on")
+        if steps != sorted(set(steps)):
+            raise UserError("drift.swaps must name rising pretrain steps")
         sft_steps = [s.sft for s in self.swaps if s.sft is not None]
-        if sft_steps != sorted(sft_steps) or any(s < 0 for s in sft_steps):
-            raise UserError("drift.swaps must name sft steps that do not fall, from 0 on")
-        if self.probe_utterances < 1:
-            raise UserError("drift.probe_utterances must be at least 1")
+        if sft_steps != sorted(sft_steps):
+            raise UserError("drift.swaps must name sft steps that do not fall")
+        if self.swaps and self.mode != "fixed":
+            raise UserError(
+                f"drift.swaps has no effect with drift.mode={self.mode}: give drift.mode=fixed"
+            )
 
 
 @dataclass(frozen=True)
@@ -234,6 +251,13 @@ class Schedule:
             raise UserError(
                 f"drift.swaps wants the encoder of pretrain step {late[0]:,}, but pretraining has "
                 f"{self.pretrain_steps():,} steps"
+            )
+        sft_steps = sum(s.steps for s in self.sft)
+        beyond = [s.sft for s in self.drift.swaps if s.sft is not None and s.sft >= sft_steps]
+        if self.drift.mode == "fixed" and self.sft and beyond:
+            raise UserError(
+                f"drift.swaps loads an encoder from sft step {beyond[0]:,} on, but the sft stages "
+                f"have {sft_steps:,} steps"
             )
         if self.branch == "sft" and not self.sft:
             raise UserError("branch=sft, but the recipe has no stage of branch sft")

@@ -23,13 +23,22 @@ from typing import TYPE_CHECKING
 
 from dsasr.launch.orphan_ranks import end_with_launcher
 from dsasr.launch.stop_request import EARLY, StopRequest
-from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.errors import Failure, UserError, run_tool
 
 if TYPE_CHECKING:
     from dsasr.recipe import Recipe
     from dsasr.training.trainer import Trainer
 
 RANK_0_SECONDS = 5.0  # in which rank 0 prints an error and ends
+
+
+# What gloo, NCCL and the store of the process group say where another rank's process has ended.
+LOST_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "remote process exited",
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dsasr import build, recipe
     from dsasr.engine import branch_engine
     from dsasr.kernels import dispatch
-    from dsasr.training import initial_weights, preflight
+    from dsasr.training import first_samples, initial_weights, preflight
 
     recipe.silence_library_warnings()
     cfg = recipe.load(options.recipe, options.overrides)
@@ -80,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     branch_engine.check_nvme(cfg.engine)
     builder = build.Builder(cfg)
     preflight.check(builder)
+    first_samples.check(builder)
     if options.check:
         initial_weights.check(builder)
         print("\n".join([*preflight.summary(builder), "the recipe and its files are in order"]))
@@ -122,12 +132,21 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
 def main_once() -> int:
     """`main`, with a user's mistake printed by one rank instead of by all.
 
+    A rank that loses another one says so in a line: what ended that one is told by itself, by the
+    launcher (`dsasr.launch.killed_ranks`) or by Slurm.
+
     The launcher, or Slurm, ends all ranks when the first one ends, so the others give rank 0 time
     to print it first. A mistake that rank 0 does not meet is printed by the ranks that do.
     """
     try:
         return main()
-    except UserError:
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST_RANK):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank} stops: another rank has ended", file=sys.stderr, flush=True)
+        return 1
+    except (UserError, Failure):
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would save
             time.sleep(RANK_0_SECONDS)

@@ -126,6 +126,54 @@ def test_base_recipes_merge_key_by_key(tmp_path):
     }
 
 
+def test_a_recipe_that_is_its_own_base_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"base: {tmp_path}/b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"base: {tmp_path}/../{tmp_path.name}/a.yaml\n")
+    (tmp_path / "c.yaml").write_text(f"base: {tmp_path}/c.yaml\n")
+    for name in "abc":
+        with pytest.raises(UserError, match=rf"{name}\.yaml is its own base \({name}\.yaml → "):
+            config.read_recipe(str(tmp_path / f"{name}.yaml"))
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 20)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &x [*x]", "an alias contains itself"),
+        ("a: &x {b: *x}", "contains itself"),
+        (LAUGHS, r"more than 100,000 values \(aliases written out\)"),
+        ("a: " + "[" * 5000, "not valid YAML"),
+        ("a: " + "{b: " * 40 + "1" + "}" * 40, "nests deeper than 32 levels"),
+        ("a: " + "[" * 2000 + "]" * 2000, "nests deeper than 32 levels"),
+        ("? [1, 2]\n: 3", "not valid YAML"),
+        ("a: 2026-99-99", "not valid YAML"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: \x1b", "not valid YAML"),
+        ("- 1", "must hold a mapping"),
+    ],
+)
+def test_a_hostile_recipe_is_one_line(tmp_path, text, says):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        config.read_recipe(str(path))
+    assert "\n" not in str(error.value)
+    if text.startswith("a: ") and len(text) > 1000:
+        with pytest.raises(UserError, match="not valid YAML") as error:
+            config.override({}, [f"a={text.removeprefix('a: ')}"])
+        assert len(str(error.value)) < 400
+
+
+def test_an_alias_copies_what_its_anchor_names(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("\ufeffa: &x {b: 1}\nc: *x\n", encoding="utf-8")
+    assert config.read_recipe(str(path)) == {"a": {"b": 1}, "c": {"b": 1}}
+
+
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'demo'"):
         config.read_recipe("dmeo")

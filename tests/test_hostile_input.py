@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -13,15 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from transformers import AutoConfig
 
 from dsasr import config, recipe
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.data.audio.features import AudioError, decode
 from dsasr.data.shards.index import BadSample, build_index, read_sample
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.inference import export
 from dsasr.inference.recognizer import Recognizer
+from dsasr.model.encoders.load import load_encoder
+from dsasr.model.encoders.pretrained import PretrainedEncoderConfig
+from dsasr.model.hf_weights import TensorFiles
 from dsasr.model.llm import load_llm
 from dsasr.utils.errors import UserError
 
@@ -64,6 +70,43 @@ def test_a_pickle_in_place_of_weights(tmp_path, bomb):
         FragmentReader(folder)
 
 
+def test_a_pickle_in_place_of_a_snapshot_or_an_encoder(tmp_path, bomb):
+    store = SnapshotStore(tmp_path / "store")
+    folder = tmp_path / "store" / "encoder-000000001"
+    folder.mkdir(parents=True)
+    (folder / "rank-00000.safetensors").write_bytes(bomb)
+    files = {
+        "rank-00000.safetensors": tensor_fragments.file_digest(folder / "rank-00000.safetensors")
+    }
+    for manifest in (
+        bomb,
+        json.dumps({"format": tensor_fragments.FORMAT, "files": files}).encode(),
+    ):
+        (folder / tensor_fragments.MANIFEST).write_bytes(manifest)
+        with pytest.raises((FragmentError, UserError)):
+            store.open("encoder-000000001")
+    encoder = tmp_path / "wav2vec2"
+    AutoConfig.for_model("wav2vec2").save_pretrained(encoder)
+    (encoder / "pytorch_model.bin").write_bytes(_torch_file(bomb))
+    with pytest.raises(UserError, match="only a pickle, which could run code"):
+        load_encoder(encoder, PretrainedEncoderConfig(str(encoder)))
+    (encoder / "model.safetensors").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load_encoder(encoder, PretrainedEncoderConfig(str(encoder)))
+
+
+@pytest.mark.parametrize("size", [1 << 62, (1 << 64) - 1, 1 << 40])
+def test_a_header_that_claims_to_be_huge_costs_nothing(tmp_path, size):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + b'{"w":{"dtype":"F32"}}')
+    tracemalloc.start()
+    with pytest.raises(UserError, match="cannot be read"):
+        TensorFiles(tmp_path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20e6
+
+
 def _torch_file(data: bytes) -> bytes:
     """A .pt file whose pickle is ``data``."""
     import zipfile
@@ -88,7 +131,7 @@ def test_a_language_model_that_is_a_pickle_or_brings_code(tmp_path, bomb):
     own = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
     values |= {"model_type": "evil", "auto_map": own}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="cannot load the language model"):
+    with pytest.raises(UserError, match="never run"):
         load_llm(tmp_path)
 
 

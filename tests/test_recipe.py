@@ -49,6 +49,37 @@ def test_an_encoders_fingerprint_is_of_pretraining_alone():
         assert recipe.load("demo", [changed]).encoder_fingerprint() != fingerprint
 
 
+VALID = "data.valid=[{name: a, shards: x}, {name: a, shards: y}]"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("run=''", "run is empty"),
+        ("run=' '", "run is empty"),
+        ("data.valid=[]", "data.valid names no dataset"),
+        (VALID, "two datasets of data.valid are called 'a'"),
+        ("stages.align.mixture={}", "'align' mixes no dataset"),
+        ("stages.align.mixture={demo: 0}", "'align' mixes no dataset"),
+        ("data.fbank.mels=40", "data.fbank.mels is 40, model.encoder.mels 80"),
+        ("checkpoint.best=weer", "no metric 'weer' .did you mean 'wer'"),
+        ("evaluation.decode={ctc_weight: 0.3, beam: 4}", "needs an adaptor that reads CTC"),
+        ("data.augment.kinds=[recorded]", "data.dataloader.noise=FOLDER"),
+        ("drift.swaps=[{pretrain: 5}]", "no effect with drift.mode=cka"),
+        ("stages.align.steps_after_final_swap=2", "give it swaps=true"),
+        ("stages.align.name='<script>'", "is called '<script>'"),
+    ],
+)
+def test_settings_that_make_no_run_are_refused(override, says):
+    with pytest.raises(UserError, match=says) as error:
+        recipe.load("demo", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_scores_of_a_language_rank_checkpoints():
+    assert recipe.load("demo", ["checkpoint.best=wer/en"]).checkpoint.best == "wer/en"
+
+
 def test_a_branch_without_an_encoder_is_refused():
     sft_only = "stages=[{name: align, branch: sft, trains: {adaptor: 1.0e-3}, steps: 3}]"
     with pytest.raises(UserError, match=r"model\.encoder_from=SNAPSHOT"):

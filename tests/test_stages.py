@@ -108,11 +108,9 @@ def test_alignment_with_a_finished_encoder_and_no_pretraining():
 
 
 def test_joint_with_a_frozen_encoder_and_stages_after_joint():
-    frozen = StageConfig(
-        "late", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=5, steps_after_final_swap=5
-    )
+    frozen = StageConfig("late", "sft", {"adaptor": 1e-5, "llm": 1e-5}, steps=5)
     context = replace(JOINT, name="context", steps=2)
-    after = replace(frozen, name="after", swaps=True, steps_after_final_swap=0)
+    after = replace(frozen, name="after", swaps=True)
     turns, swaps, _, _ = play(Schedule((PRETRAIN, ALIGN, frozen, JOINT, context, after)), (5,))
     assert steps_of(turns, "context") == [0, 1] and steps_of(turns, "after") == list(range(5))
     # Joint loads the final encoder; none replaces it once joint trains it.
@@ -190,12 +188,18 @@ def test_learning_rate_warms_up_and_decays():
     [
         ({"trains": {"adaptr": 1.0}}, "did you mean 'adaptor'"),
         ({"trains": {}}, "trains nothing"),
-        ({"steps": 0}, "steps ≥ 1"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"warmup_steps": 4}, "below its 4 steps"),
         ({"objective": "ctc"}, "unknown objective"),
-        ({"steps_after_final_swap": 5}, "steps_after_final_swap"),
-        ({"trains": {"adaptor": -1.0}}, "negative"),
-        ({"grad_accum_steps": 0}, "grad_accum_steps"),
+        ({"steps_after_final_swap": 5, "swaps": True}, "steps_after_final_swap is above its 4"),
+        ({"steps_after_final_swap": 2}, "give it swaps=true"),
+        ({"trains": {"adaptor": -1.0}}, r"trains\.adaptor must be at least 0, not -1"),
+        (
+            {"trains": {"adaptor": math.nan}},
+            r"trains\.adaptor must be at least 0 and finite, not nan",
+        ),
+        ({"grad_accum_steps": 0}, "grad_accum_steps must be at least 1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
     ],
 )
 def test_impossible_stages_are_refused(change, words):
@@ -214,6 +218,11 @@ def test_impossible_schedules_are_refused():
         Schedule((PRETRAIN,), branch="sft")
     with pytest.raises(UserError, match="encoder of pretrain step 21, but pretraining has 20"):
         Schedule((PRETRAIN, ALIGN), DriftConfig(mode="fixed", swaps=(PlannedSwap(21),)))
+    with pytest.raises(UserError, match="from sft step 4 on, but the sft stages have 4 steps"):
+        Schedule((PRETRAIN, ALIGN), DriftConfig(mode="fixed", swaps=(PlannedSwap(5, 4),)))
+    for values, words in (((0,), "pretrain must be at least 1"), ((4, -1), "sft must be at least")):
+        with pytest.raises(UserError, match=words):
+            PlannedSwap(*values)
 
 
 @pytest.mark.parametrize(
@@ -221,11 +230,11 @@ def test_impossible_schedules_are_refused():
     [
         ({"mode": "fixed"}, "needs drift.swaps"),
         ({"swaps": (PlannedSwap(5), PlannedSwap(4))}, "rising pretrain steps"),
-        ({"swaps": (PlannedSwap(0),)}, "from 1 on"),
         ({"swaps": (PlannedSwap(4, 9), PlannedSwap(5, 8))}, "do not fall"),
-        ({"swaps": (PlannedSwap(4, -1),)}, "do not fall, from 0 on"),
-        ({"probe_utterances": 0}, "at least 1"),
-        ({"interval": 0.0}, "shares of pretraining"),
+        ({"swaps": (PlannedSwap(4),)}, "no effect with drift.mode=cka"),
+        ({"probe_utterances": 0}, "probe_utterances must be at least 1"),
+        ({"interval": 0.0}, "interval must be above 0 and at most 1"),
+        ({"threshold": math.nan}, "threshold must be from -1 to 1 and finite, not nan"),
     ],
 )
 def test_impossible_drift_is_refused(settings, words):
@@ -287,7 +296,7 @@ def test_recipe_that_aligns_with_a_finished_encoder(tmp_path):
 
 
 def test_recipe_of_a_joint_stage_with_a_frozen_encoder_and_stages_after_it(tmp_path):
-    frozen = f"- {{name: joint, branch: sft, trains: {BOTH}, steps: 3, steps_after_final_swap: 3}}"
+    frozen = f"- {{name: joint, branch: sft, trains: {BOTH}, steps: 3}}"
     every = "{encoder: 1.0e-6, adaptor: 1.0e-6, llm: 1.0e-6}"
     context = f"- {{name: context, branch: sft, trains: {every}, steps: 2}}"
     reward = f"- {{name: last, branch: sft, trains: {BOTH}, steps: 2}}"

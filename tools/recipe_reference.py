@@ -21,6 +21,7 @@ from typing import Any
 
 from dsasr.config import to_plain
 from dsasr.recipe import Recipe
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.field_comments import field_comments
 from dsasr.utils.package_data import RECIPES
@@ -33,7 +34,8 @@ A recipe is a YAML file with every setting of a run. `dsasr train --recipe NAME|
 takes the name of a packaged recipe or the path of a file.
 
 - Order of authority: the defaults below < the recipe file < `key=value` on the command line.
-  Unknown keys and wrong types are errors. The run folder gets the resolved `recipe.yaml`.
+  Unknown keys, wrong types and numbers out of their range are errors. The run folder gets the
+  resolved `recipe.yaml`; credentials in URLs are masked there.
 - `base: NAME|FILE` in a recipe starts from another one. Mappings merge key by key; lists and all
   other values are replaced.
 - On the command line a key is a dotted path and the value is YAML: `model.lora='{rank: 16}'`,
@@ -77,6 +79,7 @@ def sections(
     seen[cls] = title or path
     section, nested = Section(path, seen[cls]), []
     hints, meanings = typing.get_type_hints(cls), field_comments(cls)
+    limited = ranges.hints(cls)
     for field in dataclasses.fields(cls):
         key = f"{path}.{field.name}" if path else field.name
         if not meanings[field.name]:
@@ -95,7 +98,7 @@ def sections(
                 known = default if isinstance(default, inner) else None
                 nested.append((inner, known, where, seen[inner]))
                 meaning += f"; see {_link(seen[inner])}"
-        kind = type_name(hints[field.name])
+        kind = type_name(hints[field.name]) + limits(limited[field.name])
         has_own_keys = dataclasses.is_dataclass(default)
         shown = "" if has_own_keys else _shown(default)
         section.rows.append(Row(key, kind, shown, meaning))
@@ -161,6 +164,14 @@ def type_name(hint: Any) -> str:
     if origin is dict:
         return f"mapping to {type_name(inner[1])}s"
     return SCALARS[hint]
+
+
+def limits(hint: Any) -> str:
+    """The ranges of the numbers in an annotated hint: ", at least 1"; empty without one."""
+    # Of a list or a mapping; not of a number or null.
+    many = any(typing.get_origin(kind) in (tuple, dict) for kind in (hint, *typing.get_args(hint)))
+    words = " or ".join(map(str, ranges.ranges_in(hint)))
+    return f", {'each ' * many}{words}" if words else ""
 
 
 def purpose(path: Path) -> str:

@@ -21,27 +21,24 @@ from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.async_writer import AsyncFolderWriter
 from dsasr.checkpoint.locate import checkpoint_name, list_checkpoints, newest_whole
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
-from dsasr.utils import distributed
-from dsasr.utils.errors import UserError
+from dsasr.utils import distributed, ranges
 from dsasr.utils.io import remove_folder, remove_temporaries
+from dsasr.utils.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     # optimizer steps of both branches between two checkpoints; 0: not by steps
-    every_steps: int = 0
-    every_minutes: float = 30.0  # minutes between two checkpoints; 0: not by time
-    keep: int = 2  # newest checkpoints kept; at least 1
-    keep_hours: float = 0.0  # also keep one checkpoint every keep_hours hours; 0: none
-    keep_best: int = 0  # also keep this many checkpoints with the lowest `best`; 0: none
+    every_steps: NonNegativeInt = 0
+    every_minutes: NonNegativeFloat = 30.0  # minutes between two checkpoints; 0: not by time
+    keep: PositiveInt = 2  # newest checkpoints kept; at least 1
+    keep_hours: NonNegativeFloat = 0.0  # also keep one checkpoint every keep_hours hours; 0: none
+    keep_best: NonNegativeInt = 0  # also keep this many checkpoints with the lowest `best`; 0: none
     best: str = "wer"  # metric of the sft branch's evaluations that ranks checkpoints
     async_write: bool = True  # write while training goes on, from a copy in the host's memory
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError("checkpoint.keep must be at least 1: resuming needs one")
-        if self.keep_hours < 0 or self.keep_best < 0:
-            raise UserError("checkpoint: keep_hours and keep_best must be at least 0")
+        ranges.check(self)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from dsasr.cli.arguments import command_parser
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
+from dsasr.utils.masking import mask
 from dsasr.utils.progress import Bar
 
 TRANSCRIPTS = "transcripts.jsonl"
@@ -136,7 +137,8 @@ def write_report(args: argparse.Namespace, summary: dict) -> None:
         for e in read_events(args.run)
         if e["event"] == "stage_end"
     ]
-    data = args.data[0] if len(args.data) == 1 else args.data
+    data = [mask(name) for name in args.data]
+    data = data[0] if len(data) == 1 else data
     values = {**summary, "data": data, "beam": args.beam, "stages": stages}
     atomic_write(args.run / "report.json", to_json(values, indent=1) + "\n")
     for stage in stages:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsasr.cli.arguments import command_parser
 from dsasr.utils.errors import UserError
+from dsasr.utils.masking import mask
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folds = f", in {first.folds} folds" if first.folds > 1 else ""
     print(f"H: nats a token (CTC: frame); CKA: to the first; test part: by {first.split_by}{folds}")
     names = ("data", "utterances", "semantic", "width", "frames", "folds", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names} | {"data": mask(args.data)}
     home = aligner.source.run
     settings["aligner"] = str(Path(home).resolve().parent / name)
     for message in probe_checkpoints.write(rows, home, settings, args.out):

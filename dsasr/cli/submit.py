@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from dsasr.cli.arguments import add_recipe, command_parser
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
+from dsasr.utils.masking import MASK, mask
 
 if TYPE_CHECKING:
     from dsasr.recipe import Recipe
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.training import preflight
 
     cfg = recipe.load(args.recipe, args.overrides)
+    _refuse_credentials([config.dump(cfg), *args.data], [*args.overrides, *args.data])
     run = Path(cfg.run).absolute()
     if args.job == "eval":
         if not args.data:
@@ -71,6 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.job != "eval":
         atomic_write(run / "submitted.yaml", config.dump(cfg))
     return subprocess.run(job.command, env={**os.environ, **variables}).returncode
+
+
+def _refuse_credentials(stored: Sequence[str], given: Sequence[str]) -> None:
+    """Raise `UserError` for a credential in a URL: the job would read what is stored without it."""
+    if any(MASK in text for text in stored) or any(mask(text) != text for text in given):
+        raise UserError(
+            "the recipe or --data holds a password or signature in a URL, which no file of a run "
+            "stores: give it as ${NAME}, of an environment variable NAME or the file of NAME_FILE"
+        )
 
 
 def schedule_rows(recipe: Recipe, asynchronous: bool) -> list[tuple[str, str]]:

@@ -267,12 +267,17 @@ class BranchEngine:
 
     @contextmanager
     def evaluating(self):
-        """The module in eval mode, without gradients."""
+        """The module in eval mode, without gradients; after an error it can be trained on."""
         training = self.module.training
         self.module.eval()
         try:
             with torch.no_grad():
                 yield self.module
+        except Exception:
+            # The layers whose forward was cut short are still gathered.
+            if self._engine is not None:
+                self._engine.empty_partition_cache()
+            raise
         finally:
             self.module.train(training)
 

@@ -12,9 +12,10 @@ import torch
 
 from dsasr.config import nearest
 from dsasr.engine.offload import OffloadConfig
-from dsasr.utils import distributed
+from dsasr.utils import distributed, ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.package_data import packaged_folder
+from dsasr.utils.ranges import Dropout, NonNegativeFloat, PositiveFloat
 
 DS_CONFIGS = packaged_folder("ds_configs")
 
@@ -28,16 +29,24 @@ class EngineConfig:
     # fp32 products: medium may pass through bf16; on an AMD EPYC it takes oneDNN in place of MKL,
     # twice as fast and as exact
     matmul: Literal["highest", "high", "medium"] = "highest"
-    max_grad_norm: float = 1.0  # global gradient norm that gradients are clipped to; 0: no clipping
-    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's β₁ and β₂, each in [0, 1)
-    eps: float = 1e-8  # AdamW's ε
+    # global gradient norm that gradients are clipped to; 0: no clipping
+    max_grad_norm: NonNegativeFloat = 1.0
+    betas: tuple[Dropout, Dropout] = (0.9, 0.98)  # AdamW's β₁ and β₂, each in [0, 1)
+    eps: PositiveFloat = 1e-8  # AdamW's ε
     # where the inactive branch's optimizer states go
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     # zero3-nvme: folder on each machine's own disk, for master weights and moments
     nvme: str | None = None
 
     def __post_init__(self) -> None:
-        needs_nvme = on_nvme(read_ds_config(self.deepspeed))
+        ranges.check(self)
+        settings = read_ds_config(self.deepspeed)
+        if zero_stage(settings) not in (1, 2, 3):
+            raise UserError(
+                f"engine.deepspeed={self.deepspeed}: zero_optimization.stage is "
+                f"{zero_stage(settings)}, and must be 1, 2 or 3"
+            )
+        needs_nvme = on_nvme(settings)
         if needs_nvme and not self.nvme:
             raise UserError(
                 f"engine.deepspeed={self.deepspeed} keeps optimizer states on a disk: give "
@@ -47,8 +56,6 @@ class EngineConfig:
             raise UserError(
                 f"engine.nvme is for engine.deepspeed=zero3-nvme, not for {self.deepspeed}"
             )
-        if not all(0 <= b < 1 for b in self.betas):
-            raise UserError("engine.betas must lie in [0, 1)")
 
 
 def read_ds_config(name_or_path: str) -> dict[str, Any]:
@@ -60,9 +67,18 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
         names = [p.stem for p in DS_CONFIGS.glob("*.json")]
         raise UserError(f"no DeepSpeed config '{name_or_path}'{nearest(name_or_path, names)}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(f"{path} must hold a mapping, and so must its zero_optimization")
+    return settings
+
+
+def zero_stage(settings: dict[str, Any]) -> Any:
+    """The stage of ZeRO under these settings; 0, DeepSpeed's default, partitions nothing."""
+    return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 def on_nvme(settings: dict[str, Any]) -> bool:

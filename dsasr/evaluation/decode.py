@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from dsasr.kernels import dispatch
 from dsasr.model.ctc import ctc_log_prob
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.speech_llm import SpeechInput, SpeechLLM
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
 @dataclass(frozen=True)
@@ -33,25 +35,21 @@ class DecodeConfig:
     ``length_penalty``.
     """
 
-    beam: int = 1  # beam width; 1: greedy
-    max_tokens: int = 512  # tokens of a hypothesis, at most
+    beam: Annotated[int, Range(1, 1024)] = 1  # beam width; 1: greedy
+    max_tokens: PositiveInt = 512  # tokens of a hypothesis, at most
     # a hypothesis has at most this many tokens per second of audio, plus extra_tokens
-    tokens_per_second: float = 25.0
-    extra_tokens: int = 16  # see tokens_per_second
-    length_penalty: float = 1.0  # beams are ranked by log-probability / tokens ** length_penalty
+    tokens_per_second: NonNegativeFloat = 25.0
+    extra_tokens: NonNegativeInt = 16  # see tokens_per_second
+    # beams are ranked by log-probability / tokens ** length_penalty
+    length_penalty: Annotated[float, Range(0, 10)] = 1.0
     # rank the beams that ended by log-probability + ctc_weight · that of their units by the CTC
     # head; of an adaptor that reads CTC
-    ctc_weight: float = 0.0
+    ctc_weight: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        if self.beam < 1 or self.max_tokens < 1:
-            raise UserError("decoding: beam and max_tokens must be at least 1")
-        if self.ctc_weight < 0 or (self.ctc_weight and self.beam == 1):
-            raise UserError("decoding: ctc_weight must be at least 0, and needs a beam above 1")
-        if min(self.tokens_per_second, self.extra_tokens, self.length_penalty) < 0:
-            raise UserError(
-                "decoding: tokens_per_second, extra_tokens and length_penalty must not be negative"
-            )
+        ranges.check(self)
+        if self.ctc_weight and self.beam == 1:
+            raise UserError("decoding: ctc_weight needs a beam above 1")
 
     def token_limit(self, seconds: float) -> int:
         """The most tokens, the end token included, in the transcript of ``seconds`` of audio."""

@@ -16,13 +16,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.normalize import units
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Decibels, NonNegativeInt, Range
 
 CLEAN, RECORDED = "clean", "recorded"  # conditions
 _LEVEL = 0.05  # RMS of synthesized sounds: −26 dB of full scale, a usual speech level
@@ -34,25 +37,24 @@ class SuiteConfig:
     """``clips`` of ``seconds`` each per kind of ``nonspeech``; every utterance at each of ``snrs``
     (dB) with one of ``noises``, and truncated to each share of ``truncations``."""
 
-    clips: int = 10  # non-speech clips of each kind
-    seconds: float = 10.0  # length of a non-speech clip
+    clips: NonNegativeInt = 10  # non-speech clips of each kind
+    seconds: Annotated[float, Range(0, 3600, above=True)] = 10.0  # length of a non-speech clip
     # kinds of non-speech: silence, white, babble, music
     nonspeech: tuple[str, ...] = ("silence", "white", "babble", "music")
     # signal-to-noise ratios in dB at which every utterance is tested
-    snrs: tuple[float, ...] = (20.0, 10.0, 5.0, 0.0)
+    snrs: tuple[Decibels, ...] = (20.0, 10.0, 5.0, 0.0)
     noises: tuple[str, ...] = ("white", "babble", "music")  # noises mixed in: white, babble, music
     # shares of an utterance, from its start, that truncated copies keep
-    truncations: tuple[float, ...] = (0.5,)
-    seed: int = 0  # of the noise
+    truncations: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = (0.5,)
+    seed: NonNegativeInt = 0  # of the noise
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         for kind in (*self.nonspeech, *self.noises):
             if kind not in SOUNDS:
                 raise UserError(f"noise suite: no sound {kind!r}; there are {', '.join(SOUNDS)}")
         if self.snrs and (not self.noises or "silence" in self.noises):
             raise UserError("noise suite: snrs need noises, and silence is none")
-        if any(not 0 < share < 1 for share in self.truncations):
-            raise UserError("noise suite: truncations must lie between 0 and 1")
 
 
 # A suite of the recordings as they are.

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from dsasr.launch.killed_ranks import KilledRanks
 from dsasr.launch.orphan_ranks import parent_of
 from dsasr.utils.errors import UserError
 
@@ -42,7 +43,8 @@ def run(
 
     ``ranks``: of a node; 0: one a GPU, or one where there is none. ``hostfile``: DeepSpeed's, for
     several nodes. The last lines of the chatter are shown after all if the ranks fail, unless by a
-    user's mistake, which explains itself, or after a signal that this process passed on.
+    user's mistake, which explains itself, after a signal that this process passed on, or where a
+    rank was killed, which is said in a line.
 
     Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
     """
@@ -55,7 +57,8 @@ def run(
         encoding="utf-8", errors="replace", start_new_session=True,
         preexec_fn=partial(_end_with_parent, os.getpid()),
     )  # fmt: skip
-    with _signals_forwarded(process, local=hostfile is None) as received:
+    watch = KilledRanks(lambda: _grandchildren(process.pid))
+    with _signals_forwarded(process, local=hostfile is None) as received, watch:
         try:
             hidden = pass_on(process.stdout, sys.stdout)
             code = process.wait()
@@ -66,7 +69,9 @@ def run(
     code = code if code >= 0 else 128 - code  # as a shell counts a process that a signal ended
     if code == 0 and signal.SIGINT in received:
         code = 128 + signal.SIGINT  # saved and stopped, and a shell's script stops too
-    if code not in (0, MISTAKE) and not received:
+    if killed := watch.lines():
+        print(*killed, sep="\n", flush=True)
+    elif code not in (0, MISTAKE) and not received:
         print("the launcher's last lines:", *hidden, sep="\n")
         print(f"the ranks ended with exit code {code}", flush=True)
     return code

@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 from dsasr.utils.package_data import CODE, packaged_folder
+from dsasr.utils.ranges import Range
 
 SCRIPTS = packaged_folder("slurm")
 # Files of slurm/job.sh in a run folder: the id of the job that it belongs to, and of one to stop.
@@ -20,14 +23,13 @@ _TEST_SET = re.compile(r"(?!\.)[A-Za-z0-9._-]+=\S+")
 
 @dataclass(frozen=True)
 class SizeConfig:
-    nodes: int = 1  # number of nodes; at least 1
-    gpus: int = 8  # GPUs of a node, one rank each; 0: a CPU job
-    ranks: int = 0  # ranks of a node without GPUs
-    cpus: int = 8  # CPU cores of a rank, shared with its data workers
+    nodes: Annotated[int, Range(1, 100_000)] = 1  # number of nodes; at least 1
+    gpus: Annotated[int, Range(0, 1024)] = 8  # GPUs of a node, one rank each; 0: a CPU job
+    ranks: Annotated[int, Range(0, 1024)] = 0  # ranks of a node without GPUs
+    cpus: Annotated[int, Range(1, 1024)] = 8  # CPU cores of a rank, shared with its data workers
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.gpus < 0 or self.cpus < 1 or self.ranks < 0:
-            raise UserError("slurm: nodes and cpus must be at least 1, gpus and ranks at least 0")
+        ranges.check(self)
         if self.gpus and self.ranks not in (0, self.gpus):
             raise UserError("slurm: ranks is for nodes without GPUs; with GPUs there is one each")
 
@@ -52,7 +54,8 @@ class SlurmConfig:
     # 2-00:00:00 (days-hours:minutes:seconds); longer than `signal`
     time: str = "24:00:00"
     eval_time: str = "4:00:00"  # time limit of a test set's task in `dsasr submit eval`
-    signal: int = 300  # seconds before the time limit at which the run saves and requeues itself
+    # seconds before the time limit at which the run saves and requeues itself
+    signal: Annotated[int, Range(1, 65_535)] = 300
     partition: str = ""  # Slurm partition; empty: the cluster's default
     account: str = ""  # Slurm account; empty: the user's default
     container: str = ""  # image: FILE.sif for Apptainer, else srun's --container-image; empty: none
@@ -62,14 +65,13 @@ class SlurmConfig:
     options: tuple[str, ...] = ()  # further options of sbatch, such as --qos=high
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         for key in ("time", "eval_time"):
             value = getattr(self, key)
             if not _TIME.fullmatch(value) or seconds(value) == 0:
                 raise UserError(
                     f"slurm.{key}={value}: give hours:minutes:seconds, such as 24:00:00"
                 )
-        if self.signal < 1:
-            raise UserError("slurm.signal must be at least a second")
         if seconds(self.time) <= self.signal:
             raise UserError(
                 f"slurm.time={self.time} is no longer than slurm.signal={self.signal} s, in which "

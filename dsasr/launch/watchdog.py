@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsasr.utils.errors import UserError
+from dsasr.utils import ranges
 from dsasr.utils.io import atomic_write
+from dsasr.utils.ranges import NonNegativeFloat
 
 T = TypeVar("T")
 HUNG = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
@@ -40,13 +41,12 @@ KEYS = 3  # samples of a batch that a note names
 @dataclass(frozen=True)
 class WatchdogConfig:
     # longest that a step, a batch of an evaluation or a checkpoint may take; 0: no limit
-    seconds: float = 1800.0
+    seconds: NonNegativeFloat = 1800.0
     # longest that ranks may take to find each other, and then to load; 0: no limit
-    start_seconds: float = 3600.0
+    start_seconds: NonNegativeFloat = 3600.0
 
     def __post_init__(self) -> None:
-        if min(self.seconds, self.start_seconds) < 0:
-            raise UserError("watchdog.seconds and watchdog.start_seconds must be at least 0")
+        ranges.check(self)
 
     def limit(self, doing: str) -> float:
         """The limit of the activity ``doing`` in seconds; 0: none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from dsasr.kernels import dispatch
 from dsasr.model.encoders.conformer import reset_parameters
 from dsasr.model.encoders.protocol import valid_frames
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Dropout, Range
 
 BLANK = 0
 
@@ -29,16 +32,16 @@ class CtcHeadConfig:
 
     # convolutions over time before the linear layer; 0: none. On a frozen encoder that others
     # trained, three of them leave CTC's plateau where a linear layer stays on it
-    layers: int = 0
-    width: int = 0  # channels of the convolutions; 0: the encoder's width
-    kernel: int = 3  # frames that a convolution sees; odd
-    dropout: float = 0.1  # after each convolution
+    layers: Annotated[int, Range(0, 1024)] = 0
+    # channels of the convolutions; 0: the encoder's width
+    width: Annotated[int, Range(0, 65_536)] = 0
+    kernel: Annotated[int, Range(1, 1025)] = 3  # frames that a convolution sees; odd
+    dropout: Dropout = 0.1  # after each convolution
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.width) < 0 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise UserError("model.pretrain.head: layers and width must be ≥ 0, kernel odd")
-        if not 0 <= self.dropout < 1:
-            raise UserError("model.pretrain.head.dropout must be at least 0 and below 1")
+        ranges.check(self)
+        if self.kernel % 2 == 0:
+            raise UserError(f"model.pretrain.head.kernel must be odd, not {self.kernel}")
 
 
 class HeadLayer(nn.Module):

@@ -23,7 +23,8 @@ from dsasr.model.dynamic_chunks import ChunkConfig, draw_chunk
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
-from dsasr.utils.errors import UserError
+from dsasr.utils import ranges
+from dsasr.utils.ranges import NonNegativeFloat
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class CtcModelConfig:
     time. ``chunks`` None is full context, ``spec`` None no SpecAugment."""
 
     # weight of CR-CTC's consistency term (0.2 in the paper); 0: plain CTC, one view, half the time
-    consistency: float = 0.2
+    consistency: NonNegativeFloat = 0.2
     # SpecAugment; null: none
     spec: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     # dynamic chunks; null: full context
@@ -40,8 +41,7 @@ class CtcModelConfig:
     head: CtcHeadConfig = field(default_factory=CtcHeadConfig)  # between encoder and units
 
     def __post_init__(self) -> None:
-        if self.consistency < 0:
-            raise UserError("pretrain consistency must not be negative; 0 turns it off")
+        ranges.check(self)
 
 
 class CtcModel(nn.Module):

@@ -6,24 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import NonNegativeInt, PositiveInt, Share
 
 
 @dataclass(frozen=True)
 class ChunkConfig:
     """How `draw_chunk` draws. Sizes in encoder frames (40 ms), ``left`` in chunks."""
 
-    full_share: float = 0.5  # share of the batches with full context
-    min_size: int = 4  # smallest chunk, in encoder frames (40 ms)
-    max_size: int = 25  # largest chunk, in encoder frames (40 ms)
-    all_left_share: float = 0.5  # share of the chunked batches that see everything to the left
-    max_left: int = 8  # most chunks that the other chunked batches see to the left
+    full_share: Share = 0.5  # share of the batches with full context
+    min_size: PositiveInt = 4  # smallest chunk, in encoder frames (40 ms)
+    max_size: PositiveInt = 25  # largest chunk, in encoder frames (40 ms)
+    all_left_share: Share = 0.5  # share of the chunked batches that see everything to the left
+    max_left: NonNegativeInt = 8  # most chunks that the other chunked batches see to the left
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_size <= self.max_size or self.max_left < 0:
+        ranges.check(self)
+        if self.min_size > self.max_size:
             raise UserError(
-                f"chunks of {self.min_size} to {self.max_size} frames with up to {self.max_left}"
-                " on the left: need 1 <= min_size <= max_size and max_left >= 0"
+                f"chunks of {self.min_size} to {self.max_size} frames: need min_size <= max_size"
             )
 
 

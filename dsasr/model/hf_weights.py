@@ -67,6 +67,22 @@ class TensorFiles:
             return rows.reshape(-1)[start - first * row : stop - first * row].clone()
 
 
+def check_present(files: TensorFiles) -> None:
+    """Raise `UserError` for a folder without weights."""
+    if files.shapes:
+        return
+    pickled = any(files.folder.glob("pytorch_model*.bin"))
+    raise UserError(
+        f"{files.folder} has no safetensors weights"
+        + (
+            ", only a pickle, which could run code: convert it where you trust it, with "
+            "transformers' AutoModel.from_pretrained(DIR).save_pretrained(DIR)"
+            if pickled
+            else ": copy or download them (pickles are not read)"
+        )
+    )
+
+
 def fill_buffers(
     model: PreTrainedModel,
     files: TensorFiles | None = None,

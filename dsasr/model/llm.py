@@ -11,11 +11,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dsasr.kernels import dispatch
+from dsasr.model.hf_config import FAULTS, read_hf_config, reason_of
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Dropout, NonNegativeInt
 
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _DROPOUTS = (
@@ -47,18 +50,18 @@ class LlmConfig:
     path: str = ""  # Hugging Face folder, or a hub name such as Qwen/Qwen3-1.7B
     # load the weights; false: only config.json, with weights drawn from the seed
     weights: bool = True
-    pack: int = 0  # positions of a row that utterances are packed into; 0: one utterance a row
+    # positions of a row that utterances are packed into; 0: one utterance a row
+    pack: NonNegativeInt = 0
     attn: str = "sdpa"  # attention of transformers: sdpa, eager, flash_attention_2, …
-    dropout: float = 0.0  # dropout wherever the language model has one
+    dropout: Dropout = 0.0  # dropout wherever the language model has one
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     # with activation_checkpointing; all: the whole layer, cheap: all but its matrix products
     recompute: Literal["all", "cheap"] = "all"
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if self.attn not in _ATTENTION:
             raise UserError(f"llm attn {self.attn!r}: choose one of {', '.join(_ATTENTION)}")
-        if self.pack < 0:
-            raise UserError(f"llm pack {self.pack}: give positions a row, or 0 for no packing")
 
 
 class FusedLmHead(nn.Linear):
@@ -136,7 +139,9 @@ def load_llm(
     config = read_llm_config(folder, dropout)
     try:
         if not weights:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn, trust_remote_code=False
+            )
         with _no_progress_bar():
             llm, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -144,10 +149,11 @@ def load_llm(
                 dtype=dtype,
                 attn_implementation=attn,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except _FAULTS as error:
+    except FAULTS as error:
         raise _unreadable(folder, error) from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report.get(kind, ())):
@@ -175,21 +181,15 @@ def read_llm_config(folder: Path, dropout: float = 0.0) -> PretrainedConfig:
     """The folder's config, with ``dropout`` wherever the model has one; raises `UserError`."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no language model in {folder}: there is no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except _FAULTS as error:
-        raise _unreadable(folder, error) from error
+    config = read_hf_config(folder)
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)
     return config
 
 
-_FAULTS = (OSError, ValueError, ImportError, KeyError)
-
-
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = reason_of(error)
     if "does not support an attention implementation" in reason:
         reason = "its architecture has eager attention only; give model.llm.attn=eager"
     return UserError(f"cannot load the language model in {folder}: {reason}")

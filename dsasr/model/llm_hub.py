@@ -89,13 +89,11 @@ def llm_config(path: str):
     """
     from transformers import AutoConfig
 
+    from dsasr.model.hf_config import read_hf_config
+
     folder, name = config_folder(path), Path(path).name
     if folder is not None:
-        try:
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{folder}/config.json: {reason}") from None
+        return read_hf_config(folder)
     if name not in QWEN3:
         raise UserError(
             f"model.llm.path: there is no {path}/config.json; only that file is needed to plan "

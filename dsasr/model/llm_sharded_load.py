@@ -11,6 +11,7 @@ partitioned.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsasr.model import layerwise_init, lora
-from dsasr.model.hf_weights import TensorFiles, fill_buffers
+from dsasr.model.hf_weights import TensorFiles, check_present, fill_buffers
 from dsasr.model.layerwise_init import Partition
 from dsasr.model.llm import load_llm
 from dsasr.model.lora import Adapt, DrawAdapter
 from dsasr.model.token_embeddings import embedding_rms, input_scale, token_rms
 from dsasr.utils import distributed
+from dsasr.utils.errors import UserError
 
 
 def match_tensors(llm: PreTrainedModel, files: TensorFiles) -> dict[str, str] | None:
@@ -33,15 +35,7 @@ def match_tensors(llm: PreTrainedModel, files: TensorFiles) -> dict[str, str] | 
     None where some tensor has no counterpart of its shape there, or transformers converts names or
     values on loading. ``llm`` may be on the meta device and have LoRA's layers.
     """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        # add_legacy: renamings of gamma and beta, which leave other names alone.
-        if get_model_conversion_mapping(llm, add_legacy=False):
-            return None
-    except ImportError:
-        pass  # an older transformers, which converts nothing
-    if getattr(llm.config, "quantization_config", None) is not None:
+    if _is_converted(llm):
         return None
     tied: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in _state(llm):
@@ -65,6 +59,46 @@ def _state(llm: nn.Module):
         for name, buffer in layer._buffers.items():
             if buffer is not None and name not in layer._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
+
+
+def _is_converted(llm: PreTrainedModel) -> bool:
+    """Whether transformers converts names or values of the folder's tensors on loading."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        # add_legacy: renamings of gamma and beta, which leave other names alone.
+        if get_model_conversion_mapping(llm, add_legacy=False):
+            return True
+    except ImportError:
+        pass  # an older transformers, which converts nothing
+    return getattr(llm.config, "quantization_config", None) is not None
+
+
+def check_weights(folder: Path, llm: PreTrainedModel) -> None:
+    """Raise `UserError` if the folder lacks weights of ``llm``, which may be on the meta device.
+
+    Only headers are read. Of a model whose tensors transformers converts, they must be readable.
+    """
+    files = TensorFiles(folder)
+    check_present(files)
+    if _is_converted(llm) or match_tensors(llm, files) is not None:
+        return
+    prefix, spare = f"{llm.base_model_prefix}.", llm._keys_to_ignore_on_load_missing or ()
+    tied: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in _state(llm):
+        tied.setdefault(id(tensor), (tensor, []))[1].append(name)
+    for tensor, names in tied.values():
+        # A folder of the model without its head leaves out the prefix.
+        stored = [n for name in names for n in (name, name.removeprefix(prefix))]
+        found = [files.shapes[name] for name in stored if name in files.shapes]
+        if tuple(tensor.shape) in found or any(re.search(p, names[0]) for p in spare):
+            continue
+        what = (
+            f"has {names[0]} {list(found[0])}, not {list(tensor.shape)}"
+            if found
+            else (f"lacks {names[0]}")
+        )
+        raise UserError(f"{folder} {what}: its weights are not those of its config.json")
 
 
 def load_llm_partitioned(

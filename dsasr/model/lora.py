@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from safetensors.torch import save_file
@@ -35,7 +35,9 @@ from torch import Tensor, nn
 
 from dsasr.config import nearest
 from dsasr.model.encoders.protocol import Encoder
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Dropout, PositiveFloat, Range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,20 +54,14 @@ class LoraConfig:
     """``targets``: the linear layers of the model's blocks, by the last part of their names
     (q_proj …); empty: all of them. The sum is weighed by alpha / rank."""
 
-    rank: int = 16  # rank of the matrices; at least 1
-    alpha: float = 32.0  # the sum is scaled by alpha / rank
-    dropout: float = 0.0  # dropout of the input of A, in training
+    rank: Annotated[int, Range(1, 65_536)] = 16  # rank of the matrices; at least 1
+    alpha: PositiveFloat = 32.0  # the sum is scaled by alpha / rank
+    dropout: Dropout = 0.0  # dropout of the input of A, in training
     # linear layers of the blocks, by the last part of their names (q_proj, …); empty: all of them
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        keys = "model.lora, model.encoder_lora"
-        if self.rank < 1:
-            raise UserError(f"{keys}: rank must be at least 1, not {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"{keys}: alpha must be a number above 0, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"{keys}: dropout must lie in [0, 1), not {self.dropout}")
+        ranges.check(self)
 
     @property
     def scale(self) -> float:

@@ -198,7 +198,7 @@ def count_llm_parts(recipe: Recipe) -> dict[str, ModelPart]:
     width, units = config.get_text_config().hidden_size, count_units(recipe)
     encoder_width = planned_encoder(recipe).width
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config)
+        llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         adaptor = build_adaptor(model.adaptor, encoder_width, width, units=units)
     reads = encoder_width
     if model.adaptor.reads_ctc:

@@ -76,13 +76,16 @@ def scale_down(schedule: Schedule, max_steps: int = 20_000) -> tuple[Schedule, i
     divisor = max(1, -(-total // max_steps))
     if divisor == 1:
         return schedule, 1
+    stages = tuple(_scale_stage(s, divisor) for s in schedule.stages)
+    most = {b: sum(s.steps for s in stages if s.branch == b) for b in ("pretrain", "sft")}
     # Of swaps that fall on one step when divided, the last stands for all.
     swaps = {
-        max(1, s.pretrain // divisor): None if s.sft is None else s.sft // divisor
+        max(1, min(s.pretrain // divisor, most["pretrain"])): (
+            None if s.sft is None else max(0, min(s.sft // divisor, most["sft"] - 1))
+        )
         for s in schedule.drift.swaps
     }
     planned = tuple(PlannedSwap(pretrain, sft) for pretrain, sft in swaps.items())
-    stages = tuple(_scale_stage(s, divisor) for s in schedule.stages)
     drift = replace(schedule.drift, swaps=planned)
     return replace(schedule, stages=stages, drift=drift), divisor
 

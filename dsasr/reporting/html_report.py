@@ -96,9 +96,7 @@ MEASURED_BY = {
 
 def missing(pictures: dict[str, Path]) -> str:
     """The figures for which nothing was measured, and what measures it; empty if none."""
-    rows = [
-        [title, escape(command)] for title, command in MEASURED_BY.items() if title not in pictures
-    ]
+    rows = [[title, command] for title, command in MEASURED_BY.items() if title not in pictures]
     if not rows:
         return ""
     return f"<h2>Not measured</h2>{_table(['figure', 'measured by'], rows, 'left')}"
@@ -151,14 +149,14 @@ def systems(runs: Sequence[RunData]) -> str:
     units = {lang: row["unit"] for clean in cleans for lang, row in clean.items()}
     conditions = dict.fromkeys(c for run in evaluated for c in run.suite["conditions"])
     noisy = [c for c in conditions if c != "clean"]
-    head = ["system", *(f"{escape(lang)} {RATES[unit]}, clean" for lang, unit in units.items())]
-    head += [f"{'all, ' * (len(units) > 1)}{_condition_name(c)}" for c in noisy]
+    head = ["system", *(f"{lang} {RATES[unit]}, clean" for lang, unit in units.items())]
+    head += [Html(f"{'all, ' * (len(units) > 1)}{_condition_name(c)}") for c in noisy]
     groups = [("", 1), ("errors, %", len(head) - 1), ("hallucinated, %", 2)]
     groups += [("non-speech", 1), ("training", 2)]
     head += ["clean", "noisy", "characters a minute", "audio, hours", TIME]
     rows = []
     for run, clean in zip(evaluated, cleans, strict=True):
-        row = [escape(run.name), *(_rate(clean.get(lang)) for lang in units)]
+        row = [run.name, *(_rate(clean.get(lang)) for lang in units)]
         row += [_rate(run.suite["conditions"].get(c)) for c in noisy]
         cells = run.suite["hallucination"]["rows"]
         row += [_share([c for c in cells if c["condition"] == "clean"])]
@@ -184,11 +182,11 @@ SYSTEMS = (
 )
 
 
-def _condition_name(condition: str) -> str:
+def _condition_name(condition: str) -> Html:
     for prefix, name in (("snr", "{} dB"), ("cut", "cut to {}%")):
         if condition.startswith(prefix):
             condition = name.format(condition.removeprefix(prefix))
-    return escape(condition).replace(" ", "&nbsp;")
+    return Html(escape(condition).replace(" ", "&nbsp;"))
 
 
 def _hours(hours: float) -> str:
@@ -206,7 +204,7 @@ def _rate(row: Row | None) -> str:
 
 def _with_interval(value: float, *interval: float) -> str:
     small = f"<small>{'…'.join(f'{end:.1f}' for end in interval)}</small>" if interval else ""
-    return f"{value:.1f}{small}"
+    return Html(f"{value:.1f}{small}")
 
 
 def _share(cells: Sequence[Row]) -> str:
@@ -234,7 +232,7 @@ def _nonspeech_rate(hallucination: Row) -> str:
         seconds, characters = (sum(c[k] for c in cells) for k in ("seconds", "characters"))
         return _with_interval(60 * characters / seconds) if seconds else "–"
     if not row["clips_with_text"]:
-        return f"0<small>no text in {row['clips']} clips</small>"
+        return Html(f"0<small>no text in {int(row['clips'])} clips</small>")
     return _with_interval(row["rate"], *(() if row["low"] is None else (row["low"], row["high"])))
 
 
@@ -247,9 +245,7 @@ def stages(runs: Sequence[RunData]) -> str:
             seconds = clock(end["stage_seconds"]) if end else "–"
             trains = ", ".join(f"{part} {rate:g}" for part, rate in stage.trains.items())
             swaps = sum(e["event"] == "swap" and e["stage"] == stage.name for e in run.events)
-            rows.append(
-                [escape(run.name), stage.name, f"{stage.steps:,}", escape(trains), swaps, seconds]
-            )
+            rows.append([run.name, stage.name, f"{stage.steps:,}", trains, swaps, seconds])
     head = ["run", "stage", "steps", "trains, at the peak learning rate", "swaps", TIME]
     note = "Swaps: how often the stage went on with a newer encoder that pretraining published."
     return f"<h2>Stages</h2>{_table(head, rows, 'stages')}<p>{note}</p>"
@@ -266,8 +262,7 @@ def examples(runs: Sequence[RunData], limit: int = 12) -> str:
             counts[e["kind"], e["condition"]] += 1
         for _, e in sorted(ranked, key=lambda pair: pair[0])[:limit]:
             cells = (e["kind"], e["detail"], e["reference"] or "–", e["hypothesis"])
-            kind, *texts = (escape(cell) for cell in cells)
-            rows.append([escape(run.name), _condition_name(e["condition"]), kind, *texts])
+            rows.append([run.name, _condition_name(e["condition"]), *cells])
     if not rows:
         return ""
     head = ["run", "condition", "kind", "why", "reference", "transcript"]
@@ -279,6 +274,14 @@ def examples(runs: Sequence[RunData], limit: int = 12) -> str:
     )
 
 
+class Html(str):
+    """Text that is markup: all other text is escaped in tables."""
+
+
+def _html(cell: Any) -> str:
+    return cell if isinstance(cell, Html) else escape(str(cell))
+
+
 def _table(
     head: Sequence[Any],
     rows: Sequence[Sequence[Any]],
@@ -286,11 +289,11 @@ def _table(
     groups: Sequence[tuple[str, int]] = (),
 ) -> str:
     """``groups``: names over the head's columns, and how many of them each spans."""
-    over = "".join(f'<th colspan="{n}">{name}</th>' for name, n in groups)
-    top = "".join(f"<th>{cell}</th>" for cell in head)
+    over = "".join(f'<th colspan="{n}">{_html(name)}</th>' for name, n in groups)
+    top = "".join(f"<th>{_html(cell)}</th>" for cell in head)
     if over:
         top = f"{over}</tr><tr>{top}"
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{_html(c)}</td>" for c in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

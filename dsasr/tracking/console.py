@@ -12,8 +12,10 @@ from typing import Any
 LOSSES = {"ctc": "CTC", "consistency": "consistency", "nll": "NLL", "entropy": "entropy"}  # nats
 WARNINGS = {
     "bad_samples",
+    "bad_validation_samples",
     "checkpoint_failed",
     "checkpoint_passed_over",
+    "evaluation_failed",
     "not_marked",
     "partly_initialized",
     "publisher_lost",
@@ -82,6 +84,7 @@ def progress_line(
     ``line`` holds the interval's metrics, ``step`` the stage's own steps done.
     """
     cells = [f"{label} {_loss(line[key])}" for key, label in LOSSES.items() if key in line]
+    cells = cells or ["no usable sample"]
     if "accuracy" in line:
         cells.append(f"accuracy {percent(line['accuracy'])}")
     rates = [value for key, value in line.items() if key.startswith("lr_")]
@@ -209,6 +212,17 @@ def _bad_samples(e: Mapping[str, Any]) -> str:
     return f"bad samples so far: {sum(causes.values()):,} ({shown})"
 
 
+def _bad_validation_samples(e: Mapping[str, Any]) -> str:
+    causes = {k: v for k, v in e.items() if k not in ("steps", "first")}
+    shown = ", ".join(f"{name} {count:,}" for name, count in causes.items())
+    total = sum(causes.values())
+    return f"bad validation samples left out: {total:,} ({shown}); the first: {e['first']}"
+
+
+def _evaluation_failed(e: Mapping[str, Any]) -> str:
+    return f"evaluation of {e['stage']} failed, and training goes on: {e['reason']}"
+
+
 def _evaluated(e: Mapping[str, Any]) -> str:
     """Error rates, by language where there is more than one, and the share of hallucinations."""
     cells = []
@@ -254,7 +268,9 @@ _EVENTS = {
     "publisher_lost": _publisher_lost,
     "not_marked": _not_marked,
     "bad_samples": _bad_samples,
+    "bad_validation_samples": _bad_validation_samples,
     "evaluated": _evaluated,
+    "evaluation_failed": _evaluation_failed,
     "stopped": _stopped,
     "finished": _finished,
 }

@@ -20,15 +20,19 @@ import torch
 from dsasr.engine.branch_engine import StepReport
 from dsasr.tracking import console
 from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, truncate_log
-from dsasr.utils import distributed
+from dsasr.utils import distributed, ranges
 from dsasr.utils.io import to_json
+from dsasr.utils.ranges import PositiveInt
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    every: int = 10  # steps of a branch between two lines of metrics
+    every: PositiveInt = 10  # steps of a branch between two lines of metrics
     tensorboard: bool = True  # write TensorBoard files too
     ledger: bool = False  # write ledger.jsonl: the samples of every step, on all ranks
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 # Curves that TensorBoard draws into one chart.
@@ -89,7 +93,7 @@ class Meter:
         self.started = min(self.started, time.monotonic() - state["elapsed"])
 
     def collect(self) -> dict[str, float]:
-        """Means and rates over all ranks since the last call; collective."""
+        """Means and rates over all ranks since the last call, of what was counted; collective."""
         names = sorted(
             {n for names in distributed.all_gather_object(sorted(self.sums)) for n in names}
         )
@@ -106,6 +110,8 @@ class Meter:
         line = {
             name: summed[2 * i] / summed[2 * i + 1] if summed[2 * i + 1] else math.nan
             for i, name in enumerate(names)
+            # Neither: nothing was counted, because all samples were dropped.
+            if summed[2 * i] or summed[2 * i + 1]
         }
         line |= {
             "audio_hours_per_hour": data["audio"] / elapsed,

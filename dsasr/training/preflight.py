@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from dsasr.build import Builder
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.shards.storage import ShardStorage
+from dsasr.data.dataloader.dataloader import build_dataset_parts
+from dsasr.data.shards.storage import ShardReadError, ShardStorage
 from dsasr.data.text.prompt import describe
 from dsasr.data.text.tokenizers import (
     Tokenizer,
@@ -24,8 +26,10 @@ from dsasr.model.adaptors.protocol import build_adaptor
 from dsasr.model.encoders.load import check_weights
 from dsasr.model.encoders.pretrained import check_preprocessor
 from dsasr.model.llm import load_llm, read_llm_config
+from dsasr.model.llm_sharded_load import check_weights as check_llm_weights
 from dsasr.recipe import SOURCES
 from dsasr.stages import StageConfig
+from dsasr.training import resume
 from dsasr.utils.errors import UserError
 
 
@@ -45,38 +49,78 @@ def check(builder: Builder) -> None:
                 f"model.{key}: there is no folder {source}; give an exported model, a run, a "
                 "checkpoint or a snapshot"
             )
+    _check_writable(builder)
+    resume.check(builder.recipe)
     _check_encoder(builder)
     if builder.recipe.model.encoder_lora is not None:
         lora.check(builder.encoder_shape, builder.recipe.model.encoder_lora)
     if "pretrain" in builder.recipe.branches:
-        _ = builder.phonemes
+        _ = builder.phonemes, builder.phonemizer
     if "sft" in builder.recipe.branches:
         _check_text_only(builder, builder.recipe.schedule().sft)
+        _check_llm(builder)
         _check_tokenizer(builder)
         _check_adaptor(builder)
         _check_prompt(builder)
-        _check_lora(builder)
     _check_shards(builder)
 
 
 def _check_shards(builder: Builder) -> None:
-    """The shards must be there."""
-
+    """The shards must be there, with the languages and hours that the mixture needs."""
     data = builder.recipe.data
     sources = ShardStorage(data.dataloader.source)
     for key, datasets in (("data.train", data.train), ("data.valid", data.valid)):
         for dataset in datasets:
             try:
-                sources.resolve(dataset.shards)
-            except UserError as error:
+                build_dataset_parts((dataset,), sources, data.dataloader.temperature)
+            except (UserError, ShardReadError) as error:
                 raise UserError(f"{key}.{dataset.name}.shards: {error}") from None
+    for name in data.dataloader.noise_weights if data.augment is not None else ():
+        try:
+            sources.resolve(name)
+        except (UserError, ShardReadError) as error:
+            raise UserError(f"data.dataloader.noise: {error}") from None
+
+
+def _check_writable(builder: Builder) -> None:
+    """The folders that the run writes into."""
+    recipe = builder.recipe
+    folders = {"run": recipe.folder, "store.path": recipe.store_folder}
+    if recipe.engine.offload.path:
+        folders["engine.offload.path"] = Path(recipe.engine.offload.path)
+    if recipe.data.dataloader.source.cache_gb:
+        folders["data.dataloader.source.cache"] = recipe.data.dataloader.source.folder()
+    for key, folder in folders.items():
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            # In the folder itself, or where it would be made; nothing is left behind.
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{key}: {folder} cannot be written: {reason} ({there})") from None
+
+
+def _check_llm(builder: Builder) -> None:
+    """The language model must have the layers that LoRA targets; its weights must be there, whole,
+    and those of its config.json."""
+    model, folder = builder.recipe.model, builder.llm_folder
+    with torch.device("meta"):
+        llm = load_llm(folder, attn=model.llm.attn, weights=False)
+    copied = any(map(folder.is_relative_to, builder.source_copies.values()))
+    from_source = builder.starts_afresh and "llm" in builder.recipe.init_parts
+    # Those of a source are compared in `initial_weights`, a copy has none.
+    if model.llm.weights and not copied and not from_source:
+        check_llm_weights(folder, llm)
+    if model.lora is not None:
+        lora.check(llm, model.lora)
 
 
 def _check_encoder(builder: Builder) -> None:
     """The encoder must fit its features, and the recipe what the encoder can do."""
     model = builder.recipe.model
     if builder.recipe.pretrained_encoder is None:
-        if builder.cmvn.mean_F.shape[0] != model.encoder.mels:
+        if builder.cmvn.mean_F.shape[0] != model.encoder.mels:  # as data.fbank.mels is
             raise UserError(
                 f"{builder.recipe.data.cmvn} has {builder.cmvn.mean_F.shape[0]} mel bins, "
                 f"model.encoder.mels is {model.encoder.mels}"
@@ -172,11 +216,3 @@ def _check_prompt(builder: Builder) -> None:
                 f"the prompt has {length} tokens: give stage '{stage.name}' "
                 f"batch.prompt_tokens={length}"
             )
-
-
-def _check_lora(builder: Builder) -> None:
-    """The language model must have the layers that LoRA targets."""
-    config = builder.recipe.model.lora
-    if config is not None:
-        with torch.device("meta"):
-            lora.check(load_llm(builder.llm_folder, weights=False), config)

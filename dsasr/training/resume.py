@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dsasr import config
+from dsasr.build import Builder
+from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.recipe import Recipe, changed_settings
@@ -22,14 +27,57 @@ def find_checkpoint(
     and the folder has one, or where the checkpoint is of another recipe.
     """
     reader, passed_over = _find(recipe, checkpoints)
-    if reader is not None and not recipe.allow_changed:
-        changed = changed_settings(reader.manifest["recipe"], recipe)
-        if changed:
-            raise UserError(
-                f"{recipe.folder} was trained with another recipe ({'; '.join(changed)}): "
-                "give run=FOLDER for a new run, or allow_changed=true to go on regardless"
-            )
+    if reader is not None:
+        _refuse_changes(reader.manifest, recipe)
     return reader, passed_over
+
+
+def check(recipe: Recipe) -> None:
+    """`find_checkpoint` before the ranks meet, by manifests alone.
+
+    Raises `UserError` for another recipe, a checkpoint that is missing, or a folder with a run.
+    """
+    checkpoints = list_checkpoints(recipe.folder / "checkpoints")
+    if recipe.resume == "never" and checkpoints:
+        _refuse_a_second_run(recipe)
+    newest = checkpoints[-1:] if recipe.resume in ("auto", "never") else [Path(recipe.resume)]
+    for path in newest:
+        try:
+            _refuse_changes(tensor_fragments.read_manifest(path), recipe)
+        except FragmentError as error:
+            if recipe.resume != "auto":  # else an older one is tried
+                raise UserError(f"resume={recipe.resume}: {error}") from None
+
+
+def check_contents(manifest: Mapping[str, Any], builder: Builder) -> None:
+    """Raise `UserError` where a file of the recipe has another content than when the checkpoint was
+    written; a checkpoint that knows no contents passes."""
+    old, new = manifest.get("contents", {}), builder.contents
+    changed = [key for key, digest in old.items() if new.get(key, digest) != digest]
+    if changed and not builder.recipe.allow_changed:
+        raise UserError(
+            f"{builder.recipe.folder} was trained with another content of {', '.join(changed)}: "
+            "put the file back, give run=FOLDER for a new run, or allow_changed=true to go on "
+            "regardless"
+        )
+
+
+def _refuse_changes(manifest: Mapping[str, Any], recipe: Recipe) -> None:
+    if not isinstance(manifest.get("recipe"), dict):
+        raise UserError(f"resume={recipe.resume}: it is no checkpoint of a run")
+    changed = [] if recipe.allow_changed else changed_settings(manifest["recipe"], recipe)
+    if changed:
+        raise UserError(
+            f"{recipe.folder} was trained with another recipe ({'; '.join(changed)}): "
+            "give run=FOLDER for a new run, or allow_changed=true to go on regardless"
+        )
+
+
+def _refuse_a_second_run(recipe: Recipe) -> None:
+    raise UserError(
+        f"{recipe.folder} holds a run already: resume=auto goes on with it, "
+        "run=FOLDER starts another one"
+    )
 
 
 def _find(
@@ -43,10 +91,7 @@ def _find(
         except FragmentError as error:
             raise UserError(f"resume={recipe.resume}: {error}") from None
     if checkpoints.list():
-        raise UserError(
-            f"{recipe.folder} holds a run already: resume=auto goes on with it, "
-            "run=FOLDER starts another one"
-        )
+        _refuse_a_second_run(recipe)
     return None, []
 
 

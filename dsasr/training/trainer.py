@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ from dsasr.build import Builder
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.bad_samples import BadSampleLog
+from dsasr.data.dataloader.bad_samples import BadSampleLog, dropped_summary
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.step_report import StepReport
 from dsasr.launch.stop_request import StopRequest
@@ -34,10 +35,16 @@ from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
 START = "DSASR_START"  # variable: job and start, set by slurm/job.sh
+EMPTY_STEPS = 50  # in a row without a usable sample on any rank, after which the run stops
 
 
 class Stopped(Exception):
     """The run was asked to stop (`StopRequest`); its checkpoint is written."""
+
+
+def losses_of(line: Mapping[str, float]) -> list[float]:
+    """The losses of a line of metrics; none where every sample of its steps was dropped."""
+    return [line[name] for name in ("ctc", "nll") if name in line]
 
 
 class Trainer:
@@ -66,6 +73,8 @@ class Trainer:
         if watchdog is not None:
             watchdog.at("loading")
         reader, passed_over = resume.find_checkpoint(recipe, self.checkpoints)
+        if reader is not None:
+            resume.check_contents(reader.manifest, self.builder)
         sources = initial_weights.plan(self.builder) if reader is None else []
         resume.save_recipe(recipe)
         initial_weights.keep_settings(self.builder, sources)
@@ -85,6 +94,7 @@ class Trainer:
             recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=distributed.rank()
         )
         # The counts in the last bad_samples event.
+        self._empty_steps: Counter[str] = Counter()  # this rank's last ones in a row, by branch
         self._logged_bad_samples = reader.manifest["bad_samples"] if reader else {}
         # Before any collective call: no rank may write its file while rank 0 truncates it.
         self.bad_samples.resume(self._logged_bad_samples, reader.manifest["steps"] if reader else 0)
@@ -222,14 +232,17 @@ class Trainer:
         # The same on all ranks, and checked at every step: no broken weight is ever saved.
         if isinstance(report.grad_norm, float) and not math.isfinite(report.grad_norm):
             self._raise_not_finite(report)
+        empty = not any(map(len, report.batches))
+        self._empty_steps[report.branch] += 1
+        self._empty_steps[report.branch] *= empty
         extra = self._branch_metrics(report)
         line = self.monitor.step(report, self.steps, self._data_wait, last, extra)
         if line is None:
             return
-        losses = [v for k, v in line.items() if k in ("ctc", "nll", "grad_norm")]
-        if not all(map(math.isfinite, losses)):
+        grad_norm = line.get("grad_norm", 0.0)
+        if not all(map(math.isfinite, [*losses_of(line), grad_norm])):
             self._raise_not_finite(report)
-        if report.branch == "sft":
+        if report.branch == "sft" and "nll" in line:
             self.encoder_swap.log_loss(line["nll"], self.progress)
         counts = self._count_bad_samples()
         if counts != self._logged_bad_samples:
@@ -238,6 +251,8 @@ class Trainer:
             self.monitor.scalars(head, counts)
             self.monitor.event("bad_samples", steps=self.steps, **counts)
         self.bad_samples.check(counts)
+        if not losses_of(line):
+            self._check_usable(report, last, counts)
         if report.branch == "pretrain":
             self.encoder_swap.store.beat()
 
@@ -247,6 +262,18 @@ class Trainer:
         for counts in distributed.all_gather_object(dict(self.bad_samples.counts)):
             total.update(counts)
         return dict(sorted(total.items()))
+
+    def _check_usable(self, report: StepReport, last: bool, counts: dict[str, int]) -> None:
+        """Raise `UserError` where no rank has had a usable sample for long, or in all the stage."""
+        empty = min(distributed.all_gather_object(self._empty_steps[report.branch]))
+        if empty >= EMPTY_STEPS or (last and empty > report.step):
+            dropped = {k: v for k, v in counts.items() if v}
+            newest = next(reversed(self.bad_samples.last.values()), None)
+            raise UserError(
+                f"stage {report.stage}: no usable sample in the last {empty} steps"
+                f"{dropped_summary(dropped, newest)}; all are named in "
+                f"{self.bad_samples.rank_0_name}"
+            )
 
     def _branch_metrics(self, report: StepReport) -> dict[str, float]:
         """Bytes that the other branch has offloaded; of the sft branch, its encoder in use."""
@@ -346,6 +373,7 @@ class Trainer:
             "best_score": self.validation.best,
             **self.encoder_swap.state(),
             "vocabularies": self.builder.vocabularies,
+            "contents": self.builder.contents,
             "recipe": config.to_plain(self.recipe),
         }
         score = self.validation.score(self.steps)
@@ -360,20 +388,28 @@ class Trainer:
     # -- end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """After the last step: evaluate on the whole validation set, save, plot the timeline."""
+        """After the last step: save, evaluate on the whole validation set, plot the timeline.
+
+        A run that ends in the evaluation has its last step in a checkpoint, and repeats the
+        evaluation alone.
+        """
         self.stop_if_asked()
         if not self._finished:
-            self._finished = True
+            self._save_the_end()
             for engine in self.branches:
                 if engine.stage is not None and self._hears(engine):
                     self._evaluate(engine, 0)
-            if not self.save():
-                raise UserError(
-                    f"trained to the end, but {self.checkpoints.folder} cannot be written: make "
-                    "room and start again, which repeats the steps since the last checkpoint"
-                )
+            self._finished = True
+            self._save_the_end()
         self.monitor.event("finished", steps=self.steps)
         self._plot()
+
+    def _save_the_end(self) -> None:
+        if not self.save():
+            raise UserError(
+                f"trained to the end, but {self.checkpoints.folder} cannot be written: make "
+                "room and start again, which repeats the steps since the last checkpoint"
+            )
 
     def _plot(self) -> None:
         """``timeline.png`` in the run folder; a plot that fails stops no run."""

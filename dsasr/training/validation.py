@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
 
 from dsasr.build import Builder
+from dsasr.data.dataloader.bad_samples import dropped_summary
+from dsasr.data.shards.index import DroppedSample
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
 from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate
@@ -15,6 +24,14 @@ from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.tracking.monitor import Monitor
 from dsasr.utils import distributed
+from dsasr.utils.errors import UserError, first_line
+from dsasr.utils.io import atomic_write, to_json
+from dsasr.utils.masking import mask
+
+_PACKAGE = Path(__file__).parents[1]
+FAILED_SECONDS = 120.0  # that a rank whose evaluation has failed waits for the others
+ENDED_SECONDS = 3600.0  # and one whose evaluation has ended: others may still count errors
+BAD_SAMPLES = "bad_validation_samples.jsonl"  # in the run folder, of the newest evaluation
 
 
 class Validation:
@@ -26,6 +43,7 @@ class Validation:
     def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
         self.recipe, self.build, self.monitor = recipe, build, monitor
         self.best: float | None = None
+        self._evaluations = 0  # of this process
         self._last: tuple[int, float] = (-1, 0.0)  # steps of the newest evaluation, its score
 
     def evaluate(
@@ -37,17 +55,60 @@ class Validation:
     ) -> None:
         """Write the `error_rates` of ``branch`` after ``steps`` steps to metrics and log."""
         started = time.monotonic()
-        rates, samples = error_rates(self.recipe, self.build, branch, utterances, progress)
-        stage = branch.stage.name
+        stage, rates, samples, bad, failure = branch.stage.name, {}, "", [], None
+        try:
+            rates, samples, bad = error_rates(self.recipe, self.build, branch, utterances, progress)
+        except Exception as error:  # decoding runs the model: out of memory and much else
+            failure = error
+        if self._failed(failure, stage, steps):
+            return
+        self._name_bad_samples(bad, stage, steps)
         head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
         self.monitor.scalars(head, rates | {"evaluation_seconds": time.monotonic() - started})
         if samples:
             self.monitor.text(f"valid_{stage}", samples, steps)
         self.monitor.event("evaluated", stage=stage, steps=steps, **rates)
         score = rates.get(self.recipe.checkpoint.best)
-        if score is not None:
+        if score is not None and math.isfinite(score):
             self._last = (steps, score)
             self.best = score if self.best is None else min(score, self.best)
+
+    def _failed(self, failure: Exception | None, stage: str, steps: int) -> bool:
+        """Whether an evaluation has failed: an event says why, and training goes on; collective.
+
+        Raises ``failure`` where the other ranks do not know of it and wait in the evaluation.
+        """
+        reason = ""
+        if failure is not None:
+            reason = mask(f"{first_line(failure)}{_where(failure)}")
+        self._evaluations += 1
+        try:
+            patience = FAILED_SECONDS if reason else ENDED_SECONDS
+            reasons = distributed.failures(reason, f"evaluation {self._evaluations}", patience)
+        except TimeoutError:
+            if failure is not None:
+                raise failure from None
+            raise
+        failed = [f"rank {number}: {text}" for number, text in enumerate(reasons) if text]
+        if failed:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.monitor.event("evaluation_failed", stage=stage, steps=steps, reason=failed[0])
+        return bool(failed)
+
+    def _name_bad_samples(self, bad: list[DroppedSample], stage: str, steps: int) -> None:
+        """Name the samples that were left out in `BAD_SAMPLES`, and count them in an event."""
+        if not distributed.is_main_rank() or not bad:
+            return
+        rows = [dict(zip(("cause", "shard", "key", "detail"), row, strict=True)) for row in bad]
+        with contextlib.suppress(OSError):  # a full disk stops no run
+            atomic_write(
+                self.recipe.folder / BAD_SAMPLES,
+                "".join(f"{to_json(row | {'stage': stage, 'steps': steps})}\n" for row in rows),
+            )
+        counts = Counter(cause for cause, *_ in bad)
+        first = f"{bad[0][2]} in {bad[0][1]}: {bad[0][3]}"
+        self.monitor.event("bad_validation_samples", steps=steps, first=first, **counts)
 
     def score(self, steps: int) -> float | None:
         """The score of the evaluation after ``steps`` steps, None if there was none."""
@@ -64,16 +125,22 @@ def error_rates(
     branch: BranchEngine,
     utterances: int,
     progress: Callable[[list], Iterable] = iter,
-) -> tuple[dict[str, float], str]:
-    """Rates by name over all ranks, and some references beside their transcripts; collective.
+) -> tuple[dict[str, float], str, list[DroppedSample]]:
+    """Rates by name over all ranks, some references beside their transcripts, and the samples
+    that could not be read; collective.
 
     The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
-    its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples of the set
-    that could not be read, if any. ``progress`` wraps the batches.
+    its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples that could
+    not be read, if any. ``progress`` wraps the batches. Raises `UserError` where none could.
     """
     batches = build.validation_batches(branch.name, utterances)
-    bad = sum(distributed.all_gather_object(sum(len(batch.bad) for batch in batches)))
-    left_out = {"left_out": float(bad)} if bad else {}
+    own = [row for batch in batches for row in batch.bad]
+    bad = [row for rows in distributed.all_gather_object(own) for row in rows]
+    if not sum(distributed.all_gather_object(sum(map(len, batches)))):
+        last = bad[-1] if bad else None
+        causes = dropped_summary(Counter(cause for cause, *_ in bad), last)
+        raise UserError(f"the validation set has no usable sample{causes}")
+    left_out = {"left_out": float(len(bad))} if bad else {}
     with branch.evaluating() as module:
         if branch.name == "pretrain":
             rate = phoneme_error_rate(
@@ -82,7 +149,7 @@ def error_rates(
                 device=distributed.device(),
                 sum_ranks=distributed.all_reduce_sum,
             )
-            return {"phoneme_error_rate": rate} | left_out, ""
+            return {"phoneme_error_rate": rate} | left_out, "", bad
         results = transcribe(
             module,
             progress(batches),
@@ -97,7 +164,16 @@ def error_rates(
     count = recipe.evaluation.samples
     rows = results.rows[:: max(len(results.rows) // max(count, 1), 1)][:count]
     samples = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
-    return rates | hallucinations | left_out, samples
+    return rates | hallucinations | left_out, samples, bad
+
+
+def _where(error: BaseException) -> str:
+    """`` (file:line)`` of the innermost frame of this package that raised ``error``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    if isinstance(error, UserError):
+        return ""
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> dict[str, float]:

@@ -7,6 +7,7 @@ once and every rank makes the same collective calls ("No rank alone").
 from __future__ import annotations
 
 import atexit
+import datetime
 import functools
 import os
 import sys
@@ -130,6 +131,24 @@ class DelayedAnyRank:
         self._work = self._copied = None
         flag, self._flag = bool(self._flag.item()), torch.zeros(1, dtype=torch.int32)
         return flag
+
+
+def failures(reason: str, name: str, seconds: float) -> list[str]:
+    """Every rank's ``reason`` of having failed at what ``name`` names; empty where it has not.
+
+    Unlike a collective it works where a rank has skipped some of the others' collectives. Raises
+    `TimeoutError` where a rank has no word in ``seconds``: it still waits for those.
+    """
+    if world_size() == 1:
+        return [reason]
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"dsasr/{name}/{number}" for number in range(world_size())]
+    store.set(keys[rank()], reason)
+    try:
+        store.wait(keys, datetime.timedelta(seconds=seconds))
+    except RuntimeError:
+        raise TimeoutError(f"{name}: not every rank has ended it in {seconds:g} s") from None
+    return [store.get(key).decode() for key in keys]
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

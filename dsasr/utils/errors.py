@@ -1,26 +1,54 @@
-"""`UserError`, and a command's exit code: a user's mistake is one line on stderr, and code 2."""
+"""`UserError` and `Failure`, and a command's exit code: one line on stderr, and code 2 or 1."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
+from dsasr.utils.masking import mask
+from dsasr.utils.terminal import escaped_output
+
 
 class UserError(Exception):
     """A mistake in a recipe, a path or a command line. One line that names the fix."""
 
 
-def run_tool(main: Callable[[], int | None]) -> int:
-    """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, or 2 on
-    `UserError`.
+class Failure(Exception):
+    """What ends a command through no mistake of its user: a network, a disk, a killed process.
 
-    An interrupt returns 130, as shells expect, without a traceback.
+    One line, and exit code 1: a job may be tried again.
     """
-    try:
-        return main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: a user's own words, or the type and the first line of another's."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, (UserError, Failure)):
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, 2 on
+    `UserError`, 1 on `Failure`.
+
+    An interrupt returns 130, as shells expect, without a traceback. What is printed meanwhile is
+    escaped (`dsasr.utils.terminal`).
+    """
+    with escaped_output():
+        try:
+            return main() or 0
+        except UserError as error:
+            print(f"error: {_told(error)}", file=sys.stderr, flush=True)
+            return 2
+        except Failure as failure:
+            print(f"failed: {_told(failure)}", file=sys.stderr, flush=True)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+
+
+def _told(error: Exception) -> str:
+    """One line, without a URL's credentials."""
+    return mask(" ".join(str(error).split("\n")))

@@ -32,3 +32,12 @@ def test_it_prints_its_plan_and_submits(tiny, tmp_path, command, monkeypatch):
     assert command("submit", "eval", "--recipe", tiny).returncode == 2
     monkeypatch.setenv("PATH", "/nowhere")
     assert "there is no sbatch" in command(*words).stderr
+
+
+def test_credentials_in_a_recipe_are_refused(tiny, tmp_path, command):
+    words = ["submit", "train", "--recipe", tiny, f"run={tmp_path / 'run'}", "--no-check"]
+    done = command(*words, "data.train.0.shards=https://me:S3CRET@h/x.tar", "--dry-run")
+    assert done.returncode == 2 and "${NAME}" in done.stderr
+    assert "S3CRET" not in done.stdout + done.stderr and not (tmp_path / "run").exists()
+    done = command(*words, "data.train.0.shards='https://me:${PASS}@h/x.tar'", "--dry-run")
+    assert done.returncode == 0, done.stderr

@@ -14,6 +14,24 @@ from dsasr.engine.branch_engine import EngineConfig
 from dsasr.utils.errors import UserError
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"zero_optimization": {"stage": 0}}', "stage is 0, and must be 1, 2 or 3"),
+        ("{}", "stage is 0"),
+        ('{"zero_optimization": {"stage": "3"}}', "must be 1, 2 or 3"),
+        ('{"zero_optimization": 3}', "must hold a mapping"),
+        ("[]", "must hold a mapping"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_settings_without_a_partition_are_refused(tmp_path, text, says):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        EngineConfig(deepspeed=str(tmp_path / "ds.json"))
+
+
 def test_a_disk_is_named_by_the_recipe(tmp_path, tiny):
     with pytest.raises(UserError, match=r"engine\.nvme=FOLDER"):
         EngineConfig(deepspeed="zero3-nvme")

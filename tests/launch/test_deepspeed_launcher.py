@@ -74,7 +74,12 @@ import signal, subprocess, sys
 # A shell's background job ignores it, and bash cannot trap what is ignored when it starts.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 print("[2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] two ranks", flush=True)
-ranks = [subprocess.Popen(["bash", sys.argv[1], str(rank), sys.argv[2]]) for rank in (0, 1)]
+import os
+command = ["bash", sys.argv[1]]
+ranks = [
+    subprocess.Popen([*command, rank, sys.argv[2]], env=os.environ | {"RANK": rank})
+    for rank in ("0", "1")
+]
 sys.exit(max(rank.wait() for rank in ranks))
 """
 RANK = """
@@ -82,6 +87,7 @@ trap 'echo "rank $1 saves"; exit 0' USR1 TERM
 trap 'exit 130' INT
 echo "rank $1 ready"
 case $2 in
+  kill) [ "$1" = 1 ] && { sleep 0.6; kill -9 $$; }; sleep 1.5; echo "rank 0 fails"; exit 1 ;;
   wait) for _ in {1..600}; do sleep 0.05; done; exit 99 ;;
   *) exit "$2" ;;
 esac
@@ -132,6 +138,14 @@ def test_ranks_save_and_stop_on_a_signal(start, number):
     assert code == 0 and "rank 0 saves" in output and "rank 1 saves" in output
     assert "[launch.py" not in output
     assert signal.getsignal(number) == before
+
+
+def test_a_rank_that_was_killed_is_named_in_a_line(start):
+    code, output = start("kill")
+    assert code != 0
+    (line,) = [line for line in output.splitlines() if "signal 9" in line]
+    assert line.startswith("rank 1 was killed") and "batch.frames" in line
+    assert "[launch.py" not in output and "exit code" not in output
 
 
 def test_ctrl_c_ends_the_ranks(start):

@@ -289,7 +289,7 @@ def test_a_stage_trains_one_of_both_and_needs_its_settings(tiny):
     # Without training, its matrices are a snapshot's.
     cfg = recipe.load(str(tiny), [MATRICES[0], "model.encoder_from=somewhere"])
     assert cfg.parts("sft") == ("encoder", "encoder_lora", "adaptor", "llm")
-    with pytest.raises(UserError, match=r"model\.encoder_lora: rank must be at least 1"):
+    with pytest.raises(UserError, match="rank must be from 1 to"):
         LoraConfig(rank=0)
     bad = recipe.load(str(tiny), [*MATRICES, "model.encoder_lora.targets=[project]"])
     with pytest.raises(UserError, match="none of the linear layers of the encoder's blocks"):

@@ -29,10 +29,11 @@ def test_a_page_is_written_and_a_stale_one_refused(reference, tmp_path):
     page = tmp_path / "README.md"
     reference.main(["--page", str(page)])
     text = page.read_text()
-    row = "| `stages.NAME.min_lr_ratio` | number | `0.0` | learning rate at the end of the decay, "
+    row = "| `stages.NAME.min_lr_ratio` | number, from 0 to 1 | `0.0` | learning rate at the end of"
     assert row in text
     # A default of the recipe's, not of the class; a repeated section; a required key.
-    assert "| `evaluation.suite.clips` | integer | `2` |" in text
+    assert "| `evaluation.suite.clips` | integer, at least 0 | `2` |" in text
+    assert "| `interleave` | [integer, integer], each at least 1 |" in text
     assert text.count(".min_seconds`") == 1 and "(#datadataloaderbatch)" in text
     assert "| `data.train` | list of sections | required |" in text and "| `demo` | " in text
     # Both kinds of an encoder, each with its keys.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
@@ -130,6 +133,61 @@ def test_longer_audio_than_the_encoder_reads(tiny, whisper):
                 assert cause == "too_long" and "at most 0.8 s" in detail
                 dropped[key] += 1
     assert longer and set(dropped) >= longer
+
+
+@pytest.fixture
+def llm(tiny, tmp_path) -> Path:
+    """A copy of the tiny language model's folder."""
+    return Path(shutil.copytree(tiny.parent / "lm", tmp_path / "lm"))
+
+
+def refusal_of_llm(tiny: Path, folder: Path, *overrides: str) -> str:
+    return refusal(recipe.load(str(tiny), [f"model.llm.path={folder}", *overrides]))
+
+
+def test_a_language_model_without_its_weights(tiny, llm):
+    check(Builder(recipe.load(str(tiny), [f"model.llm.path={llm}"])))
+    weights = llm / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors cannot be read" in refusal_of_llm(tiny, llm)
+    weights.write_bytes(struct.pack("<Q", 1 << 62) + whole[8:])
+    assert "model.safetensors cannot be read" in refusal_of_llm(tiny, llm)
+    weights.unlink()
+    assert "has no safetensors weights: copy or download" in refusal_of_llm(tiny, llm)
+    check(Builder(recipe.load(str(tiny), [f"model.llm.path={llm}", "model.llm.weights=false"])))
+    check(Builder(recipe.load(str(tiny), [f"model.llm.path={llm}", "branch=pretrain"])))
+
+
+def test_a_language_model_of_other_weights(tiny, llm):
+    weights = load_file(llm / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    kept = {name: tensor for name, tensor in weights.items() if name != norm}
+    save_file(kept, llm / "model.safetensors")
+    assert f"lacks {norm}: its weights are not those" in refusal_of_llm(tiny, llm)
+    save_file(kept | {norm: torch.ones(24)}, llm / "model.safetensors")
+    assert f"has {norm} [24], not [16]" in refusal_of_llm(tiny, llm)
+    save_file(weights, llm / "model.safetensors")
+    values = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(values | {"intermediate_size": 48}))
+    assert "its weights are not those of its config.json" in refusal_of_llm(tiny, llm)
+
+
+def test_folders_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    for key, *more in (
+        ["run"], ["store.path"], ["engine.offload.path", "engine.offload.device=disk"],
+        ["data.dataloader.source.cache", "data.dataloader.source.cache_gb=1"],
+    ):  # fmt: skip
+        cfg = recipe.load(str(tiny), [f"{key}={tmp_path}/file/x", *more])
+        assert refusal(cfg).startswith(f"{key}: {tmp_path}/file/x")
+    check(Builder(recipe.load(str(tiny), [f"run={tmp_path}/a/b/c"])))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_cmvn_of_other_features(tiny):
+    message = refusal(recipe.load(str(tiny), ["data.fbank.mels=40", "model.encoder.mels=40"]))
+    assert "has 80 mel bins, model.encoder.mels is 40" in message
 
 
 def test_shards_that_are_not_there(tiny, whisper):

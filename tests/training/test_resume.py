@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsasr import config, recipe
+from dsasr.build import Builder
+from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.training import resume
@@ -53,6 +56,51 @@ def test_a_refused_resume_names_the_fix(tiny, tmp_path):
     with pytest.raises(UserError, match=r"model\.encoder\.dropout: 0\.1 → 0\.3.*allow_changed"):
         found_steps(tiny, manager, changed)
     assert found_steps(tiny, manager, changed, "allow_changed=true") == (2, [])
+
+
+def test_files_with_another_content_are_refused(tiny, tmp_path):
+    cmvn, words = tmp_path / "cmvn.json", tmp_path / "words"
+    cmvn.write_bytes((tiny.parent / "cmvn.json").read_bytes())
+    words.write_text("ba b a\ndo d o\nfi f i\ngu g u\n")
+    overrides = [f"data.cmvn={cmvn}", f"run={tmp_path / 'run'}",
+                 f"data.phonemizer={{kind: lexicon, lexicons: ['{words}']}}"]  # fmt: skip
+    cfg = recipe.load(str(tiny), overrides)
+    manifest = {"contents": Builder(cfg).contents}
+    assert set(manifest["contents"]) == {
+        "data.cmvn", "data.phonemes", "data.phonemizer.lexicons[0]", "model.tokenizer",
+    }  # fmt: skip
+    resume.check_contents(manifest, Builder(cfg))
+    resume.check_contents({}, Builder(cfg))  # a checkpoint of before
+    words.write_text("ba b a\ndo d o\nfi f i\ngu g o\n")
+    with pytest.raises(UserError, match=r"another content of data\.phonemizer\.lexicons\[0\]: put"):
+        resume.check_contents(manifest, Builder(cfg))
+    cmvn.write_text(cmvn.read_text() + " ")
+    with pytest.raises(UserError, match=r"content of data\.cmvn, data\.phonemizer"):
+        resume.check_contents(manifest, Builder(cfg))
+    changed = recipe.load(str(tiny), [*overrides, "allow_changed=true"])
+    resume.check_contents(manifest, Builder(changed))
+
+
+def test_a_check_before_the_ranks_meet_refuses_the_same(tiny, tmp_path):
+    manager = two_checkpoints(tiny, tmp_path / "run")
+
+    def check(*overrides: str) -> None:
+        resume.check(recipe.load(str(tiny), [f"run={tmp_path / 'run'}", *overrides]))
+
+    check()
+    check(f"resume={manager.list()[0]}", "allow_changed=true")
+    for overrides, says in (
+        (["resume=never"], "holds a run already"),
+        ([f"resume={tmp_path / 'nowhere'}"], "nowhere has no readable manifest"),
+        (["seed=9"], "seed: 1 → 9"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check(*overrides)
+    (tmp_path / "snapshot").mkdir()
+    text = json.dumps({"format": tensor_fragments.FORMAT, "files": {}})
+    (tmp_path / "snapshot" / tensor_fragments.MANIFEST).write_text(text)
+    with pytest.raises(UserError, match="is no checkpoint of a run"):
+        check(f"resume={tmp_path / 'snapshot'}")
 
 
 def test_the_recipe_is_saved_in_the_run_folder(tiny, tmp_path):

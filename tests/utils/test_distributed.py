@@ -1,12 +1,16 @@
-"""The end of a rank."""
+"""The end of a rank, and what the ranks agree on without a collective."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from dsasr.utils import distributed
 
 ROOT = Path(__file__).parents[2]
 # Gloo's threads get the processor only when the main thread does not want it, so that they hold on
@@ -72,3 +76,41 @@ def test_a_process_ends_with_its_code_while_gloo_still_holds_tensors(tmp_path):
     command = [sys.executable, "-c", LATE, tmp_path / "store"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (3, "registered\n"), ended.stderr
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """``two_ranks(reasons, seconds)``: what `failures` returns or raises on each of two ranks."""
+    store, own = dist.HashStore(), threading.local()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: own.rank)
+
+    def run(reasons: dict[int, str], name: str, seconds: float) -> dict:
+        found = {}
+
+        def one(rank: int, reason: str) -> None:
+            own.rank = rank
+            try:
+                found[rank] = distributed.failures(reason, name, seconds)
+            except TimeoutError as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=one, args=item) for item in reasons.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("reasons", [["", "out of memory"], ["", ""]])
+def test_ranks_learn_of_each_others_failures(two_ranks, reasons):
+    assert two_ranks(dict(enumerate(reasons)), "a", 20) == {0: reasons, 1: reasons}
+
+
+def test_a_rank_that_fails_alone_is_not_waited_for(two_ranks):
+    (error,) = two_ranks({1: "out of memory"}, "a", 0.3).values()
+    assert isinstance(error, TimeoutError) and "not every rank has ended it in 0.3 s" in str(error)

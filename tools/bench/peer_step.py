@@ -105,7 +105,7 @@ def recipe(options: argparse.Namespace, side: Side, case: str, samples: int = 25
         "run": options.folder,
         "data": {
             "train": [{"name": "bench", "shards": options.shards}],
-            "valid": [],
+            "valid": [{"name": "bench", "shards": options.shards}],
             "augment": None,
             "dataloader": {
                 "num_workers": options.workers,

@@ -175,7 +175,7 @@ class SpeechModel(nn.Module):
 def load_model(encoder: str, llm: str, adaptor: AdaptorConfig, options: PeerOptions) -> SpeechModel:
     """A model of two Hugging Face folders, in float32."""
     whisper = WhisperModel.from_pretrained(encoder, dtype=torch.float32)
-    lm = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    lm = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32, trust_remote_code=False)
     return SpeechModel(whisper.encoder, lm, adaptor, options)
 
 

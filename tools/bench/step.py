@@ -105,7 +105,7 @@ def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
             return CtcModel(encoder, PHONEMES, model.pretrain)
         shape = Qwen3Config(**SMALL_LM) if small else llm_config(model.llm.path)
         llm = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, attn_implementation=model.llm.attn
+            shape, dtype=dtype, attn_implementation=model.llm.attn, trust_remote_code=False
         )
         if model.lora is not None:
             lora.inject(llm, model.lora)

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dsasr.data.audio.features import RATE, one_thread, resample
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Decibels, NonNegativeInt, Range, Share
 
 NOISE_KINDS = ("babble", "vehicle", "music")  # the paper's
 RECORDED = "recorded"  # excerpts of the noise shards' recordings
@@ -30,17 +33,14 @@ class SpecAugmentConfig:
     Each time mask is at most ``time_width`` frames and ``time_share`` of the utterance wide.
     """
 
-    freq_masks: int = 2  # number of frequency masks
-    freq_width: int = 27  # widest frequency mask, in Mel bins
-    time_masks: int = 2  # number of time masks
-    time_width: int = 40  # widest time mask, in feature frames (10 ms)
-    time_share: float = 0.1  # widest time mask, as a share of the utterance
+    freq_masks: Annotated[int, Range(0, 1000)] = 2  # number of frequency masks
+    freq_width: NonNegativeInt = 27  # widest frequency mask, in Mel bins
+    time_masks: Annotated[int, Range(0, 1000)] = 2  # number of time masks
+    time_width: NonNegativeInt = 40  # widest time mask, in feature frames (10 ms)
+    time_share: Share = 0.1  # widest time mask, as a share of the utterance
 
     def __post_init__(self) -> None:
-        if min(self.freq_masks, self.freq_width, self.time_masks, self.time_width) < 0:
-            raise UserError("spec: counts and widths of masks must not be negative")
-        if not 0 <= self.time_share <= 1:
-            raise UserError("spec.time_share must lie between 0 and 1")
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,21 @@ class AugmentConfig:
     """
 
     # speed factors, one drawn for each sample; 1.0 leaves it as it is
-    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
-    noise_share: float = 0.2  # share of the samples that get noise, 0 to 1
-    snr_mean: float = 10.0  # mean signal-to-noise ratio in dB
-    snr_std: float = 5.0  # standard deviation of the signal-to-noise ratio in dB
+    speeds: tuple[Annotated[float, Range(0.5, 2)], ...] = (0.9, 1.0, 1.1)
+    noise_share: Share = 0.2  # share of the samples that get noise, 0 to 1
+    snr_mean: Decibels = 10.0  # mean signal-to-noise ratio in dB
+    # standard deviation of the signal-to-noise ratio in dB
+    snr_std: Annotated[float, Range(0, 100)] = 5.0
     # longest silence in seconds, padded on either side of a noisy sample; times a Beta(1, 3) draw
-    silence: float = 1.0
+    silence: Annotated[float, Range(0, 60)] = 1.0
     # babble, vehicle, music, recorded (dataloader.noise): drawn alike, one named twice twice as
     # often
     kinds: tuple[str, ...] = field(default=NOISE_KINDS)
 
     def __post_init__(self) -> None:
-        if not self.speeds or any(not 0.5 <= s <= 2 for s in self.speeds):
+        ranges.check(self)
+        if not self.speeds:
             raise UserError("augment.speeds: one or more factors between 0.5 and 2")
-        if not 0 <= self.noise_share <= 1 or self.snr_std < 0 or self.silence < 0:
-            raise UserError("augment: noise_share in [0, 1], snr_std ≥ 0, silence ≥ 0")
         unknown = [k for k in self.kinds if k not in (*NOISE_KINDS, RECORDED)]
         if unknown or not self.kinds:
             raise UserError(f"augment.kinds: choose from {', '.join((*NOISE_KINDS, RECORDED))}")

@@ -22,6 +22,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import soundfile
@@ -29,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
+from dsasr.utils.ranges import NonNegativeFloat, Range
 
 RATE = 16_000
 FULL_SCALE = 32_768.0  # kaldi's features are of 16-bit integers
@@ -164,19 +167,22 @@ class FbankConfig:
     ``dither`` is the standard deviation, of 16-bit steps, of noise added to the audio.
     """
 
-    mels: int = 80  # Mel bins; as model.encoder.mels
-    rate: int = RATE  # sampling rate in Hz that audio is resampled to
-    frame_ms: float = 25.0  # window length in milliseconds
-    shift_ms: float = 10.0  # hop in milliseconds
-    dither: float = 0.0  # standard deviation of noise added to the audio, in 16-bit steps; 0: none
+    mels: Annotated[int, Range(1, 1024)] = 80  # Mel bins; as model.encoder.mels
+    # sampling rate in Hz that audio is resampled to
+    rate: Annotated[int, Range(1000, 1_000_000)] = RATE
+    frame_ms: Annotated[float, Range(0, 1000, above=True)] = 25.0  # window length in milliseconds
+    shift_ms: Annotated[float, Range(0, 1000, above=True)] = 10.0  # hop in milliseconds
+    # standard deviation of noise added to the audio, in 16-bit steps; 0: none
+    dither: NonNegativeFloat = 0.0
     # lower edge of the lowest Mel bin in Hz; the upper edge of the highest is rate / 2
-    low_hz: float = 20.0
+    low_hz: NonNegativeFloat = 20.0
 
     def __post_init__(self) -> None:
-        if self.mels < 1 or self.rate < 1000 or not 0 < self.shift_ms <= self.frame_ms:
-            raise UserError("fbank: mels ≥ 1, rate ≥ 1000 and 0 < shift_ms ≤ frame_ms")
-        if self.dither < 0 or not 0 <= self.low_hz < self.rate / 2 or self.shift < 1:
-            raise UserError("fbank: dither ≥ 0, 0 ≤ low_hz < rate / 2 and a shift of ≥ 1 sample")
+        ranges.check(self)
+        if self.shift_ms > self.frame_ms or self.shift < 1:
+            raise UserError("fbank.shift_ms must be at most frame_ms, and at least one sample")
+        if self.low_hz >= self.rate / 2:
+            raise UserError("fbank.low_hz must be below rate / 2")
 
     @property
     def window(self) -> int:

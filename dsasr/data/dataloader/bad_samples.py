@@ -13,6 +13,29 @@ from dsasr.data.shards.index import DroppedSample
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, read_lines
 
+# What to do about causes that a recipe's limits make.
+_HINTS = {
+    "missing_audio": "a sample is an audio and a json member of the same name",
+    "missing_json": "a sample is an audio and a json member of the same name",
+    "too_few_frames": "CTC needs a frame for each unit: check the transcripts, or the units",
+    "no_phonemes": "check data.phonemizer",
+    "missing_phonemes": "check data.phonemizer",
+    "unknown_phoneme": "check data.phonemes and data.phonemizer",
+}
+
+
+def dropped_summary(counts: Mapping[str, int], last: DroppedSample | None) -> str:
+    """The end of a message about samples that were all dropped: causes, the last one, a hint."""
+    if not counts:
+        return ": there is no audio with a json member of the same name beside it"
+    causes = ", ".join(f"{c} {n:,}" for c, n in sorted(counts.items(), key=lambda item: -item[1]))
+    text = f": all {sum(counts.values()):,} were dropped ({causes})"
+    if last is not None:
+        _, shard, key, detail = last
+        text += f"; the last: {key} in {shard}: {detail}"
+    hint = _HINTS.get(max(counts, key=lambda cause: counts[cause]))
+    return text + (f"; {hint}" if hint else "")
+
 
 class BadSampleLog:
     """Counts dropped samples by cause, names each in a file, and reports exceeded limits.

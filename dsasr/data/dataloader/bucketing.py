@@ -13,11 +13,21 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
+from dsasr.data.shards.urls import shard_name
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Share,
+)
 
 if TYPE_CHECKING:
     from dsasr.data.shards.index import DroppedSample, Entry, ShardIndex
@@ -40,31 +50,52 @@ class BatchConfig:
     estimated as characters x ``tokens_per_char`` (1 is an upper bound for most alphabets).
     """
 
-    frames: int = 12_000  # feature frames (10 ms) of a micro-batch of a rank, padding included
+    # feature frames (10 ms) of a micro-batch of a rank, padding included
+    frames: PositiveInt = 12_000
     # positions of the language model in a micro-batch, padding included; 0: no such budget
-    tokens: int = 0
-    samples: int = 256  # samples of a micro-batch, at most
+    tokens: NonNegativeInt = 0
+    samples: PositiveInt = 256  # samples of a micro-batch, at most
     # relative width of a length bucket, 0 to 1; about half of it becomes padding. 1: all lengths
     # together in random order
-    bucket: float = 0.02
-    min_seconds: float = 0.1  # shorter samples are dropped, counted as too_short
-    max_seconds: float = 40.0  # longer samples are dropped, counted as too_long
-    prompt_tokens: int = 40  # tokens of the prompt that the token budget counts for each sample
+    bucket: Share = 0.02
+    # longer transcripts are dropped, counted as too_much_text
+    max_chars: PositiveInt = 10_000
+    # transcripts with more characters a second of audio, and 20 more, are dropped likewise: fast
+    # speech has 30
+    max_chars_per_second: PositiveFloat = 60.0
+    min_seconds: NonNegativeFloat = 0.1  # shorter samples are dropped, counted as too_short
+    # longer samples are dropped, counted as too_long
+    max_seconds: Annotated[float, Range(0, 86_400, above=True)] = 40.0
+    # tokens of the prompt that the token budget counts for each sample
+    prompt_tokens: NonNegativeInt = 40
     # frames of 10 ms of one speech token in the token budget: 4 · model.adaptor.stack, or with an
     # encoder of 50 Hz, as Whisper's, 2 · model.adaptor.stack
-    frames_per_token: int = 16
+    frames_per_token: PositiveInt = 16
     # tokens of a transcript's character in the token budget; 1 is an upper bound for most alphabets
-    tokens_per_char: float = 1.0
+    tokens_per_char: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.samples < 1:
-            raise UserError("batch.frames and batch.samples must be at least 1")
-        if not 0 <= self.bucket <= 1:
-            raise UserError("batch.bucket must lie between 0 and 1 (0.02 is usual)")
-        if self.min_seconds < 0 or self.max_seconds <= self.min_seconds:
-            raise UserError("batch.max_seconds must be larger than batch.min_seconds, which is ≥ 0")
-        if self.frames_per_token < 1 or self.tokens_per_char <= 0 or self.prompt_tokens < 0:
-            raise UserError("batch.frames_per_token and batch.tokens_per_char must be positive")
+        ranges.check(self)
+        if self.max_seconds <= self.min_seconds:
+            raise UserError("batch.max_seconds must be larger than batch.min_seconds")
+
+    def limit_of(self, cause: str) -> str:
+        """The end of a dropped sample's detail: the limit that it exceeds, with its key."""
+        if cause == "too_long":
+            return f"; at most {self.max_seconds:g} s (batch.max_seconds)"
+        if cause == "too_short":
+            return f"; at least {self.min_seconds:g} s (batch.min_seconds)"
+        if cause == "too_much_text":
+            rate = f"{self.max_chars_per_second:g} a second (batch.max_chars_per_second)"
+            return f"; at most {rate} and {self.max_chars:,} (batch.max_chars)"
+        if cause == "over_budget":
+            tokens = f" and {self.tokens:,} tokens (batch.tokens)" if self.tokens else ""
+            return f"; at most {self.frames:,} frames of 10 ms (batch.frames){tokens}"
+        return ""
+
+    def most_chars(self, seconds: np.ndarray | float) -> np.ndarray:
+        """The longest transcript that audio of ``seconds`` may have, in characters."""
+        return np.minimum(self.max_chars_per_second * np.asarray(seconds) + 20, self.max_chars)
 
     def positions(self, frames: np.ndarray, chars: np.ndarray) -> np.ndarray:
         """Positions of the language model: prompt, speech, transcript and end token."""
@@ -88,7 +119,7 @@ class DatasetPart:
         """Identity of the shard list; independent of where the shards lie."""
         digest = hashlib.blake2b(digest_size=8)
         for shard in self.shards:
-            digest.update(shard.rsplit("/", 1)[-1].encode() + b"\n")
+            digest.update(shard_name(shard).encode() + b"\n")
         if self.counts is not None:
             digest.update(np.asarray(self.counts, np.int64).tobytes())
         digest.update((self.lang or "").encode())
@@ -186,7 +217,7 @@ def sample_seeds(
     A sample's seed depends on no other sample, so neither a bad neighbor nor one that is missing
     from the index changes it.
     """
-    base = stable_hash("sample", seed, epoch, dataset, shard.rsplit("/", 1)[-1])
+    base = stable_hash("sample", seed, epoch, dataset, shard_name(shard))
     digests = (
         hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for key in keys
@@ -333,13 +364,14 @@ def exceeded_limits(seconds: np.ndarray, chars: np.ndarray, config: BatchConfig)
     exceeded[frames > config.frames] = 3
     if config.tokens:
         exceeded[config.positions(frames, chars) > config.tokens] = 3
+    exceeded[chars > config.most_chars(seconds)] = 5
     exceeded[seconds > config.max_seconds] = 2
     exceeded[seconds < config.min_seconds] = 1
     exceeded[seconds <= 0] = 4
     return exceeded
 
 
-LIMITS = {1: "too_short", 2: "too_long", 3: "over_budget", 4: "no_duration"}
+LIMITS = {1: "too_short", 2: "too_long", 3: "over_budget", 4: "no_duration", 5: "too_much_text"}
 
 
 def plan_window(
@@ -373,8 +405,7 @@ def plan_window(
         for i in np.flatnonzero(exceeded).tolist():
             entry, cause = index.entry(int(keep[i])), LIMITS[int(exceeded[i])]
             detail = f"{entry.duration:.2f} s, {entry.chars} characters"
-            if cause == "too_long":
-                detail += f"; at most {config.batch.max_seconds:g} s (batch.max_seconds)"
+            detail += config.batch.limit_of(cause)
             bad.append((cause, shard, entry.key, detail))
         frames = np.ceil(seconds * FRAMES_PER_SECOND).astype(np.int64)
         good = exceeded == 0

@@ -7,8 +7,9 @@ rest of its batch does not change.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +40,12 @@ from dsasr.data.text.phonemes import (
 )
 from dsasr.data.text.tokenizers import Tokenizer
 
+EncoderLengths = Callable[[Tensor], Tensor]
+"""Feature frames [B] → encoder frames [B], as an encoder's ``output_lengths``."""
+
 # Frames by which a sample may exceed its plan, as durations and speeds are rounded.
 FRAME_SLACK = 10
+CHARS_SLACK = 64  # characters by which a text may exceed its index
 
 
 @dataclass(frozen=True)
@@ -161,10 +166,13 @@ class Collator:
         text: TextEncoder,
         max_seconds: float,
         features_on_device: bool,
+        ctc_lengths: EncoderLengths | None = None,
     ) -> None:
+        """``ctc_lengths``: of the encoder that CTC trains; samples with fewer of its frames than
+        CTC needs for their units are bad (too_few_frames). None: no such check."""
         self.storage, self.front_end, self.augment = storage, front_end, augment
         self.text, self.max_seconds = text, max_seconds
-        self.features_on_device = features_on_device
+        self.features_on_device, self.ctc_lengths = features_on_device, ctc_lengths
         self.voices: Sequence[Tensor] = ()  # for babble
         self.recordings: Sequence[Tensor] = ()  # of the noise shards
 
@@ -250,6 +258,10 @@ class Collator:
         times = [time.perf_counter()]
         sample = self._read(planned)
         times.append(time.perf_counter())
+        if len(sample.text) > planned.entry.chars + CHARS_SLACK:
+            # The batch was planned by the index; a longer text could exceed the memory.
+            detail = f"{len(sample.text):,} characters, {planned.entry.chars:,} by the index"
+            raise BadSample("too_much_text", sample.shard, sample.key, detail)
         text, phonemes, tokens = self.text.encode(sample)
         times.append(time.perf_counter())
         wave = self._decode(sample)
@@ -262,6 +274,7 @@ class Collator:
             # The batch was planned by the index; a longer sample could exceed the memory.
             detail = f"{seconds:.2f} s, planned for {planned.frames / FRAMES_PER_SECOND:.2f} s"
             raise BadSample("wrong_duration", sample.shard, sample.key, detail)
+        self._check_ctc(wave, phonemes, sample)
         features = self._features(wave, sample, out)
         times.append(time.perf_counter())
         names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
@@ -278,6 +291,17 @@ class Collator:
             return decode(sample.audio, rate=self.front_end.rate, max_seconds=seconds, cut=cut)
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
+
+    def _check_ctc(self, wave: Tensor, units: list[int], sample: Sample) -> None:
+        """Raise `BadSample` where no path of CTC writes ``units``: a frame each, and one between
+        equal neighbors."""
+        if self.ctc_lengths is None or not units:
+            return
+        frames = int(self.ctc_lengths(torch.tensor(self.front_end.frames(len(wave)))))
+        needed = len(units) + sum(a == b for a, b in itertools.pairwise(units))
+        if frames < needed:
+            detail = f"{frames} encoder frames, and CTC needs {needed} for {len(units)} units"
+            raise BadSample("too_few_frames", sample.shard, sample.key, detail)
 
     def _features(self, wave: Tensor, sample: Sample, out: Tensor | None) -> Tensor:
         if len(wave) < self.front_end.window:

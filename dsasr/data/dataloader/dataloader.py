@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -37,14 +37,18 @@ from dsasr.data.dataloader.bucketing import (
     PlanConfig,
     Task,
 )
-from dsasr.data.dataloader.collate import Collator, TextEncoder
+from dsasr.data.dataloader.collate import Collator, EncoderLengths, TextEncoder
 from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.dataloader.workers import Payload, WorkerPool, run_inline
 from dsasr.data.shards.index import DroppedSample
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.shards.urls import ShardList
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.masking import mask
+from dsasr.utils.names import check_name, is_language
+from dsasr.utils.ranges import PositiveFloat, PositiveInt, Range
 
 VOICES = 16  # utterances of the first dataset that babble is made of
 RECORDINGS = 256  # of the noise shards together, at most
@@ -61,14 +65,17 @@ class DatasetConfig:
 
     name: str  # name in mixtures, logs and key=value
     # folder with a dataset.json, a tar, a glob or brace pattern (local, http(s), s3), or a list of
-    # these
+    # these; a password or signature in a URL as ${NAME}: of the environment variable NAME, or of a
+    # file that NAME_FILE names
     shards: str | tuple[str, ...]
-    weight: float = 1.0  # share of the batches, relative to the other datasets
+    weight: PositiveFloat = 1.0  # share of the batches, relative to the other datasets
     lang: str | None = None  # use only samples of this language; null: all
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise UserError(f"the weight of dataset '{self.name}' must be positive")
+        ranges.check(self)
+        check_name(self.name, "a dataset")
+        if self.lang is not None and not is_language(self.lang):
+            raise UserError(f"dataset '{self.name}': {self.lang[:80]!r} is no name of a language")
 
 
 @dataclass(frozen=True)
@@ -77,31 +84,25 @@ class DataLoaderConfig:
 
     # batch budgets; a stage's own `batch` replaces them whole
     batch: BatchConfig = field(default_factory=BatchConfig)
-    num_workers: int = 1  # worker processes of a rank; 0: the training process collates
-    prefetch: int = 3  # batches in preparation per worker; at least 1
-    window: int = 16  # shards shuffled together, at least
+    # worker processes of a rank; 0: the training process collates
+    num_workers: Annotated[int, Range(0, 1024)] = 1
+    prefetch: Annotated[int, Range(1, 1024)] = 3  # batches in preparation per worker; at least 1
+    window: PositiveInt = 16  # shards shuffled together, at least
     # samples shuffled together, at least, where dataset.json has the counts
-    window_samples: int = 8192
+    window_samples: PositiveInt = 8192
     # shuffle shards and batches in training; false: shards in order, batches by length
     shuffle: bool = True
     # T ≥ 1: languages weigh hours^(1/T), 1 in proportion to their hours; null: by dataset alone
-    temperature: float | None = None
+    temperature: Annotated[float, Range(1)] | None = None
     # where log-Mel features are computed: in the workers, or on the training device
     features: Literal["worker", "device"] = "worker"
     # noise shards for augment.kinds "recorded": one set, a list of sets, or set → weight; null:
     # none
-    noise: str | tuple[str, ...] | dict[str, float] | None = None
+    noise: str | tuple[str, ...] | dict[str, PositiveFloat] | None = None
     source: StorageConfig = field(default_factory=StorageConfig)  # how shards are reached
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0 or self.prefetch < 1:
-            raise UserError("dataloader.num_workers must be ≥ 0 and dataloader.prefetch ≥ 1")
-        if self.window < 1 or self.window_samples < 1:
-            raise UserError("dataloader.window and dataloader.window_samples must be ≥ 1")
-        if self.temperature is not None and self.temperature < 1:
-            raise UserError("dataloader.temperature must be ≥ 1 (1: in proportion to the hours)")
-        if any(weight <= 0 for weight in self.noise_weights.values()):
-            raise UserError("the weights of dataloader.noise must be positive")
+        ranges.check(self)
 
     @property
     def noise_weights(self) -> dict[str, float]:
@@ -176,7 +177,9 @@ class StreamingDataLoader(Iterator[Batch]):
         epochs: int | None = None,
         device: torch.device | str = "cpu",
         parts: Sequence[DatasetPart] | None = None,
+        ctc_lengths: EncoderLengths | None = None,
     ) -> None:
+        """``ctc_lengths``: see `Collator`."""
         train = purpose == "train"
         self.config, self.device = config, torch.device(device)
         augment = augment if train else None
@@ -188,6 +191,7 @@ class StreamingDataLoader(Iterator[Batch]):
             text=text or TextEncoder(),
             max_seconds=config.batch.max_seconds,
             features_on_device=config.features == "device",
+            ctc_lengths=ctc_lengths,
         )
         if parts is None:
             parts = build_dataset_parts(datasets, storage, config.temperature)
@@ -306,7 +310,7 @@ class StreamingDataLoader(Iterator[Batch]):
             tokens_BU=torch.from_numpy(rest.tokens),
             token_lengths_B=torch.from_numpy(rest.token_lengths),
             keys=rest.keys,
-            shards=rest.shards,
+            shards=tuple(map(mask, rest.shards)),
             texts=rest.texts,
             langs=rest.langs,
             speakers=rest.speakers,
@@ -315,7 +319,10 @@ class StreamingDataLoader(Iterator[Batch]):
             epoch=task.epoch,
             number=task.number,
             state=state,
-            bad=task.bad + rest.bad + (() if task.number else tuple(self.bad_noise)),
+            bad=tuple(
+                tuple(map(mask, row))
+                for row in (*task.bad, *rest.bad, *([] if task.number else self.bad_noise))
+            ),
             stats=rest.stats,
         )
 

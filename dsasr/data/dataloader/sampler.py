@@ -7,11 +7,13 @@ streams (``epochs`` > 0) fill their last step with batches without samples.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from dsasr.data.dataloader.bad_samples import dropped_summary
 from dsasr.data.dataloader.bucketing import (
     AugmentedDurations,
     DatasetPart,
@@ -22,7 +24,7 @@ from dsasr.data.dataloader.bucketing import (
     splitmix64,
     stable_hash,
 )
-from dsasr.data.shards.index import ShardIndex
+from dsasr.data.shards.index import DroppedSample, ShardIndex
 from dsasr.utils.errors import UserError
 
 STATE_VERSION = 1
@@ -49,7 +51,9 @@ class PartCursor:
         self.current: Window | None = None
         self.prefetched: tuple[tuple[int, int], Future] | None = None  # (epoch, window), its plan
         self.layouts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.empty_windows = 0  # consecutive windows of the epoch without a batch
+        self.empty_windows = 0  # of the epoch, in a row without a sample that is within all limits
+        self.dropped: Counter[str] = Counter()  # samples of those windows by cause
+        self.last_dropped: DroppedSample | None = None
 
     def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shard order [shards], and the windows' edges in it [windows + 1]."""
@@ -93,18 +97,29 @@ class PartCursor:
                 return False
             if self.current is None:
                 self.load_window()
-            if self.batch < len(self.current):
+            if len(self.current.ranges):
                 self.empty_windows = 0
+                self.dropped.clear()
+            if self.batch < len(self.current):
                 return True
-            self.empty_windows += not len(self.current)
+            self._count_empty(self.current)
             following = self.following(self.epoch, self.window)
             if following[0] > self.epoch:
                 windows = len(self.layout(self.epoch)[1]) - 1
                 if self.empty_windows == windows and not self.config.epochs:
                     where = f" in language '{self.part.lang}'" if self.part.lang else ""
-                    raise UserError(f"dataset '{self.part.name}' has no samples{where}")
+                    known = self.dropped or not self.part.lang
+                    what = dropped_summary(self.dropped, self.last_dropped) if known else ""
+                    raise UserError(f"dataset '{self.part.name}' has no usable sample{where}{what}")
                 self.empty_windows = 0
+                self.dropped.clear()
             (self.epoch, self.window), self.batch, self.current = following, 0, None
+
+    def _count_empty(self, window: Window) -> None:
+        if not len(window.ranges):
+            self.empty_windows += 1
+            self.dropped.update(cause for cause, *_ in window.bad)
+            self.last_dropped = window.bad[-1] if window.bad else self.last_dropped
 
     def load_window(self) -> None:
         position = (self.epoch, self.window)

@@ -22,8 +22,10 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.shards.index import BadSample, DroppedSample, Sample
 from dsasr.data.text.ctc_noise import Confusions, CtcNoise
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import read_lines
+from dsasr.utils.ranges import Dropout, PositiveInt, Share
 
 WINDOW = 4096  # lines that are sorted by length together
 REPEATS = 8  # of an utterance's noise, until something is written
@@ -36,22 +38,20 @@ class TextOnlyConfig:
     # text files (one sentence a line), JSONL or parquet with a column "text"; paths or globs
     path: str | tuple[str, ...] = ()
     lang: str = ""  # language of the text, for the phonemizer; JSONL and parquet may have "lang"
-    samples: int = 32  # sentences of a micro-batch of a rank
-    max_characters: int = 300  # longer sentences are left out
+    samples: PositiveInt = 32  # sentences of a micro-batch of a rank
+    max_characters: PositiveInt = 300  # longer sentences are left out
     # how often the CTC head writes what, by `dsasr data confusions`; empty: the rates below
     confusions: str = ""
-    substitutions: float = 0.1  # share of the units that are replaced; without confusions
-    deletions: float = 0.05  # share of the units that are left out; without confusions
-    insertions: float = 0.03  # units inserted before each unit; without confusions
+    substitutions: Share = 0.1  # share of the units that are replaced; without confusions
+    deletions: Share = 0.05  # share of the units that are left out; without confusions
+    insertions: Dropout = 0.03  # units inserted before each unit; without confusions
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if not self.path:
             raise UserError("data.text_only.path: give text, JSONL or parquet files")
-        if self.samples < 1 or self.max_characters < 1:
-            raise UserError("data.text_only.samples and max_characters must be at least 1")
-        rates = (self.substitutions, self.deletions, self.insertions)
-        if min(rates) < 0 or self.substitutions + self.deletions > 1 or self.insertions >= 1:
-            raise UserError("data.text_only: rates of errors lie between 0 and 1")
+        if self.substitutions + self.deletions > 1:
+            raise UserError("data.text_only: substitutions + deletions must be at most 1")
 
     def files(self) -> list[Path]:
         """The files that ``path`` names, in order. Raises `UserError` where it names none."""

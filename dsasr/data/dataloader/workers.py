@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsasr.utils.errors import Failure
+
 ORPHAN_SECONDS = 5.0  # how often a waiting worker checks that its consumer is alive
 MAX_DEATHS = 3  # of workers in a row on the same task, before the run stops
 HEADER = struct.Struct("<qqq")  # task: slot, bytes, 0; result: slot, bytes of array, of the rest
@@ -45,7 +47,7 @@ Work = Callable[[Any, Allocate], tuple[np.ndarray, Any]]
 """(task, allocate) → (the array that allocate gave, or its beginning; anything picklable)."""
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(Failure):
     """Workers died repeatedly on the same task."""
 
 
@@ -180,7 +182,8 @@ class WorkerPool:
         if worker.deaths >= MAX_DEATHS:
             raise WorkerDied(
                 f"{worker.deaths} workers in a row died (exit code {worker.process.exitcode}) over "
-                f"{_shown(worker.outstanding[0][1])}; out of memory?"
+                f"{_shown(worker.outstanding[0][1])}; out of memory? Lower "
+                "data.dataloader.num_workers, data.dataloader.prefetch or batch.frames"
             )
         worker.tasks.close()
         worker.results.close()

@@ -25,6 +25,7 @@ import soundfile
 
 from dsasr.data.shards.tars import MAX_JSON, members
 from dsasr.utils.errors import UserError
+from dsasr.utils.names import is_language, is_speaker
 
 VERSION = 1
 EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")
@@ -116,6 +117,7 @@ class ShardIndex:
             texts = (index.keys, index._langs)
             valid = (
                 all(isinstance(text, str) for column in texts for text in column)
+                and all(map(is_language, index._langs))
                 and set(index._extensions) <= set(EXTENSIONS)
                 and bool((index._ranges >= 0).all())
                 and bool((index._ranges[:, 1] <= MAX_AUDIO).all())
@@ -323,7 +325,7 @@ def _is_unicode(text: str) -> bool:
 def parse_json(data: bytes, shard: str, key: str) -> dict[str, Any]:
     """A sample's json member; ``text``, ``lang`` and ``speaker`` are strings.
 
-    Raises `BadSample`: bad_utf8, bad_json.
+    Raises `BadSample`: bad_utf8, bad_json, bad_name.
     """
     try:
         values = json.loads(data.decode("utf-8-sig"))
@@ -336,6 +338,10 @@ def parse_json(data: bytes, shard: str, key: str) -> dict[str, Any]:
     values["lang"], values["speaker"] = (str(values.get(k) or "") for k in ("lang", "speaker"))
     if not all(_is_unicode(values[k]) for k in ("text", "lang", "speaker")):
         raise BadSample("bad_utf8", shard, key, "a lone surrogate")
+    if not is_language(values["lang"]):
+        raise BadSample("bad_name", shard, key, f"language {values['lang'][:80]!r}")
+    if not is_speaker(values["speaker"]):
+        raise BadSample("bad_name", shard, key, f"speaker {values['speaker'][:80]!r}")
     return values
 
 

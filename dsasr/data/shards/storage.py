@@ -25,19 +25,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
 from dsasr.data.shards.urls import ShardList, expand_braces, is_pipe, is_remote, join_shard_lists
-from dsasr.utils.errors import UserError
+from dsasr.utils import ranges
+from dsasr.utils.credentials import resolve, split_user
+from dsasr.utils.errors import Failure, UserError, first_line
 from dsasr.utils.io import atomic_path
+from dsasr.utils.masking import mask
+from dsasr.utils.names import is_language
+from dsasr.utils.ranges import NonNegativeFloat, Range
 
 T = TypeVar("T")
-Range = tuple[int, int]  # offset, size in bytes
+Span = tuple[int, int]  # offset, size in bytes
 CHUNK = 1 << 20  # bytes
 MAX_GAP = 8192  # bytes between two ranges of a remote shard that one request reads along
 MAX_OPEN_FILES = 64
+MAX_FILE = 512 << 20  # bytes of a dataset.json or an index
 STALE_SECONDS = 3600.0  # without a byte, after which a partial download is removed
 MAX_CHECKED = 1024  # local shards of a list whose existence is checked at start-up
 
@@ -48,27 +54,29 @@ class StorageConfig:
 
     cache: str = ""  # folder for remote shards; empty: $XDG_CACHE_HOME/dsasr, or ~/.cache/dsasr
     # GB of whole remote shards kept in the cache; 0: read by range, nothing kept
-    cache_gb: float = 0.0
-    timeout: float = 20.0  # seconds without a byte after which a read is tried again
-    attempts: int = 5  # tries of a read before its shard counts as failed; at least 1
-    backoff: float = 0.5  # seconds before the second try; doubles with each one
+    cache_gb: NonNegativeFloat = 0.0
+    # seconds without a byte after which a read is tried again
+    timeout: Annotated[float, Range(0, 86_400, above=True)] = 20.0
+    # tries of a read before its shard counts as failed; at least 1
+    attempts: Annotated[int, Range(1, 1000)] = 5
+    # seconds before the second try; doubles with each one
+    backoff: Annotated[float, Range(0, 3600)] = 0.5
     allow_pipe: bool = False  # run the shell commands of pipe: URLs
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.timeout <= 0 or self.backoff < 0 or self.cache_gb < 0:
-            raise UserError("source: attempts ≥ 1, timeout > 0, backoff ≥ 0 and cache_gb ≥ 0")
+        ranges.check(self)
 
     def folder(self) -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         return Path(self.cache or os.path.join(base, "dsasr"))
 
 
-class ShardReadError(Exception):
+class ShardReadError(Failure):
     """A shard that could not be read: ``url``, ``attempts`` made, ``cause`` of the last one."""
 
     def __init__(self, url: str, attempts: int, cause: str) -> None:
         super().__init__(url, attempts, cause)
-        self.url, self.attempts, self.cause = url, attempts, cause
+        self.url, self.attempts, self.cause = mask(url), attempts, mask(cause)
 
     def __str__(self) -> str:
         times = f"{self.attempts} attempt{'s' if self.attempts != 1 else ''}"
@@ -81,6 +89,11 @@ class ShardMissing(Exception):
 
 class ShardTruncated(Exception):
     """A read past the end of a shard that is shorter than its index says."""
+
+
+def _check_size(url: str, size: int) -> None:
+    if size > MAX_FILE:
+        raise UserError(f"{url} has more than {MAX_FILE:,} bytes: it is no index or dataset.json")
 
 
 class ShardStorage:
@@ -98,9 +111,12 @@ class ShardStorage:
 
         Raises `UserError` where nothing is found, a shard is missing or named twice.
         """
+        if not spec:
+            raise UserError("no shard is named: give a folder, a tar or a pattern")
         if not isinstance(spec, str):
             return join_shard_lists([self.resolve(item) for item in spec])
         spec = spec.removeprefix("file://")
+        spec = spec if is_pipe(spec) else resolve(spec)
         if is_pipe(spec):
             self._check_pipe(spec)
             return ShardList(list(expand_braces(spec)))
@@ -137,27 +153,40 @@ class ShardStorage:
             counts = np.array([shard["samples"] for shard in data["shards"]], np.int32)
             langs = {lang: float(v["hours"]) for lang, v in data.get("langs", {}).items()}
             hours = float(data["hours"])
+            if not all(map(is_language, langs)):
+                raise ValueError("a language's name is none")
         except ShardMissing:
             raise UserError(
                 f"'{spec}' has no dataset.json: pack it with `dsasr data make-shards`, or name tars"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a dataset.json: {error!r}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(f"{path} is not a dataset.json: {first_line(error)}") from None
+        except RecursionError:
+            raise UserError(f"{path} is not a dataset.json: it nests too deep") from None
         if any("/" in name or not name.endswith(".tar") for name in names):
             raise UserError(f"{path} names shards that are not plain *.tar files beside it")
+        if not is_remote(root):
+            there = set(os.listdir(root or "."))
+            if missing := [name for name in names if name not in there]:
+                raise UserError(
+                    f"{path} names {len(missing):,} shards that are not there, such as "
+                    f"{missing[0]}: copy them again, or pack the dataset again"
+                )
         return ShardList([root + name for name in names], counts, hours, langs)
 
     def read_file(self, url: str) -> bytes:
         """A file's content. Raises `ShardMissing` or `ShardReadError`."""
         if is_remote(url):
-            return self._retry(url, lambda: self._fetch(url, None, None))
+            return self._retry(url, lambda: self._fetch(url, None, None, MAX_FILE))
         try:
-            data = Path(url.removeprefix("file://")).read_bytes()
+            with open(url.removeprefix("file://"), "rb") as file:
+                data = file.read(MAX_FILE + 1)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardMissing(url) from None
         except OSError as error:
             raise ShardReadError(url, 1, str(error)) from None
         self.bytes += len(data)
+        _check_size(url, len(data))
         return data
 
     def read(self, url: str, offset: int, size: int) -> bytes:
@@ -174,7 +203,7 @@ class ShardStorage:
             raise ShardTruncated(f"{len(data)} of {size} bytes at {offset}")
         return data
 
-    def read_two(self, url: str, a: Range, b: Range) -> tuple[bytes, bytes]:
+    def read_two(self, url: str, a: Span, b: Span) -> tuple[bytes, bytes]:
         """Two ranges of a shard: in one request if the shard is remote and they are close."""
         first, last = min(a[0], b[0]), max(sum(a), sum(b))
         uncached = is_remote(url) and not self.config.cache_gb
@@ -255,11 +284,17 @@ class ShardStorage:
                 cause = f"{type(error).__name__}: {error}"
         raise ShardReadError(url, self.config.attempts, cause)
 
-    def _fetch(self, url: str, offset: int | None, size: int | None) -> bytes:
-        pieces = []
+    def _fetch(
+        self, url: str, offset: int | None, size: int | None, most: int | None = None
+    ) -> bytes:
+        """``most``: bytes of a file that is read whole; one without an end is refused."""
+        pieces, count = [], 0
         with contextlib.closing(self._stream(url, offset, size)) as stream:
             for piece in stream:
                 pieces.append(piece)
+                count += len(piece)
+                if most is not None:
+                    _check_size(url, count)
         return b"".join(pieces)
 
     def _stream(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
@@ -284,7 +319,10 @@ class ShardStorage:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _http(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
+        url, headers = split_user(url)
         request = urllib.request.Request(url)
+        for name, value in headers.items():
+            request.add_unredirected_header(name, value)  # not for another host
         if offset is not None:
             request.add_header("Range", f"bytes={offset}-{offset + size - 1}")
         try:
@@ -333,7 +371,7 @@ class ShardStorage:
 
     def _cached(self, url: str) -> str:
         folder = self.cache_folder
-        name = hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar"
+        name = hashlib.sha256(mask(url).encode()).hexdigest()[:32] + ".tar"
         path = folder / name
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from functools import lru_cache
 import numpy as np
 
 from dsasr.utils.errors import UserError
+
+MAX_SHARDS = 1_000_000  # of a dataset
 
 
 @lru_cache(maxsize=4096)
@@ -21,8 +24,35 @@ def is_pipe(url: str) -> bool:
     return url.startswith("pipe:")
 
 
+def shard_name(url: str) -> str:
+    """The name that identifies a shard, wherever it lies: without folder, query and credentials."""
+    name = url.rsplit("/", 1)[-1]
+    return name.partition("?")[0] if is_remote(url) else name
+
+
 def expand_braces(text: str) -> Iterator[str]:
-    """``a-{000..002}-{x,y}`` → a-000-x, a-000-y, a-001-x, …; ranges keep their zero padding."""
+    """``a-{000..002}-{x,y}`` → a-000-x, a-000-y, a-001-x, …; ranges keep their zero padding.
+
+    Raises `UserError` for braces that make no list, and for more than `MAX_SHARDS` names.
+    """
+    count = math.prod(map(_choices, re.findall(r"\{([^{}]*)\}", text)))
+    if count > MAX_SHARDS:
+        raise UserError(
+            f"'{text[:200]}' stands for more than {MAX_SHARDS:,} shards, the most of a dataset: "
+            "check its braces"
+        )
+    yield from _expand(text)
+
+
+def _choices(body: str) -> int:
+    """How many names a pair of braces makes; 1 where `_expand` will refuse it."""
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", body)
+    if span:
+        return max(1, int(span[2]) - int(span[1]) + 1)
+    return MAX_SHARDS + 1 if re.fullmatch(r"\d+\.\.\d+", body) else body.count(",") + 1
+
+
+def _expand(text: str) -> Iterator[str]:
     match = re.search(r"\{([^{}]*)\}", text)
     if not match:
         yield text
@@ -40,7 +70,7 @@ def expand_braces(text: str) -> Iterator[str]:
     else:
         raise UserError(f"'{{{body}}}' in '{text}' is neither a range (000..009) nor a list (a,b)")
     for choice in choices:
-        yield from expand_braces(head + choice + tail)
+        yield from _expand(head + choice + tail)
 
 
 @dataclass(frozen=True)
@@ -56,7 +86,7 @@ class ShardList:
 def join_shard_lists(lists: Sequence[ShardList]) -> ShardList:
     """Several lists as one dataset. Raises `UserError` where two shards have the same name."""
     shards = [shard for part in lists for shard in part.shards]
-    names = [shard.rsplit("/", 1)[-1] for shard in shards]
+    names = [shard_name(shard) for shard in shards]
     if len(set(shards)) < len(shards):
         raise UserError("a dataset names the same shard twice")
     if len(set(names)) < len(names) and len(lists) > 1:

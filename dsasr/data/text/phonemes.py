@@ -211,14 +211,22 @@ _ARPABET = re.compile(r"^([A-Z]+)[0-2]$")
 _WORD = re.compile(f"[{HAN}]+|(?:[^\\W_{HAN}]|['’])+")
 
 
+def lexicon_path(path: str | Path) -> Path:
+    """The file of a lexicon: a bare name that is not in the working directory is looked up beside
+    the packaged recipes."""
+    path = Path(path)
+    packaged = path.name == str(path) and not path.exists() and (RECIPES / path).exists()
+    return RECIPES / path if packaged else path
+
+
 class LexiconPhonemizer:
     """Pronunciations from one or more files: ``word<tab or spaces>phones``, one word a line.
 
     CMUdict's own files read as they are: ``;;;`` comments, ``#`` remarks, and variants ``(2)``, of
     which the first wins. ARPAbet stress digits go unless ``stress``; pinyin tones stay. Words are
     looked up in lower case; a Han run takes the longest entry that fits, again and again.
-    A bare file name that is not in the working directory is looked up beside the packaged recipes.
-    Raises `UserError` for a missing or malformed file, `UnknownWord` for a word that is not there.
+    Files are found by `lexicon_path`. Raises `UserError` for a missing or malformed file,
+    `UnknownWord` for a word that is not there.
     """
 
     def __init__(self, paths: str | Path | Sequence[str | Path], *, stress: bool = False) -> None:
@@ -230,8 +238,7 @@ class LexiconPhonemizer:
         self._longest = max((len(w) for w in self.entries if HAN_CHARACTER.match(w)), default=0)
 
     def _read(self, path: Path, stress: bool) -> None:
-        if path.name == str(path) and not path.exists() and (RECIPES / path).exists():
-            path = RECIPES / path
+        path = lexicon_path(path)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

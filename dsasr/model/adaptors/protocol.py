@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dsasr.data.batch import upload
 from dsasr.model.encoders.protocol import valid_frames
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import PositiveFloat, Range
 
 # Root mean square of activation(x) for x ~ N(0, 1).
 ACTIVATION_RMS = {"gelu": 0.6521, "silu": 0.5968, "relu": 0.7071}
@@ -49,28 +51,26 @@ class AdaptorConfig:
     # attend to windows of frames; ctc: embeddings expected under the CTC posterior
     kind: Literal["mlp", "conv", "qformer", "ctc"] = "mlp"
     # encoder frames of one speech token; qformer: of one window, which gives `queries` tokens
-    stack: int = 4
-    hidden: int = 0  # inner width (not of ctc); 0: the language model's width
+    stack: Annotated[int, Range(1, 1024)] = 4
+    # inner width (not of ctc); 0: the language model's width
+    hidden: Annotated[int, Range(0, 1 << 20)] = 0
     activation: str = "gelu"  # mlp, conv: gelu, silu or relu
-    layers: int = 2  # qformer: layers of attention and feed-forward
-    heads: int = 8  # qformer: attention heads; must divide the inner width
-    queries: int = 1  # qformer: speech tokens of one window; must divide stack
-    temperature: float = 1.0  # ctc: of the posterior; below 1 sharper, above 1 flatter
+    layers: Annotated[int, Range(1, 1024)] = 2  # qformer: layers of attention and feed-forward
+    # qformer: attention heads; must divide the inner width
+    heads: Annotated[int, Range(1, 1024)] = 8
+    # qformer: speech tokens of one window; must divide stack
+    queries: Annotated[int, Range(1, 1024)] = 1
+    temperature: PositiveFloat = 1.0  # ctc: of the posterior; below 1 sharper, above 1 flatter
     # ctc: one speech token for each unit that CTC writes; false: one for each encoder frame
     merge: bool = True
     frames: bool = False  # ctc: add a learned projection of the encoder's frames, zero at first
 
     def __post_init__(self) -> None:
-        if self.stack < 1 or self.hidden < 0:
-            raise UserError("adaptor: stack must be at least 1 and hidden at least 0")
+        ranges.check(self)
         if self.activation not in ACTIVATION_RMS:
             raise UserError(
                 f"adaptor activation {self.activation!r}: choose one of {', '.join(ACTIVATION_RMS)}"
             )
-        if not self.temperature > 0:
-            raise UserError("model.adaptor.temperature must be above 0")
-        if min(self.layers, self.heads, self.queries) < 1:
-            raise UserError("model.adaptor: layers, heads and queries must be at least 1")
         if self.kind == "qformer" and self.stack < 2:
             raise UserError(
                 "model.adaptor: a qformer needs a stack of at least 2: of one frame there is "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,29 +20,35 @@ from torch import Tensor, nn
 from dsasr.model import activation_checkpointing
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Dropout, Range
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """Sizes of the encoder; ``ffn`` is absolute, ``kernel`` in encoder frames (40 ms)."""
 
-    width: int = 512  # model width E; width / heads must be even
-    layers: int = 12  # Conformer blocks
-    heads: int = 8  # attention heads
-    ffn: int = 2048  # inner width of the feed-forward modules
-    kernel: int = 33  # length of the depthwise convolution, in encoder frames (40 ms); odd
-    conv_expansion: int = 1  # width of the depthwise convolution, in encoder widths
-    dropout: float = 0.1  # dropout after each module and in the feed-forward modules
+    width: Annotated[int, Range(1, 65_536)] = 512  # model width E; width / heads must be even
+    layers: Annotated[int, Range(1, 1024)] = 12  # Conformer blocks
+    heads: Annotated[int, Range(1, 1024)] = 8  # attention heads
+    ffn: Annotated[int, Range(1, 1 << 20)] = 2048  # inner width of the feed-forward modules
+    # length of the depthwise convolution, in encoder frames (40 ms); odd
+    kernel: Annotated[int, Range(1, 1025)] = 33
+    # width of the depthwise convolution, in encoder widths
+    conv_expansion: Annotated[int, Range(1, 64)] = 1
+    dropout: Dropout = 0.1  # dropout after each module and in the feed-forward modules
     # dropout of attention weights; above 0 a CPU loses its fused attention
-    attention_dropout: float = 0.0
-    mels: int = 80  # Mel bins of the features; as data.fbank.mels
-    subsample_channels: int = 32  # channels of the two subsampling convolutions
+    attention_dropout: Dropout = 0.0
+    mels: Annotated[int, Range(7, 1024)] = 80  # Mel bins of the features; as data.fbank.mels
+    # channels of the two subsampling convolutions
+    subsample_channels: Annotated[int, Range(1, 65_536)] = 32
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     # with activation_checkpointing; all: the whole block, cheap: all but its matrix products
     recompute: Literal["all", "cheap"] = "all"
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(
                 f"encoder width {self.width} over {self.heads} heads: choose heads so that"
@@ -50,10 +56,6 @@ class EncoderConfig:
             )
         if self.kernel % 2 == 0:
             raise UserError(f"encoder kernel {self.kernel}: choose an odd number of frames")
-        if self.mels < 7:
-            raise UserError(f"encoder mels {self.mels}: the subsampling needs at least 7")
-        if min(self.width, self.layers, self.ffn, self.conv_expansion) < 1:
-            raise UserError("encoder width, layers, ffn and conv_expansion must be at least 1")
 
 
 @dataclass(frozen=True)

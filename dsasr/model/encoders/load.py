@@ -21,7 +21,7 @@ from dsasr.model.encoders.pretrained import (
     build_encoder,
 )
 from dsasr.model.encoders.whisper import Positions
-from dsasr.model.hf_weights import TensorFiles, fill_buffers
+from dsasr.model.hf_weights import TensorFiles, check_present, fill_buffers
 from dsasr.model.layerwise_init import Partition
 from dsasr.model.lora import Adapt, DrawAdapter
 from dsasr.utils.errors import UserError
@@ -72,17 +72,7 @@ class _Source:
 
     def __init__(self, folder: Path, encoder: PretrainedEncoder):
         self.files = TensorFiles(folder)
-        if not self.files.shapes:
-            pickled = any(folder.glob("pytorch_model*.bin"))
-            raise UserError(
-                f"{folder} has no safetensors weights"
-                + (
-                    ", only a pickle, which could run code: convert it where you trust it, with "
-                    "transformers' AutoModel.from_pretrained(DIR).save_pretrained(DIR)"
-                    if pickled
-                    else ": copy or download them (pickles are not read)"
-                )
-            )
+        check_present(self.files)
         self.folder = folder
         self.prefix = self._prefix(encoder.anchor)
         self._check(encoder)

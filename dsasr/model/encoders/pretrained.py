@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ from dsasr.data.audio.frontends import PretrainedFrontEnd
 from dsasr.model import activation_checkpointing
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
+from dsasr.model.hf_config import read_hf_config
+from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
+from dsasr.utils.ranges import Dropout, NonNegativeInt, Range
 
 # model_type in config.json → (module beside this one, class)
 FAMILIES = {
@@ -58,20 +61,19 @@ class PretrainedEncoderConfig:
 
     path: str  # Hugging Face folder, or a hub name such as openai/whisper-large-v3
     weights: bool = True  # false: weights drawn at random, for benchmarks and baselines
-    layers: int = 0  # blocks kept, from the input; 0: all
+    layers: NonNegativeInt = 0  # blocks kept, from the input; 0: all
     layer_sum: bool = False  # output: a learned weighted sum over all blocks instead of the last
-    dropout: float | None = None  # of hidden states, attention and activations; null: the folder's
-    pad_to: float = 0.0  # seconds that every utterance is padded to; Whisper was trained on 30
+    # of hidden states, attention and activations; null: the folder's
+    dropout: Dropout | None = None
+    # seconds that every utterance is padded to; Whisper was trained on 30
+    pad_to: Annotated[float, Range(0, 3600)] = 0.0
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     recompute: Literal["all", "cheap"] = "all"  # cheap: products are kept
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if not self.path:
             raise UserError("model.encoder.path: give a Hugging Face folder or a hub name")
-        if self.layers < 0 or self.pad_to < 0:
-            raise UserError("model.encoder.layers and model.encoder.pad_to must not be negative")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UserError("model.encoder.dropout must be at least 0 and below 1")
 
 
 class PretrainedEncoder(nn.Module, ABC):
@@ -212,17 +214,9 @@ def read_settings(folder: Path) -> Any:
     """transformers' configuration of the encoder in a Hugging Face folder, with ``do_normalize``
     of its preprocessor_config.json if there is one.
 
-    Raises `UserError` for a folder without a config.json, or with one that is damaged.
+    Raises `UserError` as `read_hf_config` does, and for an unknown family.
     """
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}/config.json: {reason}") from None
+    config = read_hf_config(folder)
     family_of(config.model_type, str(folder))
     settings = inner_settings(config)
     settings.do_normalize = bool(_preprocessor(folder).get("do_normalize", True))

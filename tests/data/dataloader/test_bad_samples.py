@@ -88,6 +88,8 @@ FAULTS = {
     "too_short": lambda: [("flac", encoded(wave(0.02))), ("json", said(0.02))],
     "over_budget": lambda: [("flac", encoded(wave(6.5))), ("json", said(6.5))],
     "wrong_duration": lambda: [("flac", encoded(wave(2.5))), ("json", said(0.4))],
+    "too_much_text": lambda: [("flac", encoded(wave(0.5))), ("json", said(text="ab " * 130_000))],
+    "bad_name": lambda: [("flac", encoded(wave(0.5))), ("json", said(lang="en\x1b[2J"))],
     "no_duration": lambda: [("flac", b"none"), ("json", said(0.0))],
 }  # fmt: skip
 # What a fault may be called that is found in another way.
@@ -160,6 +162,70 @@ def test_every_cause_is_reported_and_changes_nothing_else(tmp_path, healthy, cau
     rows, bad = delivered(folder, tmp_path)
     assert [(c, Path(shard).name, key) for c, shard, key, _ in bad] == [(cause, "1.tar", "bad")]
     same(rows, healthy)
+
+
+def test_a_text_that_is_longer_than_its_index_says_is_bad(tmp_path, healthy) -> None:
+    from dsasr.data.shards.index import build_index, index_path
+
+    folder = corpus(tmp_path / "c", {"bad": [("flac", encoded(wave(0.5))), ("json", said())]})
+    index = build_index(folder / "1.tar").dump()
+    text = "ab " * 40_000
+    corpus(folder, {"bad": [("flac", encoded(wave(0.5))), ("json", said(text=text))]})
+    longer = json.loads(build_index(folder / "1.tar").dump())
+    longer["chars"] = json.loads(index)["chars"]
+    index_path(folder / "1.tar").write_text(json.dumps(longer))
+    rows, bad = delivered(folder, tmp_path)
+    assert [(c, key) for c, _, key, _ in bad] == [("too_much_text", "bad")]
+    assert "120,000 characters, 2 by the index" in bad[0][3]
+    same(rows, healthy)
+
+
+def test_samples_too_short_for_ctc_are_dropped_in_training_alone(tmp_path) -> None:
+    folder = tmp_path / "c"
+    # 0.3 s are 28 frames, 7 of an encoder that keeps every fourth: 7 units need one more where two
+    # neighbors are equal.
+    units = {"fits": list("abababa"), "equal": list("abababb"), "many": list("abababab")}
+    write(folder / "0.tar", {
+        key: [("flac", encoded(wave(0.3))), ("json", said(0.3, phonemes=row))]
+        for key, row in units.items()
+    })  # fmt: skip
+    options = {
+        "datasets": [DatasetConfig("d", str(folder / "*.tar"))],
+        "text": TextEncoder(phonemizer=StoredPhonemes(), vocab=PhonemeVocab.build([["a", "b"]])),
+        "epochs": 1,
+    }
+    config = DataLoaderConfig(num_workers=0, source=StorageConfig(cache=str(tmp_path / "cache")))
+    for lengths, kept in ((lambda frames: (frames + 3) // 4, {"fits"}), (None, set(units))):
+        with StreamingDataLoader(config, **options, ctc_lengths=lengths) as stream:
+            batches = list(stream)
+        assert {key for batch in batches for key in batch.keys} == kept
+        bad = {key: (cause, detail) for b in batches for cause, _, key, detail in b.bad}
+        assert set(bad) == set(units) - kept
+        assert all(cause == "too_few_frames" for cause, _ in bad.values())
+    assert not bad
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ({"max_seconds": 0.2}, "too_long 24.*at most 0.2 s .batch.max_seconds"),
+        ({"frames": 20}, "over_budget 24.*at most 20 frames of 10 ms .batch.frames"),
+        ({"min_seconds": 5.0}, "too_short 24.*at least 5 s .batch.min_seconds"),
+    ],
+)
+def test_limits_that_leave_out_everything_are_named(tmp_path, batch, says) -> None:
+    folder = corpus(tmp_path / "c", {})
+    config = DataLoaderConfig(
+        batch=BatchConfig(**batch),
+        num_workers=0,
+        source=StorageConfig(cache=str(tmp_path / "cache")),
+    )
+    with (
+        StreamingDataLoader(config, datasets=[DatasetConfig("d", str(folder / "*.tar"))]) as stream,
+        pytest.raises(UserError, match=f"dataset 'd' has no usable sample: all 24.*{says}"),
+    ):
+        for _ in range(9):
+            next(stream)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

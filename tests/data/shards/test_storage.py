@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import io
@@ -22,6 +23,7 @@ import soundfile
 
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
+from dsasr.data.shards import storage
 from dsasr.data.shards.storage import (
     ShardMissing,
     ShardReadError,
@@ -45,6 +47,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.faults, self.requests = files, [], []
+        self.authorizations: list[str | None] = []
+        self.redirects: dict[str, str] = {}
         self.ranges = True
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -62,6 +66,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         server.requests.append((self.path, self.headers.get("Range")))
+        server.authorizations.append(self.headers.get("Authorization"))
+        if target := server.redirects.get(self.path.lstrip("/")):
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+            return
         fault = server.faults.pop(0) if server.faults else None
         if isinstance(fault, int):
             self.send_error(fault)
@@ -405,6 +415,7 @@ def test_resolving_names(tmp_path, server) -> None:
     ("spec", "message"),
     [
         ("nothing.tar", "there is no shard"),
+        ([], "no shard is named"),
         ("none-*.tar", "no shard matches"),
         ("empty", "no dataset.json"),
         ("broken", "is not a dataset.json"),
@@ -420,6 +431,7 @@ def test_wrong_names_are_user_errors(tmp_path, spec, message) -> None:
     dataset(tmp_path / "broken", ["s-0.tar"], shards=[{"file": 1}])
     dataset(tmp_path / "escape", ["s.tar"], shards=[{"name": "../s.tar", "samples": 1}])
     names = [spec] if isinstance(spec, str) else spec
+    assert sources(tmp_path).resolve(str(tmp_path / "one")).shards
     paths = [str(tmp_path / name) for name in names]
     with pytest.raises(UserError, match=message):
         sources(tmp_path).resolve(paths[0] if isinstance(spec, str) else paths)
@@ -437,3 +449,67 @@ def test_many_files_keep_few_open(tmp_path) -> None:
     assert len(os.listdir("/proc/self/fd")) - before <= 65
     read.close()
     assert len(os.listdir("/proc/self/fd")) - before <= 1
+
+
+def test_a_dataset_without_one_of_its_shards_is_refused(tmp_path) -> None:
+    folder = dataset(tmp_path / "one", ["s-0.tar", "s-1.tar"])
+    (folder / "s-1.tar").unlink()
+    with pytest.raises(UserError, match=r"1 shards that are not there, such as s-1\.tar"):
+        sources(tmp_path).resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"shards": ' + "[" * 100_000, "nests too deep"),
+        ('{"shards": 3, "hours": 1}', "is not a dataset.json"),
+        (
+            '{"shards": [], "hours": 1, "langs": {"a\x1b[2J": {"hours": 1}}}',
+            "is not a dataset.json",
+        ),
+        ('{"shards": [], "hours": 1, "langs": {"e/n": {"hours": 1}}}', "language"),
+        ("[]", "is not a dataset.json"),
+    ],
+)
+def test_a_damaged_dataset_json_is_one_line(tmp_path, content, message) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        sources(tmp_path).resolve(str(tmp_path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_file_without_an_end_is_refused(tmp_path, server, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "MAX_FILE", 100_000)
+    with pytest.raises(UserError, match=r"a\.tar has more than 100,000 bytes"):
+        sources(tmp_path).read_file(f"{server.url}/a.tar")
+    with pytest.raises(UserError, match="more than 100,000 bytes"):
+        sources(tmp_path).read_file("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "name", ["{0..99999999}.tar", "{0..999}{0..999}{0..999}.tar", "{0..9999999999999999999999}.tar"]
+)
+def test_braces_that_stand_for_too_much_are_refused(name) -> None:
+    with pytest.raises(UserError, match="more than 1,000,000 shards"):
+        next(expand_braces(name))
+    assert len(list(expand_braces("{0..9}{a,b}{00..99}.tar"))) == 2000
+
+
+def test_user_and_password_of_a_url(tmp_path, server, monkeypatch) -> None:
+    host = server.url.removeprefix("http://")
+    monkeypatch.setenv("SHARD_PASSWORD", "p@ss")
+    url = sources(tmp_path).resolve(f"http://me:${{SHARD_PASSWORD}}@{host}/a.tar").shards[0]
+    assert sources(tmp_path).read(url, 5, 10) == BODY[5:15]
+    assert server.authorizations[-1] == "Basic " + base64.b64encode(b"me:p@ss").decode()
+    with pytest.raises(ShardReadError) as error:
+        sources(tmp_path).read(f"http://me:p%40ss@{host}/none.tar", 0, 1)
+    assert "p%40ss" not in str(error.value) and f"http://me:***@{host}/none.tar" in str(error.value)
+    with pytest.raises(UserError, match="neither a variable NONE nor NONE_FILE"):
+        sources(tmp_path).resolve(f"http://me:${{NONE}}@{host}/a.tar")
+
+
+def test_a_redirect_to_a_file_is_not_followed(tmp_path, server) -> None:
+    (tmp_path / "secret").write_text("secret")
+    server.redirects["x.tar"] = f"file://{tmp_path}/secret"
+    with pytest.raises(ShardReadError):
+        sources(tmp_path, attempts=1).read_file(f"{server.url}/x.tar")
