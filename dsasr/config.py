@@ -225,7 +225,11 @@ def parse_yaml(text: str) -> Any:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
-    values = yaml.load(text, Loader=_Loader)
+    loader = _Loader(text)
+    try:
+        values = loader.get_single_data()
+    finally:
+        loader.dispose()
     count = 0
     stack: list[tuple[Any, int]] = [(values, 0)]
     while stack:
