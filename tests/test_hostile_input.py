@@ -16,6 +16,7 @@ import soundfile
 
 from dsasr import config, recipe
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.data.audio.features import AudioError, decode
 from dsasr.data.shards.index import BadSample, build_index, read_sample
@@ -54,12 +55,12 @@ def test_a_pickle_in_place_of_weights(tmp_path, bomb):
     for data in (bomb, b"\x80\x04" + bomb, _torch_file(bomb)):
         (folder / name).write_bytes(data)
         files = {name: tensor_fragments.file_digest(folder / name)}  # the checksum is right
-        manifest = {"format": tensor_fragments.FORMAT, "files": files}
-        (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+        manifest = {"format": FORMAT, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
         tensor_fragments.verify(folder)
         with pytest.raises(FragmentError, match="cannot be read"):
             FragmentReader(folder)
-    (folder / tensor_fragments.MANIFEST).write_bytes(bomb)
+    (folder / MANIFEST).write_bytes(bomb)
     with pytest.raises(FragmentError, match="no readable manifest"):
         FragmentReader(folder)
 
@@ -115,9 +116,9 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
     folder.mkdir()
     digest = tensor_fragments.file_digest(tmp_path / "secret")
     for name in ("../secret", str(tmp_path / "secret")):
-        manifest = {"format": tensor_fragments.FORMAT, "files": {name: digest}}
-        (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(FragmentError, match="lacks"):
+        manifest = {"format": FORMAT, "files": {name: digest}}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(FragmentError, match="no file of this folder"):
             tensor_fragments.verify(folder)
 
 

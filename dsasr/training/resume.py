@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsasr import config
+from dsasr.checkpoint import architecture
+from dsasr.checkpoint.locate import open_verified_by_one
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.recipe import Recipe, changed_settings
@@ -12,24 +14,52 @@ from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
+# What `Trainer.save` puts into a checkpoint's manifest, and a resume reads.
+STATE = (
+    "recipe", "progress", "branches", "streams", "stage_seconds", "monitor", "bad_samples",
+    "finished", "reference", "last_nll", "swapped_at", "drift_seconds",
+)  # fmt: skip
+
 
 def find_checkpoint(
     recipe: Recipe, checkpoints: CheckpointManager
 ) -> tuple[FragmentReader | None, list[str]]:
     """The checkpoint to resume from (None: start afresh), and why newer ones cannot be. Collective.
 
-    Raises `UserError` where ``resume`` names a checkpoint that cannot be read, where it is "never"
-    and the folder has one, or where the checkpoint is of another recipe.
+    Raises `UserError` where ``resume`` names a checkpoint that is not whole, where it is "never"
+    and the folder has one, or where the checkpoint is of another recipe; ``allow_changed`` does not
+    allow another architecture.
     """
     reader, passed_over = _find(recipe, checkpoints)
-    if reader is not None and not recipe.allow_changed:
+    if reader is None:
+        return None, passed_over
+    _check_state(reader)
+    if not recipe.allow_changed:
         changed = changed_settings(reader.manifest["recipe"], recipe)
         if changed:
             raise UserError(
                 f"{recipe.folder} was trained with another recipe ({'; '.join(changed)}): "
                 "give run=FOLDER for a new run, or allow_changed=true to go on regardless"
             )
+    try:
+        architecture.check(reader, config.to_plain(recipe.model))
+    except FragmentError as error:
+        raise UserError(f"{error}; give the same, or run=FOLDER for a new run") from None
     return reader, passed_over
+
+
+def _check_state(reader: FragmentReader) -> None:
+    """Raise `UserError` where a folder is no checkpoint of a training run."""
+    manifest = reader.manifest
+    if manifest.get("kind") != "checkpoint":
+        kind = manifest.get("kind", "another folder")
+        raise UserError(
+            f"{reader.folder} is no checkpoint to resume from ({kind}): give it as "
+            "model.init_from, which starts a new run with its weights"
+        )
+    missing = [key for key in STATE if key not in manifest]
+    if missing:
+        raise UserError(f"{reader.folder} has no '{missing[0]}': resume from another checkpoint")
 
 
 def _find(
@@ -39,7 +69,7 @@ def _find(
         return checkpoints.newest()
     if recipe.resume != "never":
         try:
-            return FragmentReader(Path(recipe.resume)), []
+            return open_verified_by_one(Path(recipe.resume)), []
         except FragmentError as error:
             raise UserError(f"resume={recipe.resume}: {error}") from None
     if checkpoints.list():
