@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from dsasr.config import nearest
+from dsasr.engine.deepspeed_keys import check_keys
 from dsasr.engine.offload import OffloadConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -21,7 +22,8 @@ DS_CONFIGS = packaged_folder("ds_configs")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    # DeepSpeed JSON: a file of ds_configs/ by name (zero1 … zero3-nvme), or a path
+    # DeepSpeed JSON: a file of ds_configs/ by name (zero1 … zero3-nvme), or a path; keys that
+    # training is not tested with are refused
     deepspeed: str = "zero3"
     # of weights and activations; auto: bf16 on a GPU, fp32 on a CPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -37,7 +39,9 @@ class EngineConfig:
     nvme: str | None = None
 
     def __post_init__(self) -> None:
-        needs_nvme = on_nvme(read_ds_config(self.deepspeed))
+        settings = read_ds_config(self.deepspeed)
+        check_keys(settings, self.deepspeed)
+        needs_nvme = on_nvme(settings)
         if needs_nvme and not self.nvme:
             raise UserError(
                 f"engine.deepspeed={self.deepspeed} keeps optimizer states on a disk: give "
