@@ -162,7 +162,7 @@ class MasterWeights:
     def load(self, reader: Reader, steps: float) -> None:
         """Load what any number of ranks saved from `fragments` and `steps`; without an engine only
         the dormant masters."""
-        if steps:
+        if steps and self.live is not None:
             self.live.init_moments(steps)
         live = set()
         for key, view in self.live.edit() if self.live is not None else ():

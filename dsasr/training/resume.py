@@ -10,6 +10,7 @@ from dsasr.checkpoint.locate import open_verified_by_one
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.recipe import Recipe, changed_settings
+from dsasr.training.stage_position import progress_in
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
@@ -28,7 +29,7 @@ def find_checkpoint(
 
     Raises `UserError` where ``resume`` names a checkpoint that is not whole, where it is "never"
     and the folder has one, or where the checkpoint is of another recipe; ``allow_changed`` does not
-    allow another architecture.
+    allow another architecture, nor a stage table in which the run has no position.
     """
     reader, passed_over = _find(recipe, checkpoints)
     if reader is None:
@@ -45,6 +46,7 @@ def find_checkpoint(
         architecture.check(reader, config.to_plain(recipe.model))
     except FragmentError as error:
         raise UserError(f"{error}; give the same, or run=FOLDER for a new run") from None
+    progress_in(reader.manifest, recipe.schedule())
     return reader, passed_over
 
 
