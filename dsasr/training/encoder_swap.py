@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,8 @@ class EncoderSwap:
         self._architecture = recipe.encoder_architecture()
         self._drift: DriftMonitor | None = None
         self._reference: str | None = None  # name of the encoder that drift is measured from
+        # Ids of snapshots, of each of the last checkpoints and of one that is being written.
+        self._kept_for_resume: deque[set[str]] = deque(maxlen=recipe.checkpoint.keep + 1)
         self._refused: set[str] = set()
         self._unreadable: set[str] = set()  # of them, those whose manifest cannot be read
         self._polled_at = -math.inf
@@ -81,8 +84,9 @@ class EncoderSwap:
         """The drift reference's features, for a checkpoint."""
         return self._drift.fragments() if self._drift is not None else {}
 
-    def load(self, reader: FragmentReader) -> None:
-        """Restore `state` and `fragments`."""
+    def load(self, reader: FragmentReader, progress: Progress) -> None:
+        """Restore `state` and `fragments`, with the ``progress`` of the checkpoint."""
+        self.keep_for_resume(progress)
         manifest = reader.manifest
         self._refused = set(manifest.get("refused", ()))
         in_use = manifest["progress"]["in_use"]
@@ -93,6 +97,10 @@ class EncoderSwap:
         if self._reference is not None and self.recipe.branch != "sft":
             self._drift_monitor().load(reader)
             self._drift_monitor().seconds = manifest["drift_seconds"]
+
+    def keep_for_resume(self, progress: Progress) -> None:
+        """Keep what a run resumed from a checkpoint with this progress would load."""
+        self._kept_for_resume.append(self.schedule.needed(progress))
 
     # -- drift and publication ---------------------------------------------------------------
 
@@ -187,7 +195,8 @@ class EncoderSwap:
             self._drift.take_reference(live)
             self._reference = snapshot.id
         if distributed.is_main_rank():
-            self.store.prune(s.id for s in progress.published[-2:])
+            needed = {s.id for s in progress.published[-2:]} | self.schedule.needed(progress)
+            self.store.prune(needed.union(*self._kept_for_resume))
         self.monitor.event(
             "published",
             snapshot=snapshot.id,

@@ -130,7 +130,7 @@ class Trainer:
         at_end = self.schedule.next_turn(self.progress).kind == "end"
         self._finished = manifest["finished"] and at_end
         self.validation.best = manifest.get("best_score")
-        self.encoder_swap.load(reader)
+        self.encoder_swap.load(reader, self.progress)
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -338,6 +338,7 @@ class Trainer:
         saved = True
         try:
             self.checkpoints.save(self.steps, fragments, state, score, wait)
+            self.encoder_swap.keep_for_resume(self.progress)
         except OSError:
             saved = False
         self._log_checkpoints()
