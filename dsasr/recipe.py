@@ -247,7 +247,8 @@ class Recipe:
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
     # auto: from the run folder's newest whole checkpoint, if any; never; or a checkpoint's folder
     resume: str = "auto"
-    # resume although settings that change what is learned differ from the checkpoint's
+    # resume although settings that change what is learned differ from the checkpoint's; a stage
+    # goes on by its name, at the step that it has done
     allow_changed: bool = False
     # implementation of the fused operations; auto: triton on CUDA, torch elsewhere
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"

@@ -371,6 +371,17 @@ class Schedule:
                 return snapshots[0] if snapshots else _NOT_YET
         return snapshots[-1] if snapshots else None
 
+    def needed(self, progress: Progress) -> set[str]:
+        """Ids of the published snapshots that the sft branch may load from here on."""
+        ids = {s.id for s in progress.published[-1:]}
+        if self.drift.mode == "fixed":
+            now = [s for s in self.drift.swaps if s.sft is None or s.sft <= progress.sft]
+            later = [s for s in self.drift.swaps if s.sft is not None and s.sft > progress.sft]
+            steps = {swap.pretrain for swap in (*now[-1:], *later)}
+            first = progress.published[:1] if not now else ()
+            ids |= {s.id for s in progress.published if s.pretrain in steps or s in first}
+        return ids
+
     def advance(self, progress: Progress, turn: Turn) -> Progress:
         """Progress after the step of ``turn``."""
         assert turn.kind == "step" and turn.stage is not None

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from dsasr import config, recipe
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.data.audio.features import AudioError, decode
@@ -60,12 +61,12 @@ def test_a_pickle_in_place_of_weights(tmp_path, bomb):
     for data in (bomb, b"\x80\x04" + bomb, _torch_file(bomb)):
         (folder / name).write_bytes(data)
         files = {name: tensor_fragments.file_digest(folder / name)}  # the checksum is right
-        manifest = {"format": tensor_fragments.FORMAT, "files": files}
-        (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+        manifest = {"format": FORMAT, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
         tensor_fragments.verify(folder)
         with pytest.raises(FragmentError, match="cannot be read"):
             FragmentReader(folder)
-    (folder / tensor_fragments.MANIFEST).write_bytes(bomb)
+    (folder / MANIFEST).write_bytes(bomb)
     with pytest.raises(FragmentError, match="no readable manifest"):
         FragmentReader(folder)
 
@@ -80,9 +81,9 @@ def test_a_pickle_in_place_of_a_snapshot_or_an_encoder(tmp_path, bomb):
     }
     for manifest in (
         bomb,
-        json.dumps({"format": tensor_fragments.FORMAT, "files": files}).encode(),
+        json.dumps({"format": FORMAT, "files": files}).encode(),
     ):
-        (folder / tensor_fragments.MANIFEST).write_bytes(manifest)
+        (folder / MANIFEST).write_bytes(manifest)
         with pytest.raises((FragmentError, UserError)):
             store.open("encoder-000000001")
     encoder = tmp_path / "wav2vec2"
@@ -158,9 +159,9 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
     folder.mkdir()
     digest = tensor_fragments.file_digest(tmp_path / "secret")
     for name in ("../secret", str(tmp_path / "secret")):
-        manifest = {"format": tensor_fragments.FORMAT, "files": {name: digest}}
-        (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(FragmentError, match="lacks"):
+        manifest = {"format": FORMAT, "files": {name: digest}}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(FragmentError, match="no file of this folder"):
             tensor_fragments.verify(folder)
 
 

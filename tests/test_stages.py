@@ -125,6 +125,38 @@ def test_planned_sft_steps_replay_a_history():
     assert [(s[0], s[1]) for s in swaps] == [("s5", 0), ("s12", 6), ("s20", 11)]
 
 
+@given(
+    st.lists(st.integers(1, 19), unique=True, min_size=1, max_size=8).map(sorted),
+    st.data(),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_what_a_plan_will_load_is_needed_until_then(published, data, ratio):
+    """However far pretraining runs ahead, and however few snapshots are kept."""
+    steps = data.draw(st.lists(st.integers(0, 12), min_size=len(published),
+                               max_size=len(published)).map(sorted))  # fmt: skip
+    swaps = [PlannedSwap(p, s) for p, s in zip(published, steps, strict=True)]
+    drift = DriftConfig(mode="fixed", swaps=(*swaps, PlannedSwap(20, 13)))
+    schedule = Schedule(ALL, drift, interleave=ratio)
+    stored: set[str] = set()
+    progress, loaded = Progress(), []
+    while (turn := schedule.next_turn(progress)).kind == "step":
+        if turn.load:
+            assert turn.load.id in stored
+            loaded.append(turn.load.id)
+        progress = schedule.advance(progress, turn)
+        cause = schedule.publishes_at(progress.pretrain)
+        if turn.stage.branch == "pretrain" and cause:
+            snapshot = Snapshot(f"s{progress.pretrain}", progress.pretrain, cause)
+            progress = add_published(progress, [snapshot])
+            stored = (stored | {snapshot.id}) & schedule.needed(progress)
+    assert turn.kind == "end" and loaded[-1] == "s20"
+    # Beside a pretrain job, which does not know how far the sft job is, all of the plan stays.
+    alone = Schedule(ALL, drift, branch="pretrain")
+    assert set(loaded) <= alone.needed(replace(progress, sft=0))
+    # Without a plan the newest is loaded.
+    assert Schedule(ALL).needed(progress) == {"s20"}
+
+
 def test_one_branch_alone():
     turns, _, _, end = play(Schedule(ALL, branch="pretrain"), (10,))
     assert end == "end" and len(turns) == 20

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint import architecture, zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint, open_verified, run_folder
+from dsasr.checkpoint.manifest import require
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.entropy_allocation.allocation_row import EncoderSource
@@ -33,6 +35,8 @@ from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
+
+_CHECKPOINT = ("progress", "branches", "steps")  # of its manifest
 
 
 @dataclass
@@ -92,9 +96,13 @@ def open_checkpoint(path: str | Path) -> ProbedEncoder:
 
 def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:
     manifest, run = reader.manifest, run_folder(path)
-    source = EncoderSource(f"{run.name}/{reader.folder.name}", manifest["kind"], run=str(run))
+    architecture.check(reader, config.to_plain(build.recipe.model))
+    snapshot = manifest.get("kind") == "snapshot"
+    require(path, manifest, *(("pretrain", "cause") if snapshot else _CHECKPOINT))
+    kind = manifest.get("kind", "checkpoint")
+    source = EncoderSource(f"{run.name}/{reader.folder.name}", kind, run=str(run))
     encoder, head, llm = build.empty_encoder(), None, None
-    if source.kind == "snapshot":
+    if snapshot:
         source = replace(source, pretrain=manifest["pretrain"], cause=manifest["cause"])
         zero_partition.load_weights(encoder, PrefixReader(reader, "encoder."))
         head = _head(build, PrefixReader(reader, "ctc."))
@@ -161,9 +169,9 @@ def _stored_head(build: Builder, manifest: dict[str, Any]) -> CtcHead | None:
     """The CTC head of the snapshot in use, if it is still in the store."""
     folder = build.recipe.store_folder / (manifest["progress"]["in_use"] or "")
     try:
-        return _head(build, PrefixReader(FragmentReader(folder), "ctc."))
+        return _head(build, PrefixReader(open_verified(folder), "ctc."))
     except FragmentError:
-        return None  # pruned, or published by another store
+        return None  # pruned, altered, or published by another store
 
 
 def _build_empty(path: str | Path) -> PretrainedEncoder:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.manifest import manifest_of
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.utils import distributed
 from dsasr.utils.io import atomic_write, staging_folder
@@ -117,6 +118,6 @@ class AsyncFolderWriter:
         for rank in range(self._world_size):
             self._note(rank).unlink()
         files = {note["name"]: note["sha256"] for note in notes}
-        manifest = tensor_fragments.manifest_of(json.loads(self._info), files)
+        manifest = manifest_of(json.loads(self._info), files)
         tensor_fragments.publish(self._staging, self.target, manifest)
         return None

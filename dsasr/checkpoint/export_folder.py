@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsasr.checkpoint.tensor_fragments import file_digest
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_folder
+from dsasr.utils.io import atomic_folder, atomic_write
 
 MODEL_TYPE, FORMAT = "dsasr", 1
 LLM = "llm"  # folder of the language model and its tokenizer
 ENCODER = "encoder"  # folder with the config.json of an encoder that others trained
 CMVN = "cmvn.json"
+CHECKSUMS = "SHA256SUMS"
 # The files of a language model besides its weights and config.json; no others are copied.
 LLM_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -43,6 +45,37 @@ def read_values(folder: Path) -> dict[str, Any]:
     if values.get("format") != FORMAT:
         raise UserError(f"{folder} is of format {values.get('format')!r}, this code reads {FORMAT}")
     return values
+
+
+def write_checksums(folder: Path) -> None:
+    """Write ``SHA256SUMS``, a line for each file in ``folder``, as ``sha256sum`` writes them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    atomic_write(folder / CHECKSUMS, "".join(lines))
+
+
+def verify(folder: Path) -> None:
+    """Compare each file of an export with its checksum; one written without them passes.
+
+    Raises `UserError` for a file that is missing, unreadable or altered.
+    """
+    try:
+        if not (folder / CHECKSUMS).is_file():
+            return
+        for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+            expected, _, name = line.partition("  ")
+            path = folder / name
+            if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{folder / CHECKSUMS} has a line that is no checksum: {line[:80]}")
+            if not path.is_file():
+                raise UserError(f"{folder} lacks {name}: copy or export it again")
+            if file_digest(path) != expected:
+                raise UserError(
+                    f"{path} was altered: copy or export it again; if the change is your own, "
+                    f"remove its line from {CHECKSUMS}"
+                )
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder} cannot be read: {error}") from None
 
 
 def original_or_copy(path: str, copies: Mapping[str, Path]) -> str:

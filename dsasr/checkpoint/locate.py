@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, on_all_ranks
+from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
 
@@ -58,6 +59,15 @@ def open_verified(path: Path) -> FragmentReader:
     """
     tensor_fragments.verify(path)
     return FragmentReader(path)
+
+
+def open_verified_by_one(path: Path) -> FragmentReader:
+    """`open_verified` on all ranks, of which the main one verifies; collective.
+
+    Raises `FragmentError` on all ranks.
+    """
+    reads = open_verified if distributed.is_main_rank() else FragmentReader
+    return on_all_ranks(lambda: reads(path))
 
 
 def open_checkpoint(path: Path) -> FragmentReader:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.async_writer import AsyncFolderWriter
 from dsasr.checkpoint.locate import checkpoint_name, list_checkpoints, newest_whole
+from dsasr.checkpoint.manifest import read_manifest
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 from dsasr.utils import distributed, ranges
 from dsasr.utils.io import remove_folder, remove_temporaries
@@ -169,12 +169,12 @@ class CheckpointManager:
     def _time_and_score(self, path: Path) -> tuple[float, float]:
         if path.name not in self._times_and_scores:
             try:
-                manifest = tensor_fragments.read_manifest(path)
+                manifest = read_manifest(path)
             except FragmentError:
                 manifest = {}
             score = manifest.get("score")
             self._times_and_scores[path.name] = (
-                float(manifest.get("saved", 0.0)), math.inf if score is None else float(score)
+                float(manifest.get("saved") or 0.0), math.inf if score is None else float(score)
             )  # fmt: skip
         return self._times_and_scores[path.name]
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.architecture import hidden_differences
+from dsasr.checkpoint.manifest import manifest_of, write_manifest
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER, MOMENTS
@@ -48,6 +50,11 @@ def average(
     for reader in readers[1:]:
         if weight_keys(reader) != keys or any(reader.shapes[k] != first.shapes[k] for k in keys):
             raise UserError(f"{reader.folder} is of another model than {first.folder}")
+        models = [(r.manifest.get("recipe") or {}).get("model") or {} for r in (reader, first)]
+        if differ := hidden_differences(*models):
+            raise UserError(
+                f"{reader.folder} is of another model than {first.folder}: {' '.join(differ)}"
+            )
 
     def mean(key: str) -> torch.Tensor:
         progress(key)
@@ -66,12 +73,12 @@ def average(
         "steps": max(int(r.manifest.get("steps", 0)) for r in readers),
         "of": [r.folder.name for r in readers],
     }
+    # What the weights are of, wherever the folder goes.
+    manifest |= {k: first.manifest[k] for k in ("recipe", "vocabularies") if k in first.manifest}
     with atomic_folder(target) as folder:
         name = tensor_fragments.rank_file(0)
         digest = write_tensors(folder / name, tensors, {"layout": json.dumps(layout)})
-        tensor_fragments.write_manifest(
-            folder, tensor_fragments.manifest_of(manifest, {name: digest})
-        )
+        write_manifest(folder, manifest_of(manifest, {name: digest}))
     return target
 
 

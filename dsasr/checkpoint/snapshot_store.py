@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from dsasr.checkpoint import tensor_fragments, zero_partition
-from dsasr.checkpoint.locate import open_verified
-from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, on_all_ranks
+from dsasr.checkpoint.locate import open_verified_by_one
+from dsasr.checkpoint.manifest import MANIFEST, read_manifest, require
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.stages import Snapshot
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -101,7 +102,7 @@ class SnapshotStore:
         if newer:
             raise UserError(
                 f"{self.folder} was claimed by another job of this run (process "
-                f"{newer.split()[0]}): this one stops; let only one of them run"
+                f"{str(newer).split()[0]}): this one stops; let only one of them run"
             )
 
     def publish(
@@ -167,34 +168,42 @@ class SnapshotStore:
 
     def manifests(self) -> list[dict[str, Any]]:
         """The manifests of all whole snapshots, oldest first; none if the store cannot be read."""
-        manifests = []
+        return self.listing()[0]
+
+    def listing(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """`manifests`, and folder → why another one that has a manifest is no snapshot."""
+        manifests, problems = [], {}
         try:
             folders = [p for p in self.folder.iterdir() if p.is_dir() and p.name[0] != "."]
         except OSError:
-            return []
+            return [], {}
         for path in folders:
             try:
-                manifest = tensor_fragments.read_manifest(path)
-            except FragmentError:
-                continue  # pruned between listing and reading
-            if manifest.get("kind") == "snapshot" and manifest["id"] == path.name:
+                manifest = read_manifest(path)
+                if manifest.get("kind") == "snapshot":
+                    require(path, manifest, "id", "pretrain", "cause")
+            except FragmentError as error:
+                if (path / MANIFEST).exists():  # not pruned between listing and reading
+                    problems[path.name] = str(error)
+                continue
+            if manifest.get("kind") != "snapshot":
+                problems[path.name] = f"{path} is of kind {manifest.get('kind')!r}, not 'snapshot'"
+            elif manifest["id"] != path.name:
+                problems[path.name] = f"{path} is called {manifest['id']!r} in its manifest"
+            else:
                 manifests.append(manifest)
-        return sorted(manifests, key=lambda m: (m["pretrain"], m["id"]))
+        return sorted(manifests, key=lambda m: (m["pretrain"], m["id"])), problems
 
     def manifest(self, name: str) -> dict[str, Any]:
         """The manifest of snapshot ``name``; empty when it was pruned."""
         try:
-            return tensor_fragments.read_manifest(self.folder / name)
+            return read_manifest(self.folder / name)
         except FragmentError:
             return {}
 
     def snapshots(self) -> list[Snapshot]:
         """All whole snapshots for the sft branch, oldest first: without drift references."""
-        return [
-            Snapshot(m["id"], m["pretrain"], m["cause"])
-            for m in self.manifests()
-            if m["cause"] != "reference"
-        ]
+        return as_snapshots(self.manifests())
 
     def open(self, name: str, architecture: str | None = None) -> FragmentReader:
         """A reader of snapshot ``name``, whose checksums rank 0 has verified; collective.
@@ -203,20 +212,14 @@ class SnapshotStore:
         not of ``architecture`` (a `dsasr.config.fingerprint` of the encoder's settings).
         """
 
-        def read() -> FragmentReader:
-            folder = self.folder / name
-            if not distributed.is_main_rank():
-                return FragmentReader(folder)
-            reader = open_verified(folder)
-            published = reader.manifest.get("architecture")
-            if architecture and published and published != architecture:
-                raise FragmentError(
-                    f"{folder} is of another architecture: model.encoder or model.encoder_lora is "
-                    "not this recipe's"
-                )
-            return reader
-
-        return on_all_ranks(read)
+        reader = open_verified_by_one(self.folder / name)
+        published = reader.manifest.get("architecture")
+        if architecture and published and published != architecture:
+            raise FragmentError(
+                f"{reader.folder} is of another architecture: model.encoder or model.encoder_lora "
+                "is not this recipe's"
+            )
+        return reader
 
     def use(self, run: str, name: str | None) -> None:
         """Record that ``run`` uses snapshot ``name`` (None: none), which is then never pruned.
@@ -232,9 +235,9 @@ class SnapshotStore:
         for path in sorted(self.folder.glob(f"{IN_USE}*.json")):
             try:
                 name = json.loads(path.read_text(encoding="utf-8"))["id"]
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # it was removed since the listing, or is not a store's
-            if name is not None:
+            if isinstance(name, str):
                 used[path.stem.removeprefix(IN_USE)] = name
         return used
 
@@ -242,8 +245,15 @@ class SnapshotStore:
         """Seconds, by this process's own monotonic clock, since the heartbeat last changed."""
         try:
             beat = (self.folder / HEARTBEAT).read_text(encoding="utf-8")
-        except OSError:
+        except (OSError, ValueError):
             beat = ""
         if beat != self._last_beat[0]:
             self._last_beat = (beat, time.monotonic())
         return time.monotonic() - self._last_beat[1]
+
+
+def as_snapshots(manifests: Iterable[dict[str, Any]]) -> list[Snapshot]:
+    """Those of `SnapshotStore.manifests` that the sft branch may load."""
+    return [
+        Snapshot(m["id"], m["pretrain"], m["cause"]) for m in manifests if m["cause"] != "reference"
+    ]

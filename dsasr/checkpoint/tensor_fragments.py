@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dsasr.checkpoint.manifest import FragmentError, manifest_of, read_manifest, write_manifest
 from dsasr.checkpoint.safetensors_writer import write_tensors
 from dsasr.utils import distributed
-from dsasr.utils.io import atomic_write, replace_folder, staging_folder
+from dsasr.utils.io import replace_folder, staging_folder
 
 T = TypeVar("T")
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-class FragmentError(Exception):
-    """A folder of fragments is torn or altered, or lacks a tensor that is read from it."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +113,6 @@ def write_file(path: Path, fragments: Mapping[str, Fragment]) -> str:
     return write_tensors(path, tensors, {"layout": json.dumps(layout)})
 
 
-def manifest_of(info: Mapping[str, Any], files: Mapping[str, str | None]) -> dict[str, Any]:
-    """A folder's manifest; ``files``: file name → sha256."""
-    return {"format": FORMAT, **info, "files": dict(files)}
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1))
-
-
 def publish(staging: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     """Add the manifest to ``staging``, which has the files of all ranks, and rename it."""
     write_manifest(staging, manifest)
@@ -184,17 +171,6 @@ def file_digest(path: Path) -> str:
 # -- reading -------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder; `FragmentError` when none can be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FragmentError(f"{folder} has no readable manifest: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise FragmentError(f"{folder} is of format {manifest.get('format')!r}, not {FORMAT}")
-    return manifest
-
-
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest, after each file's sha256 was compared with it.
 
@@ -243,11 +219,35 @@ class FragmentReader:
         for name in sorted(self.manifest["files"]):
             file = self._open(name)
             stored = set(file.keys())
-            for key, (shape, start) in json.loads(file.metadata()["layout"]).items():
-                self.shapes[key] = tuple(shape)
+            for key, (shape, start) in self._layout(name).items():
+                if self.shapes.setdefault(key, shape) != shape:
+                    raise FragmentError(f"{self.folder}: its files disagree on the shape of {key}")
                 if key in stored:
-                    size = file.get_slice(key).get_shape()[0]
+                    size = _flat_size(file.get_slice(key).get_shape())
+                    if start + size > _numel(shape):
+                        raise FragmentError(f"{self.folder / name}: '{key}' is not of its shape")
                     self._ranges.setdefault(key, []).append((start, start + size, name))
+        for key, shape in self.shapes.items():
+            self._check_whole(key, _numel(shape))
+
+    def _check_whole(self, key: str, numel: int) -> None:
+        at = 0
+        for low, high, _ in sorted(self._ranges.get(key, [])):
+            at = max(at, high) if low <= at else at
+        if at < numel:
+            raise FragmentError(f"{self.folder} lacks elements of '{key}', from {at} on")
+
+    def _layout(self, name: str) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Key → shape and first element of what a file has of it."""
+        try:
+            layout = json.loads((self._open(name).metadata() or {})["layout"])
+            rows = {key: (tuple(shape), start) for key, (shape, start) in layout.items()}
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+            raise FragmentError(f"{self.folder / name} has no layout of its tensors") from None
+        for key, (shape, start) in rows.items():
+            if not all(type(n) is int and n >= 0 for n in (*shape, start)):
+                raise FragmentError(f"{self.folder / name}: the layout of '{key}' is no layout")
+        return rows
 
     def _open(self, name: str):
         """The file of that name, mapped once: its header is long, and reads are many."""
@@ -314,4 +314,9 @@ class PrefixReader:
 
 
 def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    return math.prod(shape)
+
+
+def _flat_size(shape: list[int]) -> int:
+    """The elements of a stored tensor, which is flat; more than any layout allows for another."""
+    return shape[0] if len(shape) == 1 else sys.maxsize

@@ -20,13 +20,9 @@ from torch import Size, Tensor
 from dsasr import config
 from dsasr.checkpoint import export_folder
 from dsasr.checkpoint.locate import open_checkpoint, open_run_checkpoint, run_folder
+from dsasr.checkpoint.manifest import MANIFEST, FragmentError, read_manifest
 from dsasr.checkpoint.merge import weight_keys
-from dsasr.checkpoint.tensor_fragments import (
-    MANIFEST,
-    FragmentError,
-    FragmentReader,
-    read_manifest,
-)
+from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.data.text.tokenizers import load_tokenizer, vocabulary_fingerprint
@@ -141,7 +137,8 @@ def locate_source(path: Path) -> Path:
     stands for its newest whole checkpoint. Raises `UserError` for all else.
     """
     if export_folder.is_export(path):
-        open_source(path)  # an export has no checksums: its files must be whole
+        export_folder.verify(path)
+        open_source(path)  # of an older one without checksums the files must at least be whole
         return path
     if (path / MANIFEST).is_file():
         return open_checkpoint(path).folder
@@ -251,12 +248,12 @@ def _export_settings(folder: Path) -> dict[str, Any]:
 
 def _manifest_settings(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a checkpoint; of a snapshot or an average, that of the run they lie in."""
-    if "recipe" in manifest:
+    if manifest.get("recipe"):
         return manifest["recipe"]
     settings: dict[str, Any] = {}
     with contextlib.suppress(UserError):  # it was moved
         settings = config.read_recipe(str(run_folder(folder) / RECIPE))
-    if "encoder" in manifest:
+    if manifest.get("encoder"):
         return config.merge(settings, {"model": {"encoder": manifest["encoder"]}})
     encoder = (settings.get("model") or {}).get("encoder")
     architecture = manifest.get("architecture")
@@ -289,7 +286,10 @@ def complete_recipe(
     encoder: its sizes, the features and their CMVN; adaptor: its sizes; llm: its folder and
     tokenizer; head: the phonemes. An empty string counts as left out.
     """
-    model, data = (settings.get(name) or {} for name in ("model", "data"))
+    model, data = (
+        value if isinstance(value := settings.get(name), Mapping) else {}
+        for name in ("model", "data")
+    )
     own_model = values.get("model") or {}
     taken: dict[str, Any] = {"model": {}, "data": {}}
     if "encoder" in parts and _same_kind(own_model.get("encoder"), model.get("encoder")):

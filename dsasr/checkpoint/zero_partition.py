@@ -150,6 +150,8 @@ def _check_layout(targets: Mapping[str, Tensor], reader: Reader) -> None:
                 f"{reader.folder} holds '{name}' of shape {list(reader.shapes[name])}, "
                 f"this model has {list(shape)}: another architecture"
             )
+        if reader.shapes.get(f"{MASTER}/{name}", shape) != shape:
+            raise FragmentError(f"{reader.folder}: the master of '{name}' has another shape")
     # Names with a slash are optimizer states'.
     parts = {name.partition(".")[0] for name in targets}
     inside = (n for n in reader.shapes if n.partition(".")[0] in parts and "/" not in n)
@@ -272,6 +274,16 @@ class OptimizerStates:
                     tensor = fragment.tensor.clone() if read_from_disk else fragment.tensor
                     fragments[key] = replace(fragment, tensor=tensor)
         return fragments
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """The first element and the one after the last of each of `fragments`, without a look at
+        their values."""
+        ranges = {}
+        for flat, layout in self._groups():
+            for kind in (MASTER, *self.moments(flat)):
+                for name, _, start, size, _ in layout:
+                    ranges[f"{kind}/{name}"] = (start, start + size)
+        return ranges
 
     def edit(self) -> Iterator[tuple[str, Fragment]]:
         """The items of `fragments`, always as views: write to each before asking for the next."""

@@ -46,35 +46,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(store: SnapshotStore) -> str:
-    """One line a snapshot, oldest first."""
+    """One line a snapshot, oldest first; then those that are not whole."""
     used = store.in_use()
     rows = [("id", "pretrain step", "cause", "CKA", "reference", "MB", "checksum", "")]
-    for manifest in store.manifests():
+    manifests, problems = store.listing()
+    for manifest in manifests:
         name = manifest["id"]
         size = sum(f.stat().st_size for f in (store.folder / name).iterdir())
-        cka = f"{manifest['cka']:.4f}" if "cka" in manifest else "–"
+        cka = f"{manifest['cka']:.4f}" if manifest.get("cka") is not None else "–"
         users = [run for run, snapshot in used.items() if snapshot == name]
         rows.append((
             name, f"{manifest['pretrain']:,}", manifest["cause"], cka,
-            manifest.get("reference") or "–", f"{size / 1e6:.1f}", manifest.get("checksum", "–"),
+            manifest.get("reference") or "–", f"{size / 1e6:.1f}", manifest.get("checksum") or "–",
             ", ".join(f"in use: {u}" for u in users),
         ))  # fmt: skip
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     cells = (("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True))).rstrip() for r in rows)
-    return "\n".join(cells)
+    return "\n".join([*cells, *(f"bad: {reason}" for reason in problems.values())])
 
 
 def verify(store: SnapshotStore) -> int:
     """Compare every file with its sha256; returns how many snapshots are not whole."""
     from dsasr.checkpoint import tensor_fragments
 
-    bad = 0
-    names = [m["id"] for m in store.manifests()]
+    manifests, problems = store.listing()
+    for reason in problems.values():
+        print(f"bad: {reason}")
+    bad, names = len(problems), [m["id"] for m in manifests]
     for name in Bar(names, desc="verifying", unit="snapshot", disable=len(names) < 2):
         try:
             tensor_fragments.verify(store.folder / name)
         except tensor_fragments.FragmentError as error:
             bad += 1
             print(f"bad: {error}")
-    print(f"{len(names)} snapshots, {bad} bad")
+    print(f"{len(names) + len(problems)} snapshots, {bad} bad")
     return bad

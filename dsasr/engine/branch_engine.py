@@ -333,8 +333,9 @@ class BranchEngine:
         return checksum(zero_partition.weight_fragments(self.module, prefix))
 
     def masters(self, prefix: str) -> dict[str, Fragment]:
-        """This rank's fragments of the fp32 masters, of parameters that the stage trains."""
-        return self._masters.live_masters(prefix)
+        """This rank's fragments of the fp32 masters, of parameters that this stage trains or, where
+        weights are of low precision, an earlier one trained."""
+        return self._masters.masters(prefix)
 
     # -- saving and loading ------------------------------------------------------------------
 

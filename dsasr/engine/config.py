@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from dsasr.config import nearest
+from dsasr.engine.deepspeed_keys import check_keys
 from dsasr.engine.offload import OffloadConfig
 from dsasr.utils import distributed, ranges
 from dsasr.utils.errors import UserError
@@ -22,7 +23,8 @@ DS_CONFIGS = packaged_folder("ds_configs")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    # DeepSpeed JSON: a file of ds_configs/ by name (zero1 … zero3-nvme), or a path
+    # DeepSpeed JSON: a file of ds_configs/ by name (zero1 … zero3-nvme), or a path; keys that
+    # training is not tested with are refused
     deepspeed: str = "zero3"
     # of weights and activations; auto: bf16 on a GPU, fp32 on a CPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -41,6 +43,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         ranges.check(self)
         settings = read_ds_config(self.deepspeed)
+        check_keys(settings, self.deepspeed)
         if zero_stage(settings) not in (1, 2, 3):
             raise UserError(
                 f"engine.deepspeed={self.deepspeed}: zero_optimization.stage is "

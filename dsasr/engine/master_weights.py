@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint.repartition import repartition
 from dsasr.checkpoint.tensor_fragments import Fragment, Reader
 from dsasr.checkpoint.zero_partition import OptimizerStates
 from dsasr.engine.offload import StateOffloader
@@ -66,7 +67,7 @@ class MasterWeights:
 
     def attach(self, zero, carried: Mapping[str, Fragment], steps: float | None) -> None:
         """Load the ``carried`` states into the new engine where it trains their parameters, and
-        make the other masters dormant.
+        make the other masters dormant; collective.
 
         ``zero``: the engine's ZeRO optimizer. ``steps``: Adam's step count, from which the moments
         continue; None: the moments start from zero.
@@ -75,15 +76,12 @@ class MasterWeights:
         self._dormant |= {k: f for k, f in carried.items() if _is_master(k)}
         if steps is not None:
             self.live.init_moments(steps)
+        earlier = self._dormant if steps is None else {**carried, **self._dormant}
+        found = repartition(earlier, self.live.ranges())
         for key, view in self.live.edit():
-            if _is_master(key) and key in self._dormant:
-                dormant = self._dormant.pop(key)
-                # Under ZeRO-1 and 2 this engine may partition it differently: it then starts from
-                # the weights.
-                if _same_range(dormant, view):
-                    view.tensor.copy_(dormant.tensor)
-            elif not _is_master(key) and steps is not None and key in carried:
-                view.tensor.copy_(carried[key].tensor)
+            if key in found:
+                view.tensor.copy_(found[key].tensor)
+                self._dormant.pop(key, None)
         if not self._low_precision:
             self._dormant.clear()
 
@@ -91,17 +89,16 @@ class MasterWeights:
 
     def replace(self, tensors: Mapping[str, Tensor], source: MasterWeights | Reader) -> None:
         """Take ``source``'s masters for ``tensors`` (name → parameter or buffer), into which its
-        weights have been copied.
+        weights have been copied; collective.
 
         The moments of those that the stage trains start again from zero.
         """
         reader = None if isinstance(source, MasterWeights) else source
-        masters = source.live_masters() if reader is None and self._low_precision else {}
+        masters = source.masters() if reader is None and self._low_precision else {}
         if self.live is not None and any(p.requires_grad for p in tensors.values()):
             self.reload()
             self._replace_live(tensors, masters, reader)
-        if self._low_precision:
-            self._replace_dormant(tensors, masters, reader)
+        self._replace_dormant(tensors, masters, reader if self._low_precision else None)
 
     def _replace_live(
         self,
@@ -109,20 +106,18 @@ class MasterWeights:
         masters: Mapping[str, Fragment],
         reader: Reader | None,
     ) -> None:
-        """Overwrite the live masters of ``tensors``, and zero their moments.
-
-        Two ZeRO-1 or 2 engines may partition their masters differently; a range that is not in
-        this rank's ``masters`` is then copied from the (whole) weights.
-        """
+        """Overwrite the live masters of ``tensors``, and zero their moments; those that neither
+        ``masters`` nor ``reader`` has are copied from the weights."""
+        own = {key: r for key, r in self.live.ranges().items() if key.partition("/")[2] in tensors}
+        masters = repartition(masters, own)
         for key, view in self.live.edit():
             name = key.partition("/")[2]
             if name not in tensors:
                 continue
-            master = masters.get(key)
             if not _is_master(key):
                 view.tensor.zero_()
-            elif master is not None and _same_range(master, view):
-                view.tensor.copy_(master.tensor)
+            elif key in masters:
+                view.tensor.copy_(masters[key].tensor)
             elif reader is not None and key in reader:
                 view.tensor.copy_(reader.read(key, view.start, view.stop))
             else:
@@ -136,7 +131,7 @@ class MasterWeights:
         reader: Reader | None,
     ) -> None:
         """Replace the dormant masters of ``tensors``; where the source has none, there is none."""
-        live = self.live.fragments() if self.live is not None else {}
+        live = self.live.ranges() if self.live is not None else {}
         for name, parameter in tensors.items():
             key = f"{zero_partition.MASTER}/{name}"
             self._dormant.pop(key, None)
@@ -154,13 +149,11 @@ class MasterWeights:
         self.reload()
         return self._dormant | (self.live.fragments() if self.live is not None else {})
 
-    def live_masters(self, prefix: str = "") -> dict[str, Fragment]:
-        """This rank's fragments of the live masters of parameters whose names have ``prefix``."""
-        if self.live is None:
-            return {}
-        self.reload()
+    def masters(self, prefix: str = "") -> dict[str, Fragment]:
+        """This rank's fragments of the masters, dormant ones too, of parameters whose names have
+        ``prefix``."""
         start = f"{zero_partition.MASTER}/{prefix}"
-        return {k: f for k, f in self.live.fragments().items() if k.startswith(start)}
+        return {key: f for key, f in self.fragments().items() if key.startswith(start)}
 
     def steps(self) -> float:
         """Adam's step count."""
@@ -169,7 +162,7 @@ class MasterWeights:
     def load(self, reader: Reader, steps: float) -> None:
         """Load what any number of ranks saved from `fragments` and `steps`; without an engine only
         the dormant masters."""
-        if steps:
+        if steps and self.live is not None:
             self.live.init_moments(steps)
         live = set()
         for key, view in self.live.edit() if self.live is not None else ():
@@ -189,10 +182,6 @@ class MasterWeights:
 
 def _is_master(key: str) -> bool:
     return key.startswith(f"{zero_partition.MASTER}/")
-
-
-def _same_range(a: Fragment, b: Fragment) -> bool:
-    return (a.start, a.stop) == (b.start, b.stop)
 
 
 def _copy(fragment: Fragment) -> Fragment:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,19 +58,33 @@ class StateOffloader:
         return sum(shape.numel() * t.element_size() for t, shape, _ in self._emptied.values())
 
     def offload(self, tensors: Mapping[str, Tensor]) -> int:
-        """Move the storage of ``tensors`` away; returns the bytes moved. No-op with ``none``."""
+        """Move the storage of ``tensors`` away; returns the bytes moved. No-op with ``none``.
+
+        With ``disk`` it is collective, and raises `UserError` on all ranks, with the tensors where
+        they were, when one cannot write its file.
+        """
         if self.config.device == "none" or self.offloaded or not tensors:
             return 0
         moved = sum(t.numel() * t.element_size() for t in tensors.values())
         if self.config.device == "disk":
-            with atomic_path(self._file) as temporary:
-                save_file({k: t.data.contiguous().cpu() for k, t in tensors.items()}, temporary)
+            self._write(tensors)
         else:
             self._copy_to_host(tensors)
         for key, tensor in tensors.items():
             self._emptied[key] = (tensor, tensor.shape, tensor.device)
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return moved
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        problem = None
+        try:
+            with atomic_path(self._file) as temporary:
+                save_file({k: t.data.contiguous().cpu() for k, t in tensors.items()}, temporary)
+        except (OSError, SafetensorError) as error:
+            problem = f"{self._file} cannot be written: {error}"
+        problems = [p for p in distributed.all_gather_object(problem) if p]
+        if problems:
+            raise UserError(f"{problems[0]}; make room, or give engine.offload.device=cpu")
 
     def _copy_to_host(self, tensors: Mapping[str, Tensor]) -> None:
         for key, tensor in tensors.items():
@@ -89,7 +103,7 @@ class StateOffloader:
         if not self.offloaded:
             return moved
         on_disk = self.config.device == "disk"
-        file = safe_open(self._file, framework="pt") if on_disk else None
+        file = self._open() if on_disk else None
         for key, (tensor, shape, device) in self._emptied.items():
             saved = file.get_tensor(key) if file is not None else self._host[key]
             if device.type == "cpu":
@@ -102,6 +116,14 @@ class StateOffloader:
         if on_disk:
             self._file.unlink(missing_ok=True)
         return moved
+
+    def _open(self) -> safe_open:
+        try:
+            return safe_open(self._file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self._file} cannot be read: {error}; start again, from the last checkpoint"
+            ) from None
 
     def close(self) -> None:
         """Drop what is offloaded, and remove its file."""

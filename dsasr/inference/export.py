@@ -9,6 +9,7 @@
     DIR/model.safetensors    encoder.…, ctc.… of an adaptor that reads it, adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
     DIR/adapter/             on request, for a run with LoRA: the LoRA matrices as a peft folder
+    DIR/SHA256SUMS           a checksum of each file, for `load_export` and for `sha256sum -c`
 
 LoRA matrices are merged into the weights that they adapt (`dsasr.model.lora`) in float32, the
 encoder's and the language model's, and the sum is rounded to the dtype that is written. Logits
@@ -35,6 +36,7 @@ from torch import nn
 
 from dsasr import config
 from dsasr.build import Builder
+from dsasr.checkpoint import architecture
 from dsasr.checkpoint.export_folder import (
     CMVN,
     ENCODER,
@@ -43,6 +45,8 @@ from dsasr.checkpoint.export_folder import (
     LLM_FILES,
     MODEL_TYPE,
     read_values,
+    verify,
+    write_checksums,
 )
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
@@ -134,10 +138,12 @@ def export_run(
         )
     _check_lora(build, weights, adapter)
     try:
+        architecture.check(reader, config.to_plain(build.recipe.model))
         with atomic_folder(target) as folder:
             _write_model(build, reader, weights, folder, dtype)
             if adapter:
                 _write_adapter(build, weights, folder / "adapter", dtype)
+            write_checksums(folder)
     except FragmentError as error:
         raise UserError(f"{reader.folder}: {error}") from None
     return target
@@ -306,9 +312,13 @@ def read_config(folder: Path) -> ExportConfig:
 
 
 def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
-    """Load an exported folder onto the CPU, in float32 and in eval mode. Raises `UserError`."""
+    """Load an exported folder onto the CPU, in float32 and in eval mode.
+
+    Raises `UserError`, also where a file is not what its checksum says.
+    """
     folder = Path(folder)
     export_config = read_config(folder)
+    verify(folder)
     llm = load_llm(folder / LLM, attn=attn)
     tokenizer = load_tokenizer(folder / LLM)
     width = llm.get_input_embeddings().weight.shape

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint import architecture, zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.tensor_fragments import FragmentError, PrefixReader
 from dsasr.evaluation.eval_sets import Recording
@@ -43,6 +43,7 @@ class RunModel:
         reader = open_run_checkpoint(folder, checkpoint)
         model = build.speech_llm()
         try:
+            architecture.check(reader, config.to_plain(build.recipe.model))
             zero_partition.load_weights(model, PrefixReader(reader, "sft/"))
         except FragmentError as error:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint.snapshot_store import SnapshotStore
+from dsasr.checkpoint.snapshot_store import SnapshotStore, as_snapshots
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.engine.branch_engine import BranchEngine
@@ -41,7 +42,10 @@ class EncoderSwap:
         self._architecture = recipe.encoder_architecture()
         self._drift: DriftMonitor | None = None
         self._reference: str | None = None  # name of the encoder that drift is measured from
+        # Ids of snapshots, of each of the last checkpoints and of one that is being written.
+        self._kept_for_resume: deque[set[str]] = deque(maxlen=recipe.checkpoint.keep + 1)
         self._refused: set[str] = set()
+        self._unreadable: set[str] = set()  # of them, those whose manifest cannot be read
         self._polled_at = -math.inf
         self._waited_at = -1  # sft step of the last wait in the event log
         self._last_nll: float | None = None  # of the sft branch's last line of metrics
@@ -70,7 +74,7 @@ class EncoderSwap:
         """The plain values for a checkpoint's manifest; its tensors are `fragments`."""
         return {
             "reference": self._reference,
-            "refused": sorted(self._refused),
+            "refused": sorted(self._refused - self._unreadable),
             "drift_seconds": self._drift.seconds if self._drift is not None else 0.0,
             "last_nll": self._last_nll,
             "swapped_at": self._swapped_at,
@@ -80,8 +84,9 @@ class EncoderSwap:
         """The drift reference's features, for a checkpoint."""
         return self._drift.fragments() if self._drift is not None else {}
 
-    def load(self, reader: FragmentReader) -> None:
-        """Restore `state` and `fragments`."""
+    def load(self, reader: FragmentReader, progress: Progress) -> None:
+        """Restore `state` and `fragments`, with the ``progress`` of the checkpoint."""
+        self.keep_for_resume(progress)
         manifest = reader.manifest
         self._refused = set(manifest.get("refused", ()))
         in_use = manifest["progress"]["in_use"]
@@ -92,6 +97,10 @@ class EncoderSwap:
         if self._reference is not None and self.recipe.branch != "sft":
             self._drift_monitor().load(reader)
             self._drift_monitor().seconds = manifest["drift_seconds"]
+
+    def keep_for_resume(self, progress: Progress) -> None:
+        """Keep what a run resumed from a checkpoint with this progress would load."""
+        self._kept_for_resume.append(self.schedule.needed(progress))
 
     # -- drift and publication ---------------------------------------------------------------
 
@@ -186,7 +195,8 @@ class EncoderSwap:
             self._drift.take_reference(live)
             self._reference = snapshot.id
         if distributed.is_main_rank():
-            self.store.prune(s.id for s in progress.published[-2:])
+            needed = {s.id for s in progress.published[-2:]} | self.schedule.needed(progress)
+            self.store.prune(needed.union(*self._kept_for_resume))
         self.monitor.event(
             "published",
             snapshot=snapshot.id,
@@ -206,9 +216,14 @@ class EncoderSwap:
         if not distributed.broadcast(now - self._polled_at >= self.recipe.store.poll_seconds):
             return progress
         self._polled_at = now
-        snapshots = self.store.snapshots() if distributed.is_main_rank() else []
-        snapshots = [s for s in distributed.broadcast(snapshots) if s.id not in self._refused]
-        return add_published(progress, snapshots)
+        manifests, problems = self.store.listing() if distributed.is_main_rank() else ([], {})
+        snapshots, problems = distributed.broadcast((as_snapshots(manifests), problems))
+        for name in sorted(problems.keys() - self._refused):
+            self._log_refused(progress, problems[name], snapshot=name, sft=progress.sft)
+        # One that is mended, or published again, is read.
+        self._refused = (self._refused - self._unreadable) | set(problems)
+        self._unreadable = set(problems)
+        return add_published(progress, [s for s in snapshots if s.id not in self._refused])
 
     def check_publisher(self, progress: Progress) -> Progress:
         """While no step is possible: whether to wait for the publisher, by the recipe's store.late.
@@ -284,7 +299,7 @@ class EncoderSwap:
         return progress, True
 
     def _verified_checksum(self, sft: BranchEngine, snapshot: Snapshot) -> str | None:
-        """The checksum of the branch's encoder over all ranks; RuntimeError if not the snapshot's.
+        """The checksum of the branch's encoder over all ranks; `UserError` if not the snapshot's.
 
         None for an encoder from outside the run.
         """
@@ -295,8 +310,10 @@ class EncoderSwap:
         )
         checksum = sft.checksum()
         if manifest.get("checksum") not in (None, checksum):
-            raise RuntimeError(
-                f"{snapshot.id} was loaded wrongly: checksum {checksum}, not {manifest['checksum']}"
+            raise UserError(
+                f"{self.store.folder / snapshot.id}: its encoder has checksum {checksum}, its "
+                f"manifest {manifest['checksum']}: remove it, and start again from the last "
+                "checkpoint"
             )
         return checksum
 

@@ -8,14 +8,22 @@ from typing import Any
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.locate import list_checkpoints
+from dsasr.checkpoint import architecture
+from dsasr.checkpoint.locate import list_checkpoints, open_verified_by_one
 from dsasr.checkpoint.manager import CheckpointManager
+from dsasr.checkpoint.manifest import read_manifest
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.recipe import Recipe, changed_settings
+from dsasr.training.stage_position import progress_in
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
+
+# What `Trainer.save` puts into a checkpoint's manifest, and a resume reads.
+STATE = (
+    "recipe", "progress", "branches", "streams", "stage_seconds", "monitor", "bad_samples",
+    "finished", "reference", "last_nll", "swapped_at", "drift_seconds",
+)  # fmt: skip
 
 
 def find_checkpoint(
@@ -23,12 +31,20 @@ def find_checkpoint(
 ) -> tuple[FragmentReader | None, list[str]]:
     """The checkpoint to resume from (None: start afresh), and why newer ones cannot be. Collective.
 
-    Raises `UserError` where ``resume`` names a checkpoint that cannot be read, where it is "never"
-    and the folder has one, or where the checkpoint is of another recipe.
+    Raises `UserError` where ``resume`` names a checkpoint that is not whole, where it is "never"
+    and the folder has one, or where the checkpoint is of another recipe; ``allow_changed`` does not
+    allow another architecture, nor a stage table in which the run has no position.
     """
     reader, passed_over = _find(recipe, checkpoints)
-    if reader is not None:
-        _refuse_changes(reader.manifest, recipe)
+    if reader is None:
+        return None, passed_over
+    _check_state(reader)
+    _refuse_changes(reader.manifest, recipe)
+    try:
+        architecture.check(reader, config.to_plain(recipe.model))
+    except FragmentError as error:
+        raise UserError(f"{error}; give the same, or run=FOLDER for a new run") from None
+    progress_in(reader.manifest, recipe.schedule())
     return reader, passed_over
 
 
@@ -43,7 +59,7 @@ def check(recipe: Recipe) -> None:
     newest = checkpoints[-1:] if recipe.resume in ("auto", "never") else [Path(recipe.resume)]
     for path in newest:
         try:
-            _refuse_changes(tensor_fragments.read_manifest(path), recipe)
+            _refuse_changes(read_manifest(path), recipe)
         except FragmentError as error:
             if recipe.resume != "auto":  # else an older one is tried
                 raise UserError(f"resume={recipe.resume}: {error}") from None
@@ -80,6 +96,20 @@ def _refuse_a_second_run(recipe: Recipe) -> None:
     )
 
 
+def _check_state(reader: FragmentReader) -> None:
+    """Raise `UserError` where a folder is no checkpoint of a training run."""
+    manifest = reader.manifest
+    if manifest.get("kind") != "checkpoint":
+        kind = manifest.get("kind", "another folder")
+        raise UserError(
+            f"{reader.folder} is no checkpoint to resume from ({kind}): give it as "
+            "model.init_from, which starts a new run with its weights"
+        )
+    missing = [key for key in STATE if key not in manifest]
+    if missing:
+        raise UserError(f"{reader.folder} has no '{missing[0]}': resume from another checkpoint")
+
+
 def _find(
     recipe: Recipe, checkpoints: CheckpointManager
 ) -> tuple[FragmentReader | None, list[str]]:
@@ -87,7 +117,7 @@ def _find(
         return checkpoints.newest()
     if recipe.resume != "never":
         try:
-            return FragmentReader(Path(recipe.resume)), []
+            return open_verified_by_one(Path(recipe.resume)), []
         except FragmentError as error:
             raise UserError(f"resume={recipe.resume}: {error}") from None
     if checkpoints.list():

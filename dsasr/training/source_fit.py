@@ -6,17 +6,15 @@ from collections.abc import Iterable, Mapping
 
 from dsasr import config
 from dsasr.build import Builder
+from dsasr.checkpoint import architecture
 from dsasr.checkpoint.weight_source import PARTS, WeightSource, part_of, read_json
 from dsasr.utils.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Settings that change what a part computes and no shape of it.
-_HIDDEN = {"encoder": ("heads",), "adaptor": ("stack", "activation"), "lora": ("alpha",)}
-# The same of a Hugging Face config.json: parts of its keys' names.
+# Of a Hugging Face config.json, parts of the names of settings that no shape shows
+# (`architecture.HIDDEN`).
 _HIDDEN_HF = ("head", "hidden_act", "activation_function", "norm", "eps", "rope", "window", "tie_")
 _HIDDEN_HF += ("scal", "softcap", "position_embeddings_type")
-# Settings in which a recipe may differ from its source.
-_FREE = {"dropout", "attention_dropout", "activation_checkpointing", "recompute", "path", "weights"}
 
 
 class SourceFit:
@@ -108,18 +106,15 @@ class SourceFit:
     def _differing(self, part: str, keys: Iterable[str] = ()) -> list[str]:
         """``key=value`` of the source's settings of a part that are not this recipe's; of all, or
         of ``keys``."""
-        theirs, ours = self.source.setting("model", part) or {}, self.model.get(part) or {}
-        if ("path" in theirs) != ("path" in ours):  # a Conformer, and an encoder of another kind
-            return []
-        return [
-            f"model.{part}.{key}={theirs[key]}"
-            for key in keys or theirs
-            if key in theirs and key in ours and key not in _FREE and theirs[key] != ours[key]
-        ]
+        theirs, ours = self.source.setting("model", part), self.model.get(part)
+        return architecture.differing(part, theirs, ours, keys)
 
     def _check_settings(self, part: str) -> None:
         """Settings that no shape shows: with others the same weights compute something else."""
-        differ = self._differing(part, _HIDDEN[part]) if part in _HIDDEN else []
+        # LoRA's matrices in the encoder belong to it.
+        parts = ("encoder", "encoder_lora") if part == "encoder" else (part,)
+        hidden = architecture.HIDDEN
+        differ = [x for p in parts if p in hidden for x in self._differing(p, hidden[p])]
         if part == "encoder" and self.builder.recipe.pretrained_encoder is None:
             theirs = self.source.setting("data", "fbank") or {}
             ours = config.to_plain(self.builder.recipe.data.fbank)
@@ -183,7 +178,7 @@ class SourceFit:
         return ", ".join(
             f"{key}: {str(value).replace(chr(39), '')}"
             for key, value in lora.items()
-            if key not in _FREE and value not in ((), [])
+            if key not in architecture.FREE and value not in ((), [])
         )
 
     def _check_vocabularies(self) -> None:

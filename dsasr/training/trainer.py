@@ -29,6 +29,7 @@ from dsasr.training.branch_switcher import BranchSwitcher
 from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
 from dsasr.training.initial_weights import InitialWeights
 from dsasr.training.online_probe import OnlineProbe
+from dsasr.training.stage_position import progress_in
 from dsasr.training.train_dataloaders import TrainDataLoaders
 from dsasr.training.validation import Validation
 from dsasr.utils import distributed
@@ -132,15 +133,16 @@ class Trainer:
 
     def _restore(self, reader: FragmentReader) -> None:
         manifest = reader.manifest
-        published = tuple(Snapshot(**s) for s in manifest["progress"].pop("published"))
-        self.progress = Progress(**manifest["progress"], published=published)
+        self.progress = progress_in(manifest, self.schedule)
         self.branches.load(reader)
         self.dataloaders.load(manifest["streams"])
         self.stage_seconds = dict(manifest["stage_seconds"])
         self.monitor.load(manifest["monitor"])
-        self._finished = manifest["finished"]
+        # A stage table that was extended since then goes on.
+        at_end = self.schedule.next_turn(self.progress).kind == "end"
+        self._finished = manifest["finished"] and at_end
         self.validation.best = manifest.get("best_score")
-        self.encoder_swap.load(reader)
+        self.encoder_swap.load(reader, self.progress)
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -380,6 +382,7 @@ class Trainer:
         saved = True
         try:
             self.checkpoints.save(self.steps, fragments, state, score, wait)
+            self.encoder_swap.keep_for_resume(self.progress)
         except OSError:
             saved = False
         self._log_checkpoints()

@@ -21,9 +21,9 @@ def fragments(value: float, size: int = 10) -> dict[str, Fragment]:
 def test_the_newest_whole_one_is_opened_and_the_others_are_named(tmp_path):
     manager = CheckpointManager(tmp_path, CheckpointConfig(keep=3))
     for step in (5, 10, 15):
-        manager.save(step, fragments(float(step)), {"progress": step})
+        manager.save(step, fragments(float(step)), {"progress": {"sft": step}})
     reader, passed_over = manager.newest()
-    assert reader.manifest["progress"] == 15 and not passed_over
+    assert reader.manifest["progress"] == {"sft": 15} and not passed_over
     path = tmp_path / "step-0000000015" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     reader, passed_over = manager.newest()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
 
 
@@ -27,8 +28,8 @@ def published(folder, tensors, starts=()):
             fragments[key] = Fragment(tuple(tensor.shape), low, flat[low:high])
         name = f"rank-{rank:05d}.safetensors"
         files[name] = tensor_fragments.write_file(target / name, fragments)
-    manifest = {"format": tensor_fragments.FORMAT, "files": files}
-    (target / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+    manifest = {"format": FORMAT, "files": files}
+    (target / MANIFEST).write_text(json.dumps(manifest))
     return target
 
 

@@ -24,6 +24,14 @@ def test_list_verify_prune(tmp_path, command):
     done = command("snapshots", "verify", store.folder)
     assert done.returncode == 1
     assert "encoder-2" in done.stdout and "4 snapshots, 1 bad" in done.stdout
+    # One that no snapshot can be read from is shown beside the others, and never pruned.
+    odd = store.folder / "odd"
+    odd.mkdir()
+    (odd / "manifest.json").write_text('{"format": 1, "kind": "snapshot", "files": {}}')
+    done = command("snapshots", "list", store.folder)
+    assert done.returncode == 0 and done.stdout.count("0.9700") == 4
+    assert "bad:" in done.stdout and "lacks 'id'" in done.stdout
+    assert "5 snapshots, 2 bad" in command("snapshots", "verify", store.folder).stdout
     done = command("snapshots", "prune", store.folder, "--keep", 1)
     assert "pruned 2: encoder-2, encoder-3" in done.stdout
     assert command("snapshots", "list", tmp_path / "none").returncode == 2

@@ -3,7 +3,9 @@ stand-in for DeepSpeed's ZeRO-1 optimizer."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,7 +78,8 @@ def test_a_stage_that_does_not_train_them_loses_no_bit(tmp_path, moments):
     before, encoder = values(states), values(states, "master/encoder.")
     switch(states, module.llm)
     assert same(values(states, "master/encoder."), encoder)  # for the checkpoint
-    assert set(states.live_masters()) == {"master/llm.weight", "master/llm.bias"}
+    assert set(states.masters("llm.")) == {"master/llm.weight", "master/llm.bias"}
+    assert same(values(states, "master/"), {k: f.tensor for k, f in states.masters().items()})
     switch(states, module)
     assert same(values(states), {k: v for k, v in before.items() if k.startswith("master/")})
     states.live.init_moments(3.0)
@@ -91,14 +94,29 @@ def test_a_stage_that_does_not_train_them_loses_no_bit(tmp_path, moments):
     assert same(values(states, "exp_avg"), moments_written if moments else {})
 
 
-def test_another_partition_starts_from_the_weights(tmp_path):
+@pytest.mark.parametrize("moments", [False, True])
+def test_another_partition_has_the_same_masters_and_moments(tmp_path, moments):
     module = model()
     states = masters(module, tmp_path)
-    zero = switch(states, module)
-    zero.step()
+    switch(states, module).step()
+    before = values(states)
+    switch(states, module, moments, first_element=2)
+    expected = {k: t[2:] for k, t in before.items() if moments or k.startswith("master/")}
+    assert same(values(states), expected)
+
+
+def test_masters_of_an_earlier_stage_follow_into_another_branch(tmp_path):
+    """The source's stage trains the encoder no more, the receiver's does."""
+    module, second = model(), model()
+    live = masters(second, tmp_path)
+    switch(live, second).step()
+    switch(live, second.llm)
+    expected = values(live, "master/encoder.")
+    states = masters(module, tmp_path)
     switch(states, module, first_element=2)
-    for key, weight in named_tensors(module).items():
-        assert torch.equal(values(states)[f"master/{key}"], weight.data.float().reshape(-1)[2:])
+    states.replace(named_tensors(module, "encoder."), live)
+    assert len(expected) == 2
+    assert same(values(states, "master/encoder."), {k: t[2:] for k, t in expected.items()})
 
 
 def test_fp32_weights_are_the_masters(tmp_path):
@@ -175,3 +193,18 @@ def test_offloaded_states_are_reloaded_when_they_are_read(tmp_path, device):
     states.offload()
     states.close()
     assert states.live is None and states.fragments() == {} and not list(tmp_path.iterdir())
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero3"])
+def test_two_ranks_lose_no_master_to_a_stage_a_resume_or_a_swap(launch, tmp_path, deepspeed):
+    program = Path(__file__).parents[1] / "programs" / "master_weights_two.py"
+    done = launch(program, tmp_path, deepspeed)
+    assert done.returncode == 0, done.stdout[-3000:]
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results["exchanged"] and results["left_out"] and results["missing"]
+    assert results["encoder"] == 2 and results["from_live"]
+    for name in ("uninterrupted", "resumed", "from_store"):
+        assert results[name] == [2, 2, 2], name
+    assert results["equal"] == [True] * 3
+    assert results["swapped_live"] and results["kept"] and results["dormant"] == 2

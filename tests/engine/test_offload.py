@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
@@ -42,6 +44,25 @@ def test_closing_removes_the_file(tmp_path):
     assert len(list((tmp_path / "nvme").iterdir())) == 1
     offloader.close()
     assert not list((tmp_path / "nvme").iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_tensors(tmp_path):
+    tensors = {"a": torch.randn(100_000), "b": torch.zeros(0)}
+    before = tensors["a"].clone()
+    offloader = StateOffloader(OffloadConfig("disk"), "sft", tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written.*offload\.device=cpu") as caught:
+            offloader.offload(tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    assert torch.equal(tensors["a"], before) and not offloader.offloaded
+    assert offloader.offload(tensors) == 400_000
+    next(tmp_path.iterdir()).write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        offloader.reload()
 
 
 def test_a_path_is_for_a_disk():

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from dsasr import Recognizer, config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
-from dsasr.checkpoint.export_folder import LLM_FILES
+from dsasr.checkpoint.export_folder import CHECKSUMS, LLM_FILES
 from dsasr.checkpoint.locate import open_run_checkpoint
+from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.inference import export
@@ -48,8 +49,8 @@ def write_run(tiny: Path, run: Path, world_size: int, *overrides: str) -> Path:
             fragments[f"sft/master/{name}"] = fragments[f"sft/{name}"]
         name = f"rank-{rank:05d}.safetensors"
         files[name] = tensor_fragments.write_file(folder / name, fragments)
-    manifest = {"format": tensor_fragments.FORMAT, "steps": 42, "files": files}
-    (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+    manifest = {"format": FORMAT, "steps": 42, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     (run / "recipe.yaml").write_text(config.dump(cfg))
     return run
 
@@ -112,7 +113,7 @@ def test_automodel_loads_it_without_remote_code(exported):
 
 def test_nothing_of_the_training_is_exported(run, exported):
     names = {p.name for p in exported.rglob("*") if p.is_file()}
-    allowed = {"config.json", "cmvn.json", "model.safetensors", *LLM_FILES}
+    allowed = {"config.json", "cmvn.json", "model.safetensors", CHECKSUMS, *LLM_FILES}
     assert names <= allowed
     weights = load_file(exported / "model.safetensors")
     assert all(k.startswith(("encoder.", "adaptor.")) for k in weights)
@@ -154,6 +155,7 @@ def test_errors_name_what_cannot_be_exported_or_loaded(run, exported, tmp_path):
     for path in exported.iterdir():
         (broken / path.name).symlink_to(path)
     (broken / "config.json").unlink()
+    (broken / CHECKSUMS).unlink()
     values = json.loads((exported / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="format 99"):
@@ -162,6 +164,47 @@ def test_errors_name_what_cannot_be_exported_or_loaded(run, exported, tmp_path):
     (broken / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="lacks"):
         export.load_export(broken)
+
+
+def test_every_file_of_an_export_has_a_checksum_that_is_compared(run, exported, tmp_path):
+    files = {p.relative_to(exported).as_posix() for p in exported.rglob("*") if p.is_file()}
+    lines = (exported / CHECKSUMS).read_text().splitlines()
+    assert {line.partition("  ")[2] for line in lines} == files - {CHECKSUMS}
+    check = ["sha256sum", "--check", "--quiet", CHECKSUMS]
+    assert subprocess.run(check, cwd=exported, capture_output=True).returncode == 0
+    for name in ("model.safetensors", "llm/model.safetensors", "cmvn.json"):
+        model = tmp_path / name.replace("/", "-")
+        shutil.copytree(exported, model)
+        content = bytearray((model / name).read_bytes())
+        content[-3] ^= 1
+        (model / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} was altered.*export it again"):
+            export.load_export(model)
+        (model / name).unlink()
+        with pytest.raises(UserError, match=f"lacks {name}"):
+            export.load_export(model)
+        (model / CHECKSUMS).write_text("0  ../secret\n")
+        with pytest.raises(UserError, match="no checksum"):
+            export.load_export(model)
+    # As a hub's cache has it, and as an older version wrote it.
+    links = tmp_path / "links"
+    (links / "llm").mkdir(parents=True)
+    for name in files:
+        (links / name).symlink_to(exported / name)
+    expected = export.load_export(exported).model.state_dict()
+    for _ in range(2):
+        state = export.load_export(links).model.state_dict()
+        assert all(torch.equal(state[k], t) for k, t in expected.items())
+        (links / CHECKSUMS).unlink(missing_ok=True)
+
+
+def test_a_checkpoint_of_another_architecture_is_not_exported(tiny, run, tmp_path):
+    cfg = recipe.load(str(tiny), ["model.encoder.heads=4"])
+    reader = open_run_checkpoint(run)
+    reader.manifest["recipe"] = config.to_plain(recipe.load(str(tiny)))
+    with pytest.raises(UserError, match=r"another architecture.*model\.encoder\.heads=2"):
+        export.export_run(Builder(cfg), reader, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_tensors_written_one_by_one_are_safetensors(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from dsasr import config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.inference.model_from_run import RunModel, run_recipe
 from dsasr.utils.errors import UserError
@@ -37,8 +38,8 @@ def run(tiny, tmp_path_factory) -> Path:
                 checkpoint / "rank-00000.safetensors", fragments
             )
         }
-        manifest = {"format": tensor_fragments.FORMAT, "steps": 10 * number, "files": files}
-        (checkpoint / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+        manifest = {"format": FORMAT, "steps": 10 * number, "files": files}
+        (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     with open(checkpoint / "rank-00000.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"torn")

@@ -17,6 +17,7 @@ from dsasr import config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint
+from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
 from dsasr.data.batch import Batch
 from dsasr.inference import export
@@ -346,8 +347,8 @@ def write_checkpoint(model, folder: Path, world_size: int, trained: tuple[str, .
     digests = {
         name: tensor_fragments.write_file(folder / name, part) for name, part in files.items()
     }
-    manifest = {"format": tensor_fragments.FORMAT, "steps": 42, "files": digests}
-    (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+    manifest = {"format": FORMAT, "steps": 42, "files": digests}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.manifest import read_manifest
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.tracking import swap_replay
 from dsasr.tracking.run_log import read_events, read_metrics
@@ -54,11 +54,11 @@ def test_two_jobs_are_killed_resumed_and_repeated_in_one(start, tmp_path):
     swaps = events(run / "sft", "swap")
     assert swaps[-1]["cause"] == "final" and swaps[-1]["pretrain"] == 28
     for swap in swaps:
-        manifest = tensor_fragments.read_manifest(run / "snapshots" / swap["snapshot"])
+        manifest = read_manifest(run / "snapshots" / swap["snapshot"])
         assert manifest["checksum"] == swap["checksum"]
     # The same swaps in one job: the same losses and weights, bit for bit.
     both = tmp_path / "both"
-    job = start(f"run={both}", slow, *swap_replay.overrides(run / "sft"))
+    job = start(f"run={both}", slow, "store.keep=1", *swap_replay.overrides(run / "sft"))
     assert job.wait() == [0, 0], job.output[-3000:]
     assert sft_losses(both) == sft_losses(run / "sft")
     again = [(e["pretrain"], e["sft"]) for e in events(both, "swap")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from dsasr import recipe
 from dsasr.checkpoint import snapshot_store, tensor_fragments, zero_partition
+from dsasr.checkpoint.manifest import DIGEST
 from dsasr.config import fingerprint, to_plain
 from dsasr.stages import Snapshot
 from dsasr.tracking import timeline_plot
@@ -118,6 +120,30 @@ def test_a_bad_encoder_is_refused_and_the_branch_unchanged(tiny, tmp_path, fault
     with pytest.raises(UserError, match="final encoder cannot be used"):
         trainer.swap_encoder(branch, trainer.next_turn().load)
     assert branch.checksum("") == before
+    trainer.close()
+
+
+def test_an_odd_manifest_is_refused_once_and_hides_no_other(tiny, tmp_path):
+    trainer = sft_trainer(tiny, tmp_path / "run")
+    publish(trainer, 5, "drift")
+    publish(trainer, 9, "drift", seed=1)
+    path = trainer.encoder_swap.store.folder / "encoder-000000009" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("cause", DIGEST)}))
+    for _ in range(3):
+        assert trainer.next_turn().load.id == "encoder-000000005"
+    refusals = events(trainer.recipe.folder, "refused")
+    assert [r["snapshot"] for r in refusals] == ["encoder-000000009"]
+    assert "lacks 'cause'" in refusals[0]["reason"]
+    assert trainer.encoder_swap.state()["refused"] == []  # it may be mended
+    path.write_text(json.dumps(manifest))
+    assert trainer.next_turn().load.id == "encoder-000000009"
+    # A checksum that is not its encoder's stops the job in one line.
+    del manifest[DIGEST]
+    path.write_text(json.dumps(manifest | {"checksum": "0"}))
+    with pytest.raises(UserError, match="manifest 0: remove it") as caught:
+        trainer.swap_encoder(in_stage(trainer, 0), trainer.next_turn().load)
+    assert "\n" not in str(caught.value)
     trainer.close()
 
 

@@ -15,7 +15,8 @@ from dsasr import Recognizer, config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint
-from dsasr.checkpoint.tensor_fragments import MANIFEST, FragmentReader
+from dsasr.checkpoint.manifest import MANIFEST
+from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.model import lora

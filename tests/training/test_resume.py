@@ -10,9 +10,11 @@ import torch
 
 from dsasr import config, recipe
 from dsasr.build import Builder
-from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.manager import CheckpointManager
-from dsasr.checkpoint.tensor_fragments import Fragment
+from dsasr.checkpoint.manifest import DIGEST, FORMAT, MANIFEST
+from dsasr.checkpoint.merge import average
+from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
+from dsasr.stages import Progress
 from dsasr.training import resume
 from dsasr.utils.errors import UserError
 
@@ -23,7 +25,9 @@ def two_checkpoints(tiny: Path, folder: Path) -> CheckpointManager:
     manager = CheckpointManager(folder / "checkpoints", cfg.checkpoint)
     for steps in (1, 2):
         weights = {"w": Fragment((3,), 0, torch.full((3,), float(steps)))}
-        manager.save(steps, weights, {"recipe": config.to_plain(cfg)})
+        state = dict.fromkeys(resume.STATE) | {"recipe": config.to_plain(cfg)}
+        progress = config.to_plain(Progress())
+        manager.save(steps, weights, {**state, "progress": progress, "branches": {}})
     return manager
 
 
@@ -97,10 +101,38 @@ def test_a_check_before_the_ranks_meet_refuses_the_same(tiny, tmp_path):
         with pytest.raises(UserError, match=says):
             check(*overrides)
     (tmp_path / "snapshot").mkdir()
-    text = json.dumps({"format": tensor_fragments.FORMAT, "files": {}})
-    (tmp_path / "snapshot" / tensor_fragments.MANIFEST).write_text(text)
+    text = json.dumps({"format": FORMAT, "files": {}})
+    (tmp_path / "snapshot" / MANIFEST).write_text(text)
     with pytest.raises(UserError, match="is no checkpoint of a run"):
         check(f"resume={tmp_path / 'snapshot'}")
+
+
+def test_only_a_whole_checkpoint_of_this_architecture_is_resumed(tiny, tmp_path):
+    manager = two_checkpoints(tiny, tmp_path / "run")
+    path = manager.list()[0]
+    # The same weights with other heads compute something else, also where changes are allowed.
+    for named in ([], [f"resume={path}"]):
+        with pytest.raises(UserError, match=r"another architecture.*model\.encoder\.heads=2"):
+            found_steps(tiny, manager, "model.encoder.heads=4", "allow_changed=true", *named)
+    mean = average([FragmentReader(p) for p in manager.list()], tmp_path / "mean")
+    with pytest.raises(UserError, match=r"no checkpoint to resume from \(average\)"):
+        found_steps(tiny, manager, f"resume={mean}")
+    file = next(path.glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a flipped bit
+    with pytest.raises(UserError, match=r"^resume=.*sha256") as caught:
+        found_steps(tiny, manager, f"resume={path}")
+    assert "\n" not in str(caught.value)
+    file.write_bytes(whole)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["steps"] = 3  # so it would not trip on its weights, but count wrongly
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="its manifest was altered"):
+        found_steps(tiny, manager, f"resume={path}")
+    del manifest[DIGEST], manifest["streams"]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has no 'streams'"):
+        found_steps(tiny, manager, f"resume={path}")
 
 
 def test_the_recipe_is_saved_in_the_run_folder(tiny, tmp_path):

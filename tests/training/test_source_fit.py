@@ -10,6 +10,8 @@ import pytest
 
 from dsasr import config, recipe
 from dsasr.checkpoint import tensor_fragments, zero_partition
+from dsasr.checkpoint.export_folder import CHECKSUMS
+from dsasr.checkpoint.manifest import DIGEST, MANIFEST
 from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.utils.errors import UserError
 
@@ -107,7 +109,12 @@ def test_a_torn_or_altered_source_is_refused(source, tmp_path, trainer_of):
         shutil.copytree(source / name, tmp_path / name)
     (tmp_path / "run" / "snapshots" / "PUBLISHER").unlink()
     file = tmp_path / "model" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
+    shutil.copytree(tmp_path / "model", tmp_path / "older")
+    (tmp_path / "older" / CHECKSUMS).unlink()
+    (tmp_path / "older" / file.name).write_bytes(file.read_bytes()[:-8])
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
     snapshot, checkpoint = snapshot_of(tmp_path / "run"), checkpoint_of(tmp_path / "run")
     for folder in (snapshot, checkpoint):
         file = folder / "rank-00000.safetensors"
@@ -115,7 +122,8 @@ def test_a_torn_or_altered_source_is_refused(source, tmp_path, trainer_of):
         content[-1] ^= 1  # a flipped bit
         file.write_bytes(content)
     for override, words in (
-        (f"init_from={tmp_path / 'model'}", r"model\.safetensors cannot be read"),
+        (f"init_from={tmp_path / 'model'}", r"model\.safetensors was altered"),
+        (f"init_from={tmp_path / 'older'}", r"model\.safetensors cannot be read"),
         (f"init_from={tmp_path / 'run'}", "no whole checkpoint.*altered"),
         (f"init_from={checkpoint}", "altered"),
         (f"encoder_from={snapshot}", "altered"),
@@ -130,10 +138,10 @@ def test_a_snapshot_of_another_architecture_is_refused(source, tmp_path, known, 
     """By its own settings, by the recipe of its run, or where neither is there by a fingerprint."""
     folder = tmp_path / "runs" / "snapshots" / "encoder-000000000"
     shutil.copytree(snapshot_of(source / "run"), folder)
-    manifest = json.loads((folder / tensor_fragments.MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     if known != "manifest":
-        del manifest["encoder"]
-        (folder / tensor_fragments.MANIFEST).write_text(json.dumps(manifest))
+        del manifest["encoder"], manifest[DIGEST]  # an older one has neither
+        (folder / MANIFEST).write_text(json.dumps(manifest))
     if known == "recipe":
         shutil.copy(source / "run" / "recipe.yaml", folder.parents[1])
     words = "may be of another architecture" if known == "fingerprint" else r"encoder\.heads=2"

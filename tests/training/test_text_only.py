@@ -12,7 +12,8 @@ import torch
 from dsasr import config, recipe
 from dsasr.build import Builder
 from dsasr.checkpoint.locate import open_run_checkpoint
-from dsasr.checkpoint.tensor_fragments import MANIFEST, FragmentReader
+from dsasr.checkpoint.manifest import MANIFEST
+from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.text.phonemes import PhonemeVocab
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel

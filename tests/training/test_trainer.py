@@ -11,6 +11,7 @@ import torch
 
 from dsasr import recipe
 from dsasr.checkpoint import tensor_fragments
+from dsasr.checkpoint.manifest import read_manifest
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.tracking.run_log import METRICS, read_events, read_metrics
 from dsasr.training.trainer import Trainer
@@ -226,9 +227,7 @@ def test_a_full_store_costs_swaps_not_the_run(whole, launch, tiny, tmp_path):
     assert events(folder, "finished")
 
     assert pretrain_losses(folder) == pretrain_losses(whole)
-    snapshot, expected = (
-        tensor_fragments.read_manifest(r / "snapshots/encoder-000000020") for r in (folder, whole)
-    )
+    snapshot, expected = (read_manifest(r / "snapshots/encoder-000000020") for r in (folder, whole))
     assert snapshot["checksum"] == expected["checksum"]
 
 
@@ -246,8 +245,8 @@ def test_pretraining_alone_and_a_reader_whose_marks_fail(whole, launch, tiny, tm
     # Beside an sft branch, with swaps, pretraining is what it is alone, bit for bit.
     assert pretrain_losses(tmp_path / "a" / "pretrain") == pretrain_losses(whole)
     final = "encoder-000000020"
-    manifest = tensor_fragments.read_manifest(store / final)
-    expected = tensor_fragments.read_manifest(whole / "snapshots" / final)
+    manifest = read_manifest(store / final)
+    expected = read_manifest(whole / "snapshots" / final)
     assert all(manifest[key] == expected[key] for key in ("files", "checksum"))
     # The encoders are there already, so only rank 0's marks fail; no rank is left alone by it.
     done = launch(program, "--recipe", tiny, f"run={tmp_path / 'b'}", "branch=sft",
