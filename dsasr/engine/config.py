@@ -44,11 +44,6 @@ class EngineConfig:
         ranges.check(self)
         settings = read_ds_config(self.deepspeed)
         check_keys(settings, self.deepspeed)
-        if zero_stage(settings) not in (1, 2, 3):
-            raise UserError(
-                f"engine.deepspeed={self.deepspeed}: zero_optimization.stage is "
-                f"{zero_stage(settings)}, and must be 1, 2 or 3"
-            )
         needs_nvme = on_nvme(settings)
         if needs_nvme and not self.nvme:
             raise UserError(
@@ -77,11 +72,6 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
     if not isinstance(zero, dict):
         raise UserError(f"{path} must hold a mapping, and so must its zero_optimization")
     return settings
-
-
-def zero_stage(settings: dict[str, Any]) -> Any:
-    """The stage of ZeRO under these settings; 0, DeepSpeed's default, partitions nothing."""
-    return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 def on_nvme(settings: dict[str, Any]) -> bool:

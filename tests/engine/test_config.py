@@ -17,8 +17,8 @@ from dsasr.utils.errors import UserError
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"zero_optimization": {"stage": 0}}', "stage is 0, and must be 1, 2 or 3"),
-        ("{}", "stage is 0"),
+        ('{"zero_optimization": {"stage": 0}}', "stage must be 1, 2 or 3, not 0"),
+        ("{}", "no mapping 'zero_optimization' with a 'stage'"),
         ('{"zero_optimization": {"stage": "3"}}', "must be 1, 2 or 3"),
         ('{"zero_optimization": 3}', "must hold a mapping"),
         ("[]", "must hold a mapping"),
