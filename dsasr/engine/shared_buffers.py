@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from pathlib import Path
 
 from dsasr.utils import distributed
 
 FOLDER = Path("/dev/shm")
-SETTLED = 600.0  # seconds after which all ranks of a job have mapped each other's buffers
 
 
 def _name(rank: int | str) -> str:
@@ -29,15 +27,26 @@ def unlink_own() -> None:
 
 
 def unlink_left() -> None:
-    """Remove this user's buffers of jobs that were killed while they started.
+    """Remove this user's buffers that no process has open: of jobs that were killed while they
+    started.
 
-    A job that still runs keeps what it has mapped. One with this job's port is spared: a rank may
-    have mapped it just now.
+    Those with this job's port are spared: another rank may be about to use them.
     """
-    for path in FOLDER.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > SETTLED and not path.match(_name("*")):
-                _unlink(path)
+    buffers = FOLDER.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")
+    left = {str(path) for path in buffers if not path.match(_name("*"))}
+    for path in left - _open_files() if left else ():
+        _unlink(Path(path))
+
+
+def _open_files() -> set[str]:
+    """Files that processes of this machine have open, of those that this user may see."""
+    files = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # another user's, or it has ended
+            for handle in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    files.add(os.readlink(handle))
+    return files
 
 
 def _unlink(path: Path) -> None:
