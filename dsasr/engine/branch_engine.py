@@ -44,7 +44,7 @@ from dsasr.checkpoint.tensor_fragments import (
     checksum,
 )
 from dsasr.data.batch import Batch
-from dsasr.engine import zero_hooks
+from dsasr.engine import shared_buffers, zero_hooks
 from dsasr.engine.config import (
     EngineConfig,
     deepspeed_settings,
@@ -87,9 +87,11 @@ def init_distributed(timeout: float = 0.0) -> None:
         torch.cuda.set_device(distributed.device())
     backend = "nccl" if distributed.device().type == "cuda" else "gloo"
     options = {"timeout": datetime.timedelta(seconds=timeout)} if timeout else {}
+    shared_buffers.unlink_left()
     deepspeed.init_distributed(
         dist_backend=backend, verbose=False, auto_mpi_discovery=False, **options
     )
+    shared_buffers.unlink_own()
 
 
 @functools.lru_cache(maxsize=1)

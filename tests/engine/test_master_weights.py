@@ -202,6 +202,7 @@ def test_two_ranks_lose_no_master_to_a_stage_a_resume_or_a_swap(launch, tmp_path
     done = launch(program, tmp_path, deepspeed)
     assert done.returncode == 0, done.stdout[-3000:]
     results = json.loads((tmp_path / "found.json").read_text())
+    assert results["left"] == []
     assert results["exchanged"] and results["left_out"] and results["missing"]
     assert results["encoder"] == 2 and results["from_live"]
     for name in ("uninterrupted", "resumed", "from_store"):

@@ -7,6 +7,7 @@ usage: master_weights_two.py OUT DEEPSPEED
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def main() -> None:
     branch_engine.init_distributed()
     config = EngineConfig(deepspeed=deepspeed, precision="bf16")
     results: dict = exchange()
+    buffers = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"
+    results["left"] = [path.name for path in Path("/dev/shm").glob(buffers)]
 
     def fresh(name: str) -> BranchEngine:
         parts = ("encoder", "ctc") if name == "pretrain" else ("encoder", "adaptor", "llm")
