@@ -119,7 +119,8 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_training(j
     second = lines(run, "requeues")[1]
     assert second["start"] == 1, second
     node = ranks[1]["node"]
-    assert second["cause"] == f"train ended with 137: {second['node']}, task 1: Killed", second
+    killed = f"train ended with 137: {second['node']}, task 1: Killed"
+    assert second["node"] and second["cause"].startswith(killed), second
     jobs.cluster.kill_node(node, ranks[1]["pid"])
     jobs.cluster.mark(node, "down")  # as Slurm does by itself after SlurmdTimeout
     jobs.cluster.wait(job, until=lambda: jobs.cluster.show(job, "Restarts") == "3")
@@ -210,7 +211,7 @@ def test_the_asynchronous_pair(jobs):
     rank = jobs.held(job, run / "pretrain", 0, whole="step-0000000014")[0]
     os.kill(rank["pid"], signal.SIGKILL)
     jobs.finish(job, run)
-    assert lines(run, "requeues")[0]["cause"] == "pretrain ended with 137"
+    assert lines(run, "requeues")[0]["cause"].startswith("pretrain ended with 137: n")
     for branch in ("pretrain", "sft"):
         assert events(run / branch, "finished"), told(run)
     swap = events(run / "sft", "swap")[-1]
