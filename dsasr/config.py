@@ -68,7 +68,8 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     try:
         return cls(**arguments)
     except OutOfRange as error:
-        raise UserError(f"{path}.{error}" if path else str(error)) from None
+        where = f"{path}.{error.key}" if path else error.key
+        raise UserError(f"{where} {error.reason}") from None
 
 
 def _abbreviated(value: Any) -> str:

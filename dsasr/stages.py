@@ -106,7 +106,7 @@ class StageConfig:
                 "none: give it swaps=true, or leave it out"
             )
         if self.text_share and self.branch != "sft":
-            raise UserError(f"{where}: text_share is for stages of branch sft")
+            raise UserError(f"{where}: text_share needs a stage in branch sft")
         if self.text_only and (speech := {"encoder", "encoder_lora", "ctc"} & set(self.trains)):
             raise UserError(f"{where}: text alone cannot train '{min(speech)}'; lower text_share")
         if not self.objective:

@@ -50,10 +50,10 @@ class Range:
 
 
 class OutOfRange(UserError):
-    """A number outside its range: ``key`` of the dataclass, and what is wrong with it."""
+    """A number outside its range: ``key`` of the dataclass ``owner``, and what is wrong with it."""
 
-    def __init__(self, key: str, reason: str):
-        super().__init__(f"{key} {reason}")
+    def __init__(self, owner: str, key: str, reason: str):
+        super().__init__(f"{owner}.{key} {reason}")
         self.key, self.reason = key, reason
 
 
@@ -69,13 +69,14 @@ Decibels = Annotated[float, Range(-200, 200)]
 
 def check(instance: Any) -> None:
     """Raise `OutOfRange` for the first number of a dataclass that is not in its range."""
+    owner = type(instance).__name__
     for name, hint in hints(type(instance)).items():
         for key, value, limits in _numbers(hint, getattr(instance, name), name):
             if value not in limits:
                 if -LARGEST <= value <= LARGEST:
-                    raise OutOfRange(key, f"must be {limits}, not {value:g}")
+                    raise OutOfRange(owner, key, f"must be {limits}, not {value:g}")
                 shown = value if isinstance(value, float) else "a number of that size"
-                raise OutOfRange(key, f"must be {limits} and finite, not {shown}")
+                raise OutOfRange(owner, key, f"must be {limits} and finite, not {shown}")
 
 
 @functools.cache

@@ -40,13 +40,13 @@ def decibels(power: torch.Tensor) -> float:
      {"silence": -1.0}, {"kinds": ()}, {"kinds": ("rain",)}],
 )  # fmt: skip
 def test_impossible_augmentation_is_refused(bad):
-    with pytest.raises(UserError, match="augment"):
+    with pytest.raises(UserError, match=r"augment|AugmentConfig"):
         AugmentConfig(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"freq_masks": -1}, {"time_share": 1.5}, {"time_width": -1}])
 def test_impossible_masks_are_refused(bad):
-    with pytest.raises(UserError, match="spec"):
+    with pytest.raises(UserError, match="SpecAugmentConfig"):
         SpecAugmentConfig(**bad)
 
 

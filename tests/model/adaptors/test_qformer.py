@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused(new):
         AdaptorConfig(kind="qformer", stack=4, queries=3)
     with pytest.raises(UserError, match="stack of at least 2"):
         AdaptorConfig(kind="qformer", stack=1)
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="layers must be from 1 to"):
         AdaptorConfig(kind="qformer", layers=0)
     with pytest.raises(UserError, match="activation has no effect on an adaptor of kind qformer"):
         AdaptorConfig(kind="qformer", activation="relu")
