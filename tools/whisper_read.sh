@@ -25,9 +25,9 @@ train=(dsasr train --recipe whisper-read --ranks "$((gpus ? gpus : 1))" "run=$ru
 "${train[@]}" branch=pretrain
 # The language model reads text with the errors that this head makes.
 confusions=$corpus/confusions.json
-dsasr data confusions "$run" --data "$corpus/shards/train" --out "$confusions"
+dsasr data confusions "$run/pretrain" --data "$corpus/shards/train" --out "$confusions"
 "${train[@]}" branch=sft "data.text_only.confusions=$confusions"
 echo "The CTC head alone, greedy, on utterances that it did not train on:"
-dsasr data confusions "$run" --data "$corpus/shards/valid"
+dsasr data confusions "$run/pretrain" --data "$corpus/shards/valid"
 dsasr evaluate "$run" --data "$corpus/shards/valid" --report
 echo "Time: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"

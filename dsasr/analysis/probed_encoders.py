@@ -14,7 +14,7 @@ from torch import Tensor
 from dsasr import config
 from dsasr.build import Builder
 from dsasr.checkpoint import architecture, zero_partition
-from dsasr.checkpoint.locate import open_run_checkpoint, open_verified, run_folder
+from dsasr.checkpoint.locate import is_run, open_run_checkpoint, open_verified, run_folder
 from dsasr.checkpoint.manifest import require
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.frontends import FrontEnd
@@ -86,9 +86,8 @@ def open_checkpoint(path: str | Path) -> ProbedEncoder:
     branch's, else that of the snapshot in use. Raises `UserError` for a broken checkpoint.
     """
     path = Path(path)
-    is_run = (path / "recipe.yaml").is_file()
     try:
-        reader = open_run_checkpoint(path) if is_run else open_verified(path)
+        reader = open_run_checkpoint(path) if is_run(path) else open_verified(path)
         return _from_checkpoint(path, reader, Builder(run_recipe(run_folder(path))))
     except FragmentError as error:
         raise UserError(f"{path} cannot be measured: {error}") from None

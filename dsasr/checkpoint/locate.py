@@ -25,10 +25,15 @@ def checkpoint_name(steps: int) -> str:
 
 
 def checkpoint_folder(run: Path) -> Path:
-    """The folder of a run's checkpoints; of a concurrent run, that of its sft job."""
-    folder = run / "checkpoints"
-    concurrent = run / "sft" / "checkpoints"
-    return concurrent if concurrent.is_dir() and not folder.is_dir() else folder
+    """The folder of a run's checkpoints; of a concurrent run that of its sft job, or until that has
+    any, of its pretrain job."""
+    folders = [path / "checkpoints" for path in (run, run / "sft", run / "pretrain")]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is the folder of a run, concurrent or not."""
+    return any((path / job / "recipe.yaml").is_file() for job in ("", "sft", "pretrain"))
 
 
 def run_folder(path: Path) -> Path:

@@ -22,8 +22,8 @@ def write(folder: Path, steps: int, torn: bool = False) -> Path:
     return path
 
 
-@pytest.mark.parametrize("job", ["", "sft"])
-def test_the_newest_whole_one_of_a_run_or_of_its_sft_job(tmp_path, job):
+@pytest.mark.parametrize("job", ["", "sft", "pretrain"])
+def test_the_newest_whole_one_of_a_run_or_of_one_of_its_jobs(tmp_path, job):
     folder = tmp_path / job / "checkpoints"
     for steps in (9, 10, 20):
         write(folder, steps, torn=steps == 20)
@@ -33,6 +33,15 @@ def test_the_newest_whole_one_of_a_run_or_of_its_sft_job(tmp_path, job):
     assert path.name == "step-0000000010" and "step-0000000020" in problems[0]
     assert locate.open_run_checkpoint(tmp_path).manifest["steps"] == 10
     assert locate.open_run_checkpoint(tmp_path, "step-0000000009").manifest["steps"] == 9
+
+
+def test_a_concurrent_runs_sft_job_goes_first_and_its_folder_is_a_runs(tmp_path):
+    assert not locate.is_run(tmp_path)
+    for job in ("pretrain", "sft"):
+        write(tmp_path / job / "checkpoints", 3)
+        (tmp_path / job / "recipe.yaml").touch()
+        assert locate.is_run(tmp_path) and locate.is_run(tmp_path / job)
+        assert locate.checkpoint_folder(tmp_path) == tmp_path / job / "checkpoints"
 
 
 def test_one_by_path(tmp_path):
