@@ -38,7 +38,6 @@ _BOTH = {
     "contiguous_gradients": _flag,
     "reduce_scatter": _flag,
     "reduce_bucket_size": _number,
-    _OFFLOAD: lambda value: value is None or isinstance(value, Mapping),
 }
 STAGE_KEYS: dict[int, dict[str, Callable[[Any], bool]]] = {
     1: _BOTH
@@ -49,6 +48,7 @@ STAGE_KEYS: dict[int, dict[str, Callable[[Any], bool]]] = {
     },
     3: _BOTH
     | {
+        _OFFLOAD: lambda value: value is None or isinstance(value, Mapping),
         "sub_group_size": _number,
         "stage3_prefetch_bucket_size": _number,
         "stage3_param_persistence_threshold": _number,
@@ -141,7 +141,8 @@ _OFF = {
     "zero_hpz_partition_size": 1, "load_from_fp32_weights": True, "compute_grad_norm": True,
     "memory_efficient_linear": True, "override_module_apply": True, "ratio": 1.0,
     "ignore_unused_parameters": True, "zero_allow_untested_optimizer": True,
-    "offload_param": {"device": "none"}, "sequence_parallel_size": 1, "mics_shard_size": -1,
+    "offload_param": {"device": "none"}, _OFFLOAD: {"device": "none"},
+    "sequence_parallel_size": 1, "mics_shard_size": -1,
     "gradient_predivide_factor": 1.0,
 }  # fmt: skip
 
@@ -162,12 +163,14 @@ def check_keys(settings: Any, name: str) -> None:
     _check(name, "", settings, TOP_KEYS, top)
     zero_refused = _REFUSED_ZERO | dict.fromkeys(_UNTESTED_ZERO, _UNTESTED)
     zero_refused |= dict.fromkeys(elsewhere, f"has no effect with stage {stage}")
+    if _OFFLOAD in elsewhere:
+        zero_refused[_OFFLOAD] = "needs stage 3: with 1 and 2 DeepSpeed 0.19 loses track of masters"
     _check(name, f"{_ZERO}.", zero, STAGE_KEYS[stage], zero_refused)
-    offload = zero.get(_OFFLOAD) or {}
+    offload = (zero.get(_OFFLOAD) or {}) if stage == 3 else {}
     refused = _REFUSED_OFFLOAD | dict.fromkeys(_UNTESTED_OFFLOAD, _UNTESTED)
     _check(name, f"{_ZERO}.{_OFFLOAD}.", offload, OFFLOAD_KEYS, refused)
     _check(name, "aio.", settings.get("aio", {}), AIO_KEYS, dict.fromkeys(_UNTESTED_AIO, _UNTESTED))
-    _check_offload(name, settings, offload.get("device", "none"), stage)
+    _check_offload(name, settings, offload.get("device", "none"))
 
 
 def _check(
@@ -188,14 +191,12 @@ def _check(
             raise UserError(f"{where} {refused[key]}")
 
 
-def _check_offload(name: str, settings: Mapping[str, Any], device: str, stage: int) -> None:
+def _check_offload(name: str, settings: Mapping[str, Any], device: str) -> None:
     where = f"engine.deepspeed={name}:"
     if device != "none" and settings.get("zero_force_ds_cpu_optimizer", True):
         raise UserError(
             f'{where} with {_OFFLOAD} it needs "zero_force_ds_cpu_optimizer": false: the '
             "optimizer is torch's AdamW, not DeepSpeed's"
         )
-    if device == "nvme" and stage != 3:
-        raise UserError(f"{where} {_OFFLOAD}.device=nvme needs stage 3, not {stage}")
     if "aio" in settings and device != "nvme":
         raise UserError(f"{where} 'aio' has no effect without {_OFFLOAD}.device=nvme")

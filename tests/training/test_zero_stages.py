@@ -36,11 +36,13 @@ def checkpoint_at(folder: Path, steps: int) -> FragmentReader:
 
 @pytest.fixture(scope="module")
 def trained(launch, tiny, tmp_path_factory):
-    """``trained(name, zero, source, steps)``: a run under ZeRO stage ``zero``, from the start or
-    resumed from the checkpoint of ``source`` after ``steps`` steps."""
+    """``trained(name, zero, source, steps, *overrides)``: a run under ZeRO stage ``zero``, from the
+    start or resumed from the checkpoint of ``source`` after ``steps`` steps."""
     root = tmp_path_factory.mktemp("zero")
 
-    def run(name: str, zero: int, source: Path | None = None, steps: int = 0) -> Path:
+    def run(
+        name: str, zero: int, source: Path | None = None, steps: int = 0, *overrides: str
+    ) -> Path:
         folder = root / name
         if source is not None:
             shutil.copytree(source, folder)
@@ -49,7 +51,7 @@ def trained(launch, tiny, tmp_path_factory):
                 if int(path.name[5:]) > steps:
                     shutil.rmtree(path)
         done = launch(TRAIN, "--recipe", tiny, f"run={folder}", f"engine.deepspeed=zero{zero}",
-                      "allow_changed=true", *SHORT)  # fmt: skip
+                      "allow_changed=true", *SHORT, *overrides)  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:]
         if source is not None:
             assert f"resumed from checkpoint step-{steps:010d}" in done.stdout, done.stdout[-3000:]
@@ -91,6 +93,24 @@ def test_zero_3_resumes_as_zero_1_and_back(trained):
     assert expected[16]["lr_encoder"] < expected[16]["lr_adaptor"]
     for run in (as_zero_1, back):
         assert largest_difference(checkpoint_at(run, 17), checkpoint_at(zero_3, 17)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_bf16_masters_reach_the_joint_stage_through_a_resume(trained):
+    """Resumed after the final swap, in a stage that does not train the encoder."""
+    more = ("engine.precision=bf16", "stages.ia_sft.steps=4")
+    whole = trained("bf16", 1, None, 0, *more)
+    resumed = trained("bf16-resumed", 1, whole, 15, *more)
+    at_joint, end = checkpoint_at(resumed, 18), (checkpoint_at(f, 20) for f in (whole, resumed))
+    masters = [k for k in at_joint.shapes if k.startswith("sft/master/encoder.")]
+    exact = [
+        k for k in masters
+        if not torch.equal(at_joint.whole(k), at_joint.whole(k.replace("/master", "")).float())
+    ]  # fmt: skip
+    assert len(masters) > 10 and len(exact) > len(masters) // 2
+    assert largest_difference(*end) == 0
+    assert metrics_by_step(resumed)[20]["nll"] == metrics_by_step(whole)[20]["nll"]
 
 
 def largest_difference(a: FragmentReader, b: FragmentReader) -> float:
