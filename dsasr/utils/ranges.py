@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from dsasr.utils.errors import UserError
 
-LARGEST = 1e15  # of any number: far above every setting
+LARGEST = 1e15  # of any number, far above every setting: what is larger counts as infinite
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def check(instance: Any) -> None:
                 if -LARGEST <= value <= LARGEST:
                     raise OutOfRange(owner, key, f"must be {limits}, not {value:g}")
                 shown = value if isinstance(value, float) else "a number of that size"
-                raise OutOfRange(owner, key, f"must be {limits} and finite, not {shown}")
+                raise OutOfRange(
+                    owner, key, f"must be {limits}, and finite (at most {LARGEST:g}), not {shown}"
+                )
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
-from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig
+from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig, build_phonemizer
 from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.evaluation.eval_sets import Recording
 
@@ -21,6 +21,7 @@ def aligner() -> ProbedEncoder:
     data = SimpleNamespace(phonemizer=PhonemizerConfig(kind="stored"))
     build = SimpleNamespace(
         phonemes=PhonemeVocab.build([list("abcd")]),
+        phonemizer=build_phonemizer(data.phonemizer),
         recipe=SimpleNamespace(data=data),
         front_end=FbankFrontEnd(FbankConfig()),
     )

@@ -250,7 +250,7 @@ def test_phonemes_refuse_mistakes(tmp_path, refused):
     out = ("--out", tmp_path / "p.json")
     assert "no stored phonemes 1" in refused("phonemes", tmp_path / "x.tar", *out)
     assert "needs lexicons" in refused("phonemes", tmp_path / "x.tar", *out, "--kind", "lexicon")
-    assert "use stored, espeak, lexicon or characters" in refused(
+    assert "use stored, espeak, lexicon, characters or tokens" in refused(
         "phonemes", tmp_path / "x.tar", *out, "--kind", "guess"
     )
     assert not (tmp_path / "p.json").exists()

@@ -117,7 +117,7 @@ def test_any_other_key_is_refused_with_its_reason(tmp_path, tiny, stage, zero, t
 
 @pytest.mark.parametrize("settings", [[], {}, {"zero_optimization": True}, 3])
 def test_a_file_without_zero_is_refused(tmp_path, settings):
-    with pytest.raises(UserError, match="no mapping 'zero_optimization'"):
+    with pytest.raises(UserError, match=r"mapping.*zero_optimization"):
         EngineConfig(deepspeed=written(tmp_path, settings))
 
 

@@ -94,7 +94,7 @@ def test_two_nodes_train_to_the_end(whole):
     assert events(whole, "finished") and last(whole)["progress"]["sft"] == 22
     manifest = last(whole)
     assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    logs = {p.name.split("-", 1)[1] for p in (whole / "logs").glob("*node*")}
+    logs = {p.name.split("-", 1)[1] for p in (whole / "logs").glob("*-node*")}
     assert logs == {"train-node0.log", "train-node1.log"}
     assert (whole / "code/dsasr/train.py").is_file() and (whole / "recipe.yaml").is_file()
     assert not list((whole / "code").rglob("__pycache__"))

@@ -31,7 +31,7 @@ def new_trainer(tiny: Path, folder: Path, *overrides: str) -> Trainer:
 
 
 def sft_trainer(tiny: Path, folder: Path, *overrides: str) -> Trainer:
-    return new_trainer(tiny, folder, "branch=sft", "store.poll_seconds=0", *overrides)
+    return new_trainer(tiny, folder, "branch=sft", "store.poll_seconds=0.001", *overrides)
 
 
 def publish(trainer: Trainer, number: int, cause: str, seed: int = 0, fault: str = "") -> None:
@@ -62,12 +62,14 @@ def in_stage(trainer: Trainer, position: int):
 
 
 def test_a_late_publisher_by_recipe(tiny, tmp_path):
-    trainer = sft_trainer(tiny, tmp_path / "a", "store.late=stop", "store.silent_seconds=-1")
+    trainer = sft_trainer(tiny, tmp_path / "a", "store.late=stop", "store.silent_seconds=1.0e-6")
     assert trainer.next_turn().kind == "wait"
     with pytest.raises(UserError, match="publisher has been silent"):
         trainer.wait_for_encoder()
     trainer.close()
-    trainer = sft_trainer(tiny, tmp_path / "b", "store.late=continue", "store.silent_seconds=-1")
+    trainer = sft_trainer(
+        tiny, tmp_path / "b", "store.late=continue", "store.silent_seconds=1.0e-6"
+    )
     with pytest.raises(UserError, match="publisher has been silent"):
         trainer.wait_for_encoder()  # no encoder to continue with
     publish(trainer, 5, "drift")
@@ -84,7 +86,7 @@ def test_a_late_publisher_by_recipe(tiny, tmp_path):
     publish(trainer, 20, "final", seed=2)
     assert trainer.next_turn().load.id == "encoder-000000020"
     trainer.close()
-    trainer = sft_trainer(tiny, tmp_path / "c", "store.late=wait", "store.silent_seconds=-1")
+    trainer = sft_trainer(tiny, tmp_path / "c", "store.late=wait", "store.silent_seconds=1.0e-6")
     for _ in range(3):
         assert trainer.next_turn().kind == "wait"
         trainer.wait_for_encoder()

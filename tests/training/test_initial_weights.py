@@ -336,9 +336,12 @@ def test_check_tells_whether_a_source_fits(tiny, source, tmp_path, capsys, train
     with pytest.raises(UserError, match=r"\[32, 16\] there and \[48, 16\] here"):
         train.main([*arguments, "model.encoder.ffn=48"])
     # A run that resumes does not look.
-    trainer = trainer_of(tmp_path / "run")
+    there = shutil.copytree(source / "run", tmp_path / "there")
+    overrides = [f"run={tmp_path / 'run'}", f"model.init_from={there}", WHOLE]
+    trainer = trainer_of(tmp_path / "run", *overrides[1:])
     assert trainer.save()
-    assert train.main([*arguments, "model.init_from=/gone"]) == 0
+    shutil.rmtree(there)
+    assert train.main(["--recipe", str(tiny), "--check", *overrides]) == 0
 
 
 def test_a_store_knows_encoders_that_started_elsewhere(tiny):

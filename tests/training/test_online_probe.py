@@ -171,7 +171,7 @@ def test_cka_is_to_the_encoder_that_the_stage_began_with(tmp_path):
     # Utterances without a reference have no CKA.
     assert math.isnan(measured(resumed, joint, {"c": now["a"]}).cka_to_reference)
     # Another attempt at the first step takes it anew; another stage has its own.
-    other = Linear("late/joint", "encoder")
+    other = Linear("late.joint", "encoder")
     assert math.isnan(measured(resumed, other, now).cka_to_reference)
     for branch in (joint, other):
         assert resumed.take_reference(branch, 0) > 0

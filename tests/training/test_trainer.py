@@ -194,7 +194,7 @@ def test_a_used_folder_is_not_overwritten(whole, tiny):
 
 @pytest.mark.launcher
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, tmp_path):
-    rates = "stages.pretrain.trains={encoder: 1.0e+30, ctc: 1.0e+30}"
+    rates = "stages.pretrain.trains={encoder: 1.0e+15, ctc: 1.0e+15}"
     folder = tmp_path / "run"
     job = start(f"run={folder}", rates, "checkpoint.every_steps=1", "checkpoint.keep=99", world=1)
     assert job.wait() == [2]

@@ -181,7 +181,9 @@ def sft(
     """
     values = _recipe(system, kind, sizes, seed, corpus, run)
     first = published[0] if system.asynchronous else published[-1]
-    swaps = [{"pretrain": p, "sft": p - first} for p in published if p >= first]
+    # What comes after the last step is loaded when a stage needs the final encoder.
+    last = sizes.align + sizes.sft + sizes.joint - 1
+    swaps = [{"pretrain": p, "sft": min(p - first, last)} for p in published if p >= first]
     drift = values["drift"] | {"mode": "fixed", "swaps": swaps}
     values |= {"branch": "sft", "drift": drift, "store": {"path": str(store)}}
     if system.joint == "late":  # one checkpoint right before joint SFT, one at the end

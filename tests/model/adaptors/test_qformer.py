@@ -59,7 +59,7 @@ def test_it_is_torchs_attention_window_by_window(new, settings, length):
 
 def test_long_windows_take_the_fused_attention(new):
     """Beyond 512 queries on a CPU, as always on a GPU."""
-    adaptor = new(kind="qformer", stack=1200, queries=600, heads=2).double()
+    adaptor = new(kind="qformer", stack=1024, queries=1024, heads=2).double()
     frames = torch.randn(2, 1300, 5, dtype=torch.float64)
     embeds, _ = adaptor(frames, torch.tensor([1300, 50]), packed=True)
     expected = torch.cat((plain(adaptor, frames[0]), plain(adaptor, frames[1, :50])))
