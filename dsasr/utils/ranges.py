@@ -76,9 +76,7 @@ def check(instance: Any) -> None:
                 if -LARGEST <= value <= LARGEST:
                     raise OutOfRange(owner, key, f"must be {limits}, not {value:g}")
                 shown = value if isinstance(value, float) else "a number of that size"
-                raise OutOfRange(
-                    owner, key, f"must be {limits}, and finite (at most {LARGEST:g}), not {shown}"
-                )
+                raise OutOfRange(owner, key, f"must be {limits} and finite, not {shown}")
 
 
 @functools.cache
