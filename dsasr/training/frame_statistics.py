@@ -12,15 +12,16 @@ from dsasr.model.encoders.protocol import valid_frames
 from dsasr.utils import distributed
 
 
-def measure(engine: BranchEngine, batches: Sequence[Batch]) -> None:
+def measure(engine: BranchEngine, batches: Sequence[Batch]) -> bool:
     """Give the pretrain branch's CTC head the statistics of the frames of ``batches``.
 
     They are those of a run's first step, over all ranks, without SpecAugment. A head that has some,
-    from a checkpoint or another model, keeps them; one without convolutions needs none. Collective.
+    from a checkpoint or another model, keeps them; one without convolutions needs none. Returns
+    whether it has what it needs: not where no rank has an utterance. Collective.
     """
     head = engine.module.ctc
     if not head.layers or bool(head.frame_std_E.any()):
-        return
+        return True
     sums_3E = torch.zeros(
         3, len(head.frame_mean_E), dtype=torch.float64, device=head.frame_mean_E.device
     )
@@ -42,6 +43,9 @@ def measure(engine: BranchEngine, batches: Sequence[Batch]) -> None:
             )
     distributed.all_reduce_sum(sums_3E)
     count_E, total_E, squares_E = sums_3E
+    if not bool(count_E.any()):
+        return False
     mean_E = total_E / count_E
     head.frame_mean_E.copy_(mean_E)
     head.frame_std_E.copy_((squares_E / count_E - mean_E**2).clamp_min(0).sqrt())
+    return True

@@ -94,8 +94,9 @@ class Trainer:
         self.bad_samples = BadSampleLog(
             recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=distributed.rank()
         )
-        # The counts in the last bad_samples event.
         self._empty_steps: Counter[str] = Counter()  # this rank's last ones in a row, by branch
+        self._frames_are_known = recipe.pretrained_encoder is None  # or need no statistics
+        # The counts in the last bad_samples event.
         self._logged_bad_samples = reader.manifest["bad_samples"] if reader else {}
         # Before any collective call: no rank may write its file while rank 0 truncates it.
         self.bad_samples.resume(self._logged_bad_samples, reader.manifest["steps"] if reader else 0)
@@ -177,9 +178,8 @@ class Trainer:
         self._data_wait = time.monotonic() - started
         for batch in batches:
             self.bad_samples.add(batch.bad, steps=self.steps, stage=stage.name, epoch=batch.epoch)
-        first = stage.branch == "pretrain" and self.progress.pretrain == 0
-        if first and self.recipe.pretrained_encoder is not None:
-            frame_statistics.measure(engine, batches)
+        if stage.branch == "pretrain" and not self._frames_are_known:
+            self._frames_are_known = frame_statistics.measure(engine, batches)
         return batches
 
     def advance(self, turn: Turn) -> None:

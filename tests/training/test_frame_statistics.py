@@ -44,7 +44,7 @@ def batches() -> list[Batch]:
 
 def test_each_channel_has_mean_0_and_deviation_1_over_all_valid_frames():
     engine = engine_of(layers=1)
-    frame_statistics.measure(engine, batches())
+    assert frame_statistics.measure(engine, batches())
     encoder, head = engine.module.encoder, engine.module.ctc
     frames = []
     with torch.no_grad():
@@ -60,10 +60,18 @@ def test_each_channel_has_mean_0_and_deviation_1_over_all_valid_frames():
     torch.testing.assert_close(standardized_NE.std(0, correction=0), torch.ones(8))
 
 
+def test_a_step_without_utterances_leaves_them_to_the_next_one():
+    engine = engine_of(layers=1)
+    assert not frame_statistics.measure(engine, batches()[2:])
+    assert not engine.module.ctc.frame_std_E.any() and not engine.module.ctc.frame_mean_E.any()
+    assert frame_statistics.measure(engine, batches())
+    assert bool((engine.module.ctc.frame_std_E > 0).all())
+
+
 def test_a_head_that_has_statistics_keeps_them():
     engine = engine_of(layers=1)
     engine.module.ctc.frame_std_E.fill_(2.0)
-    frame_statistics.measure(engine, batches())
+    assert frame_statistics.measure(engine, batches())
     assert bool((engine.module.ctc.frame_std_E == 2).all())
     assert not engine.module.ctc.frame_mean_E.any()
 
