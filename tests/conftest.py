@@ -107,6 +107,24 @@ def tiny(tmp_path_factory) -> Path:
     return module.make(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory) -> Path:
+    """The folder of a tiny random Whisper, decoder included."""
+    import torch
+    from transformers import WhisperConfig, WhisperModel
+
+    folder = tmp_path_factory.mktemp("whisper")
+    shape = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
+             "encoder_ffn_dim": 32}  # fmt: skip
+    small = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    tokens = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+              "decoder_start_token_id": 1}  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        WhisperModel(WhisperConfig(**shape, **small, **tokens)).save_pretrained(folder)
+    return folder
+
+
 class Job:
     """Ranks of train.py, or of a program around it, started as the launcher would start them, each
     to be killed by itself."""

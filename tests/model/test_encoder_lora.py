@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import WhisperConfig, WhisperModel
 
 from dsasr import config, recipe
 from dsasr.analysis.probed_encoders import open_checkpoint, random_baseline
@@ -35,17 +34,8 @@ MATRICES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory) -> list[str]:
-    """What a recipe changes to start from a tiny random Whisper."""
-    folder = tmp_path_factory.mktemp("whisper")
-    torch.manual_seed(0)
-    shape = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
-             "encoder_ffn_dim": 32}  # fmt: skip
-    small = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
-    tokens = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-              "decoder_start_token_id": 1}  # fmt: skip
-    WhisperModel(WhisperConfig(**shape, **small, **tokens)).save_pretrained(folder)
+def of_whisper(folder: Path) -> list[str]:
+    """What the tiny recipe changes to start from a Whisper."""
     return [
         f"model.encoder={{path: {folder}}}", "data.cmvn=''", "model.adaptor.stack=8",
         "model.pretrain.chunks=null", "data.dataloader.batch.max_seconds=20",
@@ -55,7 +45,7 @@ def whisper(tmp_path_factory) -> list[str]:
 @pytest.fixture(params=["conformer", "whisper"])
 def load(request, tiny, whisper):
     """``load(*overrides)``: the tiny recipe with LoRA in its own encoder, or in a Whisper."""
-    base = whisper if request.param == "whisper" else []
+    base = of_whisper(whisper) if request.param == "whisper" else []
     return lambda *overrides: recipe.load(str(tiny), [*base, *MATRICES, *overrides])
 
 

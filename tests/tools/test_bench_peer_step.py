@@ -11,26 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from transformers import WhisperFeatureExtractor
 
 from dsasr.data.text.tokenizers import load_tokenizer
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.utils.errors import UserError
 
 BENCH = Path(__file__).parent.parent.parent / "tools" / "bench"
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("whisper")
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
-             "encoder_ffn_dim": 32, "decoder_layers": 1, "decoder_attention_heads": 2,
-             "decoder_ffn_dim": 8}  # fmt: skip
-    tokens = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-              "decoder_start_token_id": 1}  # fmt: skip
-    WhisperModel(WhisperConfig(**sizes, **tokens)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +90,7 @@ def test_the_fused_head_gives_the_peers_own_loss(peer, manifest, whisper, lm, nu
     for fused in (False, True):
         torch.manual_seed(0)
         options = peer.PeerOptions(fused=fused)
-        model = peer.load_model(whisper, lm, AdaptorConfig(stack=8), options).train()
+        model = peer.load_model(str(whisper), lm, AdaptorConfig(stack=8), options).train()
         model.freeze(("adaptor", "llm"))
         loss = model(**batch, num_items_in_batch=num_items)["loss"]
         loss.backward()
@@ -119,7 +106,7 @@ def test_an_encoder_for_any_length_is_whispers_own_at_30_seconds(peer, manifest,
     frames = []
     for longest in (False, True):
         options = peer.PeerOptions(longest=longest)
-        model = peer.load_model(whisper, lm, AdaptorConfig(stack=8), options)
+        model = peer.load_model(str(whisper), lm, AdaptorConfig(stack=8), options)
         frames.append(model.encode(batch["input_features"]).detach())
     torch.testing.assert_close(*frames)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from transformers import WhisperConfig, WhisperModel
 
 from dsasr import Recognizer, config, recipe
 from dsasr.build import Builder
@@ -26,19 +25,6 @@ from dsasr.utils.errors import UserError
 
 TRAIN = Path(__file__).parents[2] / "dsasr" / "train.py"
 LAST = "step-0000000042"
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whisper")
-    torch.manual_seed(0)
-    shape = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
-             "encoder_ffn_dim": 32}  # fmt: skip
-    small = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
-    tokens = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-              "decoder_start_token_id": 1}  # fmt: skip
-    WhisperModel(WhisperConfig(**shape, **small, **tokens)).save_pretrained(folder)
-    return folder
 
 
 def overrides(whisper: Path) -> list[str]:
