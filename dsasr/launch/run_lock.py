@@ -30,7 +30,7 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
 LOCK, STOP = "lock.json", "stop.json"
-JOB = "DSASR_START"  # variable: "JOB.START" of a Slurm job, set by slurm/job.sh
+SLURM_START = "DSASR_START"  # variable: "SLURM_START.START" of a Slurm job, set by slurm/job.sh
 BEAT = 10.0  # seconds between two beats
 STALE = 120.0  # without a new beat; NFS may show a file as it was a minute ago
 POLL = 1.0
@@ -53,7 +53,7 @@ class Owner:
     @classmethod
     def this_process(cls) -> Owner:
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        job = os.environ.get(JOB, "").split(".")[0] or os.environ.get("SLURM_JOB_ID", "")
+        job = os.environ.get(SLURM_START, "").split(".")[0] or os.environ.get("SLURM_JOB_ID", "")
         return cls(
             uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, job, _machine(),
             _pid_started(os.getpid()),

@@ -18,6 +18,7 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bad_samples import BadSampleLog, dropped_summary
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.step_report import StepReport
+from dsasr.launch.run_lock import SLURM_START
 from dsasr.launch.stop_request import StopRequest
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
@@ -35,7 +36,6 @@ from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 
-START = "DSASR_START"  # variable: job and start, set by slurm/job.sh
 EMPTY_STEPS = 50  # in a row without a usable sample on any rank, after which the run stops
 
 
@@ -306,7 +306,7 @@ class Trainer:
         causes = [c for c in distributed.all_gather_object(self.request.cause) if c]
         saved = self.save()
         # The batch script of a Slurm job takes the event as its own by the start's name.
-        start = {"start": os.environ[START]} if START in os.environ else {}
+        start = {"start": os.environ[SLURM_START]} if SLURM_START in os.environ else {}
         self.monitor.event("stopped", steps=self.steps, cause=causes[0], **start)
         self._plot()
         if not saved:
