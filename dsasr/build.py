@@ -23,13 +23,8 @@ from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.shards.storage import ShardStorage
-from dsasr.data.text.phonemes import (
-    PhonemeVocab,
-    Phonemizer,
-    Speller,
-    build_phonemizer,
-    lexicon_path,
-)
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
+from dsasr.data.text.phonemes import Phonemizer, Speller, build_phonemizer, lexicon_path
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import (
     Tokenizer,

@@ -14,7 +14,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.features import decode, fbank
 from dsasr.data.shards.index import build_index, read_sample
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.training import preflight
 from dsasr.utils.errors import UserError

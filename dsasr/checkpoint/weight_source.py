@@ -24,7 +24,7 @@ from dsasr.checkpoint.manifest import MANIFEST, FragmentError, read_manifest
 from dsasr.checkpoint.merge import weight_keys
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.tokenizers import load_tokenizer, vocabulary_fingerprint
 from dsasr.model import lora
 from dsasr.model.hf_weights import TensorFiles

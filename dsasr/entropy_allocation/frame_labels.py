@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dsasr.data.text.normalization import is_upper_case
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemes import (
     EspeakPhonemizer,
     MissingPhonemes,
-    PhonemeVocab,
     Phonemizer,
     StoredPhonemes,
     UnknownWord,

@@ -52,7 +52,8 @@ from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
-from dsasr.data.text.phonemes import PhonemeVocab, PhonemizerConfig, Speller, build_phonemizer
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
+from dsasr.data.text.phonemes import PhonemizerConfig, Speller, build_phonemizer
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.model import lora

@@ -30,7 +30,7 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 
 LOCK, STOP = "lock.json", "stop.json"
-SLURM_START = "DSASR_START"  # variable: "SLURM_START.START" of a Slurm job, set by slurm/job.sh
+SLURM_START = "DSASR_START"  # variable: "JOB.START" of a Slurm job, set by slurm/job.sh
 BEAT = 10.0  # seconds between two beats
 STALE = 120.0  # without a new beat; NFS may show a file as it was a minute ago
 POLL = 1.0

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.model import lora
 from dsasr.model.adaptors.protocol import Adaptor, build_adaptor
 from dsasr.model.ctc import CtcHead

@@ -21,7 +21,7 @@ from dsasr.data.shards.writer import (
     write_shard,
 )
 from dsasr.data.text import espeak
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 
 RATE = 16_000
 

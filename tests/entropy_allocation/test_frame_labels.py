@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.entropy_allocation.frame_labels import (
     AlignedUtterance,
     UtteranceLabels,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.engine.branch_engine import EngineConfig, partitioner, read_ds_config
 from dsasr.model import layerwise_init
 from dsasr.model.llm import load_llm

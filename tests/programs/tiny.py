@@ -15,7 +15,7 @@ import yaml
 
 from dsasr.data.audio.features import RATE, Cmvn, FbankConfig, fbank
 from dsasr.data.shards.writer import PackedSample, shard_summary, write_dataset, write_shard
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
 

@@ -12,7 +12,7 @@ from dsasr import config, recipe
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.export_folder import CHECKSUMS
 from dsasr.checkpoint.manifest import DIGEST, MANIFEST
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.utils.errors import UserError
 
 

@@ -14,7 +14,7 @@ from dsasr.build import Builder
 from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.manifest import MANIFEST
 from dsasr.checkpoint.tensor_fragments import FragmentReader
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.tracking.run_log import read_events, read_metrics

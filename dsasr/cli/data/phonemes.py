@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dsasr.data.shards.index import BadSample, find_tars, read_texts
     from dsasr.data.shards.writer import check_file
+    from dsasr.data.text.phoneme_vocab import PhonemeVocab
     from dsasr.data.text.phonemes import (
         EspeakPhonemizer,
         MissingPhonemes,
-        PhonemeVocab,
         PhonemizerConfig,
         UnknownWord,
         build_phonemizer,

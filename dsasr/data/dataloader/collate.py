@@ -31,13 +31,8 @@ from dsasr.data.shards.index import (
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import ShardStorage, ShardTruncated
 from dsasr.data.text.normalization import TextConfig, normalize_text
-from dsasr.data.text.phonemes import (
-    MissingPhonemes,
-    PhonemeVocab,
-    Phonemizer,
-    UnknownPhoneme,
-    UnknownWord,
-)
+from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
+from dsasr.data.text.phonemes import MissingPhonemes, Phonemizer, UnknownWord
 from dsasr.data.text.tokenizers import Tokenizer
 
 EncoderLengths = Callable[[Tensor], Tensor]

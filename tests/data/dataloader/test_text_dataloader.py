@@ -10,7 +10,7 @@ import torch
 from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.text_dataloader import TextDataLoader, TextOnlyConfig, load_text
 from dsasr.data.text.characters import CharacterPhonemizer
-from dsasr.data.text.phonemes import PhonemeVocab
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.utils.errors import UserError
 
 QUIET = {"substitutions": 0.0, "deletions": 0.0, "insertions": 0.0}
