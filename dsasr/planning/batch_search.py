@@ -22,9 +22,10 @@ import yaml
 from dsasr import config
 from dsasr.build import Builder, sub_seed
 from dsasr.data.dataloader.augment_sampler import planned_seconds
-from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig, PlanConfig
+from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig
 from dsasr.data.dataloader.dataloader import build_dataset_parts
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
+from dsasr.data.dataloader.window_plan import PlanConfig
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import ShardStorage
 from dsasr.planning.measure_batch import Shape, serve

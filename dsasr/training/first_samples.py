@@ -10,16 +10,10 @@ from collections import Counter
 
 from dsasr.build import Builder
 from dsasr.data.dataloader.bad_samples import dropped_summary
-from dsasr.data.dataloader.bucketing import (
-    BatchConfig,
-    DatasetPart,
-    PlanConfig,
-    Task,
-    Window,
-    plan_window,
-)
+from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.collate import Collator
 from dsasr.data.dataloader.dataloader import DatasetConfig, build_dataset_parts
+from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig, Task, Window, plan_window
 from dsasr.data.dataloader.workers import run_inline
 from dsasr.data.shards.index import DroppedSample
 from dsasr.data.shards.index_cache import load_or_build_index

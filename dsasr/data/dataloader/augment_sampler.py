@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsasr.data.audio.augment import AugmentConfig, AugmentParams
-from dsasr.data.dataloader.bucketing import AugmentedDurations, uniform
+from dsasr.data.dataloader.window_plan import AugmentedDurations, uniform
 
 # One salt for each of a sample's draws.
 SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER = range(1, 8)

@@ -20,7 +20,8 @@ from dsasr.data.audio.augment import AugmentConfig, AugmentParams, augment_wave
 from dsasr.data.audio.features import AudioError, decode, one_thread
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns
-from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, PlannedSample, Task
+from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
+from dsasr.data.dataloader.window_plan import PlannedSample, Task
 from dsasr.data.dataloader.workers import Allocate
 from dsasr.data.shards.index import (
     BadSample,

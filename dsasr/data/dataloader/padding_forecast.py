@@ -8,14 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dsasr.data.dataloader.bucketing import (
-    FRAMES_PER_SECOND,
-    AugmentedDurations,
-    BatchConfig,
-    DatasetPart,
-    PlanConfig,
-)
+from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig
 from dsasr.data.dataloader.sampler import BatchSampler
+from dsasr.data.dataloader.window_plan import AugmentedDurations, DatasetPart, PlanConfig
 from dsasr.data.shards.index import ShardIndex
 
 PERCENTILE = 99.0  # of the batches' language-model positions per frame

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from dsasr.data.dataloader.bad_samples import dropped_summary
-from dsasr.data.dataloader.bucketing import (
+from dsasr.data.dataloader.window_plan import (
     AugmentedDurations,
     DatasetPart,
     PlanConfig,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsasr.data.audio.augment import NOISE_KINDS, AugmentConfig
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns, planned_seconds
-from dsasr.data.dataloader.bucketing import sample_seeds
+from dsasr.data.dataloader.window_plan import sample_seeds
 
 COUNT = 60_000
 SEEDS = sample_seeds(0, 0, "a", "a-000.tar", [str(i) for i in range(COUNT)])

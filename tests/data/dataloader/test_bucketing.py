@@ -17,17 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsasr.data.dataloader.bucketing import (
-    BatchConfig,
+from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
+from dsasr.data.dataloader.sampler import BatchSampler
+from dsasr.data.dataloader.window_plan import (
     DatasetPart,
     PlanConfig,
-    bucket_order,
     sample_seeds,
-    split_into_batches,
     stable_hash,
     uniform,
 )
-from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.utils.errors import UserError
 
 
@@ -380,7 +378,7 @@ def test_a_hundred_thousand_shards_start_quickly_in_little_memory(tmp_path) -> N
         import json, resource, sys, time
         sys.path.insert(0, sys.argv[1])
         import test_bucketing as t
-        from dsasr.data.dataloader.bucketing import PlanConfig
+        from dsasr.data.dataloader.window_plan import PlanConfig
         from dsasr.data.dataloader.sampler import BatchSampler
         from dsasr.data.shards.storage import ShardStorage
         from dsasr.data.dataloader.dataloader import DatasetConfig, build_dataset_parts

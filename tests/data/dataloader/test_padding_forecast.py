@@ -13,8 +13,9 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.dataloader.augment_sampler import planned_seconds
-from dsasr.data.dataloader.bucketing import BatchConfig, DatasetPart, PlanConfig
+from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
+from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig
 from dsasr.data.shards.index import Entry, ShardIndex, load_index
 from dsasr.planning import batch_search
 
