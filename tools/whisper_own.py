@@ -8,12 +8,14 @@ Greedy, windows of 30 s, no timestamps; scored as `dsasr evaluate` scores.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 import torch
 
 from dsasr.evaluation.error_rate import score
 from dsasr.evaluation.eval_sets import read_recordings
+from dsasr.recipe import silence_library_warnings
 from dsasr.utils.errors import run_tool
 from dsasr.utils.progress import Bar
 
@@ -27,9 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lang", default="en", help="the language that it is told")
     parser.add_argument("--limit", type=int, default=0, help="utterances; 0: all")
     args = parser.parse_args(arguments)
-    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, logging
     from transformers import WhisperTokenizerFast as Tokenizer
 
+    silence_library_warnings()
+    logging.set_verbosity_error()
     model = WhisperForConditionalGeneration.from_pretrained(args.model).eval()
     extractor = WhisperFeatureExtractor.from_pretrained(args.model)
     tokenizer = Tokenizer.from_pretrained(args.model)
@@ -52,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = score(pairs)
     print(f"{len(pairs)} utterances, left out {dict(causes)}")
     rates = {"WER": scores.wer, "CER": scores.cer, "characters": scores.character_rate}
-    print(", ".join(f"{name} {100 * rate:.1f}%" for name, rate in rates.items()))
+    found = {name: rate for name, rate in rates.items() if not math.isnan(rate)}
+    print(", ".join(f"{name} {100 * rate:.1f}%" for name, rate in found.items()))
     for reference, hypothesis, _ in pairs[:5]:
         print(f"  {reference}  →  {hypothesis}")
     return 0
