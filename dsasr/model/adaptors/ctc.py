@@ -22,8 +22,8 @@ from dsasr.model.encoders.protocol import valid_frames
 class CtcAdaptor(nn.Module):
     """Posteriors [B, K, P], or [B, K, P + E] with ``cfg.frames``, to embeddings [B, K, D].
 
-    ``units`` is P, blank included; where they are the language model's own tokens, the table starts
-    with the embeddings that these have (`dsasr.build`). `read` makes the inputs from the head's
+    ``units`` is P, blank included. The table starts with the language model's own embeddings of
+    what the units are written with (`dsasr.build`). `read` makes the inputs from the head's
     output, `read_units` from units that are known.
     """
 
