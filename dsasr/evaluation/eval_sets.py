@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dsasr.data.audio.features import AudioError, decode
+from dsasr.data.audio.decoding import AudioError, decode
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import pad
@@ -81,6 +81,8 @@ def read_recordings(
         try:
             sample = parse_sample(entry, shard, *storage.read_two(shard, *spans))
             wave = decode(sample.audio, rate=rate, max_seconds=max_seconds).numpy()
+            if sample.text.strip() and not wave.any():
+                raise AudioError("silent_audio")
         except (BadSample, AudioError) as error:
             causes[error.cause] += 1
             continue

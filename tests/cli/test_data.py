@@ -11,7 +11,8 @@ import pytest
 import soundfile
 import torch
 
-from dsasr.data.audio.features import Cmvn, FbankConfig, decode, fbank
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
 from dsasr.data.shards.index import build_index, find_tars, read_sample
 from dsasr.data.shards.writer import (
     PackedSample,

@@ -47,7 +47,7 @@ from peer_trainer import PeerOptions, SpeechCollator
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.data.audio.features import decode
+from dsasr.data.audio.decoding import decode
 from dsasr.data.dataloader import bucketing, collate
 from dsasr.data.shards.manifests import read_manifest
 from dsasr.data.shards.pack import PackConfig, pack

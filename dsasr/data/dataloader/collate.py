@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dsasr.data.audio.augment import AugmentConfig, AugmentParams, augment_wave
-from dsasr.data.audio.features import AudioError, decode, one_thread
+from dsasr.data.audio.decoding import AudioError, decode
 from dsasr.data.audio.frontends import FrontEnd
+from dsasr.data.audio.resampling import one_thread
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.data.dataloader.window_plan import PlannedSample, Task
@@ -284,9 +285,12 @@ class Collator:
         cut = cut_seconds is not None
         seconds = cut_seconds if cut else self.max_seconds
         try:
-            return decode(sample.audio, rate=self.front_end.rate, max_seconds=seconds, cut=cut)
+            wave = decode(sample.audio, rate=self.front_end.rate, max_seconds=seconds, cut=cut)
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
+        if sample.text.strip() and not wave.any():
+            raise BadSample("silent_audio", sample.shard, sample.key, "all samples are zero")
+        return wave
 
     def _check_ctc(self, wave: Tensor, units: list[int], sample: Sample) -> None:
         """Raise `BadSample` where no path of CTC writes ``units``: a frame each, and one between

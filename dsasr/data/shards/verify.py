@@ -11,7 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsasr.data.audio.features import RATE, AudioError, CmvnSums, FbankConfig, decode, fbank
+from dsasr.data.audio.decoding import AudioError, decode
+from dsasr.data.audio.features import CmvnSums, FbankConfig, fbank
+from dsasr.data.audio.resampling import RATE
 from dsasr.data.shards.index import (
     BadSample,
     DroppedSample,
@@ -75,6 +77,8 @@ def verify_shard(
         actual = len(wave) / RATE
         if not sample.text.strip() and not allow_empty_text:
             bad.append(("empty_text", tar.name, sample.key, ""))
+        elif sample.text.strip() and not wave.any():
+            bad.append(("silent_audio", tar.name, sample.key, "all samples are zero"))
         elif abs(sample.duration - actual) > max(0.1, 0.02 * actual):
             detail = f"json says {sample.duration:.3f} s, the audio has {actual:.3f} s"
             bad.append(("wrong_duration", tar.name, sample.key, detail))

@@ -13,16 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchaudio.compliance import kaldi
 
-from dsasr.data.audio.features import (
-    AudioError,
-    Cmvn,
-    CmvnSums,
-    FbankConfig,
-    decode,
-    fbank,
-    fbank_batch,
-    resample,
-)
+from dsasr.data.audio.decoding import AudioError, decode
+from dsasr.data.audio.features import Cmvn, CmvnSums, FbankConfig, fbank, fbank_batch
+from dsasr.data.audio.resampling import resample
 from dsasr.utils.errors import UserError
 
 RATE = 16_000
@@ -163,7 +156,7 @@ def test_resampling_is_torchaudios(source, target, samples):
 
 @pytest.mark.parametrize("source", [44_056, 12_347, 16_001, 15_999, 191_999, 1009])
 def test_odd_rates_make_small_kernels(source):
-    from dsasr.data.audio.features import _resample_kernel
+    from dsasr.data.audio.resampling import _resample_kernel
 
     kernel, reduced, target, _ = _resample_kernel(source, RATE)
     assert kernel.numel() < 1.2e6
