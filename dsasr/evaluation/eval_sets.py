@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dsasr.data.audio.decoding import AudioError, decode
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.files import AudioError
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import pad
-from dsasr.data.shards.index import BadSample, parse_sample
 from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.sample import BadSample, parse_sample
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.utils.errors import UserError

@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from dsasr.data.audio.decoding import ERRORS, AudioError, check_scale, open_audio
+from dsasr.data.audio.files import ERRORS, AudioError, check_scale, open_audio
 from dsasr.data.audio.resampling import RATE, resample
 from dsasr.utils.errors import UserError
 

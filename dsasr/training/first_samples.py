@@ -15,8 +15,8 @@ from dsasr.data.dataloader.collate import Collator
 from dsasr.data.dataloader.dataloader import DatasetConfig, build_dataset_parts
 from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig, Task, Window, plan_window
 from dsasr.data.dataloader.workers import run_inline
-from dsasr.data.shards.index import DroppedSample
 from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.data.shards.storage import ShardReadError
 from dsasr.utils.errors import UserError
 

@@ -14,7 +14,7 @@ import torch
 
 from dsasr.build import Builder
 from dsasr.data.dataloader.bad_samples import dropped_summary
-from dsasr.data.shards.index import DroppedSample
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
 from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate

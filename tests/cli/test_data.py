@@ -13,7 +13,8 @@ import torch
 
 from dsasr.data.audio.decoding import decode
 from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
-from dsasr.data.shards.index import build_index, find_tars, read_sample
+from dsasr.data.shards.build_index import build_index, find_tars
+from dsasr.data.shards.sample import read_sample
 from dsasr.data.shards.writer import (
     PackedSample,
     read_dataset,

@@ -43,7 +43,7 @@ from dsasr.data.audio.decoding import decode
 from dsasr.data.audio.frontends import PretrainedFrontEnd
 from dsasr.data.audio.resampling import RATE
 from dsasr.data.dataloader.workers import keep_freed_memory
-from dsasr.data.shards.manifests import read_manifest
+from dsasr.data.manifests.registry import read_manifest
 from dsasr.utils.errors import UserError, run_tool
 
 SHORTEST, LONGEST = 2.0, 10.0  # seconds of a clip

@@ -18,7 +18,7 @@ _BIT_RATES = {  # kbit/s by the header's index, layer III
 }
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _TAGS = (b"Xing", b"Info")
-_HAS_FRAMES = 1  # of a tag's flags
+_HAS_FRAMES, _HAS_BYTES = 1, 2  # of a tag's flags
 
 
 class _Frame(NamedTuple):
@@ -51,8 +51,11 @@ def with_frame_count(data: bytes) -> bytes:
             return data
         if claimed >= count - 1:  # fewer frames than claimed: the decoder's length shows it
             return data
+        values = struct.pack(">I", count - 1)
+        if flags & _HAS_BYTES:
+            values += struct.pack(">I", min(len(data) - first.start, 0xFFFF_FFFF))
         at = first.tag_at + 8
-        return data[:at] + struct.pack(">I", count - 1) + data[at + 4 :]
+        return data[:at] + values + data[at + len(values) :]
     return data[: first.start] + _header_frame(data, first, count) + data[first.start :]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsasr.data.shards.index import DroppedSample
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, read_lines
 

@@ -35,8 +35,8 @@ from dsasr.data.dataloader.collate import Collator, EncoderLengths, TextEncoder
 from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig, Task
 from dsasr.data.dataloader.workers import Payload, WorkerPool, run_inline
-from dsasr.data.shards.index import DroppedSample
 from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.shards.urls import ShardList
 from dsasr.utils import ranges

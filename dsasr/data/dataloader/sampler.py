@@ -24,7 +24,8 @@ from dsasr.data.dataloader.window_plan import (
     splitmix64,
     stable_hash,
 )
-from dsasr.data.shards.index import DroppedSample, ShardIndex
+from dsasr.data.shards.index import ShardIndex
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.utils.errors import UserError
 
 STATE_VERSION = 1

@@ -28,7 +28,8 @@ from dsasr.data.dataloader.bucketing import (
 from dsasr.data.shards.urls import shard_name
 
 if TYPE_CHECKING:
-    from dsasr.data.shards.index import DroppedSample, Entry, ShardIndex
+    from dsasr.data.shards.index import ShardIndex
+    from dsasr.data.shards.sample import DroppedSample, Entry
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 from pathlib import Path
 
-from dsasr.data.shards.index import ShardIndex, build_index, load_index
+from dsasr.data.shards.build_index import build_index
+from dsasr.data.shards.index import ShardIndex, load_index
 from dsasr.data.shards.storage import ShardMissing, ShardReadError, ShardStorage
 from dsasr.data.shards.urls import is_pipe
 from dsasr.utils.io import atomic_write

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsasr.data.shards.index import EXTENSIONS, VERSION, ShardIndex, build_index, index_path
+from dsasr.data.shards.build_index import build_index
+from dsasr.data.shards.index import VERSION, ShardIndex, index_path
+from dsasr.data.shards.sample import EXTENSIONS
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_path, atomic_write
 

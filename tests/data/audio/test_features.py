@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchaudio.compliance import kaldi
 
-from dsasr.data.audio.decoding import AudioError, decode
+from dsasr.data.audio.decoding import decode
 from dsasr.data.audio.features import Cmvn, CmvnSums, FbankConfig, fbank, fbank_batch
+from dsasr.data.audio.files import AudioError
 from dsasr.data.audio.resampling import resample
 from dsasr.utils.errors import UserError
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from dsasr.data.shards.index import build_index, read_sample
-from dsasr.data.shards.manifests import ManifestEntry, read_manifest
+from dsasr.data.manifests.entry import ManifestEntry
+from dsasr.data.manifests.registry import read_manifest
+from dsasr.data.shards.build_index import build_index
 from dsasr.data.shards.pack import PackConfig, pack, shard_size
+from dsasr.data.shards.sample import read_sample
 from dsasr.data.shards.verify import verify, verify_shard
 from dsasr.data.shards.writer import read_dataset
 from dsasr.utils.errors import UserError
