@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from dsasr.data.audio import mp3
+from dsasr.data.audio import flac, mp3
 
 MAX_CHANNELS = 64
 MAX_SECONDS = 1e7  # the longest duration that a header may claim
@@ -44,12 +44,13 @@ def open_audio(source: bytes | str | Path | BinaryIO) -> soundfile.SoundFile:
     """A file to read samples from, with all that ``source`` holds. Raises one of `ERRORS`,
     `AudioError` needs_ffmpeg, and OSError."""
     if isinstance(source, bytes):
-        return soundfile.SoundFile(io.BytesIO(mp3.with_frame_count(source)))
+        whole = flac.with_sample_count(mp3.with_frame_count(source))
+        return soundfile.SoundFile(io.BytesIO(whole))
     if isinstance(source, (str, Path)):
         kind = Path(source).suffix.lower().lstrip(".")
         if kind in FFMPEG:
             return soundfile.SoundFile(io.BytesIO(_by_ffmpeg(Path(source))))
-        if kind == "mp3":
+        if kind in ("mp3", "flac"):
             return open_audio(Path(source).read_bytes())
         return soundfile.SoundFile(os.fspath(source))
     return soundfile.SoundFile(source)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from dsasr.data.manifests.entry import Corpus, Form, ManifestEntry
 from dsasr.data.manifests.kaldi import table
-from dsasr.data.shards.build_index import is_macos_extra
+from dsasr.data.shards.tars import is_macos_extra
 from dsasr.utils.errors import UserError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -23,7 +23,7 @@ from dsasr.data.shards.sample import (
     parse_labels,
     parse_sample,
 )
-from dsasr.data.shards.tars import members
+from dsasr.data.shards.tars import is_macos_extra, members
 from dsasr.utils.errors import UserError
 
 
@@ -62,11 +62,6 @@ def build_index(
             bad.append(error)
     size = len(tar) if isinstance(tar, bytes) else os.path.getsize(tar)
     return ShardIndex(shard, rows, bad, size, fields)
-
-
-def is_macos_extra(name: str) -> bool:
-    """Whether a file is one that macOS puts beside another of nearly that name (``._a.wav``)."""
-    return name.rpartition("/")[2].startswith("._") or "__MACOSX/" in name
 
 
 def _note_member(

@@ -36,6 +36,11 @@ def members(
             start = _next_archive(file, end)
 
 
+def is_macos_extra(name: str) -> bool:
+    """Whether a file is one that macOS puts beside another of nearly that name (``._a.wav``)."""
+    return name.rpartition("/")[2].startswith("._") or "__MACOSX/" in name
+
+
 def is_tar(head: bytes) -> bool:
     """Whether a file that begins with ``head`` (a block of 512 bytes) is a tar."""
     try:

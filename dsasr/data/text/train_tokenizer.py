@@ -120,6 +120,8 @@ def _train(lines: list[str], pieces: int) -> bytes:
                 remove_extra_whitespaces=False,
                 normalization_rule_name="identity",
                 num_threads=1,
+                # In bytes; by default longer lines are dropped without a word.
+                max_sentence_length=max(len(line.encode()) for line in marked) + 1,
                 minloglevel=2,
             )
         except RuntimeError as error:

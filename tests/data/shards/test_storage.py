@@ -88,9 +88,13 @@ class Handler(BaseHTTPRequestHandler):
             if int(span[1]) >= len(body):
                 self.send_error(416)
                 return
-            body, status = body[int(span[1]) : int(span[2]) + 1], 206
+            first, total = int(span[1]), len(body)
+            body, status = body[first : int(span[2]) + 1], 206
+            place = f"bytes {first}-{first + len(body) - 1}/{total}"
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if status == 206:
+            self.send_header("Content-Range", place)
         self.end_headers()
         if fault == "stall":
             self.wfile.write(body[: len(body) // 2])
