@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,7 @@ MAX_PEAK = 16.0  # of full scale: floats of lossy and loud audio pass, those at 
 ANTIPHASE = 1e-4  # of the channels' mean power: what their average has if they cancel out, -40 dB
 _BLOCK = 65_536  # samples
 _UNKNOWN = 0x7FFF_0000  # bytes of a WAV's data from which on its size stands for "until the end"
-# Read by libsndfile; shards keep those of `dsasr.data.shards.index.EXTENSIONS` as they are.
+# Read by libsndfile; shards keep those of `dsasr.data.shards.sample.EXTENSIONS` as they are.
 SNDFILE = ("flac", "wav", "opus", "ogg", "oga", "mp3", "aif", "aiff", "au", "caf", "w64", "rf64")
 FFMPEG = ("m4a", "mp4", "aac", "webm", "mkv", "mka", "wma", "amr", "3gp", "ac3", "sph", "wv", "ape")
 ERRORS = (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError, EOFError)
@@ -44,16 +45,26 @@ def open_audio(source: bytes | str | Path | BinaryIO) -> soundfile.SoundFile:
     """A file to read samples from, with all that ``source`` holds. Raises one of `ERRORS`,
     `AudioError` needs_ffmpeg, and OSError."""
     if isinstance(source, bytes):
-        whole = flac.with_sample_count(mp3.with_frame_count(source))
-        return soundfile.SoundFile(io.BytesIO(whole))
+        return soundfile.SoundFile(io.BytesIO(_with_length(source)))
     if isinstance(source, (str, Path)):
         kind = Path(source).suffix.lower().lstrip(".")
         if kind in FFMPEG:
             return soundfile.SoundFile(io.BytesIO(_by_ffmpeg(Path(source))))
-        if kind in ("mp3", "flac"):
-            return open_audio(Path(source).read_bytes())
+        with open(source, "rb") as file:
+            unknown = kind == "mp3" or flac.lacks_sample_count(file.read(26))
+        if unknown:
+            return soundfile.SoundFile(io.BytesIO(_measured(source, os.stat(source).st_mtime_ns)))
         return soundfile.SoundFile(os.fspath(source))
     return soundfile.SoundFile(source)
+
+
+def _with_length(data: bytes) -> bytes:
+    return flac.with_sample_count(mp3.with_frame_count(data))
+
+
+@lru_cache(maxsize=1)  # of a recording that many utterances are cut out of
+def _measured(path: str | Path, mtime_ns: int) -> bytes:
+    return _with_length(Path(path).read_bytes())
 
 
 def _by_ffmpeg(path: Path) -> bytes:

@@ -11,14 +11,19 @@ _COUNT_BITS = (1 << 36) - 1
 _LONGEST_HEADER = 16  # bytes of a frame's header
 
 
+def lacks_sample_count(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` (26 bytes) is FLAC of unknown length."""
+    if head[:4] != b"fLaC" or len(head) < 26 or head[4] & 0x7F:
+        return False
+    return not int.from_bytes(head[_COUNT : _COUNT + 8], "big") & _COUNT_BITS
+
+
 def with_sample_count(data: bytes) -> bytes:
     """``data`` with its number of samples in the header; unchanged where it is there already, and
     where it is no FLAC."""
-    if data[:4] != b"fLaC" or len(data) < 42 or data[4] & 0x7F:
+    if not lacks_sample_count(data):
         return data
     values = int.from_bytes(data[_COUNT : _COUNT + 8], "big")
-    if values & _COUNT_BITS:
-        return data
     samples = _samples(data)
     if not 0 < samples <= _COUNT_BITS:
         return data
