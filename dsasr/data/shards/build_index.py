@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsasr.data.audio.decoding import ERRORS, AudioError, audio_seconds
+from dsasr.data.audio.files import ERRORS, AudioError, audio_seconds
 from dsasr.data.shards.index import MAX_AUDIO, ShardIndex, index_path, load_index
 from dsasr.data.shards.sample import (
     EXTENSIONS,

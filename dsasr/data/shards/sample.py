@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsasr.data.audio.decoding import MAX_SECONDS
+from dsasr.data.audio.files import MAX_SECONDS
 from dsasr.utils.errors import UserError
 from dsasr.utils.names import is_language, is_speaker
 
