@@ -1,4 +1,4 @@
-"""s3:// through s3fs, against a server that fails and truncates; test_s3_server.py has a whole one."""
+"""s3:// through s3fs, against a server that fails and truncates; moto's: test_s3_server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""s3:// against moto's server: uploads, listings and credentials as boto3's own clients make them."""
+"""s3:// against moto's server: uploads, listings and credentials as boto3's clients make them."""
 
 from __future__ import annotations
 

@@ -128,5 +128,5 @@ def test_a_download_of_unknown_length_that_is_whole_is_kept(server, tmp_path):
 
 def test_a_login_page_is_named(server, tmp_path):
     server.body = PAGE
-    with pytest.raises(ShardReadError, match="no tar but b'<!DOCTYPE html>.*a login page"):
+    with pytest.raises(ShardReadError, match=r"no tar but b'<!DOCTYPE html>.*a login page"):
         load_or_build_index(storage(tmp_path), server.url)
