@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from dsasr.data.manifests.entry import Corpus, Form, ManifestEntry
@@ -21,6 +22,10 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _SPLIT = re.compile(r"(train|dev|validation|valid|test)([-._].*)?")  # train-clean-100, dev …
 _PEEK = 200  # members of an archive by which it is recognized
 _TABLE = "aishell_transcript"
+_MEMBERS = {
+    "librispeech": re.compile(r"\.trans\.txt$|/\d+-\d+-\d{4}\.flac$"),
+    "aishell": re.compile(rf"{_TABLE}|(^|/)wav/S\d{{4}}\.tar\.gz$|/BAC009S\d{{4}}W\d{{4}}\.wav$"),
+}
 
 File = tuple[PurePosixPath, Path]  # its name in the tree, and where it lies
 
@@ -94,14 +99,20 @@ def _unpacked(corpus: Corpus, archive: Path, below: PurePosixPath) -> Iterator[F
         raise UserError(f"{archive} cannot be unpacked: {reason}") from None
 
 
-def _first_members(path: Path) -> list[str]:
+@lru_cache(maxsize=8)
+def _kind_of_archive(path: Path) -> str:
+    """The corpus of an archive by its first members, of which no more are unpacked than needed."""
     if not path.is_file() or not path.name.endswith(ARCHIVES):
-        return []
+        return ""
     try:
         with tarfile.open(path, "r|*") as tar:
-            return [member.name for member, _ in zip(tar, range(_PEEK), strict=False)]
+            for member, _ in zip(tar, range(_PEEK), strict=False):
+                for kind, pattern in _MEMBERS.items():
+                    if pattern.search(member.name):
+                        return kind
     except (tarfile.TarError, EOFError, OSError):
-        return []
+        pass
+    return ""
 
 
 def _librispeech(corpus: Corpus) -> Iterator[ManifestEntry]:
@@ -125,7 +136,7 @@ def _librispeech(corpus: Corpus) -> Iterator[ManifestEntry]:
 def _is_librispeech(path: Path) -> bool:
     if path.is_dir():
         return next(path.rglob("*.trans.txt"), None) is not None
-    return any(name.endswith(".trans.txt") for name in _first_members(path))
+    return _kind_of_archive(path) == "librispeech"
 
 
 def _table_above(path: Path) -> Path | None:
@@ -157,8 +168,7 @@ def _is_aishell(path: Path) -> bool:
     if path.is_dir():
         inside = next(path.rglob(f"{_TABLE}*.txt"), None)
         return inside is not None or _table_above(path) is not None
-    names = _first_members(path)
-    return any(_TABLE in name or re.search(r"(^|/)wav/S\d{4}\.tar\.gz$", name) for name in names)
+    return _kind_of_archive(path) == "aishell"
 
 
 LIBRISPEECH = Form("librispeech", "LibriSpeech tree or archive", _is_librispeech, _librispeech)
