@@ -69,8 +69,8 @@ def split_audio(
             yield from _split(file, config, name)
     except AudioError as error:
         raise UserError(f"{name} cannot be read as audio: {error.detail}") from None
-    except ERRORS as error:
-        reason = getattr(error, "error_string", str(error))
+    except (OSError, *ERRORS) as error:
+        reason = getattr(error, "error_string", getattr(error, "strerror", None) or str(error))
         raise UserError(f"{name} cannot be read as audio: {reason}") from None
 
 
@@ -84,6 +84,10 @@ def _split(
             block = file.read(frames=5 * rate, dtype="float32", always_2d=True)
             at_end = not len(block)
             buffer = np.concatenate((buffer, block.mean(axis=1)))
+        if not len(buffer):
+            if not start:
+                raise UserError(f"{name} holds no audio: it has no samples")
+            return
         try:
             check_scale(buffer)
         except AudioError as error:

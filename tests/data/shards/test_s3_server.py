@@ -38,7 +38,7 @@ def endpoint():
 
 @pytest.fixture
 def client(endpoint, monkeypatch, tmp_path):
-    """A client of an empty bucket b; without credentials of this machine."""
+    """A client of an empty bucket; without credentials of this machine."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -48,11 +48,11 @@ def client(endpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     one = boto3.client("s3")
-    one.create_bucket(Bucket="b")
+    one.create_bucket(Bucket="bucket")
     yield one
-    for item in one.list_objects_v2(Bucket="b").get("Contents", []):
-        one.delete_object(Bucket="b", Key=item["Key"])
-    one.delete_bucket(Bucket="b")
+    for item in one.list_objects_v2(Bucket="bucket").get("Contents", []):
+        one.delete_object(Bucket="bucket", Key=item["Key"])
+    one.delete_bucket(Bucket="bucket")
 
 
 def storage(tmp_path, **given) -> ShardStorage:
@@ -80,32 +80,38 @@ def dataset(folder: Path, client, name: str) -> list:
         rows.append(shard_summary(path, write_shard(path, speech_samples(number, 4))))
     write_dataset(folder, rows, 1)
     for path in folder.iterdir():
-        client.upload_file(str(path), "b", f"{name}/{path.name}")
+        client.upload_file(str(path), "bucket", f"{name}/{path.name}")
     return rows
 
 
 def test_ranges_wholes_and_what_is_not_there(client, tmp_path):
     body = bytes(i * 7 % 251 for i in range(50_000))
-    client.put_object(Bucket="b", Key="x.bin", Body=body)
+    client.put_object(Bucket="bucket", Key="x.bin", Body=body)
     read = storage(tmp_path)
-    assert read.read("s3://b/x.bin", 100, 50) == body[100:150]
-    assert read.read_two("s3://b/x.bin", (10, 20), (500, 7)) == (body[10:30], body[500:507])
-    assert read.read_file("s3://b/x.bin") == body and read.size("s3://b/x.bin") == len(body)
-    for url in ("s3://b/none", "s3://nobucket/x"):
+    assert read.read("s3://bucket/x.bin", 100, 50) == body[100:150]
+    assert read.read_two("s3://bucket/x.bin", (10, 20), (500, 7)) == (body[10:30], body[500:507])
+    assert read.read_file("s3://bucket/x.bin") == body and read.size("s3://bucket/x.bin") == len(
+        body
+    )
+    for url in ("s3://bucket/none", "s3://nobucket/x"):
         with pytest.raises(ShardMissing):
             read.read_file(url)
         assert read.size(url) is None
     for offset in (len(body) - 5, len(body) + 5):
         with pytest.raises(ShardTruncated):
-            read.read("s3://b/x.bin", offset, 10)
+            read.read("s3://bucket/x.bin", offset, 10)
     with pytest.raises(ShardReadError, match="no tar"):
-        storage(tmp_path, cache_gb=1.0).read("s3://b/x.bin", 7, 9)
+        storage(tmp_path, cache_gb=1.0).read("s3://bucket/x.bin", 7, 9)
 
 
 def test_a_dataset_that_was_uploaded_is_the_one_on_disk(client, tmp_path):
     rows = dataset(tmp_path / "local", client, "set")
     keys = {}
-    for shards in (str(tmp_path / "local"), "s3://b/set/", "s3://b/set/{000000..000002}.tar"):
+    for shards in (
+        str(tmp_path / "local"),
+        "s3://bucket/set/",
+        "s3://bucket/set/{000000..000002}.tar",
+    ):
         config = DataLoaderConfig(
             batch=BatchConfig(frames=300), num_workers=1,
             source=StorageConfig(cache=str(tmp_path / "cache"), backoff=0.01, timeout=5.0),
@@ -116,25 +122,27 @@ def test_a_dataset_that_was_uploaded_is_the_one_on_disk(client, tmp_path):
     assert len(first) == 12 and all(other == first for other in others)
     assert sum(row["samples"] for row in rows) == 12
     with pytest.raises(UserError, match=r"has no dataset\.json"):
-        storage(tmp_path).resolve("s3://b/elsewhere/")
+        storage(tmp_path).resolve("s3://bucket/elsewhere/")
 
 
 def test_an_object_that_was_replaced_does_not_keep_its_index(client, tmp_path):
     dataset(tmp_path / "local", client, "set")
     other = tmp_path / "other.tar"
     write_shard(other, speech_samples(9, 7))
-    client.upload_file(str(other), "b", "set/000000.tar")  # without its index
-    index = load_or_build_index(storage(tmp_path), "s3://b/set/000000.tar")
+    client.upload_file(str(other), "bucket", "set/000000.tar")  # without its index
+    index = load_or_build_index(storage(tmp_path), "s3://bucket/set/000000.tar")
     assert len(index) == 7 and [bad.cause for bad in index.bad] == ["stale_index"]
-    good = load_or_build_index(storage(tmp_path), "s3://b/set/000001.tar")
+    good = load_or_build_index(storage(tmp_path), "s3://bucket/set/000001.tar")
     assert len(good) == 4 and not good.bad
 
 
 def test_credentials_are_those_of_the_environment(client, tmp_path, monkeypatch):
-    client.put_object(Bucket="b", Key="x.json", Body=b"{}")
-    assert storage(tmp_path).read_file("s3://b/x.json") == b"{}"
+    client.put_object(Bucket="bucket", Key="x.json", Body=b"{}")
+    assert storage(tmp_path).read_file("s3://bucket/x.json") == b"{}"
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(ShardReadError, match=r"cannot read s3://b/x\.json.*(redentials|denied)"):
-        storage(tmp_path).read_file("s3://b/x.json")
+    with pytest.raises(
+        ShardReadError, match=r"cannot read s3://bucket/x\.json.*(redentials|denied)"
+    ):
+        storage(tmp_path).read_file("s3://bucket/x.json")
