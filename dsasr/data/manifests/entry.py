@@ -67,3 +67,4 @@ class Form:
     title: str
     recognizes: Callable[[Path], bool]
     read: Callable[[Corpus], Iterator[ManifestEntry]]
+    splits: bool = False  # whether one may hold several of train, dev and test

@@ -93,4 +93,4 @@ def _is_parquet(path: Path) -> bool:
     return bool(_files(path))
 
 
-PARQUET = Form("parquet", "Parquet files of a Hugging Face data set", _is_parquet, _read)
+PARQUET = Form("parquet", "Parquet files of Hugging Face", _is_parquet, _read, True)

@@ -66,6 +66,8 @@ def read_manifest(
         form = FORMS[KINDS.index(kind)]
     else:
         raise UserError(f"unknown manifest kind '{kind}': use {', '.join(KINDS)}")
+    if split and not form.splits:
+        raise UserError(f"--split {split}: a {form.title} is one set; name the one of that split")
     corpus = Corpus(path, lang, split, scratch)
     utterances = _with_ids(form.read(corpus))
     if not utterances:

@@ -100,5 +100,5 @@ COMMON_VOICE_FOLDER = Form(
     "common-voice-folder", "Common Voice folder", _is_common_voice_folder, _refuse_folder
 )
 AUDIO_FOLDER = Form(
-    "audiofolder", "audio folder with metadata.csv or .jsonl", _is_audio_folder, _audio_folder
+    "audiofolder", "audio folder with metadata.csv or .jsonl", _is_audio_folder, _audio_folder, True
 )

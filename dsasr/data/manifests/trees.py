@@ -171,5 +171,5 @@ def _is_aishell(path: Path) -> bool:
     return _kind_of_archive(path) == "aishell"
 
 
-LIBRISPEECH = Form("librispeech", "LibriSpeech tree or archive", _is_librispeech, _librispeech)
-AISHELL = Form("aishell", "AISHELL-1 tree or archive", _is_aishell, _aishell)
+LIBRISPEECH = Form("librispeech", "LibriSpeech tree", _is_librispeech, _librispeech, True)
+AISHELL = Form("aishell", "AISHELL-1 tree", _is_aishell, _aishell, True)

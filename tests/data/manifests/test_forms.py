@@ -58,6 +58,7 @@ def test_our_own_lines_with_an_offset(tmp_path):
     entries = read(write(tmp_path / "m.jsonl", *rows), "jsonl").utterances
     assert [(e.start, e.end) for e in entries] == [(0.0, 1.5), (1.5, 2.75)]
     assert not any(e.extra for e in entries)
+    assert "--split" in refusal(tmp_path / "m.jsonl", split="train")
     both = write(tmp_path / "n.jsonl", rows[0] | {"start": 0.0})
     assert "line 1: 'offset' and 'start'" in refusal(both)
 
