@@ -53,6 +53,14 @@ def _check_size(url: str, size: int) -> None:
         raise UserError(f"{url} has more than {MAX_FILE:,} bytes: it is no index or dataset.json")
 
 
+def _is_pattern(name: str) -> bool:
+    """Whether a name stands for several: local ones by *, ? and [], remote ones by * and []."""
+    if not is_remote(name):
+        return glob.has_magic(name)
+    path = name.partition("://")[2].partition("/")[2].partition("?")[0]
+    return "*" in path or "[" in path
+
+
 class ShardStorage:
     """Resolves names of shards, and reads files and byte ranges. After a fork, both copies work."""
 
@@ -91,8 +99,9 @@ class ShardStorage:
             return self._from_dataset(spec)
         shards: list[str] = []
         for name in expand_braces(spec):
-            if not is_remote(name) and glob.has_magic(name):
-                matches = sorted(m for m in glob.glob(name) if not is_macos_extra(m))
+            if _is_pattern(name):
+                found = self._list(name) if is_remote(name) else glob.glob(name)
+                matches = sorted(match for match in found if not is_macos_extra(match))
                 if not matches:
                     raise UserError(f"no shard matches '{name}'")
                 shards += matches
@@ -111,6 +120,15 @@ class ShardStorage:
         step = max(1, len(shards) // MAX_CHECKED)
         sizes = [0 if is_remote(name) else os.path.getsize(name) for name in shards[::step]]
         return ShardList(shards, sizes=np.array(sizes, np.int64))
+
+    def _list(self, pattern: str) -> list[str]:
+        """The remote files that ``pattern`` names."""
+        if pattern.startswith(("http://", "https://")):
+            raise UserError(
+                f"'{pattern}': a web server lists no files; name them with braces ({{000..009}}), "
+                "or the folder of a dataset.json"
+            )
+        return self._retry(pattern, lambda: self.transfer.glob(pattern))
 
     def _from_dataset(self, spec: str) -> ShardList:
         path = spec if spec.endswith("dataset.json") else spec.rstrip("/") + "/dataset.json"

@@ -144,6 +144,16 @@ class Transfer:
         except Exception:  # whatever fails here fails by name where the bytes are read
             return None
 
+    def glob(self, pattern: str) -> list[str]:
+        """The URLs of files that match. Raises OSError."""
+        protocol = pattern.split("://", 1)[0]
+        try:
+            return [f"{protocol}://{name}" for name in self._system(pattern).glob(pattern)]
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # each of fsspec's packages raises other classes
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
     @staticmethod
     def _request(url: str, method: str = "GET") -> urllib.request.Request:
         url, headers = split_user(url)

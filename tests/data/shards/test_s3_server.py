@@ -110,6 +110,7 @@ def test_a_dataset_that_was_uploaded_is_the_one_on_disk(client, tmp_path):
         str(tmp_path / "local"),
         "s3://bucket/set/",
         "s3://bucket/set/{000000..000002}.tar",
+        "s3://bucket/set/*.tar",
     ):
         config = DataLoaderConfig(
             batch=BatchConfig(frames=300), num_workers=1,
@@ -122,6 +123,12 @@ def test_a_dataset_that_was_uploaded_is_the_one_on_disk(client, tmp_path):
     assert sum(row["samples"] for row in rows) == 12
     with pytest.raises(UserError, match=r"has no dataset\.json"):
         storage(tmp_path).resolve("s3://bucket/elsewhere/")
+    with pytest.raises(UserError, match="no shard matches"):
+        storage(tmp_path).resolve("s3://bucket/elsewhere/*.tar")
+    with pytest.raises(UserError, match="lists no files"):
+        storage(tmp_path).resolve("http://[::1]/set/*.tar")
+    signed = "http://[::1]/x.tar?a=*"
+    assert storage(tmp_path).resolve(signed).shards == [signed]
 
 
 def test_an_object_that_was_replaced_does_not_keep_its_index(client, tmp_path):
