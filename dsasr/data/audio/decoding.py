@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsasr.data.audio import mp3
 from dsasr.data.audio.files import (
     ERRORS,
     MAX_CHANNELS,
@@ -43,8 +44,9 @@ def decode(
     if len(mono) >= limit and not cut:
         raise AudioError("too_long", f"more than {max_seconds:g} s")
     if len(mono) < min(claimed, limit) * (1 - MAX_MISSING):
-        # libsndfile stops at a damaged page of Ogg or MP3 without an error.
-        raise AudioError("truncated_audio", f"ends after {len(mono)} of {claimed} samples")
+        # libsndfile stops at a damaged page of Ogg without an error.
+        cause = "truncated_audio" if mp3.is_mp3(data) else "decode_error"
+        raise AudioError(cause, f"ends after {len(mono)} of {claimed} samples")
     if not len(mono):
         raise AudioError("empty_audio", "no samples")
     return resample(torch.from_numpy(mono), source, rate)

@@ -132,14 +132,17 @@ def check_scale(wave: np.ndarray) -> None:
 
 
 def check_whole(data: bytes) -> None:
-    """Raise `AudioError` truncated_audio for a WAV or Ogg file that is cut off.
+    """Raise `AudioError` truncated_audio for a WAV, FLAC or Ogg file that is cut off.
 
-    libsndfile takes the rest for the whole. A WAV written to a pipe has no size to compare with.
+    Of WAV and Ogg libsndfile takes the rest for the whole. A WAV written to a pipe has no size to
+    compare with.
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
         _check_wav(data)
     elif data[:4] == b"OggS":
         _check_ogg(data)
+    elif flac.is_cut_off(data, MAX_MISSING):
+        raise AudioError("truncated_audio", "its last frame ends before its header says")
 
 
 def _check_wav(data: bytes) -> None:

@@ -18,6 +18,15 @@ def lacks_sample_count(head: bytes) -> bool:
     return not int.from_bytes(head[_COUNT : _COUNT + 8], "big") & _COUNT_BITS
 
 
+def is_cut_off(data: bytes, missing: float) -> bool:
+    """Whether the last frame of a FLAC file ends more than a share of ``missing`` before the length
+    in its header."""
+    if data[:4] != b"fLaC" or len(data) < 42 or data[4] & 0x7F:
+        return False
+    claimed = int.from_bytes(data[_COUNT : _COUNT + 8], "big") & _COUNT_BITS
+    return _samples(data) < claimed * (1 - missing)
+
+
 def with_sample_count(data: bytes) -> bytes:
     """``data`` with its number of samples in the header; unchanged where it is there already, and
     where it is no FLAC."""

@@ -21,6 +21,7 @@ from dsasr.data.audio.files import (
     AudioError,
     audio_seconds,
     check_scale,
+    check_whole,
     claimed_frames,
     open_audio,
 )
@@ -308,7 +309,11 @@ def _counted_seconds(audio: bytes) -> float:
 
 def _encoded(utterance: ManifestEntry) -> tuple[bytes, float]:
     """16-bit FLAC of an utterance's part of its recording, at the recording's rate; seconds."""
-    with open_audio(utterance.audio) as file:
+    source: Path | bytes = utterance.audio
+    if utterance.start is None and source.suffix.lower().lstrip(".") in SNDFILE:
+        source = source.read_bytes()
+        check_whole(source)
+    with open_audio(source) as file:
         rate = file.samplerate
         start = round((utterance.start or 0.0) * rate)
         most, claimed = start + int(MAX_SECONDS * rate) + 1, claimed_frames(file)
@@ -325,7 +330,7 @@ def _encoded(utterance: ManifestEntry) -> tuple[bytes, float]:
         wave = _read(file, stop - start, "int16" if exact else "float32")
     if claimed and len(wave) < stop - start:
         detail = f"ends after {len(wave)} of {stop - start} samples"
-        raise AudioError("truncated_audio", detail)
+        raise AudioError("decode_error", detail)
     if not len(wave):
         raise AudioError("empty_audio", "no samples")
     if not exact:

@@ -239,12 +239,12 @@ def test_each_bad_recording_is_named_by_its_cause(tmp_path):
     assert dataset["bad"] == len(bad) == 5
     assert {b["key"]: b["cause"] for b in bad} == {
         "garbage": "decode_error", "nothing": "decode_error", "empty": "empty_audio",
-        "nan": "nan_audio", "half": "truncated_audio",
+        "nan": "nan_audio", "half": "decode_error",
     }  # fmt: skip
     assert {b["shard"] for b in bad} == {"000000.tar"} and all(b["detail"] for b in bad)
     assert [s.key for s in samples_of(out)] == ["good"]
     _, causes = verify(sorted((tmp_path / "kept").glob("*.tar")), 1)
-    assert causes == {"nan_audio": 1, "truncated_audio": 1}
+    assert causes == {"nan_audio": 1, "decode_error": 1}
 
 
 def test_other_shards_are_not_overwritten(tmp_path):
