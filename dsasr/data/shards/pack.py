@@ -263,6 +263,8 @@ def _pack_one(
 
 def _is_whole(path: Path, index: ShardIndex) -> bool:
     """Whether the tar exists and is as long as its index says."""
+    if index.tar_size is not None:
+        return path.stat().st_size == index.tar_size
     ends = [max(e.audio_offset + e.audio_size, e.json_offset + e.json_size) for e in index]
     return path.stat().st_size >= max(ends, default=0)
 
