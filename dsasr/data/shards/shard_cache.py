@@ -28,7 +28,7 @@ class ShardCache:
         path = folder / name
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / f".{name}.lock"):
+            with locked(folder / f".{name}.lock"):
                 if not path.is_file():
                     download(path)
             self._evict(keep=path)
@@ -42,7 +42,7 @@ class ShardCache:
         if limit <= 0:
             return
         lock = folder / ".evict.lock"
-        with _locked(lock):
+        with locked(lock):
             os.utime(lock)
             now = lock.stat().st_mtime  # by the file system's clock, like the shards' times
             for partial in folder.glob(".*.tmp"):  # of a download, which may have been killed
@@ -65,7 +65,8 @@ class ShardCache:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock of the file ``path``."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -17,9 +17,9 @@ import subprocess
 import time
 import urllib.error
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -312,9 +312,17 @@ class ShardStorage:
                 if done.returncode:
                     raise OSError(f"the command ended with {done.returncode}")
                 return
-            with contextlib.closing(self.transfer.stream(url, None, None)) as stream:
-                for piece in stream:
-                    file.write(piece)
-                    self.bytes += len(piece)
+            whole = self._copy(self.transfer.stream(url, None, None), file)
             file.flush()
-            check_tar(temporary, whole=self.transfer.size(url) == temporary.stat().st_size)
+            check_tar(temporary, whole)
+
+    def _copy(self, stream: Generator[bytes, None, bool], file: BinaryIO) -> bool:
+        """Write what ``stream`` yields; what it returns."""
+        with contextlib.closing(stream):
+            while True:
+                try:
+                    piece = next(stream)
+                except StopIteration as end:
+                    return end.value
+                file.write(piece)
+                self.bytes += len(piece)

@@ -13,7 +13,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,11 +85,15 @@ class Transfer:
         self.owner = os.getpid()
         self.systems: dict[str, Any] = {}
 
-    def stream(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
-        """The body of a file or range, in pieces; raises EOFError if it ends early."""
+    def stream(
+        self, url: str, offset: int | None, size: int | None
+    ) -> Generator[bytes, None, bool]:
+        """The body of a file or range, in pieces; raises EOFError if it ends early.
+
+        Returns whether its length was known beforehand: False where a cut would not be seen.
+        """
         if url.startswith(("http://", "https://")):
-            yield from self._http(url, offset, size)
-            return
+            return (yield from self._http(url, offset, size))
         system = self._system(url)
         try:
             if offset is None:
@@ -108,8 +112,9 @@ class Transfer:
                 raise
         except Exception as error:  # each of fsspec's packages raises other classes
             raise OSError(f"{type(error).__name__}: {error}") from error
+        return True
 
-    def _http(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
+    def _http(self, url: str, offset: int | None, size: int | None) -> Generator[bytes, None, bool]:
         request = self._request(url)
         if offset is not None:
             request.add_header("Range", f"bytes={offset}-{offset + size - 1}")
@@ -118,7 +123,7 @@ class Transfer:
         except urllib.error.HTTPError as error:
             if error.code == 416:  # the range starts past the end
                 error.close()
-                return
+                return True
             raise
         with response:
             expected = _expected(url, response, offset, size)
@@ -128,6 +133,7 @@ class Transfer:
                 yield piece
             if expected is not None and received != expected:
                 raise EOFError(f"connection closed after {received} of {expected} bytes")
+            return expected is not None
 
     def size(self, url: str) -> int | None:
         """Bytes of a file; None where the server does not say."""
@@ -210,7 +216,7 @@ def _expected(
 
 
 def check_tar(path: Path, whole: bool) -> None:
-    """Raise `WrongResponse` unless a download is a tar; ``whole``: it is known to be complete."""
+    """Raise `WrongResponse` unless a download is a tar; ``whole``: its length was known."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(512)
