@@ -60,8 +60,15 @@ def with_frame_count(data: bytes) -> bytes:
 
 
 def _frames(data: bytes) -> Iterator[_Frame]:
-    """The frames of ``data`` in order; what lies between them is skipped."""
+    """The frames of ``data`` in order; what lies between them is skipped.
+
+    None of a file that begins otherwise: bytes like a frame's header are in any audio.
+    """
+    if data[:3] != b"ID3" and (data[:1] != b"\xff" or data[1:2] < b"\xe0"):
+        return
     at, end, found = _after_id3(data), len(data), False
+    if data[at : at + 4] == b"fLaC":
+        return
     while at + 4 <= end:
         frame = _frame(data, at)
         # Before the first frame and after damage, two headers in a row tell a frame from chance.

@@ -58,7 +58,9 @@ def test_an_mp3_is_decoded_to_its_last_frame(rate, channels):
 
 
 def test_what_is_no_mp3_is_left_as_it_is():
-    for data in (b"", b"ID3", b"\xff", b"\xff\xfb" * 40, encoded(noise(99)), bytes(5000)):
+    wave = noise(9 * RATE)
+    files = [encoded(wave, form) for form in ("WAV", "FLAC", "OGG")]  # with bytes like frames
+    for data in (b"", b"ID3", b"\xff", b"\xff\xfb" * 40, bytes(5000), *files):
         assert mp3.with_frame_count(data) is data and flac.with_sample_count(data) is data
 
 
