@@ -133,9 +133,6 @@ def test_phonemes_made_one_way_and_read_another(check, tmp_path):
     assert "9 of 10 have no labels (unknown_phoneme 9" in message and "'ɛ'" in message
     assert "--kind stored" in message
     check(f"data.train.tiny.shards={mixed}", "branch=sft")
-    characters = "data.phonemizer.kind=characters"
-    stored = tar(tmp_path / "y.tar", *samples[:2])  # whose text is "ba", too
-    check(f"data.train.tiny.shards={stored}", characters)
 
 
 def test_the_kind_that_fits_is_named(check, tmp_path):
