@@ -2,15 +2,15 @@
 
 Run again after a stop, it packs only what is missing.
 
-examples:
-  dsasr data make-shards data/train.jsonl --out shards/train
-  dsasr data make-shards data/train.jsonl data/test.jsonl --out-root shards
-  dsasr data make-shards kaldi/data/train --out shards/train --lang en
-  dsasr data make-shards data_aishell.tgz --split train --out shards/train
-
 Read are JSONL manifests (id, audio, text …), those of NeMo, FunASR, SLAM-LLM, ms-swift, WeNet and
 lhotse (cuts), Kaldi folders, Common Voice tables, audio folders and Parquet files of Hugging Face,
 and LibriSpeech and AISHELL-1 trees, unpacked or as downloaded.
+
+examples:
+  dsasr data make-shards data/train.jsonl --out shards/train
+  dsasr data make-shards data/train.jsonl data/test.jsonl --out-root shards
+  dsasr data make-shards data_aishell.tgz --split train --out shards/train
+  dsasr data make-shards kaldi/data/train --out shards/train --lang en
 """
 
 from __future__ import annotations
