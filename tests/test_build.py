@@ -12,8 +12,10 @@ import torch
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.data.audio.features import decode, fbank
-from dsasr.data.shards.index import build_index, read_sample
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.features import fbank
+from dsasr.data.shards.build_index import build_index
+from dsasr.data.shards.sample import read_sample
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.train_tokenizer import train_tokenizer
 from dsasr.training import preflight

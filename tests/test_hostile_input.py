@@ -21,8 +21,10 @@ from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
-from dsasr.data.audio.features import AudioError, decode
-from dsasr.data.shards.index import BadSample, build_index, read_sample
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.files import AudioError
+from dsasr.data.shards.build_index import build_index
+from dsasr.data.shards.sample import BadSample, read_sample
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.inference import export
 from dsasr.inference.recognizer import Recognizer

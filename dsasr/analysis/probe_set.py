@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.build import Builder
-from dsasr.data.audio.features import resample
+from dsasr.data.audio.resampling import resample
 from dsasr.data.text.phoneme_vocab import UnknownPhoneme
 from dsasr.data.text.phonemes import MissingPhonemes, Phonemizer, UnknownWord
 from dsasr.entropy_allocation import forced_alignment, frame_labels

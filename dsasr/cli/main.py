@@ -26,6 +26,7 @@ COMMANDS = {
     "snapshots": "list, verify or prune encoder snapshots",
     "replay": "the overrides that repeat a run's encoder swaps",
     "data make-shards": "pack recordings and transcripts into shards",
+    "data index": "index shards that other tools made",
     "data verify": "read every sample of shards and list the bad ones",
     "data cmvn": "mean and variance of the features",
     "data phonemes": "the phoneme vocabulary",

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from dsasr.evaluation.normalize import normalize, unit_of, units
+from dsasr.evaluation.normalize import normalize, scored_lang, unit_of, units
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,18 @@ RATE_NAMES = {"word": "wer", "char": "cer", "mixed": "mer"}
 def score(
     pairs: Iterable[tuple[str, str, str] | tuple[str, str, str, str]], rules: str = "standard"
 ) -> Scores:
-    """`Scores` of (reference, hypothesis, lang) or (reference, hypothesis, lang, key) tuples."""
+    """`Scores` of (reference, hypothesis, lang) or (reference, hypothesis, lang, key) tuples.
+
+    A pair without a language is scored by the script of its reference (`scored_lang`), and its
+    tag says so: ``zh?``.
+    """
     return Scores([_score_utterance(rules, *pair) for pair in pairs], rules)
 
 
 def _score_utterance(
     rules: str, reference: str, hypothesis: str, lang: str, key: str = ""
 ) -> UtteranceScore:
+    lang = scored_lang(lang, reference)
     sides = (reference, lang, rules), (hypothesis, lang, rules)
     return UtteranceScore(
         lang=lang,

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dsasr.data.audio.features import AudioError, decode
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.files import AudioError
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import pad
-from dsasr.data.shards.index import BadSample, parse_sample
 from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.sample import BadSample, SampleFields, parse_sample
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.utils.errors import UserError
@@ -55,11 +56,13 @@ def read_recordings(
     rate: int = 16000,
     text: TextConfig | None = None,
     source: StorageConfig | None = None,
+    fields: SampleFields | None = None,
     limit: int = 0,
     max_seconds: float = MAX_SECONDS,
 ) -> tuple[list[Recording], Counter[str]]:
     """Recordings of ``shards`` (folders, tars or patterns), and the samples left out, by cause.
 
+    ``fields``: as in `ShardStorage.resolve`.
     ``limit`` takes that many of each folder, tar or pattern, evenly spread over it (0: all), so
     that every speaker and language is among them. A recording above ``max_seconds``
     (`longest_seconds`) is too_long. Raises `UserError` if no recording is readable.
@@ -69,7 +72,7 @@ def read_recordings(
     for pattern in [shards] if isinstance(shards, str) else shards:
         entries = [
             (shard, entry)
-            for shard in storage.resolve(pattern).shards
+            for shard in storage.resolve(pattern, fields).shards
             for entry in load_or_build_index(storage, shard)
         ]
         if limit and limit < len(entries):
@@ -81,6 +84,8 @@ def read_recordings(
         try:
             sample = parse_sample(entry, shard, *storage.read_two(shard, *spans))
             wave = decode(sample.audio, rate=rate, max_seconds=max_seconds).numpy()
+            if sample.text.strip() and not wave.any():
+                raise AudioError("silent_audio")
         except (BadSample, AudioError) as error:
             causes[error.cause] += 1
             continue

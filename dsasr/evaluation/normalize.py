@@ -35,10 +35,18 @@ from dsasr.data.text.scripts import (
 from dsasr.utils.errors import UserError
 
 RULES = ("standard", "plain")
+BY_SCRIPT = "?"  # ends the tag of utterances without a language, which their script stands for
 CHAR_LANGS = frozenset(
     ["zh", "cmn", "yue", "wuu", "nan", "hak", "ja", "ko", "th", "lo", "my", "km"]
 )
 
+_SCRIPTS = {  # whose words have no spaces between them, but for Korean's
+    "ko": "\uac00-\ud7af",
+    "th": "\u0e00-\u0e7f",
+    "lo": "\u0e80-\u0eff",
+    "my": "\u1000-\u109f",
+    "km": "\u1780-\u17ff",
+}
 _LATIN = r"a-z0-9\u00c0-\u024f"
 _UNIT = re.compile(rf"[$€£¥]?[{_LATIN}]+(?:['.][{_LATIN}]+)*%?|\S")
 _MIXED_TOKEN = re.compile(
@@ -66,10 +74,28 @@ def unit_of(lang: str) -> str:
     ``zh``, ``zh-CN``, ``zh_Hant``, ``ja``… count characters; ``zh-en``, ``en-zh``, ``cs`` and
     ``mixed`` count Han characters and Latin words; every other tag counts words.
     """
-    tag = lang.lower().replace("_", "-")
+    tag = lang.lower().replace("_", "-").removesuffix(BY_SCRIPT)
     if tag in MIXED_LANGS:
         return "mixed"
     return "char" if tag.split("-")[0] in CHAR_LANGS else "word"
+
+
+def scored_lang(lang: str, text: str) -> str:
+    """``lang``; where that is empty, what the script of ``text`` stands for, with `BY_SCRIPT`: zh?,
+    zh-en?, ja?, or "" for all scripts that are counted in words (**ours**)."""
+    found = lang or _lang_of_script(text)
+    return found if lang or not found else found + BY_SCRIPT
+
+
+def _lang_of_script(text: str) -> str:
+    if re.search(r"[\u3040-\u30ff]", text):
+        return "ja"
+    for tag, characters in _SCRIPTS.items():
+        if re.search(f"[{characters}]", text):
+            return tag
+    if not HAN_CHARACTER.search(text):
+        return ""
+    return "zh-en" if re.search(r"[A-Za-z]{2}", text) else "zh"
 
 
 def normalize(text: str, lang: str, rules: str = "standard") -> str:
@@ -82,7 +108,7 @@ def normalize(text: str, lang: str, rules: str = "standard") -> str:
     """
     check_rules(rules)
     spelling = rules if rules.endswith(".json") else None
-    tag = lang.lower().replace("_", "-")
+    tag = lang.lower().replace("_", "-").removesuffix(BY_SCRIPT)
     base = tag.split("-")[0]
     if rules == "plain":
         return HAN_SPACES.sub("", basic(text))

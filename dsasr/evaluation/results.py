@@ -30,6 +30,7 @@ from dsasr.evaluation.hallucination import (
     count_characters,
     find_hallucinations,
 )
+from dsasr.evaluation.normalize import scored_lang
 from dsasr.evaluation.suite import CLEAN, spoken_prefix, truncated_share
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import nonfinite_to_none, read_lines, to_json
@@ -56,17 +57,24 @@ class Result:
     finished: bool
 
     @property
+    def scored_lang(self) -> str:
+        """The language by whose rules it is scored (`normalize.scored_lang`)."""
+        return scored_lang(self.lang, self.reference or "")
+
+    @property
     def spoken(self) -> str:
         """The part of the reference that the audio holds: all of it unless it was truncated."""
         share, text = truncated_share(self.condition), self.reference or ""
-        return text if share is None else spoken_prefix(text, self.hypothesis, self.lang, share)
+        return (
+            text if share is None else spoken_prefix(text, self.hypothesis, self.scored_lang, share)
+        )
 
     @property
     def hallucinated(self) -> bool:
         """Whether it holds a hallucination, which on non-speech is any text."""
         if self.reference is None:
             return count_characters(self.hypothesis) > 0
-        return bool(find_hallucinations(self.spoken, self.hypothesis, self.lang))
+        return bool(find_hallucinations(self.spoken, self.hypothesis, self.scored_lang))
 
 
 @dataclass
@@ -104,7 +112,7 @@ class Results:
             if row.reference is None:
                 report.add_nonspeech(row.hypothesis, row.seconds, row.lang, **labels)
             else:
-                report.add(row.spoken, row.hypothesis, row.lang, **labels)
+                report.add(row.spoken, row.hypothesis, row.scored_lang, **labels)
         return report
 
     def summary(self, rules: str = "standard") -> dict[str, Any]:

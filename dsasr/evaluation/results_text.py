@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsasr.evaluation.hallucination import KINDS
+from dsasr.evaluation.normalize import BY_SCRIPT
 from dsasr.evaluation.results import Results
 
 UNITS = {"word": "words", "char": "characters", "mixed": "words and characters"}
@@ -35,6 +36,12 @@ def format_results(results: Results, summary: Mapping[str, Any], pairs: int) -> 
                 f"{UNITS[row['unit']]}: {row['substitutions']} sub, {row['deletions']} del, "
                 f"{row['insertions']} ins"
             )
+    guessed = {lang for part in summary["conditions"].values() for lang in part["languages"]}
+    if guessed := sorted(lang for lang in guessed if lang.endswith(BY_SCRIPT)):
+        yield (
+            f"no language is given for {', '.join(guessed)}: scored as its script is; pack with "
+            "--lang to say which it is"
+        )
     for row in summary["hallucination"]["rows"]:
         where = f"{row['condition']:>9} {row['lang']:>6}"
         if row["utterances"]:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from dsasr.data.audio.files import FFMPEG, SNDFILE
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.text.tokenizers import Tokenizer
@@ -27,17 +28,16 @@ from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
 
-EXTENSIONS = (
-    ".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".w64",
-)  # fmt: skip
+EXTENSIONS = tuple(f".{kind}" for kind in (*SNDFILE, *FFMPEG))
 
 
 @dataclass(frozen=True)
 class NoSpeechConfig:
-    """A segment is probably no speech if either value of it is lower (**ours**)."""
+    """A segment is probably no speech if one of its values is lower (**ours**)."""
 
     loudness_db: float = -55.0  # `AudioSegment.loudness`
     confidence: float = 0.4  # mean over the tokens
+    seconds: float = 0.1  # the shortest words take longer, and less is padded with zeros
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,13 @@ class Recognizer:
         confidence = sum(confidences) / max(len(confidences), 1)
         quiet = audio.loudness < self.no_speech.loudness_db
         uncertain = confidence < self.no_speech.confidence
+        short = audio.seconds < self.no_speech.seconds
         return Segment(
             start=round(audio.start, 3),
             end=round(audio.start + audio.seconds, 3),
             text=hypothesis.text,
             confidence=round(confidence, 4),
-            no_speech=quiet or uncertain or not hypothesis.text,
+            no_speech=quiet or uncertain or short or not hypothesis.text,
             finished=hypothesis.finished,
             tokens=self._tokens(hypothesis),
         )
@@ -265,7 +266,8 @@ def _pad_to_minimum(wave: torch.Tensor) -> torch.Tensor:
 def audio_files(folder: Path) -> list[Path]:
     """All audio files below ``folder``, by their names' endings, sorted. Raises `UserError` if
     there is none."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    files = sorted(p for p in found if not p.name.startswith("._"))  # macOS's
     if not files:
         raise UserError(f"{folder} holds no audio ({', '.join(EXTENSIONS)})")
     return files

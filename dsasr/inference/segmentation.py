@@ -13,7 +13,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from dsasr.data.audio.features import RATE, resample
+from dsasr.data.audio.files import ERRORS, AudioError, check_scale, open_audio
+from dsasr.data.audio.resampling import RATE, resample
 from dsasr.utils.errors import UserError
 
 FRAME = 0.01  # seconds
@@ -54,7 +55,7 @@ class AudioSegment:
 def split_audio(
     source: str | Path | BinaryIO, config: SegmentationConfig | None = None
 ) -> Iterator[AudioSegment]:
-    """The segments of an audio file (whatever libsndfile reads: WAV, FLAC, Ogg, Opus, MP3 …).
+    """The segments of an audio file (`dsasr.data.audio.decoding` says of which formats).
 
     Together they cover all that is not silence, in order and without overlap. Raises `UserError`
     if ``source`` is no audio; of a damaged file, after the segments before the damage.
@@ -62,12 +63,14 @@ def split_audio(
     config = config or SegmentationConfig()
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
     try:
-        with soundfile.SoundFile(source) as file:
+        with open_audio(source) as file:
             if not 1000 <= file.samplerate <= 768_000:
                 raise UserError(f"{name}: a sampling rate of {file.samplerate} Hz is not supported")
             yield from _split(file, config, name)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        reason = getattr(error, "error_string", str(error))
+    except AudioError as error:
+        raise UserError(f"{name} cannot be read as audio: {error.detail}") from None
+    except (OSError, *ERRORS) as error:
+        reason = getattr(error, "error_string", getattr(error, "strerror", None) or str(error))
         raise UserError(f"{name} cannot be read as audio: {reason}") from None
 
 
@@ -81,8 +84,14 @@ def _split(
             block = file.read(frames=5 * rate, dtype="float32", always_2d=True)
             at_end = not len(block)
             buffer = np.concatenate((buffer, block.mean(axis=1)))
-        if not np.isfinite(buffer).all():
-            raise UserError(f"{name} holds samples that are not finite")
+        if not len(buffer):
+            if not start:
+                raise UserError(f"{name} holds no audio: it has no samples")
+            return
+        try:
+            check_scale(buffer)
+        except AudioError as error:
+            raise UserError(f"{name} holds {error.detail}") from None
         low, high, used = _next_range(buffer, rate, config, at_end)
         if high > low:
             yield _segment(buffer[low:high], rate, (start + low) / rate)

@@ -15,9 +15,10 @@ from dsasr.data.dataloader.collate import Collator
 from dsasr.data.dataloader.dataloader import DatasetConfig, build_dataset_parts
 from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig, Task, Window, plan_window
 from dsasr.data.dataloader.workers import run_inline
-from dsasr.data.shards.index import DroppedSample
 from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.data.shards.storage import ShardReadError
+from dsasr.training import phoneme_fit
 from dsasr.utils.errors import UserError
 
 SHARDS = 8  # of a dataset that are looked at until a sample is usable, evenly spread
@@ -62,6 +63,8 @@ def _check_dataset(
             for task in _tasks(window):
                 rest = run_inline(collator.collate, task).rest
                 if rest.keys:
+                    if collator.text.phonemizer is not None:
+                        phoneme_fit.check(builder, storage, where, part)
                     return
                 dropped |= {row[1:3]: row for row in rest.bad}
     if dropped:

@@ -14,7 +14,7 @@ import torch
 
 from dsasr.build import Builder
 from dsasr.data.dataloader.bad_samples import dropped_summary
-from dsasr.data.shards.index import DroppedSample
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
 from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate
@@ -181,14 +181,18 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
     evaluation, data = recipe.evaluation, recipe.data
     if not evaluation.suite_utterances or not data.valid:
         return {}
-    recordings, _ = read_recordings(
-        [s for d in data.valid for s in ([d.shards] if isinstance(d.shards, str) else d.shards)],
-        rate=build.front_end.rate,
-        text=data.text,
-        source=data.dataloader.source,
-        limit=evaluation.suite_utterances,
-        max_seconds=longest_seconds(build.front_end),
-    )
+    recordings = []
+    for dataset in data.valid:
+        found, _ = read_recordings(
+            dataset.shards,
+            rate=build.front_end.rate,
+            text=data.text,
+            source=data.dataloader.source,
+            fields=dataset.fields,
+            limit=evaluation.suite_utterances,
+            max_seconds=longest_seconds(build.front_end),
+        )
+        recordings += found
     results = transcribe_clips(
         module,
         build_suite(recordings, evaluation.suite, rate=build.front_end.rate),

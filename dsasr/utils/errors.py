@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -32,7 +34,8 @@ def run_tool(main: Callable[[], int | None]) -> int:
     """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, 2 on
     `UserError`, 1 on `Failure`.
 
-    An interrupt returns 130, as shells expect, without a traceback. What is printed meanwhile is
+    A full disk, missing rights and the like are told in one line, too. An interrupt returns 130,
+    and a closed pipe 141, as shells expect, without a traceback. What is printed meanwhile is
     escaped (`dsasr.utils.terminal`).
     """
     with escaped_output():
@@ -44,9 +47,25 @@ def run_tool(main: Callable[[], int | None]) -> int:
         except Failure as failure:
             print(f"failed: {_told(failure)}", file=sys.stderr, flush=True)
             return 1
+        except BrokenPipeError:  # as of `dsasr … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"failed: {mask(where)}{error.strerror}", file=sys.stderr, flush=True)
+            return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130
+
+
+# Errors of disks and rights, which say all there is to know.
+_OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+)
 
 
 def _told(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """`dsasr data …`: what the commands print, their exit codes, one line for a mistake."""
 
+import errno
 import io
 import json
 import subprocess
@@ -11,8 +12,10 @@ import pytest
 import soundfile
 import torch
 
-from dsasr.data.audio.features import Cmvn, FbankConfig, decode, fbank
-from dsasr.data.shards.index import build_index, find_tars, read_sample
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
+from dsasr.data.shards.build_index import build_index, find_tars
+from dsasr.data.shards.sample import read_sample
 from dsasr.data.shards.writer import (
     PackedSample,
     read_dataset,
@@ -254,3 +257,39 @@ def test_phonemes_refuse_mistakes(tmp_path, refused):
         "phonemes", tmp_path / "x.tar", *out, "--kind", "guess"
     )
     assert not (tmp_path / "p.json").exists()
+
+
+def test_tars_that_cannot_be_read_are_one_line(tmp_path, command):
+    (tmp_path / "x.tar").mkdir()
+    out = tmp_path / "out.json"
+    for words in (
+        ("cmvn", tmp_path, "--out", out),
+        ("phonemes", tmp_path, "--out", out, "--kind", "characters"),
+        ("index", tmp_path),
+    ):
+        done = command("data", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "x.tar cannot be" in done.stderr
+    assert "unreadable" in command("data", "verify", tmp_path).stdout
+    assert not out.exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path, command, monkeypatch):
+    values = {"text": "hello", "lang": "en", "speaker": "s", "duration": 1.0}
+    write_shard(tmp_path / "x.tar", [PackedSample("a", "flac", encoded(1.0), values)])
+    (tmp_path / "t.txt").write_text("hello there\n" * 50)
+
+    def full(*_: object):
+        raise OSError(errno.ENOSPC, "No space left on device", "out.json")
+
+    for name in ("data.audio.features", "data.text.phoneme_vocab", "data.text.train_tokenizer"):
+        monkeypatch.setattr(f"dsasr.{name}.atomic_write", full)
+    out = tmp_path / "out.json"
+    for words in (
+        ("cmvn", tmp_path, "--out", out),
+        ("phonemes", tmp_path, "--out", out, "--kind", "characters"),
+        ("tokenizer", tmp_path / "t.txt", "--out", tmp_path / "t", "--size", "400"),
+    ):
+        done = command("data", *words)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "failed: out.json: No space left on device"

@@ -176,3 +176,23 @@ def test_paired_test_rejects_other_references():
         paired_test(score([("a", "a", "en")]), score([("a b", "a", "en")]))
     with pytest.raises(ValueError, match="keys"):
         paired_test(score([("a", "a", "en", "k")]), score([("a", "a", "en", "l")]))
+
+
+@pytest.mark.parametrize(
+    ("text", "tag", "units"),
+    [
+        ("今天天气很好", "zh?", 6), ("打开 wifi 吧", "zh-en?", 4), ("今日は", "ja?", 3),
+        ("안녕하세요", "ko?", 5), ("สวัสดี", "th?", 6),
+        ("good morning", "", 2), ("Привет мир", "", 2),
+    ],
+)  # fmt: skip
+def test_a_text_without_a_language_is_scored_as_its_script_is(text, tag, units):
+    scores = score([(text, text, ""), (text, text, "")])
+    assert scores.counts.reference == 2 * units and list(scores.by_lang) == [tag]
+    given = score([(text, "", tag.rstrip("?") or "en")])
+    assert given.counts.reference == units
+
+
+def test_one_wrong_character_is_not_a_wrong_sentence():
+    scores = score([("今天天气很好", "今天天汽很好", "")])
+    assert scores.rate == scores.cer == pytest.approx(1 / 6)

@@ -106,6 +106,13 @@ def test_quiet_or_uncertain_is_probably_no_speech(recognizer, batches, monkeypat
     assert recognizer.transcribe(write(tmp_path / "a.wav", 1.0)).segments[0].no_speech
 
 
+def test_less_than_any_word_takes_is_probably_no_speech(recognizer, batches, tmp_path):
+    for samples, speaks in ((1, False), (800, False), (4000, True)):
+        soundfile.write(tmp_path / "a.wav", loud(samples / 16_000), 16_000, subtype="FLOAT")
+        (segment,) = recognizer.transcribe(tmp_path / "a.wav").segments
+        assert segment.no_speech is not speaks
+
+
 def test_a_character_of_two_tokens_belongs_to_the_second(recognizer):
     hypothesis = Hypothesis("0", (65, 0, 1, 66), "AéB", -1.0, (0.0, 0.0, 0.0, 0.0, 0.0))
     assert [t.text for t in recognizer._tokens(hypothesis)] == ["A", "", "é", "B"]

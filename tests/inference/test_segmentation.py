@@ -100,3 +100,13 @@ def test_errors_name_the_file_and_the_cause():
         list(split_audio(buffer))
     with pytest.raises(UserError, match="max_seconds"):
         SegmentationConfig(max_seconds=0.5)
+
+
+def test_a_file_without_samples_is_no_audio(tmp_path):
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, np.int16), 16_000)
+    with pytest.raises(UserError, match=r"none\.wav holds no audio"):
+        list(split_audio(tmp_path / "none.wav"))
+    # One whose last block ends with a segment is no such file.
+    config = SegmentationConfig(max_seconds=5.0)
+    soundfile.write(tmp_path / "zero.wav", np.zeros(10 * 16_000, np.int16), 16_000)
+    assert list(split_audio(tmp_path / "zero.wav", config)) == []

@@ -13,7 +13,8 @@ import soundfile
 import torch
 import yaml
 
-from dsasr.data.audio.features import RATE, Cmvn, FbankConfig, fbank
+from dsasr.data.audio.features import Cmvn, FbankConfig, fbank
+from dsasr.data.audio.resampling import RATE
 from dsasr.data.shards.writer import PackedSample, shard_summary, write_dataset, write_shard
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.train_tokenizer import train_tokenizer

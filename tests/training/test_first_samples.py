@@ -120,3 +120,34 @@ def test_a_shard_that_cannot_be_read(check, tmp_path):
     remote = "http://127.0.0.1:9/x.tar"
     options = ["data.dataloader.source.attempts=1", f"data.train.tiny.shards={remote}"]
     assert "data.train.tiny: cannot read http://127.0.0.1:9/x" in refusal(check, *options)
+
+
+def test_phonemes_made_one_way_and_read_another(check, tmp_path):
+    """A few transcripts of symbols that both ways share would pass, and training find no others."""
+    samples = [("ok.flac", flac(0.5)), ("ok.json", meta(0.5))]
+    for i in range(9):
+        samples += [(f"{i}.flac", flac(0.5)), (f"{i}.json", meta(0.5, "bɛ"))]
+    mixed = tar(tmp_path / "x.tar", *samples)
+    message = refusal(check, f"data.train.tiny.shards={mixed}")
+    assert message.startswith("data.train.tiny: data.phonemizer.kind=stored and data.phonemes=")
+    assert "9 of 10 have no labels (unknown_phoneme 9" in message and "'ɛ'" in message
+    assert "--kind stored" in message
+    check(f"data.train.tiny.shards={mixed}", "branch=sft")
+
+
+def test_the_kind_that_fits_is_named(check, tmp_path):
+    """The vocabulary is that of the shards' phonemes, the recipe has another phonemizer."""
+    words = tmp_path / "words"
+    words.write_text("ba z\nok b a\n")
+    said = json.dumps({"text": "ba", "lang": "en", "duration": 0.5, "phonemes": ["b", "a"]})
+    passes = json.dumps({"text": "ok", "lang": "en", "duration": 0.5, "phonemes": ["b", "a"]})
+    samples = [("ok.flac", flac(0.5)), ("ok.json", passes.encode())]
+    for i in range(5):
+        samples += [(f"{i}.flac", flac(0.5)), (f"{i}.json", said.encode())]
+    shard = tar(tmp_path / "x.tar", *samples)
+    message = refusal(
+        check,
+        f"data.train.tiny.shards={shard}",
+        f"data.phonemizer={{kind: lexicon, lexicons: ['{words}']}}",
+    )
+    assert "they fit data.phonemizer.kind=stored" in message

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.data.shards.index import build_index
+from dsasr.data.shards.build_index import build_index
 from dsasr.model.encoders.pretrained import PREPROCESSOR
 from dsasr.training.preflight import check
 from dsasr.utils.errors import UserError

@@ -37,7 +37,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import alternate, clock, median_and_spread, peak_bytes, record
 
 from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
-from dsasr.data.shards.manifests import read_manifest
+from dsasr.data.manifests.registry import read_manifest
 from dsasr.model.encoders.load import load_encoder
 from dsasr.model.encoders.pretrained import PretrainedEncoderConfig
 from dsasr.model.encoders.whisper import WhisperEncoder

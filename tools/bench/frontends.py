@@ -39,10 +39,11 @@ from torch import Tensor
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import alternate, clock, record
 
-from dsasr.data.audio.features import RATE, decode
+from dsasr.data.audio.decoding import decode
 from dsasr.data.audio.frontends import PretrainedFrontEnd
+from dsasr.data.audio.resampling import RATE
 from dsasr.data.dataloader.workers import keep_freed_memory
-from dsasr.data.shards.manifests import read_manifest
+from dsasr.data.manifests.registry import read_manifest
 from dsasr.utils.errors import UserError, run_tool
 
 SHORTEST, LONGEST = 2.0, 10.0  # seconds of a clip

@@ -42,7 +42,8 @@ from dsasr.utils.progress import Bar
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import record
 
-from dsasr.data.audio.features import FbankConfig, decode, fbank
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.features import FbankConfig, fbank
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.workers import keep_freed_memory

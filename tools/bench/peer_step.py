@@ -47,9 +47,9 @@ from peer_trainer import PeerOptions, SpeechCollator
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.data.audio.features import decode
+from dsasr.data.audio.decoding import decode
 from dsasr.data.dataloader import bucketing, collate
-from dsasr.data.shards.manifests import read_manifest
+from dsasr.data.manifests.registry import read_manifest
 from dsasr.data.shards.pack import PackConfig, pack
 from dsasr.data.shards.writer import sample_key
 from dsasr.engine import branch_engine

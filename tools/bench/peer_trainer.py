@@ -33,7 +33,8 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from dsasr.data.audio.features import RATE, decode
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.resampling import RATE
 from dsasr.data.text.normalization import normalize_text
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer

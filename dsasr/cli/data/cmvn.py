@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--shards {args.shards}: a number of shards, or 0 for all")
 
     from dsasr.data.audio.features import CmvnSums, FbankConfig
-    from dsasr.data.shards.index import find_tars
+    from dsasr.data.shards.build_index import find_tars
     from dsasr.data.shards.process_pool import map_in_processes
     from dsasr.data.shards.verify import cmvn_sums
     from dsasr.data.shards.writer import check_file

@@ -2,14 +2,20 @@
 
 Run again after a stop, it packs only what is missing.
 
+Read are JSONL manifests (id, audio, text …), those of NeMo, FunASR, SLAM-LLM, ms-swift, WeNet and
+lhotse (cuts), Kaldi folders, Common Voice tables, audio folders and Parquet files of Hugging Face,
+and LibriSpeech and AISHELL-1 trees, unpacked or as downloaded.
+
 examples:
   dsasr data make-shards data/train.jsonl --out shards/train
   dsasr data make-shards data/train.jsonl data/test.jsonl --out-root shards
+  dsasr data make-shards data_aishell.tgz --split train --out shards/train
   dsasr data make-shards kaldi/data/train --out shards/train --lang en
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        help="JSONL manifests, Kaldi folders, LibriSpeech or AISHELL-1 trees",
+        help="manifests, folders or archives of a corpus",
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="folder of the shards, for one source")
     target.add_argument("--out-root", type=Path, help="folder of folders, named as the sources are")
-    parser.add_argument("--kind", default="auto", help="jsonl, kaldi, librispeech, aishell or auto")
+    parser.add_argument(
+        "--kind", default="auto", help="the form, such as nemo or kaldi (default: recognized)"
+    )
+    parser.add_argument(
+        "--split", default="", help="train, dev, test …, where a source holds several"
+    )
     parser.add_argument(
         "--lang", default="", help="language of utterances that name none: en, zh …"
     )
@@ -41,16 +52,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, help="default: one per core")
     args = parser.parse_args(arguments)
 
-    from dsasr.data.shards.manifests import read_manifest
+    from dsasr.data.manifests.registry import read_manifest
     from dsasr.data.shards.pack import PackConfig, pack, shard_size
 
     samples, size = shard_size(args.shard_size)
     config = PackConfig(samples, not args.keep_order, args.seed, args.encode, size)
     folders = _folders(args.sources, args.out, args.out_root)
-    corpora = [read_manifest(source, args.kind, args.lang) for source in args.sources]
-    for out, corpus in zip(folders, corpora, strict=True):
-        summary = pack(corpus.utterances, out, config, args.processes, corpus.left_out)
-        _print(out, summary)
+    # Audio of archives is unpacked beside the shards, and removed when it is packed.
+    scratch = [out.parent / f".{out.name}.unpacked.tmp" for out in folders]
+    try:
+        for folder in scratch:
+            shutil.rmtree(folder, ignore_errors=True)  # of a packer that was killed
+        corpora = [
+            read_manifest(source, args.kind, args.lang, args.split, folder)
+            for source, folder in zip(args.sources, scratch, strict=True)
+        ]
+        for out, corpus in zip(folders, corpora, strict=True):
+            summary = pack(corpus.utterances, out, config, args.processes, corpus.left_out)
+            _print(out, summary)
+    finally:
+        for folder in scratch:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(sources: list[str], out: Path | None, root: Path | None) -> list[Path]:

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stress", action="store_true", help="keep stress marks")
     args = parser.parse_args(arguments)
 
-    from dsasr.data.shards.index import BadSample, find_tars, read_texts
+    from dsasr.data.shards.build_index import find_tars, read_texts
+    from dsasr.data.shards.sample import BadSample
     from dsasr.data.shards.writer import check_file
     from dsasr.data.text.phoneme_vocab import PhonemeVocab
     from dsasr.data.text.phonemes import (

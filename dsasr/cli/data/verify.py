@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="default: one per core")
     args = parser.parse_args(arguments)
 
-    from dsasr.data.shards.index import find_tars
+    from dsasr.data.shards.build_index import find_tars
     from dsasr.data.shards.verify import check_dataset, verify
     from dsasr.data.shards.writer import DATASET
 

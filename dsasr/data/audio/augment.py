@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from typing import Annotated
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsasr.data.audio.features import RATE, one_thread, resample
+from dsasr.data.audio.resampling import RATE, one_thread, resample
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Decibels, NonNegativeInt, Range, Share
@@ -101,7 +102,8 @@ def augment_wave(
     follows.
     """
     if params.speed != 1.0:
-        wave = resample(wave, round(100 * params.speed), 100)
+        ratio = Fraction(params.speed).limit_denominator(1000)
+        wave = resample(wave, ratio.numerator, ratio.denominator)
     if params.noise is None or not len(wave):
         return wave
     rng = np.random.Generator(np.random.PCG64([params.seed & 0xFFFFFFFF, params.seed >> 32, 1]))

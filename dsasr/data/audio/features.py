@@ -1,7 +1,8 @@
-"""Audio decoding, resampling, Kaldi's log-Mel filter banks (fbank), and CMVN.
+"""Kaldi's log-Mel filter banks (fbank), and CMVN.
 
-Real-time factors on one core of an AMD EPYC, 40 utterances of Ogg Opus: decode 0.0010, `fbank`
-0.00011, torchaudio's kaldi.fbank 0.00033, kaldi-native-fbank 0.0012 (from Python, frame by frame).
+Real-time factors on one core of an AMD EPYC, 40 utterances of Ogg Opus: `fbank` 0.00011
+(their decoding 0.0010), torchaudio's kaldi.fbank 0.00033, kaldi-native-fbank 0.0012 (from Python,
+frame by frame).
 Against kaldi's definition in float64, over 2.3 million bins of real recordings: 3e-4 at most in
 bins up to 16 nats below their frame's loudest; beyond, where float32 ends, 0.005 at most (kaldi-
 native-fbank 0.006, torchaudio 0.008), and more than 1e-3 in 2 bins of 100,000 (7, 9).
@@ -11,153 +12,30 @@ at most, 6 of 100,000.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsasr.data.audio.resampling import RATE, one_thread
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write
 from dsasr.utils.ranges import NonNegativeFloat, Range
 
-RATE = 16_000
 FULL_SCALE = 32_768.0  # kaldi's features are of 16-bit integers
 LOG_FLOOR = torch.finfo(torch.float32).eps
 PREEMPHASIS = 0.97
-MAX_CHANNELS = 64
-MAX_KERNEL = 1 << 19  # the product of reduced sampling rates; 44.1 and 16 kHz make 441 · 160
 BLOCK = 512  # frames
-MAX_MISSING = 0.01  # share by which audio may be shorter than its header says: MP3's estimates
-
-
-class AudioError(Exception):
-    """Audio that cannot be used: ``cause`` in short snake_case, ``detail`` for a person."""
-
-    def __init__(self, cause: str, detail: str = ""):
-        super().__init__(cause, detail)
-        self.cause, self.detail = cause, detail
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run with one thread, so that audio has the same bits in a worker and in its parent.
-
-    The results of torch's reductions and of MKL's products depend on the number of threads (MKL's
-    not on every processor). Usable as a decorator; costs a few microseconds.
-    """
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
-def decode(
-    data: bytes, *, rate: int = RATE, max_seconds: float = 60.0, cut: bool = False
-) -> Tensor:
-    """WAV, FLAC, Ogg (Vorbis, Opus) or MP3 bytes → float32 mono [n] in [-1, 1] at ``rate``.
-
-    At most ``max_seconds`` are ever decoded, so a file that claims hours, or unpacks to them, costs
-    no memory. Longer audio is an error, or with ``cut`` it is cut there. Channels are averaged.
-    Lossy formats may slightly exceed 1.
-    Raises `AudioError`: decode_error, empty_audio, too_long, nan_audio.
-    """
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            source = file.samplerate
-            if not 1000 <= source <= 768_000 or file.channels > MAX_CHANNELS:
-                shape = f"sampling rate {source} Hz, {file.channels} channels"
-                raise AudioError("decode_error", shape)
-            limit = int(max_seconds * source) + (not cut)
-            mono, claimed = _mono(file, limit), file.frames
-    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
-        raise AudioError("decode_error", getattr(error, "error_string", str(error))) from None
-    if len(mono) >= limit and not cut:
-        raise AudioError("too_long", f"more than {max_seconds:g} s")
-    if len(mono) < min(claimed, limit) * (1 - MAX_MISSING):
-        # libsndfile stops at a damaged page of Ogg or MP3 without an error.
-        raise AudioError("decode_error", f"ends after {len(mono)} of {claimed} samples")
-    if not len(mono):
-        raise AudioError("empty_audio", "no samples")
-    if not np.isfinite(mono).all():
-        raise AudioError("nan_audio", "samples that are not finite")
-    return resample(torch.from_numpy(mono), source, rate)
-
-
-def _mono(file: soundfile.SoundFile, limit: int) -> np.ndarray:
-    """Up to ``limit`` samples, channels averaged in blocks, so that many cost no more memory."""
-    if file.channels == 1:
-        return file.read(frames=limit, dtype="float32")
-    blocks, count = [], 0
-    while count < limit:
-        block = file.read(frames=min(65_536, limit - count), dtype="float32", always_2d=True)
-        if not len(block):
-            break
-        blocks.append(block.mean(axis=1))
-        count += len(block)
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-
-
-@lru_cache(maxsize=64)
-def _resample_kernel(source: int, target: int) -> tuple[Tensor, int, int, int]:
-    """Windowed-sinc polyphase kernel [target', 1, width], reduced rates and padding.
-
-    The kernel grows with the product of the reduced rates. An odd pair, such as 44,056 and 16,000,
-    would take gigabytes: it is replaced by the nearest ratio of numbers up to 1000, which is off
-    by a few millionths, and by 5 in 10,000 for rates that nearly but not quite agree.
-    """
-    ratio = Fraction(source, target)
-    if ratio.numerator * ratio.denominator > MAX_KERNEL:
-        near = min(ratio, 1 / ratio).limit_denominator(1000)
-        ratio = near if ratio < 1 else 1 / near
-    source, target = ratio.numerator, ratio.denominator
-    zeros, rolloff = 6, 0.99
-    base = min(source, target) * rolloff
-    width = math.ceil(zeros * source / base)
-    index = torch.arange(-width, width + source, dtype=torch.float64) / source
-    times = (torch.arange(0, -target, -1, dtype=torch.float64) / target)[:, None] + index
-    times = (times * base).clamp(-zeros, zeros)
-    window = torch.cos(times * math.pi / zeros / 2) ** 2
-    times = times * math.pi
-    sinc = torch.where(times == 0, torch.ones_like(times), torch.sin(times) / times)
-    kernel = sinc * window * (base / source)
-    return kernel[:, None].float(), source, target, width
-
-
-@one_thread()
-def resample(wave: Tensor, source: int, target: int) -> Tensor:
-    """[n] at ``source`` Hz → [⌈n·target/source⌉] at ``target`` Hz, band-limited.
-
-    Hann-windowed sinc interpolation with torchaudio's default parameters (six zero crossings,
-    roll-off 0.99) and its result, with the kernel kept between calls. As a product of overlapping
-    windows it takes a third of a convolution's time and, unlike it, caches nothing per length.
-    """
-    if source == target:
-        return wave
-    kernel, reduced, ours, width = _resample_kernel(int(source), int(target))
-    padded = F.pad(wave, (width, width + reduced))
-    out = (padded.unfold(0, kernel.shape[-1], reduced) @ kernel[:, 0].T).reshape(-1)
-    return out[: math.ceil(ours * len(wave) / reduced)]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsasr.data.audio.features import RATE, Cmvn, FbankConfig, fbank, fbank_batch, one_thread
+from dsasr.data.audio.features import Cmvn, FbankConfig, fbank, fbank_batch
+from dsasr.data.audio.resampling import RATE, one_thread
 
 HOP = 160  # samples between the frames of every Mel front end: 10 ms
 BLOCK = 256  # frames that stay in the processor's cache

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsasr.data.shards.index import DroppedSample
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, read_lines
 
 # What to do about causes that a recipe's limits make.
 _HINTS = {
     "missing_audio": "a sample is an audio and a json member of the same name",
-    "missing_json": "a sample is an audio and a json member of the same name",
+    "missing_json": "a sample is an audio and a json member of the same name; of shards that other "
+    "tools made (txt and wav) see `dsasr data index --help`",
     "too_few_frames": "CTC needs a frame for each unit: check the transcripts, or the units",
     "no_phonemes": "check data.phonemizer",
     "missing_phonemes": "check data.phonemizer",

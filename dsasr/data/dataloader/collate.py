@@ -17,19 +17,16 @@ import torch
 from torch import Tensor
 
 from dsasr.data.audio.augment import AugmentConfig, AugmentParams, augment_wave
-from dsasr.data.audio.features import AudioError, decode, one_thread
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.files import AudioError
 from dsasr.data.audio.frontends import FrontEnd
+from dsasr.data.audio.resampling import one_thread
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.data.dataloader.window_plan import PlannedSample, Task
 from dsasr.data.dataloader.workers import Allocate
-from dsasr.data.shards.index import (
-    BadSample,
-    DroppedSample,
-    Sample,
-    parse_sample,
-)
 from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.sample import BadSample, DroppedSample, Sample, parse_sample
 from dsasr.data.shards.storage import ShardStorage, ShardTruncated
 from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
@@ -285,9 +282,12 @@ class Collator:
         cut = cut_seconds is not None
         seconds = cut_seconds if cut else self.max_seconds
         try:
-            return decode(sample.audio, rate=self.front_end.rate, max_seconds=seconds, cut=cut)
+            wave = decode(sample.audio, rate=self.front_end.rate, max_seconds=seconds, cut=cut)
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
+        if sample.text.strip() and not wave.any():
+            raise BadSample("silent_audio", sample.shard, sample.key, "all samples are zero")
+        return wave
 
     def _check_ctc(self, wave: Tensor, units: list[int], sample: Sample) -> None:
         """Raise `BadSample` where no path of CTC writes ``units``: a frame each, and one between

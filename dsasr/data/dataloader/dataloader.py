@@ -35,8 +35,8 @@ from dsasr.data.dataloader.collate import Collator, EncoderLengths, TextEncoder
 from dsasr.data.dataloader.sampler import BatchSampler
 from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig, Task
 from dsasr.data.dataloader.workers import Payload, WorkerPool, run_inline
-from dsasr.data.shards.index import DroppedSample
 from dsasr.data.shards.index_cache import load_or_build_index
+from dsasr.data.shards.sample import DroppedSample, SampleFields
 from dsasr.data.shards.storage import ShardStorage, StorageConfig
 from dsasr.data.shards.urls import ShardList
 from dsasr.utils import ranges
@@ -65,6 +65,9 @@ class DatasetConfig:
     shards: str | tuple[str, ...]
     weight: PositiveFloat = 1.0  # share of the batches, relative to the other datasets
     lang: str | None = None  # use only samples of this language; null: all
+    # where the labels stand in shards that other tools made; null: as `dsasr data index` noted, or
+    # as in shards of `dsasr data make-shards`
+    fields: SampleFields | None = None
 
     def __post_init__(self) -> None:
         ranges.check(self)
@@ -121,7 +124,7 @@ def build_dataset_parts(
     """
     parts = []
     for dataset in datasets:
-        shards = storage.resolve(dataset.shards)
+        shards = storage.resolve(dataset.shards, dataset.fields)
         if dataset.lang is not None and shards.langs and dataset.lang not in shards.langs:
             known = ", ".join(sorted(shards.langs))
             raise UserError(f"dataset '{dataset.name}' has no '{dataset.lang}', only {known}")
@@ -144,7 +147,7 @@ def build_dataset_parts(
 def _part(
     name: str, shards: ShardList, lang: str | None, weight: float, reports: bool = True
 ) -> DatasetPart:
-    return DatasetPart(name, shards.shards, shards.counts, lang, weight, reports)
+    return DatasetPart(name, shards.shards, shards.counts, lang, weight, reports, shards.sizes)
 
 
 class StreamingDataLoader(Iterator[Batch]):

@@ -24,7 +24,8 @@ from dsasr.data.dataloader.window_plan import (
     splitmix64,
     stable_hash,
 )
-from dsasr.data.shards.index import DroppedSample, ShardIndex
+from dsasr.data.shards.index import ShardIndex
+from dsasr.data.shards.sample import DroppedSample
 from dsasr.utils.errors import UserError
 
 STATE_VERSION = 1
@@ -173,6 +174,7 @@ class BatchSampler:
         self.identity = {
             "plan": f"{stable_hash(*plan, vars(config.batch)):x}",
             "parts": {part.name: part.fingerprint() for part in parts},
+            "contents": {part.name: part.content() for part in parts},
         }
         if state is not None:
             self.load_state(state)
@@ -189,6 +191,14 @@ class BatchSampler:
                 raise UserError(
                     f"dataset '{name}' is not the one that the checkpoint was reading (its shard "
                     "list changed): restore it, or start the stage without the loader's state"
+                )
+        # States before contents were kept have none, and remote tars say nothing.
+        for name, content in saved.get("contents", {}).items():
+            if content and self.identity["contents"].get(name) not in ("", content):
+                raise UserError(
+                    f"dataset '{name}' is not the one that the checkpoint was reading (its shards "
+                    "have other sizes: they were packed again under the same names): restore it, "
+                    "or start the stage without the loader's state"
                 )
         if saved["plan"] != self.identity["plan"]:
             raise UserError(

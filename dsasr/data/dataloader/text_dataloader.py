@@ -20,7 +20,7 @@ import torch
 
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
-from dsasr.data.shards.index import BadSample, DroppedSample, Sample
+from dsasr.data.shards.sample import BadSample, DroppedSample, Sample
 from dsasr.data.text.ctc_noise import Confusions, CtcNoise
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError

@@ -28,7 +28,8 @@ from dsasr.data.dataloader.bucketing import (
 from dsasr.data.shards.urls import shard_name
 
 if TYPE_CHECKING:
-    from dsasr.data.shards.index import DroppedSample, Entry, ShardIndex
+    from dsasr.data.shards.index import ShardIndex
+    from dsasr.data.shards.sample import DroppedSample, Entry
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DatasetPart:
     lang: str | None = None
     weight: float = 1.0
     reports: bool = True  # reports the shards' bad samples: one of the parts that share shards
+    sizes: np.ndarray | None = None  # bytes of the shards, or of some of them, if they are known
 
     def fingerprint(self) -> str:
         """Identity of the shard list; independent of where the shards lie."""
@@ -51,6 +53,12 @@ class DatasetPart:
             digest.update(np.asarray(self.counts, np.int64).tobytes())
         digest.update((self.lang or "").encode())
         return digest.hexdigest()
+
+    def content(self) -> str:
+        """What tells shards that were packed again under the same names; "" if nothing does."""
+        if self.sizes is None or not self.sizes.any():
+            return ""
+        return hashlib.blake2b(self.sizes.tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

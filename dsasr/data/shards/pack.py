@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +14,21 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from dsasr.data.shards.index import (
-    MAX_AUDIO,
-    BadSample,
-    DroppedSample,
-    ShardIndex,
-    header_seconds,
-    index_path,
-    load_index,
+from dsasr.data.audio.files import (
+    ERRORS,
+    FFMPEG,
+    SNDFILE,
+    AudioError,
+    audio_seconds,
+    check_scale,
+    check_whole,
+    claimed_frames,
+    open_audio,
 )
-from dsasr.data.shards.manifests import ManifestEntry, extension
+from dsasr.data.manifests.entry import ManifestEntry
+from dsasr.data.shards.index import MAX_AUDIO, ShardIndex, index_path, load_index
 from dsasr.data.shards.process_pool import map_in_processes
+from dsasr.data.shards.sample import EXTENSIONS, DroppedSample
 from dsasr.data.shards.writer import (
     PackedSample,
     read_dataset,
@@ -35,11 +38,13 @@ from dsasr.data.shards.writer import (
     write_shard,
 )
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write
+from dsasr.utils.io import atomic_write, remove_temporaries
 
 PLAN = "packing.json"
 BAD = "bad_samples.jsonl"
 MAX_SECONDS = 3600.0  # longest recording that is encoded anew, or whose samples are counted
+# Audio is shorter than its manifest says if it is so by both: some manifests round to seconds.
+LEAST_SHARE, MOST_SECONDS = 0.9, 0.5
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,11 @@ def pack(
     """Write ``utterances`` as shards in ``out`` with ``dataset.json``; returns its values.
 
     After an interruption, another run writes only the missing shards; "written" counts those.
-    Utterances whose audio cannot be read are left out, listed in ``bad_samples.jsonl`` after
-    ``left_out`` (those that the corpus' reader left out), and counted under "bad"; "repaired"
-    counts durations that the audio's header corrected. Of audio that is kept unchanged only the
-    header is read: `dsasr.data.shards.verify` decodes all of it.
+    Utterances whose audio cannot be read, or is much shorter than the manifest says, are left out,
+    listed in ``bad_samples.jsonl`` after ``left_out`` (those that the corpus' reader left out), and
+    counted under "bad"; "repaired" counts durations that the audio's header corrected. Audio that
+    shards do not hold (AIFF, AU, and with ffmpeg M4A, WebM …) is encoded as FLAC; of audio that is
+    kept unchanged only the header is read: `dsasr.data.shards.verify` decodes all of it.
 
     Raises `UserError` if ``out`` holds other shards or cannot be written, and for ids that give the
     same key.
@@ -106,6 +112,7 @@ def pack(
     try:
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, _identity(utterances, sizes, config), len(utterances))
+        remove_temporaries(out)  # of a packer that was killed
         finished = _finished_dataset(out)
         if finished is not None:
             return {**finished, "written": 0}
@@ -136,7 +143,6 @@ def pack(
 def _check_keys(utterances: Sequence[ManifestEntry]) -> None:
     ids: dict[str, str] = {}
     for utterance in utterances:
-        extension(utterance.audio)
         first = ids.setdefault(sample_key(utterance.id), utterance.id)
         if first != utterance.id:
             raise UserError(f"the ids '{first}' and '{utterance.id}' give the same key: rename one")
@@ -233,13 +239,13 @@ def _pack_one(
         for utterance in utterances:
             try:
                 sample = _packed(utterance, encode)
-            except (OSError, RuntimeError, ValueError) as error:  # soundfile's are the last two
+            except AudioError as error:
+                note["bad"].append((error.cause, path.name, utterance.id, error.detail))
+                continue
+            except (OSError, *ERRORS) as error:
                 cause = "unreadable" if isinstance(error, OSError) else "decode_error"
                 detail = getattr(error, "error_string", str(error))  # libsndfile's, or any other's
                 note["bad"].append((cause, path.name, utterance.id, detail))
-                continue
-            except BadSample as error:
-                note["bad"].append((error.cause, path.name, utterance.id, error.detail))
                 continue
             claimed, actual = utterance.duration, sample.values["duration"]
             note["repaired"] += bool(claimed) and abs(claimed - actual) > max(0.1, 0.02 * actual)
@@ -257,6 +263,8 @@ def _pack_one(
 
 def _is_whole(path: Path, index: ShardIndex) -> bool:
     """Whether the tar exists and is as long as its index says."""
+    if index.tar_size is not None:
+        return path.stat().st_size == index.tar_size
     ends = [max(e.audio_offset + e.audio_size, e.json_offset + e.json_size) for e in index]
     return path.stat().st_size >= max(ends, default=0)
 
@@ -266,60 +274,82 @@ def _empty_note() -> dict[str, Any]:
 
 
 def _packed(utterance: ManifestEntry, encode: str | None) -> PackedSample:
-    kind = extension(utterance.audio)
-    if utterance.start is not None or (encode == "flac" and kind != "flac"):
+    kind = utterance.audio.suffix.lower().lstrip(".")
+    if kind not in (*SNDFILE, *FFMPEG):
+        known = ", ".join((*SNDFILE, *FFMPEG))
+        raise AudioError("unknown_format", f"'{utterance.audio.name}' is none of {known}")
+    whole = utterance.start is None
+    if not whole or kind not in EXTENSIONS or (encode == "flac" and kind != "flac"):
         audio, seconds = _encoded(utterance)
         kind = "flac"
     else:
         audio = utterance.audio.read_bytes()
         if len(audio) > MAX_AUDIO:
-            raise BadSample("too_long", "", utterance.id, f"{len(audio)} bytes")
-        seconds = header_seconds(io.BytesIO(audio)) or _counted_seconds(audio, utterance.id)
+            raise AudioError("too_long", f"{len(audio)} bytes")
+        seconds = audio_seconds(audio) or _counted_seconds(audio)
+    claimed = utterance.duration if whole else (utterance.end or 0.0) - utterance.start
+    if seconds < min(LEAST_SHARE * claimed, claimed - MOST_SECONDS):
+        detail = f"the manifest says {claimed:.3f} s, the audio has {seconds:.3f} s"
+        raise AudioError("truncated_audio", detail)
     values = {"text": utterance.text, "lang": utterance.lang, "speaker": utterance.speaker}
     values |= {"duration": round(seconds, 4)} | utterance.extra
     return PackedSample(sample_key(utterance.id), kind, audio, values)
 
 
-def _counted_seconds(audio: bytes, key: str) -> float:
+def _counted_seconds(audio: bytes) -> float:
     """The duration of audio whose header has none, by decoding it."""
-    with soundfile.SoundFile(io.BytesIO(audio)) as file:
+    with open_audio(audio) as file:
         most, count = MAX_SECONDS * file.samplerate, 0
         while count <= most and (block := len(file.read(65_536, dtype="int16"))):
             count += block
         if count > most:
-            raise BadSample("too_long", "", key, f"more than {MAX_SECONDS:g} s")
+            raise AudioError("too_long", f"more than {MAX_SECONDS:g} s")
         if not count:
-            raise BadSample("empty_audio", "", key, "no samples")
+            raise AudioError("empty_audio", "no samples")
         return count / file.samplerate
 
 
 def _encoded(utterance: ManifestEntry) -> tuple[bytes, float]:
     """16-bit FLAC of an utterance's part of its recording, at the recording's rate; seconds."""
-
-    def bad(cause: str, detail: str) -> BadSample:
-        return BadSample(cause, "", utterance.id, detail)
-
-    with soundfile.SoundFile(os.fspath(utterance.audio)) as file:
+    source: Path | bytes = utterance.audio
+    if utterance.start is None and source.suffix.lower().lstrip(".") in SNDFILE:
+        source = source.read_bytes()
+        check_whole(source)
+    with open_audio(source) as file:
         rate = file.samplerate
         start = round((utterance.start or 0.0) * rate)
-        stop = (
-            file.frames if utterance.end is None else min(round(utterance.end * rate), file.frames)
-        )
+        most, claimed = start + int(MAX_SECONDS * rate) + 1, claimed_frames(file)
+        ends = [most, *([claimed] if claimed else [])]
+        stop = min(ends if utterance.end is None else [round(utterance.end * rate), *ends])
         if not 0 <= start < stop:
-            detail = f"{utterance.start} to {utterance.end} s of {file.frames / rate:.3f} s"
-            raise bad("empty_audio", detail)
-        if stop - start > MAX_SECONDS * rate:
-            raise bad("too_long", f"more than {MAX_SECONDS:g} s")
+            detail = f"{utterance.start} to {utterance.end} s of {claimed / rate:.3f} s"
+            raise AudioError("empty_audio", detail)
+        if stop == most:
+            raise AudioError("too_long", f"more than {MAX_SECONDS:g} s")
         file.seek(start)
         # libsndfile does not scale floats to integers, and loses a bit of the others if asked to.
         exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
-        wave = file.read(stop - start, dtype="int16" if exact else "float32")
-    if len(wave) < stop - start:
-        raise bad("decode_error", f"ends after {len(wave)} of {stop - start} samples")
+        wave = _read(file, stop - start, "int16" if exact else "float32")
+    if claimed and len(wave) < stop - start:
+        detail = f"ends after {len(wave)} of {stop - start} samples"
+        raise AudioError("decode_error", detail)
+    if not len(wave):
+        raise AudioError("empty_audio", "no samples")
     if not exact:
-        if not np.isfinite(wave).all():
-            raise bad("nan_audio", "samples that are not finite")
+        check_scale(wave)
         wave = np.clip(np.rint(wave * 32_768.0), -32_768, 32_767).astype(np.int16)
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue(), len(wave) / rate
+
+
+def _read(file: soundfile.SoundFile, samples: int, kind: str) -> np.ndarray:
+    """Up to ``samples`` of each channel, in blocks: a header may claim more than memory holds."""
+    blocks, count = [], 0
+    while count < samples:
+        block = file.read(min(65_536, samples - count), dtype=kind)
+        if not len(block):
+            break
+        blocks.append(block)
+        count += len(block)
+    return np.concatenate(blocks) if blocks else np.zeros(0, kind)

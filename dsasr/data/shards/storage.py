@@ -9,91 +9,56 @@ run stops instead ("Nothing silent").
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import glob
-import hashlib
 import http.client
 import json
 import os
 import subprocess
 import time
 import urllib.error
-import urllib.parse
-import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from dsasr.data.shards.sample import SampleFields
+from dsasr.data.shards.shard_cache import ShardCache
+from dsasr.data.shards.tars import is_macos_extra
+from dsasr.data.shards.transfer import (
+    ShardMissing,
+    ShardReadError,
+    ShardTruncated,
+    StorageConfig,
+    Transfer,
+    check_tar,
+)
 from dsasr.data.shards.urls import ShardList, expand_braces, is_pipe, is_remote, join_shard_lists
-from dsasr.utils import ranges
-from dsasr.utils.credentials import resolve, split_user
-from dsasr.utils.errors import Failure, UserError, first_line
+from dsasr.utils.credentials import resolve
+from dsasr.utils.errors import UserError, first_line
 from dsasr.utils.io import atomic_path
-from dsasr.utils.masking import mask
 from dsasr.utils.names import is_language
-from dsasr.utils.ranges import NonNegativeFloat, Range
 
 T = TypeVar("T")
 Span = tuple[int, int]  # offset, size in bytes
-CHUNK = 1 << 20  # bytes
 MAX_GAP = 8192  # bytes between two ranges of a remote shard that one request reads along
 MAX_OPEN_FILES = 64
 MAX_FILE = 512 << 20  # bytes of a dataset.json or an index
-STALE_SECONDS = 3600.0  # without a byte, after which a partial download is removed
 MAX_CHECKED = 1024  # local shards of a list whose existence is checked at start-up
-
-
-@dataclass(frozen=True)
-class StorageConfig:
-    """Access to shards. ``cache_gb`` > 0 caches whole remote shards in ``cache``."""
-
-    cache: str = ""  # folder for remote shards; empty: $XDG_CACHE_HOME/dsasr, or ~/.cache/dsasr
-    # GB of whole remote shards kept in the cache; 0: read by range, nothing kept
-    cache_gb: NonNegativeFloat = 0.0
-    # seconds without a byte after which a read is tried again
-    timeout: Annotated[float, Range(0, 86_400, above=True)] = 20.0
-    # tries of a read before its shard counts as failed; at least 1
-    attempts: Annotated[int, Range(1, 1000)] = 5
-    # seconds before the second try; doubles with each one
-    backoff: Annotated[float, Range(0, 3600)] = 0.5
-    allow_pipe: bool = False  # run the shell commands of pipe: URLs
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-
-    def folder(self) -> Path:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return Path(self.cache or os.path.join(base, "dsasr"))
-
-
-class ShardReadError(Failure):
-    """A shard that could not be read: ``url``, ``attempts`` made, ``cause`` of the last one."""
-
-    def __init__(self, url: str, attempts: int, cause: str) -> None:
-        super().__init__(url, attempts, cause)
-        self.url, self.attempts, self.cause = mask(url), attempts, mask(cause)
-
-    def __str__(self) -> str:
-        times = f"{self.attempts} attempt{'s' if self.attempts != 1 else ''}"
-        return f"cannot read {self.url} after {times}: {self.cause}"
-
-
-class ShardMissing(Exception):
-    """The file system or server answered that the file does not exist."""
-
-
-class ShardTruncated(Exception):
-    """A read past the end of a shard that is shorter than its index says."""
 
 
 def _check_size(url: str, size: int) -> None:
     if size > MAX_FILE:
         raise UserError(f"{url} has more than {MAX_FILE:,} bytes: it is no index or dataset.json")
+
+
+def _is_pattern(name: str) -> bool:
+    """Whether a name stands for several: local ones by *, ? and [], remote ones by * and []."""
+    if not is_remote(name):
+        return glob.has_magic(name)
+    path = name.partition("://")[2].partition("/")[2].partition("?")[0]
+    return "*" in path or "[" in path
 
 
 class ShardStorage:
@@ -102,19 +67,27 @@ class ShardStorage:
     def __init__(self, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
         self.files: OrderedDict[str, int] = OrderedDict()
-        self.owner = os.getpid()
-        self.systems: dict[str, Any] = {}
+        self.transfer = Transfer(self.config)
+        # Of shards that others made: where their samples' labels stand.
+        self.fields: dict[str, SampleFields] = {}
         self.bytes = 0
 
-    def resolve(self, spec: str | Sequence[str]) -> ShardList:
+    def resolve(self, spec: str | Sequence[str], fields: SampleFields | None = None) -> ShardList:
         """Shards of a dataset folder, ``dataset.json``, tar, glob or brace pattern, or of a list.
 
+        ``fields``: where their samples' labels stand; None: as their indexes say, or as ours do.
         Raises `UserError` where nothing is found, a shard is missing or named twice.
         """
+        found = self._resolve(spec)
+        if fields is not None:
+            self.fields |= dict.fromkeys(found.shards, fields)
+        return found
+
+    def _resolve(self, spec: str | Sequence[str]) -> ShardList:
         if not spec:
             raise UserError("no shard is named: give a folder, a tar or a pattern")
         if not isinstance(spec, str):
-            return join_shard_lists([self.resolve(item) for item in spec])
+            return join_shard_lists([self._resolve(item) for item in spec])
         spec = spec.removeprefix("file://")
         spec = spec if is_pipe(spec) else resolve(spec)
         if is_pipe(spec):
@@ -126,8 +99,9 @@ class ShardStorage:
             return self._from_dataset(spec)
         shards: list[str] = []
         for name in expand_braces(spec):
-            if not is_remote(name) and glob.has_magic(name):
-                matches = sorted(glob.glob(name))
+            if _is_pattern(name):
+                found = self._list(name) if is_remote(name) else glob.glob(name)
+                matches = sorted(match for match in found if not is_macos_extra(match))
                 if not matches:
                     raise UserError(f"no shard matches '{name}'")
                 shards += matches
@@ -142,7 +116,19 @@ class ShardStorage:
                 )
         if len(set(shards)) < len(shards):
             raise UserError(f"'{spec}' names a shard twice")
-        return ShardList(shards)
+        # What is stored at a checkpoint, so that other tars under these names are noticed.
+        step = max(1, len(shards) // MAX_CHECKED)
+        sizes = [0 if is_remote(name) else os.path.getsize(name) for name in shards[::step]]
+        return ShardList(shards, sizes=np.array(sizes, np.int64))
+
+    def _list(self, pattern: str) -> list[str]:
+        """The remote files that ``pattern`` names."""
+        if pattern.startswith(("http://", "https://")):
+            raise UserError(
+                f"'{pattern}': a web server lists no files; name them with braces ({{000..009}}), "
+                "or the folder of a dataset.json"
+            )
+        return self._retry(pattern, lambda: self.transfer.glob(pattern))
 
     def _from_dataset(self, spec: str) -> ShardList:
         path = spec if spec.endswith("dataset.json") else spec.rstrip("/") + "/dataset.json"
@@ -151,6 +137,7 @@ class ShardStorage:
             data = json.loads(self.read_file(path))
             names = [shard["name"] for shard in data["shards"]]
             counts = np.array([shard["samples"] for shard in data["shards"]], np.int32)
+            sizes = np.array([shard.get("bytes", 0) for shard in data["shards"]], np.int64)
             langs = {lang: float(v["hours"]) for lang, v in data.get("langs", {}).items()}
             hours = float(data["hours"])
             if not all(map(is_language, langs)):
@@ -172,7 +159,7 @@ class ShardStorage:
                     f"{path} names {len(missing):,} shards that are not there, such as "
                     f"{missing[0]}: copy them again, or pack the dataset again"
                 )
-        return ShardList([root + name for name in names], counts, hours, langs)
+        return ShardList([root + name for name in names], counts, hours, langs, sizes)
 
     def read_file(self, url: str) -> bytes:
         """A file's content. Raises `ShardMissing` or `ShardReadError`."""
@@ -289,7 +276,7 @@ class ShardStorage:
     ) -> bytes:
         """``most``: bytes of a file that is read whole; one without an end is refused."""
         pieces, count = [], 0
-        with contextlib.closing(self._stream(url, offset, size)) as stream:
+        with contextlib.closing(self.transfer.stream(url, offset, size)) as stream:
             for piece in stream:
                 pieces.append(piece)
                 count += len(piece)
@@ -297,72 +284,15 @@ class ShardStorage:
                     _check_size(url, count)
         return b"".join(pieces)
 
-    def _stream(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
-        """The body of a file or range, in pieces; raises EOFError if it ends early."""
-        if url.startswith(("http://", "https://")):
-            yield from self._http(url, offset, size)
-            return
-        system = self._system(url)
-        try:
-            if offset is None:
-                with system.open(url, "rb") as file:
-                    while piece := file.read(CHUNK):
-                        yield piece
-            else:
-                yield system.cat_file(url, start=offset, end=offset + size)
-        except OSError as error:
-            # S3's error for a range after the object's end.
-            past_end = error.errno == errno.EINVAL and "range" in str(error).lower()
-            if offset is None or not past_end:
-                raise
-        except Exception as error:  # each of fsspec's packages raises other classes
-            raise OSError(f"{type(error).__name__}: {error}") from error
-
-    def _http(self, url: str, offset: int | None, size: int | None) -> Iterator[bytes]:
-        url, headers = split_user(url)
-        request = urllib.request.Request(url)
-        for name, value in headers.items():
-            request.add_unredirected_header(name, value)  # not for another host
-        if offset is not None:
-            request.add_header("Range", f"bytes={offset}-{offset + size - 1}")
-        try:
-            response = urllib.request.urlopen(request, timeout=self.config.timeout)
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # the range starts past the end
-                error.close()
-                return
-            raise
-        with response:
-            if offset is not None and response.status != 206:
-                raise UserError(
-                    f"{url} cannot be read by range (HTTP {response.status}): set source.cache_gb"
-                )
-            expected = response.headers.get("Content-Length")
-            received = 0
-            while piece := response.read(CHUNK):
-                received += len(piece)
-                yield piece
-            if expected is not None and received < int(expected):
-                raise EOFError(f"connection closed after {received} of {expected} bytes")
-
-    def _system(self, url: str) -> Any:
-        """fsspec's file system of a URL's protocol."""
-        protocol = url.split("://", 1)[0]
-        if self.owner != os.getpid():  # a fork copies the connections, but not their threads
-            self.owner, self.systems = os.getpid(), {}
-        if protocol not in self.systems:
-            try:
-                import fsspec
-
-                # After a fork, fsspec's own cache has the parent's instances: do not use it.
-                options: dict[str, Any] = {"skip_instance_cache": True}
-                if protocol in ("s3", "s3a"):
-                    wait = {"read_timeout": self.config.timeout, "connect_timeout": 10}
-                    options["config_kwargs"] = wait | {"retries": {"max_attempts": 1}}
-                self.systems[protocol] = fsspec.filesystem(protocol, **options)
-            except (ImportError, ValueError) as error:
-                raise UserError(f"{protocol}:// needs another package: {error}") from None
-        return self.systems[protocol]
+    def size(self, url: str) -> int | None:
+        """Bytes of a shard; None where nobody says."""
+        if is_pipe(url):
+            return None
+        if is_remote(url):
+            return self.transfer.size(url)
+        with contextlib.suppress(OSError):
+            return os.path.getsize(url.removeprefix("file://"))
+        return None
 
     @property
     def cache_folder(self) -> Path:
@@ -370,18 +300,8 @@ class ShardStorage:
         return self.config.folder() / "shards"
 
     def _cached(self, url: str) -> str:
-        folder = self.cache_folder
-        name = hashlib.sha256(mask(url).encode()).hexdigest()[:32] + ".tar"
-        path = folder / name
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / f".{name}.lock"):
-                if not path.is_file():
-                    self._retry(url, lambda: self._download(url, path))
-            self._evict(folder, keep=path)
-        with contextlib.suppress(OSError):
-            os.utime(path)
-        return str(path)
+        cache = ShardCache(self.cache_folder, self.config.cache_gb * 1e9)
+        return cache.path(url, lambda path: self._retry(url, lambda: self._download(url, path)))
 
     def _download(self, url: str, path: Path) -> None:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -391,47 +311,18 @@ class ShardStorage:
                 done = subprocess.run(command, shell=True, stdout=file, check=False)
                 if done.returncode:
                     raise OSError(f"the command ended with {done.returncode}")
-            else:
-                with contextlib.closing(self._stream(url, None, None)) as stream:
-                    for piece in stream:
-                        file.write(piece)
-                        self.bytes += len(piece)
+                return
+            whole = self._copy(self.transfer.stream(url, None, None), file)
+            file.flush()
+            check_tar(temporary, whole)
 
-    def _evict(self, folder: Path, keep: Path) -> None:
-        """Remove the least recently used shards above the limit. Open ones stay readable."""
-        limit = self.config.cache_gb * 1e9
-        if limit <= 0:
-            return
-        lock = folder / ".evict.lock"
-        with _locked(lock):
-            os.utime(lock)
-            now = lock.stat().st_mtime  # by the file system's clock, like the shards' times
-            for partial in folder.glob(".*.tmp"):  # of a download, which may have been killed
-                with contextlib.suppress(OSError):
-                    if partial.stat().st_mtime < now - STALE_SECONDS:
-                        partial.unlink()
-            cached = []
-            for path in folder.glob("*.tar"):
-                with contextlib.suppress(OSError):
-                    stat = path.stat()
-                    cached.append((stat.st_mtime_ns, stat.st_size, path))
-            total = sum(size for _, size, _ in cached)
-            for _, size, path in sorted(cached):
-                if total <= limit:
-                    break
-                if path != keep:
-                    path.unlink(missing_ok=True)
-                    (folder / f".{path.name}.lock").unlink(missing_ok=True)
-                    total -= size
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        # Closing is not enough: a worker that was forked meanwhile has a copy, locked as well.
-        fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
+    def _copy(self, stream: Generator[bytes, None, bool], file: BinaryIO) -> bool:
+        """Write what ``stream`` yields; what it returns."""
+        with contextlib.closing(stream):
+            while True:
+                try:
+                    piece = next(stream)
+                except StopIteration as end:
+                    return end.value
+                file.write(piece)
+                self.bytes += len(piece)

@@ -81,6 +81,7 @@ class ShardList:
     counts: np.ndarray | None = None  # samples of each
     hours: float | None = None
     langs: dict[str, float] | None = None  # hours
+    sizes: np.ndarray | None = None  # bytes of its tars, or of some; 0: not known
 
 
 def join_shard_lists(lists: Sequence[ShardList]) -> ShardList:
@@ -93,11 +94,13 @@ def join_shard_lists(lists: Sequence[ShardList]) -> ShardList:
         raise UserError(
             "two shards of a dataset have the same file name: make them two datasets of the mixture"
         )
+    known = [part.sizes for part in lists if part.sizes is not None]
+    sizes = np.concatenate(known) if len(known) == len(lists) else None
     if any(part.counts is None for part in lists):
-        return ShardList(shards)
+        return ShardList(shards, sizes=sizes)
     langs: dict[str, float] = {}
     for part in lists:
         for lang, hours in (part.langs or {}).items():
             langs[lang] = langs.get(lang, 0.0) + hours
     counts = np.concatenate([part.counts for part in lists])
-    return ShardList(shards, counts, sum(part.hours for part in lists), langs)
+    return ShardList(shards, counts, sum(part.hours for part in lists), langs, sizes)

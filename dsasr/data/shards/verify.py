@@ -11,18 +11,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsasr.data.audio.features import RATE, AudioError, CmvnSums, FbankConfig, decode, fbank
-from dsasr.data.shards.index import (
-    BadSample,
-    DroppedSample,
-    Sample,
-    ShardIndex,
-    build_index,
-    index_path,
-    load_index,
-    read_sample,
-)
+from dsasr.data.audio.decoding import decode
+from dsasr.data.audio.features import CmvnSums, FbankConfig, fbank
+from dsasr.data.audio.files import AudioError
+from dsasr.data.audio.resampling import RATE
+from dsasr.data.shards.build_index import local_index, readable_index
+from dsasr.data.shards.index import ShardIndex, index_path, load_index
 from dsasr.data.shards.process_pool import map_in_processes
+from dsasr.data.shards.sample import BadSample, DroppedSample, Sample, read_sample
 from dsasr.data.shards.writer import read_dataset
 from dsasr.utils.errors import UserError
 
@@ -30,8 +26,11 @@ from dsasr.utils.errors import UserError
 def decode_shard(
     tar: Path, max_seconds: float, index: ShardIndex | None = None, rate: int = RATE
 ) -> Iterator[BadSample | tuple[Sample, Tensor]]:
-    """Every sample of a shard with its decoded audio [n], or why it is bad."""
-    index = build_index(tar) if index is None else index
+    """Every sample of a shard with its decoded audio [n], or why it is bad.
+
+    Raises `UserError` where the tar cannot be read.
+    """
+    index = readable_index(tar) if index is None else index
     yield from index.bad
     with open(tar, "rb") as file:
 
@@ -64,7 +63,7 @@ def verify_shard(
     """Read and decode everything; compare with the index and the durations that the json claims."""
     good, seconds, bad = 0, 0.0, []
     try:
-        index = build_index(tar)
+        index = local_index(tar)
     except OSError as error:
         return ShardReport(tar.name, 0, 0.0, (("unreadable", tar.name, "", str(error)),))
     for decoded in decode_shard(tar, max_seconds, index):
@@ -75,6 +74,8 @@ def verify_shard(
         actual = len(wave) / RATE
         if not sample.text.strip() and not allow_empty_text:
             bad.append(("empty_text", tar.name, sample.key, ""))
+        elif sample.text.strip() and not wave.any():
+            bad.append(("silent_audio", tar.name, sample.key, "all samples are zero"))
         elif abs(sample.duration - actual) > max(0.1, 0.02 * actual):
             detail = f"json says {sample.duration:.3f} s, the audio has {actual:.3f} s"
             bad.append(("wrong_duration", tar.name, sample.key, detail))
@@ -93,6 +94,8 @@ def _check_index(tar: Path, index: ShardIndex) -> list[DroppedSample]:
         written = load_index(path, str(tar))
     except (ValueError, OSError) as error:
         return [("bad_index", tar.name, "", str(error))]
+    if written.tar_size is None:  # an index from before sizes were kept
+        written.tar_size = index.tar_size
     if written.dump() != index.dump():
         return [("bad_index", tar.name, "", "it is not this tar's index")]
     return []

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsasr.data.shards.index import EXTENSIONS, VERSION, ShardIndex, build_index, index_path
+from dsasr.data.shards.build_index import build_index, local_index
+from dsasr.data.shards.index import VERSION, ShardIndex, index_path
+from dsasr.data.shards.sample import EXTENSIONS, SampleFields
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_path, atomic_write
 
@@ -83,6 +85,21 @@ def sample_key(name: str) -> str:
     if not key or not key.isprintable():  # lone surrogates and control characters do not print
         raise UserError(f"the id {name!r} cannot be a key: use printable characters")
     return key
+
+
+def index_shard(
+    tar: Path, fields: SampleFields | None = None
+) -> tuple[dict[str, Any], Counter[str]]:
+    """Write the index of a tar that is there; its `shard_summary`, and its bad samples by cause.
+
+    ``fields`` None: those of the index that is there, or our own. Raises `UserError`.
+    """
+    try:
+        index = local_index(tar) if fields is None else build_index(tar, fields=fields)
+        atomic_write(index_path(tar), index.dump())
+    except OSError as error:
+        raise UserError(f"{tar} cannot be indexed: {error.strerror or error}") from None
+    return shard_summary(tar, index), Counter(bad.cause for bad in index.bad)
 
 
 def shard_summary(path: Path, index: ShardIndex) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,9 +193,14 @@ def _mandarin_symbols(sound: str, name: str) -> list[str]:
 
 # ---- lexicon
 
+_NUMBER = re.compile(r"\d+(\.\d+)?(e-?\d+)?", re.IGNORECASE)
 _VARIANT = re.compile(r"\(\d+\)$")
 _ARPABET = re.compile(r"^([A-Z]+)[0-2]$")
-_WORD = re.compile(f"[{HAN}]+|(?:[^\\W_{HAN}]|['’])+")
+_MARKS = "".join(  # combining marks (Mn, Mc), as of Devanagari, Thai, Arabic and NFD: not in \\w
+    chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code)) in ("Mn", "Mc")
+)
+# Zero-width joiners are part of words, too (Persian, Devanagari).
+_WORD = re.compile(f"[{HAN}]+|(?:[^\\W_{HAN}]|['’\u200c\u200d{_MARKS}])+")
 
 
 def lexicon_path(path: str | Path) -> Path:
@@ -205,12 +211,27 @@ def lexicon_path(path: str | Path) -> Path:
     return RECIPES / path if packaged else path
 
 
+def _probability_columns(rows: Sequence[tuple]) -> int:
+    """How many numbers stand between word and phonemes in every row (number, word, …).
+
+    A phoneme may be a digit, so a column counts only where one of its numbers has a decimal point.
+    """
+    columns = 0
+    while rows and all(len(row) > columns + 3 for row in rows):
+        column = [row[columns + 2] for row in rows]
+        if not all(map(_NUMBER.fullmatch, column)) or not any("." in value for value in column):
+            break
+        columns += 1
+    return columns
+
+
 class LexiconPhonemizer:
     """Pronunciations from one or more files: ``word<tab or spaces>phones``, one word a line.
 
     CMUdict's own files read as they are: ``;;;`` comments, ``#`` remarks, and variants ``(2)``, of
-    which the first wins. ARPAbet stress digits go unless ``stress``; pinyin tones stay. Words are
-    looked up in lower case; a Han run takes the longest entry that fits, again and again.
+    which the first wins. So do Kaldi's lexiconp.txt and MFA's dictionaries, whose columns of
+    probabilities are left out. ARPAbet stress digits go unless ``stress``; pinyin tones stay. Words
+    are looked up in lower case; a Han run takes the longest entry that fits, again and again.
     Files are found by `lexicon_path`. Raises `UserError` for a missing or malformed file,
     `UnknownWord` for a word that is not there.
     """
@@ -226,14 +247,17 @@ class LexiconPhonemizer:
     def _read(self, path: Path, stress: bool) -> None:
         path = lexicon_path(path)
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"lexicon {path} cannot be read: {error}") from None
+        rows = []
         for number, line in enumerate(lines, 1):
             line = line.split(" #")[0].strip()
-            if not line or line.startswith((";;;", "#")):
-                continue
-            word, *phones = line.split()
+            if line and not line.startswith((";;;", "#")):
+                rows.append((number, *line.split()))
+        numbers = _probability_columns(rows)
+        for number, word, *phones in rows:
+            phones = phones[numbers:]
             if not phones:
                 raise UserError(f"lexicon {path} line {number}: {word!r} has no phonemes")
             if not stress:

@@ -54,10 +54,9 @@ def train_tokenizer(
         raise UserError(f"a tokenizer of {size} cannot hold this text: give --size {minimum + 100}")
     source = _fingerprint(lines, size)
     meta_path = out / META_NAME
-    if not fresh and meta_path.is_file():
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        if meta.get("source") == source and (out / "tokenizer.model").is_file():
-            return load_tokenizer(out)
+    trained = (out / "tokenizer.model").is_file() and _source_of(meta_path) == source
+    if trained and not fresh:
+        return load_tokenizer(out)
     model = _train(lines, pieces)
     meta = {
         "format": META_FORMAT,
@@ -71,6 +70,14 @@ def train_tokenizer(
     # Last: the folder is a tokenizer from here on.
     atomic_write(meta_path, json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
     return load_tokenizer(out)
+
+
+def _source_of(meta_path: Path) -> str | None:
+    """What a tokenizer was trained on; None where that cannot be read, and it is trained again."""
+    try:
+        return json.loads(meta_path.read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _read(files: Sequence[str | Path]) -> Iterable[str]:
@@ -120,6 +127,8 @@ def _train(lines: list[str], pieces: int) -> bytes:
                 remove_extra_whitespaces=False,
                 normalization_rule_name="identity",
                 num_threads=1,
+                # In bytes; by default longer lines are dropped without a word.
+                max_sentence_length=max(len(line.encode()) for line in marked) + 1,
                 minloglevel=2,
             )
         except RuntimeError as error:

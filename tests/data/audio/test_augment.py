@@ -267,3 +267,12 @@ def test_recorded_noise_without_recordings_stops_before_training(tmp_path):
             datasets=[DatasetConfig("a", str(tmp_path / "a.tar"))],
             augment=AugmentConfig(kinds=("recorded",)),
         )
+
+
+@pytest.mark.parametrize("speed", [0.925, 1.037, 0.9, 1.1, 0.333 * 3])
+def test_speeds_of_three_decimals_are_what_they_say(speed):
+    wave = torch.sin(2 * torch.pi * 300 * torch.arange(32_000) / 16_000)
+    fast = augment_wave(wave, AugmentParams(speed=speed))
+    assert len(fast) == pytest.approx(32_000 / speed, abs=1.5)
+    peak = torch.fft.rfft(fast * torch.hann_window(len(fast))).abs().argmax() * 16_000 / len(fast)
+    assert float(peak) == pytest.approx(300 * speed, abs=0.6)

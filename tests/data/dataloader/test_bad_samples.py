@@ -166,7 +166,8 @@ def test_every_cause_is_reported_and_changes_nothing_else(tmp_path, healthy, cau
 
 
 def test_a_text_that_is_longer_than_its_index_says_is_bad(tmp_path, healthy) -> None:
-    from dsasr.data.shards.index import build_index, index_path
+    from dsasr.data.shards.build_index import build_index
+    from dsasr.data.shards.index import index_path
 
     folder = corpus(tmp_path / "c", {"bad": [("flac", encoded(wave(0.5))), ("json", said())]})
     index = build_index(folder / "1.tar").dump()
@@ -252,7 +253,8 @@ def test_a_tar_that_broke_after_it_was_indexed_loses_its_tail_by_name(tmp_path, 
 
 def test_with_an_index_of_before_each_lost_sample_is_named(tmp_path, healthy) -> None:
     """The index lies beside the tar and still names what the tar no longer holds."""
-    from dsasr.data.shards.index import build_index, index_path
+    from dsasr.data.shards.build_index import build_index
+    from dsasr.data.shards.index import index_path
 
     folder = corpus(tmp_path / "c", {})
     index_path(folder / "1.tar").write_text(build_index(folder / "1.tar").dump())

@@ -16,7 +16,8 @@ from dsasr.data.dataloader.augment_sampler import planned_seconds
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.padding_forecast import Forecast, forecast
 from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig
-from dsasr.data.shards.index import Entry, ShardIndex, load_index
+from dsasr.data.shards.index import ShardIndex, load_index
+from dsasr.data.shards.sample import Entry
 from dsasr.planning import batch_search
 
 ROOT = Path(__file__).resolve().parents[3]

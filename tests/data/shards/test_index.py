@@ -12,16 +12,9 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsasr.data.shards.index import (
-    BadSample,
-    Entry,
-    ShardIndex,
-    build_index,
-    index_path,
-    load_index,
-    parse_sample,
-    read_sample,
-)
+from dsasr.data.shards.build_index import build_index
+from dsasr.data.shards.index import ShardIndex, index_path, load_index
+from dsasr.data.shards.sample import BadSample, Entry, parse_sample, read_sample
 from dsasr.data.shards.verify import check_dataset, verify_shard
 from dsasr.data.shards.writer import PackedSample, sample_key, write_shard
 from dsasr.utils.errors import UserError

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from dsasr.data.shards.index import build_index, read_sample
-from dsasr.data.shards.manifests import ManifestEntry, read_manifest
+from dsasr.data.manifests.entry import ManifestEntry
+from dsasr.data.manifests.registry import read_manifest
+from dsasr.data.shards.build_index import build_index
 from dsasr.data.shards.pack import PackConfig, pack, shard_size
+from dsasr.data.shards.sample import read_sample
 from dsasr.data.shards.verify import verify, verify_shard
 from dsasr.data.shards.writer import read_dataset
 from dsasr.utils.errors import UserError
@@ -126,7 +128,7 @@ class Stopped(BaseException):
 def test_stopped_at_any_rename_and_run_again_is_as_never_stopped(tmp_path, monkeypatch, after):
     entries = read_manifest(corpus(tmp_path)).utterances
     entries[2].audio.write_bytes(b"no audio")
-    claims = [ManifestEntry(u.id, u.audio, u.text, duration=9.0) for u in entries]
+    claims = [ManifestEntry(u.id, u.audio, u.text, duration=0.01) for u in entries]
     config, replace, left = PackConfig(2), os.replace, 0
     dataset = pack(claims, tmp_path / "whole", config, 1)
     assert (dataset["bad"], dataset["repaired"], dataset["written"]) == (1, 6, 4)
@@ -257,14 +259,12 @@ def test_other_shards_are_not_overwritten(tmp_path):
         pack(entries, out, PackConfig(3), 1)
 
 
-def test_ids_that_give_one_key_and_formats_that_are_not_read_stop_at_once(tmp_path):
+def test_ids_that_give_one_key_stop_at_once(tmp_path):
     write(tmp_path / "a.wav")
-    (tmp_path / "a.amr").write_bytes(b"")
     out = tmp_path / "out"
     pair = [ManifestEntry(k, tmp_path / "a.wav", "x") for k in ("a.b", "a_b")]
     for utterances, says in (
         (pair, "same key"),
-        ([ManifestEntry("a", tmp_path / "a.amr", "x")], "must be one of"),
         ([ManifestEntry("\n", tmp_path / "a.wav", "x")], "cannot be a key"),
     ):
         with pytest.raises(UserError, match=says):
@@ -276,10 +276,64 @@ def test_ids_that_give_one_key_and_formats_that_are_not_read_stop_at_once(tmp_pa
 
 def test_wrong_durations_are_repaired_and_counted(tmp_path):
     write(tmp_path / "a.wav", 0.5)
-    claims = [ManifestEntry(f"u{d}", tmp_path / "a.wav", "x", duration=d) for d in (0.0, 0.52, 5.0)]
+    claims = [ManifestEntry(f"u{d}", tmp_path / "a.wav", "x", duration=d) for d in (0.0, 0.52, 0.9)]
     dataset = pack(claims, tmp_path / "out", PackConfig(), 1)
     assert dataset["repaired"] == 1
     assert [s.duration for s in samples_of(tmp_path / "out")] == [0.5] * 3
+
+
+def test_audio_much_shorter_than_its_manifest_says_is_left_out_by_name(tmp_path):
+    write(tmp_path / "a.wav", 2.0)
+    data = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(data[: len(data) // 2])
+    entries = [
+        ManifestEntry("good", tmp_path / "a.wav", "x", duration=2.0),
+        ManifestEntry("cut", tmp_path / "cut.wav", "x"),
+        ManifestEntry("claimed", tmp_path / "a.wav", "x", duration=4.0),
+        ManifestEntry("part", tmp_path / "a.wav", "x", start=1.0, end=3.0),
+    ]
+    out = tmp_path / "out"
+    dataset = pack(entries, out, PackConfig(shuffle=False), 1)
+    bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert dataset["samples"] == 1 and dataset["repaired"] == 0
+    assert {b["key"]: b["cause"] for b in bad} == dict.fromkeys(
+        ("cut", "claimed", "part"), "truncated_audio"
+    )
+    assert "4.000 s, the audio has 2.000 s" in bad[1]["detail"]
+
+
+def test_other_formats_become_flac_and_unknown_ones_stop_nothing(tmp_path):
+    write(tmp_path / "a.wav", 0.5)
+    for form in ("AIFF", "AU"):
+        wave, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
+        soundfile.write(tmp_path / f"b.{form.lower()}", wave, rate, format=form)
+    (tmp_path / "c.xyz").write_bytes(b"what is this")
+    paths = [p for p in sorted(tmp_path.iterdir()) if p.is_file()]
+    out = tmp_path / "out"
+    entries = [ManifestEntry(p.suffix[1:], p, "x") for p in paths]
+    assert pack(entries, out, PackConfig(shuffle=False), 1)["samples"] == 3
+    assert {s.key: s.extension for s in samples_of(out)} == {
+        "wav": "wav", "aiff": "flac", "au": "flac"
+    }  # fmt: skip
+    (bad,) = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert (bad["key"], bad["cause"]) == ("xyz", "unknown_format")
+
+
+def test_what_a_killed_packer_left_is_removed(tmp_path):
+    entries = read_manifest(corpus(tmp_path)).utterances
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".000000.tar.x7f.tmp").write_bytes(b"half")
+    pack(entries, out, PackConfig(), 1)
+    assert not list(out.glob(".*"))
+
+
+def test_floats_at_integer_scale_are_not_clipped_in_silence(tmp_path):
+    wave = np.random.default_rng(0).uniform(-9000, 9000, 8000)
+    soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
+    out = tmp_path / "out"
+    pack([ManifestEntry("a", tmp_path / "a.wav", "x")], out, PackConfig(encode="flac"), 1)
+    assert json.loads((out / "bad_samples.jsonl").read_text())["cause"] == "out_of_scale"
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT", "DOUBLE", "PCM_24"])

@@ -23,21 +23,31 @@ import soundfile
 
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
-from dsasr.data.shards import storage
+from dsasr.data.shards import shard_cache, storage
 from dsasr.data.shards.storage import (
     ShardMissing,
     ShardReadError,
     ShardStorage,
     ShardTruncated,
     StorageConfig,
-    _locked,
     expand_braces,
     is_remote,
 )
 from dsasr.testing.dataloader_fuzz import digest
 from dsasr.utils.errors import UserError
 
-BODY = bytes(i * 7 % 251 for i in range(200_000))
+
+def tar_of(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("x.bin")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+DATA = bytes(i * 7 % 251 for i in range(200_000))
+BODY, OTHER = tar_of(DATA), tar_of(DATA[::-1])
 
 
 class Server(ThreadingHTTPServer):
@@ -88,9 +98,13 @@ class Handler(BaseHTTPRequestHandler):
             if int(span[1]) >= len(body):
                 self.send_error(416)
                 return
-            body, status = body[int(span[1]) : int(span[2]) + 1], 206
+            first, total = int(span[1]), len(body)
+            body, status = body[first : int(span[2]) + 1], 206
+            place = f"bytes {first}-{first + len(body) - 1}/{total}"
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if status == 206:
+            self.send_header("Content-Range", place)
         self.end_headers()
         if fault == "stall":
             self.wfile.write(body[: len(body) // 2])
@@ -105,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    one = Server({"a.tar": BODY, "b.tar": BODY[::-1]})
+    one = Server({"a.tar": BODY, "b.tar": OTHER})
     thread = threading.Thread(target=one.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield one
@@ -211,10 +225,10 @@ def test_the_cache_downloads_once_and_whole_or_not_at_all(server, tmp_path) -> N
 
 
 def test_the_cache_stays_under_its_limit_and_keeps_what_is_used(server, tmp_path) -> None:
-    server.files = {f"{i}.tar": bytes([i]) * 100_000 for i in range(6)}
+    server.files = {f"{i}.tar": tar_of(bytes([i]) * 90_000) for i in range(6)}
     read = sources(tmp_path, cache_gb=3.5e-4)
     for i in (0, 1, 2, 0, 3, 0, 4):
-        assert read.read(f"{server.url}/{i}.tar", 5, 3) == bytes([i]) * 3
+        assert read.read(f"{server.url}/{i}.tar", 1000, 3) == bytes([i]) * 3
         time.sleep(0.01)
     cached = list((tmp_path / "cache" / "shards").glob("*.tar"))
     assert sum(p.stat().st_size for p in cached) <= 350_000
@@ -260,7 +274,7 @@ def test_a_fork_does_not_keep_a_lock(tmp_path) -> None:
     locked, release = threading.Event(), threading.Event()
 
     def lock_until_release() -> None:
-        with _locked(lock):
+        with shard_cache.locked(lock):
             locked.set()
             release.wait(10)
 

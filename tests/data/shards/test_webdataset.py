@@ -13,7 +13,8 @@ import soundfile
 
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
-from dsasr.data.shards.index import build_index, find_tars, read_sample
+from dsasr.data.shards.build_index import build_index, find_tars
+from dsasr.data.shards.sample import read_sample
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.shards.writer import PackedSample, shard_summary, write_dataset, write_shard
 

@@ -258,3 +258,49 @@ def test_characters():
     assert phonemizer.phonemes("Don't, go!") == list("don't▁go")
     assert phonemizer.phonemes("我 要 去 Berlin 。", "zh-en") == [*"我要去", "▁", *"berlin"]
     assert phonemizer.phonemes("") == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "said", "phones"),
+    [
+        ("नमस्ते n a m a s t e\nदुनिया d u n i y aa\n", "नमस्ते, दुनिया!", "n a m a s t e d u n i y aa"),
+        ("สวัสดี s a w a t d ii\n", "สวัสดี", "s a w a t d ii"),
+        ("مَرْحَبًا m a r h a b a n\n", "مَرْحَبًا؟", "m a r h a b a n"),
+        ("cafe\u0301 k a f e\n", "caf\u00e9 CAFE\u0301", "k a f e k a f e"),
+        ("می\u200cروم m i r a v a m\n", "می\u200cروم.", "m i r a v a m"),
+    ],
+    ids=["Hindi", "Thai", "Arabic", "NFD", "Persian"],
+)
+def test_combining_marks_are_part_of_a_word(tmp_path, lines, said, phones):
+    path = tmp_path / "l.txt"
+    path.write_text(lines, encoding="utf-8")
+    assert LexiconPhonemizer(path).phonemes(said) == phones.split()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "one 1.0 W AH N\ntwo 0.25 T UW\n",  # Kaldi's lexiconp.txt
+        "one\t0.99\t0.14\t1.0\t1.0\tW AH N\ntwo\t1\t0.1\t1\t1\tT UW\n",  # MFA's dictionaries
+        "one 1e-2 W AH N\ntwo 0.25 T UW\n",
+    ],
+)
+def test_pronunciation_probabilities_are_no_phonemes(tmp_path, lines):
+    path = tmp_path / "l.txt"
+    path.write_text(lines, encoding="utf-8")
+    assert LexiconPhonemizer(path).phonemes("one two") == "W AH N T UW".split()
+
+
+def test_a_phoneme_may_be_a_digit(tmp_path):
+    path = tmp_path / "l.txt"
+    path.write_text("a 1 2\nb 2 1\n", encoding="utf-8")
+    assert LexiconPhonemizer(path).phonemes("a b") == "1 2 2 1".split()
+
+
+@needs_espeak
+def test_phonemes_are_those_of_the_normalized_text():
+    phonemizer = EspeakPhonemizer()
+    full, half = ("Ａ股上涨１２％", "请打开ＡＰＰ", "３点钟"), ("A股上涨12%", "请打开APP", "3点钟")
+    for raw, normal in zip(full, half, strict=True):
+        assert phonemizer.phonemes(raw, "zh") == phonemizer.phonemes(normal, "zh")
+    assert phonemizer.phonemes(full[0], "zh") != phonemizer.phonemes("A股上涨", "zh")

@@ -39,3 +39,16 @@ def test_training_errors(tmp_path, sentences):
     (tmp_path / "t.txt").write_text("\n".join(sentences))
     with pytest.raises(UserError, match="--size"):
         train_tokenizer([tmp_path / "t.txt"], tmp_path / "t", size=100)
+
+
+def test_long_lines_are_trained_on(tmp_path, sentences):
+    rare = "ßþœ" * 8
+    (tmp_path / "t.txt").write_text(
+        "\n".join([*sentences, " ".join([*["word"] * 2000, rare])]), encoding="utf-8"
+    )
+    tokenizer = train_tokenizer([tmp_path / "t.txt"], tmp_path / "t", size=500)
+    assert len(tokenizer.encode("ßþœ")) <= 4  # letters of their own, not two bytes each
+    assert tokenizer.decode(tokenizer.encode(f"word {rare}")) == f"word {rare}"
+    for torn in (tmp_path / "t").glob("*.json"):
+        torn.write_text("{")
+    assert train_tokenizer([tmp_path / "t.txt"], tmp_path / "t", size=500).vocab_size  # again

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from dsasr.data.shards.manifests import ManifestEntry, read_manifest
+from dsasr.data.manifests.entry import ManifestEntry
+from dsasr.data.manifests.registry import read_manifest
 from dsasr.utils.errors import UserError
 
 RATE = 16_000
@@ -47,7 +48,7 @@ def test_jsonl(tmp_path):
         ("[]", "line 2"),
         ({"id": "x", "audio": "a.wav"}, "'text' is missing"),
         ({"audio": "a.wav", "text": "x"}, "'id' is missing"),
-        ({"id": "x", "audio": "a.wav", "text": None}, "must be strings"),
+        ({"id": "x", "audio": "a.wav", "text": None}, "not a text"),
         ({"id": "x", "audio": "a.wav", "text": "x", "duration": "long"}, "line 2"),
         ({"id": "x", "audio": "a.wav", "text": "x", "duration": -1}, "duration"),
         ('{"id": "x", "audio": "a.wav", "text": "x", "duration": NaN}', "duration"),

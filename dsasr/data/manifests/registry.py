@@ -1,0 +1,117 @@
+"""All forms of corpora that are read, how one is recognized, and the reader of any."""
+
+from __future__ import annotations
+
+import glob
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from dsasr.data.manifests import jsonl, kaldi, lhotse, parquet, tables, trees
+from dsasr.data.manifests.entry import Corpus, Form, Manifest, ManifestEntry
+from dsasr.utils.errors import UserError
+from dsasr.utils.progress import Bar
+
+# In the order in which they are tried: a JSONL manifest is what no other form claims.
+FORMS: tuple[Form, ...] = (
+    kaldi.KALDI,
+    lhotse.SHAR,
+    lhotse.CUTS,
+    lhotse.PARTS,
+    tables.AUDIO_FOLDER,
+    tables.COMMON_VOICE,
+    tables.COMMON_VOICE_FOLDER,
+    parquet.PARQUET,
+    trees.LIBRISPEECH,
+    trees.AISHELL,
+    jsonl.NEMO,
+    jsonl.FUNASR,
+    jsonl.SWIFT,
+    jsonl.WENET,
+    jsonl.SHARD_LIST,
+    jsonl.OWN,
+)
+KINDS = tuple(form.name for form in FORMS)
+
+
+def recognize(path: str | Path) -> Form:
+    """The form of the corpus at ``path``. Raises `UserError` for one that is not known."""
+    path = Path(path)
+    for form in FORMS:
+        if form.recognizes(path):
+            return form
+    titles = ", ".join(form.title for form in FORMS)
+    raise UserError(f"{path} is no corpus of a form that is read ({titles}): say --kind")
+
+
+def read_manifest(
+    path: str | Path,
+    kind: str = "auto",
+    lang: str = "",
+    split: str = "",
+    scratch: Path | None = None,
+) -> Manifest:
+    """The utterances of ``path``, whose form is ``kind`` (one of `KINDS`), or recognized: auto.
+
+    The rest as in `Corpus`. Utterances without audio or a transcript of their own are left out and
+    named. Raises `UserError` for a malformed corpus, for one with more than one of training,
+    development and test data, for a repeated id, and for missing audio.
+    """
+    path = Path(path)
+    if not path.exists() and not glob.glob(str(path)):
+        raise UserError(f"there is no {path}")
+    if kind == "auto":
+        form = recognize(path)
+    elif kind in KINDS:
+        form = FORMS[KINDS.index(kind)]
+    else:
+        raise UserError(f"unknown manifest kind '{kind}': use {', '.join(KINDS)}")
+    if split and not form.splits:
+        raise UserError(f"--split {split}: a {form.title} is one set; name the one of that split")
+    corpus = Corpus(path, lang, split, scratch)
+    utterances = _with_ids(form.read(corpus))
+    if not utterances:
+        why = f", only {len(corpus.left_out)} without one" if corpus.left_out else ""
+        raise UserError(f"{path} holds no utterance with a transcript{why}")
+    ids: set[str] = set()
+    missing = []
+    for utterance in Bar(utterances, desc="checking audio", unit="file", delay=3):
+        if utterance.id in ids:
+            raise UserError(f"{path} has two utterances with the id '{utterance.id}'")
+        ids.add(utterance.id)
+        _check_times(path, utterance)
+        if not utterance.audio.is_file():
+            missing.append(utterance.audio)
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(utterances)} audio files are missing, "
+            f"the first is {missing[0]}"
+        )
+    return Manifest(utterances, tuple(corpus.left_out))
+
+
+def _with_ids(entries) -> list[ManifestEntry]:
+    """Utterances without an id get one of their file's name, and where they start in it."""
+    found: list[ManifestEntry] = []
+    taken: set[str] = set()
+    for entry in entries:
+        if not entry.id:
+            part = "" if entry.start is None else f"-{round(1000 * entry.start):07d}"
+            name = f"{entry.audio.stem}{part}"
+            if name in taken:
+                name = f"{entry.audio.parent.name}-{name}"
+            number, unique = 2, name
+            while unique in taken:
+                unique, number = f"{name}-{number}", number + 1
+            entry = replace(entry, id=unique)
+            taken.add(unique)
+        found.append(entry)
+    return found
+
+
+def _check_times(path: Path, utterance: ManifestEntry) -> None:
+    start, end = utterance.start or 0.0, utterance.end
+    if not 0 <= utterance.duration < math.inf:
+        raise UserError(f"{path}: '{utterance.id}' has a duration of {utterance.duration} s")
+    if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):
+        raise UserError(f"{path}: '{utterance.id}' goes from {start} to {end} s")
