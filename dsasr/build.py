@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dsasr.checkpoint import export_folder, zero_partition
 from dsasr.checkpoint.locate import list_checkpoints
@@ -42,11 +41,10 @@ from dsasr.model.encoders.load import load_encoder
 from dsasr.model.encoders.pretrained import build_encoder
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import load_llm
+from dsasr.model.llm_builder import LlmBuilder
 from dsasr.model.llm_hub import find_model
-from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.model.token_embeddings import embed_tokens, token_rms
+from dsasr.model.token_embeddings import embed_tokens
 from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -137,6 +135,15 @@ class Builder:
     def llm_folder(self) -> Path:
         """The folder of ``model.llm.path``, which is itself or a hub name (`find_model`)."""
         return find_model(self._here(self.recipe.model.llm.path))
+
+    @cached_property
+    def llm(self) -> LlmBuilder:
+        """What builds the language model."""
+        model, folder = self.recipe.model, self.llm_folder
+        # A copy has no weights: those of a checkpoint are loaded into what is drawn here.
+        copied = any(map(folder.is_relative_to, self.source_copies.values()))
+        seed_for = partial(sub_seed, self.recipe.seed)
+        return LlmBuilder(model.llm, model.lora, folder, model.llm.weights and not copied, seed_for)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -317,8 +324,11 @@ class Builder:
 
     def speech_llm(self, partition: Partition | None = None) -> SpeechLLM:
         """The sft branch: a fresh adaptor on the recipe's LLM; ``partition`` as for `ctc_model`."""
-        model = self.recipe.model
-        llm, scale = self._llm(partition)
+        model, properties = self.recipe.model, self.llm.properties
+        if distributed.is_main_rank():
+            for line in properties.notes(self.llm.kind, model.llm):
+                print(line, flush=True)
+        llm, scale = self.llm.build(partition)
         vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
         encoder = self._encoder("sft encoder", partition)
@@ -339,11 +349,12 @@ class Builder:
             prefix,
             suffix,
             self.tokenizer.pad_id,
-            model.llm,
+            properties.applied(model.llm),
             spec=model.pretrain.spec if model.sft.spec else None,
             chunks=model.sft.chunks,
             ctc=ctc,
             spell=self.spell if model.adaptor.reads_ctc else None,
+            cached=properties.caches,
         )
 
     def empty_module(self, branch: str) -> nn.Module:
@@ -352,9 +363,7 @@ class Builder:
         with torch.device("meta"):
             if branch == "pretrain":
                 return CtcModel(self.encoder_shape, len(self.phonemes), model.pretrain)
-            llm = load_llm(self.llm_folder, weights=False)
-            if model.lora is not None:
-                self._adapt(llm)
+            llm = self.llm.empty()
             encoder, width = self.encoder_shape, llm.get_input_embeddings().weight.shape[1]
             adaptor, ctc = self._meta_adaptor(encoder, width)
             prompt = self.prompt()
@@ -435,34 +444,6 @@ class Builder:
 
         layerwise_init.materialize(module, fill, partition)
         return module
-
-    def _llm(self, partition: Partition | None) -> tuple[PreTrainedModel, float]:
-        """The language model, with LoRA's matrices if the recipe has them; and its
-        `token_rms`."""
-        cfg, folder = self.recipe.model.llm, self.llm_folder
-        options = {"attn": cfg.attn, "dropout": cfg.dropout}
-        if self.recipe.model.lora is not None:
-            options |= {"adapt": self._adapt, "draw_adapter": self._adapter}
-        # A copy has no weights: those of a checkpoint are loaded into what is drawn here.
-        if not cfg.weights or any(map(folder.is_relative_to, self.source_copies.values())):
-            return draw_llm(folder, sub_seed(self.recipe.seed, "llm"), partition, **options)
-        if partition is not None:
-            return load_llm_partitioned(folder, partition, **options)
-        llm = load_llm(folder, attn=cfg.attn, dropout=cfg.dropout)
-        if self.recipe.model.lora is not None:
-            self.add_lora(llm)
-        return llm, token_rms(llm)
-
-    def add_lora(self, llm: PreTrainedModel) -> None:
-        """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""
-        self._adapt(llm)
-        lora.draw(llm.named_parameters(), self._adapter)
-
-    def _adapt(self, llm: PreTrainedModel) -> None:
-        lora.inject(llm, self.recipe.model.lora, meta=llm.device.type == "meta")
-
-    def _adapter(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return lora.initial(name, shape, self._generator(f"lora {name}"))
 
     def module(self, branch: str, partition: Partition | None = None) -> nn.Module:
         return self.ctc_model(partition) if branch == "pretrain" else self.speech_llm(partition)
