@@ -73,6 +73,7 @@ from dsasr.model.llm import LlmConfig, load_llm
 from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.llm_properties import try_llm
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.recipe import SUBSAMPLING
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write
 from dsasr.utils.progress import Bar
@@ -117,6 +118,13 @@ class Export:
     model: SpeechLLM
     tokenizer: Tokenizer
     front_end: FrontEnd
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds of an encoder frame."""
+        if isinstance(self.config.encoder, EncoderConfig):
+            return SUBSAMPLING * self.config.fbank.shift_ms / 1000
+        return self.model.encoder.frame_seconds
 
 
 # -- write -------------------------------------------------------------------------------------
