@@ -45,7 +45,7 @@ def enable(model: PreTrainedModel, keep: bool) -> None:
 
     Raises `UserError` for an architecture whose layers cannot be recomputed.
     """
-    # transformers is renaming it: the new name is there from 5.20 on, the old one goes in 6.
+    # transformers is renaming it, and drops the old name in 6.
     old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
     try:
         getattr(model, new if hasattr(model, new) else old)(options(keep))

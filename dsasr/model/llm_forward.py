@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-# What base models call the argument of their cache; transformers is renaming the latter two.
+# What base models call the argument of their cache; transformers renames the others to the first,
+# and drops them in 5.40. A forward ignores a name that it does not know.
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
