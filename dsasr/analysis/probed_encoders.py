@@ -141,7 +141,7 @@ def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> Prob
     require(path, manifest, *needed.get(kind, _CHECKPOINT))
     name = f"{run.name}/{reader.folder.name}" if run else reader.folder.name
     source = EncoderSource(name, kind, run=str(run) if run else None)
-    encoder, head, llm = build.empty_encoder(), None, None
+    encoder, head, llm = build.encoder.empty(), None, None
     if snapshot:
         source = replace(source, pretrain=manifest["pretrain"], cause=manifest["cause"])
         zero_partition.load_weights(encoder, PrefixReader(reader, "encoder."))
