@@ -69,7 +69,7 @@ from dsasr.model.encoders.pretrained import (
     build_encoder,
 )
 from dsasr.model.encoders.protocol import Encoder
-from dsasr.model.llm import LlmConfig, load_llm
+from dsasr.model.llm import LlmConfig, default_attention, load_llm
 from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.llm_properties import try_llm
 from dsasr.model.speech_llm import SpeechLLM
@@ -329,14 +329,17 @@ def read_config(folder: Path) -> ExportConfig:
     return config.build(ExportConfig, {k: v for k, v in read_values(folder).items() if k in known})
 
 
-def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
+def load_export(folder: str | Path, attn: str = "") -> Export:
     """Load an exported folder onto the CPU, in float32 and in eval mode.
+
+    ``attn``: the attention of transformers; empty: `default_attention`.
 
     Raises `UserError`, also where a file is not what its checksum says.
     """
     folder = Path(folder)
     export_config = read_config(folder)
     verify(folder)
+    attn = attn or default_attention(folder / LLM)
     llm = load_llm(folder / LLM, attn=attn)
     tokenizer = load_tokenizer(folder / LLM)
     width = llm.get_input_embeddings().weight.shape

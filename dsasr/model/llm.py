@@ -167,6 +167,16 @@ def load_llm(
     return llm
 
 
+def default_attention(folder: Path) -> str:
+    """The attention that transformers takes for the model in ``folder``: sdpa where it has that."""
+    with torch.device("meta"):
+        try:
+            llm = AutoModelForCausalLM.from_config(read_llm_config(folder), trust_remote_code=False)
+        except FAULTS as error:
+            raise _unreadable(folder, error) from error
+    return llm.config.get_text_config()._attn_implementation
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """transformers draws a bar of its own for a file that is read in a moment."""

@@ -75,25 +75,35 @@ class LlmProperties:
 def try_llm(config: PretrainedConfig, attn: str = "sdpa") -> LlmProperties:
     """The properties of a model of ``config``, tried as above; the same each time.
 
-    Takes a second at most, the memory of a few layers, and leaves torch's random state as it was.
-    Raises `UserError` for a model that is refused. Flash attention runs on GPUs only, and keeps
-    packed utterances apart by their positions: what is tried then is the rest, with eager
-    attention.
+    Takes a second or two, the memory of a few layers, and leaves torch's random state as it was.
+    Raises `UserError` for a model that is refused. Attention that needs a GPU (flash, flex) is not
+    tried: packing counts as kept where it is with sdpa or eager attention.
     """
-    flash = attn.startswith("flash")
+    if attn in ("sdpa", "eager"):
+        return _try(config, attn)
+    try:
+        found = _try(config, "sdpa")
+    except UserError:  # perhaps for its attention alone
+        return _try(config, "eager")
+    return found if found.packs else _try(config, "eager")
+
+
+def _try(config: PretrainedConfig, attn: str) -> LlmProperties:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        llm = _small_llm(config, "eager" if flash else attn)
+        llm = _small_llm(config, attn)
         sequences = [_random(length, _width(llm)) for length in _LENGTHS]
-        alone = [packed_hidden(llm, x_LD[None], None)[0] for x_LD in sequences]
-        _check_causal(llm, sequences[0], alone[0])
-        _check_logits(llm, sequences[0], alone[0])
-        input_scale(llm)
+        try:
+            alone = [packed_hidden(llm, x_LD[None], None)[0] for x_LD in sequences]
+            _check_causal(llm, sequences[0], alone[0])
+            _check_logits(llm, sequences[0], alone[0])
+            input_scale(llm)
+            whole = _continued(llm, sequences, cached=False)
+        except _FAULTS as error:
+            raise _does_not_run(config, error) from error
         return LlmProperties(
-            packs=flash or _same(lambda: _packed(llm, sequences), torch.cat(alone)),
-            caches=_same(
-                lambda: _continued(llm, sequences, True), _continued(llm, sequences, False)
-            ),
+            packs=_same(lambda: _packed(llm, sequences), torch.cat(alone)),
+            caches=_same(lambda: _continued(llm, sequences, cached=True), whole),
         )
 
 
@@ -137,10 +147,14 @@ def _small_llm(config: PretrainedConfig, attn: str) -> PreTrainedModel:
             return llm
         except _FAULTS as error:  # a family whose sizes hang together
             problem = error
-    raise UserError(
+    raise _does_not_run(config, problem) from problem
+
+
+def _does_not_run(config: PretrainedConfig, error: Exception) -> UserError:
+    return UserError(
         f"{config.model_type} does not run on embeddings, which is all that speech has: "
-        f"{explain(problem)}"
-    ) from problem
+        f"{explain(error)}"
+    )
 
 
 def small_config(config: PretrainedConfig, sizes: dict[str, int] | None = None) -> PretrainedConfig:
