@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dsasr.checkpoint import export_folder, zero_partition
 from dsasr.checkpoint.locate import list_checkpoints
@@ -23,7 +22,6 @@ from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.shards.storage import ShardStorage
-from dsasr.data.text.characters import BOUNDARY
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemes import Phonemizer, Speller, build_phonemizer, lexicon_path
 from dsasr.data.text.prompt import Prompt
@@ -37,17 +35,14 @@ from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptors.protocol import Adaptor, build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
-from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import reset_layer
-from dsasr.model.encoders.load import load_encoder
-from dsasr.model.encoders.pretrained import build_encoder
+from dsasr.model.encoders.encoder_builder import EncoderBuilder
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
-from dsasr.model.llm import load_llm
+from dsasr.model.llm_builder import LlmBuilder
 from dsasr.model.llm_hub import find_model
-from dsasr.model.llm_sharded_load import draw_llm, load_llm_partitioned
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.model.token_embeddings import embed_tokens, token_rms
+from dsasr.model.token_embeddings import unit_embeddings
 from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -127,17 +122,35 @@ class Builder:
         return find_model(self._here(self.recipe.pretrained_encoder.path), "model.encoder.path")
 
     @cached_property
+    def encoder(self) -> EncoderBuilder:
+        """What builds the encoder."""
+        model, own = self.recipe.model, self.recipe.pretrained_encoder is None
+        return EncoderBuilder(
+            model.encoder,
+            model.encoder_lora,
+            None if own else self.encoder_folder,
+            not self.encoder_comes_from_a_source,  # an export's come with its other weights
+            partial(sub_seed, self.recipe.seed),
+        )
+
+    @property
     def encoder_shape(self) -> Encoder:
         """The encoder without memory for its weights."""
-        with torch.device("meta"):
-            if (cfg := self.recipe.pretrained_encoder) is not None:
-                return build_encoder(self.encoder_folder, cfg)
-            return Conformer(self.recipe.model.encoder)
+        return self.encoder.shape
 
     @cached_property
     def llm_folder(self) -> Path:
         """The folder of ``model.llm.path``, which is itself or a hub name (`find_model`)."""
         return find_model(self._here(self.recipe.model.llm.path))
+
+    @cached_property
+    def llm(self) -> LlmBuilder:
+        """What builds the language model."""
+        model, folder = self.recipe.model, self.llm_folder
+        # A copy has no weights: those of a checkpoint are loaded into what is drawn here.
+        copied = any(map(folder.is_relative_to, self.source_copies.values()))
+        seed_for = partial(sub_seed, self.recipe.seed)
+        return LlmBuilder(model.llm, model.lora, folder, model.llm.weights and not copied, seed_for)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -311,21 +324,27 @@ class Builder:
         pretrain = model.pretrain
         if stages and stages[0].objective == "ctc":
             pretrain = replace(pretrain, consistency=0.0)
-        encoder = self._encoder("pretrain encoder", partition)
+        encoder = self.encoder.build("pretrain encoder", partition)
         with torch.device("meta"):
             module = CtcModel(encoder, len(self.phonemes), pretrain)
         return self._drawn(module, "pretrain", partition)
 
     def speech_llm(self, partition: Partition | None = None) -> SpeechLLM:
         """The sft branch: a fresh adaptor on the recipe's LLM; ``partition`` as for `ctc_model`."""
-        model = self.recipe.model
-        llm, scale = self._llm(partition)
+        model, properties = self.recipe.model, self.llm.properties
+        if distributed.is_main_rank():
+            for line in properties.notes(self.llm.kind, model.llm):
+                print(line, flush=True)
+        llm, scale = self.llm.build(partition)
         vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
-        encoder = self._encoder("sft encoder", partition)
+        encoder = self.encoder.build("sft encoder", partition)
         adaptor, ctc = self._meta_adaptor(encoder, width, scale)
         self._drawn(encoder, "sft encoder", partition)
-        table = self._unit_embeddings(llm) if model.adaptor.reads_ctc else None
+        table = None
+        if model.adaptor.reads_ctc:
+            are_tokens = self.recipe.data.phonemizer.kind == "tokens"
+            table = unit_embeddings(llm, self.tokenizer, self.phonemes.symbols[1:], are_tokens)
         self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor, table))
         if ctc is not None:
             self._drawn(ctc, "sft ctc", partition)
@@ -337,29 +356,13 @@ class Builder:
             prefix,
             suffix,
             self.tokenizer.pad_id,
-            model.llm,
+            properties.applied(model.llm),
             spec=model.pretrain.spec if model.sft.spec else None,
             chunks=model.sft.chunks,
             ctc=ctc,
             spell=self.spell if model.adaptor.reads_ctc else None,
+            cached=properties.caches,
         )
-
-    def _unit_embeddings(self, llm: PreTrainedModel) -> Tensor:
-        """The language model's embeddings of the CTC head's units but blank, [P - 1, D].
-
-        Units that are its tokens have these tokens' own; others the mean over those that they are
-        written with, so that letters and phonetic signs start as what it knows of them (**ours**),
-        or zero where the tokenizer writes nothing for them.
-        """
-        if self.recipe.data.phonemizer.kind == "tokens":
-            pieces = {piece: number for number, piece in self.tokenizer.pieces().items()}
-            rows = [[pieces[unit]] for unit in self.phonemes.symbols[1:]]
-        else:
-            written = (unit.replace(BOUNDARY, " ") for unit in self.phonemes.symbols[1:])
-            rows = [self.tokenizer.encode(unit) for unit in written]
-        embeds_ND = embed_tokens(llm, [number for row in rows for number in row])
-        split = embeds_ND.split([len(row) for row in rows])
-        return torch.stack([rows_ND.sum(0) / max(len(rows_ND), 1) for rows_ND in split])
 
     def empty_module(self, branch: str) -> nn.Module:
         """The branch's model on the meta device: the names and shapes of its weights."""
@@ -367,9 +370,7 @@ class Builder:
         with torch.device("meta"):
             if branch == "pretrain":
                 return CtcModel(self.encoder_shape, len(self.phonemes), model.pretrain)
-            llm = load_llm(self.llm_folder, weights=False)
-            if model.lora is not None:
-                self._adapt(llm)
+            llm = self.llm.empty()
             encoder, width = self.encoder_shape, llm.get_input_embeddings().weight.shape[1]
             adaptor, ctc = self._meta_adaptor(encoder, width)
             prompt = self.prompt()
@@ -393,45 +394,12 @@ class Builder:
         """From a transcript to the units of the CTC head."""
         return Speller(self.phonemizer, self.phonemes)
 
-    def empty_encoder(self) -> Encoder:
-        """An encoder on the CPU whose weights are to be loaded from a checkpoint."""
-        if (cfg := self.recipe.pretrained_encoder) is not None:
-            encoder = build_encoder(self.encoder_folder, cfg)
-        else:
-            encoder = Conformer(self.recipe.model.encoder)
-        self._adapt_encoder(encoder, meta=False)
-        return encoder
-
     @property
     def encoder_comes_from_a_source(self) -> bool:
         """Whether the encoder's folder is that of an export, whose weights lie elsewhere."""
         carried = [Path(source) / export_folder.ENCODER for source in self.source_copies]
         cfg = self.recipe.pretrained_encoder
         return cfg is not None and self.recipe.takes_encoder and Path(cfg.path) in carried
-
-    def _encoder(self, purpose: str, partition: Partition | None) -> Encoder:
-        """The encoder that others trained, with its weights; or a Conformer on the meta device."""
-        if (cfg := self.recipe.pretrained_encoder) is not None:
-            seed = sub_seed(self.recipe.seed, purpose)
-            if self.encoder_comes_from_a_source:
-                cfg = replace(cfg, weights=False)  # an export's, loaded with its other weights
-            return load_encoder(
-                self.encoder_folder, cfg, seed, partition, adapt=self._adapt_encoder,
-                draw_adapter=self._encoder_adapter,
-            )  # fmt: skip
-        with torch.device("meta"):
-            encoder = Conformer(self.recipe.model.encoder)
-            self._adapt_encoder(encoder)
-        return encoder
-
-    def _adapt_encoder(self, encoder: Encoder, meta: bool = True) -> None:
-        """Put the recipe's LoRA into an encoder, if it has one."""
-        if self.recipe.model.encoder_lora is not None:
-            lora.inject(encoder, self.recipe.model.encoder_lora, meta=meta)
-
-    def _encoder_adapter(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The encoder's matrix of that name, the same in both branches."""
-        return lora.initial(name, shape, self._generator(f"encoder_lora {name}"))
 
     def _drawn(
         self,
@@ -445,39 +413,11 @@ class Builder:
 
         def fill(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
             own = ((name.removeprefix("encoder."), p) for name, p in parameters.items())
-            if not lora.draw(own, self._encoder_adapter):
+            if not lora.draw(own, self.encoder.adapter):
                 reset(layer, generator)
 
         layerwise_init.materialize(module, fill, partition)
         return module
-
-    def _llm(self, partition: Partition | None) -> tuple[PreTrainedModel, float]:
-        """The language model, with LoRA's matrices if the recipe has them; and its
-        `token_rms`."""
-        cfg, folder = self.recipe.model.llm, self.llm_folder
-        options = {"attn": cfg.attn, "dropout": cfg.dropout}
-        if self.recipe.model.lora is not None:
-            options |= {"adapt": self._adapt, "draw_adapter": self._adapter}
-        # A copy has no weights: those of a checkpoint are loaded into what is drawn here.
-        if not cfg.weights or any(map(folder.is_relative_to, self.source_copies.values())):
-            return draw_llm(folder, sub_seed(self.recipe.seed, "llm"), partition, **options)
-        if partition is not None:
-            return load_llm_partitioned(folder, partition, **options)
-        llm = load_llm(folder, attn=cfg.attn, dropout=cfg.dropout)
-        if self.recipe.model.lora is not None:
-            self.add_lora(llm)
-        return llm, token_rms(llm)
-
-    def add_lora(self, llm: PreTrainedModel) -> None:
-        """Put the recipe's LoRA matrices into ``llm``, drawn from the recipe's seed."""
-        self._adapt(llm)
-        lora.draw(llm.named_parameters(), self._adapter)
-
-    def _adapt(self, llm: PreTrainedModel) -> None:
-        lora.inject(llm, self.recipe.model.lora, meta=llm.device.type == "meta")
-
-    def _adapter(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return lora.initial(name, shape, self._generator(f"lora {name}"))
 
     def module(self, branch: str, partition: Partition | None = None) -> nn.Module:
         return self.ctc_model(partition) if branch == "pretrain" else self.speech_llm(partition)

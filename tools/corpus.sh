@@ -85,7 +85,7 @@ train_and_score() { # SPLIT…: of the test
         [ ! "$score" -nt "$run/checkpoints" ] || continue
         step "evaluation: $split"
         dsasr evaluate "$run" --data "$out/shards/$split" --out "$run/scores/$split.jsonl" \
-            ${short:+--limit 20} | tee "$score.part"
+            --overwrite ${short:+--limit 20} | tee "$score.part"
         mv "$score.part" "$score"
     done
     step "scores"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dsasr.analysis.probe_set import ProbeSet
 from dsasr.analysis.probed_encoders import ProbedEncoder
-from dsasr.build import Builder
+from dsasr.data.audio.frontends import FrontEnd
+from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.entropy_allocation import frame_labels, predictive_entropy
 from dsasr.entropy_allocation.allocation_row import AllocationRow, CtcEntropy, LlmAllocation
 from dsasr.entropy_allocation.cka import cka
@@ -65,7 +66,7 @@ def measure(
         comparison = {"cka_to_reference": cka(reference_NE, x_NE), "reference": reference.name}
     llm = None
     if encoder.llm is not None:
-        llm = llm_allocation(encoder.llm, encoder.build, recordings)
+        llm = llm_allocation(encoder.llm, encoder.front_end, encoder.tokenizer, recordings)
     row = AllocationRow(
         encoder.source,
         nse=spectrum.nse,
@@ -93,11 +94,11 @@ def _ctc_entropy(head: nn.Module, features: dict[str, Tensor]) -> CtcEntropy:
 
 @torch.no_grad()
 def llm_allocation(
-    model: SpeechLLM, build: Builder, recordings: Sequence[Recording]
+    model: SpeechLLM, front_end: FrontEnd, tokenizer: Tokenizer, recordings: Sequence[Recording]
 ) -> LlmAllocation:
     """H₀, H₁ and predictive entropies over the transcripts' tokens, the end token included."""
     sums: dict[str, tuple[float, float]] = {}
-    for batch in batch_recordings(recordings, front_end=build.front_end, tokenizer=build.tokenizer):
+    for batch in batch_recordings(recordings, front_end=front_end, tokenizer=tokenizer):
         batch_sums = predictive_entropy.llm_sums(model, batch.to(device()))
         for name, (total, count) in batch_sums.items():
             before = sums.get(name, (0.0, 0.0))

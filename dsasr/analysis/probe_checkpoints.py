@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,10 +45,12 @@ def measure_all(
     probe_set: ProbeSet,
     config: VInformationConfig,
     baselines: Baselines,
+    measured: Callable[[list[AllocationRow]], Any] = lambda rows: None,
 ) -> list[AllocationRow]:
     """A row per checkpoint, and one per random encoder. CKA is to the first checkpoint.
 
     ``config`` applies to all, but for the control and the planted shares, which ``baselines`` set.
+    ``measured`` is called with all rows so far after each checkpoint.
     """
     rows: list[AllocationRow] = []
     reference: Reference | None = None
@@ -70,6 +73,7 @@ def measure_all(
                 baseline = probed_encoders.random_baseline(encoder, seed=config.seed)
                 control = baselines.control == "all"
                 rows.append(measure(baseline, probe_set, options(control))[0])
+            measured(rows)
             reference = reference or Reference(encoder.source.name, features)
             bar.update()
     return rows
@@ -79,29 +83,42 @@ def _applies(extent: Extent, later: bool) -> bool:
     return extent == "all" or (extent == "first" and not later)
 
 
-def write(
-    rows: Iterable[AllocationRow], home: str, settings: dict[str, Any], out: Path | None
-) -> list[str]:
-    """All rows to ``out``, or each to its run's allocation.jsonl; to ``home``'s if it has no run.
+class RowFiles:
+    """The files that rows go to, as they are measured: all to ``out``, or each to its run's
+    allocation.jsonl, to ``home``'s if it has no run.
 
     Rows of other checkpoints with the same ``settings`` stay in that file; rows with other
-    settings, which are not comparable, are removed. Returns a message per file.
+    settings, which are not comparable, are removed. What is in ``out`` is replaced.
     """
-    files: dict[Path, list[dict[str, Any]]] = {}
-    for row in rows:
-        path = out or Path(row.encoder.run or home).resolve() / ALLOCATION
-        files.setdefault(path, []).append(replace(row, settings=settings).to_json())
-    messages = []
-    for path, new in files.items():
-        names = [row["encoder"]["name"] for row in new]
-        # Unparsed: a file of another version has other settings too.
-        old = [] if out else [r for r in read_json_lines(path) if _name(r) not in names]
-        same = [r for r in old if r.get("settings") == settings]
-        atomic_write(path, "".join(to_json(row) + "\n" for row in (*same, *new)))
-        removed = len(old) - len(same)
-        note = f"; {removed} measured with other settings removed" if removed else ""
-        messages.append(f"written: {path} ({', '.join(names)}{note})")
-    return messages
+
+    def __init__(self, home: str, settings: dict[str, Any], out: Path | None = None):
+        self.home, self.settings, self.out = home, settings, out
+        self._names: dict[Path, list[str]] = {}
+        self._removed: Counter[Path] = Counter()
+
+    def write(self, rows: Iterable[AllocationRow]) -> None:
+        """Write all ``rows`` so far."""
+        files: dict[Path, list[dict[str, Any]]] = {}
+        for row in rows:
+            path = self.out or Path(row.encoder.run or self.home).resolve() / ALLOCATION
+            files.setdefault(path, []).append(replace(row, settings=self.settings).to_json())
+        for path, new in files.items():
+            names = self._names[path] = [row["encoder"]["name"] for row in new]
+            # Unparsed: a file of another version has other settings too.
+            there = [] if self.out else read_json_lines(path)
+            old = [row for row in there if _name(row) not in names]
+            same = [row for row in old if row.get("settings") == self.settings]
+            atomic_write(path, "".join(to_json(row) + "\n" for row in (*same, *new)))
+            self._removed[path] += len(old) - len(same)
+
+    def messages(self) -> list[str]:
+        """A line for each file."""
+        lines = []
+        for path, names in self._names.items():
+            count = self._removed[path]
+            note = f"; {count} measured with other settings removed" if count else ""
+            lines.append(f"written: {path} ({', '.join(names)}{note})")
+        return lines
 
 
 def _name(row: dict[str, Any]) -> str:

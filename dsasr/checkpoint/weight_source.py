@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from torch import Size, Tensor
 
 from dsasr import config
-from dsasr.checkpoint import export_folder
+from dsasr.checkpoint import export_folder, stored_recipe
 from dsasr.checkpoint.locate import open_checkpoint, open_run_checkpoint, run_folder
 from dsasr.checkpoint.manifest import MANIFEST, FragmentError, read_manifest
 from dsasr.checkpoint.merge import weight_keys
+from dsasr.checkpoint.stored_recipe import RECIPE
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
@@ -31,7 +32,6 @@ from dsasr.model.hf_weights import TensorFiles
 from dsasr.utils.errors import UserError
 
 PARTS = ("encoder", "head", "adaptor", "llm", "lora")  # head: the CTC head
-RECIPE = "recipe.yaml"
 # Of a checkpoint that has an encoder in both branches, each branch takes its own.
 _PREFIXES = {"pretrain": ("pretrain/", "sft/"), "sft": ("sft/", "pretrain/")}
 
@@ -252,7 +252,7 @@ def _manifest_settings(folder: Path, manifest: Mapping[str, Any]) -> dict[str, A
         return manifest["recipe"]
     settings: dict[str, Any] = {}
     with contextlib.suppress(UserError):  # it was moved
-        settings = config.read_recipe(str(run_folder(folder) / RECIPE))
+        settings = stored_recipe.read(run_folder(folder))
     if manifest.get("encoder"):
         return config.merge(settings, {"model": {"encoder": manifest["encoder"]}})
     encoder = (settings.get("model") or {}).get("encoder")
@@ -272,7 +272,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             return _manifest_settings(path, read_manifest(path))
         for run in (path, path / "sft", path / "pretrain"):
             if (run / RECIPE).is_file():
-                return config.read_recipe(str(run / RECIPE))
+                return stored_recipe.read(run)
     except (UserError, FragmentError):
         pass  # the checks before training say why
     return {}

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from dsasr.utils.errors import UserError
 
 
 def command_parser(module: str, doc: str) -> argparse.ArgumentParser:
@@ -24,3 +29,40 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """``--recipe`` and ``key=value`` overrides."""
     parser.add_argument("--recipe", required=True, help="a packaged recipe's name, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+
+
+def count(text: str) -> int:
+    """An argument that counts something: an integer, at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: it must be at least 0")
+    return number
+
+
+def positive(text: str) -> int:
+    """An integer, at least 1."""
+    if (number := count(text)) == 0:
+        raise argparse.ArgumentTypeError("0: it must be at least 1")
+    return number
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """``--overwrite``, for `check_new`."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files of --out that are there already"
+    )
+
+
+def check_new(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raise `UserError` for a file that is there already, unless it may be overwritten, and for
+    one that cannot be written: before the work whose result it is to hold."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"--out: {path} is a folder: give the name of a file")
+        if path.exists() and not overwrite:
+            raise UserError(f"--out: {path} is there already: give another, or --overwrite")
+        parent = path.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"--out: {path} cannot be written into {parent}")

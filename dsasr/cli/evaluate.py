@@ -1,9 +1,10 @@
-"""Decode shards with a trained run: error rates, hallucinations, a paired test with another run.
+"""Decode shards with a run or an export: error rates, hallucinations, a paired test with another.
 
 examples:
   dsasr evaluate runs/demo --data corpus/demo/shards/test
   dsasr evaluate runs/demo --data corpus/demo/shards/{test,nonspeech} --suite --report
   dsasr evaluate runs/demo --checkpoint step-0000000450 --data … --out early.jsonl
+  dsasr evaluate models/demo --data corpus/demo/shards/test --against runs/demo
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsasr.cli.arguments import command_parser
+from dsasr.cli.arguments import add_overwrite, check_new, command_parser, count
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.masking import mask
 from dsasr.utils.progress import Bar
+
+if TYPE_CHECKING:
+    from dsasr.evaluation.results import Results
 
 TRANSCRIPTS = "transcripts.jsonl"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__name__, __doc__)
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=Path, help="a run folder, or an exported folder")
     parser.add_argument(
         "--data", nargs="+", help="shards: folders, tars or patterns; samples without text count "
         "as non-speech",
@@ -35,22 +40,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--checkpoint", default="", help="a name below RUN/checkpoints, or a path (default: the "
         "newest)",
     )  # fmt: skip
-    parser.add_argument("--beam", type=int, default=0, help="1 is greedy (default: the recipe's)")
-    parser.add_argument("--limit", type=int, default=0, help="utterances, spread over the set")
+    parser.add_argument("--beam", type=count, default=0, help="1 is greedy (default: the model's)")
+    parser.add_argument("--limit", type=count, default=0, help="utterances, spread over the set")
     parser.add_argument(
         "--suite", action="store_true",
         help="also synthetic non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
     )  # fmt: skip
     parser.add_argument(
         "--rules", help="normalization: standard, plain (digit strings), or the path of a Whisper "
-        "checkpoint's normalizer.json (default: the recipe's)",
+        "checkpoint's normalizer.json (default: the model's)",
     )  # fmt: skip
-    parser.add_argument("--clips", type=int, default=10, help="of each synthetic non-speech sound")
-    parser.add_argument("--pairs", type=int, default=5, help="reference/hypothesis pairs to print")
+    parser.add_argument(
+        "--clips", type=count, default=10, help="of each synthetic non-speech sound"
+    )
+    parser.add_argument(
+        "--pairs", type=count, default=5, help="reference/hypothesis pairs to print"
+    )
     parser.add_argument(
         "--against", type=Path, help="paired test: a run evaluated with --report, or its --out"
     )
     parser.add_argument("--out", type=Path, help="write all transcripts as JSON lines")
+    add_overwrite(parser)
     parser.add_argument(
         "--report", action="store_true", help=f"write RUN/report.json and RUN/{TRANSCRIPTS}"
     )
@@ -72,44 +82,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from dsasr.evaluation import results_text
     from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
-    from dsasr.evaluation.normalize import check_rules
-    from dsasr.evaluation.results import compare, read_results
+    from dsasr.evaluation.results import compare
     from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
-    from dsasr.inference.model_from_run import RunModel
+    from dsasr.inference.evaluated_model import EvaluatedModel
     from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
 
     if args.is_finished:
         return 0 if is_finished(args.run) else 1
+    baseline = check(args)
     silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    run = RunModel.from_run(args.run, args.checkpoint)
-    recipe = run.build.recipe
-    rules = args.rules or recipe.evaluation.rules
-    try:
-        check_rules(rules)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
+    evaluated = EvaluatedModel.open(args.run, args.checkpoint)
+    rules, longest = args.rules or evaluated.rules, longest_seconds(evaluated.front_end)
     recordings, left_out = read_recordings(
         args.data,
-        rate=run.build.front_end.rate,
-        text=recipe.data.text,
-        source=recipe.data.dataloader.source,
+        rate=evaluated.front_end.rate,
+        text=evaluated.text,
+        source=evaluated.source,
         limit=args.limit,
-        max_seconds=longest_seconds(run.build.front_end),
+        max_seconds=longest,
     )
     if left_out:
-        longest = longest_seconds(run.build.front_end)
         print(f"left out: {dict(left_out)} (too_long: more than {longest:g} s)")
     config = replace(SuiteConfig(), clips=args.clips) if args.suite else RECORDINGS_ONLY
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
-    results = run.transcribe(recordings, config, beam=args.beam, progress=bar)
+    results = evaluated.transcribe(recordings, config, beam=args.beam, progress=bar)
     summary = results.summary(rules)
     for line in results_text.format_results(results, summary, args.pairs):
         print(line)
-    if args.against:
-        folder = args.against.is_dir()
-        baseline = read_results(args.against / TRANSCRIPTS if folder else args.against)
+    if baseline is not None:
         tests = compare(baseline, results, rules)
         print(f"against {args.against}: (this minus that)")
         for line in results_text.format_comparison(tests):
@@ -123,8 +125,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
-    print(f"{len(results.rows)} clips: {rates}   ({run.checkpoint})")
+    print(f"{len(results.rows)} clips: {rates}   ({evaluated.path})")
     return 0
+
+
+def check(args: argparse.Namespace) -> Results | None:
+    """Raise `UserError` for what would fail after decoding; the results of ``--against``."""
+    from dsasr.checkpoint.export_folder import is_export
+    from dsasr.evaluation.normalize import check_rules, normalize
+    from dsasr.evaluation.results import read_results
+
+    if args.rules:
+        try:
+            check_rules(args.rules)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+        normalize("a", "en", args.rules)  # reads the file of rules
+    check_new([args.out] if args.out else [], args.overwrite)
+    if args.report and is_export(args.run):
+        raise UserError(f"--report is for runs: {args.run} is an exported model; give --out")
+    if not args.against:
+        return None
+    return read_results(args.against / TRANSCRIPTS if args.against.is_dir() else args.against)
 
 
 def write_report(args: argparse.Namespace, summary: dict) -> None:

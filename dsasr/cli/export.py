@@ -31,18 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from dsasr import config
     from dsasr.build import Builder
     from dsasr.checkpoint.locate import open_run_checkpoint
     from dsasr.inference.export import export_run
-    from dsasr.recipe import Recipe, silence_library_warnings
+    from dsasr.inference.model_from_run import run_recipe
+    from dsasr.recipe import silence_library_warnings
 
     silence_library_warnings()
     folders = [p for p in (args.run, args.run / "sft") if (p / "recipe.yaml").is_file()]
     if not folders:
         raise UserError(f"{args.run} is no run folder: it has no recipe.yaml")
-    values = config.read_recipe(str(folders[0] / "recipe.yaml"))
-    recipe = config.build(Recipe, config.override(values, args.overrides))
+    recipe = run_recipe(folders[0], args.overrides)
     reader = open_run_checkpoint(args.run, args.checkpoint)
     dtype = None if args.dtype == DTYPES[0] else getattr(torch, args.dtype)
     folder = export_run(Builder(recipe), reader, args.to, dtype, args.adapter)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsasr.cli.arguments import command_parser
+from dsasr.cli.arguments import add_overwrite, check_new, command_parser, count, positive
 from dsasr.utils.errors import UserError
 from dsasr.utils.masking import mask
 
@@ -21,8 +21,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__name__, __doc__)
     parser.add_argument(
         "checkpoints", nargs="+",
-        help="run folders (their newest checkpoint), checkpoints, snapshots, or folders of Hugging "
-        "Face Whisper, wav2vec 2.0 and HuBERT encoders",
+        help="run folders (their newest checkpoint), checkpoints, averages, snapshots, exported "
+        "folders, or folders of Hugging Face Whisper, wav2vec 2.0 and HuBERT encoders",
     )  # fmt: skip
     parser.add_argument("--data", required=True, help="shards: a folder, a tar or a pattern")
     parser.add_argument(
@@ -30,17 +30,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the run, checkpoint or snapshot whose CTC head aligns the phonemes (default: the "
         "last one measured)",
     )
-    parser.add_argument("--utterances", type=int, default=300, help="of the data, 0: all")
+    parser.add_argument("--utterances", type=count, default=300, help="of the data, 0: all")
     parser.add_argument("--semantic", choices=("word", "token"), default="word", help="CSAI's S")
-    parser.add_argument("--width", type=int, default=1024, help="wider features are projected")
+    parser.add_argument("--width", type=positive, default=1024, help="wider features are projected")
     parser.add_argument(
-        "--folds", type=int, default=0,
+        "--folds", type=count, default=0,
         help="groups of speakers that are the test part in turn, each with its own probes "
         "(default: 1 with 12 speakers or more, else 4)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count, default=0)
     parser.add_argument(
-        "--frames", type=int, default=200_000, help="frames for PAI at most; a quarter for CSAI"
+        "--frames",
+        type=positive,
+        default=200_000,
+        help="frames for PAI at most; a quarter for CSAI",
     )
     for name, default, what in (
         ("random", "all", "the same encoder with random weights (all: of each architecture)"),
@@ -54,6 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="one file of JSON lines for all (default: each run's rows in its allocation.jsonl, "
         "those of other encoders in the aligner's)",
     )  # fmt: skip
+    add_overwrite(parser)
     return parser.parse_args(arguments)
 
 
@@ -70,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    runs = [c for c in args.checkpoints if not probed_encoders.is_pretrained(c)]
+    check_new([args.out] if args.out else [], args.overwrite)
+    runs = [c for c in args.checkpoints if not probed_encoders.has_no_head(c)]
     path = args.aligner or (runs[-1] if runs else None)
     if path is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
@@ -91,15 +96,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_frames=args.frames, semantic_frames=max(1, args.frames // 4),
     )  # fmt: skip
     baselines = probe_checkpoints.Baselines(args.random, args.control, args.limits)
-    rows = probe_checkpoints.measure_all(args.checkpoints, probe_set, config, baselines)
+    names = ("data", "utterances", "semantic", "width", "frames", "folds", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"data": mask(args.data)}
+    home = aligner.source.run
+    if home is None and args.out is None:
+        raise UserError(f"{path} belongs to no run: give --out a file for the rows")
+    settings["aligner"] = str(Path(home or path).resolve().parent / name)
+    files = probe_checkpoints.RowFiles(home or "", settings, args.out)
+    rows = probe_checkpoints.measure_all(
+        args.checkpoints, probe_set, config, baselines, measured=files.write
+    )
     print(probe_checkpoints.table(rows))
     print("PAI, CSAI: nats a frame, 95% interval, [shuffled]; none (<x): a gain of x would show;")
     first = rows[0].pai
     folds = f", in {first.folds} folds" if first.folds > 1 else ""
     print(f"H: nats a token (CTC: frame); CKA: to the first; test part: by {first.split_by}{folds}")
-    names = ("data", "utterances", "semantic", "width", "frames", "folds", "seed")
-    settings = {name: getattr(args, name) for name in names} | {"data": mask(args.data)}
-    home = aligner.source.run
-    settings["aligner"] = str(Path(home).resolve().parent / name)
-    for message in probe_checkpoints.write(rows, home, settings, args.out):
+    for message in files.messages():
         print(message)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsasr.cli.arguments import command_parser
+from dsasr.cli.arguments import add_overwrite, check_new, command_parser
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="an exported folder, or a run folder")
     parser.add_argument("audio", nargs="+", help="files, folders, or - for standard input")
     parser.add_argument("--format", choices=("text", "jsonl", "srt"), default="text")
-    parser.add_argument("--out", type=Path, help="a folder: one file for each audio file")
+    parser.add_argument(
+        "--out", type=Path, help="a folder: one file for each audio file, placed as the audio is"
+    )
+    add_overwrite(parser)
     parser.add_argument("--beam", type=int, default=1, help="1 is greedy")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
@@ -44,12 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources = find(args.audio)
     if args.format == "srt" and len(sources) > 1 and not args.out:
         raise UserError("subtitles of several files need --out FOLDER")
+    written = targets(args.out, sources, args.audio, args.format) if args.out else {}
+    check_new(written.values(), args.overwrite)
     silence_library_warnings()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     recognizer = Recognizer.from_pretrained(args.model).with_beam(args.beam)
     several = len(sources) > 1 and not args.out and args.format == "text"
-    written: set[Path] = set()
     bad: list[str] = []
 
     def on_error(path: str, error: UserError) -> None:
@@ -69,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for transcription in recognizer.transcribe_all(opened, bar.update, on_error):
                 text = formatted(transcription, args.format)
                 if args.out:
-                    path = target(args.out, transcription.path, args.format, written)
-                    atomic_write(path, text)
+                    atomic_write(written[transcription.path], text)
                 else:
                     with bar.external_write_mode():
                         head = f"{transcription.path}\t" if several else ""
@@ -114,13 +117,27 @@ def formatted(transcription: Transcription, form: str) -> str:
     return transcription.to_srt() if form == "srt" else transcription.text + "\n"
 
 
-def target(out: Path, path: str, form: str, written: set[Path]) -> Path:
-    """A new name in ``out`` for the transcript of ``path``; it is added to ``written``."""
-    stem = "stdin" if path == "-" else Path(path).stem
+def targets(
+    out: Path, sources: Sequence[Path | str], names: Sequence[str], form: str
+) -> dict[str, Path]:
+    """Each source → the file in ``out`` for its transcript.
+
+    What lies below one of the folders among ``names`` keeps its place there; other files have
+    their names. Of several of one name all but the first get a number.
+    """
+    folders = [Path(name) for name in names if Path(name).is_dir()]
     ending = {"text": "txt"}.get(form, form)
-    name, number = out / f"{stem}.{ending}", 1
-    while name in written:
-        number += 1
-        name = out / f"{stem}-{number}.{ending}"
-    written.add(name)
-    return name
+    found: dict[str, Path] = {}
+    for source in sources:
+        place = Path("stdin" if source == "-" else Path(source).name)
+        for folder in folders:
+            if source != "-" and Path(source).is_relative_to(folder):
+                place = Path(source).relative_to(folder)
+                break
+        stem = out / place.with_suffix("")
+        name, number = stem.with_name(f"{stem.name}.{ending}"), 1
+        while name in found.values():
+            number += 1
+            name = stem.with_name(f"{stem.name}-{number}.{ending}")
+        found.setdefault(str(source), name)
+    return found

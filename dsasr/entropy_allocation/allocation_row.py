@@ -111,15 +111,16 @@ class LlmAllocation:
 class EncoderSource:
     """Which encoder a row is of. Fields that do not apply are None.
 
-    ``run`` is its run folder, ``path`` the folder of a ``pretrained`` one. A checkpoint has
-    ``steps`` of both branches, ``pretrain`` steps and ``stage``, and on the sft branch the
-    ``snapshot`` in use; a snapshot has ``pretrain`` and the ``cause`` of its publication. A
+    ``run`` is its run folder, ``path`` the folder of a ``pretrained`` or ``export``ed one. A
+    checkpoint has ``steps`` of both branches, ``pretrain`` steps and ``stage``, and on the sft
+    branch the ``snapshot`` in use; an average and an export have ``steps``; a snapshot has
+    ``pretrain`` and the ``cause`` of its publication. A
     ``live`` encoder was probed during training, in ``stage`` of ``branch``, after ``seconds`` of
     training.
     """
 
     name: str
-    kind: Literal["checkpoint", "snapshot", "pretrained", "random", "live"]
+    kind: Literal["checkpoint", "average", "snapshot", "export", "pretrained", "random", "live"]
     run: str | None = None
     path: str | None = None
     branch: str | None = None

@@ -14,12 +14,12 @@ from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from dsasr.data.batch import Batch
 from dsasr.kernels import dispatch
 from dsasr.model.ctc import ctc_log_prob
 from dsasr.model.dynamic_chunks import Chunk
+from dsasr.model.llm_forward import Continuation, packed_hidden
 from dsasr.model.speech_llm import SpeechInput, SpeechLLM
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
@@ -176,55 +176,34 @@ class _Search:
 
 
 class _Stepper:
-    """The language model behind the beams, with its key-value cache."""
+    """The language model behind the beams."""
 
     def __init__(self, model: SpeechLLM):
         self.model = model
-        self.cache = DynamicCache(config=model.llm.config)
+        self.continuation = Continuation(model.llm, model.cached)
 
     def prefill(self, batch: Batch, chunk: Chunk | None) -> Tensor:
         """Run the prompts through the model; logits [B, V] of the first token."""
-        embeds_BLD, self.next_R, self.speech = self.model.prompts(batch, chunk)
-        length = embeds_BLD.shape[1]
-        steps = torch.arange(length, device=embeds_BLD.device)
-        self.mask_RL = (steps >= length - self.next_R.unsqueeze(1)).long()
-        positions = (self.mask_RL.cumsum(1) - 1).clamp_min(0)
-        return self._run(embeds_BLD, self.mask_RL, positions, self.cache)
+        embeds_BLD, lengths_B, self.speech = self.model.prompts(batch, chunk)
+        self.device = embeds_BLD.device
+        return self._logits(self.continuation.start(embeds_BLD, lengths_B))
 
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Feed one token to each beam; ``rows`` are the rows of the previous step that the beams
         continue. Logits [R, V]."""
-        device = self.mask_RL.device
-        if list(rows) != list(range(len(self.mask_RL))):
-            index = torch.tensor(rows, device=device)
-            self.cache.batch_select_indices(index)
-            self.mask_RL, self.next_R = self.mask_RL[index], self.next_R[index]
-        self.mask_RL = torch.cat((self.mask_RL, self.mask_RL.new_ones(len(rows), 1)), dim=1)
-        embeds = self._embed(tokens)
-        logits = self._run(embeds, self.mask_RL, self.next_R.unsqueeze(1), self.cache)
-        self.next_R = self.next_R + 1
-        return logits
+        return self._logits(self.continuation.step(self._embed(tokens), rows))
 
     def idle(self) -> None:
         """A forward pass for its collectives only."""
-        self._run(self._embed([self.model.pad_id]), None, None, None)
+        hidden_11D = packed_hidden(self.model.llm, self._embed([self.model.pad_id])[None], None)
+        self._logits(hidden_11D[:, -1])
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
-        device = self.mask_RL.device
-        return self.model.embed_tokens(torch.tensor(tokens, device=device)[:, None])
+        return self.model.embed_tokens(torch.tensor(tokens, device=self.device))
 
-    def _run(
-        self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None, cache: object
-    ) -> Tensor:
-        output = self.model.llm.base_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
         head = self.model.head
-        return head.cap(head(output.last_hidden_state[:, -1]))
+        return head.cap(head(hidden_RD))
 
 
 @torch.no_grad()

@@ -52,8 +52,10 @@ from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
+from dsasr.data.text.normalization import TextConfig
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemes import PhonemizerConfig, Speller, build_phonemizer
+from dsasr.data.text.tokenizer_json import has_trained_tokenizer, write_tokenizer_json
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.model import lora
@@ -67,9 +69,11 @@ from dsasr.model.encoders.pretrained import (
     build_encoder,
 )
 from dsasr.model.encoders.protocol import Encoder
-from dsasr.model.llm import LlmConfig, load_llm
+from dsasr.model.llm import LlmConfig, default_attention, load_llm
 from dsasr.model.llm_hub import is_hub_name
+from dsasr.model.llm_properties import try_llm
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.recipe import SUBSAMPLING
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write
 from dsasr.utils.progress import Bar
@@ -94,6 +98,8 @@ class ExportConfig:
     prompt: PromptIds
     fbank: FbankConfig = field(default_factory=FbankConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    text: TextConfig = field(default_factory=TextConfig)  # form of the transcripts
+    rules: str = "standard"  # of scores
     max_seconds: float = 30.0  # the longest utterance of the training
     steps: int = 0  # training steps of the checkpoint
     units: int = 0  # of the CTC head, blank included; of an adaptor that reads it
@@ -112,6 +118,13 @@ class Export:
     model: SpeechLLM
     tokenizer: Tokenizer
     front_end: FrontEnd
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds of an encoder frame."""
+        if isinstance(self.config.encoder, EncoderConfig):
+            return SUBSAMPLING * self.config.fbank.shift_ms / 1000
+        return self.model.encoder.frame_seconds
 
 
 # -- write -------------------------------------------------------------------------------------
@@ -165,6 +178,8 @@ def _write_model(
         prompt=PromptIds(tuple(prefix), tuple(suffix)),
         fbank=recipe.data.fbank,
         decode=recipe.evaluation.decode,
+        text=recipe.data.text,
+        rules=recipe.evaluation.rules,
         max_seconds=recipe.data.dataloader.batch.max_seconds,
         steps=int(reader.manifest.get("steps", 0)),
         units=len(build.phonemes) if reads_ctc else 0,
@@ -300,6 +315,8 @@ def _copy_llm(llm: Path, tokenizer: Path, target: Path, dtype: torch.dtype | Non
         source = (llm if name == "generation_config.json" else tokenizer) / name
         if source.is_file():
             shutil.copyfile(source, target / name)
+    if has_trained_tokenizer(tokenizer):
+        write_tokenizer_json(tokenizer, target)
 
 
 # -- load ---------------------------------------------------------------------------------------
@@ -312,18 +329,22 @@ def read_config(folder: Path) -> ExportConfig:
     return config.build(ExportConfig, {k: v for k, v in read_values(folder).items() if k in known})
 
 
-def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
+def load_export(folder: str | Path, attn: str = "") -> Export:
     """Load an exported folder onto the CPU, in float32 and in eval mode.
+
+    ``attn``: the attention of transformers; empty: `default_attention`.
 
     Raises `UserError`, also where a file is not what its checksum says.
     """
     folder = Path(folder)
     export_config = read_config(folder)
     verify(folder)
+    attn = attn or default_attention(folder / LLM)
     llm = load_llm(folder / LLM, attn=attn)
     tokenizer = load_tokenizer(folder / LLM)
     width = llm.get_input_embeddings().weight.shape
     check_tokenizer(tokenizer, width[0])
+    properties = try_llm(llm.config, attn)
     encoder = _load_encoder(export_config, folder)
     ctc, spell = None, None
     if export_config.adaptor.reads_ctc:
@@ -340,6 +361,7 @@ def load_export(folder: str | Path, attn: str = "sdpa") -> Export:
         LlmConfig(attn=attn),
         ctc=ctc,
         spell=spell,
+        cached=properties.caches,
     )
     parts = {"encoder": model.encoder, "ctc": model.ctc, "adaptor": model.adaptor}
     _load_weights({name: part for name, part in parts.items() if part is not None}, folder)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import architecture, zero_partition
+from dsasr.checkpoint import architecture, stored_recipe, zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint
+from dsasr.checkpoint.stored_recipe import RECIPE
 from dsasr.checkpoint.tensor_fragments import FragmentError, PrefixReader
-from dsasr.evaluation.eval_sets import Recording
-from dsasr.evaluation.results import Results
-from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig, build_suite
-from dsasr.evaluation.transcribe import transcribe_clips
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.utils.distributed import device
@@ -23,10 +20,7 @@ from dsasr.utils.errors import UserError
 
 @dataclass(frozen=True)
 class RunModel:
-    """A `SpeechLLM` restored from a run's ``checkpoint``, with the builder of the run's recipe.
-
-    For evaluation and export; `dsasr.Recognizer` transcribes audio files.
-    """
+    """A `SpeechLLM` restored from a run's ``checkpoint``, with the builder of the run's recipe."""
 
     build: Builder
     model: SpeechLLM
@@ -49,41 +43,17 @@ class RunModel:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
         return cls(build, model.to(device()).eval(), reader.folder)
 
-    def transcribe(
-        self,
-        recordings: Sequence[Recording],
-        config: SuiteConfig = RECORDINGS_ONLY,
-        *,
-        beam: int = 0,
-        progress: Callable[[Iterable], Iterable] = lambda items: items,
-    ) -> Results:
-        """Transcribe the suite that ``config`` makes of ``recordings``.
 
-        ``beam`` is the beam width (0: the recipe's); ``progress`` wraps the batches.
-        """
-        recipe = self.build.recipe
-        decode = recipe.evaluation.decode
-        return transcribe_clips(
-            self.model,
-            build_suite(recordings, config, rate=self.build.front_end.rate),
-            self.build.tokenizer,
-            replace(decode, beam=beam) if beam else decode,
-            front_end=self.build.front_end,
-            device=device(),
-            progress=progress,
-        )
+def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run folder was trained with, with ``key=value`` overrides.
 
-
-def run_recipe(folder: Path) -> Recipe:
-    """The recipe that a run folder was trained with.
-
-    Its `Recipe.folder` is where ``folder`` is now, also for one of the two of a concurrent run.
-    Raises `UserError` if it is no run folder.
+    Its `Recipe.folder` is where ``folder`` is now, also for one of the two of a concurrent run, and
+    its relative paths lead where they did (`stored_recipe`). Raises `UserError` if it is no run
+    folder.
     """
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        hint = f"; give {folder / 'sft'}" if (folder / "sft" / "recipe.yaml").is_file() else ""
+    if not (folder / RECIPE).is_file():
+        hint = f"; give {folder / 'sft'}" if (folder / "sft" / RECIPE).is_file() else ""
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml{hint}")
-    values = config.read_recipe(str(path))
+    values = stored_recipe.read(folder)
     run = folder if values.get("branch", "both") == "both" else folder.resolve().parent
-    return config.build(Recipe, {**values, "run": str(run)})
+    return config.build(Recipe, config.override({**values, "run": str(run)}, overrides))

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
+
+from dsasr.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _aten = torch.ops.aten
 PRODUCTS = [
@@ -33,6 +38,23 @@ def options(keep: bool) -> dict[str, Any]:
         return {"use_reentrant": False}
     contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, PRODUCTS)
     return {"use_reentrant": False, "context_fn": contexts}
+
+
+def enable(model: PreTrainedModel, keep: bool) -> None:
+    """Have transformers recompute each layer of ``model``; ``keep`` as for `options`.
+
+    Raises `UserError` for an architecture whose layers cannot be recomputed.
+    """
+    # transformers is renaming it, and drops the old name in 6.
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    try:
+        getattr(model, new if hasattr(model, new) else old)(options(keep))
+    except ValueError as error:
+        kind = model.config.model_type
+        raise UserError(
+            f"{kind} has no activation checkpointing in transformers ({str(error).splitlines()[0]})"
+            ": give activation_checkpointing=false"
+        ) from None
 
 
 def checkpoint(run: Callable[..., Tensor], *inputs: Any, keep: bool) -> Tensor:

@@ -31,8 +31,7 @@ _DROPOUTS = (
     "embd_pdrop",
 )
 
-# What families call a factor of their logits, and the cap of a tanh around them.
-_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "dim_model_base")
+# What families call the cap of a tanh around their logits.
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -76,19 +75,21 @@ class FusedLmHead(nn.Linear):
 
     @classmethod
     def replace(cls, llm: PreTrainedModel) -> FusedLmHead:
-        """Replace ``llm``'s own head. Raises `UserError` for logits that are not W·h + b."""
-        head, config = llm.get_output_embeddings(), llm.config.get_text_config()
+        """Replace ``llm``'s own head, which must be linear (`UserError`).
+
+        That logits are W·h + b, soft-capped or not, is tried by `dsasr.model.llm_properties`.
+        """
+        head = llm.get_output_embeddings()
         if isinstance(head, cls):
             return head
-        scaled = [name for name in _LOGIT_SCALES if _scaled(config, name)]
-        if type(head) is not nn.Linear or scaled:
-            reason = f"scales its logits ({scaled[0]})" if scaled else "has no linear LM head"
-            raise UserError(f"{llm.config.model_type} {reason}: choose another language model")
+        if type(head) is not nn.Linear:
+            raise UserError(
+                f"{llm.config.model_type} has no linear LM head: choose another language model"
+            )
         with torch.device("meta"):
             fused = cls(head.in_features, head.out_features, bias=head.bias is not None)
         fused.weight, fused.bias = head.weight, head.bias
-        caps = (getattr(config, name, None) for name in _SOFT_CAPS)
-        fused.soft_cap = next((cap for cap in caps if cap), None)
+        fused.soft_cap = read_soft_cap(llm.config)
         llm.set_output_embeddings(fused)
         return fused
 
@@ -117,9 +118,10 @@ class FusedLmHead(nn.Linear):
         return logits if not self.soft_cap else self.soft_cap * (logits / self.soft_cap).tanh()
 
 
-def _scaled(config: object, name: str) -> bool:
-    one = config.hidden_size if name == "dim_model_base" else 1  # a width, to be divided by that
-    return getattr(config, name, None) not in (None, one)
+def read_soft_cap(config: PretrainedConfig) -> float | None:
+    """The c of logits c·tanh(x / c) that the config asks for; None for plain logits."""
+    text = config.get_text_config()
+    return next((cap for name in _SOFT_CAPS if (cap := getattr(text, name, None))), None)
 
 
 def load_llm(
@@ -165,6 +167,16 @@ def load_llm(
     return llm
 
 
+def default_attention(folder: Path) -> str:
+    """The attention that transformers takes for the model in ``folder``: sdpa where it has that."""
+    with torch.device("meta"):
+        try:
+            llm = AutoModelForCausalLM.from_config(read_llm_config(folder), trust_remote_code=False)
+        except FAULTS as error:
+            raise _unreadable(folder, error) from error
+    return llm.config.get_text_config()._attn_implementation
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """transformers draws a bar of its own for a file that is read in a moment."""
@@ -189,7 +201,12 @@ def read_llm_config(folder: Path, dropout: float = 0.0) -> PretrainedConfig:
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"cannot load the language model in {folder}: {explain(error)}")
+
+
+def explain(error: Exception) -> str:
+    """Why transformers does not build a language model, with the fix where it is known."""
     reason = reason_of(error)
     if "does not support an attention implementation" in reason:
-        reason = "its architecture has eager attention only; give model.llm.attn=eager"
-    return UserError(f"cannot load the language model in {folder}: {reason}")
+        return "its architecture has eager attention only; give model.llm.attn=eager"
+    return reason

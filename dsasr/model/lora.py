@@ -15,6 +15,9 @@ encoder of both branches; a stage trains them as its part ``lora`` or ``encoder_
   any world size and partitioning.
 - The head and the embeddings are refused: the fused loss reads the head's weight, not its output,
   and the embeddings are usually the same tensor. In an encoder only its blocks are adapted.
+- Matrices that are no linear layer's cannot be adapted, such as experts that transformers keeps in
+  one tensor. Where a model has those, "all layers" is refused, and `coverage` says the share of
+  those that are named.
 - An export is merged, W + alpha / rank · B·A in float32, and is a plain model again.
 
 A stage with other parts than ``lora`` keeps the matrices frozen but in use. The mean of checkpoints
@@ -23,6 +26,7 @@ is one of A and of B, not of their product; for checkpoints of one run the two a
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,6 +93,13 @@ def targeted(model: PreTrainedModel | Encoder, cfg: LoraConfig) -> dict[str, nn.
                 f"that can be adapted ({', '.join(kinds)}){nearest(target, kinds)}"
             )
     targets = cfg.targets or tuple(kinds)
+    if not encoder and not cfg.targets and (stacked := _stacked_matrices(model)):
+        name, share = stacked
+        raise UserError(
+            f"{key}: {share:.0%} of the weights of the language model's blocks are stacked in one "
+            f"tensor for several experts or heads ({name}), which LoRA does not reach: name the "
+            f"linear layers in {key}.targets ({', '.join(kinds)})"
+        )
     return {name: m for name, m in linear.items() if name.rpartition(".")[2] in targets}
 
 
@@ -100,6 +111,43 @@ def _llm_layers(llm: PreTrainedModel) -> dict[str, nn.Linear]:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+
+
+def _block_matrices(llm: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Name in the base model → parameter of two dimensions or more, but for embeddings and head."""
+    head = llm.get_output_embeddings()
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in llm.base_model.named_modules()
+        if not isinstance(module, nn.Embedding) and module is not head
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim >= 2
+    }
+
+
+def _stacked_matrices(llm: PreTrainedModel) -> tuple[str, float] | None:
+    """The name of a tensor of several matrices, and the share of such of the blocks' weights."""
+    matrices = _block_matrices(llm)
+    convolutions = {
+        id(m.weight) for m in llm.base_model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)
+    }
+    stacked = {n: p for n, p in matrices.items() if p.ndim >= 3 and id(p) not in convolutions}
+    if not stacked:
+        return None
+    total = sum(parameter.numel() for parameter in matrices.values())
+    return next(iter(stacked)), sum(parameter.numel() for parameter in stacked.values()) / total
+
+
+def coverage(llm: PreTrainedModel, cfg: LoraConfig) -> str:
+    """A line for people: what ``cfg`` adapts of a language model without LoRA."""
+    layers = targeted(llm, cfg)
+    total = sum(parameter.numel() for parameter in _block_matrices(llm).values())
+    adapted = sum(layer.weight.numel() for layer in layers.values())
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    return (
+        f"LoRA adapts {len(layers)} linear layers ({kinds}): {adapted / total:.1%} of the weights "
+        "of the language model's blocks"
+    )
 
 
 def _encoder_layers(encoder: Encoder) -> dict[str, nn.Linear]:
@@ -121,9 +169,13 @@ def inject(model: PreTrainedModel | Encoder, cfg: LoraConfig, meta: bool = False
     """Inject the layers into ``model``; `initial` draws their values. ``meta``: without memory."""
     config = _peft_config(cfg, targeted(model, cfg))
     encoder = isinstance(model, Encoder)
-    _peft().inject_adapter_in_model(
-        config, model.blocks if encoder else model, _ADAPTER, low_cpu_mem_usage=meta
-    )
+    try:
+        _peft().inject_adapter_in_model(
+            config, model.blocks if encoder else model, _ADAPTER, low_cpu_mem_usage=meta
+        )
+    except (ValueError, NotImplementedError) as error:  # architectures that peft leaves alone
+        key = "model.encoder_lora" if encoder else "model.lora"
+        raise UserError(f"{key}: peft refuses this model: {' '.join(str(error).split())}") from None
     if encoder:
         model.blocks[0].register_forward_pre_hook(_require_input_gradient)
 
@@ -139,9 +191,8 @@ def _require_input_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def check(model: PreTrainedModel | Encoder, cfg: LoraConfig) -> None:
-    """Raise `UserError` where `inject` would; changes nothing."""
-    _peft()
-    targeted(model, cfg)
+    """Raise `UserError` where `inject` would; ``model``, on the meta device, is left as it was."""
+    inject(copy.deepcopy(model), cfg, meta=True)
 
 
 def _peft() -> Any:

@@ -24,6 +24,7 @@ from dsasr.model.ctc import CtcHead
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
 from dsasr.model.encoders.protocol import Encoder, EncoderOutput
 from dsasr.model.llm import FusedLmHead, LlmConfig
+from dsasr.model.llm_forward import packed_hidden
 from dsasr.model.outputs import Outputs
 from dsasr.model.sequence_layout import Layout, lay_out, ragged
 from dsasr.model.step_rng import seed_dropout, step_generator
@@ -60,8 +61,9 @@ class SpeechLLM(nn.Module):
 
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
     context; ctc: the head whose posteriors an adaptor of kind ctc reads; spell: transcripts to its
-    units, for decoding that weighs both. Raises `UserError` if the prompt is empty: something must
-    predict the first token.
+    units, for decoding that weighs both; cached: decode from the language model's cache
+    (`LlmProperties.caches`). Raises `UserError` if the prompt is empty: something must predict the
+    first token.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class SpeechLLM(nn.Module):
         chunks: ChunkConfig | None = None,
         ctc: CtcHead | None = None,
         spell: Spell | None = None,
+        cached: bool = True,
     ):
         super().__init__()
         if not prefix_ids and not suffix_ids:
@@ -84,14 +87,12 @@ class SpeechLLM(nn.Module):
         self.encoder, self.ctc, self.adaptor, self.llm = encoder, ctc, adaptor, llm
         self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
         self.cfg, self.spec, self.chunks, self.spell = cfg, spec, chunks, spell
+        self.cached = cached
         FusedLmHead.replace(llm)
         self._input_scale = input_scale(llm)
         self._lora_dropouts = [lora.Dropouts(part) for part in (encoder, llm)]
         if cfg.activation_checkpointing:
-            # transformers is renaming it.
-            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-            enable = getattr(llm, new if hasattr(llm, new) else old)
-            enable(activation_checkpointing.options(keep=cfg.recompute == "cheap"))
+            activation_checkpointing.enable(llm, keep=cfg.recompute == "cheap")
 
     @property
     def head(self) -> FusedLmHead:
@@ -132,12 +133,7 @@ class SpeechLLM(nn.Module):
             # no gradient before its backward pass has used them.
             embeds_RLD.requires_grad_()
         positions = upload(layout.positions_RL, device) if self._pack else None
-        hidden_RLD = self.llm.base_model(
-            inputs_embeds=embeds_RLD,
-            attention_mask=self._packed_mask(positions),
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_RLD = packed_hidden(self.llm, embeds_RLD, positions)
         hidden_ND = hidden_RLD.flatten(0, 1).index_select(0, upload(layout.targets_N, device))
         return self._outputs(hidden_ND, targets_N, weight)
 
@@ -179,22 +175,6 @@ class SpeechLLM(nn.Module):
                         layer.training = True
         for dropouts in self._lora_dropouts:
             dropouts.train(self.training)
-
-    def _packed_mask(self, positions_RL: Tensor | None) -> Tensor | None:
-        """[R, 1, L, L], True where a position attends to another of its utterance, or to itself.
-
-        transformers builds the same from the positions, but syncs with the GPU to see whether there
-        is more than one utterance. None where it has to build its own: no packing, an attention
-        other than sdpa, or layers with a sliding window.
-        """
-        config = self.llm.config.get_text_config()
-        windows = getattr(config, "sliding_window", None) is not None
-        windows |= bool(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-        if positions_RL is None or self.cfg.attn != "sdpa" or windows:
-            return None
-        utterance_RL = (positions_RL == 0).cumsum(1)
-        same = utterance_RL[:, None, :, None] == utterance_RL[:, None, None, :]
-        return same.tril()
 
     def _speech_tokens(self, speech: SpeechInput) -> Tensor:
         return self.adaptor.output_lengths(speech.lengths_B)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dsasr.data.text.characters import BOUNDARY
+from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.utils.errors import UserError
 
 _BLOCK = 16_384  # tokens looked up at a time
@@ -67,6 +69,25 @@ def embed_tokens(llm: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     if partitioned:
         weight.partition()
     return rows_ND * input_scale(llm)
+
+
+def unit_embeddings(
+    llm: PreTrainedModel, tokenizer: Tokenizer, units: Sequence[str], are_tokens: bool
+) -> Tensor:
+    """The language model's embeddings of the CTC head's units but blank, [P - 1, D].
+
+    Units that are its tokens have these tokens' own; others the mean over those that they are
+    written with, so that letters and phonetic signs start as what it knows of them (**ours**), or
+    zero where the tokenizer writes nothing for them. Collective as `embed_tokens`.
+    """
+    if are_tokens:
+        pieces = {piece: number for number, piece in tokenizer.pieces().items()}
+        rows = [[pieces[unit]] for unit in units]
+    else:
+        rows = [tokenizer.encode(unit.replace(BOUNDARY, " ")) for unit in units]
+    embeds_ND = embed_tokens(llm, [number for row in rows for number in row])
+    split = embeds_ND.split([len(row) for row in rows])
+    return torch.stack([rows_ND.sum(0) / max(len(rows_ND), 1) for rows_ND in split])
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
 from dsasr.model.encoders.load import check_weights
 from dsasr.model.encoders.pretrained import check_preprocessor
-from dsasr.model.llm import load_llm, read_llm_config
+from dsasr.model.llm import read_llm_config
+from dsasr.model.llm_properties import check_special_tokens
 from dsasr.model.llm_sharded_load import check_weights as check_llm_weights
 from dsasr.recipe import SOURCES
 from dsasr.stages import StageConfig
@@ -37,7 +38,12 @@ def summary(builder: Builder) -> list[str]:
     """Lines about what the recipe makes, for a user to check."""
     if not builder.recipe.schedule().sft or builder.recipe.branch == "pretrain":
         return []
-    return describe(builder.tokenizer, *builder.prompt())
+    config = read_llm_config(builder.llm_folder)
+    return [
+        *describe(builder.tokenizer, *builder.prompt()),
+        *check_special_tokens(builder.tokenizer, config),
+        *builder.llm.notes,
+    ]
 
 
 def check(builder: Builder) -> None:
@@ -102,18 +108,12 @@ def _check_writable(builder: Builder) -> None:
 
 
 def _check_llm(builder: Builder) -> None:
-    """The language model must have the layers that LoRA targets; its weights must be there, whole,
-    and those of its config.json."""
-    model, folder = builder.recipe.model, builder.llm_folder
-    with torch.device("meta"):
-        llm = load_llm(folder, attn=model.llm.attn, weights=False)
-    copied = any(map(folder.is_relative_to, builder.source_copies.values()))
+    """The language model must be one that speech can go into, and that the recipe's settings can be
+    applied to; its weights must be there, whole, and those of its config.json."""
+    llm = builder.llm.check()
     from_source = builder.starts_afresh and "llm" in builder.recipe.init_parts
-    # Those of a source are compared in `initial_weights`, a copy has none.
-    if model.llm.weights and not copied and not from_source:
-        check_llm_weights(folder, llm)
-    if model.lora is not None:
-        lora.check(llm, model.lora)
+    if builder.llm.has_weights and not from_source:  # else compared in `initial_weights`
+        check_llm_weights(builder.llm_folder, llm)
 
 
 def _check_encoder(builder: Builder) -> None:
@@ -204,6 +204,7 @@ def _check_tokenizer(builder: Builder) -> None:
             ends = config.eos_token_id
             check_end_token(builder.tokenizer, [ends] if isinstance(ends, int) else ends)
     check_tokenizer(builder.tokenizer, config.vocab_size, own)
+    check_special_tokens(builder.tokenizer, config)
 
 
 def _check_prompt(builder: Builder) -> None:

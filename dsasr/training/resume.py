@@ -8,7 +8,7 @@ from typing import Any
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import architecture
+from dsasr.checkpoint import architecture, stored_recipe
 from dsasr.checkpoint.locate import list_checkpoints, open_verified_by_one
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.manifest import read_manifest
@@ -17,7 +17,6 @@ from dsasr.recipe import Recipe, changed_settings
 from dsasr.training.stage_position import progress_in
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write
 
 # What `Trainer.save` puts into a checkpoint's manifest, and a resume reads.
 STATE = (
@@ -128,8 +127,6 @@ def _find(
 def save_recipe(recipe: Recipe) -> None:
     """Write ``recipe.yaml`` into the run folder, or raise `UserError`; collective."""
     try:
-        distributed.on_main_rank(
-            lambda: atomic_write(recipe.folder / "recipe.yaml", config.dump(recipe))
-        )
+        distributed.on_main_rank(lambda: stored_recipe.write(recipe.folder, recipe))
     except OSError as error:
         raise UserError(f"{recipe.folder} cannot be written: {error}") from None

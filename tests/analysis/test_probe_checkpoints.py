@@ -52,19 +52,26 @@ def test_rows_go_to_their_runs_or_to_one_file(tmp_path):
     ]
     rows = [AllocationRow(source) for source in sources]
     settings = {"data": "shards"}
-    messages = probe_checkpoints.write(rows, str(first), settings, None)
+    files = probe_checkpoints.RowFiles(str(first), settings)
+    files.write(rows[:2])  # rows are there as soon as they are measured
+    assert names(first / "allocation.jsonl") == ["first/a"]
+    assert names(second / "allocation.jsonl") == ["second/b"]
+    files.write(rows)
     assert names(first / "allocation.jsonl") == ["first/a", "whisper"]
     [_, random] = rows_of(second / "allocation.jsonl")
     assert random["encoder"]["name"] == "random encoder" and random["settings"] == settings
-    assert f"written: {second}/allocation.jsonl (second/b, random encoder)" in messages
-    probe_checkpoints.write(rows, str(first), settings, tmp_path / "all.jsonl")
+    assert f"written: {second}/allocation.jsonl (second/b, random encoder)" in files.messages()
+    probe_checkpoints.RowFiles(str(first), settings, tmp_path / "all.jsonl").write(rows)
     assert names(tmp_path / "all.jsonl") == [source.name for source in sources]
 
 
 def test_rows_with_other_settings_are_replaced(tmp_path):
     def write(name: str, settings: dict) -> str:
         row = AllocationRow(EncoderSource(name, "checkpoint", run=str(tmp_path)))
-        [message] = probe_checkpoints.write([row], str(tmp_path), settings, None)
+        files = probe_checkpoints.RowFiles(str(tmp_path), settings)
+        files.write([row])
+        files.write([row])  # once more, with the next
+        [message] = files.messages()
         return message
 
     write("run/a", {"data": "x"})

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.data.batch import Batch
 from dsasr.evaluation.decode import DecodeConfig, decode
@@ -170,3 +170,35 @@ def test_streaming_changes_what_the_encoder_sees():
     chunked, *_ = model.prompts(batch, Chunk(2, 0))
     assert not torch.allclose(full, chunked)
     assert decode(model, batch, Tokenizer(), DecodeConfig(max_tokens=3), chunk=Chunk(2, 0))
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_without_the_cache_the_same_is_decoded(beam):
+    model, batch = make_model(seed=4), make_batch(90, 5, 41, 64)
+    cfg = DecodeConfig(beam=beam, max_tokens=7)
+    cached = decode(model, batch, Tokenizer(), cfg)
+    model.cached = False
+    for a, b in zip(cached, decode(model, batch, Tokenizer(), cfg), strict=True):
+        assert a.ids == b.ids and a.logprob == pytest.approx(b.logprob, abs=1e-6)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+@torch.no_grad()
+def test_a_state_space_model_decodes_from_its_state(beam):
+    """Mamba-2 takes its cache under another name, and passed under a wrong one it is ignored."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mamba2", vocab_size=12, hidden_size=16, state_size=8, num_hidden_layers=2, num_heads=4,
+        head_dim=8, n_groups=1, chunk_size=16, initializer_range=0.5,
+    )  # fmt: skip
+    llm = AutoModelForCausalLM.from_config(config)
+    encoder = Encoder(EncoderConfig(width=12, layers=1, heads=2, ffn=24, kernel=3, mels=12))
+    adaptor = MlpAdaptor(AdaptorConfig(hidden=10), 12, 16, 0.5)
+    model = SpeechLLM(encoder, adaptor, llm, [1, 2], [3], 0, LlmConfig(attn="eager")).eval()
+    batch = make_batch(90, 5, 41)
+    batch = dataclasses.replace(batch, features_BTF=batch.features_BTF.float())
+    for hypothesis in decode(model, batch, Tokenizer(), DecodeConfig(beam=beam, max_tokens=8)):
+        row = batch.keys.index(hypothesis.key)
+        ids = [*hypothesis.ids, END] if hypothesis.finished else list(hypothesis.ids)
+        expected = score(model, select(batch, row), ids)
+        assert hypothesis.logprob == pytest.approx(expected, abs=1e-3)

@@ -100,6 +100,40 @@ def test_the_language_model_is_plain_qwen3_to_transformers(run, exported):
         assert torch.equal(llm(ids).logits, ours.eval()(ids).logits)
 
 
+def test_the_tokenizer_is_plain_to_transformers_too(run, exported):
+    from transformers import AutoTokenizer
+
+    plain, trained = AutoTokenizer.from_pretrained(exported / "llm"), RunModel.from_run(run)
+    trained = trained.build.tokenizer
+    for text in ("ba do fi", "gu", "do ba unknown 打 fi"):
+        assert plain(text, add_special_tokens=False)["input_ids"] == trained.encode(text)
+    assert len(plain) == trained.vocab_size and plain.eos_token_id == trained.end_id
+
+
+def test_an_export_is_evaluated_like_its_run(run, exported, tiny, tmp_path, monkeypatch):
+    from dsasr.cli import evaluate
+
+    data = str(tiny.parent / "valid")
+    outs = [tmp_path / "run.jsonl", tmp_path / "export.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    for folder, out in zip((run, exported), outs, strict=True):
+        assert evaluate.main([str(folder), "--data", data, "--out", str(out), "--pairs", "0"]) == 0
+    assert outs[0].read_text() == outs[1].read_text() != ""
+    wrong = {
+        "--checkpoint is for runs": ["--checkpoint", "step-1"],
+        "--report is for runs": ["--report"],
+        "is there already": ["--out", str(outs[0])],
+        "holds no transcripts": ["--against", str(tmp_path / "none")],
+        "--rules must be": ["--rules", "mine"],
+        "none.json": ["--rules", "none.json"],
+    }
+    # Nothing is read or decoded first.
+    monkeypatch.setattr("dsasr.evaluation.eval_sets.read_recordings", None)
+    for message, options in wrong.items():
+        with pytest.raises(UserError, match=message):
+            evaluate.main([str(exported), "--data", data, *options])
+
+
 def test_automodel_loads_it_without_remote_code(exported):
     code = (
         "import sys, torch, dsasr.inference.hf_auto\nfrom transformers import AutoModel\n"

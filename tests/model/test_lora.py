@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dsasr import config, recipe
 from dsasr.build import Builder
@@ -104,6 +104,43 @@ def test_all_linear_layers_of_the_blocks_or_the_ones_named():
 def test_other_targets_are_refused(target, message):
     with pytest.raises(UserError, match=message):
         lora.inject(make_llm(), LoraConfig(targets=(target,)))
+
+
+def test_all_layers_are_refused_where_experts_are_stacked_and_the_covered_share_is_said():
+    moe = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen3_moe", vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=8,
+        )
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"\d\d% .*stacked .*mlp.experts.gate_up_proj.* q_proj"):
+        lora.check(moe, LoraConfig())
+    named = LoraConfig(targets=("q_proj", "v_proj"))
+    lora.check(moe, named)
+    # A layer: q and o 16·32, k and v 16·16, router 4·16, experts 4·3·8·16.
+    share = 16 * (32 + 16) / (16 * 96 + 64 + 4 * 3 * 8 * 16)
+    assert lora.coverage(moe, named) == (
+        f"LoRA adapts 4 linear layers (q_proj, v_proj): {share:.1%} of the weights of the language "
+        "model's blocks"
+    )
+    assert "14 linear layers" in lora.coverage(make_llm(), LoraConfig())
+    assert "100.0%" in lora.coverage(make_llm(), LoraConfig())
+
+
+def test_a_model_that_peft_refuses_is_told_in_a_line_and_left_as_it_was():
+    mamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "mamba2", vocab_size=41, hidden_size=16, state_size=8, num_hidden_layers=1,
+            num_heads=4, head_dim=8, n_groups=1,
+        )
+    )  # fmt: skip
+    before = set(dict(mamba.named_parameters()))
+    with pytest.raises(UserError, match=r"model\.lora: peft refuses .*out_proj") as caught:
+        lora.check(mamba, LoraConfig())
+    assert "\n" not in str(caught.value)
+    lora.check(mamba, LoraConfig(targets=("in_proj",)))
+    assert set(dict(mamba.named_parameters())) == before
 
 
 @pytest.mark.parametrize(

@@ -309,13 +309,10 @@ def test_bad_folders_end_in_one_line(tmp_path):
         load_llm(tmp_path / "short")
 
 
-def test_scaled_logits_and_empty_prompts_are_refused():
+def test_other_heads_and_empty_prompts_are_refused():
     llm = make_llm()
-    llm.config.logit_scale = 0.5
-    with pytest.raises(UserError, match="logit_scale"):
-        FusedLmHead.replace(llm)
-    llm.config.logit_scale, llm.config.dim_model_base = 1.0, 8  # of a width of 16
-    with pytest.raises(UserError, match="dim_model_base"):
+    llm.lm_head = torch.nn.Sequential(llm.lm_head)
+    with pytest.raises(UserError, match="no linear LM head"):
         FusedLmHead.replace(llm)
     with pytest.raises(UserError, match="prompt"):
         model = make_model()

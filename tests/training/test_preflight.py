@@ -19,7 +19,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.shards.build_index import build_index
 from dsasr.model.encoders.pretrained import PREPROCESSOR
-from dsasr.training.preflight import check
+from dsasr.training.preflight import check, summary
 from dsasr.utils.errors import UserError
 
 # Reads 0.8 s at most: three of the tiny corpus' words, but not four.
@@ -193,3 +193,43 @@ def test_cmvn_of_other_features(tiny):
 def test_shards_that_are_not_there(tiny, whisper):
     message = refusal(load(tiny, whisper, "data.train.tiny.shards=/nowhere/shards"))
     assert message.startswith("data.train.tiny.shards") and "dsasr data make-shards" in message
+
+
+def replace_llm(folder: Path, family: str, **settings: object) -> None:
+    """Give the folder's language model another family; its tokenizer stays."""
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = AutoConfig.for_model(family, **{"vocab_size": vocabulary, **settings})
+    config.save_pretrained(folder)
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+MAMBA = {"hidden_size": 16, "state_size": 8, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 8,
+         "n_groups": 1, "chunk_size": 16}  # fmt: skip
+DRAWN = "model.llm.weights=false"
+
+
+def test_a_language_model_is_built_as_training_builds_it(tiny, llm):
+    """The attention, the head, recomputed layers, LoRA by peft: before any stage."""
+    replace_llm(llm, "gemma2", **SMALL)
+    assert "give model.llm.attn=eager" in refusal_of_llm(tiny, llm, DRAWN)
+    eager = [f"model.llm.path={llm}", DRAWN, "model.llm.attn=eager"]
+    check(Builder(recipe.load(str(tiny), eager)))
+    replace_llm(llm, "cohere", **SMALL)
+    assert "cohere scales its logits by 0.0625" in refusal_of_llm(tiny, llm, DRAWN)
+    replace_llm(llm, "mamba2", **MAMBA)
+    check(Builder(recipe.load(str(tiny), eager)))
+    trains = "trains={adaptor: 1e-3, lora: 1e-3}"
+    adapted = [f"stages.ia_sft.{trains}", f"stages.joint.{trains}", "model.lora={}"]
+    refused = refusal_of_llm(tiny, llm, *eager[1:], *adapted)
+    assert refused.startswith("model.lora: peft refuses this model") and "out_proj" in refused
+
+
+def test_what_a_run_would_lose_is_told_beforehand(tiny, llm):
+    replace_llm(llm, "mamba2", **MAMBA)
+    settings = [f"model.llm.path={llm}", DRAWN, "model.llm.attn=eager", "model.llm.pack=64"]
+    builder = Builder(recipe.load(str(tiny), settings))
+    lines = [line for line in summary(builder) if "model.llm.pack is off" in line]
+    assert len(lines) == 1 and lines[0].startswith("mamba2 with eager attention")
+    model = builder.speech_llm()
+    assert model.cfg.pack == 0 and model.cached

@@ -154,7 +154,7 @@ def probe(
     run_dsasr(
         "probe", last, *(t.checkpoint for t in trained), "--data", data, "--aligner", aligner,
         "--utterances", args.utterances, "--control", controls, "--random", controls,
-        "--out", metrics,
+        "--out", metrics, "--overwrite",
     )  # fmt: skip
     rows = [AllocationRow.from_json(json.loads(line)) for line in read_lines(metrics)]
     return [replace(row, encoder=replace(row.encoder, run=None), settings={}) for row in rows]

@@ -136,7 +136,7 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError, ValueError):
             raise UserError(f"{model} is not a sentencepiece model") from None
         size = self._sp.get_piece_size()
-        self._spacing = bool(meta.get("script_spacing", False))
+        self.script_spacing = bool(meta.get("script_spacing", False))
         self._phrases: dict[str, int] = {}
         self.special_ids = frozenset(i for i in range(size) if self._sp.is_control(i))
         for number, text in enumerate(meta.get("phrases", ()), size):
@@ -157,7 +157,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         if text in self._phrases:
             return [self._phrases[text]]
-        if not self._spacing:
+        if not self.script_spacing:
             return list(self._sp.encode(text))
         return list(self._sp.encode(to_pieces(text)))
 
@@ -181,7 +181,7 @@ class SentencePieceTokenizer:
             elif 0 <= number < self._sp.get_piece_size() and number not in self.special_ids:
                 run.append(number)
         text = "".join([*parts, self._sp.decode(run)])
-        return _from_pieces(text) if self._spacing and not parts else text.strip()
+        return _from_pieces(text) if self.script_spacing and not parts else text.strip()
 
     def special_id(self, name: str) -> int | None:
         number = self._sp.piece_to_id(name)
@@ -198,6 +198,20 @@ class SentencePieceTokenizer:
 
     def chat_prompt(self, system: str, user: str) -> str | None:
         return None
+
+    @property
+    def phrases(self) -> list[str]:
+        """The sentences that are one token each, in the order of their ids."""
+        return list(self._phrases)
+
+    def vocabulary(self) -> tuple[list[str], list[float], int]:
+        """Sentencepiece's pieces by id, their log-probabilities (of what is no text, the lowest),
+        and the id of the unknown piece."""
+        sp, numbers = self._sp, range(self._sp.get_piece_size())
+        text = [not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i)) for i in numbers]
+        lowest = min(sp.get_score(i) for i in numbers if text[i])
+        scores = [sp.get_score(i) if text[i] else lowest for i in numbers]
+        return [sp.id_to_piece(i) for i in numbers], scores, sp.unk_id()
 
 
 def to_pieces(text: str) -> str:

@@ -110,9 +110,7 @@ class PretrainedEncoder(nn.Module, ABC):
         if cfg.layer_sum:
             self.layer_weights = nn.Parameter(torch.zeros(len(self.blocks)))
         if cfg.activation_checkpointing:
-            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-            enable = getattr(self.model, new if hasattr(self.model, new) else old)
-            enable(activation_checkpointing.options(keep=cfg.recompute == "cheap"))
+            activation_checkpointing.enable(self.model, keep=cfg.recompute == "cheap")
 
     # -- what a family says ------------------------------------------------------------------
 

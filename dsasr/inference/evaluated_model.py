@@ -1,0 +1,80 @@
+"""A recognizer to evaluate: a run's checkpoint, or an exported folder, with what scoring needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dsasr.checkpoint.export_folder import is_export
+from dsasr.data.audio.frontends import FrontEnd
+from dsasr.data.shards.storage import StorageConfig
+from dsasr.data.text.normalization import TextConfig
+from dsasr.data.text.tokenizers import Tokenizer
+from dsasr.evaluation.decode import DecodeConfig
+from dsasr.evaluation.eval_sets import Recording
+from dsasr.evaluation.results import Results
+from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig, build_suite
+from dsasr.evaluation.transcribe import transcribe_clips
+from dsasr.inference.export import load_export
+from dsasr.inference.model_from_run import RunModel
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.utils.distributed import device
+from dsasr.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """``text``: the form of references; ``rules``: of scores, where none are given; ``path``: the
+    checkpoint or the exported folder."""
+
+    model: SpeechLLM
+    tokenizer: Tokenizer
+    front_end: FrontEnd
+    decode: DecodeConfig
+    text: TextConfig
+    rules: str
+    source: StorageConfig
+    path: Path
+
+    @classmethod
+    def open(cls, folder: Path, checkpoint: str = "") -> EvaluatedModel:
+        """Load a run's ``checkpoint`` (`RunModel.from_run`), or an export. Raises `UserError`."""
+        if is_export(folder):
+            if checkpoint:
+                raise UserError(f"--checkpoint is for runs: {folder} is an exported model")
+            export = load_export(folder)
+            cfg = export.config
+            return cls(
+                export.model.to(device()), export.tokenizer, export.front_end, cfg.decode,
+                cfg.text, cfg.rules, StorageConfig(), folder,
+            )  # fmt: skip
+        run = RunModel.from_run(folder, checkpoint)
+        recipe, build = run.build.recipe, run.build
+        return cls(
+            run.model, build.tokenizer, build.front_end, recipe.evaluation.decode,
+            recipe.data.text, recipe.evaluation.rules, recipe.data.dataloader.source,
+            run.checkpoint,
+        )  # fmt: skip
+
+    def transcribe(
+        self,
+        recordings: Sequence[Recording],
+        config: SuiteConfig = RECORDINGS_ONLY,
+        *,
+        beam: int = 0,
+        progress: Callable[[Iterable], Iterable] = lambda items: items,
+    ) -> Results:
+        """Transcribe the suite that ``config`` makes of ``recordings``.
+
+        ``beam`` is the beam width (0: the model's); ``progress`` wraps the batches.
+        """
+        return transcribe_clips(
+            self.model,
+            build_suite(recordings, config, rate=self.front_end.rate),
+            self.tokenizer,
+            replace(self.decode, beam=beam) if beam else self.decode,
+            front_end=self.front_end,
+            device=device(),
+            progress=progress,
+        )
