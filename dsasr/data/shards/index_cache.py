@@ -23,12 +23,18 @@ def load_or_build_index(storage: ShardStorage, shard: str) -> ShardIndex:
     """
     wanted, stale = storage.fields.get(shard), []
     if not is_pipe(shard):
-        with contextlib.suppress(ShardMissing, ValueError, TypeError):
+        try:
             index = load_index(storage.read_file(_index_url(shard)), shard)
             stale = _stale(storage, shard, index)
             if not stale and wanted in (None, index.fields):
                 return index
             wanted = wanted or index.fields
+        except ShardReadError as error:
+            # The signature of a shard's URL is none for the index beside it.
+            if "?" not in shard or not error.cause.startswith(("HTTP 401", "HTTP 403")):
+                raise
+        except (ShardMissing, ValueError, TypeError):
+            pass
     try:
         index = storage.with_local_copy(
             shard, lambda path: _cached_index(storage, Path(path), shard, wanted or OWN_FIELDS)

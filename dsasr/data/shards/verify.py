@@ -15,12 +15,15 @@ from dsasr.data.audio.decoding import decode
 from dsasr.data.audio.features import CmvnSums, FbankConfig, fbank
 from dsasr.data.audio.files import AudioError
 from dsasr.data.audio.resampling import RATE
+from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.shards.build_index import local_index, readable_index
 from dsasr.data.shards.index import ShardIndex, index_path, load_index
 from dsasr.data.shards.process_pool import map_in_processes
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample, read_sample
 from dsasr.data.shards.writer import read_dataset
 from dsasr.utils.errors import UserError
+
+TRAINING = BatchConfig()  # whose limit on text training has by default
 
 
 def decode_shard(
@@ -79,6 +82,10 @@ def verify_shard(
         elif abs(sample.duration - actual) > max(0.1, 0.02 * actual):
             detail = f"json says {sample.duration:.3f} s, the audio has {actual:.3f} s"
             bad.append(("wrong_duration", tar.name, sample.key, detail))
+        elif len(sample.text) > TRAINING.most_chars(actual):
+            detail = f"{len(sample.text):,} characters in {actual:.2f} s"
+            detail += TRAINING.limit_of("too_much_text")
+            bad.append(("too_much_text", tar.name, sample.key, detail))
         else:
             good += 1
             seconds += actual
