@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dsasr.evaluation.results import Result, Results, compare, read_results, sign_test
+from dsasr.evaluation.results_text import format_results
 from dsasr.utils.errors import UserError
 
 
@@ -41,6 +43,17 @@ def test_summary_by_condition_and_language():
     assert rows["recorded"]["characters_per_minute"] == pytest.approx(60 * 5 / 4)
     assert rows["recorded"]["clips_with_text"] == 1 and rows["recorded"]["rate"] is None
     json.dumps(summary, allow_nan=False)
+
+
+def test_transcripts_cut_at_the_token_limit_are_counted():
+    rows = [replace(ROWS[0], finished=False), ROWS[1], replace(ROWS[4], finished=False), ROWS[5]]
+    summary = Results(rows).summary()
+    assert summary["cut"] == {"clean": 1, "recorded": 1}
+    (line,) = [x for x in format_results(Results(rows), summary, 0) if "token limit" in x]
+    assert line == "2 of 4 transcripts cut at the token limit (1 clean, 1 recorded)"
+    whole = Results(ROWS)
+    assert whole.summary()["cut"] == {}
+    assert not any("token limit" in x for x in format_results(whole, whole.summary(), 0))
 
 
 def test_a_reference_without_a_unit_has_no_rate():
