@@ -59,6 +59,7 @@ from dsasr.entropy_allocation.frame_set import FrameSet
 from dsasr.entropy_allocation.probe_controls import shuffled_rows, window_mean
 from dsasr.entropy_allocation.probe_splits import Split, folds
 from dsasr.entropy_allocation.probes import Frames, Probe, ProbeConfig, fit, projection
+from dsasr.utils import bootstrap
 from dsasr.utils.errors import UserError
 
 PLANTED_SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -298,16 +299,11 @@ def _gain(
 def _interval(
     gain_N: np.ndarray, utterance_N: np.ndarray, config: VInformationConfig
 ) -> tuple[float, float]:
-    """Percentile bootstrap of the mean per frame over whole utterances."""
+    """Bootstrap interval of the mean per frame over whole utterances (`utils.bootstrap`)."""
     _, inverse = np.unique(utterance_N, return_inverse=True)
-    sums, sizes = np.bincount(inverse, gain_N), np.bincount(inverse)
-    rng = np.random.default_rng(config.seed)
-    means = []
-    for _ in range(config.draws):
-        picks = rng.integers(0, len(sums), len(sums))
-        means.append(sums[picks].sum() / sizes[picks].sum())
-    low, high = np.quantile(means, [(1 - config.level) / 2, (1 + config.level) / 2])
-    return float(low), float(high)
+    sums, sizes = np.bincount(inverse, gain_N), np.bincount(inverse).astype(np.float64)
+    (means,) = bootstrap.resampled_ratios([sums], sizes, config.draws, config.seed)
+    return bootstrap.interval(means, sums, sizes, config.level)
 
 
 def known(split: Split, label_N: Tensor) -> Split:

@@ -83,9 +83,10 @@ def row(kind: str, utterances: int, nulls: Sequence[tuple[Estimate, bool]], seco
     count = len(nulls)
     above, found = sum(e.low > 0 for e, _ in nulls), sum(found for _, found in nulls)
     gains = np.array([e.value for e, _ in nulls])
+    least, most = np.quantile(gains, [0.05, 0.95])
     return (
-        f"| {kind} | {utterances} | {count} | {gains.mean():.3f} ({np.quantile(gains, 0.05):.3f} to "
-        f"{np.quantile(gains, 0.95):.3f}) | {above} ({100 * above / count:.1f}%) | {found} "
+        f"| {kind} | {utterances} | {count} | {gains.mean():.3f} ({least:.3f} to {most:.3f}) | "
+        f"{above} ({100 * above / count:.1f}%) | {found} "
         f"({100 * found / count:.1f}%) | {seconds:.0f} |"
     )
 
