@@ -38,13 +38,10 @@ def test_the_mean_is_what_the_window_tells(kind):
 
 
 def test_no_frame_gets_its_own_noise_back():
-    # Windows that one utterance alone has: the noise of its frames says nothing of the mean.
+    # Nearly all windows are one utterance's alone: the noise of its frames tells nothing of it.
     utterance_N = torch.arange(900) // 3
-    window_NK = torch.stack(
-        [torch.ones(900, dtype=torch.int64), utterance_N % 7 + 1, utterance_N + 1]
-    )
-    window_NK = window_NK.T.contiguous()
+    window_NK = _window(300, 12).repeat_interleave(3, 0)
     noise_NE = torch.randn(900, 3, generator=torch.Generator().manual_seed(2))
-    mean_NE = pc.window_mean(noise_NE, window_NK.clamp(max=9), utterance_N)
-    agreement = (mean_NE * noise_NE).sum() / (mean_NE.norm() * noise_NE.norm() + 1e-9)
-    assert abs(agreement) < 0.2
+    mean_NE = pc.window_mean(noise_NE, window_NK, utterance_N)
+    agreement = (mean_NE * noise_NE).sum() / (mean_NE.norm() * noise_NE.norm())
+    assert abs(agreement) < 0.3
