@@ -30,8 +30,8 @@ class Baselines:
     """Which checkpoints have a baseline measured beside them.
 
     ``random``: the same encoder with random weights (all: one of each run and architecture).
-    ``control``: shuffled frames (CSAI's control of phonemes alone is measured with each). ``limits``: the detection limit where nothing is detected (first:
-    until one is known).
+    ``control``: shuffled frames; CSAI's control of phonemes alone is measured with each.
+    ``limits``: the detection limit where nothing is detected (first: until one is known).
     """
 
     random: Extent = "all"

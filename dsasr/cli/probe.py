@@ -93,11 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     baselines = probe_checkpoints.Baselines(args.random, args.control, args.limits)
     rows = probe_checkpoints.measure_all(args.checkpoints, probe_set, config, baselines)
     print(probe_checkpoints.table(rows))
-    print("PAI, CSAI: nats a frame, 95% interval, [controls: shuffled; CSAI's of phonemes alone];")
+    print("PAI, CSAI: nats a frame, 95% interval, [controls: shuffled; of CSAI phonemes alone];")
+    print("none (<x): not above 0 and the controls, a gain of x would be. PAI is a lower bound,")
     print(
-        "none (<x): not above 0 and the controls, a gain of x would be; PAI is a lower bound, CSAI"
+        "CSAI no bound: it counts phonemes that the context's probe missed, as its control shows."
     )
-    print("no bound: it counts phonemes that the context's probe missed, as its control shows;")
     first = rows[0].pai
     folds = f", in {first.folds} folds" if first.folds > 1 else ""
     print(f"H: nats a token (CTC: frame); CKA: to the first; test part: by {first.split_by}{folds}")
