@@ -155,13 +155,12 @@ class Table:
         return search.best(0), steps
 
 
-@pytest.mark.parametrize("width", [2, 5, 10])
-@pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("width", "penalty"), [(2, 1.0), (2, 0.0), (5, 0.6), (10, 1.0)])
 def test_a_beam_is_never_less_likely_than_greedy(width, penalty):
     greedy_cfg = DecodeConfig(length_penalty=penalty)
     cfg = DecodeConfig(beam=width, length_penalty=penalty)
     better = 0
-    for seed in range(150):
+    for seed in range(50):
         table = Table(seed)
         greedy, _ = table.search(greedy_cfg, 8)
         beam, _ = table.search(cfg, 8)
@@ -170,7 +169,7 @@ def test_a_beam_is_never_less_likely_than_greedy(width, penalty):
         scores = [b.logprob / b.length**penalty for b in (greedy, beam)]
         assert beam.token == END and scores[1] >= scores[0] - 1e-9, seed
         better += scores[1] > scores[0] + 1e-9
-    assert better > 10
+    assert better > 3
 
 
 def test_a_search_goes_on_until_no_open_beam_can_win():
@@ -201,10 +200,10 @@ def test_what_the_head_heard_decides_the_end_of_a_search():
         return -1.0 * abs(beam.length - 5)
 
     cfg = DecodeConfig(beam=4, ctc_weight=2.0)
-    for seed in range(40):
+    for seed in range(10):
         table = Table(seed, spread=1.0)
         best, _ = table.search(cfg, 8, heard=heard)
-        wide, _ = table.search(DecodeConfig(beam=300, ctc_weight=2.0), 8, heard=heard)
+        wide, _ = table.search(DecodeConfig(beam=60, ctc_weight=2.0), 8, heard=heard)
         score = [b.logprob + 2.0 * heard(b) for b in (best, wide)]
         assert score[0] <= score[1] + 1e-9
         greedy, _ = table.search(DecodeConfig(), 8)
