@@ -33,7 +33,9 @@ class DecodeConfig:
 
     A transcript has at most ``tokens_per_second`` · seconds of audio + ``extra_tokens`` tokens, and
     never more than ``max_tokens``. Beams are ranked by log-probability / tokens **
-    ``length_penalty``.
+    ``length_penalty``. A search ends when no open beam can beat the best that has ended, and the
+    result never ranks below the greedy transcript. With a length penalty that may be as late as the
+    token limit, where the model is uncertain: a lower ``tokens_per_second`` bounds the time.
     """
 
     beam: Annotated[int, Range(1, 1024)] = 1  # beam width; 1: greedy
