@@ -76,8 +76,8 @@ def test_characters_a_minute_have_an_interval_over_clips():
     assert list(rates) == ["white", "silence", "recorded", "all"]
     white, silence = rates["white"], rates["silence"]
     assert white["rate"] == pytest.approx(45 / 5)
-    # The mean of 10 clips of s.d. √8.25 characters in half a minute, in percentiles.
-    half = 1.96 * 2 * math.sqrt(8.25 / 10)
+    # The mean of 10 clips of variance 8.25 · 10/9 characters in half a minute, by Student's t.
+    half = 2.262 * 2 * math.sqrt(8.25 / 9)
     assert white["low"] == pytest.approx(9 - half, abs=0.5)
     assert white["high"] == pytest.approx(9 + half, abs=0.5)
     assert (white["clips"], white["clips_with_text"]) == (10, 9)
