@@ -307,6 +307,12 @@ class Recipe:
             raise UserError(
                 f"checkpoint.best: no metric '{best}'{nearest(best.partition('/')[0], SCORES)}"
             )
+        consistent = any(stage.objective == "cr_ctc" for stage in self.stages)
+        if model.pretrain.consistency_warmup is not None and not consistent:
+            raise UserError(
+                "model.pretrain.consistency_warmup is for CR-CTC: give a pretrain stage "
+                "objective=cr_ctc, or consistency_warmup=null"
+            )
         if self.evaluation.decode.ctc_weight and not model.adaptor.reads_ctc:
             raise UserError(
                 "evaluation.decode.ctc_weight needs an adaptor that reads CTC: give "

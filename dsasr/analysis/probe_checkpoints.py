@@ -31,8 +31,8 @@ class Baselines:
     """Which checkpoints have a baseline measured beside them.
 
     ``random``: the same encoder with random weights (all: one of each run and architecture).
-    ``control``: shuffled frames. ``limits``: the detection limit where nothing is detected (first:
-    until one is known).
+    ``control``: shuffled frames; CSAI's control of phonemes alone is measured with each.
+    ``limits``: the detection limit where nothing is detected (first: until one is known).
     """
 
     random: Extent = "all"
@@ -133,8 +133,9 @@ HEAD = ("checkpoint", "NSE", "rank", "PAI", "of H(P)", "CSAI", "of H(S|P)", "CKA
 
 
 def table(rows: Sequence[AllocationRow]) -> str:
-    """Rows as text. PAI and CSAI are in nats a frame with their 95% interval, the control in
-    brackets; ``none (<x)`` where nothing is detected and x is the detection limit."""
+    """Rows as text. PAI and CSAI are in nats a frame with their 95% interval, the controls in
+    brackets (shuffled, and CSAI's of phonemes alone); ``none (<x)`` where nothing is detected and
+    x is the detection limit."""
     lines = [HEAD, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     text = [
@@ -166,13 +167,16 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _estimate(estimate: Estimate) -> str:
-    shuffled = f"[{_number(estimate.shuffled, 2)}]"
+    controls = [_number(estimate.shuffled, 2)]
+    if math.isfinite(estimate.phoneme_only):
+        controls.append(_number(estimate.phoneme_only))
+    control = f"[{' '.join(controls)}]"
     if not estimate.detected and not estimate.underfit:
         limit = estimate.detection_limit
         known = f" (<{_number(limit)})" if math.isfinite(limit) else ""
-        return f"none{known} {shuffled}"
+        return f"none{known} {control}"
     mark = " underfit" if estimate.underfit else ""
-    return f"{estimate.value:.3f} {estimate.low:.2f}…{estimate.high:.2f} {shuffled}{mark}"
+    return f"{estimate.value:.3f} {estimate.low:.2f}…{estimate.high:.2f} {control}{mark}"
 
 
 def _share(estimate: Estimate) -> str:

@@ -48,7 +48,7 @@ def label_recordings(
 
     ``semantic`` is ``word`` or ``token`` (of the run's LLM): the labels S of CSAI. A recording
     without text, or with the key of an earlier one, is left out. Raises `UserError` if fewer than 3
-    utterances can be labeled.
+    utterances can be labeled, or if the aligner's posteriors are NaN.
     """
     build = aligner.build
     if build is None:
@@ -101,6 +101,11 @@ def _align(
         log_probs_SP = aligner.ctc(
             x_SE[None].to(device()), torch.tensor([len(x_SE)], device=device())
         )[0]
+    if bool(log_probs_SP.isnan().any()):
+        raise UserError(
+            f"the aligner {aligner.source.name} gives posteriors that are not numbers (NaN): "
+            "choose another --aligner"
+        )
     return frame_labels.align_utterance(
         r.key, r.speaker, r.text, r.lang, ids, log_probs_SP, vocab, of_words
     )

@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         atomic_write(args.out, results.to_json_lines())
     if args.report:
         atomic_write(args.run / TRANSCRIPTS, results.to_json_lines())
-        write_report(args, summary)
+        write_report(args, summary | {"beam": args.beam or recipe.evaluation.decode.beam})
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
@@ -150,7 +150,7 @@ def check(args: argparse.Namespace) -> Results | None:
 
 
 def write_report(args: argparse.Namespace, summary: dict) -> None:
-    """RUN/report.json: the results, and the steps and seconds of each stage."""
+    """RUN/report.json: the results, the beam width, and the steps and seconds of each stage."""
     from dsasr.tracking.console import clock
     from dsasr.tracking.run_log import read_events
 
@@ -161,7 +161,7 @@ def write_report(args: argparse.Namespace, summary: dict) -> None:
     ]
     data = [mask(name) for name in args.data]
     data = data[0] if len(data) == 1 else data
-    values = {**summary, "data": data, "beam": args.beam, "stages": stages}
+    values = {**summary, "data": data, "stages": stages}
     atomic_write(args.run / "report.json", to_json(values, indent=1) + "\n")
     for stage in stages:
         print(f"stage {stage['stage']:<10} {clock(stage['seconds'])}")

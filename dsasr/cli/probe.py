@@ -107,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.checkpoints, probe_set, config, baselines, measured=files.write
     )
     print(probe_checkpoints.table(rows))
-    print("PAI, CSAI: nats a frame, 95% interval, [shuffled]; none (<x): a gain of x would show;")
+    print("PAI, CSAI: nats a frame, 95% interval, [controls: shuffled; of CSAI phonemes alone];")
+    print("none (<x): not above 0 and the controls, a gain of x would be. PAI is a lower bound,")
+    print("CSAI no bound: it counts phonemes that the context's probe missed (see its control).")
     first = rows[0].pai
     folds = f", in {first.folds} folds" if first.folds > 1 else ""
     print(f"H: nats a token (CTC: frame); CKA: to the first; test part: by {first.split_by}{folds}")

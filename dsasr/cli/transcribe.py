@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="a folder: one file for each audio file, placed as the audio is"
     )
     add_overwrite(parser)
-    parser.add_argument("--beam", type=int, default=1, help="1 is greedy")
+    parser.add_argument("--beam", type=int, default=0, help="1 is greedy (default: the model's)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
 
@@ -52,9 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_library_warnings()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    recognizer = Recognizer.from_pretrained(args.model).with_beam(args.beam)
+    recognizer = Recognizer.from_pretrained(args.model)
+    if args.beam:
+        recognizer = recognizer.with_beam(args.beam)
     several = len(sources) > 1 and not args.out and args.format == "text"
     bad: list[str] = []
+    cut: list[str] = []  # the segments whose transcripts were cut
 
     def on_error(path: str, error: UserError) -> None:
         bad.append(path)
@@ -72,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Bar(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
             for transcription in recognizer.transcribe_all(opened, bar.update, on_error):
                 text = formatted(transcription, args.format)
+                cut += cut_segments(transcription)
                 if args.out:
                     atomic_write(written[transcription.path], text)
                 else:
@@ -79,7 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         head = f"{transcription.path}\t" if several else ""
                         sys.stdout.write(head + text)
                         sys.stdout.flush()
+    if cut:
+        more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        print(
+            f"cut at the token limit, and perhaps not complete: {cut[0]}{more} (the limit is the "
+            "recipe's evaluation.decode: max_tokens, tokens_per_second)",
+            file=sys.stderr,
+        )
     return 1 if bad else 0
+
+
+def cut_segments(transcription: Transcription) -> list[str]:
+    """The segments whose transcripts were cut at the token limit, as ``file, 0.0 to 12.3 s``."""
+    return [
+        f"{transcription.path}, {s.start:.1f} to {s.end:.1f} s"
+        for s in transcription.segments
+        if not s.finished
+    ]
 
 
 def find(names: Sequence[str]) -> list[Path | str]:

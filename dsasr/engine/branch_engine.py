@@ -244,7 +244,8 @@ class BranchEngine:
     def step(self, batches: Sequence[Batch], step: int) -> StepReport:
         """Take one optimizer step from this rank's ``grad_accum_steps`` micro-batches; collective.
 
-        ``step`` counts within the stage, for the learning rates. The model seeds all its randomness
+        ``step`` counts within the stage, for the learning rates and, where the module has a method
+        ``warm_up``, for what it raises over the warm-up. The model seeds all its randomness
         (dropout, masks, chunks) from the batch, so that a resumed run repeats an uninterrupted one
         bit for bit.
         """
@@ -253,6 +254,8 @@ class BranchEngine:
         for group, lr in zip(self._optimizer_groups(), lrs.values(), strict=True):
             group["lr"] = lr
         self.module.train()
+        if warm_up := getattr(self.module, "warm_up", None):
+            warm_up(step, self.stage.warmup_steps)
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in batches:
             outputs = self._engine(batch.to(distributed.device()))

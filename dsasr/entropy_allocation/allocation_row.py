@@ -21,11 +21,12 @@ class Estimate:
     """PAI or CSAI in nats per frame, with its bootstrap interval ``low`` … ``high``.
 
     ``entropy_before`` is the entropy without the encoder (H(P), or H_V(S | P)), ``entropy_after``
-    the entropy with it; ``value`` is their difference. ``shuffled`` is the control, NaN if it was
-    left out. ``split_by`` is ``"speaker"`` where the speakers held out are new to the probes, else
-    ``"utterance"``. ``detection_limit`` is the smallest gain that would have been detected
-    (`pai_csai`), infinite if no tried one is, NaN if it was not searched. ``folds_won`` of
-    ``folds`` chose a probe that uses the encoder on their validation frames.
+    the entropy with it; ``value`` is their difference. ``shuffled`` and, of CSAI, ``phoneme_only``
+    are the controls (`probe_controls`), NaN if they were left out. ``split_by`` is ``"speaker"``
+    where the speakers held out are new to the probes, else ``"utterance"``. ``detection_limit`` is
+    the smallest gain that would have been detected (`pai_csai`), infinite if no tried one is, NaN
+    if it was not searched. ``folds_won`` of ``folds`` chose a probe that uses the encoder on their
+    validation frames.
     """
 
     value: float = math.nan
@@ -34,6 +35,7 @@ class Estimate:
     entropy_before: float = math.nan
     entropy_after: float = math.nan
     shuffled: float = math.nan
+    phoneme_only: float = math.nan
     frames: int = 0
     utterances: int = 0
     split_by: str = ""
@@ -50,8 +52,9 @@ class Estimate:
 
     @property
     def detected(self) -> bool:
-        """Whether the whole interval lies above 0 and above the control, if there is one."""
-        return self.low > (0.0 if math.isnan(self.shuffled) else max(0.0, self.shuffled))
+        """Whether the whole interval lies above 0 and above the controls that there are."""
+        controls = (c for c in (self.shuffled, self.phoneme_only) if not math.isnan(c))
+        return self.low > max([0.0, *controls])
 
     @property
     def underfit(self) -> bool:

@@ -37,9 +37,12 @@ def align(
 
     Returns for each frame the index of its phoneme in ``phonemes``, −1 in silence: int64 [S] on the
     CPU. Without phonemes all is silence. Raises ValueError if a phoneme is blank or outside the
-    posteriors, or if the frames are too few for the phonemes (with one blank between repeats).
+    posteriors, if these are not numbers, or if the frames are too few for the phonemes (with one
+    blank between repeats).
     """
     frames, classes = log_probs_SP.shape
+    if bool(log_probs_SP.isnan().any()):
+        raise ValueError("the posteriors are not numbers (NaN): the encoder or its head is broken")
     phonemes = list(phonemes)
     if any(not 0 <= p < classes or p == blank for p in phonemes):
         raise ValueError(f"phonemes must be ids below {classes} and not the blank {blank}")
@@ -118,8 +121,8 @@ def read(alignment: dict, frames: int, frame_seconds: float) -> StoredAlignment:
     phones = _spans(alignment, "phonemes")
     positions = [-1] * frames
     for position, (_, start, end) in enumerate(phones):
-        first = max(0, math.ceil(start / frame_seconds - 0.5))
-        last = min(frames, math.ceil(end / frame_seconds - 0.5))
+        first = max(0, _first_frame(start, frame_seconds))
+        last = min(frames, _first_frame(end, frame_seconds))
         positions[first:last] = [position] * max(0, last - first)
     positions_S = torch.tensor(positions, dtype=torch.int64)
     symbols = tuple(name for name, _, _ in phones)
@@ -134,6 +137,12 @@ def read(alignment: dict, frames: int, frame_seconds: float) -> StoredAlignment:
     return StoredAlignment(positions_S, symbols, tuple(name for name, _, _ in words), phoneme_words)
 
 
+def _first_frame(seconds: float, frame_seconds: float) -> int:
+    """The first frame whose middle is not before ``seconds``. A middle that would be at it but for
+    rounding, by less than a millionth of a frame, is at it."""
+    return math.ceil(seconds / frame_seconds - 0.5 - 1e-6)
+
+
 def _spans(alignment: dict, name: str) -> list[tuple[str, float, float]]:
     """The entries other than silence."""
     spans = []
@@ -142,7 +151,7 @@ def _spans(alignment: dict, name: str) -> list[tuple[str, float, float]]:
         if not isinstance(entry, list | tuple) or len(entry) != 3:
             raise ValueError(f"alignment: {name} must be [name, start, end], not {entry!r}")
         start, end = float(entry[1]), float(entry[2])
-        if not previous_end - 1e-6 <= start <= end:
+        if not previous_end - 1e-6 <= start <= end < math.inf:
             raise ValueError(f"alignment: {name} run backwards at {entry!r}")
         previous_end = end
         if str(entry[0]).lower() not in SILENCES:

@@ -86,7 +86,7 @@ def align_utterance(
 ) -> AlignedUtterance:
     """An utterance aligned by CTC log-posteriors; ``phonemizer`` is a `word_phonemizer`.
 
-    Raises ValueError where the frames are too few for the phonemes.
+    Raises ValueError where the frames are too few for the phonemes, or the posteriors are NaN.
     """
     positions_S = forced_alignment.align(log_probs_SP, phonemes)
     phoneme_words = assign_words(vocab.decode(phonemes), text, lang, phonemizer)
@@ -166,14 +166,15 @@ def to_grid(x_SE: Tensor, frame_seconds: float, cells: int, cell_seconds: float)
         return x_SE
     if not len(x_SE):
         raise ValueError("an utterance without frames has no features to resample")
-    middles_S = (torch.arange(len(x_SE)) + 0.5) * frame_seconds
-    cell_S = (middles_S / cell_seconds).long()
+    # float64 and a millionth of a cell: a middle on an edge is in the cell that begins there.
+    middles_S = (torch.arange(len(x_SE), dtype=torch.float64) + 0.5) * frame_seconds
+    cell_S = (middles_S / cell_seconds + 1e-6).long()
     inside = cell_S < cells
     sums = torch.zeros(cells, x_SE.shape[1], dtype=x_SE.dtype)
     sums.index_add_(0, cell_S[inside], x_SE[inside])
     counts = torch.bincount(cell_S[inside], minlength=cells)
-    middle_cells = (torch.arange(cells) + 0.5) * cell_seconds
-    nearest = (middle_cells / frame_seconds).long().clamp(max=len(x_SE) - 1)
+    middle_cells = (torch.arange(cells, dtype=torch.float64) + 0.5) * cell_seconds
+    nearest = (middle_cells / frame_seconds + 1e-6).long().clamp(max=len(x_SE) - 1)
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], x_SE[nearest])
 
 

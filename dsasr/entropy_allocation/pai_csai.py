@@ -12,19 +12,29 @@ metrics' names are the paper's (arXiv 2604.08003), the formulas are **ours**.
 
 H(P) is estimated as the nll on held-out frames of the training frames' marginal. Held-out speakers
 are no training speakers; with few speakers each is held out once (cross-fitting,
-`probe_splits.folds`), and the estimate is the mean over all frames. The interval resamples held-out
-utterances. The control ``shuffled`` is the same estimate with the rows of E permuted within each
-part, which unties them from the labels and keeps both distributions: it should be about 0. An
-interval below 0 is an underfit or overfit probe (`Estimate.underfit`), not negative information.
-Compare checkpoints on the same frames, labels and seed, and with the random encoder
-(`reinitialized`).
+`probe_splits.folds`), and the estimate is the mean over all frames. Held-out frames whose phoneme,
+or word, no training frame has are left out: no probe can know it. The interval resamples held-out
+utterances. An interval below 0 is an underfit or overfit probe (`Estimate.underfit`), not negative
+information.
 
-Both are lower bounds: probes are fitted to few frames, and what they fail to learn is missing. The
-interval is over other held-out utterances, not over other training frames. Where validation prefers
-the probe without E, the estimate is exactly 0, and so is its interval.
+Controls (`probe_controls`) are the same estimate of features that carry nothing to be found: E
+``shuffled``, which should be about 0; and for CSAI ``phoneme_only``, features that show the
+phonemes of the window as E does, and noise. That is not 0 (see below), and it depends on the noise:
+the highest of ``phoneme_only_draws`` counts. Compare checkpoints on the same frames, labels and
+seed, and with the random encoder (`reinitialized`).
 
-An interval that reaches 0, or the control, has detected nothing (`Estimate.detected` is False),
-which does not prove a gain of zero. ``detection_limit`` then is the gain that would have been
+PAI is a lower bound of the information in the frames: the probe is fitted to few frames, and what
+it fails to learn is missing. CSAI is no bound, neither a lower nor an upper one: it is the
+difference of two nlls, each above the entropy that it estimates. What the first probe fails to
+learn of the context, and the second gets from E by another way, counts as gain, although it is
+about phonemes; what the second fails to learn of words is missing. The first error is what
+``phoneme_only`` measures. The interval is over other held-out utterances, not over other training
+frames. Where validation prefers the probe without E, the estimate is exactly 0, and so is its
+interval.
+
+An interval that reaches 0, or a control, has detected nothing (`Estimate.detected` is False), which
+does not prove a gain of zero. How often nothing is taken for something,
+tools/experiments/csai_nulls.py measures. ``detection_limit`` then is the gain that would have been
 detected (**ours**), by standard addition, the way chemists determine what an assay can detect: in a
 share q of the frames a code of the label is planted beside E, which is worth q·H_V(label |
 context); the limit is the least of `PLANTED_SHARES` that is detected in each of `PLANTED_DRAWS`
@@ -46,8 +56,10 @@ from torch import Tensor, nn
 
 from dsasr.entropy_allocation.allocation_row import Estimate
 from dsasr.entropy_allocation.frame_set import FrameSet
+from dsasr.entropy_allocation.probe_controls import shuffled_rows, window_mean
 from dsasr.entropy_allocation.probe_splits import Split, folds
 from dsasr.entropy_allocation.probes import Frames, Probe, ProbeConfig, fit, projection
+from dsasr.utils import bootstrap
 from dsasr.utils.errors import UserError
 
 PLANTED_SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -62,8 +74,10 @@ class VInformationConfig:
     ``window`` phonemes to each side are CSAI's context; features wider than ``max_width`` are
     projected; at most ``max_frames`` frames are used for PAI and ``semantic_frames`` for CSAI,
     whose many labels cost more (drawn by ``seed``); the ``labels`` most frequent words or tokens
-    of the training frames are distinct labels, all rarer ones are one label. The interval is of
-    ``level``, from ``draws`` bootstrap draws.
+    of the training frames are distinct labels, all rarer ones are one label. ``control`` is whether
+    the control of shuffled frames is measured, ``phoneme_only_draws`` how often CSAI's of phonemes
+    alone is (0: without it more is found than there is). The interval is of ``level``, from
+    ``draws`` bootstrap draws.
 
     ``folds`` as in `probe_splits.folds`: 0 is 1 with 12 speakers or more, else 4 or as many as
     there are. Probes are fitted anew for each: 4 folds cost 4 times as much as one.
@@ -79,6 +93,7 @@ class VInformationConfig:
     labels: int = 300
     folds: int = 0
     control: bool = True
+    phoneme_only_draws: int = 3
     level: float = 0.95
     draws: int = 1000
     seed: int = 0
@@ -90,6 +105,8 @@ class VInformationConfig:
             raise UserError("v_information: window must be ≥ 0, the other numbers ≥ 1")
         if min(self.max_frames, self.semantic_frames) < 1:
             raise UserError("v_information: max_frames and semantic_frames must be ≥ 1")
+        if self.phoneme_only_draws < 0:
+            raise UserError("v_information: phoneme_only_draws must be ≥ 0 (0: no such control)")
         if self.folds < 0:
             raise UserError("v_information: folds must be ≥ 0 (0: by the number of speakers)")
         shares = self.planted_shares
@@ -104,7 +121,7 @@ def pai(data: FrameSet, config: VInformationConfig | None = None) -> Estimate:
     config = config or VInformationConfig()
     data, splits = _prepare(data, config, config.max_frames)
     label_N, classes = data.phoneme_N, int(data.phoneme_N.max()) + 1
-    tasks = [_Task(split, label_N, classes) for split in splits]
+    tasks = [_Task(known(split, label_N), label_N, classes) for split in splits]
     return _estimate(data, data.phoneme_N, tasks, config)
 
 
@@ -124,7 +141,7 @@ def csai(data: FrameSet, config: VInformationConfig | None = None) -> Estimate:
     tasks = []
     for split in splits:
         label_N, classes = frequent(data.word_N, data.word_N[split.train_N], config.labels)
-        tasks.append(_Task(split, label_N, classes, context_NK))
+        tasks.append(_Task(known(split, data.word_N), label_N, classes, context_NK))
     return _estimate(data, data.word_N, tasks, config)
 
 
@@ -158,12 +175,14 @@ class _Task:
 @dataclass(frozen=True)
 class _Scored:
     """nll in nats, float64 [N], of one fold's held-out frames: without E (by the probe ``bare``),
-    with it, and with shuffled E. ``won``: a probe that uses E won on validation."""
+    with it, with shuffled E, and [D, N] with D draws of what E shows of phonemes alone. ``won``: a
+    probe that uses E won on validation."""
 
     bare: Probe
     before_N: np.ndarray
     after_N: np.ndarray
-    control_N: np.ndarray
+    shuffled_N: np.ndarray
+    phoneme_only_DN: np.ndarray
     utterance_N: np.ndarray
     won: bool
 
@@ -179,13 +198,11 @@ def _estimate(
     if estimate.detected or not data.x_NE.shape[1] or not shares:
         return estimate
 
-    plain = replace(config, control=False)
-
     def detected_once(share: float, draw: int) -> bool:
         planted = _planted(data, label_N, share, config.seed + draw)
         pairs = zip(tasks, scored, strict=True)
-        rescored = [_score(planted, task, plain, fold.bare) for task, fold in pairs]
-        return _gain(rescored, tasks, plain).detected
+        rescored = [_score(planted, task, config, measured=fold) for task, fold in pairs]
+        return _gain(rescored, tasks, config).detected
 
     def detected(share: float) -> bool:
         return all(detected_once(share, draw) for draw in range(PLANTED_DRAWS))
@@ -205,10 +222,13 @@ def _planted(data: FrameSet, label_N: Tensor, share: float, seed: int) -> FrameS
 
 
 def _score(
-    data: FrameSet, task: _Task, config: VInformationConfig, bare: Probe | None = None
+    data: FrameSet, task: _Task, config: VInformationConfig, measured: _Scored | None = None
 ) -> _Scored:
-    """Fit the probes on one fold's training frames and score them on its held-out frames. ``bare``
-    is the probe without E, if it is already fitted."""
+    """Fit the probes on one fold's training frames and score them on its held-out frames.
+
+    ``measured`` is the fold of the same labels with other features: the probe without E and the
+    controls are taken from it.
+    """
     split, label_N, context_NK = task.split, task.label_N, task.context_NK
     symbols = 0 if context_NK is None else int(context_NK.max()) + 1
 
@@ -223,25 +243,29 @@ def _score(
     def nll(probe: Probe, test: Frames) -> np.ndarray:
         return probe.nll(test).cpu().numpy()
 
-    bare, test = fitted(data.x_NE[:, :0], bare)
+    bare, test = fitted(data.x_NE[:, :0], measured and measured.bare)
     before_N = nll(bare, test)
     probe, test = fitted(data.x_NE, bare)
     after_N, won = nll(probe, test), probe.penalty is not None
-    control_N = np.full_like(after_N, math.nan)
-    if config.control:
-        order_N = _shuffled(split, len(data), config.seed + 1)
-        control_N = nll(*fitted(data.x_NE[order_N.to(data.x_NE.device)], bare))
     utterance_N = data.utterance_N[split.test_N].cpu().numpy()
-    return _Scored(bare, before_N, after_N, control_N, utterance_N, won)
+    if measured is not None:
+        controls = measured.shuffled_N, measured.phoneme_only_DN
+        return _Scored(bare, before_N, after_N, *controls, utterance_N, won)
 
+    def order_N(draw: int) -> Tensor:
+        return shuffled_rows(split, len(data), config.seed + 1 + draw).to(data.x_NE.device)
 
-def _shuffled(split: Split, frames: int, seed: int) -> Tensor:
-    """Row indices shuffled within each part, so that no row of one part is seen in another."""
-    order_N = torch.arange(frames)
-    generator = torch.Generator().manual_seed(seed)
-    for rows in (split.train_N.cpu(), split.valid_N.cpu(), split.test_N.cpu()):
-        order_N[rows] = rows[torch.randperm(len(rows), generator=generator)]
-    return order_N
+    shuffled_N = np.full_like(after_N, math.nan)
+    if config.control:
+        shuffled_N = nll(*fitted(data.x_NE[order_N(0)], bare))
+    phoneme_only = []
+    if context_NK is not None and data.x_NE.shape[1] and config.phoneme_only_draws:
+        mean_NE = window_mean(data.x_NE.float(), context_NK, data.utterance_N)
+        noise_NE = data.x_NE.float() - mean_NE
+        for draw in range(config.phoneme_only_draws):
+            phoneme_only.append(nll(*fitted(mean_NE + noise_NE[order_N(draw)], bare)))
+    phoneme_only_DN = np.stack(phoneme_only or [np.full_like(after_N, math.nan)])
+    return _Scored(bare, before_N, after_N, shuffled_N, phoneme_only_DN, utterance_N, won)
 
 
 def _gain(
@@ -250,9 +274,11 @@ def _gain(
     """Entropy without E minus entropy with E, on all held-out frames."""
 
     def every(name: str) -> np.ndarray:
-        return np.concatenate([getattr(fold, name) for fold in scored])
+        return np.concatenate([getattr(fold, name) for fold in scored], axis=-1)
 
     before_N, after_N, utterance_N = every("before_N"), every("after_N"), every("utterance_N")
+    if not len(before_N):
+        raise ValueError("no held-out frame has a label that the training frames have")
     low, high = _interval(before_N - after_N, utterance_N, config)
     return Estimate(
         value=float((before_N - after_N).mean()),
@@ -260,7 +286,8 @@ def _gain(
         high=high,
         entropy_before=float(before_N.mean()),
         entropy_after=float(after_N.mean()),
-        shuffled=float(before_N.mean() - every("control_N").mean()),
+        shuffled=float(before_N.mean() - every("shuffled_N").mean()),
+        phoneme_only=float(before_N.mean() - every("phoneme_only_DN").mean(1).min()),
         frames=len(before_N),
         utterances=len(np.unique(utterance_N)),
         split_by=tasks[0].split.by,
@@ -272,16 +299,19 @@ def _gain(
 def _interval(
     gain_N: np.ndarray, utterance_N: np.ndarray, config: VInformationConfig
 ) -> tuple[float, float]:
-    """Percentile bootstrap of the mean per frame over whole utterances."""
+    """Bootstrap interval of the mean per frame over whole utterances (`utils.bootstrap`)."""
     _, inverse = np.unique(utterance_N, return_inverse=True)
-    sums, sizes = np.bincount(inverse, gain_N), np.bincount(inverse)
-    rng = np.random.default_rng(config.seed)
-    means = []
-    for _ in range(config.draws):
-        picks = rng.integers(0, len(sums), len(sums))
-        means.append(sums[picks].sum() / sizes[picks].sum())
-    low, high = np.quantile(means, [(1 - config.level) / 2, (1 + config.level) / 2])
-    return float(low), float(high)
+    sums, sizes = np.bincount(inverse, gain_N), np.bincount(inverse).astype(np.float64)
+    (means,) = bootstrap.resampled_ratios([sums], sizes, config.draws, config.seed)
+    return bootstrap.interval(means, sums, sizes, config.level)
+
+
+def known(split: Split, label_N: Tensor) -> Split:
+    """The split without the frames whose label no training frame has."""
+    seen = torch.zeros(int(label_N.max()) + 1, dtype=torch.bool, device=label_N.device)
+    seen[label_N[split.train_N]] = True
+    valid_N, test_N = (rows[seen[label_N[rows]]] for rows in (split.valid_N, split.test_N))
+    return replace(split, valid_N=valid_N, test_N=test_N)
 
 
 def frequent(label_N: Tensor, train_N: Tensor, limit: int) -> tuple[Tensor, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Protocol
 
 import torch
@@ -32,7 +33,9 @@ class DecodeConfig:
 
     A transcript has at most ``tokens_per_second`` · seconds of audio + ``extra_tokens`` tokens, and
     never more than ``max_tokens``. Beams are ranked by log-probability / tokens **
-    ``length_penalty``.
+    ``length_penalty``. A search ends when no open beam can beat the best that has ended, and the
+    result never ranks below the greedy transcript. With a length penalty that may be as late as the
+    token limit, where the model is uncertain: a lower ``tokens_per_second`` bounds the time.
     """
 
     beam: Annotated[int, Range(1, 1024)] = 1  # beam width; 1: greedy
@@ -81,7 +84,8 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True)
 class _Beam:
-    """A partial transcript: its last token, and the beam that it continues."""
+    """A partial transcript: its last token, and the beam that it continues. ``greedy``: each of its
+    tokens is the most probable one."""
 
     utterance: int
     logprob: float = 0.0
@@ -89,6 +93,7 @@ class _Beam:
     token: int = -1
     entropy: float = 0.0
     parent: _Beam | None = None
+    greedy: bool = True
 
     def path(self) -> list[_Beam]:
         beams, beam = [], self
@@ -99,23 +104,51 @@ class _Beam:
 
 
 class _Search:
-    """The beams of a batch, as plain Python values on the CPU."""
+    """The beams of a batch, as plain Python values on the CPU.
 
-    def __init__(self, limits: Sequence[int], end_id: int, cfg: DecodeConfig):
-        self.limits, self.end_id, self.cfg = limits, end_id, cfg
+    ``heard`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it.
+
+    The greedy transcript stays in the search for as long as it can win, beside the best ``beam``
+    (**ours**): no result has a lower score than it. An open beam is dropped only where its best
+    possible end cannot beat the best that has ended, so that it is never the number of ended beams
+    that ends a search.
+    """
+
+    def __init__(
+        self,
+        limits: Sequence[int],
+        end_id: int,
+        cfg: DecodeConfig,
+        heard: Callable[[_Beam], float] = lambda beam: 0.0,
+    ):
+        self.limits, self.end_id, self.cfg, self.heard = limits, end_id, cfg, heard
         self.active = [_Beam(utterance) for utterance in range(len(limits))]
-        self.ended: list[list[_Beam]] = [[] for _ in limits]
+        # Per utterance the best of the beams that ended, and of those cut at the token limit, each
+        # with its score; the log-probability decides between equal scores.
+        self.ended: list[tuple[float, float, _Beam] | None] = [None] * len(limits)
+        self.cut: list[tuple[float, float, _Beam] | None] = [None] * len(limits)
 
-    def score(self, beam: _Beam, length: int | None = None) -> float:
-        return beam.logprob / (length or max(1, beam.length)) ** self.cfg.length_penalty
+    def score(self, beam: _Beam) -> float:
+        """What beams are ranked by at their end."""
+        if self.cfg.ctc_weight:
+            return beam.logprob + self.cfg.ctc_weight * self.heard(beam)
+        return beam.logprob / max(1, beam.length) ** self.cfg.length_penalty
+
+    def bound(self, beam: _Beam) -> float:
+        """The highest `score` that a beam and its continuations can have.
+
+        A log-probability only falls, and the longest transcript divides it by the most.
+        """
+        if self.cfg.ctc_weight:
+            return beam.logprob
+        return beam.logprob / self.limits[beam.utterance] ** self.cfg.length_penalty
 
     def advance(self, logits_RV: Tensor) -> list[int]:
         """Extend the active beams by one token each, from logits [R, V] with a row per beam.
 
         Returns the row that each new active beam continues. Of an utterance's continuations, those
         that end among its best ``beam`` are set aside, and the best others go on. The utterance is
-        done when ``beam`` have ended, when no active one can still beat the best of them, or at its
-        token limit.
+        done when no active beam can still beat the best that ended, or at its token limit.
         """
         log_probs = logits_RV.log_softmax(-1)
         entropies = dispatch.softmax_entropy(logits_RV).tolist()
@@ -123,7 +156,7 @@ class _Search:
         values, tokens = (x.tolist() for x in log_probs.topk(width))
         extended: dict[int, list[tuple[_Beam, int]]] = {}
         for row, beam in enumerate(self.active):
-            for value, token in zip(values[row], tokens[row], strict=True):
+            for place, (value, token) in enumerate(zip(values[row], tokens[row], strict=True)):
                 longer = _Beam(
                     beam.utterance,
                     beam.logprob + value,
@@ -131,6 +164,7 @@ class _Search:
                     token,
                     entropies[row],
                     beam,
+                    beam.greedy and place == 0,
                 )
                 extended.setdefault(beam.utterance, []).append((longer, row))
         self.active, rows = [], []
@@ -143,36 +177,38 @@ class _Search:
     def _select(
         self, utterance: int, candidates: list[tuple[_Beam, int]]
     ) -> list[tuple[_Beam, int]]:
-        ended, limit, width = self.ended[utterance], self.limits[utterance], self.cfg.beam
         candidates.sort(key=lambda candidate: -candidate[0].logprob)
-        active = []
+        if self.cfg.beam == 1:
+            candidates = candidates[:1]
+        active: list[tuple[_Beam, int]] = []
         for position, (beam, row) in enumerate(candidates):
-            if beam.token != self.end_id:
+            if beam.token == self.end_id:
+                if position < self.cfg.beam or beam.greedy:
+                    self.ended[utterance] = self._better(self.ended[utterance], beam)
+            elif len(active) < self.cfg.beam or beam.greedy:
                 active.append((beam, row))
-            elif position < width:
-                ended.append(beam)
-            if len(active) == width:
-                break
-        if not active or len(ended) >= width:
+        if active and active[0][0].length >= self.limits[utterance]:
+            for beam, _ in active if self.ended[utterance] is None else ():
+                self.cut[utterance] = self._better(self.cut[utterance], beam)
             return []
-        if active[0][0].length >= limit:
-            ended.extend(beam for beam, _ in active)
-            return []
-        if ended and not self.cfg.ctc_weight:
-            # A log-probability only falls, and the longest transcript divides it by the most.
-            best_possible = self.score(active[0][0], limit)
-            if max(map(self.score, ended)) >= best_possible:
-                return []
+        if self.ended[utterance] is not None:
+            least = self.ended[utterance][0]
+            active = [(beam, row) for beam, row in active if self.bound(beam) > least]
         return active
 
-    def candidates(self, utterance: int) -> list[_Beam]:
-        """The finished beams, else those cut at the token limit."""
-        beams = self.ended[utterance]
-        return [beam for beam in beams if beam.token == self.end_id] or beams
+    def _better(
+        self, best: tuple[float, float, _Beam] | None, beam: _Beam
+    ) -> tuple[float, float, _Beam]:
+        if best is not None and self.bound(beam) < best[0]:
+            return best  # without asking the CTC head
+        scored = self.score(beam), beam.logprob, beam
+        return scored if best is None or scored[:2] > best[:2] else best
 
     def best(self, utterance: int) -> _Beam:
-        """The best by score of the candidates."""
-        return max(self.candidates(utterance), key=self.score)
+        """The best of the finished beams, else of those cut at the token limit."""
+        found = self.ended[utterance] or self.cut[utterance]
+        assert found is not None
+        return found[-1]
 
 
 class _Stepper:
@@ -229,9 +265,11 @@ def decode(
     training = model.training
     model.eval()
     try:
-        search = _Search([cfg.token_limit(s) for s in batch.durations], tokenizer.end_id, cfg)
         stepper = _Stepper(model)
         logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
+        heard = partial(_heard, model, batch, stepper.speech, tokenizer)
+        limits = [cfg.token_limit(s) for s in batch.durations]
+        search = _Search(limits, tokenizer.end_id, cfg, heard)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:
@@ -242,35 +280,21 @@ def decode(
     finally:
         model.train(training)
     best = [search.best(index) for index in range(len(batch))]
-    if cfg.ctc_weight:
-        best = [
-            _rescored(search, i, model, batch, stepper.speech, tokenizer) for i in range(len(batch))
-        ]
     return [_hypothesis(key, beam, tokenizer) for key, beam in zip(batch.keys, best, strict=True)]
 
 
-def _rescored(
-    search: _Search,
-    utterance: int,
-    model: SpeechLLM,
-    batch: Batch,
-    speech: SpeechInput,
-    tokenizer: Detokenizer,
-) -> _Beam:
-    """The candidate with the highest log-probability by language model and CTC head together.
+def _heard(
+    model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer, beam: _Beam
+) -> float:
+    """The CTC head's log-probability of a beam's transcript in nats.
 
-    A transcript that the head cannot have written (a unit that it lacks, more units than frames)
-    comes last.
+    -inf for one that the head cannot have written: a unit that it lacks, more units than frames.
     """
-    log_probs_SP = speech.log_probs_BSP[utterance, : int(speech.log_prob_lengths_B[utterance])]
-    candidates = search.candidates(utterance)
-    scores = []
-    for beam in candidates:
-        ids = [step.token for step in beam.path() if step.token != search.end_id]
-        units = model.spell(tokenizer.decode(ids), batch.langs[utterance])
-        heard = ctc_log_prob(log_probs_SP, units) if units is not None else -math.inf
-        scores.append((beam.logprob + search.cfg.ctc_weight * heard, beam.logprob))
-    return candidates[scores.index(max(scores))]
+    row = beam.utterance
+    log_probs_SP = speech.log_probs_BSP[row, : int(speech.log_prob_lengths_B[row])]
+    ids = [step.token for step in beam.path() if step.token != tokenizer.end_id]
+    units = model.spell(tokenizer.decode(ids), batch.langs[row])
+    return -math.inf if units is None else ctc_log_prob(log_probs_SP, units)
 
 
 def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer) -> Hypothesis:

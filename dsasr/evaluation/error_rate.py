@@ -7,8 +7,9 @@ normalized first (`dsasr.evaluation.normalize`). Rates are fractions, not percen
 reference is infinite if there are insertions and NaN if there are none.
 
 Intervals resample utterances (Bisani & Ney 2004, "Bootstrap estimates for confidence intervals in
-ASR performance evaluation"). So does the paired test, which draws the same utterances for both
-systems. `ratio_interval` and `paired_ratio_test` do so for any ratio of sums.
+ASR performance evaluation"; their ends: `utils.bootstrap`). So does the paired test, which draws
+the same utterances for both systems. `ratio_interval` and `paired_ratio_test` do so for any ratio
+of sums.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from dsasr.evaluation.normalize import normalize, scored_lang, unit_of, units
+from dsasr.utils import bootstrap
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class LangScores:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its two-sided bootstrap percentile interval at ``level``."""
+    """An estimate with its two-sided bootstrap interval at ``level``."""
 
     value: float
     low: float
@@ -228,13 +230,13 @@ def ratio_interval(
     seed: int = 0,
 ) -> Interval:
     """Σ ``numerators_N`` / Σ ``denominators_N`` over N utterances or clips, with a bootstrap
-    percentile interval; both ends are NaN where the denominators are all zero."""
+    interval; both ends are NaN where the denominators are all zero."""
     value = _ratio(float(numerators_N.sum()), float(denominators_N.sum()))
     if not denominators_N.any():
         return Interval(value, math.nan, math.nan, level)
-    (ratios,) = _resample([numerators_N], denominators_N, draws, seed)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), level)
+    (ratios,) = bootstrap.resampled_ratios([numerators_N], denominators_N, draws, seed)
+    low, high = bootstrap.interval(ratios, numerators_N, denominators_N, level)
+    return Interval(value, low, high, level)
 
 
 def paired_test(
@@ -267,7 +269,8 @@ def paired_ratio_test(
     A system's ratio is Σ numerators / Σ ``denominators_N``; ``difference`` is b's less a's.
 
     The two-sided p-value is twice the smaller tail of the resampled differences at zero, a tie
-    counting to both, with one added to numerator and denominator so that it is never zero. A single
+    counting to both, with one added to numerator and denominator so that it is never zero; it is
+    not corrected for few utterances, as the interval is, and a little too small below 50. A single
     pair has no spread: only its difference is defined, and the rest is NaN.
     """
     difference = _ratio(
@@ -275,14 +278,18 @@ def paired_ratio_test(
     )
     if len(denominators_N) < 2:
         return PairedTest(difference, math.nan, math.nan, level, math.nan, math.nan)
-    ratios_a, ratios_b = _resample([numerators_a_N, numerators_b_N], denominators_N, draws, seed)
-    delta = ratios_b - ratios_a
-    low, high = np.quantile(delta, [(1 - level) / 2, (1 + level) / 2])
+    change_N = numerators_b_N - numerators_a_N
+    (delta,) = bootstrap.resampled_ratios([change_N], denominators_N, draws, seed)
+    low, high = (
+        bootstrap.interval(delta, change_N, denominators_N, level)
+        if denominators_N.any()
+        else (math.nan, math.nan)
+    )
     tail = min((delta <= 0).sum(), (delta >= 0).sum())
     return PairedTest(
         difference=difference,
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         level=level,
         p_value=min(1.0, 2 * (int(tail) + 1) / (draws + 1)),
         improved=float((delta < 0).mean()),
@@ -307,26 +314,6 @@ def _key(row: UtteranceScore) -> str:
 def _errors_and_units(rows: list[UtteranceScore]) -> tuple[np.ndarray, np.ndarray]:
     errors = np.array([u.units.errors for u in rows], dtype=np.float64)
     return errors, np.array([u.units.reference for u in rows], dtype=np.float64)
-
-
-def _resample(
-    numerators: list[np.ndarray], denominators_N: np.ndarray, draws: int, seed: int
-) -> list[np.ndarray]:
-    """Ratios [draws] per system, the same draw of utterances for each, in bounded memory.
-
-    A draw whose denominators sum to zero is divided by one.
-    """
-    rng = np.random.default_rng(seed)
-    size = len(denominators_N)
-    chunk = max(1, 2_000_000 // size)
-    out: list[list[np.ndarray]] = [[] for _ in numerators]
-    for start in range(0, draws, chunk):
-        picks = rng.integers(0, size, (min(chunk, draws - start), size))
-        total = denominators_N[picks].sum(1)
-        total = np.where(total > 0, total, 1)
-        for ratios, numerators_N in zip(out, numerators, strict=True):
-            ratios.append(numerators_N[picks].sum(1) / total)
-    return [np.concatenate(ratios) for ratios in out]
 
 
 def _ratio(numerator: float, denominator: float) -> float:

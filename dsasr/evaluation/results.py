@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -116,7 +117,8 @@ class Results:
         return report
 
     def summary(self, rules: str = "standard") -> dict[str, Any]:
-        """JSON-able: rates in fractions with 95% intervals by condition and language; counts.
+        """JSON-able: rates in fractions with 95% intervals by condition and language; counts,
+        ``cut`` that of transcripts cut at the token limit.
 
         None stands for a rate that is not defined, such as one over references without a unit.
         """
@@ -132,6 +134,7 @@ class Results:
                     for lang, of_lang in scores.by_lang.items()
                 }
             }
+        summary["cut"] = self.cut()
         report = self.hallucinations()
         summary["hallucination"] = {
             "totals": report.summary(),
@@ -140,6 +143,10 @@ class Results:
             "examples": [asdict(e) for e in report.examples],
         }
         return nonfinite_to_none(summary)
+
+    def cut(self) -> dict[str, int]:
+        """Transcripts cut at the token limit, by condition; only conditions that have some."""
+        return dict(Counter(row.condition for row in self.rows if not row.finished))
 
     def nonspeech_rates(self) -> dict[str, dict[str, float]]:
         """Characters a minute transcribed from non-speech, by condition and over `ALL` of them.

@@ -49,6 +49,10 @@ def format_results(results: Results, summary: Mapping[str, Any], pairs: int) -> 
             yield f"{where}: {row['flagged']} of {row['utterances']} hallucinated ({kinds})"
     for condition, row in summary["hallucination"]["nonspeech"].items():
         yield f"{condition:>9} {'':>6}: {_nonspeech(row)}"
+    if summary["cut"]:
+        counts = ", ".join(f"{count} {condition}" for condition, count in summary["cut"].items())
+        total = sum(summary["cut"].values())
+        yield f"{total} of {len(results.rows)} transcripts cut at the token limit ({counts})"
     for example in summary["hallucination"]["examples"][:pairs]:
         head = f"{example['kind']} ({example['condition']}, {example['detail']})"
         yield f"  {head}\n    ref  {example['reference']}\n    hyp  {example['hypothesis']}"

@@ -77,11 +77,17 @@ class Transcription:
     def text(self) -> str:
         return " ".join(s.text for s in self.segments if s.text and not s.no_speech)
 
+    @property
+    def finished(self) -> bool:
+        """False if the transcript of any segment was cut at the token limit."""
+        return all(s.finished for s in self.segments)
+
     def to_dict(self) -> dict[str, Any]:
         """As a dict for JSON."""
         return {
             "path": self.path,
             "text": self.text,
+            "finished": self.finished,
             "segments": [asdict(s) for s in self.segments],
         }
 
@@ -146,7 +152,10 @@ class Recognizer:
         )
 
     def with_beam(self, beam: int) -> Recognizer:
-        """This recognizer with another beam width; 1 is greedy."""
+        """This recognizer with another beam width; 1 is greedy.
+
+        Raises `UserError` for one that the model's other decoding settings rule out.
+        """
         return replace(self, decode=replace(self.decode, beam=beam))
 
     def transcribe(self, source: str | Path | BinaryIO) -> Transcription:

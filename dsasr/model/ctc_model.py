@@ -1,8 +1,14 @@
-"""The pretrain branch's model: encoder and phoneme CTC head, trained with CTC or CR-CTC."""
+"""The pretrain branch's model: encoder and phoneme CTC head, trained with CTC or CR-CTC.
+
+CR-CTC is the paper's (arXiv 2410.05101), with its larger amount of time masking (2.5 times as many
+masks, and so 2.5 times the frames), and icefall's linear rise of the consistency's weight
+(k2-fsa/icefall#2075): early on the posteriors have nothing to be consistent about.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +30,7 @@ from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils import ranges
-from dsasr.utils.ranges import NonNegativeFloat
+from dsasr.utils.ranges import NonNegativeFloat, NonNegativeInt, Range
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,11 @@ class CtcModelConfig:
 
     # weight of CR-CTC's consistency term (0.2 in the paper); 0: plain CTC, one view, half the time
     consistency: NonNegativeFloat = 0.2
+    # steps of a stage over which that weight rises from 0 (icefall: 2000, by its pull request
+    # 2075); null: the stage's warmup_steps. CR-CTC alone
+    consistency_warmup: NonNegativeInt | None = None
+    # CR-CTC's time masks, as a multiple of spec.time_masks (2.5 in the paper). CR-CTC alone
+    time_mask_ratio: Annotated[float, Range(0, 100)] = 2.5
     # SpecAugment; null: none
     spec: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     # dynamic chunks; null: full context
@@ -52,6 +63,8 @@ class CtcModel(nn.Module):
         self.encoder = encoder
         self.ctc = CtcHead(encoder.width, phonemes, cfg.head)
         self.cfg = cfg
+        # Share of `consistency` that counts; whoever takes steps sets it (`BranchEngine.step`).
+        self.consistency_share = 1.0
         self._lora_dropouts = lora.Dropouts(encoder)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -63,7 +76,7 @@ class CtcModel(nn.Module):
         """CTC in training mode with its augmentation and chunks, else plain and full context.
 
         loss, per phoneme: with views a, b of each utterance, (CTC(a) + CTC(b)) / 2 + consistency
-        · ½ Σ_frames [KL(sg(b)‖a) + KL(sg(a)‖b)].
+        · consistency_share · ½ Σ_frames [KL(sg(b)‖a) + KL(sg(a)‖b)].
 
         sums: "ctc" (nats per phoneme), "consistency" (nats per frame), "ctc_entropy" (nats per
         frame), "ctc_infeasible" (share of utterances with too few frames, left out of the loss);
@@ -115,7 +128,8 @@ class CtcModel(nn.Module):
             first, second = log_probs.chunk(2)
             consistency_B = consistency_loss(first, second, output.lengths_B[: len(batch)])
             # ctc.phonemes counts both views, consistency_B has one value for both.
-            loss = loss + self.cfg.consistency * consistency_B.sum() / (phonemes / 2)
+            weight_now = self.cfg.consistency * self.consistency_share
+            loss = loss + weight_now * consistency_B.sum() / (phonemes / 2)
             sums["consistency"] = (consistency_B.sum(), frames // 2)
         if not self.training:
             hypotheses = greedy_phonemes(log_probs, output.lengths_B)
@@ -129,13 +143,22 @@ class CtcModel(nn.Module):
             },
         )
 
+    def warm_up(self, step: int, stage_warmup: int) -> None:
+        """Set the consistency's share at a step of a stage: step / warm-up, at most 1."""
+        warmup = self.cfg.consistency_warmup
+        warmup = stage_warmup if warmup is None else warmup
+        self.consistency_share = min(step / warmup, 1.0) if warmup else 1.0
+
     def _views(self, batch: Batch) -> list[Tensor]:
-        """One or two differently masked copies of the features."""
-        if self.cfg.spec is None:
+        """One copy of the features, or CR-CTC's two, differently masked."""
+        views, spec = 2 if self.cfg.consistency else 1, self.cfg.spec
+        if spec is None:
             # CR-CTC without SpecAugment: the views differ by dropout alone.
-            return [batch.features_BTF] * (2 if self.cfg.consistency else 1)
+            return [batch.features_BTF] * views
+        if views > 1:
+            spec = replace(spec, time_masks=int(self.cfg.time_mask_ratio * spec.time_masks))
         generator = step_generator(batch, "spec")
         return [
-            spec_augment(batch.features_BTF, batch.feature_lengths_B, self.cfg.spec, generator)
-            for _ in range(2 if self.cfg.consistency else 1)
+            spec_augment(batch.features_BTF, batch.feature_lengths_B, spec, generator)
+            for _ in range(views)
         ]

@@ -68,12 +68,14 @@ CAPTIONS = {
     "Drift": "CKA of encoder frames on a fixed set of utterances: 1 where the representation has "
     "not moved. Left: at each measurement below the threshold an encoder is published.",
     "Entropy over": "Encoder frames of held-out utterances. Low NSE: few directions carry the "
-    "variance. PAI: what a linear probe learns about phonemes; CSAI: about words, beyond the "
-    "phonemes around. Below zero: the probe is worse than none. Bands: 95% bootstrap intervals "
+    "variance. PAI: what a linear probe learns about phonemes, a lower bound; CSAI: about words, "
+    "beyond the phonemes around: no bound, for it counts phonemes that the probe without the "
+    "encoder missed. Below zero: the probe is worse than none. Bands: 95% bootstrap intervals "
     "over utterances. Labels come from the run's own CTC head and change with it.",
     "Before": "The encoder before joint training and after it. Whiskers: 95% "
-    "bootstrap intervals over utterances. None found: the interval reaches zero; where a "
-    "limit is given, a gain of that size would have been detected.",
+    "bootstrap intervals over utterances. None found: the interval reaches zero, or what features "
+    "of shuffled frames, or of phonemes alone, give; where a limit is given, a gain of that size "
+    "would have been detected.",
     "Who": "Left: held-out frames, linear probes; H(P) is the entropy of the phonemes, H(S|P) "
     "that of the words when the phonemes around are known. Right: what the language model alone "
     "leaves open (H₀, the whole bar), what the audio resolves of it, and what stays open (H₁); no "

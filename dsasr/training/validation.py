@@ -137,7 +137,8 @@ def error_rates(
 
     The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
     its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples that could
-    not be read, if any. ``progress`` wraps the batches. Raises `UserError` where none could.
+    not be read, "cut" transcripts cut at the token limit, if any. ``progress`` wraps the batches.
+    Raises `UserError` where none could be read.
     """
     batches = build.validation_batches(branch.name, utterances)
     own = [row for batch in batches for row in batch.bad]
@@ -167,6 +168,8 @@ def error_rates(
         )
         hallucinations = _hallucination_rates(recipe, build, module)
     rates = results.scores(rules=recipe.evaluation.rules).summary()
+    if cut := sum(results.cut().values()):
+        rates["cut"] = float(cut)
     count = recipe.evaluation.samples
     rows = results.rows[:: max(len(results.rows) // max(count, 1), 1)][:count]
     samples = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)

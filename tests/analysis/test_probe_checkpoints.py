@@ -32,6 +32,16 @@ def test_the_table_shows_what_is_not_detected_and_failed_probes():
     assert "none [0.00] 0.0% 0.250 0.15…0.35 [0.00] 12.5%" in lines[2]
 
 
+def test_the_table_shows_the_control_of_phonemes_alone():
+    # The interval is above 0 and the shuffled control, but phonemes alone give as much.
+    second_way = estimate(0.25, phoneme_only=0.16)
+    found = estimate(0.25, phoneme_only=0.14)
+    rows = [row(estimate(0.5), second_way), row(estimate(0.5), found)]
+    _, *lines = (" ".join(x.split()) for x in probe_checkpoints.table(rows).splitlines())
+    assert lines[0].endswith("none [0.00 0.160] 12.5% – – – – – –")
+    assert lines[1].endswith("0.250 0.15…0.35 [0.00 0.140] 12.5% – – – – – –")
+
+
 def rows_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

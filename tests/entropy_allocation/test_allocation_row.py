@@ -34,6 +34,8 @@ def row(**values) -> AllocationRow:
 
 def test_detection_needs_the_whole_interval_above_zero_and_above_the_control():
     assert estimate(0.5).detected and not estimate(0.05).detected
+    assert not estimate(0.5, phoneme_only=0.45).detected
+    assert estimate(0.5, phoneme_only=0.1).detected
     assert not estimate(0.5, shuffled=0.45).detected and estimate(0.5, shuffled=math.nan).detected
     assert estimate(-0.5).underfit and not estimate(0.0).underfit
     assert estimate(0.5).share == 0.25 and math.isnan(estimate(0.0, entropy_before=0.0).share)

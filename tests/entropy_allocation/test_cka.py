@@ -1,4 +1,5 @@
 import math
+import threading
 
 import pytest
 import torch
@@ -64,29 +65,70 @@ def test_batches_and_ranks_add_up():
     ranks = [CkaSums(16) for _ in range(3)]  # the last has no frames
     for start in range(0, 1003, 97):
         ranks[(start // 97) % 2].update(x[start : start + 97], y[start : start + 97])
-    total = {name: sum(r.sums[name] for r in ranks) for name in ranks[0].sums}
-
-    def all_reduce(tensor):
-        [name] = [k for k, v in ranks[2].sums.items() if v is tensor]
-        tensor.copy_(total[name])
-
     assert ranks[2].frames == 0 and math.isnan(ranks[2].value())
-    ranks[2].reduce(all_reduce)
+    _reduce(ranks)
     assert ranks[2].frames == 1003
     assert ranks[2].value() == pytest.approx(cka(x, y), abs=1e-9)
     unbiased = ranks[2].value(unbiased=True)
     assert unbiased == pytest.approx(cka(x, y, unbiased=True), abs=1e-9)
 
 
-def test_a_large_mean_costs_little():
-    x, y = _normal(400, 8), _normal(400, 8, seed=1)
-    y = x + 0.3 * y
-    assert cka(x + 1000, y - 1000) == pytest.approx(cka(x, y), abs=1e-6)
+@pytest.mark.parametrize("mean", [1e3, 1e5, 1e6])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_a_large_mean_costs_little(mean, unbiased):
+    x, noise = _normal(400, 8), _normal(400, 8, seed=1)
+    x32, y32 = (x + mean).float(), (x + 0.9 * noise - mean).float()
+    # The definition on the same float32 frames, centered in float64.
+    x64, y64 = (z.double() - z.double().mean(0) for z in (x32, y32))
+    expected = (_song_cka if unbiased else _gram_cka)(x64, y64)
+    assert 0.1 < expected < 0.9
+    assert cka(x32, y32, unbiased=unbiased) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_ranks_with_other_means_add_up(unbiased):
+    # The frames of each rank lie around another mean, far from 0, as those of other speakers do.
+    x = _normal(90, 5) + 1e4
+    x[30:60] += _normal(1, 5, seed=2)
+    x[60:] -= 3
+    y = (x - 1e4) @ _normal(5, 4, seed=3) + _normal(90, 4, seed=4) - 2e4
+    ranks = [CkaSums(5, 4) for _ in range(4)]  # the last has no frames
+    for rank, rows, other in zip(ranks, x.split(30), y.split(30), strict=False):
+        rank.update(rows[:7], other[:7])
+        rank.update(rows[7:], other[7:])
+    _reduce(ranks)
+    expected = cka(x, y, unbiased=unbiased)
+    for rank in ranks:
+        assert rank.frames == 90
+        assert rank.value(unbiased=unbiased) == pytest.approx(expected, rel=1e-9)
+
+
+def _reduce(ranks):
+    """`CkaSums.reduce` on all ranks, one thread each: an all-reduce waits for all of them."""
+    barrier, shares = threading.Barrier(len(ranks)), [None] * len(ranks)
+
+    def run(number):
+        def all_reduce(tensor):
+            shares[number] = tensor.clone()
+            barrier.wait()
+            total = sum(shares)
+            barrier.wait()
+            tensor.copy_(total)
+
+        ranks[number].reduce(all_reduce)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def test_degenerate_sides_have_no_value():
     x = _normal(10, 4)
-    assert math.isnan(cka(x, torch.full((10, 4), 0.1)))
+    for unbiased in (False, True):
+        assert math.isnan(cka(x, torch.full((10, 4), 0.1), unbiased=unbiased))
+        assert math.isnan(cka(x, torch.full((10, 4), 1e-3).double() * 7, unbiased=unbiased))
     assert math.isnan(cka(x[:1], x[:1]))
     assert math.isnan(cka(x[:3], x[:3], unbiased=True))
     assert math.isnan(cka(x, x * math.nan))

@@ -56,6 +56,29 @@ def test_limits():
             fa.align(log_probs, wrong)
 
 
+def test_posteriors_that_are_not_numbers_are_refused():
+    log_probs = _log_probs([0, 1, 1, 2])
+    log_probs[2, 3] = float("nan")
+    for phonemes in ([1, 2], []):
+        with pytest.raises(ValueError, match="NaN"):
+            fa.align(log_probs, phonemes)
+
+
+@pytest.mark.parametrize("frame_seconds", [0.01, 0.02, 0.04, 0.08])
+def test_middles_on_an_edge_belong_to_the_span_that_begins_there(frame_seconds):
+    # All spans meet at the middle of a frame: start is inside, end is not.
+    edges = [round((s + 0.5) * frame_seconds, 6) for s in range(0, 300, 3)]
+    spans = [["AB"[i % 2], *pair] for i, pair in enumerate(itertools.pairwise(edges))]
+    positions = fa.read({"phonemes": spans}, 300, frame_seconds).positions_S.tolist()
+    assert positions == [s // 3 if s < 297 else -1 for s in range(300)]
+
+
+def test_spans_without_an_end_are_refused():
+    for end in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="backwards"):
+            fa.read({"phonemes": [["a", 0.0, end]]}, 10, 0.04)
+
+
 @settings(max_examples=100)
 @given(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=30), st.integers(0, 5))
 def test_fill(spikes, reach):

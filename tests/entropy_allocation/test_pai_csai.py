@@ -303,6 +303,78 @@ def test_wide_features_are_projected():
     assert torch.equal(first.phoneme_N, v._prepare(data, few, 500)[0].phoneme_N)
 
 
+def _two_words_of_a_fold(unseen_share):
+    """A corpus whose held-out speakers also say words that the training speakers never say."""
+    data = _corpus(utterances=120)
+    _, [split] = v._prepare(data, FAST, 10**6)
+    word_N = data.word_N.clone()
+    draw = torch.rand(len(data), generator=torch.Generator().manual_seed(2))
+    held = torch.zeros(len(data), dtype=torch.bool)
+    held[split.test_N] = True
+    new = held & (draw < unseen_share)
+    word_N[new] = WORDS + (word_N[new] % 3)
+    return replace(data, word_N=word_N), split, new
+
+
+def test_words_that_no_training_frame_has_are_not_scored():
+    data, split, new = _two_words_of_a_fold(0.5)
+    # Features show that a frame has a new word: worth much, if it were scored.
+    data = data.with_features(
+        torch.cat([new.float()[:, None], one_hot(data.phoneme_N, PHONEMES).float()], 1)
+    )
+    result = v.csai(data, FAST)
+    assert result.frames == int((~new)[split.test_N].sum()) < len(split.test_N)
+    assert result.value == pytest.approx(0, abs=0.01) and result.entropy_before < 2
+    # Phonemes likewise.
+    rest = {"phoneme_N": torch.where(new, PHONEMES, data.phoneme_N)}
+    assert v.pai(replace(data, **rest), FAST).frames == result.frames
+    with pytest.raises(ValueError, match="training frames"):
+        v.csai(_two_words_of_a_fold(1.1)[0], FAST)
+
+
+def _second_way(seed, utterances=120):
+    """Many words over few frames, and features of the phoneme and noise alone."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 5, (90,), generator=g).tolist()
+    lexicon = [torch.randint(1, 20, (n,), generator=g) for n in lengths]
+    builder = FrameSetBuilder(2)
+    odds = 1 / torch.arange(1.0, 91.0)
+    for u in range(utterances):
+        spoken = torch.multinomial(odds, 4, generator=g).tolist()
+        phonemes = torch.cat([lexicon[w] for w in spoken]).tolist()
+        words = torch.tensor([w for w in spoken for _ in lexicon[w]])
+        builder.add(torch.zeros(len(words), 1), torch.arange(len(words)), phonemes, words,
+                    f"s{u % 16}")  # fmt: skip
+    data = builder.build()
+    table = 2 * torch.randn(20, 12, generator=g)
+    x_NE = table[data.phoneme_N] + 0.3 * torch.randn(len(data), 12, generator=g)
+    return data.with_features(x_NE), g
+
+
+def test_a_second_way_to_the_phonemes_is_not_found():
+    # tools/experiments/csai_nulls.py measures this over hundreds: a few in a hundred are found.
+    above = found = 0
+    for seed in range(4):
+        data, _ = _second_way(seed)
+        result = v.csai(data, v.VInformationConfig(control=False, planted_shares=()))
+        above += result.low > 0
+        found += result.detected
+        assert result.detected == (result.low > max(0, result.phoneme_only))
+    assert above >= 3 and found <= 1
+
+
+def test_words_beside_a_second_way_are_found():
+    data, g = _second_way(0)
+    words = torch.randn(90, 12, generator=g)[data.word_N]
+    data = data.with_features(data.x_NE + words)
+    result = v.csai(data, v.VInformationConfig(control=False, planted_shares=()))
+    assert result.detected and result.value > result.phoneme_only + 0.1
+    without = v.csai(data, replace(FAST, phoneme_only_draws=0))
+    assert math.isnan(without.phoneme_only)
+    with pytest.raises(UserError, match="phoneme_only_draws"):
+        v.VInformationConfig(phoneme_only_draws=-1)
+
+
 def test_rare_labels_are_one():
     label = torch.tensor([5, 5, 5, 2, 2, 9, 7])
     ids, classes = v.frequent(label, label[:6], 2)

@@ -1,12 +1,13 @@
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.data.batch import Batch
-from dsasr.evaluation.decode import DecodeConfig, decode
+from dsasr.evaluation.decode import DecodeConfig, _Search, decode
 from dsasr.model.adaptors.mlp import MlpAdaptor
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.dynamic_chunks import Chunk
@@ -131,6 +132,85 @@ def test_an_exhaustive_beam_finds_the_best_transcript(penalty):
     assert hypothesis.finished
     assert hypothesis.ids == best[:-1]
     assert hypothesis.logprob == pytest.approx(score(model, batch, best), abs=1e-4)
+
+
+class Table:
+    """A language model of random next-token logits, one row per prefix."""
+
+    def __init__(self, seed, vocab=5, spread=2.5):
+        self.seed, self.vocab, self.spread = seed, vocab, spread
+
+    def logits(self, ids):
+        number = hash((self.seed, tuple(ids))) % 2**31
+        generator = torch.Generator().manual_seed(number)
+        return self.spread * torch.randn(self.vocab, generator=generator)
+
+    def search(self, cfg, limit, **options):
+        """The best beam, and the steps that it took."""
+        search, steps = _Search([limit], END, cfg, **options), 0
+        while search.active:
+            prefixes = [[step.token for step in beam.path()] for beam in search.active]
+            search.advance(torch.stack([self.logits(ids) for ids in prefixes]))
+            steps += 1
+        return search.best(0), steps
+
+
+@pytest.mark.parametrize(("width", "penalty"), [(2, 1.0), (2, 0.0), (5, 0.6), (10, 1.0)])
+def test_a_beam_is_never_less_likely_than_greedy(width, penalty):
+    greedy_cfg = DecodeConfig(length_penalty=penalty)
+    cfg = DecodeConfig(beam=width, length_penalty=penalty)
+    better = 0
+    for seed in range(50):
+        table = Table(seed)
+        greedy, _ = table.search(greedy_cfg, 8)
+        beam, _ = table.search(cfg, 8)
+        if greedy.token != END:
+            continue  # cut: the beam may end, which is worth more than to be likely
+        scores = [b.logprob / b.length**penalty for b in (greedy, beam)]
+        assert beam.token == END and scores[1] >= scores[0] - 1e-9, seed
+        better += scores[1] > scores[0] + 1e-9
+    assert better > 3
+
+
+def test_a_search_goes_on_until_no_open_beam_can_win():
+    # At once three endings that are unlikely, and one path that is nearly sure at each later step.
+    class Model(Table):
+        def logits(self, ids):
+            probs = torch.full((5,), 1e-9)
+            if ids and ids[0] == 0 and len(ids) < 6:
+                probs[0] = 1.0
+            elif ids:
+                probs[END] = 1.0
+            else:
+                probs[:] = torch.tensor([0.3, 0.35, 0.2, 0.1, 0.05])
+            return probs.log()
+
+    best, steps = Model(0).search(DecodeConfig(beam=3), 40)
+    assert [step.token for step in best.path()] == [0] * 6 + [END]
+    # Then no open beam can: it does not run to the limit.
+    assert steps < 12
+    # Without a penalty for length the short one is likelier, and found at once.
+    best, steps = Model(0).search(DecodeConfig(beam=3, length_penalty=0), 40)
+    assert [step.token for step in best.path()] == [1, END] and steps == 2
+
+
+def test_what_the_head_heard_decides_the_end_of_a_search():
+    # The head hears five tokens; what the language model alone prefers ends earlier.
+    def heard(beam):
+        return -1.0 * abs(beam.length - 5)
+
+    cfg = DecodeConfig(beam=4, ctc_weight=2.0)
+    for seed in range(10):
+        table = Table(seed, spread=1.0)
+        best, _ = table.search(cfg, 8, heard=heard)
+        wide, _ = table.search(DecodeConfig(beam=60, ctc_weight=2.0), 8, heard=heard)
+        score = [b.logprob + 2.0 * heard(b) for b in (best, wide)]
+        assert score[0] <= score[1] + 1e-9
+        greedy, _ = table.search(DecodeConfig(), 8)
+        if greedy.token == END:
+            assert score[0] >= greedy.logprob + 2.0 * heard(greedy) - 1e-9
+    none, _ = Table(1).search(cfg, 8, heard=lambda beam: -math.inf)
+    assert none.token == END
 
 
 @pytest.mark.parametrize("beam", [1, 2])

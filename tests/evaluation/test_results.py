@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dsasr.evaluation.results import Result, Results, compare, read_results, sign_test
+from dsasr.evaluation.results_text import format_results
 from dsasr.utils.errors import UserError
 
 
@@ -43,6 +45,17 @@ def test_summary_by_condition_and_language():
     json.dumps(summary, allow_nan=False)
 
 
+def test_transcripts_cut_at_the_token_limit_are_counted():
+    rows = [replace(ROWS[0], finished=False), ROWS[1], replace(ROWS[4], finished=False), ROWS[5]]
+    summary = Results(rows).summary()
+    assert summary["cut"] == {"clean": 1, "recorded": 1}
+    (line,) = [x for x in format_results(Results(rows), summary, 0) if "token limit" in x]
+    assert line == "2 of 4 transcripts cut at the token limit (1 clean, 1 recorded)"
+    whole = Results(ROWS)
+    assert whole.summary()["cut"] == {}
+    assert not any("token limit" in x for x in format_results(whole, whole.summary(), 0))
+
+
 def test_a_reference_without_a_unit_has_no_rate():
     """Insertions into nothing: an infinite share, which JSON cannot represent."""
     rows = [row("a", "Um, uh.", "hello there"), row("b", "?!", "")]
@@ -63,8 +76,8 @@ def test_characters_a_minute_have_an_interval_over_clips():
     assert list(rates) == ["white", "silence", "recorded", "all"]
     white, silence = rates["white"], rates["silence"]
     assert white["rate"] == pytest.approx(45 / 5)
-    # The mean of 10 clips of s.d. √8.25 characters in half a minute, in percentiles.
-    half = 1.96 * 2 * math.sqrt(8.25 / 10)
+    # The mean of 10 clips of variance 8.25 · 10/9 characters in half a minute, by Student's t.
+    half = 2.262 * 2 * math.sqrt(8.25 / 9)
     assert white["low"] == pytest.approx(9 - half, abs=0.5)
     assert white["high"] == pytest.approx(9 + half, abs=0.5)
     assert (white["clips"], white["clips_with_text"]) == (10, 9)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -178,3 +179,33 @@ def test_the_command_reads_files_folders_and_standard_input(transcribe, tmp_path
     bad.write_bytes(b"no")
     code, printed = transcribe(bad, folder / "b.flac", "--quiet")
     assert code == 1 and "b.flac" in printed and "bad.wav" not in printed
+
+
+def test_the_command_takes_the_models_beam_and_names_what_was_cut(
+    recognizer, monkeypatch, command, tmp_path
+):
+    widths = []
+
+    def decode(_model, batch, tokenizer, config):
+        widths.append(config.beam)
+        return [
+            Hypothesis(key, (65,), "A", -1.0, (0.0,), finished=seconds < 3)
+            for key, seconds in zip(batch.keys, batch.durations, strict=True)
+        ]
+
+    monkeypatch.setattr("dsasr.inference.recognizer.decode", decode)
+    wide = replace(recognizer, decode=DecodeConfig(beam=7))
+    monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder: wide)
+    audio = write(tmp_path / "a.wav", 2.0, 4.0, 5.0)
+    done = command("transcribe", "model", audio, "--quiet", "--format", "jsonl")
+    assert done.returncode == 0 and set(widths) == {7}
+    row = json.loads(done.stdout)
+    assert row["finished"] is False
+    assert [s["finished"] for s in row["segments"]] == [True, False, False]
+    assert f"cut at the token limit, and perhaps not complete: {audio}, 2." in done.stderr
+    assert " and 1 more" in done.stderr and "tokens_per_second" in done.stderr
+    widths.clear()
+    short = write(tmp_path / "b.wav", 1.0)
+    done = command("transcribe", "model", short, "--quiet", "--beam", 2)
+    assert set(widths) == {2} and "cut" not in done.stderr
+    assert command("transcribe", "model", short, "--beam", -1).returncode == 2

@@ -180,6 +180,50 @@ def test_the_loss_is_made_of_its_sums(ctc_model):
     assert not any(total.requires_grad for total, _ in outputs.sums.values())
 
 
+def test_the_consistency_rises_over_the_warm_up(ctc_model):
+    batch = make_batch()
+    full = ctc_model(batch)
+    term = 0.2 * float(full.sums["consistency"][0]) / (float(full.sums["ctc"][1]) / 2)
+    shares = {}
+    for step in (0, 5, 10, 99):
+        ctc_model.warm_up(step, 10)
+        shares[step] = ctc_model.consistency_share
+        loss = full.loss.item() - (1 - shares[step]) * term
+        assert ctc_model(batch).loss.item() == pytest.approx(loss, rel=1e-5)
+    assert shares == {0: 0.0, 5: 0.5, 10: 1.0, 99: 1.0}
+    ctc_model.cfg = CtcModelConfig(consistency_warmup=2000)
+    ctc_model.warm_up(500, 10)
+    assert ctc_model.consistency_share == 0.25
+    for cfg, stage_warmup in ((CtcModelConfig(consistency_warmup=0), 10), (CtcModelConfig(), 0)):
+        ctc_model.cfg = cfg
+        ctc_model.warm_up(0, stage_warmup)
+        assert ctc_model.consistency_share == 1.0
+
+
+def test_the_two_views_have_more_time_masks(monkeypatch, ctc_model):
+    masks = []
+
+    def spec_augment(features, _lengths, cfg, _generator):
+        masks.append((cfg.time_masks, cfg.freq_masks))
+        return features
+
+    monkeypatch.setattr("dsasr.model.ctc_model.spec_augment", spec_augment)
+    ctc_model(make_batch())
+    assert masks == [(5, 2)] * 2  # 2.5 times the two of one view
+    masks.clear()
+    ctc_model.cfg = CtcModelConfig(consistency=0.0)
+    ctc_model(make_batch())
+    assert masks == [(2, 2)]
+
+
+def test_the_masks_are_icefalls():
+    # Of an utterance of 10 s its time masks cover up to 15% of the frames, of CR-CTC's views 37.5%.
+    cfg = CtcModelConfig()
+    most = min(cfg.spec.time_width, int(1000 * cfg.spec.time_share))
+    assert cfg.spec.time_masks * most == 150
+    assert int(cfg.time_mask_ratio * cfg.spec.time_masks) * most == 375
+
+
 def test_plain_ctc_takes_one_view(ctc_model):
     ctc_model.cfg = CtcModelConfig(consistency=0.0, chunks=None)
     outputs = ctc_model(make_batch())

@@ -97,7 +97,7 @@ def test_pretraining_waits_for_nothing(monkeypatch, utterances, consistency):
     chunks, spec = CHUNKS, SpecAugmentConfig()
     with torch.device("meta"):
         encoder = Encoder(EncoderConfig(**ENCODER, activation_checkpointing=True))
-        model = CtcModel(encoder, 9, CtcModelConfig(consistency, spec, chunks))
+        model = CtcModel(encoder, 9, CtcModelConfig(consistency, spec=spec, chunks=chunks))
     copies = step(model, batch(utterances))
     assert copies.copies and not copies.blocking
 

@@ -137,7 +137,11 @@ def baselines(results: Sequence[Result]) -> str:
         shuffled = sorted({getattr(r["before"], key).shuffled for r in controlled})
         random = sorted({r["random"].value(key) for r in controlled})
         shuffled, random = ranged(shuffled, digits), ranged(random, digits)
-        texts.append(f"{key.upper()} {shuffled} with shuffled labels, {random} of a random encoder")
+        text = f"{key.upper()} {shuffled} with shuffled labels, {random} of a random encoder"
+        alone = [getattr(r["before"], key).phoneme_only for r in results]
+        if alone := sorted({x for x in alone if math.isfinite(x)}):
+            text += f", {ranged(alone, digits)} of phonemes alone"
+        texts.append(text)
     return f"Controls, nats/frame: {'; '.join(texts)}."
 
 

@@ -31,14 +31,16 @@ MUSIC_RANGE = (110.0, 24)  # lowest root in Hz, number of roots above it in semi
 class SpecAugmentConfig:
     """Masks of SpecAugment (Park et al. 2019, arXiv 1904.08779), drawn per utterance.
 
-    Each time mask is at most ``time_width`` frames and ``time_share`` of the utterance wide.
+    Each time mask is at most ``time_width`` frames and ``time_share`` of the utterance wide. The
+    defaults mask as much as icefall's: frequency masks of up to 27 bins, time masks of up to 100
+    frames, and up to 15% of an utterance's frames over all time masks.
     """
 
     freq_masks: Annotated[int, Range(0, 1000)] = 2  # number of frequency masks
     freq_width: NonNegativeInt = 27  # widest frequency mask, in Mel bins
     time_masks: Annotated[int, Range(0, 1000)] = 2  # number of time masks
-    time_width: NonNegativeInt = 40  # widest time mask, in feature frames (10 ms)
-    time_share: Share = 0.1  # widest time mask, as a share of the utterance
+    time_width: NonNegativeInt = 100  # widest time mask, in feature frames (10 ms)
+    time_share: Share = 0.075  # widest time mask, as a share of the utterance
 
     def __post_init__(self) -> None:
         ranges.check(self)

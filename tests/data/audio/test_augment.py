@@ -207,7 +207,9 @@ def test_masks_are_rows_and_columns_within_bounds(lengths, cfg, seed):
 
 
 def test_masks_are_uniform_and_different_for_each_utterance():
-    cfg = SpecAugmentConfig(freq_masks=1, freq_width=27, time_masks=1, time_width=40)
+    cfg = SpecAugmentConfig(
+        freq_masks=1, freq_width=27, time_masks=1, time_width=40, time_share=0.1
+    )
     features = torch.ones(4000, 300, 80)
     hit = spec_augment(features, torch.full((4000,), 300), cfg, generator()) == 0
     columns, rows = hit.all(1), hit.all(2)
