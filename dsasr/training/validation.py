@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +18,10 @@ from dsasr.build import Builder
 from dsasr.data.dataloader.bad_samples import dropped_summary
 from dsasr.data.shards.index import DroppedSample
 from dsasr.engine.branch_engine import BranchEngine
+from dsasr.evaluation.error_rate import interval_ends
 from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
-from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate
+from dsasr.evaluation.mean_outputs import mean_outputs
+from dsasr.evaluation.results import Result
 from dsasr.evaluation.suite import build_suite
 from dsasr.evaluation.transcribe import transcribe, transcribe_clips
 from dsasr.model.speech_llm import SpeechLLM
@@ -45,6 +49,7 @@ class Validation:
         self.best: float | None = None
         self._evaluations = 0  # of this process
         self._last: tuple[int, float] = (-1, 0.0)  # steps of the newest evaluation, its score
+        self._heard: tuple[str, ...] = ()  # keys of the recordings last written to TensorBoard
 
     def evaluate(
         self,
@@ -55,7 +60,7 @@ class Validation:
     ) -> None:
         """Write the `error_rates` of ``branch`` after ``steps`` steps to metrics and log."""
         started = time.monotonic()
-        stage, rates, samples, bad, failure = branch.stage.name, {}, "", [], None
+        stage, rates, samples, bad, failure = branch.stage.name, {}, [], [], None
         try:
             rates, samples, bad = error_rates(self.recipe, self.build, branch, utterances, progress)
         except Exception as error:  # decoding runs the model: out of memory and much else
@@ -65,13 +70,35 @@ class Validation:
         self._name_bad_samples(bad, stage, steps)
         head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
         self.monitor.scalars(head, rates | {"evaluation_seconds": time.monotonic() - started})
-        if samples:
-            self.monitor.text(f"valid_{stage}", samples, steps)
+        if samples and self.monitor.has_board:
+            self._show(samples, steps)
         self.monitor.event("evaluated", stage=stage, steps=steps, **rates)
         score = rates.get(self.recipe.checkpoint.best)
         if score is not None and math.isfinite(score):
             self._last = (steps, score)
             self.best = score if self.best is None else min(score, self.best)
+
+    def _show(self, samples: list[Result], steps: int) -> None:
+        """Write transcripts beside their references to TensorBoard, and their sound where it is not
+        that of the evaluation before."""
+        self.monitor.text("sft", "valid/transcripts", _markdown(samples), steps)
+        keys = tuple(result.key for result in samples)
+        if keys == self._heard:
+            return
+        self._heard = keys
+        with contextlib.suppress(UserError, OSError):  # what cannot be read again stops no run
+            recordings, _ = read_recordings(
+                _shards(self.recipe),
+                rate=self.build.front_end.rate,
+                source=self.recipe.data.dataloader.source,
+                max_seconds=longest_seconds(self.build.front_end),
+                keys=keys,
+            )
+            waves = {recording.key: recording.wave for recording in recordings}
+            for number, key in enumerate(keys, 1):
+                if key in waves:
+                    name, rate = f"valid/audio_{number}", self.build.front_end.rate
+                    self.monitor.audio("sft", name, waves[key], rate, steps)
 
     def _failed(self, failure: Exception | None, stage: str, steps: int) -> bool:
         """Whether an evaluation has failed: an event says why, and training goes on; collective.
@@ -125,13 +152,15 @@ def error_rates(
     branch: BranchEngine,
     utterances: int,
     progress: Callable[[list], Iterable] = iter,
-) -> tuple[dict[str, float], str, list[DroppedSample]]:
-    """Rates by name over all ranks, some references beside their transcripts, and the samples
-    that could not be read; collective.
+) -> tuple[dict[str, float], list[Result], list[DroppedSample]]:
+    """Rates by name over all ranks, some of the transcripts, and the samples that could not be
+    read; collective.
 
     The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
-    its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples that could
-    not be read, if any. ``progress`` wraps the batches. Raises `UserError` where none could.
+    its transcripts, with the ends of their intervals (`interval_ends`). "loss" is the mean CTC loss
+    a phoneme, or the mean NLL a token of the references. ``utterances`` limits the set (0: all).
+    "left_out" counts samples that could not be read, if any. ``progress`` wraps the batches. Raises
+    `UserError` where none could.
     """
     batches = build.validation_batches(branch.name, utterances)
     own = [row for batch in batches for row in batch.bad]
@@ -141,15 +170,12 @@ def error_rates(
         causes = dropped_summary(Counter(cause for cause, *_ in bad), last)
         raise UserError(f"the validation set has no usable sample{causes}")
     left_out = {"left_out": float(len(bad))} if bad else {}
+    means = partial(mean_outputs, device=distributed.device(), sum_ranks=distributed.all_reduce_sum)
     with branch.evaluating() as module:
         if branch.name == "pretrain":
-            rate = phoneme_error_rate(
-                module,
-                progress(batches),
-                device=distributed.device(),
-                sum_ranks=distributed.all_reduce_sum,
-            )
-            return {"phoneme_error_rate": rate} | left_out, "", bad
+            errors, loss = means(module, progress(batches), ("phoneme_errors", "ctc"))
+            return {"phoneme_error_rate": errors, "loss": loss} | left_out, [], bad
+        (loss,) = means(module, batches, ("nll",))
         results = transcribe(
             module,
             progress(batches),
@@ -160,11 +186,31 @@ def error_rates(
             gather=distributed.all_gather_object,
         )
         hallucinations = _hallucination_rates(recipe, build, module)
-    rates = results.scores(rules=recipe.evaluation.rules).summary()
+    scores = results.scores(rules=recipe.evaluation.rules)
+    rates = {"loss": loss} | scores.summary() | interval_ends(scores)
     count = recipe.evaluation.samples
     rows = results.rows[:: max(len(results.rows) // max(count, 1), 1)][:count]
-    samples = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
-    return rates | hallucinations | left_out, samples, bad
+    return rates | hallucinations | left_out, rows, bad
+
+
+def _markdown(samples: list[Result]) -> str:
+    """A table of references and transcripts, numbered like their sounds."""
+    rows = [
+        "| " + " | ".join(_plain(cell) for cell in (str(i), r.key, r.reference or "", r.hypothesis))
+        for i, r in enumerate(samples, 1)
+    ]
+    return "\n".join(["| audio | key | reference | transcript |", "|---|---|---|---|", *rows])
+
+
+def _plain(text: str) -> str:
+    """``text`` as a cell of a Markdown table shows it."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", " ".join(text.split()))
+
+
+def _shards(recipe: Recipe) -> list[str]:
+    """The shards of the validation set."""
+    named = [d.shards for d in recipe.data.valid]
+    return [s for shards in named for s in ([shards] if isinstance(shards, str) else shards)]
 
 
 def _where(error: BaseException) -> str:
@@ -182,7 +228,7 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
     if not evaluation.suite_utterances or not data.valid:
         return {}
     recordings, _ = read_recordings(
-        [s for d in data.valid for s in ([d.shards] if isinstance(d.shards, str) else d.shards)],
+        _shards(recipe),
         rate=build.front_end.rate,
         text=data.text,
         source=data.dataloader.source,
