@@ -51,7 +51,8 @@ else
 fi
 
 step "evaluation: unseen sentences by unseen voices"
-dsasr evaluate "$run" --data "$corpus/shards/test" --report
+# With a small suite: a few utterances in noise and cut off, and sounds without speech.
+dsasr evaluate "$run" --data "$corpus/shards/test" --suite --suite-utterances 12 --clips 2 --report
 dsasr report "$run"
 echo
 echo "Run folder:     $run   (report.json, metrics.jsonl, timeline.png, checkpoints, snapshots)"

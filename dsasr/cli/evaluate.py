@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 
 from dsasr.cli.arguments import command_parser
+from dsasr.tracking.run_log import CLIPS, TRANSCRIPTS
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.masking import mask
 from dsasr.utils.progress import Bar
-
-TRANSCRIPTS = "transcripts.jsonl"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,6 +41,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="also synthetic non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
     )  # fmt: skip
     parser.add_argument(
+        "--suite-utterances", type=int, default=0, metavar="N",
+        help="of the suite in noise and truncated, spread over the set (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--rules", help="normalization: standard, plain (digit strings), or the path of a Whisper "
         "checkpoint's normalizer.json (default: the recipe's)",
     )  # fmt: skip
@@ -52,7 +55,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="write all transcripts as JSON lines")
     parser.add_argument(
-        "--report", action="store_true", help=f"write RUN/report.json and RUN/{TRANSCRIPTS}"
+        "--report",
+        action="store_true",
+        help=f"write RUN/report.json, RUN/{TRANSCRIPTS} and "
+        "sounds of the worst ones, for dsasr report",
     )
     parser.add_argument(
         "--is-finished", action="store_true", help="exit with 0 if the run is trained, else with 1"
@@ -70,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from dsasr.evaluation import results_text
+    from dsasr.evaluation import error_analysis, results_text
     from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
     from dsasr.evaluation.normalize import check_rules
     from dsasr.evaluation.results import compare, read_results
@@ -78,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.inference.model_from_run import RunModel
     from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
+    from dsasr.utils.environment import environment
 
     if args.is_finished:
         return 0 if is_finished(args.run) else 1
@@ -101,9 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if left_out:
         longest = longest_seconds(run.build.front_end)
         print(f"left out: {dict(left_out)} (too_long: more than {longest:g} s)")
-    config = replace(SuiteConfig(), clips=args.clips) if args.suite else RECORDINGS_ONLY
+    config = RECORDINGS_ONLY
+    if args.suite:
+        config = replace(SuiteConfig(), clips=args.clips)
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
-    results = run.transcribe(recordings, config, beam=args.beam, progress=bar)
+    results = run.transcribe(
+        recordings, config, beam=args.beam, suite_utterances=args.suite_utterances, progress=bar
+    )
     summary = results.summary(rules)
     for line in results_text.format_results(results, summary, args.pairs):
         print(line)
@@ -119,6 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         atomic_write(args.out, results.to_json_lines())
     if args.report:
         atomic_write(args.run / TRANSCRIPTS, results.to_json_lines())
+        rows = error_analysis.worst(results, rules)
+        rate = run.build.front_end.rate
+        waves = {recording.key: recording.wave for recording in recordings}
+        summary["clips"] = error_analysis.write_clips(args.run / CLIPS, rows, waves, rate)
+        summary["evaluated"] = environment() | {
+            "checkpoint": run.checkpoint.name,
+            "recordings": len(recordings),
+            "left_out": dict(left_out),
+            "rules": rules,
+        }
         write_report(args, summary)
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary

@@ -55,17 +55,21 @@ class RunModel:
         config: SuiteConfig = RECORDINGS_ONLY,
         *,
         beam: int = 0,
+        suite_utterances: int = 0,
         progress: Callable[[Iterable], Iterable] = lambda items: items,
     ) -> Results:
         """Transcribe the suite that ``config`` makes of ``recordings``.
 
-        ``beam`` is the beam width (0: the recipe's); ``progress`` wraps the batches.
+        ``beam`` is the beam width (0: the recipe's); ``suite_utterances``: those of `build_suite`;
+        ``progress`` wraps the batches.
         """
         recipe = self.build.recipe
         decode = recipe.evaluation.decode
         return transcribe_clips(
             self.model,
-            build_suite(recordings, config, rate=self.build.front_end.rate),
+            build_suite(
+                recordings, config, rate=self.build.front_end.rate, utterances=suite_utterances
+            ),
             self.build.tokenizer,
             replace(decode, beam=beam) if beam else decode,
             front_end=self.build.front_end,

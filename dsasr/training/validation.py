@@ -247,5 +247,5 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
         any_rank=distributed.any_rank,
         gather=distributed.all_gather_object,
     )
-    totals = results.hallucinations().summary()
+    totals = results.hallucinations().summary() | {"utterances": float(len(recordings))}
     return {f"hallucination/{name}": value for name, value in totals.items()}
