@@ -52,9 +52,10 @@ SYSTEMS = (
     "Small print: 95% intervals over utterances or clips (bootstrap; of shares of utterances "
     f"Wilson's), none for fewer than {FEWEST_FOR_INTERVAL}; one run each, so that they do not "
     "cover other seeds. WER counts words, CER characters, MER words and characters of "
-    "code-switched speech; all: every language in its own unit; dB: signal-to-noise ratio. Hallucinated: "
-    "utterances with text that was not spoken; noisy: at any ratio. Non-speech: characters written "
-    "a minute of noise, music and silence. Audio: the training audio, counted each time it is used."
+    "code-switched speech; all: every language in its own unit; dB: signal-to-noise ratio. "
+    "Hallucinated: utterances with text that was not spoken; noisy: at any ratio. Non-speech: "
+    "characters written a minute of noise, music and silence. Audio: the training audio, counted "
+    "each time it is used."
 )
 
 
