@@ -145,16 +145,20 @@ def _loss(run: RunData) -> str:
 
 # Events that a reader has to know of, in words.
 _PROBLEMS = {
-    "refused": "encoders refused",
-    "evaluation_failed": "evaluations failed",
-    "checkpoint_failed": "checkpoints not saved",
-    "publisher_lost": "times without the publisher",
+    "refused": "encoder{} refused",
+    "evaluation_failed": "evaluation{} failed",
+    "checkpoint_failed": "checkpoint{} not saved",
+    "publisher_lost": "wait{} for a publisher that was lost",
 }
 
 
 def _problems(run: RunData) -> str:
     counts = Counter(e["event"] for e in run.events)
-    parts = [f"{counts[kind]} {words}" for kind, words in _PROBLEMS.items() if counts[kind]]
+    parts = [
+        f"{counts[kind]} {words.format('s' * (counts[kind] != 1))}"
+        for kind, words in _PROBLEMS.items()
+        if counts[kind]
+    ]
     dropped = [e for e in run.events if e["event"] == "bad_samples"]
     if dropped:
         causes = {

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from dsasr.entropy_allocation.allocation_row import Estimate
-from dsasr.reporting import figures
+from dsasr.reporting import course_figures, figures
 
 
 def test_many_runs_have_one_key_and_no_overlapping_names(made, tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_what_was_cut_left_out_or_dropped_is_counted(made):
         "1 of 3 transcripts cut by the token limit and 3 recordings left out (too_long 2, " in told
     )
     assert "the most frequent: “too” for “two”, 3 times" in told
-    assert "Problems: 1 encoders refused and 4 training samples dropped (too_long 4)." in told
+    assert "Problems: 1 encoder refused and 4 training samples dropped (too_long 4)." in told
     clean = made.run(suite=made.suite() | {"evaluated": {"left_out": {}}})
     assert "No transcript was cut, no recording left out." in said(clean)
 

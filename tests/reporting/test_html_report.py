@@ -103,7 +103,7 @@ def test_the_worst_transcripts_are_shown_with_their_sound(made, tmp_path):
     sounds = [x for x in Page(text).fetched if x.startswith("data:audio")]
     assert sounds == ["data:audio/flac;base64," + base64.b64encode(b"fLaC\0").decode()]
     shown = " ".join(" ".join(Page(text).text).split())
-    assert "1 errors in 2 units · a/1 · en · ann · 2.0 s" in shown
+    assert "1 error in 2 units · a/1 · en · ann · 2.0 s" in shown
     assert "cut by the token limit" in shown
 
 

@@ -80,5 +80,5 @@ def test_confusions_are_ordered_by_how_often(made):
     rows = [result(str(i), "one two", "one too") for i in range(3)]
     rows.append(result("x", "one two", "one two four"))
     table = tables.confusion_table(made.run(transcripts=Results(rows)), "standard")
-    assert table.rows == [["two", "too", 3], ["–", "four", 1]] or table.rows[0][2] == 3
+    assert table.rows == [["two", "too", 3], ["–", "four", 1]]
     assert tables.confusion_table(made.run(), "standard") is None
