@@ -68,6 +68,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--data is needed")
     if args.checkpoint and args.report:
         parser.error("--report is for the end of the run: with --checkpoint use --out")
+    if args.suite_utterances < 0 or (args.suite_utterances and not args.suite):
+        parser.error("--suite-utterances: give a number above 0, and --suite")
     return args
 
 

@@ -68,7 +68,7 @@ class RunData:
     def seed(self) -> int | None:
         """The recipe's; None where the recipe was not read."""
         for text in self.recipes.values():
-            return yaml.safe_load(text).get("seed")
+            return (yaml.safe_load(text) or {}).get("seed")
         return None
 
     @property

@@ -50,7 +50,7 @@ def test_the_validation_loss_is_told_with_its_lowest(made):
 
 def test_what_was_cut_left_out_or_dropped_is_counted(made):
     rows = [
-        Result(str(i), "clean", "en", "one two", "one too", 2.0, 0.1, finished=i > 0)
+        Result(str(i), "clean", "en", "red green", "red grin", 2.0, 0.1, finished=i > 0)
         for i in range(3)
     ]
     evaluated = {"left_out": {"too_long": 2, "decode": 1}}
@@ -63,7 +63,7 @@ def test_what_was_cut_left_out_or_dropped_is_counted(made):
     assert (
         "1 of 3 transcripts cut by the token limit and 3 recordings left out (too_long 2, " in told
     )
-    assert "the most frequent: “too” for “two”, 3 times" in told
+    assert "the most frequent: “grin” for “green”, 3 times" in told
     assert "Problems: 1 encoder refused and 4 training samples dropped (too_long 4)." in told
     clean = made.run(suite=made.suite() | {"evaluated": {"left_out": {}}})
     assert "No transcript was cut, no recording left out." in said(clean)

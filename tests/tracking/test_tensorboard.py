@@ -128,6 +128,9 @@ def test_what_follows_the_checkpoint_resumed_from_is_hidden(tmp_path):
     for steps in (5, 10, 15):
         board.line({**head, "steps": steps, "step": steps}, {"nll": 9.0})
     board.close()
+    # Files are read by name, which begins with the second of their start.
+    [first] = (tmp_path / "sft").iterdir()
+    first.rename(first.with_name("events.out.tfevents.0000000001"))
     board = TensorBoard(tmp_path, STAGES, from_steps=10)
     board.line({**head, "steps": 15, "step": 15}, {"nll": 1.0})
     board.close()

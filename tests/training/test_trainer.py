@@ -19,7 +19,7 @@ from dsasr.training.trainer import Trainer
 from dsasr.utils.errors import UserError
 
 TIMES = ("seconds", "audio_hours_per_hour", "wait_share", "step_seconds", "queue_depth")
-TIMES += ("drift_seconds", "drift_share", "swap_seconds", "evaluation_seconds")
+TIMES += ("drift_seconds", "drift_share", "swap_seconds", "evaluation_seconds", "memory_bytes")
 
 
 def trace(folder: Path) -> list[dict]:
