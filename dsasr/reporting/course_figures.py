@@ -10,7 +10,7 @@ from dsasr.evaluation.error_rate import FEWEST_FOR_INTERVAL
 from dsasr.evaluation.hallucination import wilson
 from dsasr.reporting.figures import METRICS, colors, estimate_of, key_above, new, save, time_unit
 from dsasr.reporting.run_data import Row, RunData
-from dsasr.tracking.timeline_plot import COLORS, plot_logs
+from dsasr.tracking.timeline_plot import COLORS, log_axis, plot_logs
 
 
 def timeline(run: RunData, path: Path) -> Path | None:
@@ -49,11 +49,12 @@ def health(runs: Sequence[RunData], path: Path) -> Path | None:
             mark_joint(axis, run, unit, color)
         axis.set_ylabel(label, fontsize=9)
         if key == "grad_norm":
-            axis.set_yscale("log")
+            log_axis(axis)
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     branches = ("pretrain branch", {"ls": "-"}), ("sft branch", {"ls": "--"})
     key_above(figure, runs, branches)
+    axes[-1][0].set_xlim(0, 1.03 * max(run.train_seconds for run in runs) / unit)
     axes[-1][0].set_xlabel(f"training time, {word}")
     return save(figure, path)
 

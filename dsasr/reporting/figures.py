@@ -76,13 +76,18 @@ def key_above(
     names = [(r.name, {"color": c}) for r, c in zip(runs, colors(runs), strict=True)]
     rows = [*(names if len(runs) > 1 else ()), *styles]
     plain = MUTE if len(runs) > 1 else COLORS[0]
-    if any(run.joint_stage for run in runs):
+    if any(e["event"] == "stage" and e["name"] == run.joint_stage
+           for run in runs for e in run.events):  # fmt: skip
         rows.append(("joint training begins", {"ls": ":", "lw": 0.9}))
     lines = [
         Line2D([], [], label=name, **{"color": plain, "lw": 1.3, **style}) for name, style in rows
     ]
     figure.legend(
-        handles=lines, loc="outside upper left", ncols=min(len(lines), 5), fontsize=8, frameon=False
+        handles=lines,
+        loc="outside upper left",
+        ncols=min(len(lines), 5, int(figure.get_figwidth() / 1.7)),
+        fontsize=8,
+        frameon=False,
     )
 
 

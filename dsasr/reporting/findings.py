@@ -9,13 +9,13 @@ from typing import Any
 from dsasr.evaluation.error_analysis import confusions
 from dsasr.evaluation.error_rate import FEWEST_FOR_INTERVAL
 from dsasr.reporting.run_data import Row, RunData, audio_hours
-from dsasr.reporting.tables import NONE, RATES, shown_condition
+from dsasr.reporting.tables import NONE, RATES, same_utterances, shown_condition
 from dsasr.tracking.console import clock
 
 
 def sentences(run: RunData, rules: str) -> list[str]:
     """What is to be known of a run, the most important first."""
-    found = [_errors(run), _noise(run), _hallucinations(run), _kinds_of_error(run, rules)]
+    found = [_errors(run), _noise(run, rules), _hallucinations(run), _kinds_of_error(run, rules)]
     found += [_left_out(run), _training(run), _loss(run), _problems(run)]
     return [sentence for sentence in found if sentence]
 
@@ -44,18 +44,21 @@ def _joined(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _noise(run: RunData) -> str:
-    conditions = run.suite.get("conditions", {})
-    snrs = [name for name in conditions if name.startswith("snr")]
-    clean = conditions.get("clean", {}).get("rate")
-    if not snrs or clean is None:
+def _noise(run: RunData, rules: str) -> str:
+    """The noise with the highest error rate, beside the same utterances without it."""
+    rates = {name: row.get("rate") for name, row in run.suite.get("conditions", {}).items()}
+    noisy = {name: rate for name, rate in rates.items() if name.startswith("snr") and rate}
+    if not noisy:
         return ""
-    worst = max(snrs, key=lambda name: conditions[name].get("rate") or 0.0)
-    noisy = conditions[worst].get("rate")
-    if noisy is None:
-        return ""
-    name = shown_condition(worst)
-    return f"In noise of {name} the error rate is {100 * noisy:.1f}%, without {100 * clean:.1f}%."
+    worst = max(noisy, key=noisy.__getitem__)
+    same = same_utterances(run.transcripts, [worst]).scores(rules=rules)
+    clean = same.rate if len(same) else rates.get("clean")
+    count = run.suite["conditions"][worst]["utterances"]
+    compared = "" if clean is None else f", without {100 * clean:.1f}%"
+    return (
+        f"At {shown_condition(worst)} of noise the error rate is {100 * noisy[worst]:.1f}%"
+        f"{compared}, over {count:,} utterances."
+    )
 
 
 def _hallucinations(run: RunData) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from dsasr.evaluation.error_analysis import by_group, confusions, duration_group
 from dsasr.evaluation.error_rate import FEWEST_FOR_INTERVAL, Scores
 from dsasr.evaluation.hallucination import wilson
+from dsasr.evaluation.results import Results
 from dsasr.reporting.run_data import Row, RunData, audio_hours
 from dsasr.tracking.console import clock
 
@@ -197,10 +198,12 @@ def errors_by_group(run: RunData, rules: str) -> list[Table]:
     by_lang = by_group(results, lambda row: row.lang, rules)
     by_duration = by_group(results, duration_group, rules)
     by_speaker = by_group(results, lambda row: row.speaker, rules)
+    noisy = [name for name in results.conditions() if name.startswith("snr")]
+    compared = same_utterances(results, noisy)
     by_noise = {
-        shown_condition(condition): scores
-        for condition in results.conditions()
-        if len(scores := results.scores(condition, rules))
+        shown_condition(name): scores
+        for name in ("clean", *noisy)
+        if len(scores := compared.scores(name, rules))
     }
     worst_speakers = sorted(by_speaker, key=lambda name: -by_speaker[name].rate)[:SPEAKERS]
     durations = sorted(by_duration, key=lambda name: int(name.split()[0]))
@@ -215,6 +218,13 @@ def errors_by_group(run: RunData, rules: str) -> list[Table]:
         if len(groups) > 1:
             tables.append(_group_table(title, name, groups, note))
     return tables
+
+
+def same_utterances(results: Results, conditions: Sequence[str]) -> Results:
+    """The rows under ``conditions``, and those of the same recordings as they are."""
+    keys = {row.key for row in results.rows if row.condition in conditions}
+    wanted = ("clean", *conditions)
+    return Results([r for r in results.rows if r.key in keys and r.condition in wanted])
 
 
 def _group_table(title: str, name: str, groups: dict[str, Scores], note: str) -> Table:

@@ -175,16 +175,20 @@ def _draw_losses(axis, losses, held_out) -> None:
             axis.plot(*zip(*points, strict=True), color=COLORS[number], lw=0.9, ls="--",
                       marker="o", ms=4, mfc="white", label=f"{name}, validation")  # fmt: skip
     axis.set_ylabel("loss, nats")
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leading(value) in "25" else "")
-    axis.tick_params(axis="y", which="minor", labelsize=8)
+    log_axis(axis)
     axis.legend(fontsize=8, frameon=False)
 
 
-def _leading(value: float) -> str:
-    """The first digit of a number."""
-    return f"{value:e}"[0]
+def log_axis(axis) -> None:
+    """A logarithmic y axis with plain numbers; few between the powers of ten where many are."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    shown = "12345678" if high < 5 * low else "1235" if high < 50 * low else "1"
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(
+        lambda value, _: f"{value:.3g}" if f"{value:.0e}"[0] in shown else ""
+    )
+    axis.tick_params(axis="y", which="minor", labelsize=8)
 
 
 Curve = tuple[str, list[int], list[float]]  # label, run steps, values

@@ -24,7 +24,7 @@ def test_noise_hallucinations_and_training_are_told(made):
     report["hallucination"]["nonspeech"] = {"all": {"clips": 40.0, "clips_with_text": 3}}
     told = said(made.run(suite=report))
     for sentence in (
-        "In noise of 5\u00a0dB the error rate is 50.0%, without 10.0%.",
+        "At 5\u00a0dB of noise the error rate is 50.0%, without 10.0%, over 30 utterances.",
         "Text that was not spoken: in 1 of 100 utterances and 9 of 100 noisy ones, and in 3 of 40 "
         "clips without speech.",
         "100% of the 1 errors are substitutions.",
