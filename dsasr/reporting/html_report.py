@@ -82,7 +82,8 @@ CAPTIONS = {
     "Gradients": "Of each log interval. The norm is that of all gradients, before clipping; memory "
     "is the largest of any rank: on a GPU its peak, on a CPU what the process holds.",
     "Drift": "CKA of encoder frames on a fixed set of utterances: 1 where the representation has "
-    "not moved. While pretraining, at each measurement below the threshold an encoder is published.",
+    "not moved. While pretraining, an encoder is published at each measurement below the "
+    "threshold.",
     "Entropy over": "Encoder frames of held-out utterances. Low NSE: few directions carry the "
     "variance. PAI: what a linear probe learns about phonemes; CSAI: about words, beyond the "
     "phonemes around. Below zero: the probe is worse than none. Bands: 95% bootstrap intervals "
