@@ -56,7 +56,7 @@ dsasr evaluate "$run" --data "$corpus/shards/test" --suite --suite-utterances 12
 dsasr report "$run"
 echo
 echo "Run folder:     $run   (report.json, metrics.jsonl, timeline.png, checkpoints, snapshots)"
-echo "Look at it:     $run/report/index.html   (who resolves what, drift, errors over time)"
+echo "Look at it:     $run/report/index.html   (what was found, worst transcripts with sound, training)"
 echo "Watch it:       tensorboard --logdir $run/tensorboard"
 echo "Train it again, your way:"
 echo "  ${command[*]/run=$run/run=runs/mine} key=value …"
