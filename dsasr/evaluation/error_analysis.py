@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from dsasr.evaluation.error_rate import EditCounts, Scores, count_edits, score
+from dsasr.evaluation.error_rate import EditCounts, Scores
 from dsasr.evaluation.normalize import units
 from dsasr.evaluation.results import Result, Results
 from dsasr.evaluation.suite import CLEAN
@@ -50,7 +51,7 @@ def differences(
     reference: str, hypothesis: str, lang: str, rules: str = "standard"
 ) -> list[Difference]:
     """A minimal edit of the reference's units into the transcript's."""
-    ref, hyp = units(reference, lang, rules), units(hypothesis, lang, rules)
+    ref, hyp = _units(reference, lang, rules), _units(hypothesis, lang, rules)
     rows = []
     for code in Levenshtein.opcodes(ref, hyp):
         left = ref[code.src_start : code.src_end]
@@ -61,6 +62,12 @@ def differences(
     return rows
 
 
+@lru_cache(maxsize=1 << 16)
+def _units(text: str, lang: str, rules: str) -> tuple[str, ...]:
+    """`units`, kept: a report asks for the same ones several times."""
+    return tuple(units(text, lang, rules))
+
+
 def scored(results: Results) -> list[Result]:
     """The recordings as they are that have a reference."""
     return [row for row in results.rows if row.condition == CLEAN and row.reference]
@@ -69,9 +76,9 @@ def scored(results: Results) -> list[Result]:
 def worst(results: Results, rules: str = "standard", count: int = 12) -> list[WorstResult]:
     """The transcripts with the most errors, of equally many those with the higher rate first."""
     rows = []
-    for number, row in enumerate(scored(results)):
-        sides = [units(text, row.lang, rules) for text in (row.reference, row.hypothesis)]
-        counts = count_edits(*sides)
+    utterances = results.scores(rules=rules).utterances
+    for number, (row, score) in enumerate(zip(scored(results), utterances, strict=True)):
+        counts = score.units
         if counts.errors:
             rows.append((-counts.errors, -counts.rate, number, row, counts))
     return [
@@ -94,15 +101,14 @@ def confusions(
     return [(reference, written, times) for (reference, written), times in ranked[:count]]
 
 
-def by_group(
-    results: Results, group: Callable[[Result], str], rules: str = "standard"
-) -> dict[str, Scores]:
-    """Scores of the recordings in each group that ``group`` names; "" is in none."""
-    rows: dict[str, list[tuple[str, str, str, str]]] = {}
-    for row in scored(results):
+def by_group(results: Results, scores: Scores, group: Callable[[Result], str]) -> dict[str, Scores]:
+    """``scores`` of ``results`` as they are, split by the name that ``group`` gives; "" is in
+    none."""
+    groups: dict[str, Scores] = {}
+    for row, utterance in zip(scored(results), scores.utterances, strict=True):
         if name := group(row):
-            rows.setdefault(name, []).append((row.reference, row.hypothesis, row.lang, row.key))
-    return {name: score(of_group, rules) for name, of_group in rows.items()}
+            groups.setdefault(name, Scores(rules=scores.rules)).utterances.append(utterance)
+    return groups
 
 
 def duration_group(row: Result) -> str:

@@ -195,7 +195,7 @@ def _facts(run: RunData) -> dict[str, str]:
         "test set": _text(", ".join(data) if isinstance(data, list) else data),
         "utterances": _text(evaluated.get("recordings")),
         "checkpoint": _text(evaluated.get("checkpoint")),
-        "evaluated": _text(_time(evaluated.get("time", ""))),
+        "evaluated": _text(_time(evaluated.get("time") or "")),
         "recipe": _text(_recipe_line(run)),
         "seed": _text(run.seed),
         "commit": _text(" (training), ".join(commits) + " (evaluation)" * (len(commits) > 1)),

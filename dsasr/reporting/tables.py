@@ -195,9 +195,10 @@ def examples(runs: Sequence[RunData], limit: int = 12) -> Table | None:
 def errors_by_group(run: RunData, rules: str) -> list[Table]:
     """Error rates by language, noise, duration and speaker, each where there is more than one."""
     results, tables = run.transcripts, []
-    by_lang = by_group(results, lambda row: row.lang, rules)
-    by_duration = by_group(results, duration_group, rules)
-    by_speaker = by_group(results, lambda row: row.speaker, rules)
+    clean = results.scores(rules=rules)
+    by_lang = by_group(results, clean, lambda row: row.lang)
+    by_duration = by_group(results, clean, duration_group)
+    by_speaker = by_group(results, clean, lambda row: row.speaker)
     noisy = [name for name in results.conditions() if name.startswith("snr")]
     compared = same_utterances(results, noisy)
     by_noise = {
