@@ -61,7 +61,7 @@ def train(trainer: Trainer) -> None:
         engine = trainer.enter(turn.stage)  # no-op unless the stage or the branch changes
         if turn.load is not None and not trainer.swap_encoder(engine, turn.load):
             continue  # refused: an event says why
-        report = engine.step(trainer.next_batches(turn.stage), turn.step)
+        report = engine.step(trainer.next_batches(turn.stage), turn.step, trainer.histograms_every)
         trainer.advance(turn)
         if engine.name == "pretrain":
             cause, cka = trainer.check_drift()  # the same on all ranks

@@ -51,11 +51,12 @@ else
 fi
 
 step "evaluation: unseen sentences by unseen voices"
-dsasr evaluate "$run" --data "$corpus/shards/test" --report
+# With a small suite: a few utterances in noise and cut off, and sounds without speech.
+dsasr evaluate "$run" --data "$corpus/shards/test" --suite --suite-utterances 12 --clips 2 --report
 dsasr report "$run"
 echo
 echo "Run folder:     $run   (report.json, metrics.jsonl, timeline.png, checkpoints, snapshots)"
-echo "Look at it:     $run/report/index.html   (who resolves what, drift, errors over time)"
+echo "Look at it:     $run/report/index.html   (what was found, worst transcripts with sound, training)"
 echo "Watch it:       tensorboard --logdir $run/tensorboard"
 echo "Train it again, your way:"
 echo "  ${command[*]/run=$run/run=runs/mine} key=value …"

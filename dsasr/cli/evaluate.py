@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsasr.cli.arguments import add_overwrite, check_new, command_parser, count
+from dsasr.tracking.run_log import CLIPS, TRANSCRIPTS
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.masking import mask
@@ -25,8 +26,6 @@ from dsasr.utils.progress import Bar
 
 if TYPE_CHECKING:
     from dsasr.evaluation.results import Results
-
-TRANSCRIPTS = "transcripts.jsonl"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,6 +46,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="also synthetic non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
     )  # fmt: skip
     parser.add_argument(
+        "--suite-utterances", type=count, default=0, metavar="N",
+        help="of the suite in noise and truncated, spread over the set (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--rules", help="normalization: standard, plain (digit strings), or the path of a Whisper "
         "checkpoint's normalizer.json (default: the model's)",
     )  # fmt: skip
@@ -62,7 +65,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write all transcripts as JSON lines")
     add_overwrite(parser)
     parser.add_argument(
-        "--report", action="store_true", help=f"write RUN/report.json and RUN/{TRANSCRIPTS}"
+        "--report",
+        action="store_true",
+        help=f"write RUN/report.json, RUN/{TRANSCRIPTS} and "
+        "sounds of the worst ones, for dsasr report",
     )
     parser.add_argument(
         "--is-finished", action="store_true", help="exit with 0 if the run is trained, else with 1"
@@ -72,6 +78,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--data is needed")
     if args.checkpoint and args.report:
         parser.error("--report is for the end of the run: with --checkpoint use --out")
+    if args.suite_utterances < 0 or (args.suite_utterances and not args.suite):
+        parser.error("--suite-utterances: give a number above 0, and --suite")
     return args
 
 
@@ -80,13 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from dsasr.evaluation import results_text
+    from dsasr.evaluation import error_analysis, results_text
     from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
     from dsasr.evaluation.results import compare
     from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
     from dsasr.inference.evaluated_model import EvaluatedModel
     from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
+    from dsasr.utils.environment import environment
 
     if args.is_finished:
         return 0 if is_finished(args.run) else 1
@@ -105,9 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if left_out:
         print(f"left out: {dict(left_out)} (too_long: more than {longest:g} s)")
-    config = replace(SuiteConfig(), clips=args.clips) if args.suite else RECORDINGS_ONLY
+    config = RECORDINGS_ONLY
+    if args.suite:
+        config = replace(SuiteConfig(), clips=args.clips)
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
-    results = evaluated.transcribe(recordings, config, beam=args.beam, progress=bar)
+    results = evaluated.transcribe(
+        recordings, config, beam=args.beam, suite_utterances=args.suite_utterances, progress=bar
+    )
     summary = results.summary(rules)
     for line in results_text.format_results(results, summary, args.pairs):
         print(line)
@@ -121,7 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         atomic_write(args.out, results.to_json_lines())
     if args.report:
         atomic_write(args.run / TRANSCRIPTS, results.to_json_lines())
-        write_report(args, summary | {"beam": args.beam or recipe.evaluation.decode.beam})
+        rows = error_analysis.worst(results, rules)
+        waves = {recording.key: recording.wave for recording in recordings}
+        summary["clips"] = error_analysis.write_clips(
+            args.run / CLIPS, rows, waves, evaluated.front_end.rate
+        )
+        summary["evaluated"] = environment() | {
+            "checkpoint": evaluated.path.name,
+            "recordings": len(recordings),
+            "left_out": dict(left_out),
+            "rules": rules,
+        }
+        write_report(args, summary | {"beam": args.beam or evaluated.decode.beam})
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     from dsasr.reporting import html_report, run_data
-    from dsasr.tracking.monitor import add_images
+    from dsasr.tracking.tensorboard import add_images
 
     out = args.out or args.runs[0] / "report"
     runs = run_data.named(args.runs)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dsasr import recipe
     from dsasr.planning import timeline
-    from dsasr.tracking.timeline_plot import lr_curves, plot
+    from dsasr.tracking.timeline_plot import planned_lr_curves, plot
 
     cfg = recipe.load(args.recipe, args.overrides)
     schedule = cfg.schedule()
@@ -48,5 +48,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(timeline.format_events(events, accuracy))
     if args.plot:
         title = f"{args.recipe}: planned stages and encoder swaps"
-        plot(events, args.plot, title, lrs=lr_curves(schedule, events))
+        plot(events, args.plot, title, lrs=planned_lr_curves(schedule, events))
         print(f"picture: {args.plot}")

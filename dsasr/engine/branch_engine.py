@@ -55,6 +55,7 @@ from dsasr.engine.config import (
     work_around_pinned_reads,
 )
 from dsasr.engine.deepspeed_import import import_deepspeed
+from dsasr.engine.gradient_histograms import gradient_histograms
 from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import StateOffloader
 from dsasr.engine.step_report import StepReport
@@ -241,11 +242,12 @@ class BranchEngine:
 
     # -- steps -------------------------------------------------------------------------------
 
-    def step(self, batches: Sequence[Batch], step: int) -> StepReport:
+    def step(self, batches: Sequence[Batch], step: int, histograms_every: int = 0) -> StepReport:
         """Take one optimizer step from this rank's ``grad_accum_steps`` micro-batches; collective.
 
         ``step`` counts within the stage, for the learning rates and, where the module has a method
-        ``warm_up``, for what it raises over the warm-up. The model seeds all its randomness
+        ``warm_up``, for what it raises over the warm-up. Every ``histograms_every`` steps (0:
+        never) the report has histograms of the gradients. The model seeds all its randomness
         (dropout, masks, chunks) from the batch, so that a resumed run repeats an uninterrupted one
         bit for bit.
         """
@@ -257,15 +259,20 @@ class BranchEngine:
         if warm_up := getattr(self.module, "warm_up", None):
             warm_up(step, self.stage.warmup_steps)
         sums: dict[str, tuple[Tensor, Tensor]] = {}
-        for batch in batches:
+        gradients = None
+        for number, batch in enumerate(batches, 1):
             outputs = self._engine(batch.to(distributed.device()))
             self._engine.backward(outputs.loss)
+            if histograms_every and number == len(batches) and not (step + 1) % histograms_every:
+                parts = {part: lora.part(self.module, part) for part in self.stage.trains}
+                gradients = gradient_histograms(parts)
             self._engine.step()
             for name, (total, count) in outputs.sums.items():
                 earlier = sums.get(name, (0.0, 0.0))
                 sums[name] = (earlier[0] + total, earlier[1] + count)
         norm = self._engine.get_global_grad_norm()
-        return StepReport(self.name, self.stage.name, step, sums, lrs, norm, tuple(batches))
+        where = self.name, self.stage.name, step
+        return StepReport(*where, sums, lrs, norm, tuple(batches), gradients)
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         return self._engine.optimizer.optimizer.param_groups

@@ -194,6 +194,22 @@ class Scores:
         return sum(rows, EditCounts()).rate
 
 
+# Below so few utterances a bootstrap over them says nothing: no interval is shown.
+FEWEST_FOR_INTERVAL = 8
+
+
+def interval_ends(scores: Scores) -> dict[str, float]:
+    """Flat scalars for a log: ``wer_low``, ``wer_high`` … of each rate of `Scores.summary` that is
+    over `FEWEST_FOR_INTERVAL` utterances or more."""
+    ends = {}
+    for unit, name in RATE_NAMES.items():
+        of_unit = Scores([u for u in scores.utterances if unit_of(u.lang) == unit], scores.rules)
+        if len(of_unit) >= FEWEST_FOR_INTERVAL:
+            interval = of_unit.interval()
+            ends |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {name: value for name, value in ends.items() if math.isfinite(value)}
+
+
 RATE_NAMES = {"word": "wer", "char": "cer", "mixed": "mer"}
 
 

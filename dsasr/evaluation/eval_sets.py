@@ -8,7 +8,7 @@ augmented or shuffled here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,13 +59,14 @@ def read_recordings(
     fields: SampleFields | None = None,
     limit: int = 0,
     max_seconds: float = MAX_SECONDS,
+    keys: Collection[str] = (),
 ) -> tuple[list[Recording], Counter[str]]:
     """Recordings of ``shards`` (folders, tars or patterns), and the samples left out, by cause.
 
     ``fields``: as in `ShardStorage.resolve`.
     ``limit`` takes that many of each folder, tar or pattern, evenly spread over it (0: all), so
-    that every speaker and language is among them. A recording above ``max_seconds``
-    (`longest_seconds`) is too_long. Raises `UserError` if no recording is readable.
+    that every speaker and language is among them; ``keys`` takes those alone. A recording above
+    ``max_seconds`` (`longest_seconds`) is too_long. Raises `UserError` if none is readable.
     """
     storage = ShardStorage(source)
     samples = []
@@ -75,6 +76,8 @@ def read_recordings(
             for shard in storage.resolve(pattern, fields).shards
             for entry in load_or_build_index(storage, shard)
         ]
+        if keys:
+            entries = [(shard, entry) for shard, entry in entries if entry.key in keys]
         if limit and limit < len(entries):
             entries = [entries[i * len(entries) // limit] for i in range(limit)]
         samples += entries

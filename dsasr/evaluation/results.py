@@ -45,7 +45,7 @@ class Result:
 
     ``reference`` is None for non-speech; of truncated speech it is the whole text. ``entropy`` is
     the mean predictive entropy of the transcript's tokens in nats (None: not finite); ``finished``
-    is False where the token limit cut the transcript.
+    is False where the token limit cut the transcript. ``speaker`` is empty where it is not known.
     """
 
     key: str
@@ -56,6 +56,7 @@ class Result:
     seconds: float
     entropy: float | None
     finished: bool
+    speaker: str = ""
 
     @property
     def scored_lang(self) -> str:

@@ -74,22 +74,33 @@ class SuiteClip:
     wave: np.ndarray = field(repr=False)
     text: str | None
     lang: str
+    speaker: str = ""
 
 
 def build_suite(
-    recordings: Sequence[Recording], config: SuiteConfig = RECORDINGS_ONLY, *, rate: int = 16000
+    recordings: Sequence[Recording],
+    config: SuiteConfig = RECORDINGS_ONLY,
+    *,
+    rate: int = 16000,
+    utterances: int = 0,
 ) -> list[SuiteClip]:
     """The suite made of ``recordings`` (at ``rate`` Hz), in a fixed order.
 
+    Only ``utterances`` of them, spread over the set, are in noise and truncated as well (0: all).
     Recordings without text are part of it as they are. Babble is made of speech, so without any it
     is left out.
     """
     speech = [r for r in recordings if r.text]
     if not speech:
         config = replace(config, nonspeech=tuple(k for k in config.nonspeech if k != "babble"))
-    clips = [*_synthesized_nonspeech(speech, config, rate), *_speech_clips(speech, config, rate)]
+    clips = [
+        *_synthesized_nonspeech(speech, config, rate),
+        *_speech_clips(speech, config, rate, utterances),
+    ]
     return clips + [
-        SuiteClip(r.key, RECORDED, r.wave, None, r.lang) for r in recordings if not r.text
+        SuiteClip(r.key, RECORDED, r.wave, None, r.lang, r.speaker)
+        for r in recordings
+        if not r.text
     ]
 
 
@@ -108,11 +119,15 @@ def _synthesized_nonspeech(
 
 
 def _speech_clips(
-    speech: Sequence[Recording], config: SuiteConfig, rate: int
+    speech: Sequence[Recording], config: SuiteConfig, rate: int, utterances: int
 ) -> Iterator[SuiteClip]:
     waves = [r.wave for r in speech]
+    count = min(utterances or len(speech), len(speech))
+    changed = {i * len(speech) // count for i in range(count)}
     for i, r in enumerate(speech):
-        yield SuiteClip(r.key, CLEAN, r.wave, r.text, r.lang)
+        yield SuiteClip(r.key, CLEAN, r.wave, r.text, r.lang, r.speaker)
+        if i not in changed:
+            continue
         # One noise per utterance, the same at each SNR, so that only the level changes.
         rng = np.random.default_rng([config.seed, 1, i])
         others = waves[:i] + waves[i + 1 :] or waves
@@ -120,11 +135,11 @@ def _speech_clips(
             noise = SOUNDS[config.noises[i % len(config.noises)]](len(r.wave), rate, rng, others)
             for snr in config.snrs:
                 wave = mix(r.wave, noise, snr)
-                yield SuiteClip(r.key, f"snr{snr:g}", wave, r.text, r.lang)
+                yield SuiteClip(r.key, f"snr{snr:g}", wave, r.text, r.lang, r.speaker)
         for share in config.truncations:
             wave = r.wave[: max(1, round(share * len(r.wave)))]
             condition = f"cut{100 * share:.0f}"  # `truncated_share` parses it
-            yield SuiteClip(r.key, condition, wave, r.text, r.lang)
+            yield SuiteClip(r.key, condition, wave, r.text, r.lang, r.speaker)
 
 
 def truncated_share(condition: str) -> float | None:

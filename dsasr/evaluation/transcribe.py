@@ -82,7 +82,7 @@ def transcribe_clips(
     ordered = sorted(indexed.rows, key=lambda result: int(result.key))
     return Results(
         [
-            replace(result, key=clip.key, condition=clip.condition)
+            replace(result, key=clip.key, condition=clip.condition, speaker=clip.speaker)
             for clip, result in zip(clips, ordered, strict=True)
         ]
     )
@@ -99,4 +99,5 @@ def _result(batch: Batch, row: int, hypothesis: Hypothesis) -> Result:
         seconds=batch.durations[row],
         entropy=sum(entropies) / max(len(entropies), 1),
         finished=hypothesis.finished,
+        speaker=batch.speakers[row],
     )

@@ -63,15 +63,17 @@ class EvaluatedModel:
         config: SuiteConfig = RECORDINGS_ONLY,
         *,
         beam: int = 0,
+        suite_utterances: int = 0,
         progress: Callable[[Iterable], Iterable] = lambda items: items,
     ) -> Results:
         """Transcribe the suite that ``config`` makes of ``recordings``.
 
-        ``beam`` is the beam width (0: the model's); ``progress`` wraps the batches.
+        ``beam`` is the beam width (0: the model's); ``suite_utterances``: those of `build_suite`;
+        ``progress`` wraps the batches.
         """
         return transcribe_clips(
             self.model,
-            build_suite(recordings, config, rate=self.front_end.rate),
+            build_suite(recordings, config, rate=self.front_end.rate, utterances=suite_utterances),
             self.tokenizer,
             replace(self.decode, beam=beam) if beam else self.decode,
             front_end=self.front_end,

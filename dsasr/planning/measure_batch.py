@@ -25,6 +25,7 @@ from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.utils.errors import UserError
+from dsasr.utils.memory import process_bytes
 
 if TYPE_CHECKING:
     from dsasr.recipe import Recipe
@@ -177,12 +178,12 @@ class StageProbe:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.memory / total), self.device)
             return
-        room = max(int(1.25 * self.memory) - status("VmRSS"), 1 << 20)
+        room = max(int(1.25 * self.memory) - process_bytes("VmRSS"), 1 << 20)
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + room, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (process_bytes("VmData") + room, hard))
 
     def _current(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.gpu else status("VmRSS")
+        return torch.cuda.memory_allocated(self.device) if self.gpu else process_bytes("VmRSS")
 
     def _reset(self) -> None:
         if self.gpu:
@@ -192,15 +193,7 @@ class StageProbe:
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 
     def _peak(self) -> int:
-        return torch.cuda.max_memory_reserved(self.device) if self.gpu else status("VmHWM")
-
-
-def status(name: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
+        return torch.cuda.max_memory_reserved(self.device) if self.gpu else process_bytes("VmHWM")
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -6,13 +6,15 @@ A run without the data of a figure is left out of it; a figure without any run i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dsasr.entropy_allocation.allocation_row import AllocationRow, Estimate
-from dsasr.reporting.run_data import Row, RunData, allocation_rows, before_and_after
-from dsasr.tracking.timeline_plot import COLORS, DPI, lr_curves, plot
+from dsasr.evaluation.error_rate import FEWEST_FOR_INTERVAL
+from dsasr.reporting.run_data import RunData, allocation_rows, before_and_after
+from dsasr.tracking.timeline_plot import COLORS, DPI
 from dsasr.utils.io import atomic_path
 
 INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
@@ -58,56 +60,39 @@ def time_unit(runs: Sequence[RunData]) -> tuple[float, str]:
     return (3600.0, "hours") if longest > 2 * 3600 else (60.0, "minutes")
 
 
-def _legend(axis) -> None:
+def legend(axis) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if labels:
         by_label = dict(zip(labels, handles, strict=True))
         axis.legend(by_label.values(), by_label.keys(), fontsize=8, frameon=False)
 
 
-def _key(figure, runs: Sequence[RunData], styles: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def key_above(
+    figure, runs: Sequence[RunData], styles: Sequence[tuple[str, dict[str, Any]]]
+) -> None:
     """A legend above the figure: a color per run, if several, and the styles and marks."""
     from matplotlib.lines import Line2D
 
-    names = [(r.name, {"color": c}) for r, c in zip(runs, _colors(runs), strict=True)]
+    names = [(r.name, {"color": c}) for r, c in zip(runs, colors(runs), strict=True)]
     rows = [*(names if len(runs) > 1 else ()), *styles]
     plain = MUTE if len(runs) > 1 else COLORS[0]
-    if any(run.joint_stage for run in runs):
+    if any(e["event"] == "stage" and e["name"] == run.joint_stage
+           for run in runs for e in run.events):  # fmt: skip
         rows.append(("joint training begins", {"ls": ":", "lw": 0.9}))
     lines = [
         Line2D([], [], label=name, **{"color": plain, "lw": 1.3, **style}) for name, style in rows
     ]
     figure.legend(
-        handles=lines, loc="outside upper left", ncols=min(len(lines), 5), fontsize=8, frameon=False
+        handles=lines,
+        loc="outside upper left",
+        ncols=min(len(lines), 5, int(figure.get_figwidth() / 1.7)),
+        fontsize=8,
+        frameon=False,
     )
 
 
-def _colors(runs: Sequence[RunData]) -> list[str]:
+def colors(runs: Sequence[RunData]) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(runs))]
-
-
-# -- figures -----------------------------------------------------------------------------------
-
-
-LOSSES = (("CTC, nats a label (pretrain)", "ctc"), ("transcript, nats a token (sft)", "nll"))
-
-
-def timeline(run: RunData, path: Path) -> Path | None:
-    """Both branches over the run's steps, with triggers, swaps, learning rates, CKA and losses."""
-    if not any(e["event"] == "stage" for e in run.events):
-        return None
-    losses = {
-        label: points
-        for label, key in LOSSES
-        if (points := [(m["steps"], m[key]) for m in run.metrics if key in m and "step" in m])
-    }
-    threshold = next((m["cka_threshold"] for m in run.drift), None)
-    lrs = lr_curves(run.schedule, run.events) if run.schedule else ()
-    cka = [(m["steps"], m["cka"]) for m in run.drift]
-    title = f"{run.name}: stages, encoder swaps, drift"
-    more = {"x_label": "optimizer steps, of each branch its own"} if len(run.jobs) > 1 else {}
-    plot(run.events, path, title, cka=cka, threshold=threshold, lrs=lrs, losses=losses, **more)
-    return path
 
 
 def cka(runs: Sequence[RunData], path: Path) -> Path | None:
@@ -128,7 +113,7 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
     panel = iter(axes[0])
     if panels[0]:
         axis = next(panel)
-        for run, color in zip(runs, _colors(runs), strict=True):
+        for run, color in zip(runs, colors(runs), strict=True):
             drifted = [e for e in run.events if e["event"] == "drift" and "cka" in e]
             points = [(e["pretrain"], e["cka"]) for e in drifted]
             if points:
@@ -147,10 +132,10 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_xlabel("pretraining steps")
         axis.set_ylabel("CKA to the reference")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        _legend(axis)
+        legend(axis)
     if panels[1]:
         axis = next(panel)
-        for run, color in zip(runs, _colors(runs), strict=True):
+        for run, color in zip(runs, colors(runs), strict=True):
             points = through[run.name]
             if points:
                 start = next(e["steps"] for e in run.events if e.get("name") == run.joint_stage)
@@ -164,7 +149,7 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
         axis.set_xlabel("joint steps")
         axis.set_ylabel("CKA to the encoder before it")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        _legend(axis)
+        legend(axis)
     return save(figure, path)
 
 
@@ -173,51 +158,6 @@ METRICS = (
     ("pai", "PAI, nats a frame", "phonemes: accessible information"),
     ("csai", "CSAI, nats a frame", "words beyond phonemes"),
 )
-
-
-def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
-    """NSE, PAI and CSAI by training time: solid the live encoder, dashed that of the sft branch."""
-    online = {run.name: run.online for run in runs}
-    shown = [
-        m for m in METRICS
-        if any(math.isfinite(row.value(m[0])) for rows in online.values() for row in rows)
-    ]  # fmt: skip
-    if not shown:
-        return None
-    unit, word = time_unit(runs)
-    figure, axes = new(1, len(shown), (3.9 * len(shown), 3.7))
-    for axis, (key, label, title) in zip(axes[0], shown, strict=True):
-        for run, color in zip(runs, _colors(runs), strict=True):
-            for branch, style in (("pretrain", "-"), ("sft", "--")):
-                rows = [
-                    row for row in online[run.name]
-                    if row.encoder.branch == branch and math.isfinite(row.value(key))
-                ]  # fmt: skip
-                times = [row.encoder.seconds / unit for row in rows]
-                values = [row.value(key) for row in rows]
-                axis.plot(times, values, style, marker=".", color=color, lw=1.3)
-                estimates = [_estimate(row, key) for row in rows]
-                if any(math.isfinite(e.low) for e in estimates):
-                    low, high = [e.low for e in estimates], [e.high for e in estimates]
-                    axis.fill_between(times, low, high, color=color, alpha=0.12, lw=0)
-            if any(math.isfinite(row.value(key)) for row in online[run.name]):
-                _mark_joint(axis, run, unit, color)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel(f"training time, {word}")
-        axis.set_ylabel(label)
-        axis.set_xlim(0, 1.03 * max(run.train_seconds for run in runs) / unit)
-    shown_runs = [run for run in runs if online[run.name]]
-    branches = ("pretrain branch's encoder", {"ls": "-"}), ("sft branch's", {"ls": "--"})
-    _key(figure, shown_runs, branches)
-    return save(figure, path)
-
-
-def _mark_joint(axis, run: RunData, unit: float, color: str) -> None:
-    starts = [
-        e["seconds"] for e in run.events if e["event"] == "stage" and e["name"] == run.joint_stage
-    ]
-    if starts:
-        axis.axvline(starts[0] / unit, color=color, lw=0.9, ls=":")
 
 
 def joint(runs: Sequence[RunData], path: Path) -> Path | None:
@@ -229,7 +169,7 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
     for axis, (key, label, title) in zip(axes[0], METRICS, strict=True):
         for side, color, shift in (("before", "#9db8d2", -0.2), ("after", COLORS[0], 0.2)):
             rows = [pair[0 if shift < 0 else 1] for _, pair in pairs]
-            estimates = [_estimate(row, key) for row in rows]
+            estimates = [estimate_of(row, key) for row in rows]
             notes = [_not_detected(e) for e in estimates]
             values = [math.nan if n else r.value(key) for n, r in zip(notes, rows, strict=True)]
             x = [i + shift for i in range(len(pairs))]
@@ -258,9 +198,15 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
     return save(figure, path)
 
 
-def _estimate(row: AllocationRow, key: str) -> Estimate:
-    """The estimate of a metric; all NaN, and so not drawn, where it has none."""
-    return (None if key == "nse" else getattr(row, key)) or Estimate()
+def estimate_of(row: AllocationRow, key: str) -> Estimate:
+    """The estimate of a metric; all NaN, and so not drawn, where it has none.
+
+    One over fewer than `FEWEST_FOR_INTERVAL` utterances has no interval.
+    """
+    estimate = (None if key == "nse" else getattr(row, key)) or Estimate()
+    if 0 < estimate.utterances < FEWEST_FOR_INTERVAL:
+        return replace(estimate, low=math.nan, high=math.nan)
+    return estimate
 
 
 def _not_detected(estimate: Estimate, unit: str = "") -> str:
@@ -290,7 +236,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
         ("pai", -0.18, PHONETIC, "phonemes: PAI of H(P)"),
         ("csai", 0.18, SEMANTIC, "words beyond phonemes: CSAI of H(S|P)"),
     ):
-        estimates = [_estimate(row, key) for row in rows]
+        estimates = [estimate_of(row, key) for row in rows]
         bars = [
             (i + shift, 0.0 if note else 100 * e.share, note)
             for i, e in enumerate(estimates)
@@ -304,7 +250,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
             left.annotate(note or _percent(share), (max(share, 0), position), (3, 0), fontsize=8,
                           textcoords="offset points", va="center")  # fmt: skip
     left.set_xlabel("share of the entropy that the encoder's frames resolve, %")
-    shares = [_estimate(row, key).share for row in rows for key in ("pai", "csai")]
+    shares = [estimate_of(row, key).share for row in rows for key in ("pai", "csai")]
     least = min((100 * share for share in shares if math.isfinite(share)), default=0)
     left.set_xlim(min(0, 1.2 * least), 112)
     left.set_xticks(range(0, 101, 20))
@@ -332,57 +278,3 @@ def _percent(share: float) -> str:
     """``12%``; ``3.4%`` below ten, where whole numbers would hide a change."""
     digits = 1 if 0.05 <= abs(share) < 10 else 0
     return f"{share:.{digits}f}%".replace("-", "−") if abs(share) >= 0.05 else "0%"
-
-
-CURVES = (
-    ("wer", "WER (words)", "-", "o"),
-    ("cer", "CER (characters)", "--", "s"),
-    ("mer", "MER (mixed)", ":", "^"),
-)
-
-
-def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
-    """Error rates and hallucinations on the validation set by training time.
-
-    Each run has a color, or each rate of a single run.
-    """
-    scored = [r for r in runs if any("wer" in m or "cer" in m for m in r.validation)]
-    if not scored:
-        return None
-    panels: list[tuple[str, Callable[[Row], dict[str, float]]]] = [
-        ("error rate, %", lambda m: {n: 100 * m[k] for k, n, _, _ in CURVES if k in m}),
-        ("hallucinated\nutterances, %", lambda m: _named(m, "flagged", "speech", 100)),
-        ("text on non-speech,\ncharacters a minute",
-         lambda m: _named(m, "characters_per_minute", "non-speech", 1)),
-    ]  # fmt: skip
-    panels = [p for p in panels if any(p[1](m) for r in scored for m in r.validation)]
-    unit, word = time_unit(scored)
-    figure, axes = new(len(panels), 1, (8.6, 1.5 + 1.7 * len(panels)), sharex=True)
-    styles = {name: {"ls": style, "marker": mark} for _, name, style, mark in CURVES}
-    if len(scored) == 1:
-        colored = zip(styles.items(), COLORS, strict=False)
-        styles = {name: {**style, "color": c} for (name, style), c in colored}
-    for axis, (label, values) in zip(axes[:, 0], panels, strict=True):
-        for run, color in zip(runs, _colors(runs), strict=True):
-            curves: dict[str, list[tuple[float, float]]] = {}
-            for line in run.validation:
-                for name, value in values(line).items():
-                    if math.isfinite(value):
-                        curves.setdefault(name, []).append((line["seconds"] / unit, value))
-            for name, points in curves.items():
-                style = {"color": color, "marker": "o", "ls": "-"} | styles.get(name, {})
-                axis.plot(*zip(*points, strict=True), ms=4, lw=1.3, clip_on=False, **style)
-            if curves:
-                _mark_joint(axis, run, unit, color)
-        axis.set_ylabel(label, fontsize=9)
-        axis.set_ylim(0, max(1, axis.get_ylim()[1]))
-    drawn = {name for run in scored for line in run.validation for name in panels[0][1](line)}
-    _key(figure, scored, [(n, {**style, "ms": 4}) for n, style in styles.items() if n in drawn])
-    axes[-1][0].set_xlim(0, 1.03 * max(run.train_seconds for run in scored) / unit)
-    axes[-1][0].set_xlabel(f"training time, {word}")
-    return save(figure, path)
-
-
-def _named(line: Row, key: str, name: str, factor: float) -> dict[str, float]:
-    value = line.get(f"hallucination/{key}")
-    return {} if value is None else {name: factor * value}

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import yaml
+
 from dsasr.checkpoint.locate import run_folder
 from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource
+from dsasr.evaluation.results import Results, read_results
 from dsasr.inference.model_from_run import run_recipe
 from dsasr.stages import Schedule
-from dsasr.tracking.run_log import Row, read_events, read_metrics, without_missing
+from dsasr.tracking.run_log import (
+    CLIPS,
+    ENVIRONMENT,
+    TRANSCRIPTS,
+    Row,
+    read_events,
+    read_metrics,
+    without_missing,
+)
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import nonfinite_to_none, read_json_lines
+from dsasr.utils.masking import mask
 
+CLIPS_BYTES = 4_000_000  # of a run's sounds on the page, at most
 ONLINE = "allocation_"  # of the stage in the metrics lines of the online probe
 
 
@@ -24,7 +38,9 @@ class RunData:
 
     ``events`` and ``metrics`` are the lines of its logs, ``checkpoints`` the rows of its
     allocation.jsonl, ``publisher_rows`` those of the run whose snapshots it loads, if that is
-    another. ``suite`` is report.json. ``jobs`` are the names of its folders: two of a concurrent
+    another. ``suite`` is report.json, ``transcripts`` are those of the evaluation, and ``clips``
+    its sounds of the worst ones by key (FLAC). ``environments`` and ``recipes`` are those of each
+    job, the latter as YAML. ``jobs`` are the names of its folders: two of a concurrent
     run, whose ``steps`` and ``seconds`` are each job's own.
     """
 
@@ -35,7 +51,25 @@ class RunData:
     publisher_rows: list[AllocationRow] = field(default_factory=list)
     suite: Row = field(default_factory=dict)
     schedule: Schedule | None = None
+    transcripts: Results = field(default_factory=Results)
+    clips: dict[str, bytes] = field(default_factory=dict)
+    environments: dict[str, Row] = field(default_factory=dict)
+    recipes: dict[str, str] = field(default_factory=dict)
     jobs: tuple[str, ...] = ()  # rows of allocation.jsonl may be of other runs too
+
+    @property
+    def all_environments(self) -> dict[str, Row]:
+        """Where each job was trained, and where the run was evaluated."""
+        shown = ("machine", "gpus", "cores", "system", "commit", "versions", "time")
+        evaluated = {k: v for k, v in self.suite.get("evaluated", {}).items() if k in shown}
+        return {**self.environments, **({"evaluation": evaluated} if evaluated else {})}
+
+    @property
+    def seed(self) -> int | None:
+        """The recipe's; None where the recipe was not read."""
+        for text in self.recipes.values():
+            return (yaml.safe_load(text) or {}).get("seed")
+        return None
 
     @property
     def online(self) -> list[AllocationRow]:
@@ -45,6 +79,11 @@ class RunData:
     @property
     def validation(self) -> list[Row]:
         return [m for m in self.metrics if m["stage"].startswith("valid_")]
+
+    @property
+    def trained(self) -> list[Row]:
+        """The lines of training, not of what was measured beside it."""
+        return [m for m in self.metrics if "step" in m]
 
     @property
     def drift(self) -> list[Row]:
@@ -70,7 +109,10 @@ def online_row(line: Row) -> AllocationRow:
         stage, "live", branch=line["branch"], stage=stage, steps=line["steps"],
         seconds=line.get("seconds"),
     )  # fmt: skip
-    return AllocationRow.from_scalars(source, line)
+    row = AllocationRow.from_scalars(source, line)
+    count = int(line.get("probe_utterances", 0))
+    estimates = {name: getattr(row, name) for name in ("pai", "csai") if getattr(row, name)}
+    return replace(row, **{n: replace(e, utterances=count) for n, e in estimates.items()})
 
 
 def collect(folder: str | Path, name: str = "") -> RunData:
@@ -93,6 +135,10 @@ def collect(folder: str | Path, name: str = "") -> RunData:
         pretrain.metrics + sft.metrics,
         pretrain.checkpoints + sft.checkpoints,
         suite=sft.suite,
+        transcripts=sft.transcripts,
+        clips=sft.clips,
+        environments={**pretrain.environments, **sft.environments},
+        recipes={**pretrain.recipes, **sft.recipes},
         schedule=replace(sft.schedule, branch="both"),
         jobs=pretrain.jobs + sft.jobs,
     )
@@ -107,10 +153,30 @@ def _job(folder: Path, name: str) -> RunData:
         raise UserError(f"{folder} has no metrics yet: let it train first")
     run.checkpoints = _allocation(folder)
     run.publisher_rows = _publisher_rows(folder, recipe.store_folder)
+    [job] = run.jobs
+    run.recipes[job] = mask((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
+        run.environments[job] = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     path = folder / "report.json"
     if path.is_file():
         run.suite = nonfinite_to_none(json.loads(path.read_text(encoding="utf-8")))
+        run.clips = _clips(folder / CLIPS, run.suite.get("clips") or {})
+    if (folder / TRANSCRIPTS).is_file():
+        run.transcripts = read_results(folder / TRANSCRIPTS)
     return run
+
+
+def _clips(folder: Path, names: dict[str, str]) -> dict[str, bytes]:
+    """Sounds by key, smallest first until `CLIPS_BYTES`; what is missing is left out."""
+    paths = {key: folder / Path(name).name for key, name in names.items()}
+    sizes = {key: path.stat().st_size for key, path in paths.items() if path.is_file()}
+    clips, total = {}, 0
+    for key in sorted(sizes, key=sizes.__getitem__):
+        total += sizes[key]
+        if total > CLIPS_BYTES:
+            break
+        clips[key] = paths[key].read_bytes()
+    return clips
 
 
 def _allocation(folder: Path) -> list[AllocationRow]:

@@ -18,7 +18,8 @@ from dsasr.recipe import Recipe
 from dsasr.tracking.run_log import Row, read_ledger, read_metrics
 from dsasr.utils.io import read_json_lines
 
-TIMED = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on wall-clock time
+# Metrics that depend on wall-clock time, or on what else the process holds.
+TIMED = re.compile(r"seconds|_per_|_share|queue|memory")
 
 
 def differences(baseline: Path, run: Path) -> list[str]:

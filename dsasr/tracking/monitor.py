@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from dsasr.engine.branch_engine import StepReport
 from dsasr.tracking import console
 from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, truncate_log
+from dsasr.tracking.tensorboard import TensorBoard
 from dsasr.utils import distributed, ranges
 from dsasr.utils.io import to_json
-from dsasr.utils.ranges import PositiveInt
+from dsasr.utils.memory import process_bytes
+from dsasr.utils.ranges import NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,14 @@ class MonitorConfig:
     every: PositiveInt = 10  # steps of a branch between two lines of metrics
     tensorboard: bool = True  # write TensorBoard files too
     ledger: bool = False  # write ledger.jsonl: the samples of every step, on all ranks
+    # steps of a stage between two histograms of the gradients of each part in TensorBoard, for
+    # which the ranks gather one parameter after the other; 0: none
+    gradients: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         ranges.check(self)
 
 
-# Curves that TensorBoard draws into one chart.
-CHARTS = {
-    "encoder": {
-        "drift and swaps": ["Multiline", ["drift/cka$", "drift/cka_threshold", "drift/swap_mark"]],
-        "loss around a swap": ["Multiline", ["encoder/nll_before", "encoder/nll_after"]],
-    }
-}
 _TIMES = ("read", "text", "decode", "augment", "feature")  # seconds of the dataloader workers
 _COUNTS = ("audio", "frames", "padded", "wait", "bad", "bytes", "queue", "batches", *_TIMES)
 
@@ -94,9 +93,8 @@ class Meter:
 
     def collect(self) -> dict[str, float]:
         """Means and rates over all ranks since the last call, of what was counted; collective."""
-        names = sorted(
-            {n for names in distributed.all_gather_object(sorted(self.sums)) for n in names}
-        )
+        gathered = distributed.all_gather_object((sorted(self.sums), peak_memory()))
+        names = sorted({name for of_rank, _ in gathered for name in of_rank})
         values = []
         for name in names:
             total, count = self.sums.get(name, (0.0, 0.0))
@@ -121,11 +119,24 @@ class Meter:
             "bad_samples": data["bad"],
             "bytes_per_second": data["bytes"] / elapsed,
             "queue_depth": data["queue"] / max(data["batches"], 1.0),
+            "memory_bytes": float(max(memory for _, memory in gathered)),
         }
         # What a second of audio costs the dataloader workers, in milliseconds of one core.
         line |= {f"{name}_ms_per_s": 1e3 * data[name] / max(data["audio"], 1e-9) for name in _TIMES}
         self.reset()
         return line
+
+
+def peak_memory() -> int:
+    """Bytes of this rank: on a GPU the most that tensors have had since the last call, else what
+    the process has in memory now."""
+    if not torch.cuda.is_available():
+        with suppress(OSError):
+            return process_bytes()
+        return 0
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 class Monitor:
@@ -138,11 +149,16 @@ class Monitor:
         total_steps: int,
         from_steps: int = 0,
         written: Mapping[str, int] | None = None,
+        *,
+        stages: Mapping[str, str] | None = None,
+        hparams: Mapping[str, Any] | None = None,
     ):
         """``from_steps``: steps of the checkpoint resumed from; lines of later steps are removed.
 
         ``written``: each file's number of lines at that checkpoint (from `state`): a line that
         follows it and precedes the next step has the same number of steps.
+
+        ``stages`` and ``hparams``: see `TensorBoard`.
         """
         self.config = config
         self.total_steps = total_steps
@@ -150,7 +166,7 @@ class Monitor:
         self._began = self._started = time.monotonic()  # of this process, of the run
         self._first: int | None = None  # steps done before this process' first one
         self._last_steps = from_steps
-        self._writer = None
+        self._board: TensorBoard | None = None
         self._write_error = ""  # why the last line could not be written
         self._files: dict[str, TextIO] = {}
         self._lines: dict[str, int] = {}
@@ -162,11 +178,8 @@ class Monitor:
                 )
                 self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
             if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                purge = from_steps + 1 if from_steps else None
-                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-                self._writer.add_custom_scalars(CHARTS)
+                board = folder / "tensorboard"
+                self._board = TensorBoard(board, stages or {}, hparams, from_steps)
 
     def step(
         self,
@@ -188,6 +201,9 @@ class Monitor:
         meter.add(report, wait)
         if self.config.ledger:
             self._write_ledger(report, steps)
+        if report.gradients and self._board is not None:
+            with self._tolerate_full_disk():
+                self._board.gradients(report.branch, report.gradients, steps)
         if not last and (report.step + 1) % self.config.every:
             return None
         line = meter.collect()
@@ -233,10 +249,9 @@ class Monitor:
 
     def _write(self, head: Mapping[str, Any], line: Mapping[str, float]) -> None:
         self._append(METRICS, {**head, "seconds": self._seconds(), **line})
-        if self._writer is not None:
+        if self._board is not None:
             with self._tolerate_full_disk():
-                for name, value in line.items():
-                    self._writer.add_scalar(f"{head['stage']}/{name}", value, head["steps"])
+                self._board.line(head, line)
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._started, 3)
@@ -272,28 +287,31 @@ class Monitor:
             return
         self._append(EVENTS, {"event": kind, "seconds": self._seconds(), **fields})
         steps = fields.get("steps", self._last_steps)
-        print(console.event_line(steps, self.total_steps, kind, fields), flush=True)
-
-    def text(self, name: str, text: str, steps: int) -> None:
-        """Write a text sample to TensorBoard."""
-        if self._writer is not None:
+        line = console.event_line(steps, self.total_steps, kind, fields)
+        if self._board is not None:
             with self._tolerate_full_disk():
-                self._writer.add_text(name, text, steps)
+                self._board.event(kind, fields, line, steps)
+        print(line, flush=True)
+
+    @property
+    def has_board(self) -> bool:
+        """Whether this rank writes TensorBoard files."""
+        return self._board is not None
+
+    def text(self, branch: str, name: str, text: str, steps: int) -> None:
+        """Write Markdown to TensorBoard."""
+        if self._board is not None:
+            with self._tolerate_full_disk():
+                self._board.text(branch, name, text, steps)
+
+    def audio(self, branch: str, name: str, wave: np.ndarray, rate: int, steps: int) -> None:
+        """Write a sound to TensorBoard: float32 [n] in [−1, 1], at ``rate`` Hz."""
+        if self._board is not None:
+            with self._tolerate_full_disk():
+                self._board.audio(branch, name, wave, rate, steps)
 
     def close(self) -> None:
-        for handle in (*self._files.values(), *([self._writer] if self._writer else [])):
+        for handle in (*self._files.values(), *([self._board] if self._board else [])):
             with self._tolerate_full_disk():
                 handle.close()
         sys.stdout.flush()
-
-
-def add_images(folder: Path, pictures: Sequence[Path], steps: int) -> None:
-    """Write PNG files to a TensorBoard folder, under ``report/``."""
-    import numpy as np
-    from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for path in pictures:
-            image = np.asarray(Image.open(path).convert("RGB"))
-            writer.add_image(f"report/{path.stem}", image, steps, dataformats="HWC")

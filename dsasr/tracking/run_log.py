@@ -19,6 +19,9 @@ from dsasr.utils.io import atomic_write, nonfinite_to_none, read_lines
 
 Row = dict[str, Any]
 METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
+# What `dsasr evaluate --report` writes beside report.json.
+TRANSCRIPTS, CLIPS = "transcripts.jsonl", "worst_clips"
+ENVIRONMENT = "environment.json"  # machine, versions and commit of the newest start
 # Events of the job, not of the training: a resumed run does not repeat them.
 JOB_EVENTS = (
     "checkpoint", "checkpoint_failed", "checkpoint_passed_over", "evaluation_repeated", "resumed",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from dsasr.stages import Schedule, learning_rate
 from dsasr.tracking.run_log import Row, read_events, read_metrics
@@ -13,6 +16,8 @@ from dsasr.utils.io import atomic_path
 COLORS = ("#3b6ea5", "#d08c2f", "#4f9d69", "#a5556f", "#7a6bb0", "#8a8a8a", "#6b4a2b")
 LINES = ("-", "--", ":", "-.")
 DPI = 140
+# The curve of each branch's loss.
+LOSSES = {"pretrain": "CTC, nats a phoneme", "sft": "transcript, nats a token"}
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ def plot(
     threshold: float | None = None,
     lrs: Sequence[tuple[str, Sequence[int], Sequence[float]]] = (),
     losses: dict[str, Sequence[tuple[int, float]]] | None = None,
+    held_out: dict[str, Sequence[tuple[int, float]]] | None = None,
     x_label: str = "optimizer steps of the run, both branches counted",
 ) -> None:
     """Write a PNG of both branches over the run's steps with published snapshots and swaps.
 
     Panels below it, each where it has data: ``lrs``, curves of (label, steps, learning rates);
-    ``cka``, points of (step, CKA) with the ``threshold``; ``losses``, name → (step, value).
+    ``cka``, points of (step, CKA) with the ``threshold``; ``losses``, name → (step, value), and
+    ``held_out``, those of the same names on the validation set.
     """
     import matplotlib
 
@@ -72,7 +79,7 @@ def plot(
     if cka:
         _draw_cka(axis_of["cka"], cka, threshold)
     if losses:
-        _draw_losses(axis_of["losses"], losses)
+        _draw_losses(axis_of["losses"], losses, held_out or {})
     for name, axis in axis_of.items():
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
@@ -161,50 +168,122 @@ def _draw_cka(axis, cka, threshold: float | None) -> None:
     axis.set_ylabel("CKA to the\nreference")
 
 
-def _draw_losses(axis, losses: dict[str, Sequence[tuple[int, float]]]) -> None:
+def _draw_losses(axis, losses, held_out) -> None:
     for number, (name, points) in enumerate(losses.items()):
         axis.plot(*zip(*points, strict=True), color=COLORS[number], lw=1.2, label=name)
+        if points := held_out.get(name):
+            axis.plot(*zip(*points, strict=True), color=COLORS[number], lw=0.9, ls="--",
+                      marker="o", ms=4, mfc="white", label=f"{name}, validation")  # fmt: skip
     axis.set_ylabel("loss, nats")
-    axis.set_ylim(bottom=0)
+    log_axis(axis)
     axis.legend(fontsize=8, frameon=False)
 
 
-def lr_curves(
-    schedule: Schedule, events: Sequence[Row], points: int = 200
-) -> list[tuple[str, list[int], list[float]]]:
-    """Curves of (label, run steps, learning rates), one for the parts of a stage with equal rates.
+def log_axis(axis) -> None:
+    """A logarithmic y axis with plain numbers; few between the powers of ten where many are."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    shown = "12345678" if high < 5 * low else "1235" if high < 50 * low else "1"
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(
+        lambda value, _: f"{value:.3g}" if f"{value:.0e}"[0] in shown else ""
+    )
+    axis.tick_params(axis="y", which="minor", labelsize=8)
 
-    A stage's own steps are spread evenly over its span; about ``points`` of them are drawn.
+
+Curve = tuple[str, list[int], list[float]]  # label, run steps, values
+
+
+def logged_lr_curves(metrics: Sequence[Row]) -> list[Curve]:
+    """Curves of (label, run steps, learning rates) as they were logged, one for the parts of a
+    stage with equal rates."""
+    rows_by_stage: dict[str, list[Row]] = {}
+    for row in metrics:
+        if "step" in row:
+            rows_by_stage.setdefault(row["stage"], []).append(row)
+    curves = []
+    for stage, rows in rows_by_stage.items():
+        parts_by_rates: dict[tuple[float, ...], list[str]] = {}
+        for name in (key for key in rows[0] if key.startswith("lr_")):
+            rates = tuple(row.get(name, math.nan) for row in rows)
+            parts_by_rates.setdefault(rates, []).append(name.removeprefix("lr_"))
+        steps = [row["steps"] for row in rows]
+        for rates, parts in parts_by_rates.items():
+            curves.append((f"{stage}: {', '.join(parts)}", steps, list(rates)))
+    return curves
+
+
+def planned_lr_curves(schedule: Schedule, events: Sequence[Row], points: int = 200) -> list[Curve]:
+    """`logged_lr_curves` of a simulated run, from the ``schedule``; about ``points`` of a stage.
+
+    The steps at which encoders are published tell how many of the run's were each branch's;
+    between two of them a branch's steps are spread evenly.
     """
     stages, curves = {s.name: s for s in schedule.stages}, []
+    steps_before = {"pretrain": 0, "sft": 0}  # of the branch, in its stages so far
     for span in stage_spans(events):
         stage = stages[span.name]
-        count, last = min(points, stage.steps), stage.steps - 1
+        first, last = steps_before[span.branch], stage.steps - 1
+        steps_before[span.branch] += stage.steps
+        anchors = {0: span.start, last: span.stop}
+        for event in events:
+            if event["event"] == "published":
+                pretrain = event["pretrain"]
+                done = pretrain if span.branch == "pretrain" else event["steps"] - pretrain
+                if 0 < done - first < last:
+                    anchors[done - first] = event["steps"]
+        count = min(points, stage.steps)
         stage_steps = {i * last // max(count - 1, 1) for i in range(count)}
         stage_steps = sorted(stage_steps | {min(stage.warmup_steps, last)})
-        run_steps_each = (span.stop - span.start) / max(last, 1)
-        run_steps = [round(span.start + s * run_steps_each) for s in stage_steps]
+        known = sorted(anchors)
+        run_steps = np.interp(stage_steps, known, [anchors[step] for step in known])
         parts_by_peak: dict[float, list[str]] = {}
         for part, peak in stage.trains.items():
             parts_by_peak.setdefault(peak, []).append(part)
         for parts in parts_by_peak.values():
             lrs = [learning_rate(stage, parts[0], s) for s in stage_steps]
-            curves.append((f"{stage.name}: {', '.join(parts)}", run_steps, lrs))
+            label = f"{stage.name}: {', '.join(parts)}"
+            curves.append((label, run_steps.round().astype(int).tolist(), lrs))
     return curves
+
+
+def loss_curves(
+    metrics: Sequence[Row], names: Mapping[str, str] = LOSSES
+) -> tuple[dict[str, list[tuple[int, float]]], dict[str, list[tuple[int, float]]]]:
+    """Points (run steps, loss) of training, and on the validation set, by the curve's name."""
+    losses, held_out = {}, {}
+    for branch, label in names.items():
+        key = {"pretrain": "ctc", "sft": "nll"}[branch]
+        rows = [m for m in metrics if m.get("branch") == branch]
+        trained = [(m["steps"], m[key]) for m in rows if "step" in m and m.get(key) is not None]
+        heard = [
+            (m["steps"], m["loss"])
+            for m in rows
+            if m["stage"].startswith("valid_") and m.get("loss") is not None
+        ]
+        if trained:
+            losses[label] = trained
+        if heard:
+            held_out[label] = heard
+    return losses, held_out
 
 
 def plot_run(folder: Path) -> Path:
     """Write ``timeline.png`` into a run folder, from its events and metrics; returns its path."""
-    events, metrics = read_events(folder), read_metrics(folder)
-    cka = [(m["steps"], m["cka"]) for m in metrics if m.get("cka") is not None]
-    threshold = next((m["cka_threshold"] for m in metrics if "cka_threshold" in m), None)
-    trained = [m for m in metrics if "step" in m]  # not what was measured on held-out data
-    losses = {
-        label: points
-        for label, key in (("CTC (pretrain)", "ctc"), ("transcript (sft)", "nll"))
-        if (points := [(m["steps"], m[key]) for m in trained if m.get(key) is not None])
-    }
     path = folder / "timeline.png"
     title = f"{folder.name}: stages, encoder swaps, drift"
-    plot(events, path, title, cka=cka, threshold=threshold, losses=losses)
+    plot_logs(read_events(folder), read_metrics(folder), path, title)
     return path
+
+
+def plot_logs(
+    events: Sequence[Row], metrics: Sequence[Row], path: Path, title: str, **options: str
+) -> None:
+    """`plot` what a run has logged."""
+    cka = [(m["steps"], m["cka"]) for m in metrics if m.get("cka") is not None]
+    threshold = next((m["cka_threshold"] for m in metrics if "cka_threshold" in m), None)
+    losses, held_out = loss_curves(metrics)
+    plot(
+        events, path, title, cka=cka, threshold=threshold, lrs=logged_lr_curves(metrics),
+        losses=losses, held_out=held_out, **options,
+    )  # fmt: skip

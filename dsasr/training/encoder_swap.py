@@ -295,7 +295,6 @@ class EncoderSwap:
         # TensorBoard shows it as a point on the threshold's line, beside the curve of CKA.
         mark = {"swap_mark": self.recipe.drift.threshold}
         self.monitor.scalars({"steps": progress.steps, "branch": "sft", "stage": "drift"}, mark)
-        self.monitor.text("encoder", f"{snapshot.id} ({snapshot.cause})", progress.steps)
         return progress, True
 
     def _verified_checksum(self, sft: BranchEngine, snapshot: Snapshot) -> str | None:

@@ -133,6 +133,8 @@ class OnlineProbe:
             "probe_time_share": self.seconds / (self.seconds + trained),
             "probes_left_out": float(self.left_out),
         }
+        if row.pai is not None:
+            values["probe_utterances"] = float(row.pai.utterances)
         head = {"steps": steps, "branch": branch.name, "stage": f"allocation_{branch.stage.name}"}
         self.monitor.scalars(head, values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.manifest import read_manifest
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.recipe import Recipe, changed_settings
+from dsasr.tracking.run_log import ENVIRONMENT
 from dsasr.training.stage_position import progress_in
 from dsasr.utils import distributed
+from dsasr.utils.environment import environment
 from dsasr.utils.errors import UserError
+from dsasr.utils.io import atomic_write, to_json
 
 # What `Trainer.save` puts into a checkpoint's manifest, and a resume reads.
 STATE = (
@@ -122,6 +126,14 @@ def _find(
     if checkpoints.list():
         _refuse_a_second_run(recipe)
     return None, []
+
+
+def save_environment(recipe: Recipe) -> None:
+    """Write ``environment.json`` of rank 0 into the run folder, for the report; not collective."""
+    if distributed.is_main_rank():
+        values = environment() | {"ranks": distributed.world_size()}
+        with contextlib.suppress(OSError):
+            atomic_write(recipe.folder / ENVIRONMENT, to_json(values, indent=1) + "\n")
 
 
 def save_recipe(recipe: Recipe) -> None:

@@ -23,7 +23,7 @@ from dsasr.launch.stop_request import StopRequest
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
-from dsasr.tracking import console
+from dsasr.tracking import console, tensorboard
 from dsasr.tracking.monitor import Monitor
 from dsasr.training import frame_statistics, initial_weights, preflight, resume
 from dsasr.training.branch_switcher import BranchSwitcher
@@ -81,12 +81,15 @@ class Trainer:
             resume.check_contents(reader.manifest, self.builder)
         sources = initial_weights.plan(self.builder) if reader is None else []
         resume.save_recipe(recipe)
+        resume.save_environment(recipe)
         initial_weights.keep_settings(self.builder, sources)
         self.monitor = Monitor(
             recipe.folder,
             recipe.monitor,
             self._total_steps(),
             *((reader.manifest["steps"], reader.manifest["monitor"]["written"]) if reader else ()),
+            stages={stage.name: stage.branch for stage in recipe.stages},
+            hparams=tensorboard.hparams(config.to_plain(recipe)),
         )
         self.branches = BranchSwitcher(recipe, self.builder, self.monitor)
         self.encoder_swap = EncoderSwap(recipe, self.builder, self.monitor)
@@ -111,6 +114,12 @@ class Trainer:
     def steps(self) -> int:
         """Optimizer steps done, over both branches."""
         return self.progress.steps
+
+    @property
+    def histograms_every(self) -> int:
+        """Steps between two histograms of the gradients; 0 where none is written."""
+        monitor = self.recipe.monitor
+        return monitor.gradients if monitor.tensorboard else 0
 
     def _total_steps(self) -> int:
         """Optimizer steps of this job, over its branches."""

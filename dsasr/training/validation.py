@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from dsasr.build import Builder
 from dsasr.data.dataloader.bad_samples import dropped_summary
+from dsasr.data.dataloader.dataloader import DatasetConfig
 from dsasr.data.shards.sample import DroppedSample
 from dsasr.engine.branch_engine import BranchEngine
-from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
-from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate
+from dsasr.evaluation.error_rate import interval_ends
+from dsasr.evaluation.eval_sets import Recording, longest_seconds, read_recordings
+from dsasr.evaluation.mean_outputs import mean_outputs
+from dsasr.evaluation.results import Result
 from dsasr.evaluation.suite import build_suite
 from dsasr.evaluation.transcribe import transcribe, transcribe_clips
 from dsasr.model.speech_llm import SpeechLLM
@@ -48,6 +53,7 @@ class Validation:
         self.best: float | None = None
         self._evaluations = 0  # of this process
         self._last: tuple[int, float] = (-1, 0.0)  # steps of the newest evaluation, its score
+        self._heard: tuple[str, ...] = ()  # keys of the recordings last written to TensorBoard
 
     def evaluate(
         self,
@@ -66,13 +72,32 @@ class Validation:
         self._name_bad_samples(bad, stage, steps)
         head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
         self.monitor.scalars(head, rates | {"evaluation_seconds": time.monotonic() - started})
-        if samples:
-            self.monitor.text(f"valid_{stage}", samples, steps)
+        if samples and self.monitor.has_board:
+            self._show(samples, steps)
         self.monitor.event("evaluated", stage=stage, steps=steps, **rates)
         score = rates.get(self.recipe.checkpoint.best)
         if score is not None and math.isfinite(score):
             self._last = (steps, score)
             self.best = score if self.best is None else min(score, self.best)
+
+    def _show(self, samples: list[Result], steps: int) -> None:
+        """Write transcripts beside their references to TensorBoard, and their sound where it is not
+        that of the evaluation before."""
+        self.monitor.text("sft", "valid/transcripts", _markdown(samples), steps)
+        keys = tuple(result.key for result in samples)
+        if keys == self._heard:
+            return
+        self._heard = keys
+        waves: dict[str, Tensor] = {}
+        for dataset in self.recipe.data.valid:
+            # A set without any of these keys is one that cannot be read: neither stops a run.
+            with contextlib.suppress(UserError, OSError):
+                found = _recordings(dataset, self.recipe, self.build, keys=keys)
+                waves |= {recording.key: recording.wave for recording in found}
+        for number, key in enumerate(keys, 1):
+            if key in waves:
+                name, rate = f"valid/audio_{number}", self.build.front_end.rate
+                self.monitor.audio("sft", name, waves[key], rate, steps)
 
     def attempt(self, evaluation: Callable[[], T], stage: str, steps: int) -> T | None:
         """The result of an ``evaluation``; None where it fails on any rank: an event says why, and
@@ -131,14 +156,15 @@ def error_rates(
     branch: BranchEngine,
     utterances: int,
     progress: Callable[[list], Iterable] = iter,
-) -> tuple[dict[str, float], str, list[DroppedSample]]:
-    """Rates by name over all ranks, some references beside their transcripts, and the samples
-    that could not be read; collective.
+) -> tuple[dict[str, float], list[Result], list[DroppedSample]]:
+    """Rates by name over all ranks, some of the transcripts, and the samples that could not be
+    read; collective.
 
     The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
-    its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples that could
-    not be read, "cut" transcripts cut at the token limit, if any. ``progress`` wraps the batches.
-    Raises `UserError` where none could be read.
+    its transcripts, with the ends of their intervals (`interval_ends`). "loss" is the mean CTC loss
+    a phoneme, or the mean NLL a token of the references. ``utterances`` limits the set (0: all).
+    "left_out" counts samples that could not be read, "cut" transcripts cut at the token limit, if
+    any. ``progress`` wraps the batches. Raises `UserError` where none could be read.
     """
     batches = build.validation_batches(branch.name, utterances)
     own = [row for batch in batches for row in batch.bad]
@@ -148,15 +174,12 @@ def error_rates(
         causes = dropped_summary(Counter(cause for cause, *_ in bad), last)
         raise UserError(f"the validation set has no usable sample{causes}")
     left_out = {"left_out": float(len(bad))} if bad else {}
+    means = partial(mean_outputs, device=distributed.device(), sum_ranks=distributed.all_reduce_sum)
     with branch.evaluating() as module:
         if branch.name == "pretrain":
-            rate = phoneme_error_rate(
-                module,
-                progress(batches),
-                device=distributed.device(),
-                sum_ranks=distributed.all_reduce_sum,
-            )
-            return {"phoneme_error_rate": rate} | left_out, "", bad
+            errors, loss = means(module, progress(batches), ("phoneme_errors", "ctc"))
+            return {"phoneme_error_rate": errors, "loss": loss} | left_out, [], bad
+        (loss,) = means(module, batches, ("nll",))
         results = transcribe(
             module,
             progress(batches),
@@ -167,13 +190,43 @@ def error_rates(
             gather=distributed.all_gather_object,
         )
         hallucinations = _hallucination_rates(recipe, build, module)
-    rates = results.scores(rules=recipe.evaluation.rules).summary()
+    scores = results.scores(rules=recipe.evaluation.rules)
+    rates = {"loss": loss} | scores.summary() | interval_ends(scores)
     if cut := sum(results.cut().values()):
         rates["cut"] = float(cut)
     count = recipe.evaluation.samples
     rows = results.rows[:: max(len(results.rows) // max(count, 1), 1)][:count]
-    samples = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
-    return rates | hallucinations | left_out, samples, bad
+    return rates | hallucinations | left_out, rows, bad
+
+
+def _markdown(samples: list[Result]) -> str:
+    """A table of references and transcripts, numbered like their sounds."""
+    rows = [
+        "| " + " | ".join(_plain(cell) for cell in (str(i), r.key, r.reference or "", r.hypothesis))
+        for i, r in enumerate(samples, 1)
+    ]
+    return "\n".join(["| audio | key | reference | transcript |", "|---|---|---|---|", *rows])
+
+
+def _plain(text: str) -> str:
+    """``text`` as a cell of a Markdown table shows it."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", " ".join(text.split()))
+
+
+def _recordings(
+    dataset: DatasetConfig, recipe: Recipe, build: Builder, **options: Any
+) -> list[Recording]:
+    """Recordings of a validation set; ``options`` as of `read_recordings`, which may raise."""
+    recordings, _ = read_recordings(
+        dataset.shards,
+        rate=build.front_end.rate,
+        text=recipe.data.text,
+        source=recipe.data.dataloader.source,
+        fields=dataset.fields,
+        max_seconds=longest_seconds(build.front_end),
+        **options,
+    )
+    return recordings
 
 
 def _where(error: BaseException) -> str:
@@ -192,16 +245,7 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
         return {}
     recordings = []
     for dataset in data.valid:
-        found, _ = read_recordings(
-            dataset.shards,
-            rate=build.front_end.rate,
-            text=data.text,
-            source=data.dataloader.source,
-            fields=dataset.fields,
-            limit=evaluation.suite_utterances,
-            max_seconds=longest_seconds(build.front_end),
-        )
-        recordings += found
+        recordings += _recordings(dataset, recipe, build, limit=evaluation.suite_utterances)
     results = transcribe_clips(
         module,
         build_suite(recordings, evaluation.suite, rate=build.front_end.rate),
@@ -214,5 +258,5 @@ def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> d
         any_rank=distributed.any_rank,
         gather=distributed.all_gather_object,
     )
-    totals = results.hallucinations().summary()
+    totals = results.hallucinations().summary() | {"utterances": float(len(recordings))}
     return {f"hallucination/{name}": value for name, value in totals.items()}

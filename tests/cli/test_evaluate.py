@@ -20,6 +20,15 @@ def test_evaluation_with_the_whole_suite_and_against_another(trained, tiny, tmp_
     assert (trained / "transcripts.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
     sounds = report["hallucination"]["nonspeech"]
     assert sounds["all"]["clips"] == 4 and sounds["silence"]["low"] is None
+    # What the report says of the evaluation, and the sounds of the worst transcripts.
+    evaluated = report["evaluated"]
+    assert evaluated["recordings"] == 3 and evaluated["left_out"] == {}
+    assert evaluated["checkpoint"].startswith("step-") and evaluated["versions"]["torch"]
+    assert {p.name for p in (trained / "worst_clips").iterdir()} == set(report["clips"].values())
+    few = command("evaluate", *arguments, "--suite-utterances", 1)
+    assert few.stdout.splitlines()[-1].startswith("12 clips")  # 4 sounds, 3 clean, 5 changed
+    alone = command("evaluate", *arguments[:3], "--suite-utterances", 1)
+    assert alone.returncode == 2 and "--suite" in alone.stderr
     # The newest checkpoint by its name; only the run's end goes into its report.
     last = sorted(p.name for p in (trained / "checkpoints").glob("step-*"))[-1]
     named = command("evaluate", *arguments, "--checkpoint", last, "--out", tmp_path / "named.jsonl")

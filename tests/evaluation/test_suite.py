@@ -107,6 +107,18 @@ def test_suite_of_speech_and_of_recordings_without_text():
     assert without_speech == ["silence", "white", "music", "recorded"]
 
 
+@pytest.mark.parametrize("utterances, chosen", [(0, range(4)), (2, (0, 2)), (9, range(4))])
+def test_noise_and_cuts_may_be_of_a_few_utterances(utterances, chosen):
+    config = SuiteConfig(clips=0, snrs=(10.0,), truncations=(0.5,))
+    clips = build_suite(_recordings(), config, rate=RATE, utterances=utterances)
+    by_condition = {}
+    for clip in clips:
+        by_condition.setdefault(clip.condition, []).append(clip.key)
+    expected = [f"u{i}" for i in chosen]
+    assert by_condition["snr10"] == by_condition["cut50"] == expected
+    assert by_condition["clean"] == ["u0", "u1", "u2", "u3"]
+
+
 def test_only_babble_of_one_language_has_one():
     config = SuiteConfig(clips=2, seconds=0.5, snrs=(), truncations=())
     english = [r for r in _recordings() if r.lang == "en"]

@@ -56,7 +56,7 @@ def test_batches_give_results_by_key(batch_sizes):
         ("a", "one", "0.30"), ("b", "two", "0.50"), ("c", None, "0.40")
     ]  # fmt: skip
     assert results.conditions() == ["clean"]
-    expected = Result("a", "clean", "en", "one", "0.30", 0.3, pytest.approx(0.3), True)
+    expected = Result("a", "clean", "en", "one", "0.30", 0.3, pytest.approx(0.3), True, "s")
     assert results.rows[0] == expected
 
 

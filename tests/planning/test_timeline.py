@@ -3,15 +3,21 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dsasr import recipe
 from dsasr.planning import timeline
 from dsasr.planning.memory import Machine, between_steps, step_memory
 from dsasr.planning.model_parts import count_parts
-from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig
+from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig, learning_rate
 from dsasr.tracking import timeline_plot
-from dsasr.tracking.timeline_plot import lr_curves, plot_run, stage_spans
+from dsasr.tracking.timeline_plot import (
+    logged_lr_curves,
+    planned_lr_curves,
+    plot_run,
+    stage_spans,
+)
 
 PRETRAIN = StageConfig("pretrain", "pretrain", {"encoder": 5e-4, "ctc": 5e-4}, steps=2000)
 ALIGN = StageConfig("align", "sft", {"adaptor": 1e-3}, steps=400)
@@ -73,7 +79,7 @@ def test_the_sft_branch_alone_and_an_initial_encoder():
 
 def test_rates_are_drawn_over_the_run_and_equal_groups_once():
     schedule = Schedule(ALL)
-    curves = lr_curves(schedule, timeline.simulate(schedule, (1010,)))
+    curves = planned_lr_curves(schedule, timeline.simulate(schedule, (1010,)))
     labels = [label for label, *_ in curves]
     assert labels == [
         "pretrain: encoder, ctc",
@@ -84,6 +90,25 @@ def test_rates_are_drawn_over_the_run_and_equal_groups_once():
     ]
     _, steps, rates = curves[1]
     assert steps[0] == 1010 and rates[0] == 1e-3 and rates == sorted(rates, reverse=True)
+    # The pretrain branch has the run's first 1010 steps to itself, and takes turns from there on.
+    _, steps, rates = curves[0]
+    for run_step, stage_step in ((505, 505), (1010, 1010), (1010 + 980, 1010 + 490)):
+        drawn = np.interp(run_step, steps, rates)
+        assert drawn == pytest.approx(learning_rate(PRETRAIN, "encoder", stage_step), rel=0.01)
+
+
+def test_a_runs_rates_are_those_that_it_has_logged():
+    head = {"branch": "sft", "stage": "joint"}
+    rows = [
+        {**head, "steps": 10 * s, "step": s, "lr_llm": 1e-3 / s, "lr_adaptor": 1e-3 / s,
+         "lr_encoder": 5e-5 / s}
+        for s in (1, 2, 4)
+    ]  # fmt: skip
+    rows.append({**head, "stage": "valid_joint", "steps": 45, "loss": 1.0})
+    assert logged_lr_curves(rows) == [
+        ("joint: llm, adaptor", [10, 20, 40], [1e-3, 5e-4, 2.5e-4]),
+        ("joint: encoder", [10, 20, 40], [5e-5, 2.5e-5, 1.25e-5]),
+    ]
 
 
 def test_the_table_shows_sizes_rates_and_the_planners_memory(tiny):
@@ -119,19 +144,28 @@ def test_a_run_is_drawn_from_its_own_events(tmp_path, monkeypatch):
         {"event": "refused", "reason": "no steps"},
         {"event": "resumed", "steps": 9},
     ]
-    metrics = [{"steps": s, "step": s, "ctc": 3 - s / 2000} for s in range(0, 2000, 100)]
-    metrics += [{"steps": 1020, "cka": 0.97, "cka_threshold": 0.975}]
+    head = {"branch": "pretrain", "stage": "pretrain"}
+    metrics = [
+        {**head, "steps": s, "step": s, "ctc": 3 - s / 2000, "lr_ctc": 1e-3}
+        for s in range(0, 2000, 100)
+    ]
+    metrics += [{**head, "stage": "drift", "steps": 1020, "cka": 0.97, "cka_threshold": 0.975}]
+    metrics += [{**head, "stage": "valid_pretrain", "steps": 1020, "loss": 2.5}]
     for name, rows in (("events", events), ("metrics", metrics)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert plot_run(tmp_path).stat().st_size > 10_000
     # What was measured on held-out data is no training loss.
-    held_out = {"steps": 1020, "ctc": 99.0, "stage": "allocation_pretrain"}
+    held_out = {**head, "steps": 1020, "ctc": 99.0, "stage": "allocation_pretrain"}
     drawn = {}
-    monkeypatch.setattr(timeline_plot, "plot", lambda *_, losses, **__: drawn.update(losses))
+    monkeypatch.setattr(timeline_plot, "plot", lambda *_, **given: drawn.update(given))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(held_out) + "\n")
     plot_run(tmp_path)
-    assert len(drawn["CTC (pretrain)"]) == 20 and max(y for _, y in drawn["CTC (pretrain)"]) == 3
+    [(name, points)] = drawn["losses"].items()
+    assert len(points) == 20 and max(loss for _, loss in points) == 3
+    assert drawn["held_out"] == {name: [(1020, 2.5)]}
+    [(label, steps, rates)] = drawn["lrs"]
+    assert label == "pretrain: ctc" and len(steps) == 20 and set(rates) == {1e-3}
     monkeypatch.undo()
     for name in ("events", "metrics"):  # a run that was stopped at once
         (tmp_path / f"{name}.jsonl").write_text("")

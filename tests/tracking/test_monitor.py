@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,24 +109,32 @@ def test_lines_between_the_checkpoint_and_the_next_step_are_removed(tmp_path):
     assert [x.get("in_use") for x in read_metrics(tmp_path)] == [None, 6.0]
 
 
-def test_tensorboard_has_cka_threshold_swaps_and_offloaded_bytes(tmp_path):
+def test_lines_events_texts_and_gradients_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monitor = Monitor(tmp_path, MonitorConfig(every=1), 10)
-    monitor.step(report(0, 1.0), 1, 0.0, extra={"offloaded_bytes": 7.0, "encoder_in_use": 5.0})
-    head = {"steps": 1, "branch": "pretrain", "stage": "drift"}
+    monitor = Monitor(tmp_path, MonitorConfig(every=2), 10, stages={"sft": "sft"})
+    histogram = replace(report(0, 1.0), gradients={"llm": [0, 3] + 58 * [0]})
+    monitor.step(histogram, 1, 0.0)  # no line is due
+    extra = {"offloaded_bytes": 7.0, "encoder_in_use": 5.0}
+    line = monitor.step(report(1, 1.0), 2, 0.0, extra=extra)
+    head = {"steps": 2, "branch": "pretrain", "stage": "drift"}
     monitor.scalars(head, {"cka": 0.97, "cka_threshold": 0.975, "drift_share": 0.01})
-    monitor.scalars(head | {"stage": "encoder"}, {"swap_seconds": 0.1, "in_use": 5})
-    monitor.text("encoder", "encoder-000000005 (drift)", 1)
+    monitor.event("swap", **SWAP, steps=2)
+    monitor.text("sft", "valid/transcripts", "ref", 2)
     monitor.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    expected = {"drift/cka", "drift/cka_threshold", "drift/drift_share", "encoder/swap_seconds"}
-    expected |= {"sft/wait_share", "sft/decode_ms_per_s", "sft/feature_ms_per_s"}
-    expected |= {"sft/padding_share", "sft/queue_depth", "sft/bytes_per_second"}
-    expected |= {"encoder/in_use", "sft/offloaded_bytes", "sft/encoder_in_use", "sft/nll"}
-    assert expected <= set(board.Tags()["scalars"])
-    assert any("encoder" in tag for tag in board.Tags()["tensors"])
+    folder = tmp_path / "tensorboard"
+    boards = {p.name: EventAccumulator(str(p)).Reload() for p in sorted(folder.iterdir())}
+    assert set(boards) == {"pretrain", "sft"}
+    assert {t for t in boards["pretrain"].Tags()["scalars"]} == {
+        "drift/cka", "drift/cka_threshold", "drift/drift_share",
+    }  # fmt: skip
+    tags = boards["sft"].Tags()
+    expected = {"train/loss", "train/lr/llm", "train/grad_norm", "train/stage"}
+    expected |= {"memory/offloaded_bytes", "memory/memory_bytes", "swap/encoder_in_use"}
+    expected |= {"data/wait_share", "data/feature_ms_per_s", "speed/audio_hours_per_hour"}
+    assert expected <= set(tags["scalars"]) and tags["histograms"] == ["gradient/log10_llm"]
+    assert {"events/text_summary", "valid/transcripts/text_summary"} <= set(tags["tensors"])
+    assert line["memory_bytes"] > 1e7  # this process has torch in memory
 
 
 def test_a_full_disk_loses_lines_not_the_run(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -18,7 +19,7 @@ from dsasr.training.trainer import Trainer
 from dsasr.utils.errors import UserError
 
 TIMES = ("seconds", "audio_hours_per_hour", "wait_share", "step_seconds", "queue_depth")
-TIMES += ("drift_seconds", "drift_share", "swap_seconds", "evaluation_seconds")
+TIMES += ("drift_seconds", "drift_share", "swap_seconds", "evaluation_seconds", "memory_bytes")
 
 
 def trace(folder: Path) -> list[dict]:
@@ -49,7 +50,8 @@ def whole(launch, tiny, tmp_path_factory) -> Path:
     """An uninterrupted run on two ranks, through the launcher."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train = Path(__file__).parents[2] / "dsasr" / "train.py"
-    done = launch(train, "--recipe", tiny, f"run={folder}", "monitor.tensorboard=true")
+    done = launch(train, "--recipe", tiny, f"run={folder}", "monitor.tensorboard=true",
+                  "monitor.gradients=2")  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     return folder
 
@@ -83,24 +85,38 @@ def test_four_stages_with_drift_and_swaps(whole):
 def test_tensorboard_equals_the_events(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(whole / "tensorboard")).Reload()
-    curves = {
-        tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]
-    }
+    boards = {p.name: EventAccumulator(str(p)).Reload() for p in (whole / "tensorboard").iterdir()}
+    assert set(boards) == {"pretrain", "sft"}
+    curves, of_pretrain = (
+        {t: [(e.step, e.value) for e in boards[name].Scalars(t)]
+         for t in boards[name].Tags()["scalars"]}
+        for name in ("sft", "pretrain")
+    )  # fmt: skip
     drift = [(e["steps"], pytest.approx(e["cka"])) for e in events(whole, "drift")]
-    assert drift and curves["drift/cka"] == drift
-    assert {round(v, 6) for _, v in curves["drift/cka_threshold"]} == {0.999}
+    assert drift and of_pretrain["drift/cka"] == drift
+    assert {round(v, 6) for _, v in of_pretrain["drift/cka_threshold"]} == {0.999}
     swaps = events(whole, "swap")
     assert [s for s, _ in curves["drift/swap_mark"]] == [e["steps"] for e in swaps]
-    assert [v for _, v in curves["encoder/in_use"]] == [e["pretrain"] for e in swaps]
-    assert all(v > 0 for _, v in curves["encoder/swap_seconds"])
+    in_use = dict(curves["swap/encoder_in_use"])
+    assert {e["steps"]: e["pretrain"] for e in swaps}.items() <= in_use.items()
+    assert all(v > 0 for _, v in curves["swap/swap_seconds"])
     around = [e for e in events(whole, "after_swap") if e["nll_before"] is not None]
     for name in ("nll_before", "nll"):
-        tag = "encoder/nll_after" if name == "nll" else "encoder/nll_before"
+        tag = "swap/nll_after" if name == "nll" else "swap/nll_before"
         assert curves[tag] == [(e["steps"], pytest.approx(e[name])) for e in around] != []
-    for stage in ("align", "ia_sft", "joint"):
-        assert {f"{stage}/{n}" for n in ("nll", "offloaded_bytes", "encoder_in_use")} <= set(curves)
-    assert "encoder/text_summary" in board.Tags()["tensors"]
+    # One curve over all stages, and as many points as lines.
+    lines = [x for x in read_metrics(whole) if "step" in x and x["branch"] == "sft"]
+    assert curves["train/loss"] == [(x["steps"], pytest.approx(x["nll"])) for x in lines]
+    stages = ["pretrain", "align", "ia_sft", "joint"]
+    assert [v for _, v in curves["train/stage"]] == [1 + stages.index(x["stage"]) for x in lines]
+    valid = [x for x in read_metrics(whole) if x["stage"].startswith("valid_")]
+    assert all(math.isfinite(x["loss"]) and x["loss"] > 0 for x in valid) and len(valid) == 2
+    tags = boards["sft"].Tags()
+    assert {"valid/audio_1", "valid/audio_2", "valid/audio_3"} == set(tags["audio"])
+    assert {"events/text_summary", "valid/transcripts/text_summary"} <= set(tags["tensors"])
+    assert set(tags["histograms"]) == {f"gradient/log10_{p}" for p in ("adaptor", "encoder", "llm")}
+    weights = boards["sft"].Histograms("gradient/log10_llm")
+    assert len({w.histogram_value.num for w in weights}) == 1 and weights[0].histogram_value.num > 0
 
 
 @pytest.mark.launcher

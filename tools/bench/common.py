@@ -6,16 +6,17 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dsasr.utils.environment import commit, machine, package_versions
+from dsasr.utils.memory import process_bytes
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 _ROOT = Path(__file__).parent.parent.parent
@@ -39,44 +40,15 @@ def record(bench: str, **fields: Any) -> dict[str, Any]:
 
 def about() -> dict[str, Any]:
     """The machine's name, cores and threads, the versions, the commit ("+": changed since)."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    code = [_ROOT / "dsasr", _ROOT / "tools" / "bench"]
     return {
         "machine": machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": commit(),
+        "versions": {"python": platform.python_version(), **package_versions(_PACKAGES)},
+        "commit": commit(code, ignore=RESULTS.name),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def machine() -> str:
-    """The GPU's name where there is one, else the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x for x in lines if x.startswith("model name")).split(":", 1)[1].strip()
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "dsasr", "tools/bench")
-        changed = [line for line in changed.splitlines() if not line.endswith("results.jsonl")]
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def clock(device: torch.device | str) -> str:
@@ -147,17 +119,9 @@ def peak_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> in
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident("VmRSS")
+    before = process_bytes("VmRSS")
     run()
-    return resident("VmHWM") - before
-
-
-def resident(name: str = "VmRSS") -> int:
-    """Bytes of this process's resident set; VmHWM: the most it was."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
+    return process_bytes("VmHWM") - before
 
 
 def matrix_rate(

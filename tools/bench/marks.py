@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import clock, resident
+from common import clock
 from torch.profiler import ProfilerActivity, profile
 
 from dsasr.data.batch import Batch
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.utils import distributed
+from dsasr.utils.memory import process_bytes
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -173,4 +174,4 @@ def peak() -> int:
     """The most bytes held: of the device, or of this process on a CPU."""
     if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resident("VmHWM")
+    return process_bytes("VmHWM")

@@ -40,12 +40,13 @@ from dsasr.demo.small_lm import make_random_lm
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine, partitioner
 from dsasr.kernels import dispatch
-from dsasr.planning.measure_batch import Shape, status, synthetic_batch
+from dsasr.planning.measure_batch import Shape, synthetic_batch
 from dsasr.planning.memory import GB, Machine, Traffic, between_steps, step_memory
 from dsasr.planning.model_parts import count_parts
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.memory import process_bytes
 
 MB = 1e6
 
@@ -103,7 +104,7 @@ class Memory:
 
 def anonymous() -> int:
     """Resident bytes of this process that no file backs: those, the kernel may drop at any time."""
-    return status("RssAnon") + status("RssShmem")
+    return process_bytes("RssAnon") + process_bytes("RssShmem")
 
 
 def measure(args: argparse.Namespace, cfg: recipe.Recipe, folder: Path) -> dict:

@@ -41,7 +41,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import peer_trainer
-from common import record, resident
+from common import record
 from marks import Throughput
 from peer_trainer import PeerOptions, SpeechCollator
 
@@ -61,6 +61,7 @@ from dsasr.recipe import Recipe, silence_library_warnings
 from dsasr.training import preflight
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.memory import process_bytes
 
 CASES = {"frozen": ("adaptor", "llm"), "all": ("encoder", "adaptor", "llm")}
 CHANGES = {"ours": ("pad30", "random"), "peer": ("longest", "grouped", "fused")}
@@ -158,7 +159,7 @@ def train_ours(options: argparse.Namespace, side: Side, case: str) -> dict[str, 
     branch_engine.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
     branch_engine.init_distributed()
-    libraries = resident()
+    libraries = process_bytes()
     builder, stage = Builder(cfg), cfg.stage("sft")
     preflight.check(builder)
     engine = BranchEngine(
@@ -202,7 +203,7 @@ def collator(options: argparse.Namespace, side: Side, builder: Builder) -> Speec
 def train_peer(options: argparse.Namespace, side: Side, case: str) -> dict[str, Any]:
     torch.set_float32_matmul_precision(options.matmul)
     builder = Builder(recipe(options, Side.parse("ours"), case))
-    libraries = resident()
+    libraries = process_bytes()
     model = peer_model(options, side)
     model.freeze(CASES[case])
     throughput = Throughput(options.warm_up, options.seconds)

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import machine, matrix_rate, record
+from common import matrix_rate, record
 from marks import Marks, peak, profiled, restart_peak
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -67,6 +67,7 @@ from dsasr.planning.module_cost import ModuleCost
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
+from dsasr.utils.environment import machine
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.progress import Bar
 
