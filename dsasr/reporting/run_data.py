@@ -11,6 +11,7 @@ from dsasr.checkpoint.locate import run_folder
 from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource
 from dsasr.inference.model_from_run import run_recipe
 from dsasr.stages import Schedule
+from dsasr.tracking import run_log
 from dsasr.tracking.run_log import Row, read_events, read_metrics, without_missing
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import nonfinite_to_none, read_json_lines
@@ -192,11 +193,4 @@ def _renamed(row: AllocationRow, name: str) -> AllocationRow:
 
 def audio_hours(run: RunData) -> float:
     """Hours of (augmented) audio over all steps, from the rate and the time of each line."""
-    total, last = 0.0, {}
-    for line in run.metrics:
-        if "audio_hours_per_hour" in line:
-            steps = line["step"] - last.get(line["stage"], 0)  # since the stage's line before
-            total += line["audio_hours_per_hour"] * line["step_seconds"] * steps
-        if "step" in line:
-            last[line["stage"]] = line["step"]
-    return total / 3600
+    return run_log.audio_hours(run.metrics)
