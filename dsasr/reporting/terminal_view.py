@@ -9,6 +9,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -279,7 +280,7 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS, log: bo
     """
     count = min(len(values), width)
     bounds = [i * len(values) // count for i in range(count + 1)]
-    means = [math.fsum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    means = [math.fsum(values[a:b]) / (b - a) for a, b in pairwise(bounds)]
     if log and min(means) > 0:
         means = [math.log(mean) for mean in means]
     low, high = min(means), max(means)
