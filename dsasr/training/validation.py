@@ -18,11 +18,13 @@ from dsasr.data.shards.index import DroppedSample
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
 from dsasr.evaluation.phoneme_error_rate import phoneme_error_rate
+from dsasr.evaluation.results import Result
 from dsasr.evaluation.suite import build_suite
 from dsasr.evaluation.transcribe import transcribe, transcribe_clips
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.tracking.monitor import Monitor
+from dsasr.tracking.run_log import HYPOTHESES
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, first_line
 from dsasr.utils.io import atomic_write, to_json
@@ -55,7 +57,7 @@ class Validation:
     ) -> None:
         """Write the `error_rates` of ``branch`` after ``steps`` steps to metrics and log."""
         started = time.monotonic()
-        stage, rates, samples, bad, failure = branch.stage.name, {}, "", [], None
+        stage, rates, samples, bad, failure = branch.stage.name, {}, [], [], None
         try:
             rates, samples, bad = error_rates(self.recipe, self.build, branch, utterances, progress)
         except Exception as error:  # decoding runs the model: out of memory and much else
@@ -66,12 +68,26 @@ class Validation:
         head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
         self.monitor.scalars(head, rates | {"evaluation_seconds": time.monotonic() - started})
         if samples:
-            self.monitor.text(f"valid_{stage}", samples, steps)
+            pairs = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in samples)
+            self.monitor.text(f"valid_{stage}", pairs, steps)
+            self._keep_hypotheses(samples, stage, steps)
         self.monitor.event("evaluated", stage=stage, steps=steps, **rates)
         score = rates.get(self.recipe.checkpoint.best)
         if score is not None and math.isfinite(score):
             self._last = (steps, score)
             self.best = score if self.best is None else min(score, self.best)
+
+    def _keep_hypotheses(self, samples: list[Result], stage: str, steps: int) -> None:
+        """Write some transcripts of this evaluation to `HYPOTHESES`, in place of the last one's."""
+        if not distributed.is_main_rank():
+            return
+        keys = ("key", "lang", "reference", "hypothesis")
+        rows = [{key: getattr(result, key) for key in keys} for result in samples]
+        with contextlib.suppress(OSError):  # a full disk stops no run
+            atomic_write(
+                self.recipe.folder / HYPOTHESES,
+                "".join(f"{to_json(row | {'stage': stage, 'steps': steps})}\n" for row in rows),
+            )
 
     def _failed(self, failure: Exception | None, stage: str, steps: int) -> bool:
         """Whether an evaluation has failed: an event says why, and training goes on; collective.
@@ -125,9 +141,9 @@ def error_rates(
     branch: BranchEngine,
     utterances: int,
     progress: Callable[[list], Iterable] = iter,
-) -> tuple[dict[str, float], str, list[DroppedSample]]:
-    """Rates by name over all ranks, some references beside their transcripts, and the samples
-    that could not be read; collective.
+) -> tuple[dict[str, float], list[Result], list[DroppedSample]]:
+    """Rates by name over all ranks, some of the transcripts, and the samples that could not be
+    read; collective.
 
     The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
     its transcripts. ``utterances`` limits the set (0: all). "left_out" counts samples that could
@@ -149,7 +165,7 @@ def error_rates(
                 device=distributed.device(),
                 sum_ranks=distributed.all_reduce_sum,
             )
-            return {"phoneme_error_rate": rate} | left_out, "", bad
+            return {"phoneme_error_rate": rate} | left_out, [], bad
         results = transcribe(
             module,
             progress(batches),
@@ -163,8 +179,7 @@ def error_rates(
     rates = results.scores(rules=recipe.evaluation.rules).summary()
     count = recipe.evaluation.samples
     rows = results.rows[:: max(len(results.rows) // max(count, 1), 1)][:count]
-    samples = "\n\n".join(f"ref {r.reference}  \nhyp {r.hypothesis}" for r in rows)
-    return rates | hallucinations | left_out, samples, bad
+    return rates | hallucinations | left_out, rows, bad
 
 
 def _where(error: BaseException) -> str:
