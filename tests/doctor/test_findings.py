@@ -55,7 +55,8 @@ def test_a_sound_job_has_a_table_and_nothing_falls_short():
     [
         ("versions", {"versions": {**VERSIONS, "torch": "2.12"}},
          ["torch: 2.14 on n0; 2.12 on n1"]),
-        ("versions", {"versions": {"python": "3.11", "torch": "2.14"}}, ["dsasr's code: abc on n0"]),
+        ("versions", {"versions": {"python": "3.11", "torch": "2.14"}},
+         ["dsasr's code: abc on n0"]),
         ("GPUs", {"gpus": (Gpu(3, "H200", troubles=("2 uncorrected memory errors",)),)},
          ["GPU 3 (H200) of n1: 2 uncorrected memory errors", "--exclude"]),
         ("GPUs", {"gpus": (Gpu(0, "A100"),)}, ["several kinds: 1 × H200, 1 × A100"]),
