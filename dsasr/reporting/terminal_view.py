@@ -71,7 +71,6 @@ def _job(job: Job, width: int, height: int, ascii_only: bool) -> list[Renderable
     blocks = ASCII_BLOCKS if ascii_only else BLOCKS
     rows: list[RenderableType] = [Rule(_text(job.name, "bold"), style="dim", align="left")]
     rows += [_state(job), *(_text(problem, "red") for problem in job.problems)]
-    rows += [_stage(job, stage, width, ascii_only) for stage in job.stages]
     body = [
         *_losses(job, spark, blocks),
         *_drift(job, spark, blocks),
@@ -79,8 +78,11 @@ def _job(job: Job, width: int, height: int, ascii_only: bool) -> list[Renderable
         *_speed(job, spark, blocks),
         *_drops(job),
     ]
+    names = [one_line(stage.name) for stage in job.stages] + [label for label, _ in body]
+    label_width = min(max(map(len, names), default=0), max(width // 4, 8))
+    rows += [_stage(job, stage, label_width, width, ascii_only) for stage in job.stages]
     table = Table.grid(padding=(0, 1))
-    table.add_column(no_wrap=True, style="bold")
+    table.add_column(no_wrap=True, style="bold", width=label_width, overflow="ellipsis")
     table.add_column(no_wrap=True, overflow="ellipsis")
     for label, value in body:
         table.add_row(_text(label), value)
@@ -96,9 +98,10 @@ def _job(job: Job, width: int, height: int, ascii_only: bool) -> list[Renderable
 
 
 def _state(job: Job) -> Text:
-    line = _text(job.state.name, f"bold {COLORS.get(job.state.name, '')}")
-    mark = ":" if job.state.name == "failed" else ""
-    line.append_text(_text(f"{mark} {job.state.detail}".rstrip()))
+    line = Text()
+    line.append(job.state.name, f"bold {COLORS.get(job.state.name, '')}")
+    if job.state.name == "failed":
+        line.append_text(_text(f": {job.state.detail}"))
     cells = [f"{lines.clock(job.seconds)} trained"]
     left = job.seconds_left
     if left and job.state.name in ("running", "stopping"):
@@ -106,14 +109,15 @@ def _state(job: Job) -> Text:
     age = job.changed()
     if age is not None and job.state.name != "finished":
         cells.append(f"last line {lines.clock(age)} ago")
+    if job.state.name != "failed" and job.state.detail:
+        cells.append(one_line(job.state.detail))
     line.append(f"  {' · '.join(cells)}")
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
 
 
-def _stage(job: Job, stage: Stage, width: int, ascii_only: bool) -> Text:
+def _stage(job: Job, stage: Stage, label_width: int, width: int, ascii_only: bool) -> Text:
     """A stage's name, its bar, steps, and the time left while it runs."""
-    names = max((len(one_line(s.name)) for s in job.stages), default=0)
     digits = max((len(f"{s.steps:,}") for s in job.stages), default=0)
     counts = (
         f" {stage.done:>{digits},}/{stage.steps:<{digits},} {math.floor(stage.share * 100):>3}%"
@@ -121,7 +125,7 @@ def _stage(job: Job, stage: Stage, width: int, ascii_only: bool) -> Text:
     running = job.state.name in ("running", "stopping") and stage in job.current
     seconds = job.stage_seconds_left(stage) if running else None
     tail = f"  {lines.clock(seconds)} left" if seconds else ""
-    name = one_line(stage.name)[: max(width // 4, 8)].ljust(min(names, max(width // 4, 8)))
+    name = one_line(stage.name)[:label_width].ljust(label_width)
     size = max(width - len(name) - len(counts) - 16, 4)
     full = math.floor(size * stage.share)
     color = "green" if running else "cyan"
@@ -173,7 +177,7 @@ def _drift(job: Job, width: int, blocks: str) -> list[tuple[str, Text]]:
 
 
 def _error_rates(job: Job, width: int, blocks: str) -> list[tuple[str, Text]]:
-    """Rates of the validation set, by language where there is more than one; newest and best."""
+    """Rates of the validation set, by language where it has any; newest and best."""
     evaluated = [e for e in job.events.rows if e.get("event") == "evaluated"]
     keys = dict.fromkeys(key for e in evaluated for key in e)
     rates = {k: v for k in keys if _is_rate(k) and (v := series(evaluated, k))}
@@ -181,8 +185,7 @@ def _error_rates(job: Job, width: int, blocks: str) -> list[tuple[str, Text]]:
     rows = []
     for key, values in rates.items():
         name, _, language = key.partition("/")
-        several = sum(k.startswith(f"{name}/") for k in rates) > 1
-        if (name in by_language and several and not language) or (language and not several):
+        if not language and name in by_language:
             continue
         line = Text(sparkline(values, width, blocks), "cyan")
         line.append(f"  {lines.percent(values[-1])}", "default")
@@ -211,9 +214,8 @@ def _speed(job: Job, width: int, blocks: str) -> list[tuple[str, Text]]:
     last, cells = trained[-1], []
     if (seconds := number(last, "step_seconds")) is not None:
         cells.append(f"{lines.duration(seconds)} a step")
-    for key, text in (("wait_share", "waiting for data"), ("padding_share", "padding")):
-        if (share := number(last, key)) is not None:
-            cells.append(f"{text} {lines.percent(share)}")
+    if (share := number(last, "wait_share")) is not None:
+        cells.append(f"data wait {lines.percent(share)}")
     rates = [v for key in last if key.startswith("lr_") and (v := number(last, key)) is not None]
     if rates:
         low, high = f"{min(rates):.1e}", f"{max(rates):.1e}"
