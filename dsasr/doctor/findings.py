@@ -132,7 +132,8 @@ def _gpus(reports: Sequence[Report]) -> Row:
 def _products(reports: Sequence[Report]) -> Row:
     rates = {report.rank: report.products for report in reports}
     median = statistics.median(rates.values())
-    slow = [r for r in reports if r.products < SLOWEST * median]
+    judged = len(reports) > 1 and all(r.has_gpu for r in reports)  # cores have other work too
+    slow = [r for r in reports if judged and r.products < SLOWEST * median]
     measured = f"{min(rates.values()):.3g}–{max(rates.values()):.3g} TFLOP/s a rank"
     if len(reports) == 1:
         measured = f"{median:.3g} TFLOP/s"
@@ -143,9 +144,8 @@ def _products(reports: Sequence[Report]) -> Row:
             f"{named}: below {SLOWEST:.0%} of the median, {median:.3g} TFLOP/s; all ranks wait for "
             "the slowest: look for another process, heat or a power limit there, or leave it out"
         )
-    return Row(
-        "products", measured, f"≥ {SLOWEST:.0%} of median" if len(reports) > 1 else "", short
-    )
+    needed = f"≥ {SLOWEST:.0%} of median" if judged else ""
+    return Row("products", measured, needed, short)
 
 
 def _clocks(reports: Sequence[Report]) -> Row:

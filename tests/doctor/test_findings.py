@@ -100,6 +100,11 @@ def test_one_rank_on_a_cpu_without_a_recipe():
     ]  # fmt: skip
 
 
+def test_the_products_of_ranks_on_cpus_are_not_judged():
+    ranks = [report(r, has_gpu=False, gpus=(), products=0.1 * (r + 1)) for r in range(3)]
+    assert short(ranks) == {}
+
+
 def test_a_link_that_is_not_known_is_not_judged():
     slow = [report(r, all_reduce=0.01, link=Link("eth0")) for r in range(2)]
     assert short(slow) == {}
