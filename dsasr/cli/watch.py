@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,8 +69,9 @@ def _follow(run: Path, jobs: list[Job], every: float) -> None:
                 for job in jobs:
                     job.refresh()
                 known = {job.folder for job in jobs}
-                # The second job of a concurrent run may begin later.
-                jobs += [Job(f, run) for f in job_folders(run) if f not in known]
+                with suppress(OSError):  # its file system is away: the jobs say so
+                    # The second job of a concurrent run may begin later.
+                    jobs += [Job(f, run) for f in job_folders(run) if f not in known]
     except KeyboardInterrupt:
         pass
     _print(jobs)

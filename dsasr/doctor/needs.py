@@ -67,14 +67,14 @@ def machine_of(world: int, nodes: int, gpu_memory: float, rate: float, link: flo
     return replace(machine, inside=link, network=link) if link else machine
 
 
-def shards_of_rank(
-    recipe: Recipe, storage: ShardStorage, rank: int, world: int, most: int = 4
-) -> list[str]:
-    """Shards that this rank reads as a sample of the training set, other ranks other ones."""
-    names = [
-        name for dataset in recipe.data.train for name in storage.resolve(dataset.shards).shards
-    ]
-    return names[rank % len(names) :: world][:most]
+def shards_of_ranks(recipe: Recipe, world: int, most: int = 4) -> list[list[str]]:
+    """For each rank some shards of the training set to read, others for other ranks.
+
+    Raises what `ShardStorage.resolve` raises.
+    """
+    storage = ShardStorage(recipe.data.dataloader.source)
+    names = [name for data in recipe.data.train for name in storage.resolve(data.shards).shards]
+    return [names[rank % len(names) :: world][:most] for rank in range(world)]
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -204,14 +204,13 @@ def places(recipe: Any, world: int) -> Places:
         return Places()
     from dataclasses import asdict
 
-    from dsasr.data.shards.storage import ShardStorage
-    from dsasr.doctor.needs import run_folder, shards_of_rank
+    from dsasr.doctor.measure import GIVEN_UP, within
+    from dsasr.doctor.needs import run_folder, shards_of_ranks
 
     source = recipe.data.dataloader.source
     try:
-        storage = ShardStorage(source)
-        shards = [shards_of_rank(recipe, storage, rank, world) for rank in range(world)]
-    except (UserError, Failure) as error:
+        shards = within(GIVEN_UP, lambda: shards_of_ranks(recipe, world))
+    except (UserError, Failure, OSError) as error:
         print(f"doctor: data.train is not read: {error}", flush=True)
         shards = [[] for _ in range(world)]
     return Places(str(run_folder(recipe)), tuple(map(tuple, shards)), asdict(source))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from dsasr.utils.io import read_json_lines
 RECIPE = "recipe.yaml"
 BRANCHES = ("pretrain", "sft")
 RATE_LINES = 20  # newest lines of metrics that the time left is estimated from
+LARGEST = 1e15  # a greater number is no step, time or size of a run
 ENDS = ("finished", "stopped")  # events of a job's end
 
 
@@ -88,18 +90,21 @@ class Job:
     def refresh(self) -> None:
         """Read what the job has written since."""
         self.problems = []
-        self.gone = not self.folder.is_dir()
+        self.gone = not os.path.isdir(self.folder)
         if self.gone:
             self.problems = [f"{self.folder} is gone: removed, or its file system is away"]
             return
         self._read_recipe()
         for log in (self.metrics, self.events):
             log.refresh()
-            if log.problem and log.path.exists():
+            if log.problem and os.path.exists(log.path):
                 self.problems.append(log.problem)
             if log.broken:
                 self.problems.append(f"{log.path}: {log.broken} broken lines skipped")
-        self.state = self._state()
+        try:
+            self.state = self._state()
+        except (OSError, ValueError, TypeError) as error:  # no right to read the lock, or it is odd
+            self.problems.append(f"{self.folder / run_lock.LOCK}: {error}")
 
     def _read_recipe(self) -> None:
         path = self.folder / RECIPE
@@ -224,9 +229,9 @@ class Job:
 def number(row: Mapping[str, Any], key: str) -> float | None:
     """A finite number of a row; None where there is none."""
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    return value if -LARGEST < value < LARGEST else None  # false of NaN
 
 
 def series(rows: Sequence[Row], key: str) -> list[float]:
@@ -260,6 +265,6 @@ def _age(paths: Sequence[Path]) -> float | None:
     """Seconds since the newest change of ``paths``; of a file server whose clock is ahead: 0."""
     times = []
     for path in paths:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             times.append(path.stat().st_mtime)
     return max(time.time() - max(times), 0.0) if times else None

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dsasr import recipe
-from dsasr.data.shards.storage import ShardStorage
-from dsasr.doctor.needs import machine_of, needs, shards_of_rank
+from dsasr.doctor.needs import machine_of, needs, shards_of_ranks
 from dsasr.planning.cluster_sizing import FLAC_BYTES, checkpoint_bytes, estimate_step
 from dsasr.planning.model_parts import count_parts
 
@@ -48,7 +47,6 @@ def test_text_alone_reads_nothing_and_slurm_sets_a_time(cfg, monkeypatch):
 
 
 def test_ranks_read_different_shards(cfg):
-    storage = ShardStorage()
-    names = [[p[-10:] for p in shards_of_rank(cfg, storage, r, 2)] for r in range(2)]
+    names = [[path[-10:] for path in paths] for paths in shards_of_ranks(cfg, 2)]
     assert names == [["000000.tar", "000002.tar"], ["000001.tar"]]
-    assert len(shards_of_rank(cfg, storage, 7, 8)) == 1  # more ranks than shards
+    assert [len(paths) for paths in shards_of_ranks(cfg, 8)] == [1] * 8  # more ranks than shards

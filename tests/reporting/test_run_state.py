@@ -108,7 +108,8 @@ def test_a_run_that_vanishes_and_comes_back(logged_run, tmp_path):
 @pytest.mark.parametrize(
     "line",
     ['{"steps": "many", "stage": {}, "step": null}', '{"step": NaN, "stage": "ctc"}',
-     '{"step": 1e999, "stage": "ctc", "steps": 3}', "[]", '{"step": true}', "{}", "\\x00"],
+     '{"step": 1e999, "stage": "ctc", "steps": 3}', "[]", '{"step": true}', "{}", "\\x00",
+     '{"stage": "ctc", "step": 1%s}' % ("0" * 400)],
 )  # fmt: skip
 def test_odd_lines_of_metrics_are_passed_over(logged_run, line):
     folder = logged_run()
@@ -125,3 +126,17 @@ def test_a_damaged_recipe_leaves_the_rest(logged_run, recipe):
     job = Job(folder, folder)
     assert job.stages == [] and job.state.name == "finished" and job.seconds == 180.0
     assert bool(job.problems) == (recipe == "stages: [")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"token": "x"}', "\x00"])
+def test_a_torn_lock_is_no_sign_of_life(logged_run, text):
+    folder = logged_run(ends="finished")
+    (folder / run_lock.LOCK).write_text(text)
+    assert Job(folder, folder).state.name == "finished"
+
+
+def test_a_lock_with_odd_values_is_named(logged_run):
+    folder = logged_run()
+    owner = replace(Owner.this_process(), token="a\x00b", machine="another", host="n7")
+    (folder / run_lock.LOCK).write_text(json.dumps(asdict(owner)))
+    assert Job(folder, folder).state.name in ("running", "failed")
