@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -46,8 +47,10 @@ def write(draw: Callable[[Console], RenderableType], width: int = PIPED_WIDTH) -
         return
     console = console_of(io.StringIO(), width)
     console.print(draw(console))
-    for line in console.file.getvalue().splitlines():
-        print(line.rstrip())
+    try:
+        print("\n".join(map(str.rstrip, console.file.getvalue().splitlines())), flush=True)
+    except BrokenPipeError:  # as of `| head`: what would follow is wanted by nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def frame(jobs: Sequence[Job], width: int, height: int = 0, ascii_only: bool = False) -> Group:
