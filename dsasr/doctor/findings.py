@@ -130,13 +130,12 @@ def _gpus(reports: Sequence[Report]) -> Row:
 
 
 def _products(reports: Sequence[Report]) -> Row:
-    rates = {report.rank: report.products for report in reports}
-    median = statistics.median(rates.values())
+    rates = [report.products for report in reports]
+    median = statistics.median(rates)
     judged = len(reports) > 1 and all(r.has_gpu for r in reports)  # cores have other work too
     slow = [r for r in reports if judged and r.products < SLOWEST * median]
-    measured = f"{min(rates.values()):.3g}–{max(rates.values()):.3g} TFLOP/s a rank"
-    if len(reports) == 1:
-        measured = f"{median:.3g} TFLOP/s"
+    low, high = f"{min(rates):.3g}", f"{max(rates):.3g}"
+    measured = f"{low if low == high else f'{low}–{high}'} TFLOP/s a rank"
     short = ""
     if slow:
         named = ", ".join(f"rank {r.rank} on {r.node} ({r.products:.3g})" for r in slow[:8])

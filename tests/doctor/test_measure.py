@@ -25,6 +25,7 @@ def test_an_end_to_what_hangs():
 
 def test_what_is_written_is_gone_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "WRITE_BYTES", 20 * measure.MIB)
+    monkeypatch.setattr(measure, "WRITE_SECONDS", 60.0)
     written = measure.write(tmp_path / "not" / "yet")
     assert written.problem == "" and written.bytes == 24 * measure.MIB and written.seconds > 0
     assert list(tmp_path.iterdir()) == [] and measure.free_bytes(tmp_path / "not") > 0
@@ -41,6 +42,7 @@ def test_a_folder_that_cannot_be_written_says_why(tmp_path, monkeypatch):
 def test_shards_are_read_to_their_ends_or_to_the_limit(tmp_path, monkeypatch):
     for name, size in (("a.tar", 2_500_000), ("b.tar", 100)):
         (tmp_path / name).write_bytes(os.urandom(size))
+    monkeypatch.setattr(measure, "READ_SECONDS", 60.0)
     names = [str(tmp_path / "a.tar"), "pipe:false", str(tmp_path / "b.tar")]
     done = measure.read(names, ShardStorage())
     assert done.problem == "" and done.bytes == 2_500_100

@@ -39,7 +39,7 @@ def test_all_that_a_run_tells_is_on_the_screen(logged_run):
     (folder / HYPOTHESES).write_text('{"reference": "a b", "hypothesis": "a c"}\n')
     text = screen(folder)
     for shown in (
-        "failed: ended before its schedule did", "3:06 trained", "31/40  77%", " 0/10    0%",
+        "failed: ended before its schedule did", "3:06 trained", "31/40  77%", " 0/10   0%",
         "0.800 → 0.267 nats", "CKA 0.9300 < 0.95", "1 published, the last encoder-7",
         "WER en", "25.0%  (best 25.0% of 2)", "CER zh", "20.0%  (best 10.0% of 2)",
         "hallucinated 1.0%", "20.0 hours of audio an hour", "2.50 GB of the fullest rank",
