@@ -14,6 +14,9 @@ fail() { echo "error: $*" >&2; exit 2; }
   fail "RUN=$RUN: Slurm replaces % and \\ in the names of its logs: give another folder"
 PYTHON=${PYTHON:-python}
 PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+DOCTOR=${DOCTOR:-warn}
+[[ $DOCTOR == @(off|warn|stop) ]] || fail "DOCTOR=$DOCTOR: give off, warn or stop"
+DOCTOR_SECONDS=420  # the longest that it may take; it ends itself before
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 export DSASR_START=$SLURM_JOB_ID.$RESTARTS
 REQUEUES=$RUN/requeues.jsonl
@@ -133,10 +136,45 @@ step() {
   done
 }
 
+# The command of a task: a rank under the names that torch's launchers give it. A task ignores
+# SIGUSR1 until train.py listens for it: this script repeats the signal.
+# shellcheck disable=SC2016  # the task's own shell expands SLURM_*
+task=(bash -c 'trap "" USR1
+  RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
+  LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES)) exec "$@"' task)
+
+# examine NAME HOSTLIST PORT SRUN_OPTION KEY=VALUE …: look at a part's nodes before it starts. What
+# falls short is printed, and ends the job with DOCTOR=stop. All of it: the log …-doctor.txt.
+examine() {
+  local name=$1 hosts master port option=$4 code=0 pid told=$LOGS/$DSASR_START-$1-doctor.txt
+  [[ $DOCTOR != off ]] || return 0
+  mapfile -t hosts < <(scontrol show hostnames "$2")
+  master=${MASTER_ADDR:-${hosts[0]}}
+  port=$(free_port "$master" "$3")
+  shift 4
+  # shellcheck disable=SC2086  # words on purpose
+  MASTER_ADDR=$master MASTER_PORT=$port timeout -k 10 "$DOCTOR_SECONDS" srun $option \
+    --kill-on-bad-exit=1 "${container[@]}" ${SRUN_ARGS:-} "${task[@]}" "${inside[@]}" "$PYTHON" \
+    "$RUN/code/dsasr/doctor/rank.py" --recipe "$RECIPE" run="$RUN" "$@" ${OVERRIDES:-} \
+    > "$told" 2>&1 &
+  pid=$!
+  # Not in the foreground, where bash answers no signal: one that comes ends the examination.
+  while kill -0 "$pid" 2>/dev/null; do
+    if [[ -n $signaled ]]; then kill "$pid" 2>/dev/null || true; fi
+    code=0; wait "$pid" || code=$?
+  done
+  if ((code == 0)) || [[ -n $signaled ]]; then return 0; fi
+  echo "doctor: $name: exit code $code ($told)"
+  grep -E '^(short|error|failed|doctor): ' "$told" || tail -n 3 "$told"
+  if [[ $DOCTOR == stop ]]; then
+    echo "error: the machines fall short of the recipe, and DOCTOR=stop (slurm.doctor): not started" >&2
+    over 2
+  fi
+}
+
 # part NAME FOLDER HOSTLIST PORT SRUN_OPTION KEY=VALUE …: start a part in the background.
 # One task a GPU, not one launcher a node: Slurm then binds, accounts and signals each rank itself,
-# and sees at once when one dies. A task ignores SIGUSR1 until train.py listens for it: this script
-# repeats the signal.
+# and sees at once when one dies.
 part() {
   local name=$1 hosts master port option=$5
   folders[$name]=$2
@@ -144,14 +182,11 @@ part() {
   master=${MASTER_ADDR:-${hosts[0]}}
   port=$(free_port "$master" "$4")
   shift 5
-  # shellcheck disable=SC2086,SC2016  # words on purpose; the task's own shell expands SLURM_*
+  # shellcheck disable=SC2086  # words on purpose
   MASTER_ADDR=$master MASTER_PORT=$port step "$LOGS/$DSASR_START-$name-srun.log" srun $option --kill-on-bad-exit=1 \
     --open-mode=append --output="$LOGS/$DSASR_START-$name-node%n.log" \
     "${container[@]}" ${SRUN_ARGS:-} \
-    bash -c 'trap "" USR1
-      RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
-      LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES)) exec "$@"' task \
-    "${inside[@]}" "$PYTHON" "$RUN/code/dsasr/train.py" --recipe "$RECIPE" run="$RUN" "$@" \
+    "${task[@]}" "${inside[@]}" "$PYTHON" "$RUN/code/dsasr/train.py" --recipe "$RECIPE" run="$RUN" "$@" \
     ${OVERRIDES:-} 2> /dev/null &
   parts[$!]=$name
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import signal
 import socket
@@ -105,6 +106,39 @@ def tiny(tmp_path_factory) -> Path:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def logged_run(tmp_path):
+    """``logged_run("run", branch="both", …)``: a run folder with recipe and logs, made by hand.
+
+    ``steps`` of the 40 of its first stage are done, one line for each 10; ``ends``: the event at
+    the end, if any; further ``events`` come before it.
+    """
+
+    def make(name="run", branch="both", steps=30, ends="", events=()) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        stages = [("ctc", "pretrain", 40), ("align", "sft", 10)]
+        own = [s for s in stages if branch in ("both", s[1])]
+        table = [dict(zip(("name", "branch", "steps"), s, strict=True)) for s in stages]
+        (folder / "recipe.yaml").write_text(json.dumps({"branch": branch, "stages": table}))
+        first, of, total = own[0]
+        metrics = [
+            {"steps": n, "branch": of, "stage": first, "step": n, "seconds": 6.0 * n,
+             "ctc" if of == "pretrain" else "nll": 8.0 / n, "audio_hours_per_hour": 20.0,
+             "step_seconds": 6.0, "wait_share": 0.25, "lr_encoder": 1e-3}
+            for n in range(10, min(steps, total) + 1, 10)
+        ]  # fmt: skip
+        rows = [{"event": "stage", "seconds": 1.0, "name": first, "branch": of, "steps": 0,
+                 "switch_seconds": 0.5}, *events]  # fmt: skip
+        if ends:
+            rows.append({"event": ends, "seconds": 6.0 * steps, "steps": steps, "cause": "SIGTERM"})
+        for path, values in (("metrics.jsonl", metrics), ("events.jsonl", rows)):
+            (folder / path).write_text("".join(json.dumps(row) + "\n" for row in values))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

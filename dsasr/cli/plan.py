@@ -81,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plan_cluster(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:
-    from dsasr.planning.cluster_sizing import measure_rate
     from dsasr.planning.cluster_table import cluster_plan
+    from dsasr.planning.measure_rate import measure_rate
     from dsasr.planning.memory import Machine, Traffic
 
     if (

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -37,14 +37,20 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # found b
 
 
 def run(
-    program: Path, arguments: Sequence[str], *, ranks: int = 0, hostfile: Path | None = None
+    program: Path,
+    arguments: Sequence[str],
+    *,
+    ranks: int = 0,
+    hostfile: Path | None = None,
+    explained: Collection[int] = (),
 ) -> int:
     """Run ``program`` on ``ranks`` ranks and return the launcher's exit code.
 
     ``ranks``: of a node; 0: one a GPU, or one where there is none. ``hostfile``: DeepSpeed's, for
-    several nodes. The last lines of the chatter are shown after all if the ranks fail, unless by a
-    user's mistake, which explains itself, after a signal that this process passed on, or where a
-    rank was killed, which is said in a line.
+    several nodes. ``explained``: exit codes of which the ranks say all themselves. The last lines
+    of the chatter are shown after all if the ranks fail, unless by a user's mistake, which explains
+    itself, after a signal that this process passed on, or where a rank was killed, which is said in
+    a line.
 
     Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
     """
@@ -71,7 +77,7 @@ def run(
         code = 128 + signal.SIGINT  # saved and stopped, and a shell's script stops too
     if killed := watch.lines():
         print(*killed, sep="\n", flush=True)
-    elif code not in (0, MISTAKE) and not received:
+    elif code not in (0, MISTAKE, *explained) and not received:
         print("the launcher's last lines:", *hidden, sep="\n")
         print(f"the ranks ended with exit code {code}", flush=True)
     return code

@@ -188,7 +188,7 @@ class RunLock:
     # -- holding it --------------------------------------------------------------------------
 
     def _beat_path(self, owner: Owner) -> Path:
-        return self.folder / f".lock.{owner.token}.beat"
+        return beat_path(self.folder, owner)
 
     def _beat_of(self, owner: Owner) -> str:
         try:
@@ -234,6 +234,12 @@ class RunLock:
                     (self.folder / STOP).unlink(missing_ok=True)
                 (self.folder / LOCK).unlink(missing_ok=True)
             self._beat_path(self.owner).unlink(missing_ok=True)
+
+
+def beat_path(folder: Path, owner: Owner) -> Path:
+    """The file that ``owner`` changes every `BEAT` seconds for as long as it holds the lock; it
+    begins with "stopping" where the job has been asked to stop."""
+    return folder / f".lock.{owner.token}.beat"
 
 
 def in_use(folder: Path, holder: Owner) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
@@ -62,6 +62,9 @@ class SlurmConfig:
     # folders that the container sees; empty: the working folder and the run folder
     mounts: str = ""
     network: str = ""  # network interface of NCCL and Gloo, such as ib0; empty: their choice
+    # `dsasr doctor` at each start of a training job: off: not at all; warn: tell what falls short;
+    # stop: end the job where something does, before it trains
+    doctor: Literal["off", "warn", "stop"] = "warn"
     options: tuple[str, ...] = ()  # further options of sbatch, such as --qos=high
 
     def __post_init__(self) -> None:
@@ -110,7 +113,7 @@ def train(config: SlurmConfig, run: Path, python: str) -> Submission:
     job = _training_job(config, run)
     command = [*job, *_size(config.size), str(SCRIPTS / "train.sbatch")]
     plan = [("job", "both branches take turns"), ("size", _describe(config.size)), _time(config)]
-    return _submission(config, run, python, command, plan)
+    return _submission(config, run, python, command, plan, {"DOCTOR": config.doctor})
 
 
 def concurrent(config: SlurmConfig, run: Path, python: str) -> Submission:
@@ -123,7 +126,7 @@ def concurrent(config: SlurmConfig, run: Path, python: str) -> Submission:
     command = [*job, *_size(config.size), ":", *component, *_size(config.sft), script]
     plan = [("job", "two components that share snapshots"), ("pretrain", _describe(config.size)),
             ("sft", _describe(config.sft)), _time(config)]  # fmt: skip
-    return _submission(config, run, python, command, plan)
+    return _submission(config, run, python, command, plan, {"DOCTOR": config.doctor})
 
 
 def evaluate(config: SlurmConfig, run: Path, python: str, sets: Sequence[str]) -> Submission:

@@ -9,11 +9,8 @@ network's bandwidth are the caller's (`Machine`).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-import torch
 
 from dsasr.model.lora import BASE
 from dsasr.planning import flops
@@ -193,19 +190,3 @@ def machine_sizes(machine: Machine, limit: int = 1024) -> list[Machine]:
         machines.append(replace(machine, nodes=world // gpus, gpus=gpus))
         world *= 2
     return machines
-
-
-def measure_rate(seconds: float = 1.0, size: int = 2048) -> float:
-    """TFLOP/s of matrix products on this machine's GPU (bf16), or CPU (fp32)."""
-    gpu = torch.cuda.is_available()
-    kind = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {}
-    size = size * 4 if gpu else size
-    a, b = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
-    a @ b
-    rounds, started = 0, time.monotonic()
-    while (spent := time.monotonic() - started) < seconds:
-        a @ b
-        if gpu:
-            torch.cuda.synchronize()
-        rounds += 1
-    return rounds * 2 * size**3 / spent / 1e12

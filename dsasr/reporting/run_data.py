@@ -15,6 +15,7 @@ from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource
 from dsasr.evaluation.results import Results, read_results
 from dsasr.inference.model_from_run import run_recipe
 from dsasr.stages import Schedule
+from dsasr.tracking import run_log
 from dsasr.tracking.run_log import (
     CLIPS,
     ENVIRONMENT,
@@ -258,11 +259,4 @@ def _renamed(row: AllocationRow, name: str) -> AllocationRow:
 
 def audio_hours(run: RunData) -> float:
     """Hours of (augmented) audio over all steps, from the rate and the time of each line."""
-    total, last = 0.0, {}
-    for line in run.metrics:
-        if "audio_hours_per_hour" in line:
-            steps = line["step"] - last.get(line["stage"], 0)  # since the stage's line before
-            total += line["audio_hours_per_hour"] * line["step_seconds"] * steps
-        if "step" in line:
-            last[line["stage"]] = line["step"]
-    return total / 3600
+    return run_log.audio_hours(run.metrics)

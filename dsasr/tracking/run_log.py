@@ -10,7 +10,7 @@ that was not finite is null.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
 # What `dsasr evaluate --report` writes beside report.json.
 TRANSCRIPTS, CLIPS = "transcripts.jsonl", "worst_clips"
 ENVIRONMENT = "environment.json"  # machine, versions and commit of the newest start
+HYPOTHESES = "hypotheses.jsonl"  # some transcripts of the newest evaluation, not a log
 # Events of the job, not of the training: a resumed run does not repeat them.
 JOB_EVENTS = (
     "checkpoint", "checkpoint_failed", "checkpoint_passed_over", "evaluation_repeated", "resumed",
@@ -63,6 +64,18 @@ def read_ledger(folder: Path) -> list[Row]:
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` has reached the end of its schedule."""
     return any(row["event"] == "finished" for row in read_events(folder))
+
+
+def audio_hours(metrics: Sequence[Row]) -> float:
+    """Hours of (augmented) audio over all steps, from the rate and the time of each line."""
+    total, last = 0.0, {}
+    for line in metrics:
+        if "audio_hours_per_hour" in line:
+            steps = line["step"] - last.get(line["stage"], 0)  # since the stage's line before
+            total += line["audio_hours_per_hour"] * line["step_seconds"] * steps
+        if "step" in line:
+            last[line["stage"]] = line["step"]
+    return total / 3600
 
 
 def without_missing(row: Any) -> Any:

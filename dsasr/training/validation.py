@@ -30,6 +30,7 @@ from dsasr.evaluation.transcribe import transcribe, transcribe_clips
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.tracking.monitor import Monitor
+from dsasr.tracking.run_log import HYPOTHESES
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, first_line
 from dsasr.utils.io import atomic_write, to_json
@@ -72,8 +73,10 @@ class Validation:
         self._name_bad_samples(bad, stage, steps)
         head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
         self.monitor.scalars(head, rates | {"evaluation_seconds": time.monotonic() - started})
-        if samples and self.monitor.has_board:
-            self._show(samples, steps)
+        if samples:
+            self._keep_hypotheses(samples, stage, steps)
+            if self.monitor.has_board:
+                self._show(samples, steps)
         self.monitor.event("evaluated", stage=stage, steps=steps, **rates)
         score = rates.get(self.recipe.checkpoint.best)
         if score is not None and math.isfinite(score):
@@ -98,6 +101,18 @@ class Validation:
             if key in waves:
                 name, rate = f"valid/audio_{number}", self.build.front_end.rate
                 self.monitor.audio("sft", name, waves[key], rate, steps)
+
+    def _keep_hypotheses(self, samples: list[Result], stage: str, steps: int) -> None:
+        """Write some transcripts of this evaluation to `HYPOTHESES`, in place of the last one's."""
+        if not distributed.is_main_rank():
+            return
+        keys = ("key", "lang", "reference", "hypothesis")
+        rows = [{key: getattr(result, key) for key in keys} for result in samples]
+        with contextlib.suppress(OSError):  # a full disk stops no run
+            atomic_write(
+                self.recipe.folder / HYPOTHESES,
+                "".join(f"{to_json(row | {'stage': stage, 'steps': steps})}\n" for row in rows),
+            )
 
     def attempt(self, evaluation: Callable[[], T], stage: str, steps: int) -> T | None:
         """The result of an ``evaluation``; None where it fails on any rank: an event says why, and

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 # C0 without tab and line feed, delete, C1; a lone surrogate would stop the printing.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_BREAK = re.compile("[\t\n\x0b\x0c\r\x85\u2028\u2029]+")
+_DIRECTION = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # UAX #9
 
 
 def escaped(text: str) -> str:
@@ -21,6 +23,22 @@ def escaped(text: str) -> str:
     if text.isprintable():
         return text
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def one_line(text: str) -> str:
+    """``text`` for a cell of a screen: `escaped`, on one line, and without what changes the
+    direction of the writing around it."""
+    if text.isprintable():
+        return text
+    return _DIRECTION.sub("", escaped(" ".join(_BREAK.split(text))))
+
+
+def beneath(stream: TextIO) -> TextIO:
+    """The stream below an `EscapedText`, for what draws with escape sequences of its own and
+    passes all text of others through `one_line`."""
+    while isinstance(stream, EscapedText):
+        stream = stream._stream
+    return stream
 
 
 class EscapedText:

@@ -38,6 +38,9 @@ import os, signal, sys, time
 if sys.argv[1] == "-c":
     print(os.environ.get("INSTALLED") or sys.exit("no dsasr"))
     sys.exit()
+if sys.argv[1].endswith("doctor/rank.py"):
+    print("          measured\\nshort: clocks: those of b1 are off: start chronyd there")
+    sys.exit(int(os.environ.get("EXAMINED", "1")))
 words = dict(word.partition("=")[::2] for word in sys.argv)
 branch, run, notes = words["branch"], words["run"], os.environ["NOTES"]
 names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
@@ -94,6 +97,7 @@ def begin(tmp_path):
         "PATH": f"{programs}:{os.environ['PATH']}",
         "NOTES": str(tmp_path),
         "SLURM_JOB_ID": "123",
+        "DOCTOR": "off",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NODELIST_HET_GROUP_0": "a",
         "SLURM_JOB_NODELIST_HET_GROUP_1": "b",
@@ -127,6 +131,30 @@ def test_two_components_with_their_own_rendezvous(begin, tmp_path):
         assert words[-2:] == ["seed=2", "monitor.every=5"]
     variables = (tmp_path / "srun").read_text()
     assert "--het-group=0" in variables and "--het-group=1" in variables
+
+
+@pytest.mark.parametrize(
+    ("doctor", "examined", "code", "trained"),
+    [("warn", "1", 0, True), ("stop", "1", 2, False), ("stop", "0", 0, True)],
+)
+def test_the_machines_are_examined_first(begin, tmp_path, doctor, examined, code, trained):
+    run = tmp_path / "run"
+    job = begin(RECIPE="demo", RUN=str(run), DOCTOR=doctor, EXAMINED=examined)
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == code and (tmp_path / "sft").is_file() == trained
+    assert ("short: clocks: those of b1 are off" in output) == (examined == "1")
+    assert ("error: the machines fall short" in output) == (code == 2)
+    assert "measured" in (run / "logs/123.0-pretrain-doctor.txt").read_text()
+    assert not (run / "job.lock").exists() and not (run / "requeues.jsonl").exists()
+    calls = (tmp_path / "srun").read_text().splitlines()
+    first = [call for call in calls if "doctor/rank.py" in call]
+    assert "--het-group=0" in first[0] and "branch=pretrain" in first[0]
+    assert len(first) == (1 if code else 2)
+
+
+def test_an_unknown_way_to_examine_is_refused(begin, tmp_path):
+    job = begin(RECIPE="demo", RUN=str(tmp_path / "run"), DOCTOR="on")
+    assert "DOCTOR=on" in job.communicate(timeout=30)[0] and job.returncode == 2
 
 
 def requeued(tmp_path) -> list[dict]:

@@ -28,7 +28,8 @@ def test_a_training_job_takes_everything_from_the_recipe():
     assert {"--time=2-00:00:00", "--partition=gpu", "--account=asr", "--qos=high"} <= given
     assert {"--signal=B:USR1@600", "--output=/shared/run/logs/%x-%j.log"} <= given
     expected = {"RUN": "/shared/run", "PYTHON": "/venv/bin/python", "CONTAINER": "image.sif"}
-    assert job.variables == {**expected, "CODE": str(ROOT)}
+    assert job.variables == {**expected, "CODE": str(ROOT), "DOCTOR": "warn"}
+    assert slurm.concurrent(SlurmConfig(doctor="off"), RUN, "python").variables["DOCTOR"] == "off"
     assert ("size", "8 × 4 GPUs, 6 CPUs each: 32 ranks") in job.plan
 
 
@@ -60,7 +61,7 @@ def test_an_evaluation_is_an_array_over_its_sets():
         {"time": "soon"}, {"time": "0:00"}, {"eval_time": "4h"}, {"signal": 0},
         {"time": "5:00", "signal": 300}, {"time": "5"}, {"time": "0-00:04"},
         {"options": ["qos=high"]}, {"size": {"nodes": 0}},
-        {"size": {"gpus": 8, "ranks": 4}},
+        {"size": {"gpus": 8, "ranks": 4}}, {"doctor": "on"},
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(values):
@@ -108,7 +109,7 @@ def test_scripts_parse_and_name_every_variable(script):
     if script.suffix == ".sbatch":
         assert "#SBATCH --requeue" in text
     used = {"RECIPE", "RUN", "OVERRIDES", "PYTHON", "RETRIES", "CONTAINER", "MOUNTS", "NETWORK"}
-    used |= {"CODE"}
+    used |= {"CODE", "DOCTOR"}
     if script.name == "train.sbatch":
         head = text.partition("#SBATCH")[0]
         assert all(f"#   {name} " in head for name in used)

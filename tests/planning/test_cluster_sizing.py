@@ -135,7 +135,3 @@ def test_checkpoints_hold_all_branches_and_the_largest_states(nim, parts):
     sft = sum(parts[n].parameters for n in ("encoder", "adaptor", "llm"))
     pretrain = parts["encoder"].parameters + parts["ctc"].parameters
     assert cluster_sizing.checkpoint_bytes(nim, parts) == 14 * (sft + pretrain)
-
-
-def test_the_rate_of_this_machine():
-    assert cluster_sizing.measure_rate(0.01, 64) > 0

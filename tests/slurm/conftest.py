@@ -121,6 +121,7 @@ class Cluster:
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PYTHON": sys.executable,
+            "DOCTOR": "off",
         }
         self.daemons: dict[str, subprocess.Popen] = {}
         self.jobs: list[str] = []

@@ -102,6 +102,16 @@ def test_two_nodes_train_to_the_end(whole):
     assert not (whole / "requeues.jsonl").exists()
 
 
+def test_machines_that_fall_short_end_the_job_before_it_trains(jobs):
+    job, run = jobs.submit("run", overrides="checkpoint.keep=1000000000", DOCTOR="stop")
+    assert jobs.cluster.wait(job) == "FAILED", told(run)
+    table = (run / "logs" / f"{job}.0-train-doctor.txt").read_text()
+    assert "2 on n1, n2" in table and "all-reduce" in table and "short: free space" in table
+    assert "error: the machines fall short" in told(run) and "short: free space" in told(run)
+    assert not (run / "metrics.jsonl").exists() and not (run / "job.lock").exists()
+    assert not (run / "requeues.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_training(jobs, whole):
     job, run = jobs.submit("run", PYTHON=jobs.holding, HOLD="5 16 30")
