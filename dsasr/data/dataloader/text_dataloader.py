@@ -133,8 +133,10 @@ class TextDataLoader(Iterator[Batch]):
         rank: int = 0,
         world: int = 1,
         state: Mapping[str, Any] | None = None,
+        lines: Sequence[Line] | None = None,
     ) -> None:
-        """``bins``: of the encoder's features, which the batches have no frame of."""
+        """``bins``: of the encoder's features, which the batches have no frame of; ``lines``: the
+        text, where it is not that of ``cfg``'s files."""
         self.cfg, self.text, self.bins = cfg, text, bins
         self.seed, self.rank, self.world = seed, rank, world
         units = text.vocab.symbols
@@ -143,7 +145,7 @@ class TextDataLoader(Iterator[Batch]):
             if cfg.confusions
             else Confusions.uniform(units, cfg.substitutions, cfg.deletions, cfg.insertions)
         )
-        self.lines = load_text(cfg)
+        self.lines = load_text(cfg) if lines is None else lines
         self._epoch, self._position = 0, 0
         self._order = self._epoch_order(0)
         if state is not None:
