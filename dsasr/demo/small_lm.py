@@ -30,7 +30,7 @@ from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.text_dataloader import Line, TextDataLoader, TextOnlyConfig
 from dsasr.data.text.normalization import normalize_text
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import Phonemizer
+from dsasr.data.text.phonemes import Phonemizer, UnknownWord
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, load_tokenizer
 from dsasr.model.adaptors.ctc import CtcAdaptor
@@ -192,10 +192,17 @@ def perplexity(llm, sequences: Sequence[Sequence[int]], prompt: Sequence[int]) -
 def reading_batches(
     lines: Sequence[str], phonemizer: Phonemizer, tokenizer: Tokenizer, config: SmallLmConfig
 ) -> TextDataLoader:
-    """Text-only batches of ``lines``: their phonemes with drawn errors, and their tokens."""
-    vocab = PhonemeVocab.build(phonemizer.phonemes(line, "") for line in lines)
+    """Text-only batches of ``lines``: their phonemes with drawn errors, and their tokens.
+
+    Raises `UserError` for a word without a pronunciation.
+    """
+    try:
+        vocab = PhonemeVocab.build(phonemizer.phonemes(line, "") for line in lines)
+    except UnknownWord as error:
+        raise UserError(f"the text for the language model: {error}") from None
     return TextDataLoader(
-        TextOnlyConfig(path="text", samples=config.batch),
+        # Unsorted: batches of one length have one language, and so a small model learns slowly.
+        TextOnlyConfig(path="text", samples=config.batch, window=1),
         TextEncoder(phonemizer=phonemizer, vocab=vocab, tokenizer=tokenizer),
         bins=0,
         seed=config.seed,

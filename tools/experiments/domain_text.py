@@ -120,6 +120,7 @@ def pretrain(work: Path, steps: int) -> Path:
     """The encoder and its CTC head, shared by all ways, and the head's confusions."""
     stage = {"name": "pretrain", "branch": "pretrain", "objective": "ctc", "steps": steps}
     stage |= {"trains": {"encoder": 1.0e-3, "ctc": 1.0e-3}, "warmup_steps": 30}
+    stage |= {"batch": {"frames": 3000, "max_seconds": 12}}
     run = train(work, work / "runs" / "encoder", "pretrain", {"seed": 1, "stages": [stage]})
     for name in ("valid-other", "test-other", "test-domain"):
         out = work / f"confusions-{name}.json"
@@ -175,8 +176,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for corpus and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--hours", type=float, default=1.8, help="of speech, the domain's included")
-    parser.add_argument("--pretrain-steps", type=int, default=1000)
-    parser.add_argument("--sft-steps", type=int, default=300, help="with speech")
+    parser.add_argument("--pretrain-steps", type=int, default=700)
+    parser.add_argument("--sft-steps", type=int, default=250, help="with speech")
     parser.add_argument("--out", type=Path, default=RESULTS / "domain.jsonl")
     args = parser.parse_args()
     args.work = args.work.resolve()
