@@ -5,8 +5,8 @@ token, with the loss on the latter two. Some sentences come without the prompt.
 
 A large language model knows pronunciations from its text (dictionaries, pinyin, rhyme); with a
 phonemizer this one learns them from text-only batches, as any run does: phonemes with drawn errors
-(`dsasr.data.dataloader.text_dataloader`) through an adaptor of kind ctc in the place of the speech.
-The adaptor's table of phonemes is discarded afterwards.
+(`dsasr.data.dataloader.text_dataloader`), which `SpeechLLM` reads in the place of speech. The
+adaptor (`dsasr.demo.simulated_frames`) is discarded afterwards.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemes import Phonemizer, UnknownWord
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, load_tokenizer
-from dsasr.model.adaptors.ctc import CtcAdaptor
-from dsasr.model.adaptors.protocol import AdaptorConfig
+from dsasr.demo.simulated_frames import SimulatedFrames
 from dsasr.model.llm import LlmConfig
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.model.token_embeddings import token_rms
@@ -43,6 +42,8 @@ from dsasr.utils.io import atomic_folder, atomic_write, to_json
 from dsasr.utils.progress import Bar
 
 REPORT = "pretraining.json"
+# What a head gets wrong is left to the speech of a run: this model is to learn pronunciations.
+ERRORS = {"substitutions": 0.0, "deletions": 0.0, "insertions": 0.0}
 _TOKENIZER_FILES = (
     "tokenizer.model",
     "dsasr_tokenizer.json",
@@ -202,7 +203,7 @@ def reading_batches(
         raise UserError(f"the text for the language model: {error}") from None
     return TextDataLoader(
         # Unsorted: batches of one length have one language, and so a small model learns slowly.
-        TextOnlyConfig(path="text", samples=config.batch, window=1),
+        TextOnlyConfig(path="text", samples=config.batch, window=1, **ERRORS),
         TextEncoder(phonemizer=phonemizer, vocab=vocab, tokenizer=tokenizer),
         bins=0,
         seed=config.seed,
@@ -213,9 +214,8 @@ def reading_batches(
 def _reader(
     llm, prompt: tuple[Sequence[int], Sequence[int]], units: int, generator: torch.Generator
 ) -> SpeechLLM:
-    """``llm`` with an adaptor of kind ctc for ``units``, and no encoder: it reads text alone."""
-    cfg, width = AdaptorConfig(kind="ctc"), llm.config.hidden_size
-    adaptor = CtcAdaptor(cfg, 0, width, token_rms(llm), units)
+    """``llm`` with an adaptor for ``units``, and no encoder: it reads text alone."""
+    adaptor = SimulatedFrames(llm.config.hidden_size, token_rms(llm), units)
     adaptor.reset_parameters(generator)
     return SpeechLLM(None, adaptor, llm, *prompt, llm.config.pad_token_id, LlmConfig()).train()
 

@@ -235,13 +235,14 @@ class SpeechLLM(nn.Module):
         """What the adaptor reads of a text-only batch: its units, as a perfect head writes them."""
         if not self.adaptor.cfg.reads_ctc:
             raise ValueError("text-only batches need an adaptor that reads CTC")
-        inputs = self.adaptor.read_units(batch.phonemes_BP, batch.phoneme_lengths_B)
+        lengths_B = batch.host.phoneme_lengths_B.cpu()
+        inputs, tokens_B = self.adaptor.read_units(batch.phonemes_BP, lengths_B)
         if self.training and any(map(_trainable, filter(None, (self.encoder, self.ctc)))):
             # Every trainable part must have a gradient, or ZeRO's ranks wait for one another.
             silence = batch.blank(inputs.new_zeros(1, 16, self.encoder.bins))
             unused = self._read(self.encode(silence), silence).frames_BSE
             inputs = inputs + 0.0 * unused.sum()
-        return SpeechInput(inputs, batch.host.phoneme_lengths_B.cpu())
+        return SpeechInput(inputs, tokens_B)
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids of any shape → embeddings [..., D] that the language model takes as inputs."""
