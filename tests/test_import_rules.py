@@ -19,8 +19,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     ("utils",),
     ("launch", "config", "kernels", "data"),
-    ("stages", "model", "entropy_allocation", "demo"),
-    ("evaluation", "checkpoint"),
+    ("stages", "model", "entropy_allocation"),
+    ("evaluation", "checkpoint", "demo"),
     ("engine",),
     ("tracking",),
     ("recipe",),

@@ -1,8 +1,12 @@
 """Builds and pre-trains the demo's language model: a small Qwen3 on the corpus' text.
 
 Its training sequences are those of speech recognition: the prompt, then the transcript and the end
-token, with the loss on the latter two. Some sentences come without the prompt; with a phonemizer,
-some come with their phonemes instead of the speech (`dsasr.demo.phoneme_prompt`).
+token, with the loss on the latter two. Some sentences come without the prompt.
+
+A large language model knows pronunciations from its text (dictionaries, pinyin, rhyme); with a
+phonemizer this one learns them from text-only batches, as any run does: phonemes with drawn errors
+(`dsasr.data.dataloader.text_dataloader`), which `SpeechLLM` reads in the place of speech. The
+adaptor (`dsasr.demo.simulated_frames`) is discarded afterwards.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,15 +26,24 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsasr.data.dataloader.collate import TextEncoder
+from dsasr.data.dataloader.text_dataloader import Line, TextDataLoader, TextOnlyConfig
 from dsasr.data.text.normalization import normalize_text
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
+from dsasr.data.text.phonemes import Phonemizer, UnknownWord
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, load_tokenizer
-from dsasr.demo.phoneme_prompt import SimulatedAdaptorFrames, simulated_speech_batch
+from dsasr.demo.simulated_frames import SimulatedFrames
+from dsasr.model.llm import LlmConfig
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.model.token_embeddings import token_rms
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write, to_json
 from dsasr.utils.progress import Bar
 
 REPORT = "pretraining.json"
+# What a head gets wrong is left to the speech of a run: this model is to learn pronunciations.
+ERRORS = {"substitutions": 0.0, "deletions": 0.0, "insertions": 0.0}
 _TOKENIZER_FILES = (
     "tokenizer.model",
     "dsasr_tokenizer.json",
@@ -154,13 +167,9 @@ def lm_batch(
     return inputs_BL, targets_BL
 
 
-def _nll(llm, inputs: Tensor, targets_BL: Tensor, reduction: str) -> Tensor:
-    """``inputs``: ids [B, L] or embeddings [B, L, D].
-
-    Causal attention hides the padding on the right from every position with a target.
-    """
-    named = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
-    hidden_BLD = llm.model(**named, use_cache=False).last_hidden_state
+def _nll(llm, inputs_BL: Tensor, targets_BL: Tensor, reduction: str) -> Tensor:
+    """Causal attention hides the padding on the right from every position with a target."""
+    hidden_BLD = llm.model(input_ids=inputs_BL, use_cache=False).last_hidden_state
     has_target = targets_BL != -100
     return F.cross_entropy(
         llm.lm_head(hidden_BLD[has_target]), targets_BL[has_target], reduction=reduction
@@ -181,31 +190,63 @@ def perplexity(llm, sequences: Sequence[Sequence[int]], prompt: Sequence[int]) -
     return math.exp(total / max(1, count))
 
 
+def reading_batches(
+    lines: Sequence[str], phonemizer: Phonemizer, tokenizer: Tokenizer, config: SmallLmConfig
+) -> TextDataLoader:
+    """Text-only batches of ``lines``: their phonemes with drawn errors, and their tokens.
+
+    Raises `UserError` for a word without a pronunciation.
+    """
+    try:
+        vocab = PhonemeVocab.build(phonemizer.phonemes(line, "") for line in lines)
+    except UnknownWord as error:
+        raise UserError(f"the text for the language model: {error}") from None
+    return TextDataLoader(
+        # Unsorted: batches of one length have one language, and so a small model learns slowly.
+        TextOnlyConfig(path="text", samples=config.batch, window=1, **ERRORS),
+        TextEncoder(phonemizer=phonemizer, vocab=vocab, tokenizer=tokenizer),
+        bins=0,
+        seed=config.seed,
+        lines=[Line(line, "", "text", number) for number, line in enumerate(lines, 1)],
+    )
+
+
+def _reader(
+    llm, prompt: tuple[Sequence[int], Sequence[int]], units: int, generator: torch.Generator
+) -> SpeechLLM:
+    """``llm`` with an adaptor for ``units``, and no encoder: it reads text alone."""
+    adaptor = SimulatedFrames(llm.config.hidden_size, token_rms(llm), units)
+    adaptor.reset_parameters(generator)
+    return SpeechLLM(None, adaptor, llm, *prompt, llm.config.pad_token_id, LlmConfig()).train()
+
+
 def pretrain(
     llm,
     sequences: Sequence[Sequence[int]],
     prompt: tuple[Sequence[int], Sequence[int]],
     config: SmallLmConfig,
     *,
-    phonemes: Sequence[Sequence[int]] = (),
+    reading: TextDataLoader | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Train ``llm`` in place; returns the loss of each step, in nats per token.
 
-    ``prompt`` is (prefix, suffix). ``phonemes``: one sequence per sentence, for batches with
-    phonemes instead of speech. Sentences are reshuffled each epoch; equal arguments give equal
-    weights on one machine.
+    ``prompt`` is (prefix, suffix). ``reading``: batches with phonemes instead of speech
+    (`reading_batches`). Sentences are reshuffled each epoch; equal arguments give equal weights on
+    one machine.
     """
     llm.train()
-    generator = torch.Generator().manual_seed(config.seed)
-    size = 1 + max((p for row in phonemes for p in row), default=0)
-    frames = SimulatedAdaptorFrames(size, llm.config.hidden_size, generator)
+    reader = None
+    if reading is not None:
+        generator = torch.Generator().manual_seed(config.seed)
+        reader = _reader(llm, prompt, len(reading.text.vocab), generator)
     decayed = [p for p in llm.parameters() if p.ndim > 1]
     rest = [p for p in llm.parameters() if p.ndim <= 1]
+    rest += reader.adaptor.parameters() if reader is not None else ()
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": [*rest, *frames.parameters()], "weight_decay": 0.0},
+            {"params": rest, "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=(0.9, 0.98),
@@ -216,21 +257,20 @@ def pretrain(
     losses: list[float] = []
     bar = Bar(range(config.steps), desc="language model", unit="step", disable=not progress)
     for step in bar:
-        if len(order) < config.batch:
-            order += rng.permutation(len(sequences)).tolist()
-        batch_ids, order = order[: config.batch], order[config.batch :]
-        if phonemes and rng.random() < config.spoken:
-            pairs = [(phonemes[i], sequences[i]) for i in batch_ids]
-            batch = simulated_speech_batch(llm, frames, pairs, *prompt, rng)
-        else:
-            context = () if rng.random() < config.bare else [*prompt[0], *prompt[1]]
-            ids = llm.config.eos_token_id, llm.config.pad_token_id
-            batch = lm_batch([sequences[i] for i in batch_ids], context, *ids)
         share = (step - warmup) / max(1, config.steps - warmup)
         decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, share)))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min((step + 1) / warmup, 1.0) * decay
-        loss = _nll(llm, *batch, reduction="mean")
+        if reader is not None and rng.random() < config.spoken:
+            loss = reader(next(reading)).loss
+        else:
+            if len(order) < config.batch:
+                order += rng.permutation(len(sequences)).tolist()
+            batch_ids, order = order[: config.batch], order[config.batch :]
+            context = () if rng.random() < config.bare else [*prompt[0], *prompt[1]]
+            ids = llm.config.eos_token_id, llm.config.pad_token_id
+            batch = lm_batch([sequences[i] for i in batch_ids], context, *ids)
+            loss = _nll(llm, *batch, reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
         optimizer.step()
@@ -249,16 +289,16 @@ def make_small_lm(
     config: SmallLmConfig | None = None,
     *,
     heldout: str | Path | None = None,
-    phonemize: Callable[[str], Sequence[str]] | None = None,
+    phonemizer: Phonemizer | None = None,
     fresh: bool = False,
     progress: bool = True,
 ) -> dict:
     """Build, pre-train and save a language model; returns its report (also `REPORT` in ``out``).
 
     ``texts``: UTF-8 files, one sentence a line. ``heldout``: such a file, whose perplexity is
-    reported; without it every 50th line is held out. ``phonemize``: text → phonemes, for batches
-    with phonemes instead of speech. ``out`` becomes a Hugging Face folder with the tokenizer's
-    files. If it already has the same model, nothing is done unless ``fresh``. Raises `UserError`.
+    reported; without it every 50th line is held out. ``phonemizer``: for batches with phonemes
+    instead of speech. ``out`` becomes a Hugging Face folder with the tokenizer's files. If it
+    already has the same model, nothing is done unless ``fresh``. Raises `UserError`.
     """
     config = config or SmallLmConfig()
     out, tokenizer_folder = Path(out), Path(tokenizer_folder)
@@ -269,9 +309,8 @@ def make_small_lm(
         lines = [line for number, line in enumerate(lines) if number % 50]
     if not lines or not heldout_lines:
         raise UserError("the text for the language model is empty")
-    source = _fingerprint(config, lines, heldout_lines, tokenizer_folder) + (
-        "r" if phonemize else ""
-    )
+    source = _fingerprint(config, lines, heldout_lines, tokenizer_folder)
+    source += "-reads" if phonemizer is not None else ""
     if not fresh and (out / REPORT).is_file():
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
         if report.get("source") == source:
@@ -286,7 +325,7 @@ def make_small_lm(
         [tokenizer.encode(x) for x in lines],
         (prefix, suffix),
         config,
-        phonemes=_phoneme_ids(lines, phonemize),
+        reading=phonemizer and reading_batches(lines, phonemizer, tokenizer, config),
         progress=progress,
     )
     report = {
@@ -303,16 +342,6 @@ def make_small_lm(
     }
     _save(llm, tokenizer_folder, out, report)
     return report
-
-
-def _phoneme_ids(
-    lines: Sequence[str], phonemize: Callable[[str], Sequence[str]] | None
-) -> list[list[int]]:
-    """Ids of each line's phonemes, by first appearance; nothing without a phonemizer."""
-    if phonemize is None:
-        return []
-    ids: dict[str, int] = {}
-    return [[ids.setdefault(p, len(ids)) for p in phonemize(line)] for line in lines]
 
 
 def _lines(path: str | Path) -> list[str]:

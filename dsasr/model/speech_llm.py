@@ -59,6 +59,7 @@ class SpeechLLM(nn.Module):
     graph, whatever mode the whole is in. LoRA matrices belong to the model that they adapt, but for
     their own dropout, which is off where they are frozen.
 
+    encoder: None where the model reads text-only batches and nothing else;
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
     context; ctc: the head whose posteriors an adaptor of kind ctc reads; spell: transcripts to its
     units, for decoding that weighs both; cached: decode from the language model's cache
@@ -68,7 +69,7 @@ class SpeechLLM(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | None,
         adaptor: Adaptor,
         llm: PreTrainedModel,
         prefix_ids: Sequence[int],
@@ -90,7 +91,7 @@ class SpeechLLM(nn.Module):
         self.cached = cached
         FusedLmHead.replace(llm)
         self._input_scale = input_scale(llm)
-        self._lora_dropouts = [lora.Dropouts(part) for part in (encoder, llm)]
+        self._lora_dropouts = [lora.Dropouts(part) for part in filter(None, (encoder, llm))]
         if cfg.activation_checkpointing:
             activation_checkpointing.enable(llm, keep=cfg.recompute == "cheap")
 
@@ -108,7 +109,8 @@ class SpeechLLM(nn.Module):
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch.or_silence(self.encoder.bins, self.pad_id)
+        bins = self.encoder.bins if self.encoder is not None else 0
+        batch = batch.or_silence(bins, self.pad_id)
         # From the host: a copy from the GPU would wait for all that is queued there.
         token_lengths_B = batch.host.token_lengths_B.cpu()
         self._set_modes()
@@ -211,15 +213,16 @@ class SpeechLLM(nn.Module):
 
     def _read_units(self, batch: Batch) -> SpeechInput:
         """What the adaptor reads of a text-only batch: its units, as a perfect head writes them."""
-        if self.ctc is None:
+        if not self.adaptor.cfg.reads_ctc:
             raise ValueError("text-only batches need an adaptor that reads CTC")
-        inputs = self.adaptor.read_units(batch.phonemes_BP, batch.phoneme_lengths_B)
-        if self.training and any(map(_trainable, (self.encoder, self.ctc))):
+        lengths_B = batch.host.phoneme_lengths_B.cpu()
+        inputs, tokens_B = self.adaptor.read_units(batch.phonemes_BP, lengths_B)
+        if self.training and any(map(_trainable, filter(None, (self.encoder, self.ctc)))):
             # Every trainable part must have a gradient, or ZeRO's ranks wait for one another.
             silence = batch.blank(inputs.new_zeros(1, 16, self.encoder.bins))
             unused = self._read(self.encode(silence), silence).frames_BSE
             inputs = inputs + 0.0 * unused.sum()
-        return SpeechInput(inputs, batch.host.phoneme_lengths_B.cpu())
+        return SpeechInput(inputs, tokens_B)
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids of any shape → embeddings [..., D] that the language model takes as inputs."""

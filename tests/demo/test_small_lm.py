@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsasr.data.text.characters import CharacterPhonemizer
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import check_tokenizer, load_tokenizer
 from dsasr.data.text.train_tokenizer import train_tokenizer
@@ -14,6 +15,7 @@ from dsasr.demo.small_lm import (
     make_small_lm,
     perplexity,
     pretrain,
+    reading_batches,
 )
 from dsasr.utils.errors import UserError
 
@@ -98,6 +100,26 @@ def test_it_learns_the_grammar(tokenizer):
     assert perplexity(llm, sequences, prefix + suffix) < 1.25 * best
     ids = llm.generate(torch.tensor([prefix + suffix]), max_new_tokens=10, do_sample=False)
     assert tokenizer.decode(ids[0, len(prefix + suffix) :].tolist()) in TEXTS
+
+
+def test_reading_batches_are_text_only_ones(tokenizer):
+    batch = next(reading_batches(TEXTS, CharacterPhonemizer(), tokenizer, TINY))
+    assert batch.text_only and len(batch) == TINY.batch
+    row = batch.tokens_BU[0, : batch.token_lengths_B[0] - 1].tolist()
+    assert tokenizer.decode(row) == batch.texts[0] and batch.texts[0] in TEXTS
+    spelled = [len(CharacterPhonemizer().phonemes(text, "")) for text in batch.texts]
+    assert batch.phoneme_lengths_B.tolist() == spelled
+
+
+def test_it_learns_to_read(tokenizer):
+    """Phonemes say which of the four sentences it is: less than the ln 4 nats of text alone."""
+    config = replace(TINY, steps=150, spoken=1.0)
+    llm = build_small_lm(config, tokenizer)
+    sequences = [tokenizer.encode(text) for text in TEXTS]
+    reading = reading_batches(TEXTS, CharacterPhonemizer(), tokenizer, config)
+    prompt = Prompt.build(tokenizer)
+    losses = pretrain(llm, sequences, prompt, config, reading=reading, progress=False)
+    assert sum(losses[-10:]) / 10 < 0.5 * math.log(4) / (len(sequences[0]) + 1)
 
 
 def test_folder_is_whole_repeatable_and_skipped_when_done(folder):

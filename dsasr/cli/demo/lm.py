@@ -7,7 +7,6 @@ example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from dsasr.cli.arguments import command_parser
@@ -37,13 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts, tokenizer, out = args.pop("texts"), args.pop("tokenizer"), args.pop("out")
     heldout, fresh = args.pop("heldout"), args.pop("fresh")
     reads, lexicons = args.pop("reads"), tuple(args.pop("lexicon"))
-    phonemize = None
-    if reads:
-        phonemizer = build_phonemizer(PhonemizerConfig(reads, lexicons))
-        phonemize = partial(phonemizer.phonemes, lang="")
+    phonemizer = build_phonemizer(PhonemizerConfig(reads, lexicons)) if reads else None
     report = make_small_lm(
         texts, tokenizer, out, SmallLmConfig(**args),
-        heldout=heldout, phonemize=phonemize, fresh=fresh,
+        heldout=heldout, phonemizer=phonemizer, fresh=fresh,
     )  # fmt: skip
     print(
         f"{out}: {report['parameters'] / 1e6:.2f} M parameters, held-out perplexity "

@@ -27,7 +27,6 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.io import read_lines
 from dsasr.utils.ranges import Dropout, PositiveInt, Share
 
-WINDOW = 4096  # lines that are sorted by length together
 REPEATS = 8  # of an utterance's noise, until something is written
 
 
@@ -40,6 +39,8 @@ class TextOnlyConfig:
     lang: str = ""  # language of the text, for the phonemizer; JSONL and parquet may have "lang"
     samples: PositiveInt = 32  # sentences of a micro-batch of a rank
     max_characters: PositiveInt = 300  # longer sentences are left out
+    # sentences that are sorted by length together, so that batches need little padding; 1: unsorted
+    window: PositiveInt = 4096
     # how often the CTC head writes what, by `dsasr data confusions`; empty: the rates below
     confusions: str = ""
     substitutions: Share = 0.1  # share of the units that are replaced; without confusions
@@ -133,8 +134,10 @@ class TextDataLoader(Iterator[Batch]):
         rank: int = 0,
         world: int = 1,
         state: Mapping[str, Any] | None = None,
+        lines: Sequence[Line] | None = None,
     ) -> None:
-        """``bins``: of the encoder's features, which the batches have no frame of."""
+        """``bins``: of the encoder's features, which the batches have no frame of; ``lines``: the
+        text, where it is not that of ``cfg``'s files."""
         self.cfg, self.text, self.bins = cfg, text, bins
         self.seed, self.rank, self.world = seed, rank, world
         units = text.vocab.symbols
@@ -143,7 +146,7 @@ class TextDataLoader(Iterator[Batch]):
             if cfg.confusions
             else Confusions.uniform(units, cfg.substitutions, cfg.deletions, cfg.insertions)
         )
-        self.lines = load_text(cfg)
+        self.lines = load_text(cfg) if lines is None else lines
         self._epoch, self._position = 0, 0
         self._order = self._epoch_order(0)
         if state is not None:
@@ -169,8 +172,9 @@ class TextDataLoader(Iterator[Batch]):
         order = rng.permutation(len(self.lines))
         lengths = np.array([len(line.text) for line in self.lines])
         runs: list[np.ndarray] = []
-        for start in range(0, len(order), WINDOW):
-            window = order[start : start + WINDOW]
+        size = max(self.cfg.window, self.cfg.samples)
+        for start in range(0, len(order), size):
+            window = order[start : start + size]
             window = window[np.argsort(lengths[window], kind="stable")]
             cuts = range(self.cfg.samples, len(window), self.cfg.samples)
             split = np.split(window, list(cuts))

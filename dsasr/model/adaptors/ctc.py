@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dsasr.data.batch import upload
 from dsasr.model.adaptors.protocol import AdaptorConfig, deliver, pack
 from dsasr.model.ctc import BLANK, unit_starts
 from dsasr.model.encoders.protocol import valid_frames
@@ -66,12 +67,14 @@ class CtcAdaptor(nn.Module):
         merged = torch.cat((merged[..., : self.units] / whole, merged[..., self.units :]), -1)
         return merged, count_B
 
-    def read_units(self, units_BK: Tensor, lengths_B: Tensor) -> Tensor:
-        """The inputs of `forward` from units that are known: one-hot, without frames."""
+    def read_units(self, units_BK: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of `forward` from units that are known: one-hot, without frames; and their
+        lengths_B, which are on the CPU."""
         inputs = nn.functional.one_hot(units_BK, self.units).to(self.table.dtype)
         if self.cfg.frames:
             inputs = nn.functional.pad(inputs, (0, self.width))
-        return inputs * valid_frames(lengths_B, inputs.shape[1]).unsqueeze(2)
+        valid_BK = upload(valid_frames(lengths_B, inputs.shape[1]), inputs.device)
+        return inputs * valid_BK.unsqueeze(2), lengths_B
 
     def _segments(self, log_probs_BSP: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Each frame's segment [B, S], -1 for none; and the segments of each utterance on the CPU.

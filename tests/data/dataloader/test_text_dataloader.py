@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from dsasr.data.dataloader.collate import TextEncoder
-from dsasr.data.dataloader.text_dataloader import TextDataLoader, TextOnlyConfig, load_text
+from dsasr.data.dataloader.text_dataloader import (
+    Line,
+    TextDataLoader,
+    TextOnlyConfig,
+    load_text,
+)
 from dsasr.data.text.characters import CharacterPhonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.utils.errors import UserError
@@ -63,6 +68,25 @@ def test_every_line_once_an_epoch_in_one_order_for_any_world(file):
     # The two ranks take the lines of a step in turn.
     merged = [t for a, b in steps for pair in zip(a.texts, b.texts, strict=True) for t in pair]
     assert merged == whole[:20]
+
+
+def test_batches_are_of_a_length_unless_unsorted(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("\n".join(["a" * n for n in range(1, 65)]))
+    spread = {}
+    for window in (4096, 1):
+        (loader,) = loaders(file, window=window)
+        batches = [next(loader) for _ in range(32)]
+        assert sorted(map(len, lines(batches))) == list(range(1, 65))
+        spread[window] = max(abs(len(b.texts[0]) - len(b.texts[1])) for b in batches)
+    assert spread[4096] == 1 and spread[1] > 20
+
+
+def test_lines_may_be_given_in_the_place_of_files():
+    cfg = TextOnlyConfig(path="/nowhere", samples=2, **QUIET)
+    given = [Line("ab", "en", "somewhere", 7), Line("c", "", "somewhere", 8)]
+    batch = next(TextDataLoader(cfg, encoder(), 5, lines=given))
+    assert sorted(batch.texts) == ["ab", "c"] and "somewhere:7" in batch.keys
 
 
 def test_resumes_exactly_on_another_world(file):

@@ -151,7 +151,7 @@ def test_units_that_are_known_are_those_of_a_perfect_head(with_frames):
     log_probs = (1e4 * (one_hot - 1)).log_softmax(-1)
     heard, count = adaptor.read(log_probs, torch.randn(2, 8, 4).double(), torch.tensor([8, 4]))
     assert torch.equal(count, lengths)
-    known = adaptor.read_units(units, lengths)
+    known, _ = adaptor.read_units(units, lengths)
     assert torch.equal(known[..., :5], heard[..., :5])
     assert not known[..., 5:].any() and known.shape == heard.shape
     embeds, _ = adaptor(known, lengths, packed=True)
@@ -175,7 +175,7 @@ def test_the_forms_that_can_be_asked_for():
 def test_embeddings_start_at_the_scale_asked_for():
     torch.manual_seed(0)
     adaptor = build_adaptor(AdaptorConfig(kind="ctc"), 4, 256, 0.03, units=40)
-    inputs = adaptor.read_units(torch.randint(1, 40, (4, 20)), torch.full((4,), 20))
+    inputs, _ = adaptor.read_units(torch.randint(1, 40, (4, 20)), torch.full((4,), 20))
     embeds = adaptor(inputs, torch.full((4,), 20), packed=True)[0].detach()
     assert float(embeds.square().mean().sqrt()) == pytest.approx(0.03, rel=0.1)
 
