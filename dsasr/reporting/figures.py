@@ -14,7 +14,7 @@ from typing import Any
 from dsasr.entropy_allocation.allocation_row import AllocationRow, Estimate
 from dsasr.evaluation.error_rate import FEWEST_FOR_INTERVAL
 from dsasr.reporting.run_data import RunData, allocation_rows, before_and_after
-from dsasr.tracking.timeline_plot import COLORS, DPI
+from dsasr.tracking.timeline_plot import COLORS, DPI, literal
 from dsasr.utils.io import atomic_path
 
 INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
@@ -80,7 +80,8 @@ def key_above(
            for run in runs for e in run.events):  # fmt: skip
         rows.append(("joint training begins", {"ls": ":", "lw": 0.9}))
     lines = [
-        Line2D([], [], label=name, **{"color": plain, "lw": 1.3, **style}) for name, style in rows
+        Line2D([], [], label=literal(name), **{"color": plain, "lw": 1.3, **style})
+        for name, style in rows
     ]
     figure.legend(
         handles=lines,
@@ -117,7 +118,9 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
             drifted = [e for e in run.events if e["event"] == "drift" and "cka" in e]
             points = [(e["pretrain"], e["cka"]) for e in drifted]
             if points:
-                axis.plot(*zip(*points, strict=True), ".-", color=color, lw=1.3, label=run.name)
+                axis.plot(
+                    *zip(*points, strict=True), ".-", color=color, lw=1.3, label=literal(run.name)
+                )
             below = [
                 (e["pretrain"], e["cka"])
                 for e in run.events
@@ -141,7 +144,7 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
                 start = next(e["steps"] for e in run.events if e.get("name") == run.joint_stage)
                 steps = [0, *(s - start for s, _ in points)]
                 values = [1.0, *(v for _, v in points)]
-                axis.plot(steps, values, ".-", color=color, lw=1.3, label=run.name)
+                axis.plot(steps, values, ".-", color=color, lw=1.3, label=literal(run.name))
         # An encoder that hardly changed must look like it.
         low = min(0.99, axis.get_ylim()[0])
         axis.set_ylim(low, 1 + 0.03 * (1 - low))
@@ -185,7 +188,7 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
                 axis.bar_label(bars, fmt="%.3f", padding=2, **upright)
         if axis.get_ylim()[0] < 0:
             axis.axhline(0, color=INK, lw=0.8)
-        names = [name for name, _ in pairs]
+        names = [literal(name) for name, _ in pairs]
         slant = {"rotation": 35, "ha": "right"} if sum(map(len, names)) > 26 else {}
         axis.set_xticks(range(len(pairs)), names, fontsize=9, **slant)
         # Margins around a single pair, so that its bars do not fill the figure.
@@ -263,7 +266,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
         right.barh(y, audio, 0.6, color=PHONETIC, label="resolved by the audio: H₀ − H₁")
         right.barh(y, rest, 0.6, left=audio, color=LANGUAGE, label="left open: H₁")
     right.set_xlabel("entropy of the transcript, nats a token")
-    left.set_yticks(range(len(rows)), [r.encoder.name for r in rows], fontsize=9)
+    left.set_yticks(range(len(rows)), [literal(r.encoder.name) for r in rows], fontsize=9)
     left.invert_yaxis()
     for axis in axes:
         axis.xaxis.grid(True, color=SOFT)

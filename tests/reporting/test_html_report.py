@@ -77,7 +77,7 @@ def test_a_run_that_measured_nothing_gets_the_figures_of_its_training(made, tmp_
 
 
 def test_whatever_comes_from_a_run_is_escaped(made, tmp_path):
-    evil = "<script>alert(1)</script>\"' onload=x {{ 7 * 7 }}"
+    evil = "<script>alert(1)</script>\"' onload=x {{ 7 * 7 }} $\\q$"
     row = Result(evil, "clean", evil, f"red {evil}", f"green {evil}", 2.0, 0.1, False, evil)
     report = made.suite() | {"data": evil, "evaluated": {"checkpoint": evil, "left_out": {evil: 1}}}
     report["hallucination"]["examples"][0] |= {"key": evil, "hypothesis": evil, "detail": evil}
