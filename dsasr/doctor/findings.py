@@ -87,6 +87,7 @@ def examine(reports: Sequence[Report], job: Job) -> list[Row]:
 
 
 def _versions(reports: Sequence[Report]) -> Row:
+    reports = [report for report in reports if report.versions]  # of the first rank of each node
     names = list(dict.fromkeys(name for report in reports for name in report.versions))
     different = []
     for name in names:
@@ -160,9 +161,11 @@ def _clocks(reports: Sequence[Report]) -> Row:
 
 def _all_reduce(reports: Sequence[Report]) -> Row:
     rate = min(report.all_reduce for report in reports)
-    link = min((r.link for r in reports), key=lambda link: link.rate)
-    if not link.rate:
-        return Row("all-reduce", _rate(rate * GB), f"{link.name or 'link'}: not known")
+    links = [r.link for r in reports if r.link.rate]
+    if not links:
+        name = next((r.link.name for r in reports if r.link.name), "link")
+        return Row("all-reduce", f"{_rate(rate * GB)} ({name}: rate not known)")
+    link = min(links, key=lambda link: link.rate)
     needed = f"{link.name}: {_rate(link.rate * GB)}"
     short = ""
     if rate < LINK_SHARE * link.rate:

@@ -26,8 +26,9 @@ FIELDS = (
     "remapped_rows.pending", "remapped_rows.failure", "retired_pages.pending",
     "clocks_throttle_reasons.hw_thermal_slowdown",
     "clocks_throttle_reasons.hw_power_brake_slowdown",
-    "pcie.link.gen.current", "pcie.link.width.current",
+    "pcie.link.gen.max", "pcie.link.width.current",  # an idle GPU lowers its generation
 )  # fmt: skip
+PLAIN = 5  # of them that every driver has: it refuses a query with a name that it does not know
 PCIE_GB = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # GB/s of a lane, one way
 
 
@@ -54,6 +55,11 @@ class Link:
 def node_name() -> str:
     """The node as Slurm calls it, else the host's name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def is_first_rank() -> bool:
+    """Whether this is the first rank of its node, which speaks for the others of it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def now() -> float:
@@ -89,8 +95,11 @@ def code_digest(package: Path = PACKAGE) -> str:
 
 def gpus() -> tuple[list[Gpu], str]:
     """The machine's GPUs, and why they are not known (empty: they are)."""
-    text = _smi(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
-    if text is None:
+    for count in (len(FIELDS), PLAIN):
+        query = f"--query-gpu={','.join(FIELDS[:count])}"
+        if (text := _smi(query, "--format=csv,noheader,nounits")) is not None:
+            break
+    else:
         return [], f"nvidia-smi does not answer within {SECONDS:g} s, or is not there"
     return parse_gpus(text), ""
 
@@ -100,7 +109,7 @@ def gpus_of_node() -> tuple[list[Gpu], str]:
     any rank takes memory of a GPU."""
     from dsasr.utils import distributed
 
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_first_rank():
         return [], ""
     if distributed.device().type == "cuda":
         return gpus()
@@ -139,7 +148,7 @@ def _gpu(row: Mapping[str, str]) -> Gpu:
     used = count("memory.used") * 1.048576e-3  # MiB
     if used > MEMORY_IN_USE:
         troubles.append(f"{used:.1f} GB of its memory are another process's")
-    lane = PCIE_GB.get(count("pcie.link.gen.current"), 0.0)
+    lane = PCIE_GB.get(count("pcie.link.gen.max"), 0.0)
     return Gpu(
         int(row["index"]), row["name"], used, count("memory.total") * 1.048576e-3,
         lane * count("pcie.link.width.current"), tuple(troubles),

@@ -24,7 +24,7 @@ from typing import Any
 
 from dsasr.utils.errors import Failure, UserError, first_line, run_tool
 
-SHORT, LATE = 1, 3  # exit codes
+SHORT, MISTAKE, LATE = 1, 2, 3  # exit codes
 JOIN_SECONDS = 120.0  # in which all ranks must have come: the slowest still loads its libraries
 SECONDS = 180.0  # of the whole, after all libraries are loaded
 
@@ -94,7 +94,9 @@ def examine(options: argparse.Namespace, limit: TimeLimit) -> int:
     try:
         mistake = distributed.broadcast(mistake)
         if mistake:
-            raise UserError(mistake)
+            if distributed.is_main_rank():
+                raise UserError(mistake)
+            return MISTAKE
         report, free = measure(limit, recipe, gpus, problem)
         limit.doing = "gathering the reports"
         reports = distributed.all_gather_object(report)
@@ -192,8 +194,10 @@ def measure(limit: TimeLimit, recipe: Any, gpus: list, gpu_problem: str) -> tupl
         limit.doing = "reading shards"
         storage = ShardStorage(StorageConfig(**(here.source or {})))
         read = measure.read(here.shards[rank], storage)
+    limit.doing = "versions"
+    versions = machine.versions() if machine.is_first_rank() else {}
     return Report(
-        rank, machine.node_name(), socket.gethostname(), machine.versions(), gpus, gpu_problem,
+        rank, machine.node_name(), socket.gethostname(), versions, gpus, gpu_problem,
         distributed.device().type == "cuda", rate, clock, all_reduce, link, seen, read, written,
     ), free  # fmt: skip
 

@@ -105,6 +105,13 @@ def test_the_products_of_ranks_on_cpus_are_not_judged():
     assert short(ranks) == {}
 
 
+def test_the_first_rank_of_a_node_speaks_for_the_others():
+    others = [report(r, node="n0", host="n0", versions={}, gpus=(), link=Link()) for r in (1, 2)]
+    link = Link("NVLink", 478.0)
+    assert list(short([report(0, link=link), *others])) == ["all-reduce"]
+    assert short([report(0, link=Link("NVLink", 60.0)), *others]) == {}
+
+
 def test_a_link_that_is_not_known_is_not_judged():
     slow = [report(r, all_reduce=0.01, link=Link("eth0")) for r in range(2)]
     assert short(slow) == {}

@@ -61,6 +61,9 @@ def test_an_nvidia_smi_that_hangs_or_fails_is_left(smi, monkeypatch):
     assert time.monotonic() - started < 10
     smi("exit 9")
     assert machine.gpus() == ([], machine.gpus()[1])
+    smi(f"[[ $1 == *throttle* ]] && exit 2; echo '{', '.join(SOUND.split(', ')[:5])}'")
+    [gpu], problem = machine.gpus()
+    assert gpu.name == "NVIDIA H200" and gpu.pcie == 0.0 and problem == ""
     smi(f"echo '{SOUND}'")
     assert machine.gpus()[0][0].name == "NVIDIA H200" and machine.gpus()[1] == ""
 
