@@ -172,9 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     parser.add_argument("--page", type=Path, default=PAGE, help=f"the file ({PAGE.name})")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     written = options.page.read_text("utf-8") if options.page.is_file() else ""
     if options.check and written and f"transformers {transformers.__version__}," not in written:
         print(f"{options.page} is of another release of transformers: not compared")
@@ -188,4 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # tiny matrices
     sys.exit(run_tool(main))
