@@ -146,7 +146,9 @@ def try_family(family: str, attn: str) -> Row:
     except UserError as error:
         return Row(f"refused: {error}", "", "")
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
+        llm = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn, trust_remote_code=False
+        )
     try:
         lora.check(llm, LoraConfig())
         adapts = "yes"

@@ -99,14 +99,18 @@ def audio_seconds(data: bytes) -> float:
 def read_mono(file: soundfile.SoundFile, limit: int) -> np.ndarray:
     """Up to ``limit`` samples float32 [n], channels averaged, in blocks until the file ends.
 
-    Raises `AudioError`: nan_audio, out_of_scale, antiphase.
+    Raises `AudioError`: decode_error (of Ogg, at a damaged page libsndfile ends a block early and
+    reads on behind it), nan_audio, out_of_scale, antiphase.
     """
-    blocks, count = [], 0
+    blocks, count, short = [], 0, False
     of_mono = of_channels = 0.0
     while count < limit:
         block = file.read(frames=min(_BLOCK, limit - count), dtype="float32", always_2d=True)
         if not len(block):
             break
+        if short and file.format == "OGG":
+            raise AudioError("decode_error", f"damaged after {count} samples")
+        short = len(block) < min(_BLOCK, limit - count)
         mono = block[:, 0] if file.channels == 1 else block.mean(axis=1)
         check_scale(mono)
         if file.channels > 1:

@@ -316,6 +316,8 @@ def _encoded(utterance: ManifestEntry) -> tuple[bytes, float]:
         source = source.read_bytes()
         check_whole(source)
     with open_audio(source) as file:
+        if not file.frames:
+            raise AudioError("empty_audio", "no samples")
         rate = file.samplerate
         start = round((utterance.start or 0.0) * rate)
         most, claimed = start + int(MAX_SECONDS * rate) + 1, claimed_frames(file)

@@ -107,7 +107,7 @@ def test_half_a_file_is_not_taken_for_a_short_one(form):
         try:
             assert len(decode(bytes(data))) > 4.9 * RATE
         except AudioError as error:
-            assert error.cause == "truncated_audio"
+            assert error.cause in ("truncated_audio", "decode_error")
     else:
         assert cause(bytes(data)) == "decode_error"
 

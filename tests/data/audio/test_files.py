@@ -50,7 +50,7 @@ def test_an_mp3_is_decoded_to_its_last_frame(rate, channels):
     frames = list(mp3._frames(data))
     by_estimate = soundfile.info(io.BytesIO(data)).frames
     with open_audio(data) as file:
-        assert file.frames == len(file.read()) > 1.5 * by_estimate
+        assert file.frames == len(file.read()) > 1.1 * by_estimate
         assert sum(frame.samples for frame in frames) - file.frames == 529  # the decoder's delay
     assert mp3.with_frame_count(whole) == whole
     assert audio_seconds(whole) == 2.0

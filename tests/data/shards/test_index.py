@@ -365,7 +365,7 @@ def test_bad_samples_travel_between_processes():
 
 def test_the_verifier_names_each_bad_sample(tmp_path):
     rate8 = io.BytesIO()
-    soundfile.write(rate8, np.zeros((4000, 2), np.int16), 8000, format="WAV")
+    soundfile.write(rate8, np.full((4000, 2), 999, np.int16), 8000, format="WAV")
     nan = io.BytesIO()
     soundfile.write(nan, np.full(8000, np.nan, np.float32), RATE, format="WAV", subtype="FLOAT")
     empty = io.BytesIO()

@@ -300,7 +300,7 @@ def test_a_phoneme_may_be_a_digit(tmp_path):
 @needs_espeak
 def test_phonemes_are_those_of_the_normalized_text():
     phonemizer = EspeakPhonemizer()
-    full, half = ("Ａ股上涨１２％", "请打开ＡＰＰ", "３点钟"), ("A股上涨12%", "请打开APP", "3点钟")
+    full, half = ("Ａ股上涨１２", "请打开ＡＰＰ", "３点钟"), ("A股上涨12", "请打开APP", "3点钟")
     for raw, normal in zip(full, half, strict=True):
         assert phonemizer.phonemes(raw, "zh") == phonemizer.phonemes(normal, "zh")
     assert phonemizer.phonemes(full[0], "zh") != phonemizer.phonemes("A股上涨", "zh")
