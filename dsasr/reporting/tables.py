@@ -210,7 +210,7 @@ def errors_by_group(run: RunData, rules: str) -> list[Table]:
     durations = sorted(by_duration, key=lambda name: int(name.split()[0]))
     for title, name, groups, note in (
         ("By language", "language", dict(sorted(by_lang.items())), ""),
-        ("By noise", "signal-to-noise ratio", by_noise, ""),
+        ("By noise", "noise", by_noise, ""),
         ("By duration", "duration", {name: by_duration[name] for name in durations}, ""),
         ("By speaker", "speaker", {name: by_speaker[name] for name in worst_speakers},
          f"The {SPEAKERS} of {len(by_speaker)} with the most errors a unit."
