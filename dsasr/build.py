@@ -23,6 +23,7 @@ from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.shards.storage import ShardStorage
+from dsasr.data.text.characters import BOUNDARY
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemes import Phonemizer, Speller, build_phonemizer, lexicon_path
 from dsasr.data.text.prompt import Prompt
@@ -324,10 +325,7 @@ class Builder:
         encoder = self._encoder("sft encoder", partition)
         adaptor, ctc = self._meta_adaptor(encoder, width, scale)
         self._drawn(encoder, "sft encoder", partition)
-        table = None
-        if model.adaptor.reads_ctc and self.recipe.data.phonemizer.kind == "tokens":
-            ids = {piece: number for number, piece in self.tokenizer.pieces().items()}
-            table = embed_tokens(llm, [ids[unit] for unit in self.phonemes.symbols[1:]])
+        table = self._unit_embeddings(llm) if model.adaptor.reads_ctc else None
         self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor, table))
         if ctc is not None:
             self._drawn(ctc, "sft ctc", partition)
@@ -345,6 +343,23 @@ class Builder:
             ctc=ctc,
             spell=self.spell if model.adaptor.reads_ctc else None,
         )
+
+    def _unit_embeddings(self, llm: PreTrainedModel) -> Tensor:
+        """The language model's embeddings of the CTC head's units but blank, [P - 1, D].
+
+        Units that are its tokens have these tokens' own; others the mean over those that they are
+        written with, so that letters and phonetic signs start as what it knows of them (**ours**),
+        or zero where the tokenizer writes nothing for them.
+        """
+        if self.recipe.data.phonemizer.kind == "tokens":
+            pieces = {piece: number for number, piece in self.tokenizer.pieces().items()}
+            rows = [[pieces[unit]] for unit in self.phonemes.symbols[1:]]
+        else:
+            written = (unit.replace(BOUNDARY, " ") for unit in self.phonemes.symbols[1:])
+            rows = [self.tokenizer.encode(unit) for unit in written]
+        embeds_ND = embed_tokens(llm, [number for row in rows for number in row])
+        split = embeds_ND.split([len(row) for row in rows])
+        return torch.stack([rows_ND.sum(0) / max(len(rows_ND), 1) for rows_ND in split])
 
     def empty_module(self, branch: str) -> nn.Module:
         """The branch's model on the meta device: the names and shapes of its weights."""

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(here))
 
 import argparse
+import gc
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -114,6 +115,7 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
         rendezvous.check_master()
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
         lock = run_lock.hold(cfg.folder, request)
+        gc.freeze()  # what was imported lives as long as the process: no collection looks at it
         trainer = Trainer(cfg, rank_watchdog, request)
         request.begin_training()
         train(trainer)

@@ -165,6 +165,22 @@ def test_a_ctc_that_writes_tokens_is_read_as_the_language_models_own(tiny, tmp_p
     assert build.spell("BA do", "en") == build.phonemes.encode(phonemizer.phonemes("ba do"))
 
 
+def test_letters_start_as_the_mean_of_the_tokens_that_write_them(tiny, tmp_path) -> None:
+    PhonemeVocab.build([["a", "ʃ", "▁"]]).save(tmp_path / "letters.json")
+    build = Builder(recipe.load(str(tiny), [
+        "data.phonemizer={kind: characters}", f"data.phonemes={tmp_path}/letters.json",
+        "model.adaptor={kind: ctc}",
+    ]))  # fmt: skip
+    model = build.speech_llm()
+    tokens = build.tokenizer.encode("ʃ")
+    assert len(tokens) > 1  # bytes
+    expected = model.llm.get_input_embeddings()(torch.tensor(tokens)).mean(0)
+    row = model.adaptor.table[build.phonemes.encode(["ʃ"])[0]]
+    torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-7)
+    assert build.tokenizer.encode(" ") == []
+    assert not model.adaptor.table[build.phonemes.encode(["▁"])[0]].any()
+
+
 def test_the_recipes_prompt_is_the_models(tiny) -> None:
     template = "<|im_start|>play <speech><|im_end|>"
     build = Builder(recipe.load(str(tiny), [f"model.prompt={template}"]))

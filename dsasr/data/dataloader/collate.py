@@ -84,7 +84,8 @@ class TextEncoder:
                 raise bad("no_phonemes", repr(text[:40]))
         tokens: list[int] = []
         if self.tokenizer is not None:
-            tokens = [*self.tokenizer.encode(text), self.tokenizer.end_id]
+            space = " " if text and self.config is not None and self.config.leading_space else ""
+            tokens = [*self.tokenizer.encode(space + text), self.tokenizer.end_id]
         return text, phonemes, tokens
 
 

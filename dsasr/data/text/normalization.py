@@ -23,6 +23,9 @@ class TextConfig:
     punctuation: str = "keep"  # keep or strip
     # samples without text: drop (counted as empty_text), or keep as non-speech
     empty: str = "drop"
+    # a space before the first word's tokens, as in the text that Whisper's decoder and base models
+    # with a byte-level tokenizer were trained on
+    leading_space: bool = False
 
     def __post_init__(self) -> None:
         if self.case not in ("keep", "lower", "upper"):

@@ -29,6 +29,7 @@ from dsasr.data.dataloader.dataloader import (
     StreamingDataLoader,
     build_dataset_parts,
 )
+from dsasr.data.shards.index import Sample
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.text.normalization import TextConfig
 from dsasr.testing.dataloader_fuzz import digest
@@ -260,6 +261,15 @@ def test_samples_without_text_are_kept_if_asked_for(tmp_path, config) -> None:
         for key, row, length in zip(b.keys, b.tokens_BU, b.token_lengths_B, strict=True)
     }
     assert rows == {"mute": [1], "said": [ord("h"), ord("i"), 1]}
+
+
+def test_a_leading_space_is_tokenized_with_the_first_word() -> None:
+    def sample(text: str) -> Sample:
+        return Sample("k", "s", b"", "flac", text, "en", "", 1.0, None, None, {})
+
+    encoder = TextEncoder(TextConfig(empty="keep", leading_space=True), tokenizer=CharTokenizer())
+    assert encoder.encode(sample("hi")) == ("hi", [], [ord(" "), ord("h"), ord("i"), 1])
+    assert encoder.encode(sample(""))[2] == [1]
 
 
 def test_noise_shards_change_the_features(tmp_path, config) -> None:
