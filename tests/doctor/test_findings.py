@@ -81,7 +81,7 @@ def test_one_thing_that_falls_short_has_one_line_that_says_where(check, changes,
 
 
 def test_space_for_the_checkpoints():
-    found = short([report(0)], replace(JOB, free=19e9))
+    found = short([report(0), report(1)], replace(JOB, free=19e9))
     assert list(found) == ["free space"] and "19 GB are free in /shared/run" in found["free space"]
 
 
