@@ -15,7 +15,7 @@ from dsasr.checkpoint import tensor_fragments
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=20")
-CLOCK = re.compile(r"seconds|_per_|_share|queue")  # metrics that depend on the clock
+CLOCK = re.compile(r"seconds|_per_|_share|queue|memory")  # metrics that depend on the clock
 
 
 def lines(folder: Path, name: str) -> list[dict]:
@@ -28,7 +28,7 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 def trace(folder: Path) -> list[dict]:
-    """The metrics without what a clock said, NaN made comparable."""
+    """The metrics without times and memory, NaN made comparable."""
     return [
         {k: repr(v) for k, v in line.items() if not CLOCK.search(k)}
         for line in lines(folder, "metrics")
