@@ -53,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train(trainer: Trainer) -> None:
     """The training loop. A turn is one optimizer step of one branch."""
+    trainer.finish_evaluation()  # that the run was resumed in
     while (turn := trainer.next_turn()).kind != "end":
         if turn.kind == "wait":
             trainer.wait_for_encoder()
