@@ -47,7 +47,7 @@ def embedding_rms(embeddings: nn.Module) -> float:
 def token_rms(llm: PreTrainedModel) -> float:
     """Root mean square of token embeddings as ``inputs_embeds``, of a model that is whole here.
 
-    An adaptor of this scale (`dsasr.model.adaptor`) gives speech the scale of tokens: from here on
+    An adaptor of this scale (`dsasr.model.adaptors`) gives speech the scale of tokens: from here on
     both take the same way through the model.
     """
     return embedding_rms(llm.get_input_embeddings()) * abs(input_scale(llm))

@@ -220,7 +220,8 @@ class Soak:
     """The state of one soak test below ``folder``; `soak` runs it."""
 
     def __init__(self, name: str, overrides: Sequence[str], folder: Path, world: int, seed: int,
-                 concurrent: bool, patience: float, report: Callable[[str], Any]):  # fmt: skip
+                 concurrent: bool, patience: float, disk: str,
+                 report: Callable[[str], Any]):  # fmt: skip
         # A rank may be killed where the others wait for it silently; the watchdog's limit, and the
         # process group's above it, must end that before ``patience`` does.
         limits = [f"watchdog.{k}={patience / 4:g}" for k in ("seconds", "start_seconds")]
@@ -231,7 +232,7 @@ class Soak:
         self.baseline, self.killed = folder / "baseline", folder / "killed"
         self.rng, self.result = random.Random(seed), SoakResult()
         self.branches = ["pretrain", "sft"] if concurrent else ["both"]
-        self.concurrent, self._starts = concurrent, 0
+        self.concurrent, self.disk, self._starts = concurrent, disk, 0
         self.baseline_seconds = 0.0
 
     def killed_folder(self, branch: str) -> Path:
@@ -264,11 +265,12 @@ class Soak:
         """Start the killed job again, to be killed as the first of ``kills`` says."""
         self.result.starts += 1
         name, override = f"killed-{branch}", f"branch={branch}"
+        total = self.total_steps(branch)
+        disk = {"disk": self.disk, "disk_until": total}
         if not kills:
-            return self.start_job(name, self.killed, override)
+            return self.start_job(name, self.killed, override, **disk)
         target, phase = kills[0]
         done = newest_checkpoint_steps(self.killed_folder(branch))
-        total = self.total_steps(branch)
         # Each kill gets its share of the steps left, so that none remains when the run ends.
         step_budget = max(6, (9 if phase in RARE_PHASES else 3) * (total - done) // len(kills))
         return self.start_job(
@@ -278,6 +280,7 @@ class Soak:
             count=self.rng.randint(1, PHASES.get(phase, 1)),
             limit=min(done + step_budget, total - 1),
             rank=self.rng.randrange(self.world),
+            **disk,
         )  # fmt: skip
 
     def run_with_kills(self, kill_plans: dict[str, list[Kill]]) -> None:
@@ -373,6 +376,7 @@ def soak(
     seed: int,
     concurrent: bool = False,
     patience: float = 900.0,
+    disk: str = "",
     kill_plans: dict[str, list[Kill]] | None = None,
     report: Callable[[str], Any] = print,
 ) -> SoakResult:
@@ -380,14 +384,15 @@ def soak(
 
     ``concurrent``: as two jobs; the baseline run is then of the pretrain branch, and the sft branch
     is compared with one job that repeats its swaps. ``patience``: seconds that a job may take to
-    its end, and its ranks to die after a kill. ``kill_plans``: branch → kills, instead of those
+    its end, and its ranks to die after a kill. ``disk``: the killed run's, `PausePlan.disk`.
+    ``kill_plans``: branch → kills, instead of those
     planned by ``kills`` and ``seed``. ``report`` gets a line for each step of the test.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    state = Soak(name, overrides, folder, world, seed, concurrent, patience, report)
+    state = Soak(name, overrides, folder, world, seed, concurrent, patience, disk, report)
     report("the baseline run")
     state.run_baseline()
     state.run_with_kills(kill_plans or plan_kills(state.branches, kills, state.rng))

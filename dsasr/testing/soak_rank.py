@@ -12,8 +12,11 @@ if __name__ == "__main__":
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != here]
     sys.path.insert(0, os.path.dirname(os.path.dirname(here)))
 
+import errno
 import functools
 import json
+import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +36,8 @@ PRELOAD = [
     "dsasr.training.trainer",
     "dsasr.tracking.timeline_plot",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by its first engine
+    "matplotlib.figure",
 ]
 PAUSE_SECONDS = 120.0  # of a pause, if no kill ends it
 
@@ -46,6 +51,8 @@ class PausePlan:
     count: int = 1  # at this entry into the phase
     limit: int = 0  # at the latest at the turn after this many steps; 0: no limit
     rank: int = 0
+    disk: str = ""  # slow: a file of a checkpoint takes seconds; full: some cannot be written
+    disk_until: int = 0  # a full disk has room again from this step on, so that the run can end
 
     def environment(self) -> dict[str, str]:
         return {PAUSE_PLAN: json.dumps(asdict(self))}
@@ -95,6 +102,31 @@ def _phase_of(path: Path, *_: Any) -> str:
     return "save" if "checkpoints" in Path(path).parts else "publish"
 
 
+SLOW_SECONDS = 0.5  # of a file, at most, on a slow disk
+FULL_SHARE = 0.3  # of the files of checkpoints that a full disk cannot take
+
+
+def with_disk(write_file: Callable[..., str], plan: PausePlan) -> Callable[..., str]:
+    """``write_file`` on a disk that is slow, or full at times: half a file is written then."""
+    rng = random.Random()
+
+    @functools.wraps(write_file)
+    def write(path: Path, *args: Any) -> str:
+        if plan.disk == "slow":
+            time.sleep(rng.uniform(0.0, SLOW_SECONDS))
+        written = write_file(path, *args)
+        if plan.disk == "slow":
+            time.sleep(rng.uniform(0.0, SLOW_SECONDS))
+        folder = re.search(r"step-(\d+)", str(path))
+        early = folder is not None and int(folder[1]) < plan.disk_until
+        if plan.disk == "full" and early and rng.random() < FULL_SHARE:
+            os.truncate(path, path.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return written
+
+    return write
+
+
 def install(reporter: PhaseReporter) -> None:
     """Have the parts of a run report their phases."""
     from dsasr.checkpoint import tensor_fragments
@@ -118,7 +150,8 @@ def install(reporter: PhaseReporter) -> None:
     branch_engine.BranchEngine.load_encoder = reporter.reporting(
         branch_engine.BranchEngine.load_encoder, "swap"
     )
-    tensor_fragments.write_file = reporter.reporting(tensor_fragments.write_file, _phase_of)
+    write_file = with_disk(tensor_fragments.write_file, reporter.plan)
+    tensor_fragments.write_file = reporter.reporting(write_file, _phase_of)
     tensor_fragments.replace_folder = reporter.reporting(tensor_fragments.replace_folder, _phase_of)
 
 

@@ -21,7 +21,10 @@ Row = dict[str, Any]
 METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
 HYPOTHESES = "hypotheses.jsonl"  # some transcripts of the newest evaluation, not a log
 # Events of the job, not of the training: a resumed run does not repeat them.
-JOB_EVENTS = ("checkpoint", "checkpoint_failed", "checkpoint_passed_over", "resumed", "stopped")
+JOB_EVENTS = (
+    "checkpoint", "checkpoint_failed", "checkpoint_passed_over", "evaluation_repeated", "resumed",
+    "stopped",
+)  # fmt: skip
 
 
 def read_events(folder: Path, *, strict: bool = False) -> list[Row]:

@@ -2,7 +2,8 @@
 
 A speech token is the embedding expected under the head's posterior, Σ_u p(u) · table[u]. The head
 writes sounds, the language model reads them: text alone can train the table and the reading
-(`dsasr.data.text_batches`), and the encoder can be exchanged for another one with the same units.
+(`dsasr.data.dataloader.text_dataloader`), and the encoder can be exchanged for another one with the
+same units.
 
 With ``merge`` there is a speech token for each unit that greedy CTC writes: consecutive frames with
 the same best unit are one segment, and segments of blank are left out. A segment's posterior is the
