@@ -1,4 +1,4 @@
-"""Examine a job's machines before it starts: is what it needs there, and fast enough?
+"""Examine a job's machines before it starts: whether what it needs is there, and fast enough.
 
 Versions and code equal on all ranks, GPUs and their memory errors, products, clocks, all-reduce
 beside the link; with a recipe also the run folder, the rate of reading shards and of writing

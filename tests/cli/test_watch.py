@@ -82,3 +82,10 @@ def test_ls_without_a_run_is_one_line(command, tmp_path):
         done = command("ls", folder)
         assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1
     assert "did you mean 'failed'" in command("ls", tmp_path, "--state", "faild").stderr
+
+
+def test_a_run_keeps_transcripts_of_its_newest_evaluation(command, trained):
+    rows = [json.loads(line) for line in (trained / "hypotheses.jsonl").read_text().splitlines()]
+    assert rows and {row["stage"] for row in rows} == {"joint"}
+    text = command("watch", trained).stdout
+    assert f"said  {rows[0]['reference']}" in text and text.count("\nheard ") == len(rows)
