@@ -176,11 +176,13 @@ class Builder:
 
     @cached_property
     def contents(self) -> dict[str, str]:
-        """Fingerprints of the files that decide what a batch holds, by the recipe's keys.
+        """Fingerprints of the files that decide what a batch or a step is, by the recipe's keys.
 
         They lie in a checkpoint: a resumed run must go on with the same contents.
         """
         data, files = self.recipe.data, {}
+        if Path(self.recipe.engine.deepspeed).suffix == ".json":
+            files["engine.deepspeed"] = Path(self.recipe.engine.deepspeed)
         if self.recipe.pretrained_encoder is None:
             files["data.cmvn"] = Path(self._here(data.cmvn))
         if "phonemes" in self.vocabularies or self.recipe.model.adaptor.reads_ctc:

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(here))
 
 import argparse
+import gc
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train(trainer: Trainer) -> None:
     """The training loop. A turn is one optimizer step of one branch."""
+    trainer.finish_evaluation()  # that the run was resumed in
     while (turn := trainer.next_turn()).kind != "end":
         if turn.kind == "wait":
             trainer.wait_for_encoder()
@@ -114,6 +116,7 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
         rendezvous.check_master()
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
         lock = run_lock.hold(cfg.folder, request)
+        gc.freeze()  # what was imported lives as long as the process: no collection looks at it
         trainer = Trainer(cfg, rank_watchdog, request)
         request.begin_training()
         train(trainer)

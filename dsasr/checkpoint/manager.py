@@ -25,12 +25,16 @@ from dsasr.utils import distributed, ranges
 from dsasr.utils.io import remove_folder, remove_temporaries
 from dsasr.utils.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+EARLY = 0.1  # of an interval: what may be lost where a process ends in an evaluation
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    # optimizer steps of both branches between two checkpoints; 0: not by steps
+    # optimizer steps of both branches between two checkpoints, and a tenth of it before an
+    # evaluation; 0: not by steps
     every_steps: NonNegativeInt = 0
-    every_minutes: NonNegativeFloat = 30.0  # minutes between two checkpoints; 0: not by time
+    # minutes between two checkpoints, and a tenth of it before an evaluation; 0: not by time
+    every_minutes: NonNegativeFloat = 30.0
     keep: PositiveInt = 2  # newest checkpoints kept; at least 1
     keep_hours: NonNegativeFloat = 0.0  # also keep one checkpoint every keep_hours hours; 0: none
     keep_best: NonNegativeInt = 0  # also keep this many checkpoints with the lowest `best`; 0: none
@@ -72,6 +76,14 @@ class CheckpointManager:
         if not self.config.every_minutes:
             return bool(by_steps)
         return bool(by_steps) or distributed.broadcast(by_time)
+
+    def due_early(self, steps: int) -> bool:
+        """Whether to save now rather than at the end of an interval, because what follows may end
+        the process: `EARLY` of an interval has passed since the last save; collective."""
+        every, minutes = self.config.every_steps, self.config.every_minutes
+        by_steps = bool(every) and steps - self._steps >= EARLY * every
+        by_time = bool(minutes) and time.monotonic() - self._saved_at >= EARLY * minutes * 60
+        return distributed.broadcast(by_steps or by_time)
 
     def save(
         self,

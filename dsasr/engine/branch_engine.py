@@ -54,6 +54,7 @@ from dsasr.engine.config import (
     read_ds_config,
     work_around_pinned_reads,
 )
+from dsasr.engine.deepspeed_import import import_deepspeed
 from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import StateOffloader
 from dsasr.engine.step_report import StepReport
@@ -208,8 +209,7 @@ class BranchEngine:
         return groups
 
     def _initialize(self, stage: StageConfig, groups: list[dict[str, Any]]):
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         config = deepspeed_settings(self.config, self._nvme_folder) | {
             "gradient_accumulation_steps": stage.grad_accum_steps,
             "gradient_clipping": self.config.max_grad_norm,

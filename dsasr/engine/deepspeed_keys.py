@@ -6,6 +6,7 @@ masters lie, which offloads, hot-swaps and checkpoints would not find.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,12 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and value >= 0
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    return number and 0 <= value <= sys.maxsize  # which is DeepSpeed's word for no limit
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value >= 1
 
 
 def _name(value: Any) -> bool:
@@ -37,19 +43,19 @@ _BOTH = {
     "overlap_comm": _flag,
     "contiguous_gradients": _flag,
     "reduce_scatter": _flag,
-    "reduce_bucket_size": _number,
+    "reduce_bucket_size": _positive,
 }
 STAGE_KEYS: dict[int, dict[str, Callable[[Any], bool]]] = {
     1: _BOTH
     | {
         "allgather_partitions": _flag,
-        "allgather_bucket_size": _number,
+        "allgather_bucket_size": _positive,
         "use_multi_rank_bucket_allreduce": _flag,
     },
     3: _BOTH
     | {
         _OFFLOAD: lambda value: value is None or isinstance(value, Mapping),
-        "sub_group_size": _number,
+        "sub_group_size": _positive,
         "stage3_prefetch_bucket_size": _number,
         "stage3_param_persistence_threshold": _number,
         "stage3_model_persistence_threshold": _number,
@@ -61,11 +67,11 @@ STAGE_KEYS[2] = STAGE_KEYS[1]
 OFFLOAD_KEYS: dict[str, Callable[[Any], bool]] = {
     "device": lambda value: value in ("none", "cpu", "nvme"),
     "pin_memory": _flag,
-    "buffer_count": _number,
+    "buffer_count": _positive,
 }
 AIO_KEYS: dict[str, Callable[[Any], bool]] = {
-    "block_size": _number,
-    "queue_depth": _number,
+    "block_size": _positive,
+    "queue_depth": _positive,
     "overlap_events": _flag,
 }
 TOP_KEYS: dict[str, Callable[[Any], bool]] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsasr.entropy_allocation.allocation_row import AllocationRow, Estimate
 from dsasr.reporting.run_data import Row, RunData, allocation_rows, before_and_after
-from dsasr.tracking.timeline_plot import COLORS, DPI, lr_curves, plot
+from dsasr.tracking.timeline_plot import COLORS, DPI, literal, lr_curves, plot
 from dsasr.utils.io import atomic_path
 
 INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
@@ -69,7 +69,7 @@ def _key(figure, runs: Sequence[RunData], styles: Sequence[tuple[str, dict[str, 
     """A legend above the figure: a color per run, if several, and the styles and marks."""
     from matplotlib.lines import Line2D
 
-    names = [(r.name, {"color": c}) for r, c in zip(runs, _colors(runs), strict=True)]
+    names = [(literal(r.name), {"color": c}) for r, c in zip(runs, _colors(runs), strict=True)]
     rows = [*(names if len(runs) > 1 else ()), *styles]
     plain = MUTE if len(runs) > 1 else COLORS[0]
     if any(run.joint_stage for run in runs):
@@ -132,7 +132,9 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
             drifted = [e for e in run.events if e["event"] == "drift" and "cka" in e]
             points = [(e["pretrain"], e["cka"]) for e in drifted]
             if points:
-                axis.plot(*zip(*points, strict=True), ".-", color=color, lw=1.3, label=run.name)
+                axis.plot(
+                    *zip(*points, strict=True), ".-", color=color, lw=1.3, label=literal(run.name)
+                )
             below = [
                 (e["pretrain"], e["cka"])
                 for e in run.events
@@ -156,7 +158,7 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
                 start = next(e["steps"] for e in run.events if e.get("name") == run.joint_stage)
                 steps = [0, *(s - start for s, _ in points)]
                 values = [1.0, *(v for _, v in points)]
-                axis.plot(steps, values, ".-", color=color, lw=1.3, label=run.name)
+                axis.plot(steps, values, ".-", color=color, lw=1.3, label=literal(run.name))
         # An encoder that hardly changed must look like it.
         low = min(0.99, axis.get_ylim()[0])
         axis.set_ylim(low, 1 + 0.03 * (1 - low))
@@ -245,7 +247,7 @@ def joint(runs: Sequence[RunData], path: Path) -> Path | None:
                 axis.bar_label(bars, fmt="%.3f", padding=2, **upright)
         if axis.get_ylim()[0] < 0:
             axis.axhline(0, color=INK, lw=0.8)
-        names = [name for name, _ in pairs]
+        names = [literal(name) for name, _ in pairs]
         slant = {"rotation": 35, "ha": "right"} if sum(map(len, names)) > 26 else {}
         axis.set_xticks(range(len(pairs)), names, fontsize=9, **slant)
         # Margins around a single pair, so that its bars do not fill the figure.
@@ -317,7 +319,7 @@ def allocation(runs: Sequence[RunData], path: Path) -> Path | None:
         right.barh(y, audio, 0.6, color=PHONETIC, label="resolved by the audio: H₀ − H₁")
         right.barh(y, rest, 0.6, left=audio, color=LANGUAGE, label="left open: H₁")
     right.set_xlabel("entropy of the transcript, nats a token")
-    left.set_yticks(range(len(rows)), [r.encoder.name for r in rows], fontsize=9)
+    left.set_yticks(range(len(rows)), [literal(r.encoder.name) for r in rows], fontsize=9)
     left.invert_yaxis()
     for axis in axes:
         axis.xaxis.grid(True, color=SOFT)

@@ -36,6 +36,8 @@ PRELOAD = [
     "dsasr.training.trainer",
     "dsasr.tracking.timeline_plot",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by its first engine
+    "matplotlib.figure",
 ]
 PAUSE_SECONDS = 120.0  # of a pause, if no kill ends it
 

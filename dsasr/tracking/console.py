@@ -16,6 +16,7 @@ WARNINGS = {
     "checkpoint_failed",
     "checkpoint_passed_over",
     "evaluation_failed",
+    "evaluation_repeated",
     "not_marked",
     "partly_initialized",
     "publisher_lost",
@@ -223,6 +224,13 @@ def _evaluation_failed(e: Mapping[str, Any]) -> str:
     return f"evaluation of {e['stage']} failed, and training goes on: {e['reason']}"
 
 
+def _evaluation_repeated(e: Mapping[str, Any]) -> str:
+    return (
+        f"the process before ended in the evaluation of {e['stage']}: it is repeated "
+        "(evaluation.every=0 and probe.every=0 leave it out)"
+    )
+
+
 def _evaluated(e: Mapping[str, Any]) -> str:
     """Error rates, by language where there is more than one, and the share of hallucinations."""
     cells = []
@@ -271,6 +279,7 @@ _EVENTS = {
     "bad_validation_samples": _bad_validation_samples,
     "evaluated": _evaluated,
     "evaluation_failed": _evaluation_failed,
+    "evaluation_repeated": _evaluation_repeated,
     "stopped": _stopped,
     "finished": _finished,
 }

@@ -20,7 +20,10 @@ from dsasr.utils.io import atomic_write, nonfinite_to_none, read_lines
 Row = dict[str, Any]
 METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
 # Events of the job, not of the training: a resumed run does not repeat them.
-JOB_EVENTS = ("checkpoint", "checkpoint_failed", "checkpoint_passed_over", "resumed", "stopped")
+JOB_EVENTS = (
+    "checkpoint", "checkpoint_failed", "checkpoint_passed_over", "evaluation_repeated", "resumed",
+    "stopped",
+)  # fmt: skip
 
 
 def read_events(folder: Path, *, strict: bool = False) -> list[Row]:

@@ -15,6 +15,11 @@ LINES = ("-", "--", ":", "-.")
 DPI = 140
 
 
+def literal(text: str) -> str:
+    """A name as matplotlib shows it as it is: between dollar signs it would read a formula."""
+    return text.replace("$", r"\$")
+
+
 @dataclass(frozen=True)
 class Span:
     """A stage from its first to its last step, in optimizer steps of both branches together."""
@@ -97,16 +102,17 @@ def _draw_stages(axis, events: Sequence[Row], title: str) -> None:
         lane, width = lanes.index(span.branch), span.stop - span.start
         axis.barh(lane, width, left=span.start, height=0.46, color=COLORS[i % len(COLORS)])
         middle = (span.start + span.stop) / 2
-        if width > 0.012 * last * len(span.name):
-            axis.text(middle, lane, span.name, ha="center", va="center", color="white", fontsize=9)
+        name = literal(span.name)
+        if width > 0.012 * last * len(name):
+            axis.text(middle, lane, name, ha="center", va="center", color="white", fontsize=9)
         else:
-            axis.annotate(span.name, (middle, lane - 0.24), (0, -3), textcoords="offset points",
+            axis.annotate(name, (middle, lane - 0.24), (0, -3), textcoords="offset points",
                           ha="center", va="top", fontsize=8)  # fmt: skip
     _draw_swaps(axis, events, last, len(lanes))
     axis.set_yticks(range(len(lanes)), [f"{lane} branch" for lane in lanes])
     axis.set_ylim(-0.62, len(lanes) - 0.35)
     axis.set_xlim(0, last * 1.02)
-    axis.set_title(title, fontsize=11, loc="left")
+    axis.set_title(literal(title), fontsize=11, loc="left")
     axis.spines["left"].set_visible(False)
     axis.tick_params(axis="y", length=0)
 
@@ -128,8 +134,10 @@ def _draw_swaps(axis, events: Sequence[Row], last: int, lanes: int) -> None:
             axis.annotate("", (step, 0.24), (start, 0.75), arrowprops=arrow)
             if step - labeled > 0.05 * last:
                 behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-                axis.annotate(event["cause"], (step, 0.42), (7, 0), textcoords="offset points",
-                              fontsize=8, va="center", bbox=behind)  # fmt: skip
+                axis.annotate(
+                    literal(event["cause"]), (step, 0.42), (7, 0), textcoords="offset points",
+                    fontsize=8, va="center", bbox=behind,
+                )  # fmt: skip
                 labeled = step
 
 
@@ -141,7 +149,7 @@ def _draw_lrs(axis, lrs) -> None:
         color = colors.setdefault(stage, COLORS[len(colors) % len(COLORS)])
         drawn[stage] = drawn.get(stage, -1) + 1
         style = LINES[drawn[stage] % len(LINES)]
-        axis.plot(steps, values, color=color, ls=style, lw=1.3, label=label)
+        axis.plot(steps, values, color=color, ls=style, lw=1.3, label=literal(label))
     axis.set_yscale("log")
     largest = max((max(values) for _, _, values in lrs if len(values)), default=1.0)
     axis.set_ylim(largest * 1e-4, largest * 2)
@@ -178,6 +186,8 @@ def lr_curves(
     """
     stages, curves = {s.name: s for s in schedule.stages}, []
     for span in stage_spans(events):
+        if span.name not in stages:  # it left the table when the run was resumed
+            continue
         stage = stages[span.name]
         count, last = min(points, stage.steps), stage.steps - 1
         stage_steps = {i * last // max(count - 1, 1) for i in range(count)}

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dsasr.build import Builder
 from dsasr.data.batch import Batch
-from dsasr.engine.branch_engine import BranchEngine, StepReport
+from dsasr.engine.branch_engine import BranchEngine
 from dsasr.entropy_allocation import frame_labels, predictive_entropy
 from dsasr.entropy_allocation.allocation_row import (
     AllocationRow,
@@ -102,19 +102,17 @@ class OnlineProbe:
         self._save()
         return cost
 
-    def evaluate_if_due(
-        self, branch: BranchEngine, report: StepReport, steps: int, trained: float
-    ) -> None:
-        """Evaluate ``branch`` after ``report``'s step if that is due.
+    def comes_after(self, stage: StageConfig, step: int) -> bool:
+        """Whether an evaluation is planned after ``step`` of ``stage``."""
+        every = self.config.every
+        return bool(every) and (step + 1 == stage.steps or (step + 1) % every == 0)
 
-        ``trained`` is the training time so far in seconds.
+    def evaluate(self, branch: BranchEngine, step: int, steps: int, trained: float) -> None:
+        """Evaluate ``branch`` after ``step`` of its stage, where the budget allows it.
+
+        ``steps``: those of the run; ``trained``: the training time so far in seconds.
         """
-        if not self.config.every:
-            return
-        stage = branch.stage
-        last = report.step + 1 == stage.steps
-        if not last and (report.step + 1) % self.config.every:
-            return
+        last = step + 1 == branch.stage.steps
         count = self.evaluations.get(branch.name, 0)
         due = bool(self.config.probes) and (last or (count + 1) % self.config.probes == 0)
         kind = self._affordable(branch.name, "probes" if due else "cheap", last, trained)
@@ -135,7 +133,7 @@ class OnlineProbe:
             "probe_time_share": self.seconds / (self.seconds + trained),
             "probes_left_out": float(self.left_out),
         }
-        head = {"steps": steps, "branch": branch.name, "stage": f"allocation_{stage.name}"}
+        head = {"steps": steps, "branch": branch.name, "stage": f"allocation_{branch.stage.name}"}
         self.monitor.scalars(head, values)
 
     def _affordable(self, branch: str, due: str, last: bool, trained: float) -> str | None:

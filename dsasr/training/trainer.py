@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dsasr import config
 from dsasr.build import Builder
@@ -68,6 +68,9 @@ class Trainer:
         self.request = request or StopRequest()
         self._any_rank_later = distributed.DelayedAnyRank()
         self._finished = False
+        # {branch, step} of the evaluation that a checkpoint was saved before; None: of none.
+        self._evaluating: dict[str, Any] | None = None
+        self._saved_early = -1  # steps of the last such checkpoint
         self._turn_started = time.monotonic()
         self.watchdog = watchdog or for_rank(recipe.folder, recipe.watchdog)
         self.watchdog.set_start(distributed.broadcast(f"{time.time_ns()}"))
@@ -143,6 +146,7 @@ class Trainer:
         at_end = self.schedule.next_turn(self.progress).kind == "end"
         self._finished = manifest["finished"] and at_end
         self.validation.best = manifest.get("best_score")
+        self._evaluating = manifest.get("evaluating")
         self.encoder_swap.load(reader, self.progress)
 
     # -- steps -------------------------------------------------------------------------------
@@ -316,14 +320,46 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------
 
     def evaluate_if_due(self, engine: BranchEngine, report: StepReport) -> None:
-        """Online probe and validation of the branch after its step, each at its interval."""
-        if not self._hears(engine):
+        """Online probe and validation of the branch after its step, each at its interval.
+
+        The run is saved before them, if not just before: a process that ends in an evaluation, as
+        where memory is short, loses no more, also where it ends so again after each resume.
+        """
+        if not self._hears(engine) or not self._is_evaluated_after(engine.stage, report.step):
             return
-        trained_seconds = sum(self.stage_seconds.values())
-        self.online_probe.evaluate_if_due(engine, report, self.steps, trained_seconds)
+        if self.checkpoints.due_early(self.steps):
+            self._evaluating = {"branch": engine.name, "step": report.step}
+            if self.save():
+                self._saved_early = self.steps
+        self._evaluate_after(engine, report.step)
+
+    def finish_evaluation(self) -> None:
+        """Repeat the evaluation in which the process that this one goes on from has ended."""
+        cut_off, self._evaluating = self._evaluating, None
+        engine = self.branches.get_if_built(cut_off["branch"]) if cut_off else None
+        if engine is None or engine.stage is None:  # none, or its stage left the table
+            return
+        if self._is_evaluated_after(engine.stage, cut_off["step"]):
+            self._evaluating = cut_off
+            self.branches.enter(engine.stage, self.steps)
+            self.monitor.event("evaluation_repeated", stage=engine.stage.name, steps=self.steps)
+            self._evaluate_after(engine, cut_off["step"])
+
+    def _validates_after(self, step: int) -> bool:
         every = self.recipe.evaluation.every
-        if every and (report.step + 1) % every == 0:
+        return bool(every) and (step + 1) % every == 0
+
+    def _is_evaluated_after(self, stage: StageConfig, step: int) -> bool:
+        return self._validates_after(step) or self.online_probe.comes_after(stage, step)
+
+    def _evaluate_after(self, engine: BranchEngine, step: int) -> None:
+        if self.online_probe.comes_after(engine.stage, step):
+            seconds = sum(self.stage_seconds.values())
+            probe = partial(self.online_probe.evaluate, engine, step, self.steps, seconds)
+            self.validation.attempt(probe, engine.stage.name, self.steps)
+        if self._validates_after(step):
             self._evaluate(engine, self.recipe.evaluation.utterances)
+        self._evaluating = None
 
     def _hears(self, engine: BranchEngine) -> bool:
         """Whether the branch has an encoder: training on text alone begins without one."""
@@ -338,8 +374,12 @@ class Trainer:
     def save_if_due(self) -> None:
         """Save a checkpoint at its interval, or at the best validation score so far."""
         self._log_checkpoints()
-        best = self.recipe.checkpoint.keep_best and self.validation.is_best(self.steps)
-        if self.checkpoints.due(self.steps) or best:
+        keeps_best = self.recipe.checkpoint.keep_best
+        best = keeps_best and self.validation.is_best(self.steps)
+        # One that was saved before the evaluation lacks its score alone.
+        scored = keeps_best and self.validation.score(self.steps) is not None
+        saved = self._saved_early == self.steps and not scored
+        if (self.checkpoints.due(self.steps) and not saved) or best:
             self.save(wait=False)
 
     def _log_checkpoints(self) -> None:
@@ -373,6 +413,7 @@ class Trainer:
             "bad_samples": self._count_bad_samples(),
             "finished": self._finished,
             "best_score": self.validation.best,
+            "evaluating": self._evaluating,
             **self.encoder_swap.state(),
             "vocabularies": self.builder.vocabularies,
             "contents": self.builder.contents,

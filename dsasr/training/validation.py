@@ -8,7 +8,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +30,7 @@ from dsasr.utils.errors import UserError, first_line
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.masking import mask
 
+T = TypeVar("T")
 _PACKAGE = Path(__file__).parents[1]
 FAILED_SECONDS = 120.0  # that a rank whose evaluation has failed waits for the others
 ENDED_SECONDS = 3600.0  # and one whose evaluation has ended: others may still count errors
@@ -54,14 +57,12 @@ class Validation:
         progress: Callable[[list], Iterable] = iter,
     ) -> None:
         """Write the `error_rates` of ``branch`` after ``steps`` steps to metrics and log."""
-        started = time.monotonic()
-        stage, rates, samples, bad, failure = branch.stage.name, {}, "", [], None
-        try:
-            rates, samples, bad = error_rates(self.recipe, self.build, branch, utterances, progress)
-        except Exception as error:  # decoding runs the model: out of memory and much else
-            failure = error
-        if self._failed(failure, stage, steps):
+        started, stage = time.monotonic(), branch.stage.name
+        measure = partial(error_rates, self.recipe, self.build, branch, utterances, progress)
+        found = self.attempt(measure, stage, steps)
+        if found is None:
             return
+        rates, samples, bad = found
         self._name_bad_samples(bad, stage, steps)
         head = {"steps": steps, "branch": branch.name, "stage": f"valid_{stage}"}
         self.monitor.scalars(head, rates | {"evaluation_seconds": time.monotonic() - started})
@@ -73,13 +74,17 @@ class Validation:
             self._last = (steps, score)
             self.best = score if self.best is None else min(score, self.best)
 
-    def _failed(self, failure: Exception | None, stage: str, steps: int) -> bool:
-        """Whether an evaluation has failed: an event says why, and training goes on; collective.
+    def attempt(self, evaluation: Callable[[], T], stage: str, steps: int) -> T | None:
+        """The result of an ``evaluation``; None where it fails on any rank: an event says why, and
+        training goes on. Collective.
 
-        Raises ``failure`` where the other ranks do not know of it and wait in the evaluation.
+        Raises its error where the other ranks do not know of it and wait in the evaluation.
         """
-        reason = ""
-        if failure is not None:
+        result, failure, reason = None, None, ""
+        try:
+            result = evaluation()
+        except Exception as error:  # it runs the model: out of memory and much else
+            failure = error
             reason = mask(f"{first_line(failure)}{_where(failure)}")
         self._evaluations += 1
         try:
@@ -94,7 +99,8 @@ class Validation:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.monitor.event("evaluation_failed", stage=stage, steps=steps, reason=failed[0])
-        return bool(failed)
+            return None
+        return result
 
     def _name_bad_samples(self, bad: list[DroppedSample], stage: str, steps: int) -> None:
         """Name the samples that were left out in `BAD_SAMPLES`, and count them in an event."""

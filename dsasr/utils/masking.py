@@ -7,7 +7,8 @@ import urllib.parse
 
 MASK = "***"
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")  # of `dsasr.utils.credentials`
-USER = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)([^/?#@]*)@")
+# Up to the last @ before the path: a password may have an @ of its own.
+USER = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)([^/?#]*)@")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>|]+")
 # Names of a query's parameters that are secret: of signed URLs of S3, GCS and Azure, and tokens.
 _SECRET = re.compile(

@@ -69,6 +69,19 @@ def test_due_by_steps_and_by_time(tmp_path):
         CheckpointConfig(keep=0)
 
 
+def test_before_an_evaluation_a_tenth_of_an_interval_is_enough(tmp_path):
+    by_steps = CheckpointManager(tmp_path, CheckpointConfig(every_steps=40, every_minutes=0))
+    assert [s for s in range(1, 9) if by_steps.due_early(s)] == [4, 5, 6, 7, 8]
+    by_steps.save(8, fragments(8.0), {})
+    assert [s for s in range(9, 15) if by_steps.due_early(s)] == [12, 13, 14]
+    by_time = CheckpointManager(tmp_path, CheckpointConfig(every_minutes=10))
+    assert not by_time.due_early(1)
+    by_time._saved_at -= 61
+    assert by_time.due_early(1) and not by_time.due(1)
+    never = CheckpointManager(tmp_path, CheckpointConfig(every_steps=0, every_minutes=0))
+    assert not any(never.due_early(s) for s in range(1, 100))
+
+
 def test_an_empty_folder_has_nothing_to_resume(tmp_path):
     assert CheckpointManager(tmp_path / "none", CheckpointConfig()).newest() == (None, [])
 

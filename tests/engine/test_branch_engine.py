@@ -50,6 +50,12 @@ def test_branches_do_not_touch_each_other(launch, tmp_path, deepspeed, precision
     assert not list(tmp_path.glob("offloaded-pretrain-*")), "the offload file outlived its use"
 
 
+@pytest.mark.launcher
+def test_training_goes_on_bit_for_bit_after_an_error_within_an_evaluation(launch, tmp_path):
+    results = run_program(launch, tmp_path, "errors")
+    assert results["with"] == results["without"] and len(results["with"]) == 9
+
+
 @pytest.mark.slow
 @pytest.mark.launcher
 def test_fifty_stage_switches_leave_nothing_behind(launch, tmp_path):

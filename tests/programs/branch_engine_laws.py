@@ -1,6 +1,6 @@
 """Two branches taking turns on a toy model; rank 0 writes what the tests check.
 
-usage: branch_engine_laws.py OUT COURSE(laws|switches) DEEPSPEED PRECISION OFFLOAD
+usage: branch_engine_laws.py OUT COURSE(laws|switches|errors) DEEPSPEED PRECISION OFFLOAD
 """
 
 from __future__ import annotations
@@ -152,6 +152,35 @@ def switch(sft: BranchEngine, results: dict) -> None:
             results["hooks"].append(hooks)
 
 
+def evaluate(branch: BranchEngine, fails: bool) -> str:
+    """A loss without a step. With ``fails`` an error cuts the forward pass short, once before, with
+    layers gathered."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    if fails:
+        hook = branch.module.encoder[2].register_forward_pre_hook(fail)
+        try:
+            with branch.evaluating() as module:
+                module(batch(50))
+        except RuntimeError:
+            hook.remove()
+    with branch.evaluating() as module:
+        return float(module(batch(50)).loss).hex()
+
+
+def go_on(branch: BranchEngine, fails: bool) -> list[str]:
+    """Losses and states of a branch that is evaluated between its steps."""
+    found = []
+    branch.enter(PRETRAIN)
+    for number in range(6):
+        found.append(loss(branch.step([batch(number)], number)))
+        if number in (2, 3):
+            found.append(evaluate(branch, fails))
+    return [*found, digest(branch)]
+
+
 def main() -> None:
     out, course, deepspeed, precision, device = sys.argv[-5:]
     folder = Path(out)
@@ -170,6 +199,11 @@ def main() -> None:
     results: dict = {"losses": [], "swapped": True, "frozen": True, "rss": [], "hooks": []}
     if course == "switches":
         switch(fresh("sft", both), results)
+    elif course == "errors":
+        names = ("encoder", "ctc")
+        for key, fails in (("without", False), ("with", True)):
+            results[key] = go_on(branch := fresh("pretrain", names), fails)
+            branch.close()
     else:
         alone = fresh("pretrain", ("encoder", "ctc"))
         take_turns(alone, None, results)

@@ -161,6 +161,23 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
 
 
+def test_foreign_text_is_neither_markup_nor_a_formula(tmp_path):
+    """A run folder of others: its names, stages, languages and transcripts are shown as text."""
+    evil = r"<script>alert(1)</script>$\q$"
+    results = suite()
+    results["conditions"][evil] = rated(0.2)
+    results["conditions"]["clean"]["languages"][evil] = rated(0.1) | {"unit": "word"}
+    example = results["hallucination"]["examples"][0]
+    for key in ("kind", "detail", "reference", "hypothesis", "condition"):
+        example[key] = evil
+    one = run(evil, suite=results)
+    events = [{**e, "name": evil} if e.get("name") == "align" else e for e in one.events]
+    events += [{**e, "cause": evil} for e in events if e["event"] == "swap"]
+    page = html_report.write([replace(one, events=events), run("second")], tmp_path).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") > 6
+    timeline_plot.plot(events, tmp_path / "timeline.png", evil)
+
+
 def test_a_run_that_measured_nothing_gets_its_timeline_only(tmp_path):
     bare = run("bare")
     bare.metrics = [m for m in bare.metrics if m["stage"] == "pretrain"]

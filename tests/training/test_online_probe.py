@@ -158,7 +158,7 @@ def test_cka_is_to_the_encoder_that_the_stage_began_with(tmp_path):
     # An evaluation beyond the budget, a later step and a resumed run change nothing of it.
     probe.costs = {"sft/cheap": 10.0}
     joint.weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
-    probe.evaluate_if_due(joint, SimpleNamespace(step=0), 5, 30.0)
+    probe.evaluate(joint, 0, 5, 30.0)
     assert probe.take_reference(joint, 1) == 0 and probe.left_out == 1
     resumed = with_batch(tmp_path)
     assert resumed.seconds == seconds > 0
@@ -200,7 +200,7 @@ def test_an_evaluation_that_does_not_fit_is_counted_and_stored(tmp_path):
     probe = online_probe(tmp_path, budget=0.01)
     probe.costs = {"sft/cheap": 10.0}
     branch = SimpleNamespace(name="sft", stage=SimpleNamespace(name="joint", steps=10))
-    probe.evaluate_if_due(branch, SimpleNamespace(step=4), 5, 30.0)
+    probe.evaluate(branch, 4, 5, 30.0)
     resumed = online_probe(tmp_path)
     assert resumed.left_out == 1 and resumed.costs == {"sft/cheap": 10.0}
 

@@ -85,6 +85,20 @@ def test_files_with_another_content_are_refused(tiny, tmp_path):
     resume.check_contents(manifest, Builder(changed))
 
 
+def test_a_deepspeed_json_with_another_content_is_refused(tiny, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    cfg = recipe.load(str(tiny), [f"engine.deepspeed={path}", f"run={tmp_path / 'run'}"])
+    manifest = {"contents": Builder(cfg).contents}
+    resume.check_contents(manifest, Builder(cfg))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    with pytest.raises(UserError, match=r"another content of engine\.deepspeed: put the file back"):
+        resume.check_contents(manifest, Builder(cfg))
+    # One of the package's own goes by its name, which the recipe has.
+    packaged = Builder(recipe.load(str(tiny), [f"run={tmp_path / 'run'}"])).contents
+    assert "engine.deepspeed" not in packaged
+
+
 def test_a_check_before_the_ranks_meet_refuses_the_same(tiny, tmp_path):
     manager = two_checkpoints(tiny, tmp_path / "run")
 

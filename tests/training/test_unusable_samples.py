@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.data.batch import Batch
 from dsasr.engine.step_report import StepReport
 from dsasr.tracking.run_log import read_events, read_metrics
 from dsasr.training import trainer as trainer_module
 from dsasr.training import validation as validation_module
+from dsasr.training.trainer import Trainer
 from dsasr.utils.errors import UserError
 
 BAD = ("decode_error", "s.tar", "k", "torn")
@@ -115,3 +118,83 @@ def test_the_last_step_is_saved_before_the_last_evaluation(run, monkeypatch):
     monkeypatch.setattr(run, "_plot", lambda: None)
     run.finish()
     assert done == ["finished=False", "evaluate", "finished=True"]
+
+
+class Killed(BaseException):
+    """As the kernel ends a process: nothing in it goes on."""
+
+
+def killing(*_: object) -> None:
+    raise Killed
+
+
+def without_engines(trainer: Trainer) -> Trainer:
+    """``trainer`` with branches that have no engine: here is no process group for one."""
+    branch = SimpleNamespace(name="pretrain", stage=trainer.recipe.stages[0])
+    trainer.branches = SimpleNamespace(
+        fragments=lambda: {"w": Fragment((1,), 0, torch.ones(1))},
+        state=dict,
+        get_if_built={"pretrain": branch}.get,
+        enter=lambda *_: branch,
+    )
+    return trainer
+
+
+def after(trainer: Trainer, steps: int) -> None:
+    """What follows pretrain step ``steps``, counted from 1."""
+    trainer.progress = replace(trainer.progress, pretrain=steps)
+    trainer.evaluate_if_due(trainer.branches.get_if_built("pretrain"), report(steps - 1))
+    trainer.save_if_due()
+
+
+def test_a_run_is_saved_before_a_periodic_evaluation_and_repeats_it(
+    trainer_of, tmp_path, monkeypatch, capsys
+):
+    overrides = ["evaluation.every=2", "checkpoint.every_steps=40"]
+    first = without_engines(trainer_of(tmp_path / "run", *overrides))
+    after(first, 3)  # no evaluation
+    assert not first.checkpoints.list()
+    monkeypatch.setattr(validation_module, "error_rates", killing)
+    with pytest.raises(Killed):
+        after(first, 4)
+    assert [path.name for path in first.checkpoints.list()] == ["step-0000000004"]
+    first.close()
+
+    left_out = without_engines(trainer_of(tmp_path / "run", "evaluation.every=0"))
+    left_out.finish_evaluation()
+    assert read_events(left_out.recipe.folder)[-1]["event"] == "resumed"
+    left_out.close()
+
+    again = without_engines(trainer_of(tmp_path / "run", *overrides))
+    monkeypatch.setattr(validation_module, "error_rates", lambda *_: ({"wer": 0.5}, "", []))
+    again.finish_evaluation()
+    again.finish_evaluation()  # once
+    kinds = [(e["event"], e["steps"]) for e in read_events(again.recipe.folder)]
+    assert kinds[-3:] == [("resumed", 4), ("evaluation_repeated", 4), ("evaluated", 4)]
+    assert "evaluation.every=0" in capsys.readouterr().out
+    # A tenth of an interval bounds what is lost: less is not worth a checkpoint.
+    for steps in range(5, 10):
+        after(again, steps)
+    assert [path.name[-1] for path in again.checkpoints.list()] == ["4", "6"]
+    again.progress = replace(again.progress, pretrain=9)
+    again.save()
+    again.close()
+    assert trainer_of(tmp_path / "run", *overrides)._evaluating is None
+
+
+def test_a_checkpoint_of_before_the_evaluation_is_not_written_twice(run, monkeypatch):
+    saved = []
+    monkeypatch.setattr(run, "save", lambda wait=True: saved.append(wait) or True)
+    monkeypatch.setattr(run.checkpoints, "due", lambda _: True)
+    run.save_if_due()
+    run._saved_early = run.steps
+    run.save_if_due()
+    assert saved == [False]
+
+
+def test_a_probe_evaluation_that_fails_ends_no_run(trainer_of, tmp_path, monkeypatch):
+    run = without_engines(trainer_of(tmp_path / "run", "probe.every=1"))
+    monkeypatch.setattr(run.online_probe, "evaluate", failing)
+    after(run, 1)
+    (event,) = [e for e in read_events(run.recipe.folder) if e["event"] == "evaluation_failed"]
+    assert "CUDA out of memory" in event["reason"]

@@ -17,6 +17,7 @@ SIGNED = (
         ("http://user:PASS@host/x.tar", "http://user:***@host/x.tar"),
         ("https://TOKEN@host/x", "https://***@host/x"),
         ("http://user:p:a@host:80/x?y=1", "http://user:p:***@host:80/x?y=1"),
+        ("http://user:p@ss@host/x", "http://user:***@host/x"),
         ("https://h/x?sv=1&sig=S3CRET&se=2", "https://h/x?sv=1&sig=***&se=2"),
         ("https://h/x?access_token=S3CRET", "https://h/x?access_token=***"),
         (
@@ -61,6 +62,7 @@ def test_the_header_of_a_user():
     assert split_user("http://me:p%40ss@h/x") == (
         "http://h/x", {"Authorization": "Basic bWU6cEBzcw=="}
     )  # fmt: skip
+    assert split_user("http://me:p@ss@h/x")[0] == "http://h/x"
     assert split_user("http://h/x@y") == ("http://h/x@y", {})
 
 

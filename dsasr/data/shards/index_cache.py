@@ -18,8 +18,14 @@ def load_or_build_index(storage: ShardStorage, shard: str) -> ShardIndex:
     Raises `ShardReadError` where the shard cannot be read.
     """
     if not is_pipe(shard):
-        with contextlib.suppress(ShardMissing, ValueError, TypeError):
+        try:
             return load_index(storage.read_file(_index_url(shard)), shard)
+        except ShardReadError as error:
+            # The signature of a shard's URL is none for the index beside it.
+            if "?" not in shard or not error.cause.startswith(("HTTP 401", "HTTP 403")):
+                raise
+        except (ShardMissing, ValueError, TypeError):
+            pass
     try:
         return storage.with_local_copy(
             shard, lambda path: _cached_index(storage, Path(path), shard)

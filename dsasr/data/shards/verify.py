@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dsasr.data.audio.features import RATE, AudioError, CmvnSums, FbankConfig, decode, fbank
+from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.shards.index import (
     BadSample,
     DroppedSample,
@@ -25,6 +26,8 @@ from dsasr.data.shards.index import (
 from dsasr.data.shards.process_pool import map_in_processes
 from dsasr.data.shards.writer import read_dataset
 from dsasr.utils.errors import UserError
+
+TRAINING = BatchConfig()  # whose limit on text training has by default
 
 
 def decode_shard(
@@ -78,6 +81,10 @@ def verify_shard(
         elif abs(sample.duration - actual) > max(0.1, 0.02 * actual):
             detail = f"json says {sample.duration:.3f} s, the audio has {actual:.3f} s"
             bad.append(("wrong_duration", tar.name, sample.key, detail))
+        elif len(sample.text) > TRAINING.most_chars(actual):
+            detail = f"{len(sample.text):,} characters in {actual:.2f} s"
+            detail += TRAINING.limit_of("too_much_text")
+            bad.append(("too_much_text", tar.name, sample.key, detail))
         else:
             good += 1
             seconds += actual

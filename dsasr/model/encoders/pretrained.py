@@ -39,6 +39,8 @@ FAMILIES = {
     "qwen2_audio_encoder": ("whisper", "PooledWhisperEncoder"),
     "voxtral": ("whisper", "WhisperEncoder"),
     "voxtral_encoder": ("whisper", "WhisperEncoder"),
+    "qwen3_asr": ("qwen3_asr", "Qwen3AsrEncoder"),
+    "qwen3_asr_encoder": ("qwen3_asr", "Qwen3AsrEncoder"),
     "wav2vec2": ("wav2vec2", "Wav2Vec2Encoder"),
     "hubert": ("wav2vec2", "Wav2Vec2Encoder"),
     "wavlm": ("wav2vec2", "Wav2Vec2Encoder"),

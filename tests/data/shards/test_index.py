@@ -390,6 +390,7 @@ def test_the_verifier_names_each_bad_sample(tmp_path):
             ("noise.mp3", b"\0" * 999), ("noise.json", meta()),
             ("liar.flac", flac(0.5)), ("liar.json", meta(duration=3.0)),
             ("mute.flac", flac()), ("mute.json", meta(" ")),
+            ("book.flac", flac()), ("book.json", meta("word " * 20)),
             ("alone.flac", flac()),
         )
     )  # fmt: skip
@@ -397,7 +398,7 @@ def test_the_verifier_names_each_bad_sample(tmp_path):
     assert {key: cause for cause, _, key, _ in report.bad} == {
         "nan": "nan_audio", "empty": "empty_audio", "broken": "decode_error",
         "noise": "decode_error", "liar": "wrong_duration", "mute": "empty_text",
-        "alone": "missing_json", "": "missing_index",
+        "alone": "missing_json", "": "missing_index", "book": "too_much_text",
     }  # fmt: skip
     assert {shard for _, shard, _, _ in report.bad} == {"x.tar"}
     assert (report.samples, report.seconds) == (2, 1.0)

@@ -24,6 +24,8 @@ import soundfile
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards import storage
+from dsasr.data.shards.index import build_index
+from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.storage import (
     ShardMissing,
     ShardReadError,
@@ -34,6 +36,7 @@ from dsasr.data.shards.storage import (
     expand_braces,
     is_remote,
 )
+from dsasr.data.shards.writer import PackedSample, write_shard
 from dsasr.testing.dataloader_fuzz import digest
 from dsasr.utils.errors import UserError
 
@@ -506,6 +509,22 @@ def test_user_and_password_of_a_url(tmp_path, server, monkeypatch) -> None:
     assert "p%40ss" not in str(error.value) and f"http://me:***@{host}/none.tar" in str(error.value)
     with pytest.raises(UserError, match="neither a variable NONE nor NONE_FILE"):
         sources(tmp_path).resolve(f"http://me:${{NONE}}@{host}/a.tar")
+
+
+def test_a_signed_shard_has_its_index_built(tmp_path, server) -> None:
+    local = tmp_path / "s.tar"
+    write_shard(local, [PackedSample("k", "flac", b"audio", {"text": "x", "duration": 1.0})])
+    server.files["s.tar?sig=S3CRET"] = local.read_bytes()
+    server.faults = [403]  # for the index beside it, which the signature does not cover
+    read = sources(tmp_path, cache_gb=1)
+    index = load_or_build_index(read, f"{server.url}/s.tar?sig=S3CRET")
+    assert index.dump() == build_index(local).dump() and len(index) == 1
+    assert [path for path, _ in server.requests] == ["/s.index.json", "/s.tar?sig=S3CRET"]
+    cached = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert cached and not any(b"S3CRET" in bytes(p) + p.read_bytes() for p in cached)
+    server.faults = [403]
+    with pytest.raises(ShardReadError, match="HTTP 403"):
+        load_or_build_index(read, f"{server.url}/other.tar")
 
 
 def test_a_redirect_to_a_file_is_not_followed(tmp_path, server) -> None:

@@ -23,6 +23,8 @@ TINY = {
     "qwen2_audio_encoder": TOWER,
     "voxtral_encoder": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
                         "intermediate_size": 48, "num_mel_bins": 80},
+    "qwen3_asr_encoder": TOWER | {"n_window": 50, "n_window_infer": 100, "output_dim": 32,
+                                  "downsample_hidden_size": 8},
     "wav2vec2": WAVES,
     "hubert": WAVES | STABLE,
     "wavlm": WAVES | {"num_buckets": 20, "max_bucket_distance": 40},

@@ -53,8 +53,8 @@ def build(make):
     return lambda family: conformer() if family == "conformer" else make(family)
 
 
-FAMILIES = ["conformer", "whisper", "qwen2_audio_encoder", "voxtral_encoder", "wav2vec2", "hubert",
-            "wavlm", "unispeech-sat", "data2vec-audio", "wav2vec2-bert",
+FAMILIES = ["conformer", "whisper", "qwen2_audio_encoder", "voxtral_encoder", "qwen3_asr_encoder",
+            "wav2vec2", "hubert", "wavlm", "unispeech-sat", "data2vec-audio", "wav2vec2-bert",
             "parakeet_encoder"]  # fmt: skip
 
 

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel
+from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASREncoder
 
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.pretrained import (
@@ -74,6 +76,12 @@ def theirs(encoder, row: torch.Tensor) -> torch.Tensor:
             v = conv.parametrizations.weight.original1
             conv.parametrizations.weight.original0.data = v.norm(dim=(0, 1), keepdim=True)
         return reference(row[:, 0][None]).last_hidden_state[0]
+    if encoder.settings.model_type == "qwen3_asr_encoder":
+        reference = Qwen3ASREncoder(encoder.settings).eval()
+        reference.load_state_dict(model.state_dict())
+        padded = F.pad(row, (0, 0, 0, -len(row) % encoder.chunk))
+        mask = (torch.arange(len(padded)) < len(row)).long()
+        return reference(padded.T[None], mask[None]).last_hidden_state
     if encoder.front_end.kind == "whisper":
         window = len(row) // 2
         model.config.max_source_positions, model.max_source_positions = window, window
