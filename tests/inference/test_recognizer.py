@@ -171,9 +171,11 @@ def test_the_command_reads_files_folders_and_standard_input(transcribe, tmp_path
     assert code == 0 and json.loads(printed)["path"] == "-"
     assert json.loads(printed)["segments"][0]["tokens"][0]["confidence"] == 1.0
     out = tmp_path / "out"
-    assert transcribe(folder, folder / "b.flac", "--format", "srt", "--out", out)[0] == 0
-    placed = {p.relative_to(out).as_posix() for p in out.rglob("*.srt")}
-    assert placed == {"b.srt", "deep/a.srt"}  # a file named twice is written once
+    into = (folder, folder / "b.flac", "--format", "srt", "--out", out)
+    assert transcribe(*into)[0] == 0
+    places = {str(p.relative_to(out)) for p in out.rglob("*.srt")}
+    assert places == {"b.srt", "deep/a.srt"}
+    assert transcribe(*into)[0] == 2 and transcribe(*into, "--overwrite")[0] == 0
     assert transcribe(folder, "--format", "srt")[0] == 2
     assert transcribe(tmp_path / "nothing.wav")[0] == 2
     bad = tmp_path / "bad.wav"

@@ -15,6 +15,7 @@ from dsasr.utils.errors import UserError
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2}  # fmt: skip
+QWEN = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
 MAMBA2 = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2,
           "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}  # fmt: skip
 HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
@@ -29,8 +30,8 @@ def config(family: str, **settings):
 @pytest.mark.parametrize(
     "family, settings, attn, packs, caches",
     [
-        ("qwen3", SHAPE | {"head_dim": 8, "num_key_value_heads": 2}, "sdpa", True, True),
-        ("qwen3", SHAPE | {"head_dim": 8, "num_key_value_heads": 2}, "eager", True, True),
+        ("qwen3", QWEN, "sdpa", True, True),
+        ("qwen3", QWEN, "eager", True, True),
         ("gemma2", SHAPE | {"head_dim": 8, "sliding_window": 4}, "eager", True, True),
         ("opt", SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 32}, "sdpa", True, True),
         ("opt", SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 32}, "eager", False, True),
@@ -54,9 +55,10 @@ def test_packing_and_cache_as_they_are_tried(family, settings, attn, packs, cach
         ("modernbert-decoder", SHAPE | {"layer_types": ["full_attention"] * 2}, "W·h"),
         ("bert", SHAPE | {"is_decoder": True}, "W·h"),
         ("bert", SHAPE, "sees later positions"),
-        ("gemma2", SHAPE | {"head_dim": 8}, "model.llm.attn=eager"),
+        ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+         "model.llm.attn=eager"),
     ],
-)
+)  # fmt: skip
 def test_models_that_speech_cannot_go_into_are_refused_by_name(family, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         try_llm(config(family, **settings), "sdpa")
@@ -98,13 +100,7 @@ def test_what_a_run_loses_is_said_in_a_line():
 def test_a_continuation_is_the_model_over_the_whole_sequence(cached):
     """Rows that are repeated, reordered and left out, of sequences of different lengths."""
     torch.manual_seed(0)
-    llm = (
-        AutoModelForCausalLM.from_config(
-            config("qwen3", **SHAPE, head_dim=8, num_key_value_heads=2)
-        )
-        .double()
-        .eval()
-    )
+    llm = AutoModelForCausalLM.from_config(config("qwen3", **QWEN)).double().eval()
     sequences = [torch.randn(n, 32, dtype=torch.float64) for n in (3, 5)]
     embeds = torch.zeros(2, 5, 32, dtype=torch.float64)
     embeds[0, 2:], embeds[1] = sequences

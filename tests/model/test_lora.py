@@ -350,7 +350,8 @@ def test_the_work_of_a_step_is_torchs(lora_recipe):
         "llm": flops.llm(shape, [11, 11], causal=False),
     }
     work = flops.step_flops(parts, ["adaptor", "lora"])
-    assert counter.get_total_flops() == work["lora"].needed + work["llm"].needed
+    rotary = counter.get_total_flops() - work["lora"].needed - work["llm"].needed
+    assert rotary in (0, 2 * 11 * 4)  # 0 but for older transformers, which take a matrix product
     alone = flops.step_flops(parts, ["lora"])
     assert alone["llm"].backward == work["llm"].backward and not alone["adaptor"].backward
 

@@ -211,7 +211,7 @@ DRAWN = "model.llm.weights=false"
 
 def test_a_language_model_is_built_as_training_builds_it(tiny, llm):
     """The attention, the head, recomputed layers, LoRA by peft: before any stage."""
-    replace_llm(llm, "gemma2", **SMALL)
+    replace_llm(llm, "bloom", hidden_size=16, n_layer=3, n_head=2)
     assert "give model.llm.attn=eager" in refusal_of_llm(tiny, llm, DRAWN)
     eager = [f"model.llm.path={llm}", DRAWN, "model.llm.attn=eager"]
     check(Builder(recipe.load(str(tiny), eager)))
