@@ -27,7 +27,7 @@ from dsasr.launch.stop_request import EARLY, StopRequest
 from dsasr.utils.errors import Failure, UserError, run_tool
 
 if TYPE_CHECKING:
-    from dsasr.recipe import Recipe
+    from dsasr.build import Builder
     from dsasr.training.trainer import Trainer
 
 RANK_0_SECONDS = 5.0  # in which rank 0 prints an error and ends
@@ -97,16 +97,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join([*preflight.summary(builder), "the recipe and its files are in order"]))
         return 0
     with request.guard_output():
-        return train_rank(cfg, request)
+        return train_rank(builder, request)
 
 
-def train_rank(cfg: Recipe, request: StopRequest) -> int:
+def train_rank(builder: Builder, request: StopRequest) -> int:
     """Join the other ranks and train, until the end or a request to stop; returns the exit code."""
     from dsasr.engine import branch_engine
     from dsasr.launch import rendezvous, run_lock, watchdog
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
+    cfg = builder.recipe
     rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)
     rank_watchdog.at("start")
     # A hang ends by the watchdog before the process group's timeout: its message says more.
@@ -117,7 +118,7 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
         lock = run_lock.hold(cfg.folder, request)
         gc.freeze()  # what was imported lives as long as the process: no collection looks at it
-        trainer = Trainer(cfg, rank_watchdog, request)
+        trainer = Trainer(cfg, rank_watchdog, request, builder)
         request.begin_training()
         train(trainer)
     except Stopped:

@@ -52,14 +52,21 @@ class Trainer:
     """The steps of the loop in `dsasr.train.train`. Every public method is collective."""
 
     def __init__(
-        self, recipe: Recipe, watchdog: Watchdog | None = None, request: StopRequest | None = None
+        self,
+        recipe: Recipe,
+        watchdog: Watchdog | None = None,
+        request: StopRequest | None = None,
+        builder: Builder | None = None,
     ):
         """``watchdog``: the one that watches this rank since its start; None: a new one.
-        ``request``: what asks this rank to stop; None: nothing does."""
+        ``request``: what asks this rank to stop; None: nothing does. ``builder``: of ``recipe``,
+        its files checked; None: a new one, which is checked."""
         self.recipe = recipe
         self.schedule = recipe.schedule()
-        self.builder = Builder(recipe)
-        preflight.check(self.builder)
+        if builder is None:
+            builder = Builder(recipe)
+            preflight.check(builder)
+        self.builder = builder
         self.checkpoints = CheckpointManager(recipe.folder / "checkpoints", recipe.checkpoint)
         self.progress = Progress()
         self.dataloaders = TrainDataLoaders(self.builder)
