@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING
 
 from dsasr.launch.orphan_ranks import end_with_launcher
 from dsasr.launch.stop_request import EARLY, StopRequest
-from dsasr.utils.errors import Failure, UserError, run_tool
+from dsasr.utils.errors import Failure, UserError, first_line, run_tool
+from dsasr.utils.troubleshooting import see
 
 if TYPE_CHECKING:
+    from dsasr.build import Builder
     from dsasr.recipe import Recipe
     from dsasr.training.trainer import Trainer
 
@@ -94,10 +96,33 @@ def main(arguments: list[str] | None = None) -> int:
     first_samples.check(builder)
     if options.check:
         initial_weights.check(builder)
-        print("\n".join([*preflight.summary(builder), "the recipe and its files are in order"]))
+        check_at_length(builder)
         return 0
     with request.guard_output():
         return train_rank(cfg, request)
+
+
+def check_at_length(builder: Builder) -> None:
+    """Print what a night would be spent on, on one screen. Raises `UserError` for its faults."""
+    from dsasr.planning import outlook
+    from dsasr.training import preflight, sample_survey, survey_text
+
+    print(f"{preflight.headline(builder)}\n", flush=True)
+    surveys = sample_survey.survey(builder)
+    hours = survey_text.hours_of_mixtures(builder, surveys)
+    plan = outlook.outlook(builder.recipe, sample_survey.utterance(surveys), hours)
+    warnings = [*preflight.warnings(builder)]
+    warnings += [*survey_text.warnings(builder, surveys), *outlook.warnings(plan)]
+    faults = [*survey_text.faults(surveys), *outlook.faults(plan)]
+    for part in (survey_text.lines(builder, surveys), preflight.prompt_lines(builder),
+                 preflight.llm_lines(builder), outlook.lines(plan)):  # fmt: skip
+        print("\n".join([*part, ""]) if part else "")
+    for line in warnings:
+        print(f"WARNING {line}")
+    if faults:
+        raise UserError("; ".join(faults))
+    but = f", but for {len(warnings)} warnings" if len(warnings) > 1 else ", but for a warning"
+    print(f"the recipe and its files are in order{but if warnings else ''}")
 
 
 def train_rank(cfg: Recipe, request: StopRequest) -> int:
@@ -144,6 +169,11 @@ def main_once() -> int:
     try:
         return main()
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise UserError(
+                f"rank {os.environ.get('RANK', '0')}: {first_line(error)}; give a smaller "
+                f"batch.frames, which dsasr plan batch finds{see('out-of-memory')}"
+            ) from error
         if not any(text in str(error) for text in LOST_RANK):
             raise
         rank = os.environ.get("RANK", "0")
