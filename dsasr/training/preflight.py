@@ -73,7 +73,13 @@ def llm_lines(builder: Builder) -> list[str]:
     packs = "packed rows" if found.packs else "NO packed rows"
     caches = "its cache" if found.caches else "NO cache"
     tried = (packs, caches, "logits W·h + b", "no look ahead", "special tokens embedded")
-    return _under("LLM", [f"{builder.llm.kind}, tried: {', '.join(tried)}", *notes])
+    return _under(
+        "LLM",
+        [
+            f"{builder.llm.kind} of {builder.recipe.model.llm.path}, tried: {', '.join(tried)}",
+            *notes,
+        ],
+    )
 
 
 def _under(title: str, lines: Sequence[str]) -> list[str]:

@@ -55,7 +55,7 @@ def _set(row: SetSurvey) -> str:
 def _sizes(surveys: Sequence[SetSurvey]) -> list[str]:
     """A row for each set: how much there is, and how much the limits leave out."""
     head = ["DATA", "utterances", "hours", "seconds 10%", "half", "90%", "longest", "chars/s",
-            "left out by limits"]  # fmt: skip
+            "left out"]  # fmt: skip
     rows: dict[tuple[str, str], list[str]] = {}
     for row in surveys:
         about = "" if row.exact else "≈"
@@ -85,27 +85,32 @@ def _samples(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
     """A row for each set and branch: the samples that were read."""
     head = ["SAMPLES", "usable", "level dB", "SNR dB", "clipped", "labels", "a second",
             "least frames each"]  # fmt: skip
-    rows = [head]
+    rows, heard = [head], set()
     for row in surveys:
-        found = row.samples
-        pretrain = row.reading.branch == "pretrain"
-        labels = "phonemes"
-        if pretrain and builder.recipe.data.phonemizer.kind in ("characters", "tokens"):
-            labels = builder.recipe.data.phonemizer.kind
-        labels = labels if pretrain else "tokens"
-        cells = [_set(row), f"{len(found)} of {row.read}"]
+        found, name = row.samples, _set(row)
+        ctc = row.reading.branch == "pretrain"
+        labels = _label_name(builder) if ctc else "tokens"
+        cells = ["" if name in heard else name, f"{len(found)} of {row.read}"]
         if not found:
             rows.append([*cells, "-", "-", "-", labels, "-", "-"])
             continue
-        counts = [len(s.units if pretrain else s.tokens) for s in found]
+        sound = ["", "", ""]
+        if name not in heard:
+            levels, ratios = ([getattr(s.audio, n) for s in found] for n in ("level", "snr"))
+            clipped = sum(s.audio.clipped > CLIPPED for s in found)
+            sound = [f"{np.median(levels):.0f}", f"{np.median(ratios):.0f}", str(clipped)]
+        heard.add(name)
+        counts = [len(s.units if ctc else s.tokens) for s in found]
         rate = sum(counts) / max(sum(s.seconds for s in found), 0.01)
-        levels, ratios = ([getattr(s.audio, n) for s in found] for n in ("level", "snr"))
-        clipped = sum(s.audio.clipped > CLIPPED for s in found)
-        room = [s.encoder_frames / n for s, n in zip(found, counts, strict=True) if n]
-        least = f"{min(room):.1f}" if pretrain and room else ""
-        rows.append([*cells, f"{np.median(levels):.0f}", f"{np.median(ratios):.0f}", str(clipped),
-                     labels, f"{rate:.1f}", least])  # fmt: skip
+        room = [s.encoder_frames / n for s, n in zip(found, counts, strict=True) if n and ctc]
+        rows.append([*cells, *sound, labels, f"{rate:.1f}", f"{min(room):.1f}" if room else ""])
     return columns(rows, left=(0, 5))
+
+
+def _label_name(builder: Builder) -> str:
+    """What the CTC head writes."""
+    kind = builder.recipe.data.phonemizer.kind
+    return kind if kind in ("characters", "tokens") else "phonemes"
 
 
 def _examples(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
@@ -125,7 +130,7 @@ def _examples(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
         if sample.units:
             symbols = " ".join(builder.phonemes.symbols[i] for i in sample.units)
             count = f"{len(sample.units)} for {sample.encoder_frames} encoder frames: "
-            forms[name].append((builder.recipe.data.phonemizer.kind, count + symbols))
+            forms[name].append((_label_name(builder), count + symbols))
         if sample.tokens:
             shown = "".join(f"[{builder.tokenizer.token(i)}]" for i in sample.tokens)
             forms[name].append(("tokens", f"{len(sample.tokens)}: " + shown.replace("\n", "\\n")))
