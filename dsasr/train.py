@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="a packaged recipe's name, or a YAML file")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    parser.add_argument("--check", action="store_true", help="check the recipe and its files, stop")
+    parser.add_argument("--check", action="store_true", help="examine the data and the plan, stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     return parser.parse_args(arguments)
 
@@ -116,7 +116,8 @@ def check_at_length(builder: Builder) -> None:
     faults = [*survey_text.faults(surveys), *outlook.faults(plan)]
     for part in (survey_text.lines(builder, surveys), preflight.prompt_lines(builder),
                  preflight.llm_lines(builder), outlook.lines(plan)):  # fmt: skip
-        print("\n".join([*part, ""]) if part else "")
+        if part:
+            print("\n".join([*part, ""]))
     for line in warnings:
         print(f"WARNING {line}")
     if faults:
