@@ -21,6 +21,7 @@ from dsasr.cli.arguments import add_overwrite, check_new, command_parser
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
+from dsasr.utils.troubleshooting import see
 
 if TYPE_CHECKING:
     from dsasr.inference.recognizer import Transcription
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
         print(
             f"cut at the token limit, and perhaps not complete: {cut[0]}{more} (the limit is the "
-            "recipe's evaluation.decode: max_tokens, tokens_per_second)",
+            f"recipe's evaluation.decode: max_tokens, tokens_per_second){see('cut')}",
             file=sys.stderr,
         )
     return 1 if bad else 0

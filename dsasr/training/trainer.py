@@ -35,6 +35,7 @@ from dsasr.training.train_dataloaders import TrainDataLoaders
 from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
+from dsasr.utils.troubleshooting import see
 
 EMPTY_STEPS = 50  # in a row without a usable sample on any rank, after which the run stops
 
@@ -311,7 +312,7 @@ class Trainer:
         raise UserError(
             f"stage {report.stage}, step {report.step + 1}: the loss or its gradient is not "
             f"finite (last batch of rank 0: {keys} …); resume from the last checkpoint with "
-            "a lower rate"
+            f"a lower rate{see('not-finite')}"
         )
 
     def stop_if_asked(self) -> None:

@@ -1,4 +1,4 @@
-"""Augmentation: speed, silence and noise on the audio; SpecAugment on the features.
+"""Augmentation: speed, silence, noise and level of the audio; SpecAugment on the features.
 
 A sample's `AugmentParams` are drawn from its seed alone, without its audio
 (`dsasr.data.dataloader.augment_sampler`), so that batches are planned by augmented durations and a
@@ -48,7 +48,8 @@ class SpecAugmentConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Speed perturbation and noise, with NIM4-ASR's figures (arXiv 2604.18105) as defaults.
+    """Speed perturbation, noise and level, with NIM4-ASR's figures (arXiv 2604.18105) as defaults
+    of the first two.
 
     ``noise_share`` of the samples get noise at SNR ~ N(``snr_mean``, ``snr_std``) dB; before it is
     added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side. ``kinds``
@@ -67,6 +68,9 @@ class AugmentConfig:
     # babble, vehicle, music, recorded (dataloader.noise): drawn alike, one named twice twice as
     # often
     kinds: tuple[str, ...] = field(default=NOISE_KINDS)
+    # widest change of the level in dB, up or down, drawn evenly for each sample; louder only as far
+    # as nothing clips; 0: none
+    gain: Annotated[float, Range(0, 60)] = 0.0
 
     def __post_init__(self) -> None:
         ranges.check(self)
@@ -87,6 +91,7 @@ class AugmentParams:
     before: float = 0.0  # seconds of silence
     after: float = 0.0
     seed: int = 0  # of the noise
+    gain: float = 0.0  # dB
 
 
 @one_thread()
@@ -97,7 +102,7 @@ def augment_wave(
     rate: int = RATE,
     recordings: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``wave`` [n] after ``params``: speed, then silence, then noise over all of it.
+    """``wave`` [n] after ``params``: speed, then silence, then noise over all of it, then gain.
 
     ``voices`` are other utterances, for babble; without any, babble is made of the utterance
     itself. ``recordings`` come from noise shards. Speed is Kaldi's: resampling, so that pitch
@@ -107,14 +112,24 @@ def augment_wave(
         ratio = Fraction(params.speed).limit_denominator(1000)
         wave = resample(wave, ratio.numerator, ratio.denominator)
     if params.noise is None or not len(wave):
-        return wave
+        return amplify(wave, params.gain)
     rng = np.random.Generator(np.random.PCG64([params.seed & 0xFFFFFFFF, params.seed >> 32, 1]))
     before, after = (torch.zeros(int(s * rate)) for s in (params.before, params.after))
     speech_power = float(wave.square().mean())
     padded = torch.cat((before, wave, after))
     sources = recordings if params.noise == RECORDED else (voices or (wave,))
     noise = generate_noise(params.noise, len(padded), rng, sources, rate)
-    return mix(padded, noise, params.snr, speech_power)
+    return amplify(mix(padded, noise, params.snr, speech_power), params.gain)
+
+
+def amplify(wave: Tensor, decibels: float) -> Tensor:
+    """``wave`` [n] by ``decibels``, and no louder than full scale by that."""
+    if not decibels or not len(wave):
+        return wave
+    factor = 10 ** (decibels / 20)
+    if factor > 1:
+        factor = min(factor, max(1.0, 1 / max(float(wave.abs().max()), 1e-9)))
+    return wave * factor
 
 
 @one_thread()

@@ -14,7 +14,7 @@ from dsasr.data.audio.augment import AugmentConfig, AugmentParams
 from dsasr.data.dataloader.window_plan import AugmentedDurations, uniform
 
 # One salt for each of a sample's draws.
-SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER = range(1, 8)
+SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER, GAIN = range(1, 9)
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class AugmentParamColumns:
     after: np.ndarray
     kind: np.ndarray  # index into the config's ``kinds``
     snr: np.ndarray  # dB
+    gain: np.ndarray  # dB
 
     @classmethod
     def sample(cls, config: AugmentConfig, seeds: np.ndarray) -> AugmentParamColumns:
@@ -49,6 +50,7 @@ class AugmentParamColumns:
             after=after,
             kind=(uniform(seeds, KIND) * len(config.kinds)).astype(np.int64),
             snr=config.snr_mean + config.snr_std * normal,
+            gain=config.gain * (2 * uniform(seeds, GAIN) - 1),
         )
 
     def seconds(self, durations: np.ndarray) -> np.ndarray:
@@ -64,6 +66,7 @@ class AugmentParamColumns:
             before=float(self.before[i]),
             after=float(self.after[i]),
             seed=seed,
+            gain=float(self.gain[i]),
         )
 
 

@@ -1,5 +1,7 @@
 """Augmentation of the audio, noise of each kind, and the masks of SpecAugment."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def decibels(power: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "bad",
     [{"speeds": ()}, {"speeds": (0.1,)}, {"noise_share": 1.2}, {"snr_std": -1.0},
-     {"silence": -1.0}, {"kinds": ()}, {"kinds": ("rain",)}],
+     {"silence": -1.0}, {"gain": -1.0}, {"kinds": ()}, {"kinds": ("rain",)}],
 )  # fmt: skip
 def test_impossible_augmentation_is_refused(bad):
     with pytest.raises(UserError, match=r"augment|AugmentConfig"):
@@ -106,6 +108,22 @@ def test_a_sum_that_would_clip_is_scaled():
     assert float(got.abs().max()) == pytest.approx(1.0)
     assert torch.equal(mix(torch.zeros(9), torch.ones(9), 5.0), torch.zeros(9))  # no speech
     assert torch.equal(mix(tone(9), torch.zeros(RATE), 5.0), tone(9))  # no noise
+
+
+def test_gain_changes_the_level_and_nothing_clips():
+    wave = tone(440)
+    for gain in (-6.0, 6.0):
+        louder = augment_wave(wave, AugmentParams(gain=gain))
+        assert decibels(louder.square().mean() / wave.square().mean()) == pytest.approx(gain)
+    loud = augment_wave(wave, AugmentParams(gain=40.0))
+    assert float(loud.abs().max()) == pytest.approx(1.0)
+    assert torch.equal(augment_wave(wave, AugmentParams()), wave)
+    clipped = 1.5 * wave / wave.abs().max()  # above full scale already, as lossy formats may be
+    assert torch.equal(augment_wave(clipped, AugmentParams(gain=3.0)), clipped)
+    noisy = AugmentParams(noise="vehicle", snr=10.0, seed=3)
+    ratio = augment_wave(wave, dataclasses.replace(noisy, gain=-12.0)) / augment_wave(wave, noisy)
+    assert 20 * float(torch.log10(ratio.median())) == pytest.approx(-12.0, abs=1e-3)
+    assert not len(augment_wave(torch.zeros(0), AugmentParams(gain=6.0)))
 
 
 def test_nothing_and_silence_stay_so():

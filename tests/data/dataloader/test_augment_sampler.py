@@ -48,6 +48,16 @@ def test_snr_is_normal() -> None:
         assert (z < limit).mean() == pytest.approx(share, abs=0.008)
 
 
+def test_gain_is_even_in_decibels() -> None:
+    assert not AugmentParamColumns.sample(AugmentConfig(), SEEDS).gain.any()
+    gain = AugmentParamColumns.sample(AugmentConfig(gain=6.0), SEEDS).gain
+    assert -6 <= gain.min() < -5.9 and 5.9 < gain.max() <= 6
+    assert (gain.mean(), gain.var()) == (pytest.approx(0, abs=0.05), pytest.approx(12, abs=0.2))
+    assert AugmentParamColumns.sample(AugmentConfig(gain=6.0), SEEDS).row(
+        AugmentConfig(gain=6.0), 7, int(SEEDS[7])
+    ).gain == pytest.approx(gain[7])
+
+
 def test_silence_is_beta_and_only_around_noisy_samples() -> None:
     config = AugmentConfig(noise_share=0.6, silence=2.0)
     params = AugmentParamColumns.sample(config, SEEDS)
