@@ -34,6 +34,7 @@ class Measure:
 
     title: str
     unit: str
+    short: str  # the unit beside a value
     digits: int
     low: str
     high: str
@@ -42,21 +43,21 @@ class Measure:
 
 
 MEASURES = {
-    "seconds": Measure("Length", "seconds", 1, "shortest", "longest", ""),
+    "seconds": Measure("Length", "seconds", "s", 1, "shortest", "longest", ""),
     "rate": Measure(
-        "Characters a second", "characters / s", 1, "fewest", "most",
+        "Characters a second", "characters / s", "characters / s", 1, "fewest", "most",
         "Very many: text that was not spoken, or audio cut off. Very few: words left out, or long "
         "silences.",
     ),
     "level": Measure(
-        "Level", "dB of full scale", 0, "quietest", "loudest", "Root mean square of the utterance."
+        "Level", "dB of full scale", "dB", 0, "quietest", "loudest", "Root mean square of the utterance."
     ),
     "clipped": Measure(
-        "Clipping", "% of samples", 2, "least", "most clipped",
+        "Clipping", "% of samples", "% clipped", 2, "least", "most clipped",
         f"Samples at full scale. Above {100 * CLIPPED:g}% it is heard.", 100.0,
     ),
     "snr": Measure(
-        "Signal-to-noise ratio", "dB, estimated", 0, "noisiest", "cleanest",
+        "Signal-to-noise ratio", "dB, estimated", "dB SNR", 0, "noisiest", "cleanest",
         "Of loud to quiet frames of 20 ms: low also where nobody pauses, high also where silence "
         "was cut to zeros.",
     ),
@@ -116,9 +117,9 @@ def _facts(found: ShardMeasures, of_shards: int) -> list[tuple[str, list[str]]]:
         "audio": ", ".join(f"{name} ({n:,})" for name, n in found.formats.most_common(6)),
         "seconds": _quantiles(seconds, 1),
         "characters a second": _quantiles(rate, 1),
-        "level": f"{_quantiles(found.histograms['level'], 0)} dB of full scale",
+        "level in dB of full scale": _quantiles(found.histograms["level"], 0),
         "clipped": f"{loud:.1%} of the utterances",
-        "signal-to-noise ratio": f"{_quantiles(found.histograms['snr'], 0)} dB, estimated",
+        "signal-to-noise ratio in dB": f"{_quantiles(found.histograms['snr'], 0)}, estimated",
         "left out": f"{found.bad.total():,}" if found.bad else "none",
     }  # fmt: skip
     return [(key, [value]) for key, value in values.items()]
@@ -126,7 +127,7 @@ def _facts(found: ShardMeasures, of_shards: int) -> list[tuple[str, list[str]]]:
 
 def _quantiles(histogram: Histogram, digits: int) -> str:
     low, half, high = (f"{histogram.quantile(q):.{digits}f}" for q in (0.05, 0.5, 0.95))
-    return f"{half} ({low} to {high}, the middle 90%)"
+    return f"{half} (90% from {low} to {high})".replace("-", "−")
 
 
 # -- figures -----------------------------------------------------------------------------------
@@ -135,10 +136,12 @@ def _quantiles(histogram: Histogram, digits: int) -> str:
 def _figures(found: ShardMeasures, folder: Path) -> list[Figure]:
     pictures = []
     for key, about in MEASURES.items():
+        if key == "clipped" and not found.histograms[key].highest > 0:
+            continue  # nothing is
         path = _histogram(found.histograms[key], about, folder / f"{key}.png")
         pictures.append(figure(about.title, path, about.caption))
     langs = {lang or "none given": seconds / 3600 for lang, (_, seconds) in found.langs.items()}
-    if langs:
+    if len(langs) > 1:
         path = _bars(langs, "hours", folder / "langs.png")
         pictures.append(figure("Languages", path, _others(langs)))
     speakers = {name or "none given": float(n) for name, n in found.speakers.items()}
@@ -218,28 +221,32 @@ def encode(wave: Tensor, rate: int = RATE) -> tuple[str, str]:
     return base64.b64encode(buffer.getvalue()).decode(), mime
 
 
-def _player(utterance: Utterance, sounds: dict, first: str = "") -> Player:
-    sound, kind = sounds.get((utterance.tar, utterance.key), ("", ""))
+def _player(utterance: Utterance, sounds: dict, key: str = "") -> Player:
+    """``key``: the measure that the utterance is odd by, told first."""
     u = utterance
-    parts = [
-        first, u.key, u.lang, u.speaker, f"{u.seconds:.1f} s", f"{u.rate:.1f} characters / s",
-        f"{u.level:.0f} dB", f"{u.snr:.0f} dB SNR", u.tar.name,
-    ]  # fmt: skip
-    return Player(utterance, sound, kind, " · ".join(part for part in parts if part))
+    sound, kind = sounds.get((u.tar, u.key), ("", ""))
+    values = {name: _value(name, getattr(u, name)) for name in MEASURES}
+    first = [values.pop(key)] if key else []
+    if not u.clipped:
+        values.pop("clipped", None)
+    parts = [*first, u.speaker, u.lang, *values.values(), f"{u.key} in {u.tar.name}"]
+    return Player(u, sound, kind, " · ".join(part for part in parts if part))
+
+
+def _value(key: str, value: float) -> str:
+    """As ``9.3 characters / s``."""
+    about = MEASURES[key]
+    return f"{about.scale * value:.{about.digits}f} {about.short}".replace("-", "−")
 
 
 def _odd(key: str, found: ShardMeasures, sounds: dict) -> Odd:
-    about, rows = MEASURES[key], found.extremes.get(key, [])
-    players = []
-    middle = found.histograms[key].quantile(0.5)
-    for row in rows:
-        value = getattr(row, key)
-        players.append(_player(row, sounds, f"{about.scale * value:.{about.digits}f} {about.unit}"))
+    about = MEASURES[key]
+    players = [_player(row, sounds, key) for row in found.extremes.get(key, [])]
     ends = f"From the {about.low} to the {about.high}"
     if key == "clipped":
         ends, players = "The most clipped first", players[::-1]
-    note = f"{ends}; half of all lie below {about.scale * middle:.{about.digits}f} {about.unit}."
-    return Odd(about.title, note, players)
+    middle = _value(key, found.histograms[key].quantile(0.5))
+    return Odd(about.title, f"{ends}; half of all lie below {middle}.", players)
 
 
 # -- tables ------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_without_mp3_a_player_has_flac(monkeypatch):
 def test_the_oddest_run_from_one_end_to_the_other(found):
     odd = data_page._odd("seconds", found, {})
     assert [p.utterance.key for p in odd.players] == ["k0", "k1", "k6", "k7"]
-    assert odd.players[0].about.startswith("0.5 seconds · k0 · en · s0")
+    assert odd.players[0].about.startswith("0.5 s · s0 · en · ")
     assert odd.note.startswith("From the shortest to the longest; half of all lie below 1.")
 
 

@@ -135,7 +135,8 @@ class ShardMeasures:
     def keep(self, utterances: Iterable[Utterance]) -> None:
         """Of ``utterances`` and those kept before, the most extreme, and some at random."""
         found = list(utterances)
-        self.chosen = sorted([*self.chosen, *found], key=lambda u: u.order)[: self.random]
+        rows = dict.fromkeys([*self.chosen, *found])
+        self.chosen = sorted(rows, key=lambda u: u.order)[: self.random]
         for name in MEASURES:
             rows = sorted([*self.extremes.get(name, ()), *found],
                           key=lambda u, name=name: (getattr(u, name), u.order))  # fmt: skip
