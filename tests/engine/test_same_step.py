@@ -20,6 +20,7 @@ def test_a_shared_step_is_that_of_one_batch(launch, tiny, tmp_path, ranks):
     assert list(found) == ["ctc", "ctc accumulated", "align", "joint", "joint accumulated"]
     for name, case in found.items():
         assert case["moved"] > 5e-3, name
-        # With a mean over each micro-batch instead, weights differ by 1e-3 to 1e-2.
+        # With a mean of each micro-batch instead (on one rank, accumulated) norms differ by 0.3 to
+        # 0.5, and weights by up to 0.02.
         assert case["difference"] < 1e-6, (name, case)
         assert case["loss"] < 1e-6 and case["norm"] < 1e-5, (name, case)
