@@ -52,7 +52,7 @@ def _tile_size(rows: int, columns: int, device: torch.device) -> tuple[int, int]
     return tile_rows, -(-even // 256) * 256
 
 
-def _chunk_rows(rows: int, columns: int, device: torch.device) -> int:
+def chunk_rows(rows: int, columns: int, device: torch.device) -> int:
     """Rows of a chunk, equally many in each, of [rows, columns] logits."""
     on_cpu = device.type == "cpu"
     step = 1 if on_cpu else _GPU_CHUNK_ROWS
@@ -90,7 +90,7 @@ def run(
         # CPUs multiply float32 alone: a copy of the whole weight would be needed.
         in_forward = torch.is_grad_enabled() and len(hidden_ND)
         if in_forward and not (logit_products.on_cpu(hidden_ND) and hidden_ND.itemsize < 4):
-            chunk = _chunk_rows(len(hidden_ND), len(weight_VD), hidden_ND.device)
+            chunk = chunk_rows(len(hidden_ND), len(weight_VD), hidden_ND.device)
             plan = replace(plan, chunk_rows=chunk)
         tensors = hidden_ND, weight_VD, bias_V, targets_N.contiguous()
         results = _LinearCrossEntropy.apply(tile_ops, plan, *tensors)

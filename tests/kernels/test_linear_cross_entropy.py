@@ -298,7 +298,7 @@ class Products(TorchDispatchMode):
 
 def test_a_sum_takes_three_products_and_any_other_loss_its_own(monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "_SMALL_LOGITS", 0)
-    monkeypatch.setattr(linear_cross_entropy, "_chunk_rows", lambda *_: 100)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: 100)
     tensors, targets = problem(300, 401, 5)
     with Products() as products:
         nll = dispatch.linear_cross_entropy(*tensors, targets)
@@ -320,7 +320,7 @@ def test_a_sum_takes_three_products_and_any_other_loss_its_own(monkeypatch):
 @pytest.mark.parametrize("columns", [1, 70, 151_936])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_chunks_of_rows_are_bounded_and_even(rows, columns, kind):
-    chunk = linear_cross_entropy._chunk_rows(rows, columns, torch.device(kind))
+    chunk = linear_cross_entropy.chunk_rows(rows, columns, torch.device(kind))
     most = {"cpu": 1 << 24, "cuda": 1 << 28}[kind]
     assert chunk >= 1 and (chunk * columns <= most or chunk <= 128)
     assert kind == "cpu" or chunk % 128 == 0
