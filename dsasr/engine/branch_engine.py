@@ -220,7 +220,7 @@ class BranchEngine:
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=stage.weight_decay,
-            fused=distributed.device().type == "cuda",
+            fused=True,
         )
         for leaf in zero_hooks.leaf_modules(self.module):
             deepspeed.utils.set_z3_leaf_module(leaf, True)
