@@ -162,8 +162,8 @@ def _read(source: _Source, row: SetSurvey, heard: dict, bar: Bar) -> None:
         most = -(-SAMPLES // (shards * len(parts)))
         for _, window in source.windows(part):
             planned = [s for i in range(len(window.ranges)) for s in window.samples(i)]
-            for sample in planned[:: max(1, -(-len(planned) // most))]:
-                _read_sample(source, sample, row, heard)
+            for number in np.linspace(0, len(planned) - 1, min(most, len(planned))):
+                _read_sample(source, planned[round(number)], row, heard)
                 bar.update()
 
 
