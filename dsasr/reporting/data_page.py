@@ -50,7 +50,8 @@ MEASURES = {
         "silences.",
     ),
     "level": Measure(
-        "Level", "dB of full scale", "dB", 0, "quietest", "loudest", "Root mean square of the utterance."
+        "Level", "dB of full scale", "dB", 0, "quietest", "loudest",
+        "Root mean square of the utterance.",
     ),
     "clipped": Measure(
         "Clipping", "% of samples", "% clipped", 2, "least", "most clipped",

@@ -162,9 +162,8 @@ def _read(source: _Source, row: SetSurvey, heard: dict, bar: Bar) -> None:
         most = -(-SAMPLES // (shards * len(parts)))
         for _, window in source.windows(part):
             planned = [s for i in range(len(window.ranges)) for s in window.samples(i)]
-            count = min(most, len(planned))
-            for sample in (planned[i * len(planned) // count] for i in range(count)):
-                _read_sample(source, sample, row, heard)
+            for number in np.linspace(0, len(planned) - 1, min(most, len(planned))):
+                _read_sample(source, planned[round(number)], row, heard)
                 bar.update()
 
 

@@ -26,7 +26,7 @@ def test_a_recipe_is_checked_without_ranks(command, tiny, tmp_path, monkeypatch)
     assert "[user\\nTranscribe the speech into text ] <speech>" in prompt
     assert "a transcript ends with [<|im_end|>]" in prompt
     assert lines[-1] == "the recipe and its files are in order"
-    assert len(lines) < 45 and max(map(len, lines[1:-5])) <= 100  # the first names the folder
+    assert len(lines) < 45 and max(map(len, lines[1:-5])) <= 100
     done = command("train", *recipe, "data.cmvn=missing.json", "--check")
     assert done.returncode == 2 and "make it with `dsasr data cmvn`" in done.stderr
     assert not (tmp_path / "run").exists()
