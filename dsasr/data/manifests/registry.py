@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dsasr.data.manifests import jsonl, kaldi, lhotse, parquet, tables, trees
+from dsasr.data.manifests import jsonl, kaldi, lhotse, pairs, parquet, tables, trees
 from dsasr.data.manifests.entry import Corpus, Form, Manifest, ManifestEntry
 from dsasr.utils.errors import UserError
 from dsasr.utils.hashing import hash64
@@ -26,6 +26,7 @@ FORMS: tuple[Form, ...] = (
     parquet.PARQUET,
     trees.LIBRISPEECH,
     trees.AISHELL,
+    pairs.PAIRS,
     jsonl.NEMO,
     jsonl.FUNASR,
     jsonl.SWIFT,
