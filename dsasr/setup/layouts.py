@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -198,9 +199,9 @@ def _unknown(path: Path) -> str:
             f"{path} holds text or other files ({others:,}), but no audio and no manifest; "
             f"{readable}"
         )
-    relative = os.path.relpath(example, path)
+    row = {"id": "1", "audio": os.path.relpath(example, path), "text": "…", "speaker": "…"}
     return (
         f"{path} holds {audio:,} recordings without transcripts: put a .txt of the same name "
-        f'beside each, or write train.jsonl with a line {{"id": "1", "audio": "{relative}", '
-        f'"text": "…", "speaker": "…"}} for each'
+        f"beside each, or write train.jsonl with a line {json.dumps(row, ensure_ascii=False)} for "
+        "each"
     )
