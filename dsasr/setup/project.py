@@ -40,6 +40,7 @@ from dsasr.utils.hashing import hash64
 from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, replace_folder, staging_folder
 
 NOTE = "init.json"  # what the folder was made of, and what was said
+MARK = ".data"  # in a folder that is being made: whose shards it has
 VERSION = 1
 SHARDS_FOLDER = "shards"
 
@@ -125,6 +126,7 @@ def init(options: Options, say=print) -> None:
         last = [*_expected(way, main, device), *commands(options, facts, main, short)]
         note = {"version": VERSION, "data": corpus.identity, "choices": options.choices,
                 "lines": last}  # fmt: skip
+        (place / MARK).unlink()
         atomic_write(place / NOTE, json.dumps(note, indent=1, ensure_ascii=False))
     for line in last:
         say(line)
@@ -238,7 +240,7 @@ def _done(options: Options, identity: str) -> list[str]:
 def _keep_shards(options: Options, identity: str, place: Path) -> None:
     """Put shards of the same data into ``place``, and remove those of other data: of a run that
     was interrupted, or of the folder that is made anew."""
-    mark = place / "data"
+    mark = place / MARK
     if mark.is_file() and mark.read_text() == identity:
         return
     shutil.rmtree(place / SHARDS_FOLDER, ignore_errors=True)
