@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     from dsasr.recipe import silence_library_warnings
-    from dsasr.setup.project import Options, init
+    from dsasr.setup.project import init
+    from dsasr.setup.workspace import Options
 
     silence_library_warnings()
     init(Options(**vars(args) | {"data": tuple(args.data)}))

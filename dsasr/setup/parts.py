@@ -145,7 +145,7 @@ def look_at_llm(name: str, fetch: bool) -> LanguageModel:
     if found is None:  # a plan without its tokenizer
         return LanguageModel(name, parameters, config.model_type, True, False, False)
     tokenizer = load_tokenizer(found)
-    chats = tokenizer.chat_prompt("a", SPEECH) is not None
+    chats = tokenizer.chat_prompt("Write what is said.", SPEECH) is not None
     is_whisper = tokenizer.special_id("<|startoftranscript|>") is not None
     # A byte-level vocabulary writes a word's space into its token.
     byte_level = any(piece.startswith("Ġ") for piece in tokenizer.pieces().values())

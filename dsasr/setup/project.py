@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dsasr import recipe
+from dsasr import config
 from dsasr.build import Builder
 from dsasr.data.shards.build_index import read_texts
 from dsasr.data.shards.sample import Sample
+from dsasr.recipe import Recipe
 from dsasr.setup import prepare, report
 from dsasr.setup.facts import Facts, ReadySet
 from dsasr.setup.layouts import Source, find_sources
@@ -29,52 +28,23 @@ from dsasr.setup.parts import (
     look_at_llm,
 )
 from dsasr.setup.recipes import Written, clock, main_recipe, try_recipe
-from dsasr.setup.scan import Scan, scan
+from dsasr.setup.scan import Scan, UtteranceKeys, scan
 from dsasr.setup.shard_corpus import read_shard_corpus
 from dsasr.setup.shard_sets import SHARDS
 from dsasr.setup.splits import DataSet, assign_sets, shared
+from dsasr.setup.text_survey import TextSurvey
 from dsasr.setup.ways import Way, choose_way
+from dsasr.setup.workspace import (
+    SHARDS_FOLDER,
+    Options,
+    already_done,
+    check,
+    finish,
+    keep_shards,
+    scratch_folder,
+    workspace,
+)
 from dsasr.training import preflight
-from dsasr.utils.errors import UserError
-from dsasr.utils.hashing import hash64
-from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, replace_folder, staging_folder
-
-NOTE = "init.json"  # what the folder was made of, and what was said
-MARK = ".data"  # in a folder that is being made: whose shards it has
-VERSION = 1
-SHARDS_FOLDER = "shards"
-
-
-@dataclass(frozen=True)
-class Options:
-    """As on the command line (`dsasr.cli.init`)."""
-
-    data: tuple[Path, ...]
-    llm: str = ""
-    encoder: str = ""
-    out: Path = Path("mine")
-    run: Path | None = None
-    lang: str = ""
-    kind: str = "auto"
-    text: Path | None = None
-    dry_run: bool = False
-    overwrite: bool = False
-    processes: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.out.absolute().name
-
-    @property
-    def run_folder(self) -> Path:
-        return (self.run or Path("runs") / self.name).absolute()
-
-    @property
-    def choices(self) -> str:
-        """A hash of all that the recipe depends on besides the corpus."""
-        values = [self.llm, self.encoder, self.lang, self.kind, str(self.run_folder)]
-        values.append(str(self.text and (self.text.absolute(), os.stat(self.text).st_size)))
-        return f"{hash64(json.dumps(values)):016x}"
 
 
 @dataclass
@@ -84,6 +54,8 @@ class Corpus:
     sources: list[Source]
     identity: str
     data: list[DataSet]
+    text: TextSurvey
+    keys: UtteranceKeys
     sets: list[ReadySet] = field(default_factory=list)
     scan: Scan | None = None
     lines: list[str] = field(default_factory=list)  # what is said of it
@@ -93,12 +65,12 @@ class Corpus:
 def init(options: Options, say=print) -> None:
     """Make the folder ``options.out``, or say what it would be. Raises `UserError`; the folder is
     there whole or not at all."""
-    _check(options)
+    check(options)
     sources = find_sources(options.data, options.kind)
-    with _workspace(options) as place:
+    with workspace(options) as place:
         corpus = _read(sources, options, place)
-        if not options.dry_run and (done := _done(options, corpus.identity)):
-            for line in done:
+        if not options.dry_run and (told := already_done(options, corpus.identity)):
+            for line in told:
                 say(line)
             return
         device = Device.here()
@@ -109,7 +81,7 @@ def init(options: Options, say=print) -> None:
         if options.dry_run:
             _dry_run(options, corpus, encoder, llm, device, say)
             return
-        _keep_shards(options, corpus.identity, place)
+        keep_shards(options, corpus.identity, place)
         _pack(options, corpus, place)
         lines = list(_found(corpus))
         for line in lines:
@@ -124,69 +96,9 @@ def init(options: Options, say=print) -> None:
         _preflight(main, place, options)
         (place / "try.yaml").write_text(short.text, encoding="utf-8")
         last = [*_expected(way, main, device), *commands(options, facts, main, short)]
-        note = {"version": VERSION, "data": corpus.identity, "choices": options.choices,
-                "lines": last}  # fmt: skip
-        (place / MARK).unlink()
-        atomic_write(place / NOTE, json.dumps(note, indent=1, ensure_ascii=False))
+        finish(options, corpus.identity, place, last)
     for line in last:
         say(line)
-
-
-def _check(options: Options) -> None:
-    out = options.out.absolute()
-    if "\n" in str(out) or not out.name.isprintable():
-        raise UserError(f"--out: {str(options.out)!r} has a line break in its name")
-    if not options.llm and not options.dry_run:
-        raise UserError(
-            "--llm is not given: a folder or a hub name of a causal language model, such as "
-            "Qwen/Qwen3-0.6B (--dry-run looks at the data without one)"
-        )
-    if options.text is not None and not options.text.is_file():
-        raise UserError(f"--text: there is no {options.text}")
-    if options.dry_run:
-        return
-    note, parent = out / NOTE, out
-    if out.exists() and not note.is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {options.out} is there, and not of dsasr init: give another name")
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--out: {options.out} cannot be written into {parent}: give another place")
-
-
-@contextlib.contextmanager
-def _workspace(options: Options) -> Iterator[Path]:
-    """The folder that becomes ``options.out`` at the end, if anything was made in it.
-
-    It is removed when an error ends the command. After an interrupt or a kill it stays, hidden,
-    and the next run packs only what is missing of the same data.
-    """
-    if options.dry_run:
-        with tempfile.TemporaryDirectory(prefix="dsasr-init-") as name:
-            yield Path(name)
-        return
-    out = options.out.absolute()
-    place = staging_folder(out)
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        yield place
-        shutil.rmtree(_scratch(place), ignore_errors=True)
-        if (place / NOTE).is_file():
-            for path in place.rglob("*"):
-                (fsync_dir if path.is_dir() else fsync_file)(path)
-            replace_folder(place, out)
-    except KeyboardInterrupt:
-        shutil.rmtree(_scratch(place), ignore_errors=True)
-        raise
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _scratch(place: Path) -> Path:
-    return place / ".scratch.tmp"
 
 
 # -- data ----------------------------------------------------------------------------------------
@@ -195,68 +107,25 @@ def _scratch(place: Path) -> Path:
 def _read(sources: list[Source], options: Options, place: Path) -> Corpus:
     if sources[0].form is SHARDS:
         found = read_shard_corpus(sources, options.lang)
-        corpus = Corpus(sources, found.identity, found.data, found.sets, notes=found.notes)
-        corpus.lines = [*report.texts(found.text)]
-        corpus.text, corpus.keys = found.text, found.keys
+        corpus = Corpus(
+            sources, found.identity, found.data, found.text, found.keys, found.sets,
+            lines=[*report.texts(found.text)], notes=found.notes,
+        )  # fmt: skip
     else:
-        scratch = _scratch(place)
+        scratch = scratch_folder(place)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         read = scan(sources, options.lang, scratch / "utterances", scratch)
         data, notes = assign_sets(read.sets, read.set_N, read.keys)
         rates, _ = prepare.rates(read.entries)
-        corpus = Corpus(sources, read.identity, data, scan=read, notes=notes)
-        corpus.lines = [*report.texts(read.text), report.audio(rates)]
-        corpus.text, corpus.keys = read.text, read.keys
+        corpus = Corpus(
+            sources, read.identity, data, read.text, read.keys, scan=read,
+            lines=[*report.texts(read.text), report.audio(rates)], notes=notes,
+        )  # fmt: skip
     corpus.notes += shared(corpus.data, corpus.keys)
     if copies := report.copies(corpus.keys):
         corpus.notes.append(copies)
     return corpus
-
-
-def _done(options: Options, identity: str) -> list[str]:
-    """What is to be said where the folder is made already; empty: it is to be made."""
-    path = options.out.absolute() / NOTE
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        data, choices, lines = note["data"], note["choices"], note["lines"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    if options.overwrite:
-        return []
-    if data != identity:
-        raise UserError(
-            f"--out: {options.out} was made of other data: --overwrite makes it anew, or give "
-            "another folder"
-        )
-    if choices != options.choices:
-        raise UserError(
-            f"--out: {options.out} was made with other options: --overwrite writes its recipes "
-            "anew and keeps its shards, or give another folder"
-        )
-    return [f"{options.out} is made already of this data: nothing was done again", *lines]
-
-
-def _keep_shards(options: Options, identity: str, place: Path) -> None:
-    """Put shards of the same data into ``place``, and remove those of other data: of a run that
-    was interrupted, or of the folder that is made anew."""
-    mark = place / MARK
-    if mark.is_file() and mark.read_text() == identity:
-        return
-    shutil.rmtree(place / SHARDS_FOLDER, ignore_errors=True)
-    atomic_write(mark, identity)
-    old = options.out.absolute()
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        note = json.loads((old / NOTE).read_text(encoding="utf-8"))
-        if note["data"] == identity:
-            shutil.copytree(old / SHARDS_FOLDER, place / SHARDS_FOLDER, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _pack(options: Options, corpus: Corpus, place: Path) -> None:
@@ -314,14 +183,18 @@ def _transcripts(facts: Facts) -> Iterator[str]:
 
 def _preflight(main: Written, place: Path, options: Options) -> None:
     """Check the recipe as training does, with the files where they lie now."""
-    final = str(options.out.absolute())
-    text = main.text.replace(final + os.sep, str(place) + os.sep)
-    path = place / ".check.yaml"
-    path.write_text(text, encoding="utf-8")
-    try:
-        preflight.check(Builder(recipe.load(str(path))))
-    finally:
-        path.unlink()
+    here, final = str(place) + os.sep, str(options.out.absolute()) + os.sep
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        is_path = isinstance(value, str) and value.startswith(final)
+        return here + value.removeprefix(final) if is_path else value
+
+    values = moved(config.to_plain(main.recipe))
+    preflight.check(Builder(config.build(Recipe, values)))
 
 
 # -- words ---------------------------------------------------------------------------------------

@@ -160,6 +160,10 @@ def _common(
     ]  # fmt: skip
     if encoder.is_pretrained:
         settings.append(Setting("model.encoder.path", encoder.path, "the pretrained encoder"))
+    if encoder.bins == 1:
+        settings.append(
+            Setting("model.pretrain.spec", None, "the encoder reads waves: no SpecAugment")
+        )
     if device.is_cpu:
         settings.append(
             Setting("engine.matmul", "medium", "on some CPUs twice as fast and as exact")

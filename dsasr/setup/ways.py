@@ -23,6 +23,8 @@ SMALL_LLM = 60e6  # parameters up to which the language model is trained whole, 
 SPEECH_TOKEN = 0.16  # seconds of an adaptor's token, as whisper-qwen3 has them
 LONGEST = 30.0  # seconds of an utterance, unless the data has longer ones
 MOST_SECONDS = 60.0
+DECODED = 256  # tokens of a hypothesis: more than half a minute of speech has
+_BATCH = "data.dataloader.batch"
 FILLED = 0.9  # of a batch's budget that is speech
 # Hours up to which → epochs of the adaptor alone, and with LoRA. At 150 h and 960 h as the recipes
 # aishell and librispeech have them.
@@ -100,10 +102,7 @@ def _read(
         Setting("data.text_only.lang", facts.text.main_lang, "of that text"),
     ]  # fmt: skip
     most = longest_seconds(facts, encoder)
-    settings.append(
-        Setting("data.dataloader.batch", {"frames": max(frames, 100 * int(most)),
-                                          "max_seconds": most}, _why_batch(facts, most))
-    )  # fmt: skip
+    settings += _batch(facts, most, frames)
     settings += _prompt(llm, facts)
     factor = min(max(facts.hours / _READ_HOURS, 0.5), 4.0)
     whole = {"frames": max(4500, 100 * int(most)), "samples": 8, "bucket": 0.3, "max_seconds": most}
@@ -149,24 +148,22 @@ def _adapt(
 ) -> Way:
     lora, most = uses_lora(llm), longest_seconds(facts, encoder)
     stack = max(1, round(SPEECH_TOKEN / encoder.frame_seconds))
-    batch = {"frames": frames, "tokens": math.ceil(0.4 * frames), "max_seconds": most}
     per_token = round(100 * encoder.frame_seconds * stack)
-    if per_token != 16:
-        batch["frames_per_token"] = per_token
     settings = [
-        Setting("data.dataloader.batch", batch, _why_batch(facts, most)),
+        *_batch(facts, most, frames),
+        Setting(f"{_BATCH}.tokens", math.ceil(0.4 * frames), "of the language model, likewise"),
         Setting("model.adaptor.stack", stack, "encoder frames of a speech token, about 0.16 s"),
     ]
+    if per_token != 16:
+        settings.append(
+            Setting(f"{_BATCH}.frames_per_token", per_token, "10 ms frames of a speech token")
+        )
     settings += _prompt(llm, facts)
     if device.is_cpu:
         settings.append(Setting("model.llm.pack", 0, "rows are short in batches for a CPU"))
     if device.is_cpu or llm.parameters < 5e8:
         settings.append(
             Setting("model.llm.activation_checkpointing", False, "the memory holds all layers")
-        )
-    if encoder.bins == 1:
-        settings.append(
-            Setting("model.pretrain.spec", None, "the encoder reads waves: no SpecAugment")
         )
     if not lora:
         settings.append(Setting("model.lora", None, "a language model this small is trained whole"))
@@ -209,8 +206,7 @@ def _scratch(
         Setting("data.cmvn", facts.cmvn, "mean and variance of the features, of training data"),
         Setting("data.phonemes", facts.phonemes, "units of the CTC head, of the transcripts"),
         Setting("data.phonemizer", {"kind": facts.units, "lexicons": []}, units),
-        Setting("data.dataloader.batch", {"frames": max(frames, 100 * int(most)),
-                                          "max_seconds": most}, _why_batch(facts, most)),
+        *_batch(facts, most, frames),
     ]  # fmt: skip
     settings += _prompt(llm, facts)
     settings.append(Setting("model.llm.attn", "sdpa", "fused attention"))
@@ -242,6 +238,9 @@ def _scratch(
     settings.append(_stage_table(stages, f"lengths for {_hours(facts)}"))
     settings += [
         Setting("interleave", [1, 1], "pretrain and sft steps in turn"),
+        Setting("evaluation.every", max(100, sft // 10), "steps"),
+        Setting("evaluation.decode.max_tokens", DECODED, "of a hypothesis, at most"),
+        Setting("probe.every", 0, "no measurements of entropy allocation"),
         Setting("evaluation.rules", "standard", "normalization of any text"),
     ]
     expect = [
@@ -296,12 +295,15 @@ def _why_lora(llm: LanguageModel) -> str:
     return f"{llm.parameters / 1e6:,.0f} M parameters stay frozen; LoRA's matrices train"
 
 
-def _why_batch(facts: Facts, most: float) -> str:
+def _batch(facts: Facts, most: float, frames: int) -> list[Setting]:
     lost = facts.share_longer(most)
     dropped = f"; {lost:.2%} of the utterances are longer and are dropped" if lost else ""
-    return f"10 ms frames of a rank's micro-batch, by what fits the memory{dropped}"
+    return [
+        Setting(f"{_BATCH}.frames", frames, "of 10 ms, of a rank's batch: what fits the memory"),
+        Setting(f"{_BATCH}.max_seconds", most, f"of the longest utterance{dropped}"),
+    ]
 
 
 def _hours(facts: Facts) -> str:
     hours = facts.hours
-    return f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:,.0f} hours"
+    return f"{max(1, round(60 * hours))} minutes" if hours < 1.5 else f"{hours:,.0f} hours"

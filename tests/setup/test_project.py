@@ -12,7 +12,8 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.shards.writer import read_dataset
 from dsasr.setup import project
-from dsasr.setup.project import Options, init
+from dsasr.setup.project import init
+from dsasr.setup.workspace import Options
 from dsasr.training import preflight
 from dsasr.utils.errors import UserError
 
