@@ -37,9 +37,10 @@ def values_of(settings: Sequence[Setting]) -> dict[str, Any]:
     return values
 
 
-def differing(base: Mapping[str, Any], settings: Sequence[Setting]) -> list[Setting]:
-    """The settings whose value is not the base's already."""
-    return [s for s in settings if _value_at(base, s.key) != (True, s.value)]
+def differing(bases: Sequence[Mapping[str, Any]], settings: Sequence[Setting]) -> list[Setting]:
+    """The settings whose value none of ``bases`` has already: a base as it is written, and with
+    all defaults."""
+    return [s for s in settings if all(_value_at(base, s.key) != (True, s.value) for base in bases)]
 
 
 def _value_at(values: Any, key: str) -> tuple[bool, Any]:
@@ -75,19 +76,17 @@ def write(header: Sequence[str], base: str, settings: Sequence[Setting]) -> str:
 
 
 def _grouped(settings: Sequence[Setting]) -> list[Setting]:
-    """Settings of one section together, sections in the order of their first setting."""
+    """Settings of one section together, all in the order of their first appearance."""
     order: dict[tuple[str, ...], int] = {}
     for setting in settings:
-        parts = tuple(setting.key.split("."))
-        for depth in range(1, len(parts)):
-            order.setdefault(parts[:depth], len(order))
+        for prefix in _prefixes(setting.key):
+            order.setdefault(prefix, len(order))
+    return sorted(settings, key=lambda setting: [order[p] for p in _prefixes(setting.key)])
 
-    def place(setting: Setting) -> tuple:
-        parts = tuple(setting.key.split("."))
-        return tuple(order[parts[:depth]] for depth in range(1, len(parts)))
 
-    # Single keys of the top level first, and of each section its single keys before sections in it.
-    return sorted(settings, key=place)
+def _prefixes(key: str) -> list[tuple[str, ...]]:
+    parts = tuple(key.split("."))
+    return [parts[:depth] for depth in range(1, len(parts) + 1)]
 
 
 def _lines(setting: Setting, name: str, indent: str) -> list[str]:

@@ -63,7 +63,8 @@ def main_recipe(
         way = way_of(name, facts, encoder, llm, device, frames)
         settings = [*_common(facts, encoder, llm, device, run, way), *way.settings]
         base = config.read_recipe(way.base)
-        settings = recipe_text.differing(base, settings)
+        bases = [base, config.to_plain(config.build(Recipe, base))]
+        settings = recipe_text.differing(bases, settings)
         text = recipe_text.write([title, *way.expect], way.base, settings)
         recipe = load_text(text)
         parts = parts or count_parts(recipe)

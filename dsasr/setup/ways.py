@@ -128,6 +128,7 @@ def _read(
     ]  # fmt: skip
     if lora:
         settings.append(Setting("model.lora", {"rank": 16, "alpha": 16}, _why_lora(llm)))
+    settings.append(Setting("evaluation.decode.max_tokens", DECODED, "of a hypothesis, at most"))
     settings.append(_stage_table(stages, "whisper-read's stages, with lengths for these hours"))
     expect = [
         f"{_hours(facts)} of training speech: too few for an adaptor alone, so a CTC head on the "

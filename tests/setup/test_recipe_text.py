@@ -36,4 +36,4 @@ def test_sections_are_opened_once_and_each_line_has_its_reason():
 def test_what_the_base_has_is_left_out():
     base = {"a": {"b": 1, "c": None}}
     given = [Setting("a.b", 1, ""), Setting("a.c", None, ""), Setting("a.d", None, "")]
-    assert [s.key for s in differing(base, given)] == ["a.d"]
+    assert [s.key for s in differing([base], given)] == ["a.d"]
