@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -165,9 +166,8 @@ def _derive(options: Options, corpus: Corpus, encoder: SpeechEncoder, place: Pat
         prepare.write_cmvn(tars, encoder.bins, place / "cmvn.json")
         made["cmvn"] = str(final / "cmvn.json")
     if way == "read":
-        made["sentences"] = str(options.text.absolute()) if options.text else str(
-            final / "text.txt"
-        )  # fmt: skip
+        path = options.text.absolute() if options.text else final / "text.txt"
+        made["sentences"] = glob.escape(str(path)) if glob.has_magic(str(path)) else str(path)
         if options.text is None:
             prepare.write_sentences(_transcripts(facts), place / "text.txt")
     return Facts(tuple(corpus.sets), corpus.text, kind, **made)

@@ -18,8 +18,11 @@ from dsasr.setup.recipe_text import Setting
 from dsasr.setup.ways import Way, choose_way, longest_seconds, way_of
 from dsasr.utils.errors import UserError
 
-# Frames of a rank's batch that are tried, the largest first (**ours**: 400 to 40 s on a GPU).
-BUDGETS = {"gpu": (40_000, 30_000, 20_000, 12_000, 8_000, 6_000), "cpu": (9_000, 6_000)}
+# Frames of a rank's batch that are tried, the largest first (**ours**: 400 to 60 s on a GPU).
+BUDGETS = {
+    "gpu": (40_000, 30_000, 20_000, 12_000, 8_000, 6_000),
+    "cpu": (9_000, 6_000, 4_500, 3_000),
+}
 MEMORY_SHARE = 0.85  # of the memory that the plan may take
 TRY_SECONDS = 60.0  # of all steps of the short training together, as planned (**ours**)
 TRY_STEPS = (2, 20)  # of one of its stages
