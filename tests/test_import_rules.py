@@ -26,7 +26,7 @@ FLOORS = (
     ("recipe",),
     ("build",),
     ("training", "inference", "planning"),
-    ("train", "analysis", "reporting", "doctor"),
+    ("train", "analysis", "reporting", "doctor", "setup"),
     ("cli", "testing"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

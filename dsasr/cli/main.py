@@ -12,6 +12,7 @@ from dsasr.config import nearest
 from dsasr.utils.errors import UserError, run_tool
 
 COMMANDS = {
+    "init": "from a folder of recordings to shards, a recipe and the commands to run",
     "train": "train a recipe, one rank a GPU",
     "plan": "time and memory on a cluster, batch sizes that fit, padding",
     "timeline": "stages, learning rates and encoder swaps of a recipe before it is trained",

@@ -121,7 +121,7 @@ class StageProbe:
         branch_engine.init_distributed()
         self.device = distributed.device()
         self.gpu = self.device.type == "cuda"
-        self.memory = memory or _free_bytes(self.device)
+        self.memory = memory or free_bytes(self.device)
         self.device_name = torch.cuda.get_device_name(self.device) if self.gpu else "the CPU"
         self.build, self.folder = Builder(recipe), tempfile.TemporaryDirectory()
         self.stage = recipe.stage(stage)
@@ -195,7 +195,7 @@ class StageProbe:
         return torch.cuda.max_memory_reserved(self.device) if self.gpu else process_bytes("VmHWM")
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Free bytes of the GPU, or of the machine within its control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

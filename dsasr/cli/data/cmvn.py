@@ -6,9 +6,7 @@ example:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from dsasr.cli.arguments import command_parser
@@ -26,23 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.shards < 0:
         raise UserError(f"--shards {args.shards}: a number of shards, or 0 for all")
 
-    from dsasr.data.audio.features import CmvnSums, FbankConfig
     from dsasr.data.shards.build_index import find_tars
-    from dsasr.data.shards.process_pool import map_in_processes
-    from dsasr.data.shards.verify import cmvn_sums
+    from dsasr.data.shards.statistics import feature_sums
     from dsasr.data.shards.writer import check_file
 
-    work = partial(cmvn_sums, config=FbankConfig(mels=args.mels))
     tars = find_tars(args.paths)[: args.shards or None]
     check_file(args.out)
-    sums, causes = CmvnSums(args.mels), Counter()
-    for part, bad in map_in_processes(work, tars, args.processes, "features"):
-        sums.merge(part)
-        causes.update(bad)
-    counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())
-    if not sums.count:
-        raise UserError(f"no frames in {len(tars)} shards ({counts or 'all samples are short'})")
+    sums, left_out = feature_sums(tars, args.mels, args.processes)
     sums.result().save(args.out)
     print(f"{args.out}: {sums.count} frames of {len(tars)} shards")
-    if causes:
-        print(f"left out: {counts}; `dsasr data verify` names them")
+    if left_out:
+        print(f"left out: {left_out}; `dsasr data verify` names them")

@@ -6,12 +6,10 @@ example:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsasr.cli.arguments import command_parser
-from dsasr.utils.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,52 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stress", action="store_true", help="keep stress marks")
     args = parser.parse_args(arguments)
 
-    from dsasr.data.shards.build_index import find_tars, read_texts
-    from dsasr.data.shards.sample import BadSample
+    from dsasr.data.shards.build_index import find_tars
+    from dsasr.data.shards.statistics import unit_vocab
     from dsasr.data.shards.writer import check_file
-    from dsasr.data.text.phoneme_vocab import PhonemeVocab
-    from dsasr.data.text.phonemes import (
-        EspeakPhonemizer,
-        MissingPhonemes,
-        PhonemizerConfig,
-        UnknownWord,
-        build_phonemizer,
-    )
+    from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
     from dsasr.data.text.tokenizers import load_tokenizer
-    from dsasr.utils.progress import Bar
 
     config = PhonemizerConfig(args.kind, tuple(args.lexicon), args.stress)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     phonemizer, tars = build_phonemizer(config, tokenizer), find_tars(args.paths)
     check_file(args.out)
-    causes: Counter[str] = Counter()
-    langs: Counter[str] = Counter()
-
-    def sequences():
-        for tar in Bar(tars, desc="phonemes", unit="shard", delay=1):
-            for sample in read_texts(tar):
-                try:
-                    if isinstance(sample, BadSample):
-                        raise sample
-                    if isinstance(phonemizer, EspeakPhonemizer):
-                        langs[sample.lang] += 1
-                    yield phonemizer.for_sample(sample)
-                except BadSample as error:
-                    causes[error.cause] += 1
-                except UnknownWord as error:
-                    causes[f"unknown word '{error.word}'"] += 1
-                except MissingPhonemes:
-                    causes["no stored phonemes"] += 1
-
-    vocab = PhonemeVocab.build(sequences())
-    counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common(10))
-    if len(vocab) == 1:  # the blank
-        raise UserError(f"no phonemes found ({counts or 'no text'}): try --kind espeak or lexicon")
+    vocab, causes, unknown = unit_vocab(tars, phonemizer)
     vocab.save(args.out)
     print(f"{args.out}: {len(vocab)} symbols, blank included")
-    for lang, count in langs.items():
-        if lang and not phonemizer.knows(lang):
-            print(f"{count} samples of language '{lang}', which espeak-ng does not know, were read "
-                  "as English: give them a code such as de or pt-BR")  # fmt: skip
+    for lang, count in unknown.items():
+        print(f"{count} samples of language '{lang}', which espeak-ng does not know, were read "
+              "as English: give them a code such as de or pt-BR")  # fmt: skip
     if causes:
+        counts = ", ".join(f"{cause} {n}" for cause, n in causes.most_common(10))
         print(f"{causes.total()} samples left out: {counts}")

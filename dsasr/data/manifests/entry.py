@@ -24,6 +24,7 @@ class ManifestEntry:
     start: float | None = None
     end: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    split: str = ""  # train-clean-100, dev …, where the corpus has several
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class Corpus:
     """What a reader is given: where the corpus lies, and what the user says about it.
 
     ``lang``: of utterances that name none; ``split``: train, dev or test, where ``path`` holds
-    several; ``scratch``: a folder for audio that lies in archives, None: there is none.
+    several; ``every_split``: all of them are read, and each utterance names its own; ``scratch``:
+    a folder for audio that lies in archives, None: there is none.
     """
 
     path: Path
     lang: str = ""
     split: str = ""
     scratch: Path | None = None
+    every_split: bool = False
     left_out: list[DroppedSample] = field(default_factory=list)
 
     def leave_out(self, cause: str, id: str, detail: str) -> None:

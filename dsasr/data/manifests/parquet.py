@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsasr.data.manifests.entry import Corpus, Form, ManifestEntry
 from dsasr.data.manifests.rows import LANG_NAMES, SPEAKER_NAMES, TEXT_NAMES, audio_of, first_of
-from dsasr.data.manifests.trees import one_split
+from dsasr.data.manifests.trees import one_split, split_of
 from dsasr.utils.errors import UserError
 
 _ID_NAMES = ("id", "key", "segment_id", "utterance_id")
@@ -37,7 +38,7 @@ def _read(corpus: Corpus) -> Iterator[ManifestEntry]:
     root = corpus.path if corpus.path.is_dir() else corpus.path.parent
     named = one_split(corpus, [(PurePosixPath(f.relative_to(root)), f) for f in files])
     number = 0
-    for _, path in named:
+    for name, path in named:
         try:
             table = pyarrow.parquet.ParquetFile(path)
             column = _audio_column(path, table.schema_arrow)
@@ -46,7 +47,7 @@ def _read(corpus: Corpus) -> Iterator[ManifestEntry]:
                 for row in batch.to_pylist():
                     number += 1
                     if entry := _entry(corpus, row, row.get(column) or {}, number):
-                        yield entry
+                        yield replace(entry, split=split_of(name))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 

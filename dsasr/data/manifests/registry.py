@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dsasr.data.manifests import jsonl, kaldi, lhotse, parquet, tables, trees
+from dsasr.data.manifests import jsonl, kaldi, lhotse, pairs, parquet, tables, trees
 from dsasr.data.manifests.entry import Corpus, Form, Manifest, ManifestEntry
 from dsasr.utils.errors import UserError
+from dsasr.utils.hashing import hash64
 from dsasr.utils.progress import Bar
 
 # In the order in which they are tried: a JSONL manifest is what no other form claims.
@@ -24,6 +26,7 @@ FORMS: tuple[Form, ...] = (
     parquet.PARQUET,
     trees.LIBRISPEECH,
     trees.AISHELL,
+    pairs.PAIRS,
     jsonl.NEMO,
     jsonl.FUNASR,
     jsonl.SWIFT,
@@ -69,7 +72,7 @@ def read_manifest(
     if split and not form.splits:
         raise UserError(f"--split {split}: a {form.title} is one set; name the one of that split")
     corpus = Corpus(path, lang, split, scratch)
-    utterances = _with_ids(form.read(corpus))
+    utterances = list(read_entries(form, corpus))
     if not utterances:
         why = f", only {len(corpus.left_out)} without one" if corpus.left_out else ""
         raise UserError(f"{path} holds no utterance with a transcript{why}")
@@ -79,7 +82,6 @@ def read_manifest(
         if utterance.id in ids:
             raise UserError(f"{path} has two utterances with the id '{utterance.id}'")
         ids.add(utterance.id)
-        _check_times(path, utterance)
         if not utterance.audio.is_file():
             missing.append(utterance.audio)
     if missing:
@@ -90,23 +92,32 @@ def read_manifest(
     return Manifest(utterances, tuple(corpus.left_out))
 
 
-def _with_ids(entries) -> list[ManifestEntry]:
-    """Utterances without an id get one of their file's name, and where they start in it."""
-    found: list[ManifestEntry] = []
-    taken: set[str] = set()
-    for entry in entries:
+def read_entries(form: Form, corpus: Corpus) -> Iterator[ManifestEntry]:
+    """The utterances of ``corpus`` one by one, each with an id and possible times.
+
+    Utterances without an id get one of their file's name, and where they start in it. Raises
+    `UserError` as ``form.read`` does, and for impossible times. Whether ids repeat and whether the
+    audio is there is the caller's to check.
+    """
+    taken: set[int] = set()  # hashes, as ids may be millions
+    for entry in form.read(corpus):
         if not entry.id:
             part = "" if entry.start is None else f"-{round(1000 * entry.start):07d}"
-            name = f"{entry.audio.stem}{part}"
-            if name in taken:
-                name = f"{entry.audio.parent.name}-{name}"
+            name = f"{_printable(entry.audio.stem)}{part}"
+            if hash64(name) in taken:
+                name = f"{_printable(entry.audio.parent.name)}-{name}"
             number, unique = 2, name
-            while unique in taken:
+            while hash64(unique) in taken:
                 unique, number = f"{name}-{number}", number + 1
             entry = replace(entry, id=unique)
-            taken.add(unique)
-        found.append(entry)
-    return found
+            taken.add(hash64(unique))
+        _check_times(corpus.path, entry)
+        yield entry
+
+
+def _printable(name: str) -> str:
+    """A file's name as an id can have it."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else "_" for c in name)
 
 
 def _check_times(path: Path, utterance: ManifestEntry) -> None:

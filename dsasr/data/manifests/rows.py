@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,20 +23,18 @@ SPEAKER_NAMES = ("speaker", "speaker_id", "client_id", "spk")
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file that are not empty, from 1; ``.gz`` is unpacked."""
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        text = data.decode("utf-8-sig")
+        # Lines end at line feeds alone: a transcript may hold U+2028, which splitlines cuts at.
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read: {reason}") from None
-    # Not splitlines: a transcript may hold U+2028 or another of the characters that it cuts at.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line
 
 
 def json_rows(path: Path, read: Callable[[dict], T]) -> Iterator[T]:

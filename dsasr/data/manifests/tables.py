@@ -17,7 +17,7 @@ from dsasr.data.manifests.rows import (
     header,
     json_rows,
 )
-from dsasr.data.manifests.trees import one_split
+from dsasr.data.manifests.trees import one_split, split_of
 from dsasr.utils.errors import UserError
 
 
@@ -70,9 +70,11 @@ def _audio_folder(corpus: Corpus) -> Iterator[ManifestEntry]:
     files = _metadata_files(corpus.path)
     root = corpus.path if corpus.path.is_dir() else corpus.path.parent
     for file, _ in one_split(corpus, [(PurePosixPath(f.relative_to(root)), f) for f in files]):
-        table = root / file
+        table, split = root / file, split_of(file)
 
-        def read(row: dict, folder: Path = table.parent) -> ManifestEntry | None:
+        def read(
+            row: dict, folder: Path = table.parent, split: str = split
+        ) -> ManifestEntry | None:
             name, text = row["file_name"], first_of(row, TEXT_NAMES)
             if not text.strip():
                 detail = f"none of the columns {', '.join(TEXT_NAMES)} has a text"
@@ -84,6 +86,7 @@ def _audio_folder(corpus: Corpus) -> Iterator[ManifestEntry]:
                 text=text,
                 speaker=first_of(row, SPEAKER_NAMES),
                 lang=first_of(row, LANG_NAMES) or corpus.lang,
+                split=split,
             )
 
         if table.suffix == ".jsonl":

@@ -37,6 +37,8 @@ def one_split(corpus: Corpus, files: Sequence[File]) -> Sequence[File]:
     for name, path in files:
         splits = [found[1] for part in name.parts if (found := _SPLIT.fullmatch(part))]
         by_split.setdefault(splits[0] if splits else "", []).append((name, path))
+    if corpus.every_split:
+        return files
     if corpus.split:
         if corpus.split not in by_split:
             known = ", ".join(sorted(filter(None, by_split))) or "no split by name"
@@ -52,6 +54,16 @@ def one_split(corpus: Corpus, files: Sequence[File]) -> Sequence[File]:
             f"split's folder alone, such as {folder}, or give --split {known[0]}"
         )
     return files
+
+
+def split_of(name: PurePosixPath) -> str:
+    """The split that a file's path in its corpus names: of a folder its whole name
+    (train-clean-100), of a file its first word (train-00000-of-00002.parquet); "": none."""
+    for part in name.parts[:-1]:
+        if _SPLIT.fullmatch(part):
+            return part
+    found = _SPLIT.fullmatch(name.name)
+    return found[1] if found else ""
 
 
 def files_of(corpus: Corpus) -> list[File]:
@@ -127,7 +139,8 @@ def _librispeech(corpus: Corpus) -> Iterator[ManifestEntry]:
             transcribed.add(member)
             # One that is not there is named with all other missing audio.
             where = audio.get(member, path.parent / member.name)
-            yield ManifestEntry(key, where, text, key.split("-")[0], corpus.lang or "en")
+            speaker, lang = key.split("-")[0], corpus.lang or "en"
+            yield ManifestEntry(key, where, text, speaker, lang, split=split_of(name))
     for name in audio:
         if name not in transcribed:
             corpus.leave_out("missing_text", name.stem, "no transcript")
@@ -159,7 +172,8 @@ def _aishell(corpus: Corpus) -> Iterator[ManifestEntry]:
     for name, path in one_split(corpus, [file for file in files if file[0].suffix == ".wav"]):
         if name.stem in texts:
             text = "".join(texts[name.stem].split())
-            yield ManifestEntry(name.stem, path, text, name.parent.name, corpus.lang or "zh")
+            speaker, lang = name.parent.name, corpus.lang or "zh"
+            yield ManifestEntry(name.stem, path, text, speaker, lang, split=split_of(name))
         else:
             corpus.leave_out("missing_text", name.stem, "no transcript")
 

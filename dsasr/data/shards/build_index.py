@@ -127,27 +127,33 @@ def _entry(
     return Entry(key, extension, offset, size, *of_key.labels, duration, chars, lang, fields)
 
 
-def readable_index(tar: str | os.PathLike) -> ShardIndex:
+def readable_index(tar: str | os.PathLike, fields: SampleFields | None = None) -> ShardIndex:
     """`local_index`. Raises `UserError` where the tar cannot be read."""
     try:
-        return local_index(tar)
+        return local_index(tar, fields)
     except OSError as error:
         raise UserError(f"{tar} cannot be read: {error.strerror or error}") from None
 
 
-def local_index(tar: str | os.PathLike) -> ShardIndex:
-    """The index of a local tar, built anew; with the fields of its index file, if it has one."""
+def local_index(tar: str | os.PathLike, fields: SampleFields | None = None) -> ShardIndex:
+    """The index of a local tar, built anew; with ``fields``, or None: those of its index file, if
+    it has one."""
+    if fields is not None:
+        return build_index(tar, fields=fields)
     with contextlib.suppress(OSError, ValueError):
         return build_index(tar, fields=load_index(index_path(tar)).fields)
     return build_index(tar)
 
 
-def read_texts(tar: str | os.PathLike) -> Iterator[Sample | BadSample]:
-    """Every sample of a local tar without reading its audio, or why it is bad.
+def read_texts(
+    tar: str | os.PathLike, fields: SampleFields | None = None
+) -> Iterator[Sample | BadSample]:
+    """Every sample of a local tar without reading its audio, or why it is bad; ``fields`` as for
+    `local_index`.
 
     Raises `UserError` where the tar cannot be read.
     """
-    index = readable_index(tar)
+    index = readable_index(tar, fields)
     yield from index.bad
     with open(tar, "rb") as file:
         for entry in index:

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from dsasr.data.shards.writer import (
     write_shard,
 )
 from dsasr.utils.errors import UserError
+from dsasr.utils.hashing import hash64, repeated
 from dsasr.utils.io import atomic_write, remove_temporaries
 
 PLAN = "packing.json"
@@ -119,13 +120,15 @@ def pack(
         order = np.arange(len(utterances))
         if config.shuffle:
             np.random.Generator(np.random.PCG64(config.seed)).shuffle(order)
-        tasks = [
+        parts = _split_into_shards(order, utterances, sizes, config)
+        tasks = (
             (out / f"{number:06d}.tar", [utterances[i] for i in part])
-            for number, part in enumerate(_split_into_shards(order, utterances, sizes, config))
-        ]
+            for number, part in enumerate(parts)
+        )
         rows, bad, repaired, written = [], list(left_out), 0, 0
         work = partial(_pack_one, encode=config.encode)
-        for row, note, new in map_in_processes(work, tasks, processes, f"packing {out.name}"):
+        title = f"packing {out.name}"
+        for row, note, new in map_in_processes(work, tasks, processes, title, total=len(parts)):
             rows.append(row)
             bad += [tuple(dropped) for dropped in note["bad"]]
             repaired += note["repaired"]
@@ -141,27 +144,31 @@ def pack(
 
 
 def _check_keys(utterances: Sequence[ManifestEntry]) -> None:
+    twice = repeated(hash64(sample_key(utterance.id)) for utterance in utterances)
     ids: dict[str, str] = {}
-    for utterance in utterances:
+    for utterance in utterances if twice else ():
+        if hash64(sample_key(utterance.id)) not in twice:
+            continue
         first = ids.setdefault(sample_key(utterance.id), utterance.id)
         if first != utterance.id:
             raise UserError(f"the ids '{first}' and '{utterance.id}' give the same key: rename one")
 
 
-def _sizes(utterances: Sequence[ManifestEntry]) -> list[int]:
-    """Bytes of each utterance's recording, which several utterances may share."""
-    known: dict[Path, int] = {}
-    for utterance in utterances:
-        if utterance.audio not in known:
-            try:
-                known[utterance.audio] = utterance.audio.stat().st_size
-            except OSError as error:
-                raise UserError(f"{utterance.audio}: {error.strerror}") from None
-    return [known[utterance.audio] for utterance in utterances]
+def _sizes(utterances: Sequence[ManifestEntry]) -> np.ndarray:
+    """Bytes of each utterance's recording [N] int64, which several utterances may share."""
+
+    @lru_cache(maxsize=1024)
+    def size(audio: Path) -> int:
+        try:
+            return audio.stat().st_size
+        except OSError as error:
+            raise UserError(f"{audio}: {error.strerror}") from None
+
+    return np.fromiter((size(u.audio) for u in utterances), np.int64, len(utterances))
 
 
 def _split_into_shards(
-    order: np.ndarray, utterances: Sequence[ManifestEntry], sizes: Sequence[int], config: PackConfig
+    order: np.ndarray, utterances: Sequence[ManifestEntry], sizes: np.ndarray, config: PackConfig
 ) -> list[np.ndarray]:
     if not config.shard_bytes:
         return np.split(order, range(config.shard_size, len(order), config.shard_size))
@@ -178,10 +185,10 @@ def _split_into_shards(
     return np.split(order, np.flatnonzero(np.diff(number)) + 1)
 
 
-def _identity(utterances: Sequence[ManifestEntry], sizes: Sequence[int], config: PackConfig) -> str:
+def _identity(utterances: Sequence[ManifestEntry], sizes: np.ndarray, config: PackConfig) -> str:
     """A hash of what is packed and how, without folders and times: a corpus may be moved."""
     identity = hashlib.sha256(repr(config).encode())
-    for u, size in zip(utterances, sizes, strict=True):
+    for u, size in zip(utterances, sizes.tolist(), strict=True):
         fields = [u.id, u.audio.name, size, u.text, u.speaker, u.lang, u.start, u.end, u.extra]
         identity.update(json.dumps(fields, sort_keys=True).encode())
     return identity.hexdigest()[:16]

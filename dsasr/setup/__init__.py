@@ -1,0 +1,1 @@
+"""From a folder of recordings to shards and a recipe: what `dsasr init` does."""
