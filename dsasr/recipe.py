@@ -160,6 +160,8 @@ class EvaluationConfig:
     every: NonNegativeInt = 0
     # of the validation set, in an evaluation during training; 0: all
     utterances: NonNegativeInt = 64
+    # of the validation set, in the evaluation at the end of the run; 0: all
+    final_utterances: NonNegativeInt = 0
     samples: NonNegativeInt = 3  # pairs of reference and hypothesis that each evaluation logs
     # normalization before scoring: standard, plain (digit strings stay words), or the path of a
     # Whisper normalizer.json (standard, and British spellings count as American ones)

@@ -23,8 +23,8 @@ from dsasr.utils.errors import UserError
 
 SCRATCH = "scratch"  # in place of an encoder's name: pretrain one
 DEFAULT_ENCODER = {"cpu": "openai/whisper-base", "gpu": "openai/whisper-large-v3"}
-# Of the rate of plain matrix products, what training sustains (**ours**): fitted to steps of
-# Whisper base with SmolLM2 135M on two cores (tools/first_hour.jsonl); for GPUs a guess.
+# Of the rate of plain matrix products, what training sustains (**ours**): guesses, for want of
+# measured steps of several models.
 SUSTAINED = {"cpu": 0.4, "gpu": 0.4}
 
 

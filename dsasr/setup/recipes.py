@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsasr import config
@@ -64,6 +64,9 @@ def main_recipe(
     needed = 0.0
     for frames in reversed(budgets):
         way = way_of(name, facts, encoder, llm, device, frames)
+        if lost := facts.share_longer(longest):
+            note = f"{lost:.2%} of the utterances are longer than {longest:g} s and are dropped."
+            way = replace(way, expect=[*way.expect, note])
         settings = [*_common(facts, encoder, llm, device, run, way), *way.settings]
         base = config.read_recipe(way.base)
         bases = [base, config.to_plain(config.build(Recipe, base))]
@@ -71,7 +74,7 @@ def main_recipe(
         text = recipe_text.write([title, *way.expect], way.base, settings)
         recipe = load_text(text)
         parts = parts or count_parts(recipe)
-        traffic = traffic_of(facts)
+        traffic = traffic_of(facts, longest)
         needed = max(
             sum(step_memory(recipe, stage, device.machine, parts, traffic).values())
             for stage in recipe.stages
@@ -99,13 +102,14 @@ def try_recipe(main: Written, path: Path, facts: Facts, device: Device, run: str
         Setting("data.dataloader.batch", {k: batch[k] for k in ("frames", "tokens", "samples")},
                 "small batches"),
         Setting("evaluation.every", 0, "once, at the end"),
-        Setting("evaluation.utterances", 12, "of the validation set"),
+        Setting("evaluation.final_utterances", 12, "of the validation set"),
         Setting("evaluation.decode", {"beam": 1, "ctc_weight": 0.0, "max_tokens": 32}, "greedy"),
         Setting("monitor.every", 1, "every step is shown"),
     ]  # fmt: skip
     if main.recipe.data.text_only is not None:
         settings.append(Setting("data.text_only.samples", 4, "sentences of a batch"))
-    parts, traffic = count_parts(main.recipe), traffic_of(facts)
+    parts = count_parts(main.recipe)
+    traffic = traffic_of(facts, main.recipe.data.dataloader.batch.max_seconds)
     header = ["A few steps of everything, to see that it runs; the score means nothing."]
     # The stages' time depends on their batches, and their steps on that time.
     steps = dict.fromkeys((stage.name for stage in main.recipe.stages), 1)
@@ -172,6 +176,10 @@ def _common(
         settings.append(
             Setting("engine.matmul", "medium", "on some CPUs twice as fast and as exact")
         )
+        if device.world == 1:
+            settings.append(
+                Setting("engine.deepspeed", "zero1", "one rank: there is nothing to share out")
+            )
     return settings
 
 
@@ -182,11 +190,16 @@ def _data(facts: Facts, role: str) -> Setting:
     return Setting(f"data.{role}", [one.entry for one in sets], why)
 
 
-def traffic_of(facts: Facts) -> Traffic:
-    """The average utterance; tokens by a rule of thumb: a Latin word's letters are a token."""
+def traffic_of(facts: Facts, longest: float) -> Traffic:
+    """The average utterance of at most ``longest`` seconds (that long, where all are longer);
+    tokens by a rule of thumb: a Latin word's letters are a token."""
     lengths = facts.training
-    seconds = max(0.5, float(lengths.seconds.mean()) if len(lengths) else 5.0)
-    rate = float(lengths.characters.mean()) / seconds if len(lengths) else 14.0
+    seconds, characters = lengths.seconds, lengths.characters
+    if (seconds <= longest).any():
+        seconds, characters = seconds[seconds <= longest], characters[seconds <= longest]
+    mean = float(seconds.mean()) if len(lengths) else 5.0
+    rate = float(characters.mean()) / max(0.5, mean) if len(lengths) else 14.0
+    seconds = min(max(0.5, mean), longest)
     return Traffic(seconds, rate * (0.7 if facts.text.is_han else 0.25))
 
 

@@ -297,11 +297,9 @@ def _why_lora(llm: LanguageModel) -> str:
 
 
 def _batch(facts: Facts, most: float, frames: int) -> list[Setting]:
-    lost = facts.share_longer(most)
-    dropped = f"; {lost:.2%} of the utterances are longer and are dropped" if lost else ""
     return [
         Setting(f"{_BATCH}.frames", frames, "of 10 ms, of a rank's batch: what fits the memory"),
-        Setting(f"{_BATCH}.max_seconds", most, f"of the longest utterance{dropped}"),
+        Setting(f"{_BATCH}.max_seconds", most, "of the longest utterance"),
     ]
 
 

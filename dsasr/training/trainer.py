@@ -449,7 +449,7 @@ class Trainer:
     # -- end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """After the last step: save, evaluate on the whole validation set, plot the timeline.
+        """After the last step: save, evaluate on the validation set, plot the timeline.
 
         A run that ends in the evaluation has its last step in a checkpoint, and repeats the
         evaluation alone.
@@ -459,7 +459,7 @@ class Trainer:
             self._save_the_end()
             for engine in self.branches:
                 if engine.stage is not None and self._hears(engine):
-                    self._evaluate(engine, 0)
+                    self._evaluate(engine, self.recipe.evaluation.final_utterances)
             self._finished = True
             self._save_the_end()
         self.monitor.event("finished", steps=self.steps)

@@ -66,9 +66,10 @@ def test_kaldi_folders_side_by_side(tmp_path, make):
 
 
 def test_text_files_beside_recordings(tmp_path, make):
-    make.audio(tmp_path / "talks" / "one take.wav")
-    (tmp_path / "talks" / "one take.txt").write_text("hello")
-    assert found(tmp_path) == [(tmp_path.name, "pairs", "")]
+    folder = tmp_path / "in"
+    make.audio(folder / "talks" / "one take.wav")
+    (folder / "talks" / "one take.txt").write_text("hello")
+    assert found(folder) == [("in", "pairs", "")]
 
 
 def test_two_layouts_at_once(tmp_path, make):

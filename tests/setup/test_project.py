@@ -32,7 +32,7 @@ def run(tmp_path, models, monkeypatch):
     return command
 
 
-def refusal(run, *data: Path, **options) -> str:
+def refusal(run, /, *data: Path, **options) -> str:
     with pytest.raises(UserError) as error:
         run(*data, **options)
     assert "\n" not in str(error.value)

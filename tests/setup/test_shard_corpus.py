@@ -74,9 +74,9 @@ def test_folders_by_split_stay_whole(tmp_path, make):
 
 
 def test_too_few_tars(tmp_path, make):
-    tar(tmp_path / "a.tar", make, 10)
+    tar(tmp_path / "in" / "a.tar", make, 10)
     with pytest.raises(UserError, match="too few to take valid and test"):
-        read_shard_corpus(find_sources([tmp_path]), "")
+        read_shard_corpus(find_sources([tmp_path / "in"]), "")
 
 
 def test_a_list_of_shards(tmp_path, make):

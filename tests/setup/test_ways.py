@@ -16,7 +16,7 @@ from dsasr.setup.recipes import load_text, main_recipe, try_recipe
 from dsasr.setup.text_survey import TextSurvey
 from dsasr.utils.errors import UserError
 
-CPU, GPU = Device(0, 16.0, 0.05, 2), Device(8, 80.0, 300.0, 64)
+CPU, GPU = Device(0, 64.0, 0.05, 2), Device(8, 80.0, 300.0, 64)
 WHISPER = SpeechEncoder("openai/whisper-base", 30.0, 80, 0.02)
 WAVES = SpeechEncoder("facebook/wav2vec2-base", float("inf"), 1, 0.02)
 QWEN = LanguageModel("Qwen/Qwen3-0.6B", 600_000_000, "qwen3", True, False, False)
@@ -60,8 +60,6 @@ def test_the_way_goes_by_hours_and_encoder(hours, encoder, way):
 )
 @pytest.mark.parametrize("hours", [0.75, 11, 960])
 def test_every_recipe_loads_with_its_reasons(tmp_path, hours, encoder, llm, device):
-    if device is CPU and (llm is QWEN or hours > 100):
-        device = Device(0, 64.0, 0.05, 2)
     main, way = main_recipe(facts(hours), encoder, llm, device, "runs/mine", "title")
     assert main.total > 0 and way.expect
     assert [stage.name for stage in main.recipe.stages] == [stage["name"] for stage in way.stages]
@@ -106,7 +104,7 @@ def test_batches_go_by_the_memory():
         recipe = main_recipe(facts(150), WHISPER, QWEN, Device(1, memory, 300.0, 16), "r", "t")[0]
         return recipe.recipe.data.dataloader.batch.frames
 
-    assert frames(80.0) > frames(12.0)
+    assert frames(80.0) > frames(9.5)
     with pytest.raises(UserError, match="give a smaller --llm"):
         frames(4.0)
 
