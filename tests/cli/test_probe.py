@@ -28,6 +28,7 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_a_run_its_snapshots_and_pretrained_encoders(trained, tiny, tmp_path, command):
     from transformers import HubertConfig, HubertModel
 

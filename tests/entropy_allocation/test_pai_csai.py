@@ -178,6 +178,7 @@ def _planted(seed, share):
     return data.with_features(torch.cat([word, torch.randn(len(data), 8, generator=generator)], 1))
 
 
+@pytest.mark.slow
 def test_gains_planted_above_the_limit_are_detected():
     # A penalty too weak for noise, so that none wins; the limit is searched in the same way.
     weak = replace(FAST, probe=v.ProbeConfig(penalties=(1e-5,)))

@@ -13,6 +13,7 @@ import pytest
 from dsasr.evaluation.results import Result, Results, compare, read_results, sign_test
 from dsasr.evaluation.results_text import format_results
 from dsasr.utils.errors import UserError
+from dsasr.utils.troubleshooting import see
 
 
 def row(key, reference, hypothesis, condition="clean", seconds=2.0, lang="en"):
@@ -50,7 +51,8 @@ def test_transcripts_cut_at_the_token_limit_are_counted():
     summary = Results(rows).summary()
     assert summary["cut"] == {"clean": 1, "recorded": 1}
     (line,) = [x for x in format_results(Results(rows), summary, 0) if "token limit" in x]
-    assert line == "2 of 4 transcripts cut at the token limit (1 clean, 1 recorded)"
+    told = "2 of 4 transcripts cut at the token limit (1 clean, 1 recorded)"
+    assert line == f"{told}{see('cut')}"
     whole = Results(ROWS)
     assert whole.summary()["cut"] == {}
     assert not any("token limit" in x for x in format_results(whole, whole.summary(), 0))

@@ -237,8 +237,7 @@ def test_wrong_prompts_of_a_recipe_end_in_one_line(whisper):
 
 def test_a_prompt_is_shown_by_its_tokens(whisper, trained_tokenizer):
     assert describe(whisper, *Prompt.build(whisper, template=WHISPER)) == [
-        "prompt of 4 tokens: <speech> [<|startoftranscript|>][<|en|>][<|transcribe|>]"
-        "[<|notimestamps|>]",
+        "4 tokens: <speech> [<|startoftranscript|>][<|en|>][<|transcribe|>][<|notimestamps|>]",
         "a transcript ends with [<|endoftext|>]",
     ]
     prompt, end = describe(trained_tokenizer, *Prompt.build(trained_tokenizer, "turn on"))
