@@ -242,5 +242,5 @@ def test_a_prompt_is_shown_by_its_tokens(whisper, trained_tokenizer):
     ]
     prompt, end = describe(trained_tokenizer, *Prompt.build(trained_tokenizer, "turn on"))
     assert "[user\\nTranscribe the speech into text ] <speech> " in prompt
-    assert prompt.startswith("prompt of ") and "[ turn][ on]" in prompt
+    assert prompt.startswith("33 tokens: ") and "[ turn][ on]" in prompt
     assert end == "a transcript ends with [<|im_end|>]"
