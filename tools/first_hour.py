@@ -154,7 +154,8 @@ def measure(layout: str, tree: Path, args: argparse.Namespace) -> dict[str, Any]
     row: dict[str, Any] = {"layout": layout, "init_seconds": round(first, 1)}
     dead_ends = [] if code == 0 else [output.strip().splitlines()[-1]]
     commands = printed(output)
-    row["commands"] = ["dsasr " + shlex.join(words)]
+    named = ["init", tree.name, "--llm", args.llm.name, "--encoder", args.encoder.name]
+    row["commands"] = ["dsasr " + shlex.join(named)]
     if commands:
         words = commands[0][1:]
         row["commands"].append("dsasr " + shlex.join(words))
