@@ -263,3 +263,20 @@ def start(tiny, tmp_path):
     yield begin
     for job in jobs:
         job.kill()
+
+
+@pytest.fixture(scope="session")
+def small_whisper(tmp_path_factory) -> Path:
+    """The folder of a Whisper with random weights: two encoder layers, 80 mel bins, 30 s."""
+    import torch
+    from transformers import WhisperConfig, WhisperModel
+
+    torch.manual_seed(1)
+    config = WhisperConfig(
+        d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=8, vocab_size=50,
+        num_mel_bins=80, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("whisper")
+    WhisperModel(config).save_pretrained(folder)
+    return folder

@@ -22,17 +22,9 @@ def test_mistakes_end_in_one_line(tmp_path, command, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.launcher
-def test_two_commands_to_a_trained_run(tmp_path, tiny, monkeypatch, command):
+def test_two_commands_to_a_trained_run(tmp_path, tiny, small_whisper, monkeypatch, command):
     """With the language model of the `tiny` recipe and a random Whisper encoder."""
-    from transformers import WhisperConfig, WhisperModel
-
     monkeypatch.chdir(tmp_path)
-    tower = WhisperConfig(
-        d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48,
-        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=8, vocab_size=50,
-        num_mel_bins=80, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    WhisperModel(tower).save_pretrained(tmp_path / "whisper")
     rows = []
     for number in range(30):
         wave = np.random.default_rng(number).standard_normal(16_000) * 2000
@@ -41,7 +33,14 @@ def test_two_commands_to_a_trained_run(tmp_path, tiny, monkeypatch, command):
         rows.append({"audio_filepath": f"{number}.wav", "text": text, "duration": 1.0})
     (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, rows)))
     done = command(
-        "init", "manifest.json", "--llm", tiny.parent / "lm", "--encoder", "whisper", "--lang", "en"
+        "init",
+        "manifest.json",
+        "--llm",
+        tiny.parent / "lm",
+        "--encoder",
+        small_whisper,
+        "--lang",
+        "en",
     )
     assert done.returncode == 0, done.stderr
     words = next(

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 RATE = 16_000
 WORDS = ("ba", "do", "fi", "gu", "ke", "lo", "mi", "nu")
@@ -130,25 +129,16 @@ def make():
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, str]:
+def models(tmp_path_factory, small_whisper) -> dict[str, str]:
     """Folders of a Whisper encoder with random weights, and of a small language model."""
-    from transformers import WhisperConfig, WhisperModel
-
     from dsasr.data.text.train_tokenizer import train_tokenizer
     from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
 
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(1)
-    tower = WhisperConfig(
-        d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48,
-        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=8, vocab_size=50,
-        num_mel_bins=80, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    WhisperModel(tower).save_pretrained(folder / "whisper")
     (folder / "text").write_text("\n".join(map(sentence, range(400))))
     train_tokenizer([folder / "text"], folder / "tokenizer", size=300)
     shape = SmallLmConfig(
         hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=32, steps=2, batch=8
     )
     make_small_lm([folder / "text"], folder / "tokenizer", folder / "lm", shape, progress=False)
-    return {"encoder": str(folder / "whisper"), "llm": str(folder / "lm")}
+    return {"encoder": str(small_whisper), "llm": str(folder / "lm")}
