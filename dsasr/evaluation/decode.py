@@ -55,6 +55,10 @@ class DecodeConfig:
         if self.ctc_weight and self.beam == 1:
             raise UserError("decoding: ctc_weight needs a beam above 1")
 
+    def for_model(self, model: SpeechLLM) -> DecodeConfig:
+        """These settings without the weight of a CTC head that ``model`` lacks."""
+        return self if model.ctc is not None else replace(self, ctc_weight=0.0)
+
     def token_limit(self, seconds: float) -> int:
         """The most tokens, the end token included, in the transcript of ``seconds`` of audio."""
         tokens = math.ceil(self.tokens_per_second * seconds) + self.extra_tokens

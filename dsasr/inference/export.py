@@ -59,6 +59,7 @@ from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
 from dsasr.data.text.tokenizer_json import has_trained_tokenizer, write_tokenizer_json
 from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from dsasr.evaluation.decode import DecodeConfig
+from dsasr.evaluation.tuned import Tuned
 from dsasr.inference.ctc_head import find_head, reading_speller
 from dsasr.inference.model_from_run import speech_statistics
 from dsasr.model import lora
@@ -109,6 +110,7 @@ class ExportConfig:
     head: CtcHeadConfig = field(default_factory=CtcHeadConfig)
     phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)  # of the head's units
     speech: SpeechStatistics = field(default_factory=SpeechStatistics)  # of the training
+    tuned: Tuned = field(default_factory=Tuned)  # by `dsasr evaluate --tune`
     model_type: str = MODEL_TYPE
     architectures: tuple[str, ...] = ("DsasrModel",)
     format: int = FORMAT
@@ -190,6 +192,7 @@ def _write_model(
         head=recipe.model.pretrain.head,
         phonemizer=recipe.data.phonemizer,
         speech=speech_statistics(build),
+        tuned=Tuned.load(recipe.folder),
     )
     atomic_write(
         folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"

@@ -14,6 +14,7 @@ from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.stored_recipe import RECIPE
 from dsasr.checkpoint.tensor_fragments import FragmentError, PrefixReader
 from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.evaluation.tuned import Tuned
 from dsasr.inference.ctc_head import listen_with_head
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
@@ -26,13 +27,15 @@ from dsasr.utils.errors import UserError
 class RunModel:
     """A `SpeechLLM` restored from a run's ``checkpoint``, with the builder of the run's recipe.
 
-    It listens with the encoder's CTC head, where the run has one. ``speech``: of its training.
+    It listens with the encoder's CTC head, where the run has one. ``speech``: of its training;
+    ``tuned``: on its validation set.
     """
 
     build: Builder
     model: SpeechLLM
     checkpoint: Path
     speech: SpeechStatistics
+    tuned: Tuned
 
     @classmethod
     def from_run(cls, folder: str | Path, checkpoint: str = "") -> RunModel:
@@ -50,7 +53,8 @@ class RunModel:
             listen_with_head(model, build, reader)
         except FragmentError as error:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
-        return cls(build, model.to(device()).eval(), reader.folder, speech_statistics(build))
+        tuned = Tuned.load(build.recipe.folder)
+        return cls(build, model.to(device()).eval(), reader.folder, speech_statistics(build), tuned)
 
 
 def speech_statistics(build: Builder) -> SpeechStatistics:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 FRAME = 0.01  # seconds
-ABOVE_FLOOR = 9.0  # dB
+ABOVE_FLOOR = 6.0  # dB
 BELOW_PEAK = 35.0  # dB
 QUIET = -65.0  # dB of full scale: what lies below is silence
 _LEAST = 1e-10  # of power: -100 dB
