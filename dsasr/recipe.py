@@ -169,7 +169,9 @@ class EvaluationConfig:
     suite_utterances: NonNegativeInt = 0
     # the hallucination suite, smaller than the one of `dsasr evaluate`
     suite: SuiteConfig = field(
-        default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
+        default_factory=lambda: SuiteConfig(
+            clips=2, seconds=4.0, snrs=(5.0,), truncations=(), channels=()
+        )
     )
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ class Utterance:
     pause: float
     text: str
     tokens: int
+    lang: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SpeechStatistics:
 
     ``seconds``: of an utterance; ``pause``: the longest one inside it, in seconds; ``chars``:
     characters without spaces per second of speech, by script; ``tokens``: LLM tokens per second of
-    the utterance.
+    the utterance; ``langs``: the languages of each script.
     """
 
     utterances: int = 0
@@ -44,6 +45,7 @@ class SpeechStatistics:
     pause: tuple[float, ...] = ()
     tokens: tuple[float, ...] = ()
     chars: dict[str, tuple[float, ...]] | None = None
+    langs: dict[str, tuple[str, ...]] | None = None
 
     @classmethod
     def of(cls, utterances: Iterable[Utterance]) -> SpeechStatistics:
@@ -51,7 +53,9 @@ class SpeechStatistics:
         if not rows:
             return cls()
         rates: dict[str, list[float]] = {}
+        langs: dict[str, set[str]] = {}
         for u in rows:
+            langs.setdefault(script_of(u.text), set()).add(u.lang)
             rates.setdefault(script_of(u.text), []).append(characters(u.text) / u.spoken)
         return cls(
             len(rows),
@@ -59,6 +63,7 @@ class SpeechStatistics:
             _quantiles([u.pause for u in rows]),
             _quantiles([u.tokens / u.seconds for u in rows]),
             {script: _quantiles(values) for script, values in sorted(rates.items())},
+            {script: tuple(sorted(names)) for script, names in sorted(langs.items())},
         )
 
     def quantile(self, name: str, level: float) -> float | None:
@@ -72,11 +77,20 @@ class SpeechStatistics:
         values = (self.chars or {}).get(script_of(text))
         return (values[0], values[-1]) if values else None
 
+    def language(self, text: str) -> str:
+        """The language of ``text`` by its script: the only one that the training had in it, else
+        ``zh`` of Han text, else "" (not known)."""
+        script = script_of(text)
+        known = [name for name in (self.langs or {}).get(script, ()) if name]
+        if len(known) == 1:
+            return known[0]
+        return "zh" if script == HAN and text else ""
 
-def measure(wave: np.ndarray, rate: int, text: str, tokens: int) -> Utterance:
+
+def measure(wave: np.ndarray, rate: int, text: str, tokens: int, lang: str = "") -> Utterance:
     """One utterance of the training."""
     start, end, pause = spoken_part(wave, rate)
-    return Utterance(len(wave) / rate, end - start, pause, text, tokens)
+    return Utterance(len(wave) / rate, end - start, pause, text, tokens, lang)
 
 
 def script_of(text: str) -> str:

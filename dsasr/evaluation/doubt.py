@@ -1,13 +1,4 @@
-"""Doubt: why the text of a segment may be wrong, from the segment alone.
-
-cut         it was cut off at the token limit
-too_long    more characters than anyone says in so much speech (training's 99.9% quantile)
-too_short   fewer than anyone says (training's 0.1% quantile)
-loop        the same words again and again
-chat        a phrase of an assistant, of the prompt, or of subtitles
-unheard     the CTC head did not hear its phonemes
-join        two overlapping pieces have no word in common (`dsasr.inference.joining`)
-"""
+"""Doubt: why the text of a segment may be wrong, by the segment alone; `MEANING` has the kinds."""
 
 from __future__ import annotations
 
@@ -17,7 +8,17 @@ from dsasr.data.speech_statistics import SpeechStatistics, characters
 from dsasr.evaluation.hallucination import HallucinationConfig, chat_phrase, max_repeats
 from dsasr.evaluation.normalize import units
 
-KINDS = ("cut", "too_long", "too_short", "loop", "chat", "unheard", "join")
+# Rates are compared with the training's 99.9% and 0.1% quantiles; `dsasr.inference.joining` doubts
+# joins.
+MEANING = {
+    "cut": "cut off at the token limit",
+    "too_long": "more text than anyone says in that time",
+    "too_short": "less text than anyone says in that time",
+    "loop": "the same words again and again",
+    "chat": "a phrase of an assistant, the prompt or subtitles",
+    "unheard": "the encoder did not hear these words",
+    "join": "two overlapping pieces have no word in common",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def find_doubt(
     config: DoubtConfig,
     lang: str = "",
 ) -> tuple[str, ...]:
-    """The `KINDS` of doubt about ``text`` for ``seconds`` of speech, but join.
+    """The kinds of doubt (`MEANING`) about ``text`` for ``seconds`` of speech, but join.
 
     ``heard``: nats per phoneme below what the CTC head wrote (0 or negative); None: unknown.
     """

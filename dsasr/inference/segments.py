@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsasr.data.audio.activity import spoken_part
+from dsasr.data.audio.resampling import RATE
 from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.evaluation.decode import Detokenizer, Hypothesis
 from dsasr.evaluation.doubt import DoubtConfig, find_doubt
-from dsasr.evaluation.normalize import scored_lang
 from dsasr.evaluation.witness import Heard, HeardSpan
 from dsasr.inference.segmentation import AudioSegment
 from dsasr.inference.transcript import Alternative, Segment, Token, Word, spread
@@ -45,7 +46,7 @@ def make_segment(
     confidence = sum(confidences) / max(len(confidences), 1)
     heard = best.heard
     margin = None if heard is None else round(heard.margin_per_unit, 3)
-    language = scored_lang(lang, best.text)
+    language = lang or rules.speech.language(best.text)
     words, phonemes = _times(audio, best.text, heard, rules.frame_seconds)
     return Segment(
         start=round(audio.start, 3),
@@ -58,7 +59,7 @@ def make_segment(
         or not best.text,
         finished=best.finished,
         tokens=tokens_of(best, rules.tokenizer),
-        language=language if best.text else lang,
+        language=language,
         heard=margin,
         doubt=find_doubt(
             best.text,
@@ -93,12 +94,15 @@ def _times(
     audio: AudioSegment, text: str, heard: Heard | None, frame_seconds: float
 ) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
     """The words and the phonemes of ``text`` with their times in the file."""
-    end = audio.start + audio.seconds
+    # A head's frames at the edges reach into the silence: no word is there.
+    first, last, _ = spoken_part(audio.wave.numpy(), RATE)
+    begin, end = audio.start + first, audio.start + (last or audio.seconds)
     if heard is None or not heard.words:
-        return spread(text, audio.start, end), ()
+        return spread(text, begin, end), ()
 
     def placed(span: HeardSpan) -> Word:
-        start, stop = (min(audio.start + f * frame_seconds, end) for f in (span.start, span.end))
+        frames = (span.start, span.end)
+        start, stop = (min(max(audio.start + f * frame_seconds, begin), end) for f in frames)
         return Word(span.text, round(start, 3), round(stop, 3), round(span.confidence, 4))
 
     return tuple(map(placed, heard.words)), tuple(map(placed, heard.phonemes))

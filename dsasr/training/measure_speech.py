@@ -46,5 +46,5 @@ def statistics(builder: Builder, samples: int = SAMPLES) -> SpeechStatistics:
             continue
         for r in recordings:
             tokens = len(builder.tokenizer.encode(r.text)) + 1
-            rows.append(measure(r.wave, rate, r.text, tokens))
+            rows.append(measure(r.wave, rate, r.text, tokens, r.lang))
     return SpeechStatistics.of(rows)

@@ -152,7 +152,7 @@ class Table:
             prefixes = [[step.token for step in beam.path()] for beam in search.active]
             search.advance(torch.stack([self.logits(ids) for ids in prefixes]))
             steps += 1
-        return search.best(0), steps
+        return search.best(0)[0][1], steps
 
 
 @pytest.mark.parametrize(("width", "penalty"), [(2, 1.0), (2, 0.0), (5, 0.6), (10, 1.0)])

@@ -18,8 +18,11 @@ import torch
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
-from dsasr.inference.recognizer import Recognizer, Token, _srt_time
+from dsasr.inference.recognizer import Recognizer
 from dsasr.inference.segmentation import SegmentationConfig
+from dsasr.inference.segments import tokens_of
+from dsasr.inference.subtitles import _time
+from dsasr.inference.transcript import Token
 from dsasr.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -40,16 +43,16 @@ def batches(monkeypatch) -> list[int]:
     """Sizes of the decoded batches; the text of a segment is its length in seconds."""
     sizes: list[int] = []
 
-    def decode(_model, batch, tokenizer, _config):
+    def decode(_model, batch, tokenizer, _config, **_options):
         sizes.append(len(batch))
         hypotheses = []
         for key, seconds in zip(batch.keys, batch.durations, strict=True):
             ids = tuple(ord(c) for c in f"{seconds:.1f}")
             entropies = (*(0.1 * i for i in range(len(ids))), 0.0)
-            hypotheses.append(Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies))
+            hypotheses.append([Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies)])
         return hypotheses
 
-    monkeypatch.setattr("dsasr.inference.recognizer.decode", decode)
+    monkeypatch.setattr("dsasr.inference.recognizer.decode_nbest", decode)
     return sizes
 
 
@@ -103,7 +106,7 @@ def test_quiet_or_uncertain_is_probably_no_speech(recognizer, batches, monkeypat
     assert segment.no_speech and segment.text  # left out of the transcription's text only
     assert recognizer.transcribe(tmp_path / "hiss.wav").text == ""
     uncertain = Hypothesis("0", (65, 66), "AB", -9.0, (3.0, 3.0, 3.0))
-    monkeypatch.setattr("dsasr.inference.recognizer.decode", lambda *_: [uncertain])
+    monkeypatch.setattr("dsasr.inference.recognizer.decode_nbest", lambda *_, **__: [[uncertain]])
     assert recognizer.transcribe(write(tmp_path / "a.wav", 1.0)).segments[0].no_speech
 
 
@@ -116,7 +119,7 @@ def test_less_than_any_word_takes_is_probably_no_speech(recognizer, batches, tmp
 
 def test_a_character_of_two_tokens_belongs_to_the_second(recognizer):
     hypothesis = Hypothesis("0", (65, 0, 1, 66), "AéB", -1.0, (0.0, 0.0, 0.0, 0.0, 0.0))
-    assert [t.text for t in recognizer._tokens(hypothesis)] == ["A", "", "é", "B"]
+    assert [t.text for t in tokens_of(hypothesis, Letters())] == ["A", "", "é", "B"]
 
 
 def test_subtitles(recognizer, batches, tmp_path):
@@ -124,8 +127,8 @@ def test_subtitles(recognizer, batches, tmp_path):
     first, second = srt.split("\n\n")
     assert first == "1\n00:00:00,000 --> 00:00:02,200\n2.2"
     assert second.startswith("2\n00:00:02,8")
-    assert _srt_time(3725.0415) == "01:02:05,042"
-    assert _srt_time(59.9996) == "00:01:00,000"
+    assert _time(3725.0415, ",") == "01:02:05,042"
+    assert _time(59.9996, ".") == "00:01:00.000"
 
 
 def test_a_bad_file_raises_or_is_left_out(recognizer, batches, tmp_path):
@@ -196,7 +199,7 @@ def test_the_command_takes_the_models_beam_and_names_what_was_cut(
             for key, seconds in zip(batch.keys, batch.durations, strict=True)
         ]
 
-    monkeypatch.setattr("dsasr.inference.recognizer.decode", decode)
+    monkeypatch.setattr("dsasr.inference.recognizer.decode_nbest", decode)
     wide = replace(recognizer, decode=DecodeConfig(beam=7))
     monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder: wide)
     audio = write(tmp_path / "a.wav", 2.0, 4.0, 5.0)
