@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dsasr.inference.transcript import Segment, Word, cut_text, spread
+from dsasr.inference.transcript import Segment
+from dsasr.inference.words import Word, cut_text, spread
 
 SECONDS = 0.4  # by which the times of a word may differ on both sides
 JOIN = "join"  # the doubt about a join without a common word
@@ -59,7 +60,15 @@ def _part(
     start, end = (kept[0].start, kept[-1].end) if kept else (segment.start, segment.end)
     phonemes = tuple(p for p in segment.phonemes if start <= (p.start + p.end) / 2 <= end)
     return replace(
-        segment, text=text, words=kept, phonemes=phonemes, doubt=doubt, alternatives=(), tokens=()
+        segment,
+        start=start,
+        end=end,
+        text=text,
+        words=kept,
+        phonemes=phonemes,
+        doubt=doubt,
+        alternatives=(),
+        tokens=(),
     )
 
 

@@ -229,14 +229,16 @@ class Cutter:
         if first > margin:
             self._drop(first)  # so that the piece may reach as far as its limit
             return None
-        gaps = np.flatnonzero(np.diff(spoken) > self._frames(cfg.pause_seconds))
-        end = int(spoken[gaps[0]]) + 1 if len(gaps) else int(spoken[-1]) + 1
+        pause = self._frames(cfg.pause_seconds)
+        edges = np.append(spoken, len(self._speech) + (pause if at_end else 0))
+        gaps = np.flatnonzero(np.diff(edges) > pause)
+        end = int(spoken[gaps[0]]) + 1 if len(gaps) else len(self._speech)
         if self._is_click(spoken[spoken < end], end):
             self._drop(end)
             return None
-        following = int(spoken[gaps[0] + 1]) if len(gaps) else len(self._speech)
+        following = min(int(edges[gaps[0] + 1]), len(self._speech)) if len(gaps) else end
         whole = max(limit, self._frames(cfg.whole_seconds))
-        if end - first <= whole and (len(gaps) or at_end):
+        if len(gaps) and end - first <= whole:
             stop = min(end + margin, following, max(end, first + whole))
             return first, stop, stop, 0
         cut = self._short_pause(first, limit)

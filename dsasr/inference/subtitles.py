@@ -6,14 +6,24 @@ import html
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dsasr.data.text.scripts import HAN_CHARACTER
-from dsasr.inference.transcript import Segment, Word, spread
+from dsasr.inference.words import Word, spread
 
 LINE = 42  # columns of a line; a wide character (Han, kana) takes two
 LINES = 2  # of a subtitle
 PAUSE = 0.8  # seconds without a word that end a subtitle
 LONGEST = 6.0  # seconds of a subtitle
+
+
+class Spoken(Protocol):
+    """A stretch of text with its times in seconds; ``words`` may be empty."""
+
+    text: str
+    start: float
+    end: float
+    words: tuple[Word, ...]
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Cue:
     lines: tuple[str, ...]
 
 
-def cues(segments: Sequence[Segment]) -> Iterator[Cue]:
+def cues(segments: Sequence[Spoken]) -> Iterator[Cue]:
     """The subtitles of ``segments``; each begins and ends with a segment's words."""
     for segment in segments:
         words = segment.words or spread(segment.text, segment.start, segment.end)
@@ -47,7 +57,7 @@ def cues(segments: Sequence[Segment]) -> Iterator[Cue]:
             yield Cue(group[0].start, group[-1].end, tuple(lines))
 
 
-def srt(segments: Sequence[Segment]) -> str:
+def srt(segments: Sequence[Spoken]) -> str:
     """As SubRip."""
     return "\n".join(
         f"{number}\n{_time(c.start, ',')} --> {_time(c.end, ',')}\n{chr(10).join(c.lines)}\n"
@@ -55,7 +65,7 @@ def srt(segments: Sequence[Segment]) -> str:
     )
 
 
-def vtt(segments: Sequence[Segment]) -> str:
+def vtt(segments: Sequence[Spoken]) -> str:
     """As WebVTT; its text is escaped."""
     body = (
         f"{_time(c.start, '.')} --> {_time(c.end, '.')}\n"

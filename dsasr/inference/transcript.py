@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dsasr.data.text.scripts import HAN_SPACES
-from dsasr.entropy_allocation.forced_alignment import words_of
+from dsasr.inference import subtitles
+from dsasr.inference.words import Word
 
 
 @dataclass(frozen=True)
@@ -16,18 +16,6 @@ class Token:
 
     text: str
     confidence: float
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word with its times in seconds of the file. ``confidence``: how surely the CTC head heard
-    its phonemes (`dsasr.evaluation.witness`); None where the head cannot say, and then the times
-    are its share of the segment's, by characters."""
-
-    text: str
-    start: float
-    end: float
-    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,15 +99,11 @@ class Transcription:
 
     def to_srt(self) -> str:
         """As SubRip subtitles (`dsasr.inference.subtitles`)."""
-        from dsasr.inference.subtitles import srt
-
-        return srt(self.spoken)
+        return subtitles.srt(self.spoken)
 
     def to_vtt(self) -> str:
         """As WebVTT subtitles (`dsasr.inference.subtitles`)."""
-        from dsasr.inference.subtitles import vtt
-
-        return vtt(self.spoken)
+        return subtitles.vtt(self.spoken)
 
     def to_nbest(self) -> str:
         """One line for each hypothesis of each segment: start, end, rank, score and text, with
@@ -129,25 +113,3 @@ class Transcription:
             for s in self.spoken
             for rank, a in enumerate(s.alternatives or (Alternative(s.text, 0.0, 0.0),), 1)
         )
-
-
-def spread(text: str, start: float, end: float) -> tuple[Word, ...]:
-    """The words of ``text`` over the seconds from ``start`` to ``end``, by their characters."""
-    words = words_of(text)
-    total, at, out = sum(map(len, words)), 0, []
-    for word in words:
-        edges = [start + (end - start) * done / total for done in (at, at + len(word))]
-        out.append(Word(word, *(round(edge, 3) for edge in edges)))
-        at += len(word)
-    return tuple(out)
-
-
-def cut_text(text: str, words: Sequence[Word], first: int, stop: int) -> str:
-    """The part of ``text`` from word ``first`` to before word ``stop``; ``words`` are all of its
-    words, in order."""
-    spans, at = [], 0
-    for word in words:
-        at = text.index(word.text, at)
-        spans.append((at, at + len(word.text)))
-        at += len(word.text)
-    return text[spans[first][0] : spans[stop - 1][1]] if first < stop else ""

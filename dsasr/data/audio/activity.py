@@ -1,8 +1,9 @@
 """Which frames of a recording hold sound: by energy above a tracked noise floor (**ours**).
 
-The mean is removed first (a constant offset is no sound). The floor is a low quantile of the
+A constant offset is removed first: it is no sound. The floor is a low quantile of the
 smoothed power. A frame is active where it is `ABOVE_FLOOR` dB above the floor, within `BELOW_PEAK`
-dB of the loudest frames around it, and above `QUIET`.
+dB of the loudest frames around it, and above `QUIET`. Loud sound without a pause has no floor to be
+above: what is above `LOUD` and near the loudest frames is active as well.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ FRAME = 0.01  # seconds
 ABOVE_FLOOR = 6.0  # dB
 BELOW_PEAK = 35.0  # dB
 QUIET = -65.0  # dB of full scale: what lies below is silence
+LOUD, NEAR_PEAK = -40.0, 10.0  # dB
 _LEAST = 1e-10  # of power: -100 dB
 
 
 def frame_power(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Mean square of each frame of 10 ms without its mean over half a second; the last frame may
-    be shorter."""
+    """Mean square of each frame of 10 ms, around the median of the half second that it is in; the
+    last frame may be shorter."""
     size, span = max(int(FRAME * rate), 1), max(int(rate * 0.5), 1)
     power = []
     for start in range(0, len(wave), span - span % size or size):
         part = np.asarray(wave[start : start + (span - span % size or size)], np.float64)
-        part = part - part.mean()
+        part = part - np.median(part)  # the mean would move with a click
         whole = len(part) // size * size
         power.append(np.square(part[:whole]).reshape(-1, size).mean(axis=1))
         if whole < len(part):
@@ -44,7 +46,8 @@ def active_frames(power_db: np.ndarray, floor_db: float | None = None) -> np.nda
     if floor_db is not None:
         floor = min(floor, floor_db)
     peak = float(np.quantile(power_db, 0.95))
-    threshold = max(floor + ABOVE_FLOOR, peak - BELOW_PEAK, QUIET)
+    above = min(floor + ABOVE_FLOOR, max(peak - NEAR_PEAK, LOUD))
+    threshold = max(above, peak - BELOW_PEAK, QUIET)
     return power_db > threshold
 
 
