@@ -13,7 +13,8 @@ from dsasr.evaluation.decode import Detokenizer, Hypothesis
 from dsasr.evaluation.doubt import DoubtConfig, find_doubt
 from dsasr.evaluation.witness import Heard, HeardSpan
 from dsasr.inference.segmentation import AudioSegment
-from dsasr.inference.transcript import Alternative, Segment, Token, Word, spread
+from dsasr.inference.transcript import Alternative, Segment, Token
+from dsasr.inference.words import Word, spread
 
 
 @dataclass(frozen=True)
