@@ -6,7 +6,7 @@ the pretrain branch, and serves as a witness of transcripts and for their times.
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from dsasr.data.text.phonemes import Phonemizer, Speller
 from dsasr.entropy_allocation.frame_labels import word_phonemizer
 from dsasr.model.ctc import CtcHead
 from dsasr.model.speech_llm import SpeechLLM
+from dsasr.utils.errors import UserError
 
 _WEIGHT = "ctc.project.weight"
 
@@ -28,8 +29,12 @@ def find_head(build: Builder, reader: FragmentReader) -> PrefixReader | None:
 
     Of a concurrent run they lie in the newest snapshot of its encoder.
     """
-    if not Path(build.recipe.data.phonemes or "/").is_file():
-        return None
+    with contextlib.suppress(UserError):  # no phonemes are named, or their file is gone
+        return _head_weights(build, reader) if build.phonemes else None
+    return None
+
+
+def _head_weights(build: Builder, reader: FragmentReader) -> PrefixReader | None:
     for prefix in ("sft/", "pretrain/"):
         if prefix + _WEIGHT in reader.shapes:
             return PrefixReader(reader, prefix)

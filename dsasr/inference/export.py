@@ -44,6 +44,7 @@ from dsasr.checkpoint.export_folder import (
     LLM,
     LLM_FILES,
     MODEL_TYPE,
+    PHONEMES,
     read_values,
     verify,
     write_checksums,
@@ -198,7 +199,7 @@ def _write_model(
         folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"
     )
     if head is not None:
-        shutil.copyfile(recipe.data.phonemes, folder / "phonemes.json")
+        build.phonemes.save(folder / PHONEMES)
     if recipe.pretrained_encoder is None:
         build.cmvn.save(folder / CMVN)
     llm = folder / LLM
@@ -360,7 +361,7 @@ def load_export(folder: str | Path, attn: str = "") -> Export:
     ctc, spell, reads_ctc = None, None, export_config.adaptor.reads_ctc
     if export_config.units:
         phonemizer = build_phonemizer(export_config.phonemizer, tokenizer)
-        spell = reading_speller(phonemizer, PhonemeVocab.load(folder / "phonemes.json"))
+        spell = reading_speller(phonemizer, PhonemeVocab.load(folder / PHONEMES))
         ctc = CtcHead(encoder.width, export_config.units, export_config.head)
     units = export_config.units if reads_ctc else 0
     model = SpeechLLM(
