@@ -169,9 +169,7 @@ class EvaluationConfig:
     suite_utterances: NonNegativeInt = 0
     # the hallucination suite, smaller than the one of `dsasr evaluate`
     suite: SuiteConfig = field(
-        default_factory=lambda: SuiteConfig(
-            clips=2, seconds=4.0, snrs=(5.0,), truncations=(), channels=()
-        )
+        default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
     )
 
     def __post_init__(self) -> None:

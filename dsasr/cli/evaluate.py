@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.evaluation import error_analysis, results_text
     from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
     from dsasr.evaluation.results import compare
-    from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
+    from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
     from dsasr.inference.evaluated_model import EvaluatedModel
     from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tune_run(args, evaluated, recordings, rules)
     config = RECORDINGS_ONLY
     if args.suite:
-        config = replace(SuiteConfig(), clips=args.clips)
+        config = replace(SuiteConfig(), clips=args.clips, channels=USUAL_CHANNELS)
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
     results = evaluated.transcribe(
         recordings, config, beam=args.beam, suite_utterances=args.suite_utterances, progress=bar

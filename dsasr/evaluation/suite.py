@@ -32,6 +32,7 @@ from dsasr.utils.ranges import Decibels, NonNegativeInt, Range
 
 CLEAN, RECORDED = "clean", "recorded"  # conditions
 CHANNELS = ("quiet", "padded", "band", *channel.CODECS)
+USUAL_CHANNELS = ("quiet", "padded", "band", "ulaw", "mp3")  # of `dsasr evaluate --suite`
 _LEVEL = 0.05  # RMS of synthesized sounds: −26 dB of full scale, a usual speech level
 _UNDETERMINED = "und"  # ISO 639-2's tag of what is in no language
 
@@ -52,7 +53,7 @@ class SuiteConfig:
     truncations: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = (0.5,)
     # what lies between speaker and file, one copy of every utterance each: quiet (18 dB less),
     # padded (half a second of silence on both sides), band (8 kHz sampling), ulaw, gsm, mp3, opus
-    channels: tuple[str, ...] = ("quiet", "padded", "band", "ulaw", "mp3")
+    channels: tuple[str, ...] = ()
     seed: NonNegativeInt = 0  # of the noise
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class SuiteConfig:
 
 
 # A suite of the recordings as they are.
-RECORDINGS_ONLY = SuiteConfig(nonspeech=(), snrs=(), noises=(), truncations=(), channels=())
+RECORDINGS_ONLY = SuiteConfig(nonspeech=(), snrs=(), noises=(), truncations=())
 
 
 @dataclass(frozen=True)

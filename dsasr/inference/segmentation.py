@@ -41,6 +41,9 @@ class SegmentationConfig:
     pause_seconds: float = 0.5  # a pause of this length ends a piece
     # where speech goes on longer than a piece may be, it is cut at a pause of at least this
     short_pause_seconds: float = 0.06
+    # a stretch is cut at a pause of this, too, where both sides are `least_seconds` long; 0: not
+    likely_pause_seconds: float = 0.0
+    least_seconds: float = 0.0
     margin_seconds: float = 0.2  # of a pause, stays on both sides of a piece
     overlap_seconds: float = 1.5  # of two pieces without a pause between them
     # speech of less than this within `isolated_seconds` is a click: no word is as short
@@ -58,8 +61,8 @@ class SegmentationConfig:
     @classmethod
     def trained_with(cls, speech: SpeechStatistics, max_seconds: float) -> SegmentationConfig:
         """Pieces like the utterances of a training: no longer than 95% of them (between two pauses:
-        99.9%), and cut at a pause longer than 99% of them have. Where that is not known: up to
-        ``max_seconds``."""
+        99.9%), cut at a pause longer than 99% of them have, and at one longer than 95% have where
+        both sides are as long as an utterance. Where that is not known: up to ``max_seconds``."""
         longest, pause = speech.quantile("seconds", 0.95), speech.quantile("pause", 0.99)
         config = cls(max_seconds=max(1.0, min(longest or max_seconds, max_seconds)))
         if pause is None:
@@ -69,6 +72,8 @@ class SegmentationConfig:
             pause_seconds=min(0.5, max(0.1, pause), config.max_seconds / 2),
             overlap_seconds=min(config.overlap_seconds, config.max_seconds / 3),
             whole_seconds=max(config.max_seconds, speech.quantile("seconds", 0.999)),
+            likely_pause_seconds=max(0.08, speech.quantile("pause", 0.95) + 0.02),
+            least_seconds=speech.quantile("seconds", 0.001),
         )
 
 
@@ -239,6 +244,9 @@ class Cutter:
         following = min(int(edges[gaps[0] + 1]), len(self._speech)) if len(gaps) else end
         whole = max(limit, self._frames(cfg.whole_seconds))
         if len(gaps) and end - first <= whole:
+            likely = self._likely_pause(first, end)
+            if likely is not None:
+                return first, likely, likely, 0
             stop = min(end + margin, following, max(end, first + whole))
             return first, stop, stop, 0
         cut = self._short_pause(first, limit)
@@ -246,6 +254,25 @@ class Cutter:
             return first, cut, cut, 0
         overlap = min(self._frames(cfg.overlap_seconds), limit // 2)
         return first, first + limit, first + limit - overlap, overlap
+
+    def _likely_pause(self, first: int, end: int) -> int | None:
+        """The middle of the longest pause that may be one between two utterances."""
+        cfg = self.config
+        if not cfg.likely_pause_seconds:
+            return None
+        least, size = self._frames(cfg.least_seconds), self._frames(cfg.likely_pause_seconds)
+        low, high = first + least, end - least
+        if high <= low:
+            return None
+        found = [
+            (b - a, a, b)
+            for a, b in runs(self._speech[:end] < SPEECH)
+            if b - a >= size and a >= low and b <= high
+        ]
+        if not found:
+            return None
+        _, a, b = max(found)
+        return (a + b) // 2 + 1
 
     def _is_click(self, spoken: np.ndarray, end: int) -> bool:
         cfg = self.config

@@ -90,6 +90,11 @@ def test_pieces_are_like_the_utterances_of_the_training():
     wave = np.concatenate([speech(1.4), silence(0.17), speech(1.4), silence(0.13), speech(1.0)])
     found = [round(s.start + s.seconds, 2) for s in split_audio(audio(wave), config)]
     assert found == [1.57, 4.1]
+    # A shorter pause counts where both sides are as long as an utterance.
+    wave = np.concatenate([speech(1.2), silence(0.13), speech(1.2), silence(1.0), speech(2.0)])
+    wave[int(4.1 * RATE) : int(4.23 * RATE)] *= 1e-4
+    found = [round(s.start + s.seconds, 2) for s in split_audio(audio(wave), config)]
+    assert found == [1.27, 2.73, 5.53]
 
 
 def test_one_channel_of_several():

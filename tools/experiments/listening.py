@@ -97,9 +97,17 @@ def long_rows(args: argparse.Namespace) -> Iterator[Row]:
     clips = clips_of(args.corpus, args.split, args.clips)
     reference = [mixed(text) for _, text, _ in clips]
     total = sum(map(len, reference))
-    alone = list(recognizer.transcribe_all([Samples(wave) for wave, _, _ in clips]))
-    edits = sum(count_edits(r, mixed(t.text)).errors for r, t in zip(reference, alone, strict=True))
-    yield {"audio": "clip by clip", "clips": len(clips), "errors": round(100 * edits / total, 2)}
+    for kind in args.kinds:
+        rng = np.random.default_rng(0)
+        waves = [Samples(degraded(wave, kind, rng)) for wave, _, _ in clips]
+        alone = recognizer.transcribe_all(waves)
+        edits = sum(
+            count_edits(r, mixed(t.text)).errors for r, t in zip(reference, alone, strict=True)
+        )
+        yield {
+            "audio": "clip by clip", "kind": kind, "clips": len(clips),
+            "errors": round(100 * edits / total, 2),
+        }  # fmt: skip
     rng = np.random.default_rng(0)
     for gap in args.gaps:
         for kind in args.kinds:
@@ -248,7 +256,7 @@ def witness_rows(args: argparse.Namespace) -> Iterator[Row]:
     curve, and the share that a threshold set on ``valid`` at 1% false alarms catches; then errors
     with rescoring."""
     from dsasr.evaluation.eval_sets import read_recordings
-    from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
+    from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
     from dsasr.inference.evaluated_model import EvaluatedModel
 
     torch.set_num_threads(1)
@@ -260,7 +268,9 @@ def witness_rows(args: argparse.Namespace) -> Iterator[Row]:
     )  # fmt: skip
     beam = args.beam or 1
     before = evaluated.transcribe(valid, RECORDINGS_ONLY, beam=beam).rows
-    rows = evaluated.transcribe(test, SuiteConfig(clips=args.nonspeech), beam=beam).rows
+    rows = evaluated.transcribe(
+        test, SuiteConfig(clips=args.nonspeech, channels=USUAL_CHANNELS), beam=beam
+    ).rows
     rows = [row for row in rows if row.hypothesis]
     right = [row for row in before if row.hypothesis and row.hypothesis == row.reference]
     wrong = np.array([row.wrong for row in rows])

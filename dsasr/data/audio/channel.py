@@ -38,17 +38,20 @@ def pad_silence(
 ) -> Tensor:
     """``wave`` [n] with silence around it, ``before`` and ``after`` in seconds.
 
-    Half of the time it is digital zero, else white noise at −100 to −60 dB of full scale: devices
-    differ, and a model must not hear speech in either (**ours**).
+    Half of the time it is digital zero, else a device's: white noise at −100 to −45 dB of full
+    scale, a third of the time with a mains hum of up to −45 dB, under the speech as well. Devices
+    differ, and a model must not hear speech in any of them (**ours**).
     """
-    digital, level = rng.uniform() < 0.5, 10 ** (rng.uniform(-100, -60) / 20)
-    sides = []
-    for seconds in (before, after):
-        side = np.zeros(int(seconds * rate), np.float32)
-        if not digital:
-            side = (level * rng.standard_normal(len(side))).astype(np.float32)
-        sides.append(torch.from_numpy(side))
-    return torch.cat((sides[0], wave, sides[1]))
+    sides = (torch.zeros(int(seconds * rate)) for seconds in (before, after))
+    padded = torch.cat((next(sides), wave, next(sides)))
+    if rng.uniform() < 0.5:
+        return padded
+    noise = 10 ** (rng.uniform(-100, -45) / 20) * rng.standard_normal(len(padded))
+    if rng.uniform() < 1 / 3:
+        hertz, level = rng.choice((50.0, 60.0)), 10 ** (rng.uniform(-80, -45) / 20)
+        phases = 2 * np.pi * (hertz * np.arange(len(padded)) / rate + rng.uniform())
+        noise += level * np.sqrt(2) * np.sin(phases)
+    return (padded + torch.from_numpy(noise.astype(np.float32))).clamp(-1, 1)
 
 
 @one_thread()
@@ -56,7 +59,8 @@ def band_limit(wave: Tensor, band: int, rate: int = RATE) -> Tensor:
     """``wave`` [n] as it sounds through a channel sampled at ``band`` Hz (8000: a telephone)."""
     if not len(wave) or band >= rate:
         return wave
-    return _same_length(resample(resample(wave, rate, band), band, rate), len(wave))
+    limited = resample(resample(wave, rate, band), band, rate)
+    return _same_length(limited, len(wave)).clamp(-1, 1)
 
 
 @one_thread()
@@ -73,7 +77,7 @@ def through_codec(wave: Tensor, codec: str, rate: int = RATE) -> Tensor:
     decoded, _ = soundfile.read(file, dtype="float32")
     if kind == "MP3" and len(decoded) > len(source):
         decoded = decoded[_MP3_DELAY:]
-    return _same_length(resample(torch.from_numpy(decoded), inner, rate), len(wave))
+    return _same_length(resample(torch.from_numpy(decoded), inner, rate), len(wave)).clamp(-1, 1)
 
 
 def amplify(wave: Tensor, decibels: float) -> Tensor:
