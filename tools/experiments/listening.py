@@ -5,6 +5,7 @@
     python tools/experiments/listening.py memory runs/demo corpus/demo --minutes 60
     python tools/experiments/listening.py times runs/demo --sentences 100
     python tools/experiments/listening.py witness runs/demo corpus/demo
+    python tools/experiments/listening.py channels runs/demo corpus/demo
 
 Each prints its rows, and appends them to ``--out`` as JSON lines.
 """
@@ -275,6 +276,8 @@ def witness_rows(args: argparse.Namespace) -> Iterator[Row]:
     right = [row for row in before if row.hypothesis and row.hypothesis == row.reference]
     wrong = np.array([row.wrong for row in rows])
     invented = np.array([row.hallucinated for row in rows])
+    # Without those that are neither right nor wrong, which have some errors.
+    clear = wrong | np.array([row.hypothesis == row.reference for row in rows])
     for name, value in SIGNALS.items():
         scores = np.array([value(row) for row in rows])
         threshold = float(np.quantile([value(row) for row in right], 0.99))
@@ -282,6 +285,7 @@ def witness_rows(args: argparse.Namespace) -> Iterator[Row]:
         yield {
             "signal": name, "beam": beam, "transcripts": len(rows),
             "wrong": int(wrong.sum()), "auc_wrong": round(area(scores, wrong), 3),
+            "auc_wrong_or_right": round(area(scores[clear], wrong[clear]), 3),
             "hallucinated": int(invented.sum()),
             "auc_hallucinated": round(area(scores, invented), 3),
             "caught_hallucinated": share(caught, invented), "caught_wrong": share(caught, wrong),
@@ -310,6 +314,29 @@ def share(caught: np.ndarray, of: np.ndarray) -> str:
         return "none"
     low, high = wilson(hits, count)
     return f"{100 * hits / count:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def channel_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Errors on test clips as they are and through each channel of the suite."""
+    from dsasr.evaluation.eval_sets import read_recordings
+    from dsasr.evaluation.suite import CLEAN, RECORDINGS_ONLY, USUAL_CHANNELS
+    from dsasr.inference.evaluated_model import EvaluatedModel
+
+    torch.set_num_threads(1)
+    evaluated = EvaluatedModel.open(args.model)
+    test, _ = read_recordings(
+        str(args.corpus / "shards" / args.split), text=evaluated.text, limit=args.clips
+    )
+    suite = replace(RECORDINGS_ONLY, channels=USUAL_CHANNELS)
+    results = evaluated.transcribe(test, suite, beam=args.beam)
+    for condition in (CLEAN, *USUAL_CHANNELS):
+        rows = [row for row in results.rows if row.condition == condition]
+        pairs = [(mixed(row.reference), mixed(row.hypothesis)) for row in rows]
+        edits = np.array([count_edits(*pair).errors for pair in pairs])
+        counts = np.array([len(reference) for reference, _ in pairs])
+        doubtful = sum(bool(row.doubt) for row in rows)
+        row = {"condition": condition, "clips": len(rows), "doubtful": doubtful}
+        yield row | rate_row(edits, counts)
 
 
 def rescoring_rows(args, evaluated, valid, test) -> Iterator[Row]:
@@ -353,7 +380,9 @@ def loaded(args: argparse.Namespace) -> Recognizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("long", "clicks", "memory", "times", "witness"))
+    parser.add_argument(
+        "what", choices=("long", "clicks", "memory", "times", "witness", "channels")
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("corpus", type=Path, nargs="?", help="the demo's corpus")
     parser.add_argument("--clips", type=int, default=0, help="of the test set; 0: all")
@@ -371,7 +400,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = {
         "long": long_rows, "clicks": click_rows, "memory": memory_rows, "times": time_rows,
-        "witness": witness_rows,
+        "witness": witness_rows, "channels": channel_rows,
     }[args.what]  # fmt: skip
     for row in rows(args):
         line = json.dumps({"measured": args.what, "vad": args.vad} | row, ensure_ascii=False)
