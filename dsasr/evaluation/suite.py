@@ -163,7 +163,8 @@ def through_channel(wave: np.ndarray, name: str, rate: int, rng: np.random.Gener
     if name == "quiet":
         return channel.amplify(samples, -18.0).numpy()
     if name == "padded":
-        return channel.pad_silence(samples, 0.5, 0.5, rng, rate).numpy()
+        before, after = (silence(rate // 2, rate, rng) for _ in range(2))
+        return np.concatenate((before, samples.numpy(), after))
     if name == "band":
         return channel.band_limit(samples, channel.TELEPHONE, rate).numpy()
     return channel.through_codec(samples, name, rate).numpy()
