@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,8 @@ from dsasr.checkpoint import architecture
 from dsasr.checkpoint.export_folder import (
     CMVN,
     ENCODER,
-    FORMAT,
     LLM,
     LLM_FILES,
-    MODEL_TYPE,
     PHONEMES,
     read_values,
     verify,
@@ -51,21 +49,19 @@ from dsasr.checkpoint.export_folder import (
 )
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
-from dsasr.data.audio.features import Cmvn, FbankConfig
-from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
-from dsasr.data.speech_statistics import SpeechStatistics
-from dsasr.data.text.normalization import TextConfig
+from dsasr.data.audio.features import Cmvn
+from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
+from dsasr.data.text.phonemes import build_phonemizer
 from dsasr.data.text.tokenizer_json import has_trained_tokenizer, write_tokenizer_json
-from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
-from dsasr.evaluation.decode import DecodeConfig
+from dsasr.data.text.tokenizers import check_tokenizer, load_tokenizer
 from dsasr.evaluation.tuned import Tuned
 from dsasr.inference.ctc_head import find_head, reading_speller
+from dsasr.inference.export_config import Export, ExportConfig, PromptIds
 from dsasr.inference.model_from_run import speech_statistics
 from dsasr.model import lora
-from dsasr.model.adaptors.protocol import AdaptorConfig, build_adaptor
-from dsasr.model.ctc import CtcHead, CtcHeadConfig
+from dsasr.model.adaptors.protocol import build_adaptor
+from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.encoders.pretrained import (
@@ -78,60 +74,11 @@ from dsasr.model.llm import LlmConfig, default_attention, load_llm
 from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.llm_properties import try_llm
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.recipe import SUBSAMPLING
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write
 from dsasr.utils.progress import Bar
 
 FILE_BYTES = 4 << 30  # the largest file of weights
-
-
-@dataclass(frozen=True)
-class PromptIds:
-    """Token ids of the prompt before and after the speech embeddings."""
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """``config.json``: what inference needs besides the weights, and nothing of the training."""
-
-    encoder: EncoderConfig | PretrainedEncoderConfig
-    adaptor: AdaptorConfig
-    prompt: PromptIds
-    fbank: FbankConfig = field(default_factory=FbankConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    text: TextConfig = field(default_factory=TextConfig)  # form of the transcripts
-    rules: str = "standard"  # of scores
-    max_seconds: float = 30.0  # the longest utterance of the training
-    steps: int = 0  # training steps of the checkpoint
-    units: int = 0  # of the CTC head, blank included; 0: there is none
-    head: CtcHeadConfig = field(default_factory=CtcHeadConfig)
-    phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)  # of the head's units
-    speech: SpeechStatistics = field(default_factory=SpeechStatistics)  # of the training
-    tuned: Tuned = field(default_factory=Tuned)  # by `dsasr evaluate --tune`
-    model_type: str = MODEL_TYPE
-    architectures: tuple[str, ...] = ("DsasrModel",)
-    format: int = FORMAT
-
-
-@dataclass(frozen=True)
-class Export:
-    """An exported recognizer, loaded."""
-
-    config: ExportConfig
-    model: SpeechLLM
-    tokenizer: Tokenizer
-    front_end: FrontEnd
-
-    @property
-    def frame_seconds(self) -> float:
-        """Seconds of an encoder frame."""
-        if isinstance(self.config.encoder, EncoderConfig):
-            return SUBSAMPLING * self.config.fbank.shift_ms / 1000
-        return self.model.encoder.frame_seconds
 
 
 # -- write -------------------------------------------------------------------------------------
