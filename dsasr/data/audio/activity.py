@@ -1,9 +1,9 @@
 """Which frames of a recording hold sound: by energy above a tracked noise floor (**ours**).
 
-A constant offset is removed first: it is no sound. The floor is a low quantile of the
-smoothed power. A frame is active where it is `ABOVE_FLOOR` dB above the floor, within `BELOW_PEAK`
-dB of the loudest frames around it, and above `QUIET`. Loud sound without a pause has no floor to be
-above: what is above `LOUD` and near the loudest frames is active as well.
+Offset and hum are taken off first. The floor is a low quantile of the smoothed power. A frame is
+active where it is `ABOVE_FLOOR` dB above the floor, within `BELOW_PEAK` dB of the loudest frames
+around it, and above `QUIET`. Loud sound without a pause has no floor to be above: what is above
+`LOUD` and near the loudest frames is active as well.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 FRAME = 0.01  # seconds
+AVERAGE = 0.006  # seconds of the moving average that is taken off
 ABOVE_FLOOR = 6.0  # dB
 BELOW_PEAK = 35.0  # dB
 QUIET = -65.0  # dB of full scale: what lies below is silence
@@ -19,18 +20,26 @@ _LEAST = 1e-10  # of power: -100 dB
 
 
 def frame_power(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Mean square of each frame of 10 ms, around the median of the half second that it is in; the
-    last frame may be shorter."""
-    size, span = max(int(FRAME * rate), 1), max(int(rate * 0.5), 1)
-    power = []
-    for start in range(0, len(wave), span - span % size or size):
-        part = np.asarray(wave[start : start + (span - span % size or size)], np.float64)
-        part = part - np.median(part)  # the mean would move with a click
-        whole = len(part) // size * size
-        power.append(np.square(part[:whole]).reshape(-1, size).mean(axis=1))
-        if whole < len(part):
-            power.append(np.array([np.square(part[whole:]).mean()]))
-    return np.concatenate(power) if power else np.zeros(0)
+    """Mean square of each frame of 10 ms, without what is below speech; the last frame may be
+    shorter.
+
+    A moving average of 6 ms is taken off: an offset is gone, a mains hum 17 dB lower.
+    """
+    size = max(int(FRAME * rate), 1)
+    wave = _high_passed(np.asarray(wave, np.float64), rate)
+    whole = len(wave) // size * size
+    power = np.square(wave[:whole]).reshape(-1, size).mean(axis=1)
+    if whole < len(wave):
+        power = np.append(power, np.square(wave[whole:]).mean())
+    return power
+
+
+def _high_passed(wave: np.ndarray, rate: int) -> np.ndarray:
+    half = max(int(AVERAGE * rate / 2), 1)
+    if not len(wave):
+        return wave
+    sums = np.cumsum(np.pad(wave, (half + 1, half), mode="edge"))
+    return wave - (sums[2 * half + 1 :] - sums[: -2 * half - 1]) / (2 * half + 1)
 
 
 def decibels(power: np.ndarray) -> np.ndarray:
