@@ -216,7 +216,11 @@ class _Search:
         best.insert(better, scored)
         del best[self.keep :]
 
-    def best(self, utterance: int) -> list[tuple[float, _Beam]]:
+    def best(self, utterance: int) -> _Beam:
+        """The best of `results`."""
+        return self.results(utterance)[0][1]
+
+    def results(self, utterance: int) -> list[tuple[float, _Beam]]:
         """The best that ended with their scores, else the best of those cut at the token limit."""
         found = self.ended[utterance] or self.cut[utterance]
         return [(score, beam) for score, _, beam in found]
@@ -342,13 +346,13 @@ def _hypotheses(
     batch: Batch, row: int, search: _Search, tokenizer: Detokenizer
 ) -> list[Hypothesis]:
     by_text: dict[str, Hypothesis] = {}
-    for score, beam in search.best(row):
-        hypothesis = _hypothesis(batch.keys[row], score, beam, tokenizer)
+    for score, beam in search.results(row):
+        hypothesis = _hypothesis(batch.keys[row], beam, tokenizer, score)
         by_text.setdefault(hypothesis.text, hypothesis)
     return list(by_text.values())
 
 
-def _hypothesis(key: str, score: float, beam: _Beam, tokenizer: Detokenizer) -> Hypothesis:
+def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer, score: float = 0.0) -> Hypothesis:
     path, finished = beam.path(), beam.token == tokenizer.end_id
     ids = tuple(step.token for step in path)[: -1 if finished else None]
     return Hypothesis(
