@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING
 
 from dsasr.launch.orphan_ranks import end_with_launcher
 from dsasr.launch.stop_request import EARLY, StopRequest
-from dsasr.utils.errors import Failure, UserError, run_tool
+from dsasr.utils.errors import Failure, UserError, first_line, run_tool
+from dsasr.utils.troubleshooting import see
 
 if TYPE_CHECKING:
-    from dsasr.recipe import Recipe
+    from dsasr.build import Builder
     from dsasr.training.trainer import Trainer
 
 RANK_0_SECONDS = 5.0  # in which rank 0 prints an error and ends
@@ -46,7 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="a packaged recipe's name, or a YAML file")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    parser.add_argument("--check", action="store_true", help="check the recipe and its files, stop")
+    parser.add_argument("--check", action="store_true", help="examine the data and the plan, stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     return parser.parse_args(arguments)
 
@@ -94,19 +95,44 @@ def main(arguments: list[str] | None = None) -> int:
     first_samples.check(builder)
     if options.check:
         initial_weights.check(builder)
-        print("\n".join([*preflight.summary(builder), "the recipe and its files are in order"]))
+        check_at_length(builder)
         return 0
     with request.guard_output():
-        return train_rank(cfg, request)
+        return train_rank(builder, request)
 
 
-def train_rank(cfg: Recipe, request: StopRequest) -> int:
+def check_at_length(builder: Builder) -> None:
+    """Print what a night would be spent on, on one screen. Raises `UserError` for its faults."""
+    from dsasr.planning import outlook
+    from dsasr.training import preflight, sample_survey, survey_text
+
+    print(f"{preflight.headline(builder)}\n", flush=True)
+    surveys = sample_survey.survey(builder)
+    hours = survey_text.hours_of_mixtures(builder, surveys)
+    plan = outlook.outlook(builder.recipe, sample_survey.utterance(surveys), hours)
+    warnings = [*preflight.warnings(builder)]
+    warnings += [*survey_text.warnings(builder, surveys), *outlook.warnings(plan)]
+    faults = [*survey_text.faults(surveys), *outlook.faults(plan)]
+    for part in (survey_text.lines(builder, surveys), preflight.prompt_lines(builder),
+                 preflight.llm_lines(builder), outlook.lines(plan)):  # fmt: skip
+        if part:
+            print("\n".join([*part, ""]))
+    for line in warnings:
+        print(f"WARNING {line}")
+    if faults:
+        raise UserError("; ".join(faults))
+    but = f", but for {len(warnings)} warnings" if len(warnings) > 1 else ", but for a warning"
+    print(f"the recipe and its files are in order{but if warnings else ''}")
+
+
+def train_rank(builder: Builder, request: StopRequest) -> int:
     """Join the other ranks and train, until the end or a request to stop; returns the exit code."""
     from dsasr.engine import branch_engine
     from dsasr.launch import rendezvous, run_lock, watchdog
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
 
+    cfg = builder.recipe
     rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)
     rank_watchdog.at("start")
     # A hang ends by the watchdog before the process group's timeout: its message says more.
@@ -117,7 +143,7 @@ def train_rank(cfg: Recipe, request: StopRequest) -> int:
         branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
         lock = run_lock.hold(cfg.folder, request)
         gc.freeze()  # what was imported lives as long as the process: no collection looks at it
-        trainer = Trainer(cfg, rank_watchdog, request)
+        trainer = Trainer(cfg, rank_watchdog, request, builder)
         request.begin_training()
         train(trainer)
     except Stopped:
@@ -144,6 +170,11 @@ def main_once() -> int:
     try:
         return main()
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise UserError(
+                f"rank {os.environ.get('RANK', '0')}: {first_line(error)}; give a smaller "
+                f"batch.frames, which dsasr plan batch finds{see('out-of-memory')}"
+            ) from error
         if not any(text in str(error) for text in LOST_RANK):
             raise
         rank = os.environ.get("RANK", "0")

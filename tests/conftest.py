@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SERVER = ROOT / "tests" / "programs" / "launcher_server.py"
 RECORDINGS = ROOT.parent / "shared" / "data"
 # As in an activated environment: two versions of ninja in turn rebuild an extension each time.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -60,17 +62,54 @@ def forget(port: int) -> None:
         left.unlink(missing_ok=True)
 
 
+class LauncherServer:
+    """tests/programs/launcher_server.py, started with the first job."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def _line(self, seconds: float) -> str | None:
+        """Its next line; None after ``seconds``."""
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline() if ready else None
+
+    def run(self, log: Path, arguments: list[str], env: dict, timeout: float) -> int | None:
+        """The exit code of a job; None: it hung and was killed with its ranks."""
+        if self.process is None:
+            # Unbuffered: `select` must see each line that is still to be read.
+            self.process = subprocess.Popen(
+                [sys.executable, SERVER, "deepspeed.launcher.runner", "deepspeed.launcher.launch"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
+                env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            while (line := self._line(300)) != b"ready\n":
+                assert line, "the launcher's server does not start"
+        job = {"arguments": arguments, "environment": env, "folder": str(ROOT), "log": str(log)}
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        pid = int(self._line(60))
+        if (code := self._line(timeout)) is not None:
+            return int(code)
+        os.killpg(pid, signal.SIGKILL)
+        self._line(60)
+        return None
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
 @pytest.fixture(scope="session")
-def launch():
+def launch(tmp_path_factory):
     """``launch(program, *arguments, ranks=2)``: run it under the deepspeed launcher on the CPU.
 
     Returns the finished process with its output; a launcher that hangs is killed with its ranks.
     """
+    server, folder = LauncherServer(), tmp_path_factory.mktemp("launched")
 
     def run(program, *arguments, ranks=2, timeout=300, env=None):
         port = free_port()
         command = [
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
             *("--num_gpus", str(ranks), "--master_port", str(port)),
             *(str(program), *map(str, arguments)),
         ]
@@ -81,21 +120,16 @@ def launch():
             "PYTHONPATH": str(ROOT),
             **(env or {}),
         }
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=settings, start_new_session=True, cwd=ROOT,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+        log = folder / f"{port}-{time.monotonic_ns()}.log"
+        code = server.run(log, command, settings, timeout)
+        output = log.read_text(encoding="utf-8", errors="replace")
+        forget(port)
+        if code is None:
             pytest.fail(f"{program} hung:\n{output[-3000:]}")
-        finally:
-            forget(port)
-        return subprocess.CompletedProcess(command, process.returncode, output)
+        return subprocess.CompletedProcess(command, code, output)
 
-    return run
+    yield run
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -189,8 +189,8 @@ def test_the_recipes_prompt_is_the_models(tiny) -> None:
     model, marker = build.speech_llm(), build.tokenizer.special_id
     assert model.prefix_ids == [marker("<|im_start|>"), *build.tokenizer.encode("play ")]
     assert model.suffix_ids == [marker("<|im_end|>")]
-    assert preflight.summary(build)[0].startswith("prompt of ")
-    assert preflight.summary(build)[0].endswith(" <speech> [<|im_end|>]")
+    assert preflight.prompt_lines(build)[0].startswith("PROMPT  ")
+    assert preflight.prompt_lines(build)[0].endswith(" <speech> [<|im_end|>]")
     with pytest.raises(UserError, match=r"<speech> 0 times"):
         recipe.load(str(tiny), ["model.prompt=Transcribe."])
     with pytest.raises(UserError, match="no token of the tokenizer"):

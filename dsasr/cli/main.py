@@ -30,6 +30,7 @@ COMMANDS = {
     "replay": "the overrides that repeat a run's encoder swaps",
     "data make-shards": "pack recordings and transcripts into shards",
     "data index": "index shards that other tools made",
+    "data inspect": "an HTML page of shards: histograms, players, the oddest utterances",
     "data verify": "read every sample of shards and list the bad ones",
     "data cmvn": "mean and variance of the features",
     "data phonemes": "the phoneme vocabulary",

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dsasr.cli.arguments import add_recipe, command_parser
 from dsasr.utils.errors import UserError
-from dsasr.utils.progress import Bar
 
 if TYPE_CHECKING:
+    from dsasr.planning.batch_search import BudgetProbe
     from dsasr.recipe import Recipe
     from dsasr.stages import StageConfig
 
@@ -112,17 +114,34 @@ def plan_batch(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConf
         raise UserError(f"give --memory ≥ 0, --margin in [0, 1) and --most ≥ {batch_search.ROUND}")
     preflight.check(Builder(cfg))
     for stage in stages:
-        with Bar(desc=stage.name, unit="probe") as bar:
-
-            def show(probe: batch_search.BudgetProbe, bar: Bar = bar) -> None:
-                bar.set_postfix_str(f"{probe.frames} frames {'fit' if probe.fits else 'do not'}")
-                bar.update()
-
-            result = batch_search.search_budget(
-                cfg, stage, memory=round(args.memory * batch_search.GIB), margin=args.margin,
-                limit=args.most, report=show,
-            )  # fmt: skip
+        say(
+            f"{stage.name}: the model is built in a process of its own: a minute, or some, on a CPU"
+        )
+        result = batch_search.search_budget(
+            cfg, stage, memory=round(args.memory * batch_search.GIB), margin=args.margin,
+            limit=args.most, begin=partial(say_begin, stage.name),
+            report=partial(say_probe, stage.name),
+        )  # fmt: skip
         print(batch_search.search_table(result), end="\n\n")
+
+
+def say(line: str) -> None:
+    """Print what is going on, apart from the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_begin(stage: str, frames: int) -> None:
+    say(f"{stage}: trying {frames:,} frames …")
+
+
+def say_probe(stage: str, probe: BudgetProbe) -> None:
+    peak = (
+        ""
+        if probe.peak is None
+        else f": {probe.peak / 2**30:.2f} GiB, {probe.seconds:.1f} s a step"
+    )
+    verdict = f"fit{peak}" if probe.fits else f"do not fit ({probe.reason}){peak}"
+    say(f"{stage}: {probe.frames:,} frames {verdict}")
 
 
 def plan_padding(args: argparse.Namespace, cfg: Recipe, stages: Sequence[StageConfig]) -> None:

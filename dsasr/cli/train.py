@@ -32,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--hostfile", type=Path, help="DeepSpeed's list of machines, a line 'HOST slots=GPUS' each"
     )
-    parser.add_argument("--check", action="store_true", help="check the recipe and its files, stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print on one screen what the run will read, learn and take, and stop",
+    )
     args = parser.parse_intermixed_args(arguments)
     recipe = ["--recipe", args.recipe, *args.overrides]
     if args.check:

@@ -24,6 +24,7 @@ from dsasr.evaluation.doubt import MEANING
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
+from dsasr.utils.troubleshooting import see
 
 if TYPE_CHECKING:
     from dsasr.inference.recognizer import Transcription
@@ -141,7 +142,8 @@ class Doubts:
         if self.doubtful:
             lines.append(f"in doubt: {self.doubtful} of {self.segments} segments")
         for kind, number in self.counts.most_common():
-            lines.append(f"  {number} {kind} ({MEANING[kind]}): {self.first[kind]}")
+            hint = see("cut") if kind == "cut" else ""
+            lines.append(f"  {number} {kind} ({MEANING[kind]}): {self.first[kind]}{hint}")
         return lines
 
 

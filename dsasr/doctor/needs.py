@@ -8,12 +8,16 @@ from pathlib import Path
 
 from dsasr.data.shards.storage import ShardStorage
 from dsasr.doctor.findings import Needs
-from dsasr.planning.cluster_sizing import FLAC_BYTES, StepCost, checkpoint_bytes, estimate_step
+from dsasr.planning.cluster_sizing import (
+    FLAC_BYTES,
+    StepCost,
+    checkpoint_bytes,
+    disk_bytes,
+    estimate_step,
+)
 from dsasr.planning.memory import Machine
 from dsasr.planning.model_parts import count_parts
 from dsasr.recipe import Recipe
-
-ENCODER_BYTES = 4  # of a parameter in a snapshot, at most
 
 
 def needs(recipe: Recipe, machine: Machine) -> Needs:
@@ -27,14 +31,8 @@ def needs(recipe: Recipe, machine: Machine) -> Needs:
     }
     fastest = max(rates, key=rates.__getitem__)
     saved = checkpoint_bytes(recipe, parts)
-    config = recipe.checkpoint
-    snapshots = parts["encoder"].parameters * ENCODER_BYTES * (recipe.store.keep + 1)
     limit, reason = _save_limit(recipe, min(map(_seconds, costs)))
-    return Needs(
-        rates[fastest], fastest, saved,
-        # One more is there while it is written.
-        saved * (config.keep + config.keep_best + 1) + snapshots, limit, reason,
-    )  # fmt: skip
+    return Needs(rates[fastest], fastest, saved, disk_bytes(recipe, parts), limit, reason)
 
 
 def _seconds(cost: StepCost) -> float:

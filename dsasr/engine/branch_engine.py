@@ -220,7 +220,7 @@ class BranchEngine:
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=stage.weight_decay,
-            fused=distributed.device().type == "cuda",
+            fused=True,
         )
         for leaf in zero_hooks.leaf_modules(self.module):
             deepspeed.utils.set_z3_leaf_module(leaf, True)
@@ -245,6 +245,8 @@ class BranchEngine:
     def step(self, batches: Sequence[Batch], step: int, histograms_every: int = 0) -> StepReport:
         """Take one optimizer step from this rank's ``grad_accum_steps`` micro-batches; collective.
 
+        Its loss is the mean over the targets of all micro-batches of all ranks.
+
         ``step`` counts within the stage, for the learning rates and, where the module has a method
         ``warm_up``, for what it raises over the warm-up. Every ``histograms_every`` steps (0:
         never) the report has histograms of the gradients. The model seeds all its randomness
@@ -258,11 +260,12 @@ class BranchEngine:
         self.module.train()
         if warm_up := getattr(self.module, "warm_up", None):
             warm_up(step, self.stage.warmup_steps)
+        scale = self._loss_scale(batches)
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         gradients = None
         for number, batch in enumerate(batches, 1):
             outputs = self._engine(batch.to(distributed.device()))
-            self._engine.backward(outputs.loss)
+            self._engine.backward(outputs.loss_sum * scale.to(outputs.loss_sum.dtype))
             if histograms_every and number == len(batches) and not (step + 1) % histograms_every:
                 parts = {part: lora.part(self.module, part) for part in self.stage.trains}
                 gradients = gradient_histograms(parts)
@@ -273,6 +276,17 @@ class BranchEngine:
         norm = self._engine.get_global_grad_norm()
         where = self.name, self.stage.name, step
         return StepReport(*where, sums, lrs, norm, tuple(batches), gradients)
+
+    def _loss_scale(self, batches: Sequence[Batch]) -> Tensor:
+        """What turns a micro-batch's loss, a sum over its targets, into its share of the mean over
+        the step's targets; a scalar that the host does not wait for. Collective.
+
+        DeepSpeed averages over micro-batches and ranks: that is undone here.
+        """
+        targets = sum(map(self.module.count_targets, batches))
+        total = torch.full((), targets, dtype=torch.float64, device=distributed.device())
+        distributed.all_reduce_sum(total)
+        return distributed.world_size() * len(batches) / total.clamp_min(1)
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         return self._engine.optimizer.optimizer.param_groups

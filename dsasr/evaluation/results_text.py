@@ -9,6 +9,7 @@ from dsasr.evaluation.doubt import MEANING
 from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.normalize import BY_SCRIPT
 from dsasr.evaluation.results import Results
+from dsasr.utils.troubleshooting import see
 
 UNITS = {"word": "words", "char": "characters", "mixed": "words and characters"}
 
@@ -48,12 +49,18 @@ def format_results(results: Results, summary: Mapping[str, Any], pairs: int) -> 
         if row["utterances"]:
             kinds = ", ".join(f"{row[k]} {k}" for k in KINDS)
             yield f"{where}: {row['flagged']} of {row['utterances']} hallucinated ({kinds})"
+    flagged = [row for row in summary["hallucination"]["rows"] if row["utterances"]]
+    if any(row["loop"] for row in flagged):
+        yield f"{'':>9} {'':>6}  loops{see('loops')}"
+    if any(row["chat"] for row in flagged):
+        yield f"{'':>9} {'':>6}  chat{see('refusals')}"
     for condition, row in summary["hallucination"]["nonspeech"].items():
         yield f"{condition:>9} {'':>6}: {_nonspeech(row)}"
     if summary["cut"]:
         counts = ", ".join(f"{count} {condition}" for condition, count in summary["cut"].items())
         total = sum(summary["cut"].values())
-        yield f"{total} of {len(results.rows)} transcripts cut at the token limit ({counts})"
+        told = f"{total} of {len(results.rows)} transcripts cut at the token limit ({counts})"
+        yield f"{told}{see('cut')}"
     yield from _doubts(summary.get("doubt", {}))
     for example in summary["hallucination"]["examples"][:pairs]:
         head = f"{example['kind']} ({example['condition']}, {example['detail']})"

@@ -28,6 +28,7 @@ from dsasr.kernels import linear_cross_entropy as cross_entropy_op
 from dsasr.kernels import reference, torch_logit_tiles
 from dsasr.kernels import softmax_entropy as entropy_op
 from dsasr.kernels.adaptor import ACTIVATIONS, AdaptorWeights
+from dsasr.kernels.differentiable_once import without_autocast
 from dsasr.kernels.kernel_launch import KernelError as KernelError
 from dsasr.utils.errors import UserError
 
@@ -110,8 +111,10 @@ def linear_cross_entropy(
 
     with z soft-capped to ``soft_cap`` · tanh(z / ``soft_cap``) if given. nll and entropy are in
     nats, float32 (float64 for float64 inputs). Rows whose target is ``ignore_index`` are 0 and
-    False. Both are differentiable once, with any upstream gradient per row:
-    ∂nll/∂z = p − (1 − ε) [target] − ε/V, and ∂entropy/∂z = −p (ln p + entropy).
+    False. Both are differentiable once (RuntimeError under create_graph=True), with any upstream
+    gradient per row: ∂nll/∂z = p − (1 − ε) [target] − ε/V, and ∂entropy/∂z = −p (ln p + entropy).
+    Fastest is that of a sum, one number for all rows: divide a sum by N, a mean has N numbers.
+    Autocast does not apply.
 
     Ignored rows cost as much as others: pass only rows that have a target. Raises ValueError for
     shapes and dtypes that do not fit, IndexError for a target outside the vocabulary (on the CPU).
@@ -124,17 +127,18 @@ def linear_cross_entropy(
     run = reference.linear_cross_entropy
     if name != "reference":
         run = partial(cross_entropy_op.run, _logit_tiles(name))
-    return run(
-        hidden_ND,
-        weight_VD,
-        targets_N,
-        ignore_index=ignore_index,
-        bias_V=bias_V,
-        soft_cap=soft_cap,
-        label_smoothing=label_smoothing,
-        return_entropy=return_entropy,
-        return_accuracy=return_accuracy,
-    )
+    with without_autocast(hidden_ND.device.type):
+        return run(
+            hidden_ND,
+            weight_VD,
+            targets_N,
+            ignore_index=ignore_index,
+            bias_V=bias_V,
+            soft_cap=soft_cap,
+            label_smoothing=label_smoothing,
+            return_entropy=return_entropy,
+            return_accuracy=return_accuracy,
+        )
 
 
 def _check_cross_entropy(

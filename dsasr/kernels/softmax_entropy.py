@@ -6,7 +6,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from dsasr.kernels.differentiable_once import differentiable_once
 
 
 def run(tile_ops: ModuleType, logits: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ class _SoftmaxEntropy(torch.autograd.Function):
         return saved_3N[2].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("softmax_entropy")
     def backward(ctx, grad_N):
         logits_NV, saved_3N = ctx.saved_tensors
         return None, ctx.tile_ops.row_entropy_gradient(logits_NV, saved_3N, grad_N)

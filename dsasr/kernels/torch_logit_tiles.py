@@ -16,7 +16,8 @@ from torch import Tensor
 
 # Stands for −inf where 0 · −inf must be 0: e^x underflows to 0 far above it, in float64 too.
 _NEVER = -1000.0
-_TILE_LOGITS = 1 << 19
+_TILE_LOGITS = 1 << 19  # of whole rows on a CPU: they stay in its cache
+_GPU_TILE_LOGITS = 1 << 26
 
 
 def logits(z_nv: Tensor, bias_v: Tensor | None, soft_cap: float | None) -> Tensor:
@@ -106,6 +107,69 @@ def gradient(
     return p_nv if buffer_nv is not None else out_nv.copy_(p_nv)
 
 
+def row_gradients(
+    z_nV: Tensor,
+    stats_5n: Tensor,
+    targets_n: Tensor,
+    *,
+    ignore_index: int,
+    bias_v: Tensor | None = None,
+    soft_cap: float | None = None,
+    smoothing: float = 0.0,
+    scale: float = 1.0,
+    infinite: bool = False,
+    out_nV: Tensor,
+) -> Tensor:
+    """``out_nV`` = scale · ∂nll/∂z of whole rows, 0 in those of ``ignore_index``.
+
+    ``stats_5n`` becomes m, ln s, the entropy, the target's z and, with ``smoothing``, Σ z.
+    ``out_nV`` may lie in z_nV's memory, row by row, and have a lower precision.
+    """
+    for rows in _row_tiles(z_nV):
+        _row_gradients(
+            logits(z_nV[rows], bias_v, soft_cap), stats_5n[:, rows], targets_n[rows],
+            targets_n[rows] != ignore_index, soft_cap, smoothing, scale, infinite, out_nV[rows],
+        )  # fmt: skip
+    return out_nV
+
+
+def _row_gradients(
+    z_nV: Tensor,
+    stats_5n: Tensor,
+    targets_n: Tensor,
+    valid_n: Tensor,
+    soft_cap: float | None,
+    smoothing: float,
+    scale: float,
+    infinite: bool,
+    out_nV: Tensor,
+) -> None:
+    column_n1 = targets_n.masked_fill(~valid_n, 0)[:, None]
+    m, log_s, entropy, target, z_sum = stats_5n
+    torch.amax(z_nV, 1, out=m)
+    target.copy_(z_nV.gather(1, column_n1).squeeze(1))
+    if smoothing:
+        torch.sum(z_nV, 1, out=z_sum)
+    slope_nV = 1 - (z_nV / soft_cap).square_() if soft_cap else None
+    z_nV.sub_(m.masked_fill(m.isneginf(), 0.0)[:, None])
+    if infinite:
+        z_nV.clamp_(min=_NEVER)
+    e_nV = z_nV.exp()
+    s = e_nV.sum(1)
+    t = z_nV.mul_(e_nV).sum(1)
+    torch.log(s, out=log_s)
+    torch.sub(log_s, t / s, out=entropy)
+    a = valid_n.to(m.dtype) * scale
+    p_nV = torch.mul(e_nV, (a / s)[:, None], out=z_nV if out_nV.dtype == z_nV.dtype else e_nV)
+    if smoothing:
+        p_nV.sub_((a * (smoothing / z_nV.shape[1]))[:, None])
+    p_nV.scatter_add_(1, column_n1, (-(1 - smoothing) * a).to(p_nV.dtype)[:, None])
+    if slope_nV is not None:
+        p_nV.mul_(slope_nV)
+    if out_nV.data_ptr() != p_nV.data_ptr():
+        out_nV.copy_(p_nV)
+
+
 def _target_columns(targets_n: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     """Column in the tile of each row's target (0 if it is outside), and whether it is inside."""
     column_n = targets_n - start
@@ -142,5 +206,6 @@ def row_entropy_gradient(logits_NV: Tensor, saved_3N: Tensor, grad_N: Tensor) ->
 
 def _row_tiles(logits_NV: Tensor) -> list[slice]:
     rows, columns = logits_NV.shape
-    step = max(1, _TILE_LOGITS // columns)
+    on_cpu = logits_NV.device.type == "cpu"
+    step = max(1, (_TILE_LOGITS if on_cpu else _GPU_TILE_LOGITS) // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsasr.kernels.adaptor import AdaptorWeights, FrameStacks
+from dsasr.kernels.differentiable_once import differentiable_once
 from dsasr.kernels.kernel_launch import launch
 
 _ACTIVATIONS = {"": 0, "gelu": 1, "silu": 2, "relu": 3}
@@ -85,6 +85,9 @@ def _rows_kernel(
     else:
         a_first = row.to(tl.int64) * depth
         a_width = tl.where(row_mask, depth, 0)
+        if EVEN:
+            # Without it the loads of A are of single elements: `where` hides what divides depth.
+            a_width = tl.multiple_of(a_width, 16)
     b_line = b_ptr + column.to(tl.int64)[None, :] * b_stride_n
     sums = tl.zeros([M, N], tl.float32)
     for first in range(0, depth, K):
@@ -136,6 +139,21 @@ def _slope_kernel(before_ptr, grad_ptr, hidden_ptr, count, KIND: tl.constexpr, T
     tl.store(grad_ptr + offset, (grad * _slope(x, KIND)).to(kind), mask=mask)
 
 
+def tile_size(
+    rows: int, columns: int, depth: int, element_size: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile and launch options of a product [rows, depth] · [depth, columns].
+
+    Three stages take 64 or 96 KiB of shared memory on NVIDIA, where all since Ampere have 99, and
+    64 on AMD's gfx942, which has no more. 256 columns would halve the reads of A, but the first
+    product, with its bias and activation, would spill registers.
+    """
+    size = {"M": 128, "N": 128, "K": 128 // element_size}
+    for name, length in (("M", rows), ("N", columns), ("K", depth)):
+        size[name] = min(size[name], max(16, triton.next_power_of_2(length)))
+    return size, {"num_warps": 8, "num_stages": 3}
+
+
 def _rows(
     a: Tensor,
     b_nk: Tensor,
@@ -150,11 +168,7 @@ def _rows(
     before: Tensor | None = None,
 ) -> None:
     columns, depth = b_nk.shape
-    # 256 columns halve the reads of A; in float32 they would not fit the registers.
-    wide = a.element_size() == 4
-    size = {"M": 128, "N": 128, "K": 32} if wide else {"M": 128, "N": 256, "K": 64}
-    for name, length in (("M", rows), ("N", columns), ("K", depth)):
-        size[name] = min(size[name], max(16, triton.next_power_of_2(length)))
+    size, options = tile_size(rows, columns, depth, a.element_size())
     grid = triton.cdiv(rows, size["M"]) * triton.cdiv(columns, size["N"])
     a_first, a_width = a_table or (None, None)
     out_first, out_width = out_table or (None, None)
@@ -168,7 +182,7 @@ def _rows(
         A_TABLE=a_table is not None, OUT_TABLE=out_table is not None,
         OUT_WIDTH=out_width is not None, ALIGNED=aligned, EVEN=depth % size["K"] == 0,
         BIAS=bias_n is not None, BEFORE=before is not None, KIND=_ACTIVATIONS[activation],
-        WIDE=_INTERPRETED, GROUP=_GROUP, num_warps=8, num_stages=3, **size,
+        WIDE=_INTERPRETED, GROUP=_GROUP, **size, **options,
     )  # fmt: skip
 
 
@@ -218,7 +232,7 @@ class _Adaptor(torch.autograd.Function):
         return out_LD
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("adaptor")
     def backward(ctx, grad_LD):
         index_N, frames_BSE, w1, w2, before_NH = ctx.saved_tensors
         stacks, stack, activation = ctx.options

@@ -131,6 +131,73 @@ def _gradient_kernel(
     tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _row_gradient_kernel(
+    z_ptr, z_stride, columns,
+    stats_ptr, stats_stride, out_ptr, out_stride,
+    targets_ptr, ignore_index, bias_ptr, cap, smoothing, scale,
+    BIAS: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A row: its statistics, then its gradient. The second reading comes out of the L2 cache.
+
+    The gradient may lie in the logits' memory, with elements of half their size: what it takes is
+    behind what is still to be read, but for the first columns, whose threads wait for each other.
+    """
+    row = tl.program_id(0)
+    line = row.to(tl.int64)
+    target_column = tl.load(targets_ptr + row)
+    m = float("-inf")
+    s = 0.0
+    t = 0.0
+    target = 0.0
+    z_sum = 0.0
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        mask = column < columns
+        z = tl.load(z_ptr + line * z_stride + column, mask=mask, other=0.0)
+        if BIAS:
+            z += tl.load(bias_ptr + column, mask=mask, other=0.0)
+        if CAP:
+            z = _capped(z, cap)
+        target += tl.sum(tl.where(column == target_column, z, 0.0), 0)
+        if SMOOTH:
+            z_sum += tl.sum(tl.where(mask, z, 0.0), 0)
+        z = tl.where(mask, z, float("-inf"))
+        top = tl.maximum(m, tl.max(z, 0))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        z -= base
+        e = tl.exp(z)
+        shift = tl.maximum(m - base, _NEVER)
+        fade = tl.exp(shift)
+        t = fade * (t + shift * s) + tl.sum(e * tl.maximum(z, _NEVER), 0)
+        s = fade * s + tl.sum(e, 0)
+        m = top
+    log_s = tl.log(s)
+    tl.store(stats_ptr + row, m)
+    tl.store(stats_ptr + stats_stride + row, log_s)
+    tl.store(stats_ptr + 2 * stats_stride + row, log_s - t / s)
+    tl.store(stats_ptr + 3 * stats_stride + row, target)
+    tl.store(stats_ptr + 4 * stats_stride + row, z_sum)
+    a = tl.where(target_column == ignore_index, 0.0, scale)
+    shift = tl.where(m == float("-inf"), 0.0, m) + log_s
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        mask = column < columns
+        z = tl.load(z_ptr + line * z_stride + column, mask=mask, other=0.0)
+        if BIAS:
+            z += tl.load(bias_ptr + column, mask=mask, other=0.0)
+        if CAP:
+            z = _capped(z, cap)
+        grad = a * tl.exp(z - shift)
+        grad -= tl.where(column == target_column, a * (1.0 - smoothing), 0.0)
+        if SMOOTH:
+            grad -= a * smoothing / columns
+        if CAP:
+            grad *= 1.0 - (z / cap) * (z / cap)
+        tl.debug_barrier()
+        tl.store(out_ptr + line * out_stride + column, grad.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def _tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a program's tile: powers of two."""
     wide = min(_TILE, triton.next_power_of_2(columns))
@@ -187,6 +254,32 @@ def gradient(
         ENTROPY=entropy, SMOOTH=smooth, ROWS=high, COLUMNS=wide, num_warps=_WARPS,
     )  # fmt: skip
     return out_nv
+
+
+def row_gradients(
+    z_nV: Tensor,
+    stats_5n: Tensor,
+    targets_n: Tensor,
+    *,
+    ignore_index: int,
+    bias_v: Tensor | None = None,
+    soft_cap: float | None = None,
+    smoothing: float = 0.0,
+    scale: float = 1.0,
+    infinite: bool = False,
+    out_nV: Tensor,
+) -> Tensor:
+    """`torch_logit_tiles.row_gradients`; z_nV and ``stats_5n`` are float32."""
+    rows, columns = z_nV.shape
+    launch(
+        _row_gradient_kernel, (rows,),
+        z_nV, z_nV.stride(0), columns,
+        stats_5n, stats_5n.stride(0), out_nV, out_nV.stride(0),
+        targets_n, ignore_index, bias_v, float(soft_cap or 1.0), smoothing, scale,
+        BIAS=bias_v is not None, CAP=soft_cap is not None, SMOOTH=smoothing > 0,
+        COLUMNS=_tile(columns)[1], num_warps=_WARPS,
+    )  # fmt: skip
+    return out_nV
 
 
 def row_entropy(logits_NV: Tensor) -> Tensor:

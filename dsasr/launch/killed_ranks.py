@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsasr.utils.troubleshooting import see
+
 POLL = 0.2  # seconds; DeepSpeed's launcher collects a dead rank within one second
 FIND = 10  # polls between two searches for ranks, once there are some
 _GB = 1e9
@@ -63,6 +65,7 @@ class KilledRanks(threading.Thread):
             f"it had {rank.resident / _GB:.1f} GB of this machine's {total / _GB:.1f} GB, of which "
             f"{rank.available / _GB:.1f} GB were free; lower data.dataloader.batch.frames, "
             "data.dataloader.num_workers or the ranks of a machine, or give the job more memory"
+            f"{see('out-of-memory')}"
             for rank in self._ranks.values()
             if rank.signal == 9
         ]

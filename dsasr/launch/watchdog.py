@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 from dsasr.utils import ranges
 from dsasr.utils.io import atomic_write
 from dsasr.utils.ranges import NonNegativeFloat
+from dsasr.utils.troubleshooting import see
 
 T = TypeVar("T")
 HUNG = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
@@ -239,7 +240,7 @@ def report(notes: Sequence[Note], world_size: int, seconds: float) -> list[str]:
     """The lines of an alarm's report: a heading, each rank's note, and the suspected ranks."""
     reported = {note.rank for note in notes}
     silent = [rank for rank in range(world_size) if rank not in reported]
-    lines = [f"no progress for {seconds:g} s: the job is stopped"]
+    lines = [f"no progress for {seconds:g} s: the job is stopped{see('hangs')}"]
     lines += [note.line() for note in notes]
     lines += [f"rank {rank}: no word, it is dead or stopped" for rank in silent]
     activities = Counter((n.doing, n.stage, n.step) for n in notes)

@@ -1,7 +1,8 @@
 """Phoneme head, CTC and consistency-regularized CTC (CR-CTC, arXiv 2410.05101).
 
-Both losses are sums over utterances divided by the number of phonemes, so that utterances weigh by
-their phonemes and the balance between the two terms is the paper's (which also sums both).
+Both losses are summed over utterances, and the engine divides by the number of phonemes, so that
+utterances weigh by their phonemes and the balance between the two terms is the paper's (which also
+sums both).
 """
 
 from __future__ import annotations
@@ -142,10 +143,15 @@ def ctc_loss(
         reduction="none",
         zero_infinity=True,
     )
-    pairs = valid_frames(phoneme_lengths_B - 1, phonemes_BP.shape[1] - 1)
-    repeats_B = ((phonemes_BP[:, 1:] == phonemes_BP[:, :-1]) & pairs).sum(1)
-    feasible_B = frame_lengths_B >= phoneme_lengths_B + repeats_B
+    feasible_B = feasible(frame_lengths_B, phonemes_BP, phoneme_lengths_B)
     return CtcLoss(nll_B, feasible_B, phoneme_lengths_B)
+
+
+def feasible(frame_lengths_B: Tensor, phonemes_BP: Tensor, phoneme_lengths_B: Tensor) -> Tensor:
+    """Which utterances have as many frames as their phonemes need (`CtcLoss`): bool [B]."""
+    pairs = valid_frames(phoneme_lengths_B - 1, max(phonemes_BP.shape[1] - 1, 0))
+    repeats_B = ((phonemes_BP[:, 1:] == phonemes_BP[:, :-1]) & pairs).sum(1)
+    return frame_lengths_B >= phoneme_lengths_B + repeats_B
 
 
 def ctc_log_prob(log_probs_SP: Tensor, units: Sequence[int]) -> float:

@@ -21,6 +21,7 @@ from dsasr.model.ctc import (
     CtcHeadConfig,
     consistency_loss,
     ctc_loss,
+    feasible,
     greedy_phonemes,
     phoneme_errors,
     posterior_entropy,
@@ -72,11 +73,18 @@ class CtcModel(nn.Module):
         self.encoder.reset_parameters(generator)
         self.ctc.reset_parameters(generator)
 
+    def count_targets(self, batch: Batch) -> int:
+        """Phonemes that the loss of ``batch`` is summed over, counted on the host."""
+        host = batch.host
+        lengths_B = self.encoder.output_lengths(host.feature_lengths_B)
+        feasible_B = feasible(lengths_B, host.phonemes_BP, host.phoneme_lengths_B)
+        return int((host.phoneme_lengths_B * feasible_B).sum())
+
     def forward(self, batch: Batch) -> Outputs:
         """CTC in training mode with its augmentation and chunks, else plain and full context.
 
-        loss, per phoneme: with views a, b of each utterance, (CTC(a) + CTC(b)) / 2 + consistency
-        · consistency_share · ½ Σ_frames [KL(sg(b)‖a) + KL(sg(a)‖b)].
+        loss, summed over utterances with views a, b: (CTC(a) + CTC(b)) / 2 + consistency
+        · consistency_share · ½ Σ_frames [KL(sg(b)‖a) + KL(sg(a)‖b)]. Its targets are phonemes.
 
         sums: "ctc" (nats per phoneme), "consistency" (nats per frame), "ctc_entropy" (nats per
         frame), "ctc_infeasible" (share of utterances with too few frames, left out of the loss);
@@ -115,8 +123,7 @@ class CtcModel(nn.Module):
             batch.phoneme_lengths_B.repeat(views),
             host_lengths=tuple(lengths_B.repeat(views) for lengths_B in host_lengths),
         )
-        phonemes = ctc.phonemes.clamp_min(1)
-        loss = ctc.nll_B.sum() / phonemes
+        loss_sum = ctc.nll_B.sum() / views
         frames = output.lengths_B.sum()
         utterances = torch.full_like(frames, len(ctc.nll_B))
         sums = {
@@ -127,16 +134,17 @@ class CtcModel(nn.Module):
         if views > 1:
             first, second = log_probs.chunk(2)
             consistency_B = consistency_loss(first, second, output.lengths_B[: len(batch)])
-            # ctc.phonemes counts both views, consistency_B has one value for both.
+            # consistency_B has one value for both views.
             weight_now = self.cfg.consistency * self.consistency_share
-            loss = loss + weight_now * consistency_B.sum() / (phonemes / 2)
+            loss_sum = loss_sum + weight_now * consistency_B.sum()
             sums["consistency"] = (consistency_B.sum(), frames // 2)
         if not self.training:
             hypotheses = greedy_phonemes(log_probs, output.lengths_B)
             edits, total = phoneme_errors(hypotheses, batch.phonemes_BP, batch.phoneme_lengths_B)
-            sums["phoneme_errors"] = (loss.new_tensor(edits), loss.new_tensor(total))
+            sums["phoneme_errors"] = (loss_sum.new_tensor(edits), loss_sum.new_tensor(total))
         return Outputs(
-            loss=loss * weight,
+            loss_sum=loss_sum * weight,
+            targets=ctc.phonemes / views * weight,
             sums={
                 name: (total.detach().double() * weight, count.detach().double() * weight)
                 for name, (total, count) in sums.items()

@@ -94,7 +94,8 @@ def _try(config: PretrainedConfig, attn: str) -> LlmProperties:
         llm = _small_llm(config, attn)
         sequences = [_random(length, _width(llm)) for length in _LENGTHS]
         try:
-            alone = [packed_hidden(llm, x_LD[None], None)[0] for x_LD in sequences]
+            # CTRL scales its input in place.
+            alone = [packed_hidden(llm, x_LD[None].clone(), None)[0] for x_LD in sequences]
             _check_causal(llm, sequences[0], alone[0])
             _check_logits(llm, sequences[0], alone[0])
             input_scale(llm)
@@ -240,7 +241,7 @@ def _check_logits(llm: PreTrainedModel, x_LD: Tensor, hidden_LD: Tensor) -> None
     head.weight = nn.Parameter(20 * torch.randn_like(head.weight) * head.in_features**-0.5)
     if head.bias is not None:
         head.bias = nn.Parameter(torch.randn_like(head.bias))
-    logits_LV = llm(inputs_embeds=x_LD[None], use_cache=False).logits[0]
+    logits_LV = llm(inputs_embeds=x_LD[None].clone(), use_cache=False).logits[0]
     cap = read_soft_cap(llm.config)
     plain_LV = head(hidden_LD)
     expected_LV = cap * (plain_LV / cap).tanh() if cap else plain_LV

@@ -111,8 +111,12 @@ class SpeechLLM(nn.Module):
     def head(self) -> FusedLmHead:
         return self.llm.get_output_embeddings()
 
+    def count_targets(self, batch: Batch) -> int:
+        """Tokens that the loss of ``batch`` is summed over, counted on the host."""
+        return int(batch.host.token_lengths_B.sum())
+
     def forward(self, batch: Batch, audio: bool = True) -> Outputs:
-        """The mean NLL of the transcript's tokens and the end token, in nats.
+        """The NLL of the transcript's tokens and the end token, in nats.
 
         sums: "nll", "entropy" (of the prediction, nats) and "accuracy" (of greedy prediction), per
         target. ``audio=False`` leaves the speech out of the sequence: the language model alone. A
@@ -277,7 +281,7 @@ class SpeechLLM(nn.Module):
             name: (values.detach().sum(dtype=torch.float64) * weight, count)
             for name, values in named.items()
         }
-        return Outputs(loss=nll_N.mean() * weight, sums=sums)
+        return Outputs(nll_N.sum() * weight, count, sums)
 
 
 def _trainable(module: nn.Module) -> bool:

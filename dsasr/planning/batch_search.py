@@ -239,13 +239,15 @@ def search_budget(
     margin: float = 0.05,
     limit: int = 200_000,
     tolerance: float = 0.05,
+    begin: Callable[[int], None] = lambda frames: None,
     report: Callable[[BudgetProbe], None] = lambda probe: None,
 ) -> SearchResult:
     """Find the largest budget of ``stage``, up to ``limit`` frames, that leaves ``margin`` of
     ``memory`` bytes free.
 
     ``memory`` 0: all that the GPU, or the machine, has free. ``tolerance``: the share to which the
-    result is the largest. ``report`` is called with every probe.
+    result is the largest. ``begin`` is called with the frames of every probe before it, which may
+    take a minute, ``report`` with the probe.
     Raises `UserError` where the stage itself does not fit.
     """
     epoch = forecast_stage(recipe, stage)
@@ -260,6 +262,7 @@ def search_budget(
         return replace(base, frames=frames, tokens=tokens)
 
     def fits(frames: int) -> bool:
+        begin(frames)
         batch = with_frames(frames)
         shapes = worst_shapes(batch, epoch.shortest, sft)
         peak, seconds, reason = child.peak(shapes)

@@ -30,6 +30,7 @@ from dsasr.planning.model_parts import ModelPart, count_parts
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
+ENCODER_BYTES = 4  # of a parameter in a snapshot, at most
 FLAC_BYTES = 16_000  # of a second of 16 kHz speech
 # **Ours**: with more audio in a step its gradient has little noise left to average out.
 MUCH_AUDIO = 32  # hours
@@ -159,6 +160,13 @@ def checkpoint_bytes(recipe: Recipe, parts: Mapping[str, ModelPart]) -> float:
             total += sum(parts[n].parameters for n in recipe.parts(branch)) * WEIGHT
             total += max(sum(parts[n].parameters for n in s.trains) for s in stages) * STATES
     return total
+
+
+def disk_bytes(recipe: Recipe, parts: Mapping[str, ModelPart]) -> float:
+    """That a run's checkpoints and snapshots take at most."""
+    kept = recipe.checkpoint.keep + recipe.checkpoint.keep_best + 1  # one while it is written
+    snapshots = parts["encoder"].parameters * ENCODER_BYTES * (recipe.store.keep + 1)
+    return checkpoint_bytes(recipe, parts) * kept + snapshots
 
 
 def advice(cost: StepCost, machine: Machine, recipe: Recipe) -> str:

@@ -13,8 +13,8 @@ no padding, no unseen pair, no gradient that no parameter needs):
 
     MFU = Σ_parts (forward + backward) / (seconds · peak FLOP/s)
 
-``recomputed`` is what activation checkpointing and the fused head compute again; the machine does
-it, but MFU does not count it.
+``recomputed`` is what activation checkpointing computes again; the machine does it, but MFU does
+not count it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class StepFlops:
 
     forward: float
     backward: float
-    recomputed: float  # by activation checkpointing and the fused head
+    recomputed: float  # by activation checkpointing
 
     @property
     def needed(self) -> float:
@@ -128,9 +128,9 @@ def step_flops(
 
     The backward pass ends at the first part that is trained. The gradient of a weight costs its
     product once more where the part is trained; the gradient of an input costs it once more unless
-    nothing below needs it. The head belongs to the language model, and recomputes its product in
-    the backward pass. LoRA (``encoder_lora``, ``lora``) stands where the model does that it adapts:
-    where it trains, that model's backward pass runs, down to the layers that are adapted.
+    nothing below needs it. The head belongs to the language model. LoRA (``encoder_lora``,
+    ``lora``) stands where the model does that it adapts: where it trains, that model's backward
+    pass runs, down to the layers that are adapted.
     """
     names = list(parts)
     trained = {name: name in trains or (name == "head" and "llm" in trains) for name in names}
@@ -145,6 +145,6 @@ def step_flops(
                 inputs -= part.entry if trained[name] else part.front
             backward = 2 * part.attention + inputs + (part.linear if trained[name] else 0.0)
             backward += part.fixed if below else 0.0
-            again = part.forward if name in recomputed or name == "head" else 0.0
+            again = part.forward if name in recomputed else 0.0
         step[name] = StepFlops(part.forward, backward, again)
     return step

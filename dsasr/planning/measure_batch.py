@@ -8,7 +8,6 @@ a CPU by the kernel (``RLIMIT_DATA``), so that too large a batch ends this proce
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import tempfile
@@ -25,7 +24,7 @@ from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.utils.errors import UserError
-from dsasr.utils.memory import process_bytes
+from dsasr.utils.memory import available_bytes, process_bytes
 
 if TYPE_CHECKING:
     from dsasr.recipe import Recipe
@@ -200,11 +199,4 @@ def _free_bytes(device: torch.device) -> int:
     """Free bytes of the GPU, or of the machine within its control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    with suppress(OSError, ValueError):
-        bound = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, bound - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return math.floor(free)
+    return available_bytes()

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.engine.config import read_ds_config
+from dsasr.kernels.linear_cross_entropy import chunk_rows
 from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.lora import BASE
 from dsasr.planning.model_parts import ASSUMED_UNITS_PER_SECOND, ModelPart
@@ -164,6 +167,8 @@ def step_memory(
     memory["activations"] = sum(
         activation_bytes(recipe, stage, machine, name, parts[name], at) for name in used
     )
+    if stage.branch == "sft" and not machine.cpu:  # a CPU's chunks are small
+        memory["head"] = head_bytes(parts["llm"], "llm" in stage.trains, at)
     values = at.utterances * at.rows * parts["encoder"].speech.bins
     memory["features"] = values * 4 * 2  # float32, in two copies
     memory = {name: value / GB for name, value in memory.items()}
@@ -270,6 +275,14 @@ def activation_bytes(
     # about half of what it saves.
     kept = layer / 2 if config.recompute == "cheap" else value * positions * width
     return utterances * (front + kept * part.layers + layer)
+
+
+def head_bytes(llm: ModelPart, trained: bool, at: MicroBatch) -> float:
+    """Bytes of the head's gradients, which the forward pass makes on a GPU: a chunk's logits, and
+    float32 sums of the hidden states' gradient and of the weight's."""
+    rows, shape = round(at.utterances * at.targets), llm.shape
+    chunk = min(rows, chunk_rows(rows, shape.vocab, torch.device("cuda")))
+    return 4.0 * (chunk * shape.vocab + rows * shape.width + trained * shape.vocab * shape.width)
 
 
 def _encoder_bytes(

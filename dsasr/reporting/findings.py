@@ -148,6 +148,8 @@ def _loss(run: RunData) -> str:
 
 # Events that a reader has to know of, in words.
 _PROBLEMS = {
+    "audio_ignored": "evaluation{} at which the loss hardly depended on the audio",
+    "ctc_plateau": "evaluation{} at which CTC was on its plateau",
     "refused": "encoder{} refused",
     "evaluation_failed": "evaluation{} failed",
     "checkpoint_failed": "checkpoint{} not saved",

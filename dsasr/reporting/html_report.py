@@ -8,7 +8,6 @@ Figures without data are left out and listed.
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,10 @@ from dsasr.evaluation import error_analysis
 from dsasr.evaluation.error_analysis import WorstResult
 from dsasr.evaluation.normalize import check_rules
 from dsasr.reporting import course_figures, figures, findings, tables
+from dsasr.reporting.page import Figure, figure, render
 from dsasr.reporting.run_data import RunData
 from dsasr.reporting.tables import Table
-from dsasr.tracking.timeline_plot import DPI
 from dsasr.utils.io import atomic_write
-
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture on the page; ``width`` in CSS pixels shows it at its size in inches, so that the
-    text of all has one size."""
-
-    title: str
-    caption: str
-    data: str
-    width: int
 
 
 @dataclass(frozen=True)
@@ -122,17 +108,12 @@ def missing(pictures: dict[str, Path]) -> Table | None:
 
 def write(runs: Sequence[RunData], out: Path) -> Path:
     """``index.html`` and the PNGs in ``out``; returns the page's path."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     pictures = draw(runs, out)
-    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
-    templates = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = templates.get_template("page.html.jinja").render(
-        names=[run.name for run in runs],
+    names = [run.name for run in runs]
+    page = render(
+        "page.html.jinja",
+        f"Speech recognition report: {', '.join(names)}",
+        names=names,
         findings=[(run.name, findings.sentences(run, rules_of(run))) for run in runs],
         facts=findings.facts(runs),
         systems=tables.systems(runs),
@@ -147,9 +128,6 @@ def write(runs: Sequence[RunData], out: Path) -> Path:
             for run in runs
             for job, values in run.all_environments.items()
         ],
-        style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
-        script=script,
-        script_digest=digest,
     )
     path = out / "index.html"
     atomic_write(path, page + "\n")
@@ -161,10 +139,8 @@ def _joined(run: RunData, job: str) -> str:
 
 
 def _figure(title: str, path: Path) -> Figure:
-    data = path.read_bytes()
     caption = next((text for start, text in CAPTIONS.items() if title.startswith(start)), "")
-    width = 96 * int.from_bytes(data[16:20], "big") // DPI
-    return Figure(title, caption, base64.b64encode(data).decode(), width)
+    return figure(title, path, caption)
 
 
 def rules_of(run: RunData) -> str:

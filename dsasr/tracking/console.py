@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dsasr.utils.troubleshooting import see
+
 LOSSES = {"ctc": "CTC", "consistency": "consistency", "nll": "NLL", "entropy": "entropy"}  # nats
 WARNINGS = {
+    "audio_ignored",
     "bad_samples",
     "bad_validation_samples",
     "checkpoint_failed",
     "checkpoint_passed_over",
+    "ctc_plateau",
     "evaluation_failed",
     "evaluation_repeated",
     "not_marked",
@@ -153,7 +157,7 @@ def _checkpoint(e: Mapping[str, Any]) -> str:
 
 
 def _checkpoint_failed(e: Mapping[str, Any]) -> str:
-    return f"checkpoint not saved: {e['reason']}"
+    return f"checkpoint not saved: {e['reason']}{see('disk')}"
 
 
 def _checkpoint_passed_over(e: Mapping[str, Any]) -> str:
@@ -191,7 +195,7 @@ def _after_swap(e: Mapping[str, Any]) -> str:
 
 def _refused(e: Mapping[str, Any]) -> str:
     name = e.get("snapshot") or f"encoder of pretrain step {e['pretrain']:,}"
-    return f"{name} refused: {e['reason']}"
+    return f"{name} refused: {e['reason']}{see('encoder-refused')}"
 
 
 def _waiting(e: Mapping[str, Any]) -> str:
@@ -245,6 +249,20 @@ def _evaluated(e: Mapping[str, Any]) -> str:
     return f"evaluated {e['stage']}: {'  '.join(cells) or 'no reference text'}{left_out}"
 
 
+def _audio_ignored(e: Mapping[str, Any]) -> str:
+    return (
+        f"the loss of {e['stage']} hardly depends on the audio: NLL {_loss(e['loss'])} a token, "
+        f"with other utterances' audio {_loss(e['loss'] + e['gain'])}{see('audio-ignored')}"
+    )
+
+
+def _ctc_plateau(e: Mapping[str, Any]) -> str:
+    return (
+        f"CTC of {e['stage']} is on its plateau, where it writes next to nothing: "
+        f"{percent(e['phoneme_error_rate'])} of the phonemes are wrong{see('ctc-plateau')}"
+    )
+
+
 def _stopped(e: Mapping[str, Any]) -> str:
     return f"stopped by {e['cause']}"
 
@@ -267,6 +285,7 @@ _EVENTS = {
     "checkpoint_failed": _checkpoint_failed,
     "checkpoint_passed_over": _checkpoint_passed_over,
     "reference": _reference,
+    "ctc_plateau": _ctc_plateau,
     "drift": _drift,
     "published": _published,
     "swap": _swap,
@@ -275,6 +294,7 @@ _EVENTS = {
     "waiting": _waiting,
     "publisher_lost": _publisher_lost,
     "not_marked": _not_marked,
+    "audio_ignored": _audio_ignored,
     "bad_samples": _bad_samples,
     "bad_validation_samples": _bad_validation_samples,
     "evaluated": _evaluated,

@@ -7,6 +7,7 @@ are told with their causes, not by a training without samples.
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from dsasr.build import Builder
 from dsasr.data.dataloader.bad_samples import dropped_summary
@@ -25,27 +26,47 @@ SHARDS = 8  # of a dataset that are looked at until a sample is usable, evenly s
 SAMPLES = 8  # of such a shard
 
 
+class Reading(NamedTuple):
+    """How a job reads a dataset: for which branch, within which limits."""
+
+    kind: str  # train or valid
+    dataset: DatasetConfig
+    branch: str
+    batch: BatchConfig
+
+    @property
+    def where(self) -> str:
+        return f"data.{self.kind}.{self.dataset.name}"
+
+    def collator(self, builder: Builder) -> Collator:
+        return builder.collator(self.branch, self.batch, trains=self.kind == "train")
+
+
+def readings(builder: Builder) -> list[Reading]:
+    """All that this job does, each once, in order."""
+    recipe = builder.recipe
+    found: dict[Reading, None] = {}
+    for stage in recipe.stages:
+        if stage.branch in recipe.branches and not stage.text_only:
+            loader, datasets = recipe.dataloader(stage)
+            found |= {Reading("train", d, stage.branch, loader.batch): None for d in datasets}
+    for branch in recipe.branches:
+        for dataset in recipe.data.valid:
+            found[Reading("valid", dataset, branch, recipe.data.dataloader.batch)] = None
+    return list(found)
+
+
 def check(builder: Builder) -> None:
     """Raise `UserError` for a dataset of which no sample is usable where this job reads it.
 
     A dataset passes with its first usable sample.
     """
-    recipe = builder.recipe
-    readings: dict[tuple, None] = {}  # each once, in order
-    for stage in recipe.stages:
-        if stage.branch in recipe.branches and not stage.text_only:
-            loader, datasets = recipe.dataloader(stage)
-            readings |= {("train", d, stage.branch, loader.batch): None for d in datasets}
-    for branch in recipe.branches:
-        for dataset in recipe.data.valid:
-            readings[("valid", dataset, branch, recipe.data.dataloader.batch)] = None
-    for kind, dataset, branch, batch in readings:
-        where = f"data.{kind}.{dataset.name}"
-        collator = builder.collator(branch, batch, trains=kind == "train")
+    for reading in readings(builder):
+        collator = reading.collator(builder)
         try:
-            _check_dataset(builder, collator, where, dataset, batch)
+            _check_dataset(builder, collator, reading.where, reading.dataset, reading.batch)
         except ShardReadError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{reading.where}: {error}") from None
         finally:
             collator.storage.close()
 

@@ -18,6 +18,7 @@ from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
 from dsasr.data.text.phonemes import EspeakPhonemizer, MissingPhonemes, Phonemizer, UnknownWord
 from dsasr.data.text.phonemes import StoredPhonemes as Stored
 from dsasr.utils.errors import UserError
+from dsasr.utils.troubleshooting import see
 
 SAMPLES = 64  # transcripts that are looked at
 MISFIT = 0.5  # share of them without labels from which on the parts do not fit
@@ -43,7 +44,7 @@ def check(builder: Builder, storage: ShardStorage, where: str, part: DatasetPart
     raise UserError(
         f"{where}: data.phonemizer.kind={kind} and data.phonemes={builder.recipe.data.phonemes} do "
         f"not fit its transcripts: {len(failed)} of {len(samples)} have no labels ({causes}; the "
-        f"last: {last.key}: {last.detail}); {_fix(kind, samples, encoder)}"
+        f"last: {last.key}: {last.detail}); {_fix(kind, samples, encoder)}{see('phonemes')}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,19 +32,68 @@ from dsasr.model.llm_sharded_load import check_weights as check_llm_weights
 from dsasr.recipe import SOURCES
 from dsasr.stages import StageConfig
 from dsasr.training import resume
+from dsasr.utils.columns import WIDTH
 from dsasr.utils.errors import UserError
+from dsasr.utils.troubleshooting import see
 
 
-def summary(builder: Builder) -> list[str]:
-    """Lines about what the recipe makes, for a user to check."""
-    if not builder.recipe.schedule().sft or builder.recipe.branch == "pretrain":
-        return []
-    config = read_llm_config(builder.llm_folder)
+def headline(builder: Builder) -> str:
+    """What the run is, and whether it starts or goes on."""
+    recipe = builder.recipe
+    stages = [stage for stage in recipe.stages if stage.branch in recipe.branches]
+    start = "starts afresh" if builder.starts_afresh else "resumes from its newest checkpoint"
+    names = ", ".join(f"{stage.name} {stage.steps:,}" for stage in stages)
+    return f"{recipe.folder}: {start}; steps: {names}"
+
+
+def warnings(builder: Builder) -> list[str]:
+    """Settings that are allowed, and train nothing."""
     return [
-        *describe(builder.tokenizer, *builder.prompt()),
-        *check_special_tokens(builder.tokenizer, config),
-        *builder.llm.notes,
+        f"stage '{stage.name}' trains '{part}' at rate 0, which changes nothing: give a rate, or "
+        f"leave it out{see('rate-zero')}"
+        for stage in builder.recipe.stages
+        for part, rate in stage.trains.items()
+        if rate == 0
     ]
+
+
+def prompt_lines(builder: Builder) -> list[str]:
+    """The prompt as tokens; nothing where no language model is trained."""
+    if not _has_llm(builder):
+        return []
+    return _under("PROMPT", describe(builder.tokenizer, *builder.prompt()))
+
+
+def llm_lines(builder: Builder) -> list[str]:
+    """The properties of the language model that speech needs (`dsasr.model.llm_properties`)."""
+    if not _has_llm(builder):
+        return []
+    config, found = read_llm_config(builder.llm_folder), builder.llm.properties
+    notes = [*check_special_tokens(builder.tokenizer, config), *builder.llm.notes]
+    packs = "packed rows" if found.packs else "NO packed rows"
+    caches = "its cache" if found.caches else "NO cache"
+    tried = (packs, caches, "logits W·h + b", "no look ahead", "special tokens embedded")
+    return _under(
+        "LLM",
+        [
+            f"{builder.llm.kind} of {builder.recipe.model.llm.path}, tried: {', '.join(tried)}",
+            *notes,
+        ],
+    )
+
+
+def _under(title: str, lines: Sequence[str]) -> list[str]:
+    """``lines`` beside ``title``, wrapped to the screen."""
+    wrapped = [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, WIDTH - 8, break_long_words=False, subsequent_indent="  ")
+    ]
+    return [f"{title if not i else '':<8}{part}" for i, part in enumerate(wrapped)]
+
+
+def _has_llm(builder: Builder) -> bool:
+    return bool(builder.recipe.schedule().sft) and builder.recipe.branch != "pretrain"
 
 
 def check(builder: Builder) -> None:
@@ -166,7 +216,7 @@ def _check_seconds(builder: Builder, key: str, batch: BatchConfig) -> None:
         raise UserError(
             f"{key}.max_seconds={batch.max_seconds:g}: {builder.recipe.model.encoder.path} reads "
             f"{longest:g} s at most; give {key}.max_seconds={longest:g} (longer utterances are "
-            "dropped and counted as too_long)"
+            f"dropped and counted as too_long){see('limits')}"
         )
 
 

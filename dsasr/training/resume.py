@@ -21,6 +21,7 @@ from dsasr.utils import distributed
 from dsasr.utils.environment import environment
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
+from dsasr.utils.troubleshooting import see
 
 # What `Trainer.save` puts into a checkpoint's manifest, and a resume reads.
 STATE = (
@@ -46,7 +47,9 @@ def find_checkpoint(
     try:
         architecture.check(reader, config.to_plain(recipe.model))
     except FragmentError as error:
-        raise UserError(f"{error}; give the same, or run=FOLDER for a new run") from None
+        raise UserError(
+            f"{error}; give the same, or run=FOLDER for a new run{see('resume-refused')}"
+        ) from None
     progress_in(reader.manifest, recipe.schedule())
     return reader, passed_over
 
@@ -77,7 +80,7 @@ def check_contents(manifest: Mapping[str, Any], builder: Builder) -> None:
         raise UserError(
             f"{builder.recipe.folder} was trained with another content of {', '.join(changed)}: "
             "put the file back, give run=FOLDER for a new run, or allow_changed=true to go on "
-            "regardless"
+            f"regardless{see('resume-refused')}"
         )
 
 
@@ -89,6 +92,7 @@ def _refuse_changes(manifest: Mapping[str, Any], recipe: Recipe) -> None:
         raise UserError(
             f"{recipe.folder} was trained with another recipe ({'; '.join(changed)}): "
             "give run=FOLDER for a new run, or allow_changed=true to go on regardless"
+            f"{see('resume-refused')}"
         )
 
 

@@ -41,6 +41,7 @@ from dsasr.training.train_dataloaders import TrainDataLoaders
 from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
+from dsasr.utils.troubleshooting import see
 
 EMPTY_STEPS = 50  # in a row without a usable sample on any rank, after which the run stops
 
@@ -58,14 +59,21 @@ class Trainer:
     """The steps of the loop in `dsasr.train.train`. Every public method is collective."""
 
     def __init__(
-        self, recipe: Recipe, watchdog: Watchdog | None = None, request: StopRequest | None = None
+        self,
+        recipe: Recipe,
+        watchdog: Watchdog | None = None,
+        request: StopRequest | None = None,
+        builder: Builder | None = None,
     ):
         """``watchdog``: the one that watches this rank since its start; None: a new one.
-        ``request``: what asks this rank to stop; None: nothing does."""
+        ``request``: what asks this rank to stop; None: nothing does. ``builder``: of ``recipe``,
+        its files checked; None: a new one, which is checked."""
         self.recipe = recipe
         self.schedule = recipe.schedule()
-        self.builder = Builder(recipe)
-        preflight.check(self.builder)
+        if builder is None:
+            builder = Builder(recipe)
+            preflight.check(builder)
+        self.builder = builder
         self.checkpoints = CheckpointManager(recipe.folder / "checkpoints", recipe.checkpoint)
         self.progress = Progress()
         self.dataloaders = TrainDataLoaders(self.builder)
@@ -311,7 +319,7 @@ class Trainer:
         raise UserError(
             f"stage {report.stage}, step {report.step + 1}: the loss or its gradient is not "
             f"finite (last batch of rank 0: {keys} …); resume from the last checkpoint with "
-            "a lower rate"
+            f"a lower rate{see('not-finite')}"
         )
 
     def stop_if_asked(self) -> None:

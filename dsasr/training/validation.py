@@ -21,6 +21,7 @@ from dsasr.data.dataloader.bad_samples import dropped_summary
 from dsasr.data.dataloader.dataloader import DatasetConfig
 from dsasr.data.shards.sample import DroppedSample
 from dsasr.engine.branch_engine import BranchEngine
+from dsasr.evaluation.audio_use import LEAST_GAIN, audio_gain
 from dsasr.evaluation.error_rate import interval_ends
 from dsasr.evaluation.eval_sets import Recording, longest_seconds, read_recordings
 from dsasr.evaluation.mean_outputs import mean_outputs
@@ -40,6 +41,7 @@ T = TypeVar("T")
 _PACKAGE = Path(__file__).parents[1]
 FAILED_SECONDS = 120.0  # that a rank whose evaluation has failed waits for the others
 ENDED_SECONDS = 3600.0  # and one whose evaluation has ended: others may still count errors
+PLATEAU = 0.9  # phoneme error rate from which on CTC writes next to nothing (**ours**)
 BAD_SAMPLES = "bad_validation_samples.jsonl"  # in the run folder, of the newest evaluation
 
 
@@ -78,6 +80,12 @@ class Validation:
             if self.monitor.has_board:
                 self._show(samples, steps)
         self.monitor.event("evaluated", stage=stage, steps=steps, **rates)
+        if rates.get("audio_gain", math.inf) < LEAST_GAIN:
+            values = {"gain": rates["audio_gain"], "loss": rates["loss"]}
+            self.monitor.event("audio_ignored", stage=stage, steps=steps, **values)
+        errors = rates.get("phoneme_error_rate", 0.0)
+        if branch.name == "pretrain" and errors >= PLATEAU:
+            self.monitor.event("ctc_plateau", stage=stage, steps=steps, phoneme_error_rate=errors)
         score = rates.get(self.recipe.checkpoint.best)
         if score is not None and math.isfinite(score):
             self._last = (steps, score)
@@ -178,6 +186,7 @@ def error_rates(
     The rate of a pretrain branch is its phoneme error rate; those of an sft branch are scores of
     its transcripts, with the ends of their intervals (`interval_ends`). "loss" is the mean CTC loss
     a phoneme, or the mean NLL a token of the references. ``utterances`` limits the set (0: all).
+    "audio_gain" is what an utterance's own audio lowers its NLL by (`audio_gain`), in nats a token.
     "left_out" counts samples that could not be read, "cut" transcripts cut at the token limit, if
     any. ``progress`` wraps the batches. Raises `UserError` where none could be read.
     """
@@ -195,6 +204,9 @@ def error_rates(
             errors, loss = means(module, progress(batches), ("phoneme_errors", "ctc"))
             return {"phoneme_error_rate": errors, "loss": loss} | left_out, [], bad
         (loss,) = means(module, batches, ("nll",))
+        gain = audio_gain(
+            module, batches, device=distributed.device(), sum_ranks=distributed.all_reduce_sum
+        )
         results = transcribe(
             module,
             progress(batches),
@@ -207,6 +219,8 @@ def error_rates(
         hallucinations = _hallucination_rates(recipe, build, module)
     scores = results.scores(rules=recipe.evaluation.rules)
     rates = {"loss": loss} | scores.summary() | interval_ends(scores)
+    if math.isfinite(gain):
+        rates["audio_gain"] = gain
     if cut := sum(results.cut().values()):
         rates["cut"] = float(cut)
     count = recipe.evaluation.samples

@@ -50,7 +50,7 @@ def test_transcripts_cut_at_the_token_limit_are_counted():
     summary = Results(rows).summary()
     assert summary["cut"] == {"clean": 1, "recorded": 1}
     (line,) = [x for x in format_results(Results(rows), summary, 0) if "token limit" in x]
-    assert line == "2 of 4 transcripts cut at the token limit (1 clean, 1 recorded)"
+    assert line.startswith("2 of 4 transcripts cut at the token limit (1 clean, 1 recorded)")
     whole = Results(ROWS)
     assert whole.summary()["cut"] == {}
     assert not any("token limit" in x for x in format_results(whole, whole.summary(), 0))

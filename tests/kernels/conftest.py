@@ -35,6 +35,7 @@ def implementation(request, monkeypatch):
         monkeypatch.setattr(
             linear_cross_entropy, "_tile_size", lambda rows, columns, device: (150, 96)
         )
+        monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda rows, columns, device: 130)
         monkeypatch.setattr(torch_logit_tiles, "_TILE_LOGITS", 1000)
     return name
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsasr.kernels import dispatch, linear_cross_entropy, reference
+from dsasr.kernels import dispatch, linear_cross_entropy, logit_products, reference
 
 # Of the losses, and of the gradients, which are stored in the dtype.
 TOLERANCE = {
@@ -261,6 +261,92 @@ def test_a_weight_that_is_released_between_the_passes(implementation, device, er
     assert error(tensors[0].grad, wide[0].grad) < 3e-6
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(1, 41, 5), (333, 401, 17)], ids=str)
+def test_gradients_of_a_sum_equal_the_float64_references(
+    shape, options, dtype, implementation, device, error
+):
+    """They come from the forward pass, a chunk of rows after the other."""
+    if implementation == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels compute in float32")
+    options = dict(options)
+    tensors, targets = problem(*shape, dtype, device, bias=options.pop("bias", False))
+    wide = [x.detach().cpu().double().requires_grad_() for x in tensors]
+    found = []
+    for op, inputs, labels in (
+        (dispatch.linear_cross_entropy, tensors, targets),
+        (reference.linear_cross_entropy, wide, targets.cpu()),
+    ):
+        bias = inputs[2] if len(inputs) > 2 else None
+        nll, entropy = op(*inputs[:2], labels, bias_V=bias, return_entropy=True, **options)
+        found.append([nll, entropy, *torch.autograd.grad(nll.sum() * 3e-3, inputs)])
+    for i, (a, b) in enumerate(zip(*found, strict=True)):
+        assert error(a, b) <= TOLERANCE[dtype][i > 1], i
+    assert all(x.dtype == dtype for x in found[0][2:])
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith(("aten.mm", "aten.addmm"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_sum_takes_three_products_and_any_other_loss_its_own(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "_SMALL_LOGITS", 0)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: 100)
+    tensors, targets = problem(300, 401, 5)
+    with Products() as products:
+        nll = dispatch.linear_cross_entropy(*tensors, targets)
+    assert products.count == 9  # of three chunks
+    with Products() as products:
+        first = torch.autograd.grad(nll.sum(), tensors, retain_graph=True)
+    assert products.count == 0
+    with Products() as products:  # the gradients were used up
+        second = torch.autograd.grad(nll.sum(), tensors, retain_graph=True)
+    assert products.count == 4
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), Products() as products:
+        dispatch.linear_cross_entropy(*tensors, targets)
+    assert products.count == 1
+
+
+@pytest.mark.parametrize("rows", [1, 1271, 8192, 70_000])
+@pytest.mark.parametrize("columns", [1, 70, 151_936])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_chunks_of_rows_are_bounded_and_even(rows, columns, kind):
+    chunk = linear_cross_entropy.chunk_rows(rows, columns, torch.device(kind))
+    most = {"cpu": 1 << 24, "cuda": 1 << 28}[kind]
+    assert chunk >= 1 and (chunk * columns <= most or chunk <= 128)
+    assert kind == "cpu" or chunk % 128 == 0
+    chunks = -(-rows // chunk)
+    assert chunks * chunk - rows < chunks * (1 if kind == "cpu" else 128), "chunks are not even"
+
+
+def test_a_second_differentiation_is_refused(implementation, device):
+    tensors, targets = problem(30, 130, 6, device=device)
+    nll, entropy = nll_and_entropy(dispatch.linear_cross_entropy, *tensors, targets)
+    for loss in (nll.sum(), nll.mean(), entropy.sum()):
+        with pytest.raises(RuntimeError, match="linear_cross_entropy is differentiable once"):
+            torch.autograd.grad(loss, tensors, create_graph=True)
+
+
+def test_autocast_does_not_apply(implementation, device, error):
+    tensors, targets = problem(30, 130, 6, device=device)
+    plain = dispatch.linear_cross_entropy(*tensors, targets)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        nll = dispatch.linear_cross_entropy(*tensors, targets)
+        gradients = torch.autograd.grad(nll.sum(), tensors)
+    assert nll.dtype == torch.float32 and torch.equal(nll, plain)
+    expected = torch.autograd.grad(plain.sum(), tensors)
+    assert all(map(torch.equal, gradients, expected))
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation returns."""
 
@@ -274,7 +360,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_logits_never_exist():
+def test_the_logits_never_exist(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "_CPU_CHUNK_LOGITS", 1 << 20)
     tensors, targets = problem(2000, 9000, 4)
     with Largest() as largest:
         nll, entropy = nll_and_entropy(dispatch.linear_cross_entropy, *tensors, targets)
@@ -302,8 +389,8 @@ def test_low_precision_products_as_on_a_gpu(dtype, implementation, device, error
         result = a.double() @ b.double()
         out.copy_(result + out.double() if add else result)
 
-    monkeypatch.setattr(linear_cross_entropy, "_on_cpu", lambda x: False)
-    monkeypatch.setattr(linear_cross_entropy, "_product", product)
+    monkeypatch.setattr(logit_products, "on_cpu", lambda x: False)
+    monkeypatch.setattr(logit_products, "product", product)
     tensors, targets = problem(330, 401, 5, dtype, device)
     compare(tensors, targets, error)
     hidden, weight = tensors

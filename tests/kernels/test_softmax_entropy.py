@@ -97,6 +97,12 @@ def test_gradcheck(implementation):
     assert torch.autograd.gradcheck(dispatch.softmax_entropy, logits)
 
 
+def test_a_second_differentiation_is_refused(implementation, device):
+    logits = torch.randn(5, 9, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="softmax_entropy is differentiable once"):
+        torch.autograd.grad(dispatch.softmax_entropy(logits).mean(), logits, create_graph=True)
+
+
 def test_errors_name_what_does_not_fit():
     for wrong in (torch.zeros(3, 0), torch.zeros(()), torch.zeros(3, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match="need floats"):

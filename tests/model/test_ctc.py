@@ -247,6 +247,17 @@ def test_infeasible_utterances_are_counted(ctc_model):
     assert outputs.loss.isfinite()
 
 
+@pytest.mark.parametrize("lengths", [[60, 50, 41], [60, 4, 41], []], ids=str)
+def test_targets_are_counted_before_the_forward_pass(ctc_model, lengths):
+    batch = make_batch(len(lengths))
+    lengths_B = torch.tensor(lengths, dtype=torch.int64)
+    batch = dataclasses.replace(batch, feature_lengths_B=lengths_B)
+    outputs = ctc_model.train()(batch)
+    count = {0: 0, 4: 9, 50: 12}[lengths[1] if lengths else 0]
+    assert ctc_model.count_targets(batch) == float(outputs.targets) == count
+    assert float(outputs.loss_sum.detach()) == pytest.approx(float(outputs.loss.detach()) * count)
+
+
 def test_a_batch_without_utterances_runs_every_part_and_weighs_nothing(ctc_model):
     outputs = ctc_model(make_batch(0))
     outputs.loss.backward()

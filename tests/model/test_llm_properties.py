@@ -37,6 +37,8 @@ def config(family: str, **settings):
         ("opt", SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 32}, "eager", False, True),
         ("mpt", {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2}, "eager", False,
          True),
+        ("ctrl", {"vocab_size": 64, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4}, "eager",
+         True, True),
         ("mamba2", MAMBA2, "eager", False, True),
         ("mamba", {"vocab_size": 64, "hidden_size": 32, "state_size": 8}, "eager", False, False),
     ],

@@ -229,6 +229,14 @@ def test_a_step_depends_on_its_batch_alone():
     assert not torch.equal(first, model(reseeded).loss)
 
 
+@pytest.mark.parametrize("batch", [make_batch(), make_batch((), ())], ids=["batch", "empty"])
+def test_targets_are_counted_before_the_forward_pass(batch):
+    model = make_model()
+    outputs = model(batch)
+    assert model.count_targets(batch) == float(outputs.targets)
+    assert float(outputs.sums["nll"][0]) == pytest.approx(float(outputs.loss_sum.detach()))
+
+
 def test_a_batch_without_utterances_runs_every_part_and_weighs_nothing():
     model = make_model()
     outputs = model(make_batch((), ()))

@@ -64,6 +64,19 @@ def test_where_optimizer_states_are_offloaded_to(nim, parts):
     assert "optimizer" not in memory and "gradients" not in memory
 
 
+def test_the_head_has_a_chunk_of_logits_and_float32_sums(nim, parts):
+    machine = Machine(nodes=1, gpus=4)
+    frozen, trained = (
+        step_memory(nim, nim.stage(name), machine, parts)["head"] for name in ("align", "ia_sft")
+    )
+    shape = parts["llm"].shape
+    assert trained - frozen == pytest.approx(4 * shape.vocab * shape.width / 1e9)
+    assert 0 < frozen < 4 * (1 << 28) / 1e9 + 0.1
+    assert "head" not in step_memory(nim, nim.stage("pretrain"), machine, parts)
+    on_cpu = replace(machine, cpu=True)
+    assert "head" not in step_memory(nim, nim.stage("ia_sft"), on_cpu, parts)
+
+
 def test_precision_doubles_the_weights(nim, parts):
     stage, machine = nim.stage("joint"), Machine(nodes=1, gpus=4)
     full = replace(nim, engine=replace(nim.engine, precision="fp32"))

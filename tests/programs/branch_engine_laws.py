@@ -45,13 +45,16 @@ class Toy(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
+    def count_targets(self, batch: Batch) -> int:
+        return 1
+
     def forward(self, batch: Batch) -> Outputs:
         torch.manual_seed(batch.seed)
         x = batch.features_BTF.to(next(self.parameters()).dtype)
         for part in self.children():
             x = part(x)
         loss = (x - 1).square().float().mean() + torch.rand(()) * x.float().mean()
-        return Outputs(loss, {"nll": (loss.detach(), torch.tensor(1.0))})
+        return Outputs(loss, torch.tensor(1.0), {"nll": (loss.detach(), torch.tensor(1.0))})
 
 
 def batch(number: int) -> Batch:

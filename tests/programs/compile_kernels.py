@@ -1,11 +1,15 @@
-"""Compile every kernel for compute capability 9.0 as training launches it, without a GPU.
+"""Compile every kernel as training launches it, without a GPU.
 
-Prints a line for each: whether it loads 16 bytes at a time, copies asynchronously, uses the matrix
-units, and how many bytes it spills to the stack.
+usage: compile_kernels.py ARCHITECTURE: 80, 90, 100 or 120 of NVIDIA, or gfx942 of AMD. Prints a
+JSON line a kernel and dtype: registers a thread, bytes that are spilled, bytes of shared memory,
+whether it loads and stores 16 bytes at a time, how wide its narrowest asynchronous copies are (0:
+it has none), and whether it uses the matrix units.
 """
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,20 +20,29 @@ from triton.compiler import ASTSource
 from dsasr.kernels import triton_adaptor, triton_logit_tiles
 
 FP32, BF16, I64, INT = "*fp32", "*bf16", "*i64", "i32"
-ROW = {"z_ptr": FP32, "z_stride": INT, "columns": INT, "rows": INT, "start": INT, "cap": "fp32"}
+Z = {"z_ptr": FP32, "z_stride": INT, "columns": INT}
+ROW = {**Z, "rows": INT, "start": INT, "cap": "fp32"}
 TARGETS = {"targets_ptr": I64, "bias_ptr": FP32}
 TILE = {"ROWS": 1, "COLUMNS": 8192}
 CARRY = {"carry_ptr": FP32, "carry_stride": INT, "out_ptr": FP32}
 FACTORS = {"factors_ptr": FP32, "factors_stride": INT, "out_ptr": BF16, "out_stride": INT}
+STATS = {"stats_ptr": FP32, "stats_stride": INT, "out_ptr": BF16, "out_stride": INT}
+NUMBERS = {"ignore_index": INT, "cap": "fp32", "smoothing": "fp32", "scale": "fp32"}
 ALL = {"TARGETS": True, "BIAS": True, "CAP": True}
 NONE = {"TARGETS": False, "BIAS": False, "CAP": False, "targets_ptr": None, "bias_ptr": None}
+PLAIN = {"BIAS": False, "CAP": False, "SMOOTH": False, "bias_ptr": None, "COLUMNS": 8192}
 SIZES = {"rows": INT, "columns": INT, "depth": INT}
-PRODUCT = {"M": 128, "N": 256, "K": 64, "GROUP": 8, "ALIGNED": True, "EVEN": True, "WIDE": False}
+PRODUCT = {"GROUP": 8, "ALIGNED": True, "EVEN": True, "WIDE": False}
 TABLE = {"a_first_ptr": I64, "a_width_ptr": I64}
-FORWARD = {"b_stride_n": INT, "bias_ptr": BF16, "before_ptr": BF16}
+ABO = {"a_ptr": BF16, "b_ptr": BF16, "out_ptr": BF16}
 OUT_TABLE = {"out_first_ptr": I64, "out_width_ptr": I64}
 
-CASES = {
+
+def nothing(*names):
+    return dict.fromkeys(names)
+
+
+LOGITS = {
     "finish": (
         triton_logit_tiles._update_kernel,
         {**ROW, **CARRY, "z_ptr": BF16},
@@ -45,25 +58,47 @@ CASES = {
         {**ROW, **FACTORS, **TARGETS},
         {**ALL, **TILE, "ENTROPY": True, "SMOOTH": True},
     ),
+    "row_gradient": (
+        triton_logit_tiles._row_gradient_kernel,
+        {**Z, **STATS, **NUMBERS, "targets_ptr": I64},
+        PLAIN,
+    ),
+    "row_gradient_all": (
+        triton_logit_tiles._row_gradient_kernel,
+        {**Z, **STATS, **NUMBERS, **TARGETS},
+        {"BIAS": True, "CAP": True, "SMOOTH": True, "COLUMNS": 8192},
+    ),
+}
+ADAPTOR = {
     "rows": (
         triton_adaptor._rows_kernel,
-        {"a_ptr": BF16, "b_ptr": BF16, "out_ptr": BF16, **TABLE, **FORWARD, **SIZES},
+        {**ABO, **TABLE, "b_stride_n": INT, "bias_ptr": BF16, "before_ptr": BF16, **SIZES},
         {
             **PRODUCT,
             "b_stride_k": 1,
-            "out_first_ptr": None,
-            "out_width_ptr": None,
+            **nothing("out_first_ptr", "out_width_ptr"),
             **{"A_TABLE": True, "OUT_TABLE": False, "OUT_WIDTH": False},
             **{"BIAS": True, "BEFORE": True, "KIND": 1},
         },
     ),
+    "rows_into": (
+        triton_adaptor._rows_kernel,
+        {**ABO, "b_stride_n": INT, "bias_ptr": BF16, "out_first_ptr": I64, **SIZES},
+        {
+            **PRODUCT,
+            "b_stride_k": 1,
+            **nothing("a_first_ptr", "a_width_ptr", "out_width_ptr", "before_ptr"),
+            **{"A_TABLE": False, "OUT_TABLE": True, "OUT_WIDTH": False},
+            **{"BIAS": True, "BEFORE": False, "KIND": 0},
+        },
+    ),
     "rows_back": (
         triton_adaptor._rows_kernel,
-        {"a_ptr": BF16, "b_ptr": BF16, "out_ptr": BF16, "b_stride_k": INT, **OUT_TABLE, **SIZES},
+        {**ABO, "b_stride_k": INT, **OUT_TABLE, **SIZES},
         {
             **PRODUCT,
             "b_stride_n": 1,
-            **dict.fromkeys(("a_first_ptr", "a_width_ptr", "bias_ptr", "before_ptr")),
+            **nothing("a_first_ptr", "a_width_ptr", "bias_ptr", "before_ptr"),
             **{"A_TABLE": False, "OUT_TABLE": True, "OUT_WIDTH": True},
             **{"BIAS": False, "BEFORE": False, "KIND": 0},
         },
@@ -74,38 +109,77 @@ CASES = {
         {"KIND": 1, "TILE": 4096},
     ),
 }
-OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
-def compiled(kernel, types, constants):
+def cases():
+    """Name, dtype, kernel, types, constants and options of each compilation."""
+    for name, (kernel, types, constants) in LOGITS.items():
+        yield name, "bf16", kernel, types, constants, {"num_warps": triton_logit_tiles._WARPS}
+    for name, (kernel, types, constants) in ADAPTOR.items():
+        for dtype, size in (("bf16", 2), ("fp32", 4)):
+            typed = {k: FP32 if dtype == "fp32" and v == BF16 else v for k, v in types.items()}
+            tile, options = {}, {"num_warps": 4}
+            if name != "slope":
+                tile, options = triton_adaptor.tile_size(10_000, 2048, 5120, size)
+            yield name, dtype, kernel, typed, {**constants, **tile}, options
+
+
+def compiled(target, kernel, types, constants, options):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     # Sizes and addresses at training shapes are multiples of 16.
-    plain = ("start", "cap")
-    aligned = [names.index(name) for name in names if name in types and name not in plain]
-    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
-    source = ASTSource(kernel, signature, values, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
+    plain = ("start", "cap", "ignore_index", "smoothing", "scale")
+    aligned = [n for n in names if n in types and n not in constants and n not in plain]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return triton.compile(
+        ASTSource(kernel, signature, values, attributes), target=target, options=options
+    )
 
 
-def stack_bytes(cubin):
+def of_nvidia(code):
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(code["cubin"])
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return re.search(r"STACK:(\d+)", done.stdout)[1]
-
-
-for name, case in CASES.items():
-    code = compiled(*case).asm
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ptx = code["ptx"]
-    print(
-        name,
-        f"wide_loads={'.v4.b32' in ptx or '.v2.b64' in ptx}",
-        f"async_copies={'cp.async' in ptx}",
-        f"wgmma={'wgmma.mma' in ptx}",
-        f"stack={stack_bytes(code['cubin'])}",
-    )
+    copies = [int(width, 16) for width in re.findall(r"cp\.async\.c[ag].*?, (0x\w+)", ptx)]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "wide_loads": bool(re.search(r"ld\.global.*\.v4\.b32|ld\.global.*\.v2\.b64", ptx)),
+        "wide_stores": bool(re.search(r"st\.global.*\.v4\.b32|st\.global.*\.v2\.b64", ptx)),
+        "copy_bytes": min(copies, default=0),
+        "matrix_units": bool(re.search(r"wgmma\.mma|mma\.sync|tcgen05\.mma", ptx)),
+    }
+
+
+def of_amd(code):
+    text = code["amdgcn"]
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "wide_loads": bool(re.search(r"(global|buffer)_load_dwordx4", text)),
+        "wide_stores": bool(re.search(r"(global|buffer)_store_dwordx4", text)),
+        "copy_bytes": 0,
+        "matrix_units": "mfma" in text,
+    }
+
+
+def main():
+    architecture = sys.argv[1]
+    amd = architecture.startswith("gfx")
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
+    for name, dtype, *case in cases():
+        code = compiled(target, *case)
+        found = {"kernel": name, "dtype": dtype, "shared": code.metadata.shared}
+        print(json.dumps(found | (of_amd if amd else of_nvidia)(code.asm)), flush=True)
+
+
+main()

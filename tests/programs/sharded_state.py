@@ -37,9 +37,12 @@ class Model(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(301, 307), nn.Linear(307, 311))
         self.llm = nn.Linear(311, 3)
 
+    def count_targets(self, batch: Batch) -> int:
+        return 1
+
     def forward(self, batch: Batch) -> Outputs:
         x = self.llm(self.encoder(batch.features_BTF))
-        return Outputs(x.square().mean(), {})
+        return Outputs(x.square().mean(), torch.tensor(1.0), {})
 
 
 class Largest(TorchDispatchMode):

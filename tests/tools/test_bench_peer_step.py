@@ -111,6 +111,33 @@ def test_an_encoder_for_any_length_is_whispers_own_at_30_seconds(peer, manifest,
     torch.testing.assert_close(*frames)
 
 
+def test_this_projects_adaptor_gives_the_peers_own_loss(peer, manifest, whisper, lm):
+    batch = collated(peer, manifest, lm, longest=False)
+    batch.pop("seconds")
+    losses = []
+    for adaptor in (False, True):
+        torch.manual_seed(0)
+        options = peer.PeerOptions(adaptor=adaptor)
+        model = peer.load_model(str(whisper), lm, AdaptorConfig(stack=8), options).train()
+        losses.append(model(**batch)["loss"].detach())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_a_recipes_model_is_the_same_on_both_sides(peer, manifest, tiny, tmp_path, monkeypatch):
+    import peer_step
+
+    for module in (peer_step.collate, peer):  # `check` replaces them
+        monkeypatch.setattr(module, "decode", module.decode)
+    options = SimpleNamespace(
+        recipe=str(tiny), data=str(manifest), encoder="", llm="", stack=8, pack=0, workers=0,
+        matmul="highest", deepspeed="zero1", utterances=2, mean_seconds=1.1, longest_seconds=1.7,
+        folder=str(tmp_path), shards=str(tmp_path / "shards"),
+    )  # fmt: skip
+    peer_step.pack(peer_step._rows(options), tmp_path / "shards", peer_step.PackConfig())
+    found = peer_step.check(options, peer_step.Side.parse("ours"), "all")
+    assert max(found.values()) < 1e-4
+
+
 def test_an_unknown_side_is_named(peer):
     import peer_step
 

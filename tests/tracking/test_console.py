@@ -6,6 +6,7 @@ import pytest
 
 from dsasr.tracking import console
 from dsasr.tracking.console import clock, duration, event_line, number, percent, progress_line
+from dsasr.utils.troubleshooting import see
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_the_line_of_a_log_interval():
         ("checkpoint", {"name": "step-0000000007", "save_seconds": 1.21, "stall_seconds": 0.034},
          "— checkpoint step-0000000007 saved in 1.2 s (training waited 0.03 s)"),
         ("checkpoint_failed", {"reason": "No space left on device"},
-         "WARNING checkpoint not saved: No space left on device"),
+         f"WARNING checkpoint not saved: No space left on device{see('disk')}"),
         ("checkpoint_passed_over", {"reason": "step-0000000007: torn"},
          "WARNING checkpoint not resumed from: step-0000000007: torn"),
         ("reference", {"pretrain": 1500}, "— drift reference taken at pretrain step 1,500"),
@@ -103,9 +104,10 @@ def test_the_line_of_a_log_interval():
          "— NLL 2.100 by the swap (sft steps since: 3)"),
         ("refused", {"reason": "a weight is not finite", "snapshot": "encoder-000000009",
                      "sft": 4},
-         "WARNING encoder-000000009 refused: a weight is not finite"),
+         f"WARNING encoder-000000009 refused: a weight is not finite{see('encoder-refused')}"),
         ("refused", {"reason": "CKA is not a number", "pretrain": 6},
-         "WARNING encoder of pretrain step 6 refused: CKA is not a number"),
+         "WARNING encoder of pretrain step 6 refused: CKA is not a number"
+         f"{see('encoder-refused')}"),
         ("waiting", {"sft": 0, "late": "wait"},
          "— waiting for the next encoder at sft step 0 (store.late=wait)"),
         ("publisher_lost", {"silent_seconds": 905.2, "last": "encoder-000000009"},

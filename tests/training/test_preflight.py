@@ -19,7 +19,7 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.shards.build_index import build_index
 from dsasr.model.encoders.pretrained import PREPROCESSOR
-from dsasr.training.preflight import check, summary
+from dsasr.training.preflight import check, llm_lines
 from dsasr.utils.errors import UserError
 
 # Reads 0.8 s at most: three of the tiny corpus' words, but not four.
@@ -229,7 +229,7 @@ def test_what_a_run_would_lose_is_told_beforehand(tiny, llm):
     replace_llm(llm, "mamba2", **MAMBA)
     settings = [f"model.llm.path={llm}", DRAWN, "model.llm.attn=eager", "model.llm.pack=64"]
     builder = Builder(recipe.load(str(tiny), settings))
-    lines = [line for line in summary(builder) if "model.llm.pack is off" in line]
-    assert len(lines) == 1 and lines[0].startswith("mamba2 with eager attention")
+    lines = [line for line in llm_lines(builder) if "model.llm.pack is off" in line]
+    assert len(lines) == 1 and "mamba2 with eager attention" in lines[0]
     model = builder.speech_llm()
     assert model.cfg.pack == 0 and model.cached

@@ -110,6 +110,7 @@ def test_tensorboard_equals_the_events(whole):
     stages = ["pretrain", "align", "ia_sft", "joint"]
     assert [v for _, v in curves["train/stage"]] == [1 + stages.index(x["stage"]) for x in lines]
     valid = [x for x in read_metrics(whole) if x["stage"].startswith("valid_")]
+    assert all("audio_gain" in x for x in valid if x["branch"] == "sft")
     assert all(math.isfinite(x["loss"]) and x["loss"] > 0 for x in valid) and valid
     tags = boards["sft"].Tags()
     assert {"valid/audio_1", "valid/audio_2", "valid/audio_3"} == set(tags["audio"])

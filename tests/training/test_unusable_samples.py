@@ -102,6 +102,23 @@ def test_bad_validation_samples_are_named(run, monkeypatch, capsys):
     assert run.validation.score(8) is None and run.validation.best == 0.5
 
 
+def test_an_evaluation_says_what_the_model_has_not_learned(run, monkeypatch, capsys):
+    sft = SimpleNamespace(name="sft", stage=SimpleNamespace(name="align"))
+    for branch, rates, words in (
+        (sft, {"loss": 2.0, "audio_gain": 0.001}, "align hardly depends on the audio: NLL 2.000 a"),
+        (sft, {"loss": 2.0, "audio_gain": 0.5}, ""),
+        (sft, {"loss": 2.0}, ""),
+        (BRANCH, {"phoneme_error_rate": 0.97}, "CTC of pretrain is on its plateau"),
+        (BRANCH, {"phoneme_error_rate": 0.6}, ""),
+    ):
+        monkeypatch.setattr(validation_module, "error_rates", lambda *_, r=rates: (r, [], []))
+        run.validation.evaluate(branch, 0, steps=7)
+        lines = [x for x in capsys.readouterr().out.splitlines() if "WARNING" in x]
+        assert len(lines) == bool(words) and words in "".join(lines)
+    kinds = [e["event"] for e in read_events(run.recipe.folder)]
+    assert kinds.count("audio_ignored") == kinds.count("ctc_plateau") == 1
+
+
 def test_a_validation_set_without_a_usable_sample(run, monkeypatch):
     empty = Batch.blank(torch.zeros(0, 0, 80), bad=(BAD,))
     monkeypatch.setattr(type(run.builder), "validation_batches", lambda *_: [empty])

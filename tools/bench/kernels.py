@@ -252,7 +252,9 @@ def work(op: str, shape: dict[str, Any]) -> tuple[str, float, float]:
 def differentiate(
     out: Tensor, arguments: tuple, differentiable: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out.mean(), [arguments[index] for index in differentiable])
+    # A sum over N, as training has it: the upstream gradient is one number, with stride 0.
+    loss = out.sum() / out.numel()
+    return torch.autograd.grad(loss, [arguments[index] for index in differentiable])
 
 
 # -- checking and measuring ------------------------------------------------------------------------

@@ -1,23 +1,27 @@
 """Training a speech LLM here and under transformers' Trainer: audio per second, and memory.
 
     python tools/bench/peer_step.py --encoder WHISPER --llm LM --data MANIFEST [--cases frozen all]
+    python tools/bench/peer_step.py --recipe demo --data corpus/demo/train.jsonl
 
-Both train the same model (a Whisper encoder, a two-layer adaptor, a causal LM) on the same
-recordings, transcripts and prompt, in float32 on a CPU, without gradient checkpointing, with one
-worker process for the data and as many threads. ``ours`` is this project's dataloader and engine on
-one rank; ``peer`` is `peer_trainer.py`. A step has about ``--utterances`` utterances' audio on each
-side. Case ``frozen`` trains adaptor and LM, ``all`` the encoder too.
+Both train the same model (a Whisper encoder, a two-layer adaptor, a causal LM; or those of a
+recipe, nothing random) on the same recordings, transcripts and prompt, in float32 on a CPU, no
+gradient checkpointing, with one worker process for the data and as many threads. ``ours`` is this
+project's dataloader and engine on one rank; ``peer`` is `peer_trainer.py`. A step has about
+``--utterances`` utterances' audio on each side. Case ``frozen`` trains adaptor and LM, ``all`` the
+encoder too.
 
 What makes the difference is shown by sides with changes, joined by "+":
 
 - ``ours+pad30``: the encoder sees 30 s, as the peer's; ``ours+random``: batches at random
 - ``peer+longest``: pads to the batch's longest utterance; ``peer+grouped``: batches of similar
-  length; ``peer+fused``: this project's LM head, on target positions alone
+  length; ``peer+fused``: this project's LM head, on target positions alone; ``peer+adaptor``: its
+  adaptor, on valid frames alone; ``peer+deepspeed``: under our DeepSpeed settings
 - ``+x2``, ``+x4``: a step of as many micro-batches
 
 First, the loss and the adaptor's gradient of both must agree, to 1e-3, on the same utterances
 padded to 30 s (and ending in 25 ms of silence). Each measurement is a fresh process; sides take
-turns, round after round. One line a case and side is recorded: ``audio_s_per_s``, the process's
+turns, round after round. One line a case and side is recorded: ``audio_s_per_s`` by the wall clock
+and ``audio_s_per_cpu_s`` (of the process without its worker, for a busy machine), the process's
 ``peak_mb`` (resident set, without its worker; ``libraries_mb``: before there is a model), and how
 many times as fast ours is, within each round.
 """
@@ -43,7 +47,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import peer_trainer
 from common import record
 from marks import Throughput
-from peer_trainer import PeerOptions, SpeechCollator
+from peer_trainer import OwnCollator, PeerOptions, SpeechCollator
 
 from dsasr import config
 from dsasr.build import Builder
@@ -54,21 +58,30 @@ from dsasr.data.shards.pack import PackConfig, pack
 from dsasr.data.shards.writer import sample_key
 from dsasr.engine import branch_engine
 from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine.config import read_ds_config
 from dsasr.kernels import dispatch
-from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.encoders.protocol import valid_frames
 from dsasr.recipe import Recipe, silence_library_warnings
+from dsasr.recipe import load as load_recipe
 from dsasr.training import preflight
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.memory import process_bytes
 
 CASES = {"frozen": ("adaptor", "llm"), "all": ("encoder", "adaptor", "llm")}
-CHANGES = {"ours": ("pad30", "random"), "peer": ("longest", "grouped", "fused")}
+CHANGES = {
+    "ours": ("pad30", "random"),
+    "peer": ("longest", "grouped", "fused", "adaptor", "deepspeed"),
+}
 MICRO = {"x2": 2, "x4": 4}
 LADDER = (
     "ours", "peer", "peer+longest", "peer+longest+grouped", "peer+longest+grouped+fused",
     "peer+fused", "ours+pad30", "ours+random",
+)  # fmt: skip
+# With a recipe's encoder, which takes audio of any length.
+RECIPE_LADDER = (
+    "ours", "peer+deepspeed", "peer", "peer+grouped", "peer+fused", "peer+adaptor",
+    "peer+grouped+fused+adaptor", "ours+random",
 )  # fmt: skip
 MAX_SECONDS = 30.0
 PADDING = 0.03  # share of a batch here
@@ -136,6 +149,20 @@ def recipe(options: argparse.Namespace, side: Side, case: str, samples: int = 25
         ],
         "engine": {"deepspeed": options.deepspeed, "matmul": options.matmul},
     }
+    if options.recipe:
+        named = load_recipe(options.recipe, [])
+        model = config.to_plain(named.model)
+        model["encoder"]["dropout"] = 0.0
+        model["pretrain"] |= {"spec": None, "chunks": None}
+        model["sft"]["spec"] = False
+        model["llm"]["pack"] = options.pack or model["llm"]["pack"]
+        values["model"] = model
+        values["data"] |= {"cmvn": named.data.cmvn, "phonemes": named.data.phonemes}
+        # Not trained: a recipe must say where its encoder comes from.
+        rates = {"encoder": 1e-3, "ctc": 1e-3}
+        values["stages"] += [
+            {"name": "pretrain", "branch": "pretrain", "trains": rates, "steps": 1}
+        ]
     return config.build(Recipe, values)
 
 
@@ -188,31 +215,41 @@ def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 # -- the peer --------------------------------------------------------------------------------------
 
 
-def peer_model(options: argparse.Namespace, side: Side) -> peer_trainer.SpeechModel:
-    adaptor = AdaptorConfig(stack=options.stack)
+def peer_model(
+    options: argparse.Namespace, side: Side, builder: Builder
+) -> peer_trainer.SpeechModel:
+    adaptor = builder.recipe.model.adaptor
     peer = PeerOptions(**dict.fromkeys(side.changes, True))
-    return peer_trainer.load_model(options.encoder, options.llm, adaptor, peer)
+    if not options.recipe:
+        return peer_trainer.load_model(options.encoder, options.llm, adaptor, peer)
+    parts = builder.module("sft")
+    llm = peer_trainer.load_llm(str(builder.llm_folder))
+    return peer_trainer.OwnSpeechModel(parts.encoder, llm, adaptor, peer)
 
 
 def collator(options: argparse.Namespace, side: Side, builder: Builder) -> SpeechCollator:
-    bins = builder.front_end.bins
-    extractor = peer_trainer.WhisperFeatureExtractor(feature_size=bins)
-    return SpeechCollator(extractor, builder.tokenizer, options.stack, "longest" in side.changes)
+    front_end, stack = builder.front_end, builder.recipe.model.adaptor.stack
+    if options.recipe:
+        return OwnCollator(front_end, builder.encoder_shape, builder.tokenizer, stack)
+    extractor = peer_trainer.WhisperFeatureExtractor(feature_size=front_end.bins)
+    return SpeechCollator(extractor, builder.tokenizer, stack, "longest" in side.changes)
 
 
 def train_peer(options: argparse.Namespace, side: Side, case: str) -> dict[str, Any]:
     torch.set_float32_matmul_precision(options.matmul)
     builder = Builder(recipe(options, Side.parse("ours"), case))
     libraries = process_bytes()
-    model = peer_model(options, side)
+    model = peer_model(options, side, builder)
     model.freeze(CASES[case])
     throughput = Throughput(options.warm_up, options.seconds)
+    if model.options.deepspeed:
+        branch_engine.init_distributed()
     peer_trainer.train(
         model, _rows(options), collator(options, side, builder), throughput,
         Path(options.folder), options.utterances // side.accumulate, side.accumulate,
-        options.workers,
+        options.workers, read_ds_config(options.deepspeed),
     )  # fmt: skip
-    trained = sum(p.numel() for p in _trained(model))
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in _trained(model))
     return throughput.fields() | {"trained": trained, "libraries_mb": libraries / 2**20}
 
 
@@ -232,13 +269,14 @@ def decode_with_silent_end(*args: Any, **options: Any) -> torch.Tensor:
 
 def check(options: argparse.Namespace, side: Side, case: str) -> dict[str, Any]:
     """Loss and gradient of both on the same two utterances, in windows of 30 s."""
-    cfg = recipe(options, Side.parse("ours+pad30"), "all", samples=2)
+    ours30 = "ours" if options.recipe else "ours+pad30"
+    cfg = recipe(options, Side.parse(ours30), "all", samples=2)
     builder = Builder(cfg)
     collate.decode = peer_trainer.decode = decode_with_silent_end
     with builder.train_dataloader(cfg.stage("sft"), None) as loader:
         batch = next(loader)
     ours = builder.module("sft").train()
-    peer = peer_model(options, Side.parse("peer")).train()
+    peer = peer_model(options, Side.parse("peer"), builder).train()
     peer.freeze(CASES["all"])
     with torch.no_grad():
         for linear, number in ((peer.projector[0], 1), (peer.projector[2], 2)):
@@ -250,16 +288,20 @@ def check(options: argparse.Namespace, side: Side, case: str) -> dict[str, Any]:
     inputs.pop("seconds")
     # Ours has zeros in an utterance's last stack where the peer has frames of silence.
     lengths_B = ours.encoder.output_lengths(batch.feature_lengths_B)
-    peer.encode = lambda features: encode(features) * valid_frames(lengths_B, 1500)[..., None]
+    peer.encode = lambda *inputs: _masked(encode(*inputs), lengths_B)
     theirs, mine = peer(**inputs), ours(batch)
     theirs["loss"].backward()
     mine.loss.backward()
     a, b = ours.adaptor.weight1.grad, peer.projector[0].weight.grad
     errors = {
-        "loss_error": abs(float(mine.loss) / float(theirs["loss"]) - 1),
+        "loss_error": abs(float(mine.loss.detach()) / float(theirs["loss"].detach()) - 1),
         "gradient_error": float((a - b).norm() / b.norm()),
     }
     return {name: float(f"{value:.2g}") for name, value in errors.items()}
+
+
+def _masked(frames_BSE: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    return frames_BSE * valid_frames(lengths_B, frames_BSE.shape[1])[..., None]
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -318,8 +360,8 @@ def line(
     ratios = [a["audio_s_per_s"] / b["audio_s_per_s"] for a, b in zip(ours, measured, strict=True)]
     rates = [m["audio_s_per_s"] for m in measured]
     return {
-        "encoder": Path(options.encoder).name,
-        "llm": Path(options.llm).name,
+        "encoder": options.recipe or Path(options.encoder).name,
+        "llm": options.recipe or Path(options.llm).name,
         "data": Path(options.data).resolve().parent.name,
         "parameters_trained": measured[0]["trained"],
         "dtype": "float32",
@@ -333,10 +375,14 @@ def line(
         "utterances_per_step": round(middle("utterances_per_step"), 1),
         "audio_s_per_s": round(statistics.median(rates), 3),
         "spread": round((max(rates) - min(rates)) / statistics.median(rates), 3),
+        "audio_s_per_cpu_s": round(middle("audio_s_per_cpu_s"), 3),
         "peak_mb": round(middle("peak_mb"), 1),
         "libraries_mb": round(middle("libraries_mb"), 1),
         "ours_over_this": round(statistics.median(ratios), 3),
         "ours_over_this_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ours_over_this_by_cpu": round(
+            middle("audio_s_per_cpu_s", ours) / middle("audio_s_per_cpu_s"), 3
+        ),
         "our_peak_over_this": round(middle("peak_mb", ours) / middle("peak_mb"), 3),
     }
 
@@ -344,15 +390,16 @@ def line(
 # -- the command -----------------------------------------------------------------------------------
 
 # Options that a measurement's own process gets too.
-KEYS = ("encoder", "llm", "data", "utterances", "stack", "pack", "seconds", "warm_up", "workers",
-        "matmul", "deepspeed", "threads")  # fmt: skip
+KEYS = ("recipe", "encoder", "llm", "data", "utterances", "stack", "pack", "seconds", "warm_up",
+        "workers", "matmul", "deepspeed", "threads")  # fmt: skip
 HIDDEN = ("shards", "folder", "mean_seconds", "longest_seconds")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", required=True, help="folder of a Whisper")
-    parser.add_argument("--llm", required=True, help="folder of a causal LM with its tokenizer")
+    parser.add_argument("--recipe", default="", help="whose model and features both have")
+    parser.add_argument("--encoder", default="", help="folder of a Whisper")
+    parser.add_argument("--llm", default="", help="folder of a causal LM with its tokenizer")
     parser.add_argument("--data", required=True, help="a JSONL manifest with durations")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--sides", nargs="+", default=list(LADDER[:2]), help="first of all ours")
@@ -373,8 +420,10 @@ def parse() -> argparse.Namespace:
         parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if bool(options.recipe) == bool(options.encoder and options.llm):
+        raise UserError("give --recipe, or --encoder and --llm")
     if options.ladder:
-        options.sides = list(LADDER)
+        options.sides = list(RECIPE_LADDER if options.recipe else LADDER)
     for name in options.sides:
         if options.utterances % Side.parse(name).accumulate:
             raise UserError(f"--utterances {options.utterances}: no multiple of {name}'s parts")

@@ -75,10 +75,13 @@ class Parts(nn.Module):
             self.adaptor = nn.Linear(width, width)
             self.llm = nn.Linear(head, head, bias=False)
 
+    def count_targets(self, batch: Batch) -> int:
+        return 1
+
     def forward(self, batch: Batch) -> Outputs:
         features = batch.features_BTF.to(next(self.parameters()).dtype)
         out = self.encoder(features, batch.feature_lengths_B)
-        return Outputs(out.frames_BSE.float().square().mean(), {})
+        return Outputs(out.frames_BSE.float().square().mean(), torch.tensor(1.0), {})
 
 
 def batch() -> Batch:

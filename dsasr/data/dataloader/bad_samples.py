@@ -12,6 +12,7 @@ from typing import Any
 from dsasr.data.shards.sample import DroppedSample
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, read_lines
+from dsasr.utils.troubleshooting import see
 
 # What to do about causes that a recipe's limits make.
 _HINTS = {
@@ -35,7 +36,7 @@ def dropped_summary(counts: Mapping[str, int], last: DroppedSample | None) -> st
         _, shard, key, detail = last
         text += f"; the last: {key} in {shard}: {detail}"
     hint = _HINTS.get(max(counts, key=lambda cause: counts[cause]))
-    return text + (f"; {hint}" if hint else "")
+    return text + (f"; {hint}" if hint else "") + see("dropped-samples")
 
 
 class BadSampleLog:
@@ -116,4 +117,7 @@ class BadSampleLog:
         """Raise `UserError` if a limit is exceeded. ``counts``, if given: equal on all ranks."""
         excess = self.excess(counts)
         if excess:
-            raise UserError(f"{excess}; repair the data or raise the limit in the recipe")
+            raise UserError(
+                f"{excess}; repair the data or raise the limit in the recipe"
+                f"{see('dropped-samples')}"
+            )

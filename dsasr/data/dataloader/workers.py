@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from dsasr.utils.errors import Failure
+from dsasr.utils.troubleshooting import see
 
 ORPHAN_SECONDS = 5.0  # how often a waiting worker checks that its consumer is alive
 MAX_DEATHS = 3  # of workers in a row on the same task, before the run stops
@@ -184,6 +185,7 @@ class WorkerPool:
                 f"{worker.deaths} workers in a row died (exit code {worker.process.exitcode}) over "
                 f"{_shown(worker.outstanding[0][1])}; out of memory? Lower "
                 "data.dataloader.num_workers, data.dataloader.prefetch or batch.frames"
+                f"{see('out-of-memory')}"
             )
         worker.tasks.close()
         worker.results.close()

@@ -129,7 +129,7 @@ def describe(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int])
 
     sides = " ".join(text for text in (shown(prefix), SPEECH, shown(suffix)) if text)
     return [
-        f"prompt of {len(prefix) + len(suffix)} tokens: {sides}",
+        f"{len(prefix) + len(suffix)} tokens: {sides}",
         f"a transcript ends with {shown([tokenizer.end_id])}",
     ]
 

@@ -128,6 +128,22 @@ def test_the_channel_comes_after_the_noise_and_the_level_last():
     assert not len(augment_wave(torch.zeros(0), AugmentParams(narrow=True, codec="gsm", gain=6.0)))
 
 
+def test_gain_changes_the_level_and_nothing_clips():
+    wave = tone(440)
+    for gain in (-6.0, 6.0):
+        louder = augment_wave(wave, AugmentParams(gain=gain))
+        assert decibels(louder.square().mean() / wave.square().mean()) == pytest.approx(gain)
+    loud = augment_wave(wave, AugmentParams(gain=40.0))
+    assert float(loud.abs().max()) == pytest.approx(1.0)
+    assert torch.equal(augment_wave(wave, AugmentParams()), wave)
+    clipped = 1.5 * wave / wave.abs().max()  # above full scale already, as lossy formats may be
+    assert torch.equal(augment_wave(clipped, AugmentParams(gain=3.0)), clipped)
+    noisy = AugmentParams(noise="vehicle", snr=10.0, seed=3)
+    ratio = augment_wave(wave, dataclasses.replace(noisy, gain=-12.0)) / augment_wave(wave, noisy)
+    assert 20 * float(torch.log10(ratio.median())) == pytest.approx(-12.0, abs=1e-3)
+    assert not len(augment_wave(torch.zeros(0), AugmentParams(gain=6.0)))
+
+
 def test_nothing_and_silence_stay_so():
     params = AugmentParams(1.1, "babble", 5, 0.1, 0.1, 1)
     assert len(augment_wave(torch.zeros(0), params)) == 0

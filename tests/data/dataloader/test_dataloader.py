@@ -29,7 +29,7 @@ from dsasr.data.dataloader.dataloader import (
     StreamingDataLoader,
     build_dataset_parts,
 )
-from dsasr.data.shards.index import Sample
+from dsasr.data.shards.sample import Sample
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.text.normalization import TextConfig
 from dsasr.testing.dataloader_fuzz import digest
