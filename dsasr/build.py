@@ -107,7 +107,7 @@ class Builder:
     def phonemes(self) -> PhonemeVocab:
         hint = "make it with `dsasr data phonemes`"
         return PhonemeVocab.load(
-            self._existing_file(self.recipe.data.phonemes, "data.phonemes", hint)
+            self._existing_file(self._here(self.recipe.data.phonemes), "data.phonemes", hint)
         )
 
     @property
@@ -186,7 +186,7 @@ class Builder:
         if self.recipe.pretrained_encoder is None:
             files["data.cmvn"] = Path(self._here(data.cmvn))
         if "phonemes" in self.vocabularies or self.recipe.model.adaptor.reads_ctc:
-            files["data.phonemes"] = Path(data.phonemes)
+            files["data.phonemes"] = Path(self._here(data.phonemes))
             if data.phonemizer.kind == "lexicon":
                 for number, path in enumerate(data.phonemizer.lexicons):
                     files[f"data.phonemizer.lexicons[{number}]"] = lexicon_path(path)

@@ -315,10 +315,11 @@ class Recipe:
                 "model.pretrain.consistency_warmup is for CR-CTC: give a pretrain stage "
                 "objective=cr_ctc, or consistency_warmup=null"
             )
-        if self.evaluation.decode.ctc_weight and not model.adaptor.reads_ctc:
+        trains_head = model.adaptor.reads_ctc or self.schedule().pretrain
+        if self.evaluation.decode.ctc_weight and not trains_head:
             raise UserError(
-                "evaluation.decode.ctc_weight needs an adaptor that reads CTC: give "
-                "model.adaptor.kind=ctc, or ctc_weight=0"
+                "evaluation.decode.ctc_weight needs a CTC head: give a stage of branch pretrain, "
+                "or ctc_weight=0"
             )
 
     def check_frames_per_token(self, stage: StageConfig, per_token: int) -> None:

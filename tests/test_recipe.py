@@ -64,7 +64,7 @@ VALID = "data.valid=[{name: a, shards: x}, {name: a, shards: y}]"
         ("data.fbank.mels=40", "data.fbank.mels is 40, model.encoder.mels 80"),
         ("checkpoint.best=weer", "no metric 'weer' .did you mean 'wer'"),
         ("model.pretrain.consistency_warmup=5", "is for CR-CTC"),
-        ("evaluation.decode={ctc_weight: 0.3, beam: 4}", "needs an adaptor that reads CTC"),
+        ("evaluation.decode={ctc_weight: 0.3}", "ctc_weight needs a beam above 1"),
         ("data.augment.kinds=[recorded]", "data.dataloader.noise=FOLDER"),
         ("drift.swaps=[{pretrain: 5}]", "no effect with drift.mode=cka"),
         ("stages.align.steps_after_final_swap=2", "give it swaps=true"),

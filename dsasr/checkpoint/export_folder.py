@@ -16,6 +16,7 @@ MODEL_TYPE, FORMAT = "dsasr", 1
 LLM = "llm"  # folder of the language model and its tokenizer
 ENCODER = "encoder"  # folder with the config.json of an encoder that others trained
 CMVN = "cmvn.json"
+PHONEMES = "phonemes.json"  # units of the CTC head
 CHECKSUMS = "SHA256SUMS"
 # The files of a language model besides its weights and config.json; no others are copied.
 LLM_FILES = (
@@ -89,8 +90,9 @@ def original_or_copy(path: str, copies: Mapping[str, Path]) -> str:
 
 
 def copy_without_weights(folder: Path, target: Path) -> None:
-    """Copy what a model is built from (settings, tokenizer, CMVN) to the new folder ``target``."""
-    names = [CMVN, f"{ENCODER}/config.json", f"{LLM}/config.json"]
+    """Copy what a model is built from (settings, tokenizer, CMVN, phonemes) to the new folder
+    ``target``."""
+    names = [CMVN, PHONEMES, f"{ENCODER}/config.json", f"{LLM}/config.json"]
     names += [f"{LLM}/{name}" for name in LLM_FILES]
     with atomic_folder(target) as staging:
         for name in names:

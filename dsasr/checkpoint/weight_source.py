@@ -241,6 +241,8 @@ def _export_settings(folder: Path) -> dict[str, Any]:
     data: dict[str, Any] = {"fbank": values.get("fbank") or {}}
     if (folder / export_folder.CMVN).is_file():
         data["cmvn"] = str(folder / export_folder.CMVN)
+    if (folder / export_folder.PHONEMES).is_file():
+        data["phonemes"] = str(folder / export_folder.PHONEMES)
     model = {"encoder": encoder, "adaptor": values.get("adaptor") or {}}
     model["llm"] = {"path": str(folder / export_folder.LLM)}
     return {"data": data, "model": model}

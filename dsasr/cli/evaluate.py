@@ -5,6 +5,7 @@ examples:
   dsasr evaluate runs/demo --data corpus/demo/shards/{test,nonspeech} --suite --report
   dsasr evaluate runs/demo --checkpoint step-0000000450 --data … --out early.jsonl
   dsasr evaluate models/demo --data corpus/demo/shards/test --against runs/demo
+  dsasr evaluate runs/demo --data corpus/demo/shards/valid --tune
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsasr.cli.arguments import add_overwrite, check_new, command_parser, count
+from dsasr.evaluation.tuned import FILE
 from dsasr.tracking.run_log import CLIPS, TRANSCRIPTS
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
@@ -25,7 +27,9 @@ from dsasr.utils.masking import mask
 from dsasr.utils.progress import Bar
 
 if TYPE_CHECKING:
+    from dsasr.evaluation.eval_sets import Recording
     from dsasr.evaluation.results import Results
+    from dsasr.inference.evaluated_model import EvaluatedModel
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +47,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=count, default=0, help="utterances, spread over the set")
     parser.add_argument(
         "--suite", action="store_true",
-        help="also synthetic non-speech, noise at 20, 10, 5 and 0 dB, and truncated speech",
+        help="also synthetic non-speech, noise at 20, 10, 5 and 0 dB, truncated speech, low level, "
+        "silence around it, a telephone's band and codecs",
     )  # fmt: skip
     parser.add_argument(
         "--suite-utterances", type=count, default=0, metavar="N",
@@ -71,6 +76,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "sounds of the worst ones, for dsasr report",
     )
     parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead: choose the CTC head's weight and the threshold of doubt on --data, into "
+        f"RUN/{FILE}",
+    )
+    parser.add_argument(
         "--is-finished", action="store_true", help="exit with 0 if the run is trained, else with 1"
     )
     args = parser.parse_args(arguments)
@@ -91,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.evaluation import error_analysis, results_text
     from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
     from dsasr.evaluation.results import compare
-    from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig
+    from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
     from dsasr.inference.evaluated_model import EvaluatedModel
     from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
@@ -114,9 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if left_out:
         print(f"left out: {dict(left_out)} (too_long: more than {longest:g} s)")
+    if args.tune:
+        return tune_run(args, evaluated, recordings, rules)
     config = RECORDINGS_ONLY
     if args.suite:
-        config = replace(SuiteConfig(), clips=args.clips)
+        config = replace(SuiteConfig(), clips=args.clips, channels=USUAL_CHANNELS)
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
     results = evaluated.transcribe(
         recordings, config, beam=args.beam, suite_utterances=args.suite_utterances, progress=bar
@@ -153,6 +166,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def tune_run(
+    args: argparse.Namespace,
+    evaluated: EvaluatedModel,
+    recordings: Sequence[Recording],
+    rules: str,
+) -> int:
+    """Tune on ``recordings``, print the error rates and write RUN/tuned.json."""
+    from dsasr.inference.tuning import tune
+
+    bar = partial(Bar, desc="decoding", unit="batch", delay=2)
+    tuning = tune(evaluated, recordings, beam=args.beam, rules=rules, progress=bar)
+    for weight, errors in tuning.errors.items():
+        print(f"ctc_weight {weight:<5g} {100 * errors:.2f}% errors")
+    tuning.tuned.save(args.run)
+    print(
+        f"ctc_weight {tuning.tuned.ctc_weight:g}; doubt from {tuning.tuned.doubt.margin:g} nats a "
+        f"phoneme on (1% of {tuning.right} right transcripts); written to {args.run / FILE}"
+    )
+    return 0
+
+
 def check(args: argparse.Namespace) -> Results | None:
     """Raise `UserError` for what would fail after decoding; the results of ``--against``."""
     from dsasr.checkpoint.export_folder import is_export
@@ -166,6 +200,8 @@ def check(args: argparse.Namespace) -> Results | None:
             raise UserError(f"--{error}") from None
         normalize("a", "en", args.rules)  # reads the file of rules
     check_new([args.out] if args.out else [], args.overwrite)
+    if args.tune and is_export(args.run):
+        raise UserError(f"--tune is for runs: {args.run} is an exported model; tune, then export")
     if args.report and is_export(args.run):
         raise UserError(f"--report is for runs: {args.run} is an exported model; give --out")
     if not args.against:

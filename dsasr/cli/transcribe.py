@@ -13,11 +13,14 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsasr.cli.arguments import add_overwrite, check_new, command_parser
+from dsasr.cli.arguments import add_overwrite, check_new, command_parser, count
+from dsasr.evaluation.doubt import MEANING
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
@@ -31,12 +34,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(__name__, __doc__)
     parser.add_argument("model", type=Path, help="an exported folder, or a run folder")
     parser.add_argument("audio", nargs="+", help="files, folders, or - for standard input")
-    parser.add_argument("--format", choices=("text", "jsonl", "srt"), default="text")
+    parser.add_argument("--format", choices=("text", "jsonl", "srt", "vtt"), default="text")
     parser.add_argument(
         "--out", type=Path, help="a folder: one file for each audio file, placed as the audio is"
     )
     add_overwrite(parser)
-    parser.add_argument("--beam", type=int, default=0, help="1 is greedy (default: the model's)")
+    parser.add_argument("--beam", type=count, default=0, help="1 is greedy (default: the model's)")
+    parser.add_argument(
+        "--nbest", type=count, default=1,
+        help="hypotheses of each segment, with scores (text, jsonl)",
+    )  # fmt: skip
+    parser.add_argument("--lang", default="", help="what is spoken, such as en or zh, if known")
+    parser.add_argument(
+        "--channel", type=int, help="the channel to transcribe, from 0 (default: the mean of all)"
+    )
+    parser.add_argument(
+        "--vad", choices=("auto", "silero", "energy"), default="auto", help="what finds the speech "
+        "(default: silero-vad where it is installed)",
+    )  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    parser.add_argument(
+        "--batch-seconds", type=float, default=240.0, help="of audio that is decoded together"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
 
@@ -46,19 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.recipe import silence_library_warnings
 
     sources = find(args.audio)
-    if args.format == "srt" and len(sources) > 1 and not args.out:
+    if args.format in ("srt", "vtt") and len(sources) > 1 and not args.out:
         raise UserError("subtitles of several files need --out FOLDER")
     written = targets(args.out, sources, args.audio, args.format) if args.out else {}
     check_new(written.values(), args.overwrite)
     silence_library_warnings()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    recognizer = Recognizer.from_pretrained(args.model)
+    recognizer = Recognizer.from_pretrained(args.model, args.device)
+    check_vad(args.vad)
+    recognizer = replace(
+        recognizer,
+        batch_seconds=args.batch_seconds,
+        segmentation=replace(recognizer.segmentation, vad=args.vad),
+    )
     if args.beam:
         recognizer = recognizer.with_beam(args.beam)
+    if args.nbest > 1:
+        recognizer = recognizer.with_nbest(args.nbest)
     several = len(sources) > 1 and not args.out and args.format == "text"
     bad: list[str] = []
-    cut: list[str] = []  # the segments whose transcripts were cut
+    doubts = Doubts()
 
     def on_error(path: str, error: UserError) -> None:
         bad.append(path)
@@ -74,9 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not total:
             form = "{n:.0f} s [{elapsed}]"
         with Bar(total=total or None, unit="s", bar_format=form, disable=args.quiet) as bar:
-            for transcription in recognizer.transcribe_all(opened, bar.update, on_error):
-                text = formatted(transcription, args.format)
-                cut += cut_segments(transcription)
+            for transcription in recognizer.transcribe_all(
+                opened, bar.update, on_error, lang=args.lang, channel=args.channel
+            ):
+                text = formatted(transcription, args.format, args.nbest)
+                doubts.add(transcription)
                 if args.out:
                     atomic_write(written[transcription.path], text)
                 else:
@@ -84,23 +113,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         head = f"{transcription.path}\t" if several else ""
                         sys.stdout.write(head + text)
                         sys.stdout.flush()
-    if cut:
-        more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
-        print(
-            f"cut at the token limit, and perhaps not complete: {cut[0]}{more} (the limit is the "
-            f"recipe's evaluation.decode: max_tokens, tokens_per_second){see('cut')}",
-            file=sys.stderr,
-        )
+    for line in doubts.lines():
+        print(line, file=sys.stderr)
     return 1 if bad else 0
 
 
-def cut_segments(transcription: Transcription) -> list[str]:
-    """The segments whose transcripts were cut at the token limit, as ``file, 0.0 to 12.3 s``."""
-    return [
-        f"{transcription.path}, {s.start:.1f} to {s.end:.1f} s"
-        for s in transcription.segments
-        if not s.finished
-    ]
+class Doubts:
+    """What is in doubt over all files, for the console: counts, and the first place of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        self.segments = self.doubtful = 0
+        self.warnings: list[str] = []
+
+    def add(self, transcription: Transcription) -> None:
+        self.segments += len(transcription.spoken)
+        self.doubtful += len(transcription.doubtful)
+        for segment in transcription.doubtful:
+            place = f"{transcription.path}, {segment.start:.1f} to {segment.end:.1f} s"
+            for kind in segment.doubt:
+                self.counts[kind] += 1
+                self.first.setdefault(kind, place)
+        self.warnings += [f"{transcription.path}: {text}" for text in transcription.warnings]
+
+    def lines(self) -> list[str]:
+        lines = list(self.warnings)
+        if self.doubtful:
+            lines.append(f"in doubt: {self.doubtful} of {self.segments} segments")
+        for kind, number in self.counts.most_common():
+            hint = see("cut") if kind == "cut" else ""
+            lines.append(f"  {number} {kind} ({MEANING[kind]}): {self.first[kind]}{hint}")
+        return lines
+
+
+def check_vad(kind: str) -> None:
+    from dsasr.inference.vad import has_silero
+
+    if kind == "silero" and not has_silero():
+        raise UserError('silero-vad is not installed: run pip install "dsasr[vad]"')
 
 
 def find(names: Sequence[str]) -> list[Path | str]:
@@ -132,10 +183,12 @@ def seconds_of(path: Path | str) -> float:
         return 0.0
 
 
-def formatted(transcription: Transcription, form: str) -> str:
+def formatted(transcription: Transcription, form: str, nbest: int = 1) -> str:
     if form == "jsonl":
         return to_json(transcription.to_dict()) + "\n"
-    return transcription.to_srt() if form == "srt" else transcription.text + "\n"
+    if form == "text":
+        return transcription.to_nbest() if nbest > 1 else transcription.text + "\n"
+    return transcription.to_srt() if form == "srt" else transcription.to_vtt()
 
 
 def targets(

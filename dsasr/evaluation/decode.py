@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Protocol
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dsasr.data.batch import Batch
+from dsasr.evaluation.witness import Heard, listen, log_prob_of
 from dsasr.kernels import dispatch
-from dsasr.model.ctc import ctc_log_prob
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.llm_forward import Continuation, packed_hidden
 from dsasr.model.speech_llm import SpeechInput, SpeechLLM
@@ -46,13 +46,18 @@ class DecodeConfig:
     # beams are ranked by log-probability / tokens ** length_penalty
     length_penalty: Annotated[float, Range(0, 10)] = 1.0
     # rank the beams that ended by log-probability + ctc_weight · that of their units by the CTC
-    # head; of an adaptor that reads CTC
+    # head (`dsasr evaluate --tune` finds it); evaluations during training go without it unless the
+    # adaptor reads CTC
     ctc_weight: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
         ranges.check(self)
         if self.ctc_weight and self.beam == 1:
             raise UserError("decoding: ctc_weight needs a beam above 1")
+
+    def for_model(self, model: SpeechLLM) -> DecodeConfig:
+        """These settings without the weight of a CTC head that ``model`` lacks."""
+        return self if model.ctc is not None else replace(self, ctc_weight=0.0)
 
     def token_limit(self, seconds: float) -> int:
         """The most tokens, the end token included, in the transcript of ``seconds`` of audio."""
@@ -64,7 +69,8 @@ class DecodeConfig:
 class Hypothesis:
     """A transcript. ``ids`` are without the end token; ``logprob`` (nats) and ``token_entropies``
     (nats, of the predictive distribution at each token) include it. ``finished`` is False if the
-    token limit cut the transcript."""
+    token limit cut the transcript. ``score`` is what hypotheses of an utterance are ranked by, and
+    ``heard`` what the CTC head says of it (None: it was not asked, or cannot say)."""
 
     key: str
     ids: tuple[int, ...]
@@ -72,6 +78,8 @@ class Hypothesis:
     logprob: float
     token_entropies: tuple[float, ...]
     finished: bool = True
+    score: float = 0.0
+    heard: Heard | None = None
 
 
 class Detokenizer(Protocol):
@@ -106,7 +114,8 @@ class _Beam:
 class _Search:
     """The beams of a batch, as plain Python values on the CPU.
 
-    ``heard`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it.
+    ``heard`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it;
+    ``keep``: results of each utterance.
 
     The greedy transcript stays in the search for as long as it can win, beside the best ``beam``
     (**ours**): no result has a lower score than it. An open beam is dropped only where its best
@@ -120,13 +129,15 @@ class _Search:
         end_id: int,
         cfg: DecodeConfig,
         heard: Callable[[_Beam], float] = lambda beam: 0.0,
+        keep: int = 1,
     ):
         self.limits, self.end_id, self.cfg, self.heard = limits, end_id, cfg, heard
+        self.keep = keep
         self.active = [_Beam(utterance) for utterance in range(len(limits))]
         # Per utterance the best of the beams that ended, and of those cut at the token limit, each
-        # with its score; the log-probability decides between equal scores.
-        self.ended: list[tuple[float, float, _Beam] | None] = [None] * len(limits)
-        self.cut: list[tuple[float, float, _Beam] | None] = [None] * len(limits)
+        # with its score, the best first; the log-probability decides between equal scores.
+        self.ended: list[list[tuple[float, float, _Beam]]] = [[] for _ in limits]
+        self.cut: list[list[tuple[float, float, _Beam]]] = [[] for _ in limits]
 
     def score(self, beam: _Beam) -> float:
         """What beams are ranked by at their end."""
@@ -184,31 +195,35 @@ class _Search:
         for position, (beam, row) in enumerate(candidates):
             if beam.token == self.end_id:
                 if position < self.cfg.beam or beam.greedy:
-                    self.ended[utterance] = self._better(self.ended[utterance], beam)
+                    self._add(self.ended[utterance], beam)
             elif len(active) < self.cfg.beam or beam.greedy:
                 active.append((beam, row))
         if active and active[0][0].length >= self.limits[utterance]:
-            for beam, _ in active if self.ended[utterance] is None else ():
-                self.cut[utterance] = self._better(self.cut[utterance], beam)
+            for beam, _ in () if self.ended[utterance] else active:
+                self._add(self.cut[utterance], beam)
             return []
-        if self.ended[utterance] is not None:
-            least = self.ended[utterance][0]
+        if len(self.ended[utterance]) == self.keep:
+            least = self.ended[utterance][-1][0]
             active = [(beam, row) for beam, row in active if self.bound(beam) > least]
         return active
 
-    def _better(
-        self, best: tuple[float, float, _Beam] | None, beam: _Beam
-    ) -> tuple[float, float, _Beam]:
-        if best is not None and self.bound(beam) < best[0]:
-            return best  # without asking the CTC head
+    def _add(self, best: list[tuple[float, float, _Beam]], beam: _Beam) -> None:
+        """Put ``beam`` among the ``best``, if it belongs there."""
+        if len(best) == self.keep and self.bound(beam) < best[-1][0]:
+            return  # without asking the CTC head
         scored = self.score(beam), beam.logprob, beam
-        return scored if best is None or scored[:2] > best[:2] else best
+        better = sum(other[:2] >= scored[:2] for other in best)
+        best.insert(better, scored)
+        del best[self.keep :]
 
     def best(self, utterance: int) -> _Beam:
-        """The best of the finished beams, else of those cut at the token limit."""
+        """The best of `results`."""
+        return self.results(utterance)[0][1]
+
+    def results(self, utterance: int) -> list[tuple[float, _Beam]]:
+        """The best that ended with their scores, else the best of those cut at the token limit."""
         found = self.ended[utterance] or self.cut[utterance]
-        assert found is not None
-        return found[-1]
+        return [(score, beam) for score, _, beam in found]
 
 
 class _Stepper:
@@ -242,7 +257,6 @@ class _Stepper:
         return head.cap(head(hidden_RD))
 
 
-@torch.no_grad()
 def decode(
     model: SpeechLLM,
     batch: Batch,
@@ -251,17 +265,34 @@ def decode(
     any_rank: Callable[[bool], bool] = bool,
     chunk: Chunk | None = None,
 ) -> list[Hypothesis]:
-    """Transcribe ``batch`` in eval mode: one `Hypothesis` an utterance.
+    """Transcribe ``batch`` in eval mode: one `Hypothesis` an utterance; see `decode_nbest`."""
+    return [found[0] for found in decode_nbest(model, batch, tokenizer, cfg, any_rank, chunk)]
 
-    A hypothesis does not depend on the other utterances of the batch.
 
-    Collective with several ranks: all must call `decode` equally often, with an empty batch where
-    they have no more, and ``any_rank(flag)`` must return whether ``flag`` is True on any rank.
-    ``chunk`` simulates streaming in the encoder.
+@torch.no_grad()
+def decode_nbest(
+    model: SpeechLLM,
+    batch: Batch,
+    tokenizer: Detokenizer,
+    cfg: DecodeConfig | None = None,
+    any_rank: Callable[[bool], bool] = bool,
+    chunk: Chunk | None = None,
+    nbest: int = 1,
+    ask: bool = False,
+) -> list[list[Hypothesis]]:
+    """Transcribe ``batch`` in eval mode: up to ``nbest`` hypotheses an utterance, the best first.
+
+    A hypothesis does not depend on the other utterances of the batch. Of hypotheses with the same
+    text the best is returned. ``ask`` asks the CTC head about each (`Hypothesis.heard`), if the
+    model has one.
+
+    Collective with several ranks: all must call `decode_nbest` equally often, with an empty batch
+    where they have no more, and ``any_rank(flag)`` must return whether ``flag`` is True on any
+    rank. ``chunk`` simulates streaming in the encoder.
     """
     cfg = cfg or DecodeConfig()
     if cfg.ctc_weight and (model.ctc is None or model.spell is None):
-        raise UserError("decoding: ctc_weight needs a model whose adaptor reads CTC")
+        raise UserError("decoding: ctc_weight needs a model with its CTC head and its phonemes")
     training = model.training
     model.eval()
     try:
@@ -269,7 +300,7 @@ def decode(
         logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
         heard = partial(_heard, model, batch, stepper.speech, tokenizer)
         limits = [cfg.token_limit(s) for s in batch.durations]
-        search = _Search(limits, tokenizer.end_id, cfg, heard)
+        search = _Search(limits, tokenizer.end_id, cfg, heard, nbest)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:
@@ -279,8 +310,18 @@ def decode(
                 stepper.idle()
     finally:
         model.train(training)
-    best = [search.best(index) for index in range(len(batch))]
-    return [_hypothesis(key, beam, tokenizer) for key, beam in zip(batch.keys, best, strict=True)]
+    found = [_hypotheses(batch, row, search, tokenizer) for row in range(len(batch))]
+    if not ask or model.ctc is None or model.spell is None:
+        return found
+    return [
+        [replace(h, heard=_asked(model, batch, stepper.speech, row, h.text)) for h in hypotheses]
+        for row, hypotheses in enumerate(found)
+    ]
+
+
+def posteriors(speech: SpeechInput, row: int) -> Tensor:
+    """The CTC head's log-probabilities [S, P] of one utterance, without padding."""
+    return speech.log_probs_BSP[row, : int(speech.log_prob_lengths_B[row])]
 
 
 def _heard(
@@ -290,14 +331,28 @@ def _heard(
 
     -inf for one that the head cannot have written: a unit that it lacks, more units than frames.
     """
-    row = beam.utterance
-    log_probs_SP = speech.log_probs_BSP[row, : int(speech.log_prob_lengths_B[row])]
     ids = [step.token for step in beam.path() if step.token != tokenizer.end_id]
-    units = model.spell(tokenizer.decode(ids), batch.langs[row])
-    return -math.inf if units is None else ctc_log_prob(log_probs_SP, units)
+    text, lang = tokenizer.decode(ids), batch.langs[beam.utterance]
+    return log_prob_of(posteriors(speech, beam.utterance), model.spell.pronunciations(text, lang))
 
 
-def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer) -> Hypothesis:
+def _asked(
+    model: SpeechLLM, batch: Batch, speech: SpeechInput, row: int, text: str
+) -> Heard | None:
+    return listen(posteriors(speech, row), text, batch.langs[row], model.spell)
+
+
+def _hypotheses(
+    batch: Batch, row: int, search: _Search, tokenizer: Detokenizer
+) -> list[Hypothesis]:
+    by_text: dict[str, Hypothesis] = {}
+    for score, beam in search.results(row):
+        hypothesis = _hypothesis(batch.keys[row], beam, tokenizer, score)
+        by_text.setdefault(hypothesis.text, hypothesis)
+    return list(by_text.values())
+
+
+def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer, score: float = 0.0) -> Hypothesis:
     path, finished = beam.path(), beam.token == tokenizer.end_id
     ids = tuple(step.token for step in path)[: -1 if finished else None]
     return Hypothesis(
@@ -307,4 +362,5 @@ def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer) -> Hypothesis:
         logprob=beam.logprob,
         token_entropies=tuple(step.entropy for step in path),
         finished=finished,
+        score=score,
     )

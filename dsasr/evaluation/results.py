@@ -46,6 +46,10 @@ class Result:
     ``reference`` is None for non-speech; of truncated speech it is the whole text. ``entropy`` is
     the mean predictive entropy of the transcript's tokens in nats (None: not finite); ``finished``
     is False where the token limit cut the transcript. ``speaker`` is empty where it is not known.
+
+    What the CTC head says (`dsasr.evaluation.witness`; None: it cannot say): ``margin`` in nats per
+    phoneme, ``heard`` in nats per second, ``weakest``: the confidence of the three least certain
+    words in a row. ``doubt``: `dsasr.evaluation.doubt`.
     """
 
     key: str
@@ -57,6 +61,10 @@ class Result:
     entropy: float | None
     finished: bool
     speaker: str = ""
+    margin: float | None = None
+    heard: float | None = None
+    weakest: float | None = None
+    doubt: tuple[str, ...] = ()
 
     @property
     def scored_lang(self) -> str:
@@ -70,6 +78,16 @@ class Result:
         return (
             text if share is None else spoken_prefix(text, self.hypothesis, self.scored_lang, share)
         )
+
+    @property
+    def wrong(self) -> bool:
+        """Hallucinated, or with errors in more than half of its units."""
+        if self.hallucinated or self.reference is None:
+            return self.hallucinated
+        if truncated_share(self.condition) is not None:
+            return False  # the words spoken are not known
+        scores = score([(self.reference, self.hypothesis, self.lang, self.key)])
+        return 2 * scores.counts.errors > scores.counts.reference
 
     @property
     def hallucinated(self) -> bool:
@@ -136,6 +154,7 @@ class Results:
                 }
             }
         summary["cut"] = self.cut()
+        summary["doubt"] = self.doubts()
         report = self.hallucinations()
         summary["hallucination"] = {
             "totals": report.summary(),
@@ -148,6 +167,25 @@ class Results:
     def cut(self) -> dict[str, int]:
         """Transcripts cut at the token limit, by condition; only conditions that have some."""
         return dict(Counter(row.condition for row in self.rows if not row.finished))
+
+    def doubts(self) -> dict[str, dict[str, float]]:
+        """Counts by condition, over its transcripts with text: how many are in doubt, by kind;
+        how many are wrong (hallucinated, or more than half of the units are), and how many of
+        those are in doubt."""
+        found: dict[str, dict[str, float]] = {}
+        for row in self.rows:
+            if not row.hypothesis:
+                continue
+            counts = found.setdefault(
+                row.condition, {"transcripts": 0, "doubtful": 0, "wrong": 0, "wrong_doubtful": 0}
+            )
+            counts["transcripts"] += 1
+            counts["doubtful"] += bool(row.doubt)
+            counts["wrong"] += row.wrong
+            counts["wrong_doubtful"] += row.wrong and bool(row.doubt)
+            for kind in row.doubt:
+                counts[kind] = counts.get(kind, 0) + 1
+        return found
 
     def nonspeech_rates(self) -> dict[str, dict[str, float]]:
         """Characters a minute transcribed from non-speech, by condition and over `ALL` of them.
@@ -180,7 +218,8 @@ class Results:
 def read_results(path: Path) -> Results:
     """Results from a file of `Results.to_json_lines`. Raises `UserError`."""
     try:
-        return Results([Result(**json.loads(line)) for line in read_lines(path)])
+        rows = [Result(**json.loads(line)) for line in read_lines(path)]
+        return Results([replace(row, doubt=tuple(row.doubt)) for row in rows])
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} holds no transcripts of `dsasr evaluate`: {error}") from None
 

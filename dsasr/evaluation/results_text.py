@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dsasr.evaluation.doubt import MEANING
 from dsasr.evaluation.hallucination import KINDS
 from dsasr.evaluation.normalize import BY_SCRIPT
 from dsasr.evaluation.results import Results
@@ -60,12 +61,24 @@ def format_results(results: Results, summary: Mapping[str, Any], pairs: int) -> 
         total = sum(summary["cut"].values())
         told = f"{total} of {len(results.rows)} transcripts cut at the token limit ({counts})"
         yield f"{told}{see('cut')}"
+    yield from _doubts(summary.get("doubt", {}))
     for example in summary["hallucination"]["examples"][:pairs]:
         head = f"{example['kind']} ({example['condition']}, {example['detail']})"
         yield f"  {head}\n    ref  {example['reference']}\n    hyp  {example['hypothesis']}"
     clean = [row for row in results.rows if row.condition == "clean"]
     for row in clean[:: max(len(clean) // max(pairs, 1), 1)][:pairs]:
         yield f"  ref  {row.reference}\n  hyp  {row.hypothesis}"
+
+
+def _doubts(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    for condition, row in counts.items():
+        if not row["doubtful"]:
+            continue
+        kinds = ", ".join(f"{row[kind]} {kind}" for kind in MEANING if kind in row)
+        yield (
+            f"{condition:>9} {'':>6}: {row['doubtful']} of {row['transcripts']} in doubt "
+            f"({kinds}), {row['wrong_doubtful']} of the {row['wrong']} that are wrong"
+        )
 
 
 def format_comparison(tests: Mapping[str, Mapping[str, float]]) -> Iterator[str]:

@@ -7,6 +7,7 @@ purpose: a system trained with augmentation is evaluated on noise that it was no
 stay as they are, so that results of different releases compare.
 
 A clip's condition is ``clean``, ``snr20``… (dB), ``cut50``… (percent of the audio that remains),
+a channel (``quiet``, ``band``…),
 the name of a synthesized sound, or ``recorded``: non-speech of the evaluation set (recordings
 without text). SNR is 10·log₁₀ of the ratio of mean powers, in dB, over the whole clip.
 """
@@ -19,8 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
+import torch
 from rapidfuzz.distance import Levenshtein
 
+from dsasr.data.audio import channel
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.normalize import units
 from dsasr.utils import ranges
@@ -28,6 +31,8 @@ from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Decibels, NonNegativeInt, Range
 
 CLEAN, RECORDED = "clean", "recorded"  # conditions
+CHANNELS = ("quiet", "padded", "band", *channel.CODECS)
+USUAL_CHANNELS = ("quiet", "padded", "band", "ulaw", "mp3")  # of `dsasr evaluate --suite`
 _LEVEL = 0.05  # RMS of synthesized sounds: −26 dB of full scale, a usual speech level
 _UNDETERMINED = "und"  # ISO 639-2's tag of what is in no language
 
@@ -46,6 +51,9 @@ class SuiteConfig:
     noises: tuple[str, ...] = ("white", "babble", "music")  # noises mixed in: white, babble, music
     # shares of an utterance, from its start, that truncated copies keep
     truncations: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = (0.5,)
+    # what lies between speaker and file, one copy of every utterance each: quiet (18 dB less),
+    # padded (half a second of silence on both sides), band (8 kHz sampling), ulaw, gsm, mp3, opus
+    channels: tuple[str, ...] = ()
     seed: NonNegativeInt = 0  # of the noise
 
     def __post_init__(self) -> None:
@@ -55,6 +63,10 @@ class SuiteConfig:
                 raise UserError(f"noise suite: no sound {kind!r}; there are {', '.join(SOUNDS)}")
         if self.snrs and (not self.noises or "silence" in self.noises):
             raise UserError("noise suite: snrs need noises, and silence is none")
+        if unknown := [name for name in self.channels if name not in CHANNELS]:
+            raise UserError(
+                f"noise suite: no channel {unknown[0]!r}; there are {', '.join(CHANNELS)}"
+            )
 
 
 # A suite of the recordings as they are.
@@ -140,6 +152,22 @@ def _speech_clips(
             wave = r.wave[: max(1, round(share * len(r.wave)))]
             condition = f"cut{100 * share:.0f}"  # `truncated_share` parses it
             yield SuiteClip(r.key, condition, wave, r.text, r.lang, r.speaker)
+        for name in config.channels:
+            wave = through_channel(r.wave, name, rate, rng)
+            yield SuiteClip(r.key, name, wave, r.text, r.lang, r.speaker)
+
+
+def through_channel(wave: np.ndarray, name: str, rate: int, rng: np.random.Generator) -> np.ndarray:
+    """``wave`` [n] through one of `CHANNELS` (`SuiteConfig.channels` says what they are)."""
+    samples = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
+    if name == "quiet":
+        return channel.amplify(samples, -18.0).numpy()
+    if name == "padded":
+        before, after = (silence(rate // 2, rate, rng) for _ in range(2))
+        return np.concatenate((before, samples.numpy(), after))
+    if name == "band":
+        return channel.band_limit(samples, channel.TELEPHONE, rate).numpy()
+    return channel.through_codec(samples, name, rate).numpy()
 
 
 def truncated_share(condition: str) -> float | None:

@@ -6,19 +6,31 @@ their defaults are those of a single rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from dsasr.data.audio.activity import spoken_part
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
-from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, decode
+from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, decode_nbest
+from dsasr.evaluation.doubt import DoubtConfig, find_doubt
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.evaluation.results import Result, Results
 from dsasr.evaluation.suite import CLEAN, SuiteClip
+from dsasr.evaluation.witness import worst_stretch
 from dsasr.model.speech_llm import SpeechLLM
+
+
+@dataclass(frozen=True)
+class DoubtRules:
+    """What transcripts are doubted by: the training's speech, and thresholds."""
+
+    speech: SpeechStatistics = field(default_factory=SpeechStatistics)
+    doubt: DoubtConfig = field(default_factory=DoubtConfig)
 
 
 def transcribe(
@@ -30,16 +42,21 @@ def transcribe(
     device: torch.device,
     any_rank: Callable[[bool], bool] = bool,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
+    rules: DoubtRules | None = None,
+    spoken: Mapping[str, float] | None = None,
 ) -> Results:
     """Decode this rank's ``batches``; the results of all ranks, sorted by key, on every rank.
 
     Every rank must bring equally many batches; some may hold no utterance. ``any_rank`` is as in
-    `decode`; ``gather`` returns the values of all ranks in rank order.
+    `decode_nbest`; ``gather`` returns the values of all ranks in rank order; ``rules``: of doubt;
+    ``spoken``: seconds of speech by key, where they are less than the recording.
     """
     results: list[Result] = []
     for batch in batches:
-        hypotheses = decode(model, batch.to(device), tokenizer, config, any_rank)
-        results += [_result(batch, row, hypothesis) for row, hypothesis in enumerate(hypotheses)]
+        found = decode_nbest(model, batch.to(device), tokenizer, config, any_rank, ask=True)
+        for row, (best, *_) in enumerate(found):
+            seconds = (spoken or {}).get(best.key, batch.durations[row])
+            results.append(_result(batch, row, best, seconds, rules or DoubtRules()))
     merged = [result for of_rank in gather(results) for result in of_rank]
     return Results(sorted(merged, key=lambda result: result.key))
 
@@ -58,6 +75,7 @@ def transcribe_clips(
     any_rank: Callable[[bool], bool] = bool,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
     progress: Callable[[Iterable], Iterable] = lambda items: items,
+    rules: DoubtRules | None = None,
 ) -> Results:
     """`transcribe` clips that are the same on every rank; results in the order of ``clips``.
 
@@ -73,11 +91,15 @@ def transcribe_clips(
     batches = list(
         batch_recordings(recordings, front_end=front_end, tokenizer=tokenizer, frames=frames)
     )
+    spoken = {}
+    for recording in recordings:
+        start, end, _ = spoken_part(recording.wave, front_end.rate)
+        spoken[recording.key] = end - start
     most = max(gather(len(batches)))
     batches += [Batch.blank(torch.zeros(0, 0, front_end.bins))] * (most - len(batches))
     indexed = transcribe(
         model, progress(batches), tokenizer, config,
-        device=device, any_rank=any_rank, gather=gather,
+        device=device, any_rank=any_rank, gather=gather, rules=rules, spoken=spoken,
     )  # fmt: skip
     ordered = sorted(indexed.rows, key=lambda result: int(result.key))
     return Results(
@@ -88,16 +110,32 @@ def transcribe_clips(
     )
 
 
-def _result(batch: Batch, row: int, hypothesis: Hypothesis) -> Result:
-    entropies = hypothesis.token_entropies
+def _result(
+    batch: Batch, row: int, hypothesis: Hypothesis, spoken: float, rules: DoubtRules
+) -> Result:
+    entropies, heard = hypothesis.token_entropies, hypothesis.heard
+    seconds = batch.durations[row]
+    margin = None if heard is None else heard.margin_per_unit
     return Result(
         key=batch.keys[row],
         condition=CLEAN,
         lang=batch.langs[row],
         reference=batch.texts[row] or None,
         hypothesis=hypothesis.text,
-        seconds=batch.durations[row],
+        seconds=seconds,
         entropy=sum(entropies) / max(len(entropies), 1),
         finished=hypothesis.finished,
         speaker=batch.speakers[row],
+        margin=margin,
+        heard=None if heard is None else heard.log_prob / max(seconds, 1e-3),
+        weakest=None if heard is None else worst_stretch(heard.words),
+        doubt=find_doubt(
+            hypothesis.text,
+            seconds=spoken,
+            finished=hypothesis.finished,
+            heard=margin,
+            speech=rules.speech,
+            config=rules.doubt,
+            lang=batch.langs[row],
+        ),
     )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsasr.checkpoint.export_folder import is_export
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.shards.storage import StorageConfig
+from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.data.text.normalization import TextConfig
 from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.evaluation.results import Results
 from dsasr.evaluation.suite import RECORDINGS_ONLY, SuiteConfig, build_suite
-from dsasr.evaluation.transcribe import transcribe_clips
+from dsasr.evaluation.transcribe import DoubtRules, transcribe_clips
+from dsasr.evaluation.tuned import Tuned
 from dsasr.inference.export import load_export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.model.speech_llm import SpeechLLM
@@ -36,6 +38,8 @@ class EvaluatedModel:
     rules: str
     source: StorageConfig
     path: Path
+    speech: SpeechStatistics = field(default_factory=SpeechStatistics)
+    tuned: Tuned = field(default_factory=Tuned)
 
     @classmethod
     def open(cls, folder: Path, checkpoint: str = "") -> EvaluatedModel:
@@ -47,14 +51,14 @@ class EvaluatedModel:
             cfg = export.config
             return cls(
                 export.model.to(device()), export.tokenizer, export.front_end, cfg.decode,
-                cfg.text, cfg.rules, StorageConfig(), folder,
+                cfg.text, cfg.rules, StorageConfig(), folder, cfg.speech, cfg.tuned,
             )  # fmt: skip
         run = RunModel.from_run(folder, checkpoint)
         recipe, build = run.build.recipe, run.build
         return cls(
             run.model, build.tokenizer, build.front_end, recipe.evaluation.decode,
             recipe.data.text, recipe.evaluation.rules, recipe.data.dataloader.source,
-            run.checkpoint,
+            run.checkpoint, run.speech, run.tuned,
         )  # fmt: skip
 
     def transcribe(
@@ -75,8 +79,16 @@ class EvaluatedModel:
             self.model,
             build_suite(recordings, config, rate=self.front_end.rate, utterances=suite_utterances),
             self.tokenizer,
-            replace(self.decode, beam=beam) if beam else self.decode,
+            self.decoding(beam),
             front_end=self.front_end,
             device=device(),
             progress=progress,
+            rules=DoubtRules(self.speech, self.tuned.doubt),
         )
+
+    def decoding(self, beam: int = 0) -> DecodeConfig:
+        """The decoding of a beam width (0: the model's), with the weight that was tuned for it."""
+        cfg = self.decode
+        if beam:
+            cfg = replace(cfg, beam=beam, ctc_weight=0.0 if beam == 1 else cfg.ctc_weight)
+        return self.tuned.decode(cfg)

@@ -5,8 +5,8 @@
     DIR/config.json          settings: encoder, adaptor, features, prompt, decoding
     DIR/cmvn.json            mean and standard deviation per mel bin; of a Conformer
     DIR/encoder/             settings of an encoder that others trained, and of its features
-    DIR/phonemes.json        units of the CTC head; of an adaptor that reads it
-    DIR/model.safetensors    encoder.…, ctc.… of an adaptor that reads it, adaptor.…
+    DIR/phonemes.json        units of the CTC head, where the run has one
+    DIR/model.safetensors    encoder.…, ctc.…, adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
     DIR/adapter/             on request, for a run with LoRA: the LoRA matrices as a peft folder
     DIR/SHA256SUMS           a checksum of each file, for `load_export` and for `sha256sum -c`
@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +40,28 @@ from dsasr.checkpoint import architecture
 from dsasr.checkpoint.export_folder import (
     CMVN,
     ENCODER,
-    FORMAT,
     LLM,
     LLM_FILES,
-    MODEL_TYPE,
+    PHONEMES,
     read_values,
     verify,
     write_checksums,
 )
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
-from dsasr.data.audio.features import Cmvn, FbankConfig
-from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
-from dsasr.data.text.normalization import TextConfig
+from dsasr.data.audio.features import Cmvn
+from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import PhonemizerConfig, Speller, build_phonemizer
+from dsasr.data.text.phonemes import build_phonemizer
 from dsasr.data.text.tokenizer_json import has_trained_tokenizer, write_tokenizer_json
-from dsasr.data.text.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
-from dsasr.evaluation.decode import DecodeConfig
+from dsasr.data.text.tokenizers import check_tokenizer, load_tokenizer
+from dsasr.evaluation.tuned import Tuned
+from dsasr.inference.ctc_head import find_head, reading_speller
+from dsasr.inference.export_config import Export, ExportConfig, PromptIds
+from dsasr.inference.model_from_run import speech_statistics
 from dsasr.model import lora
-from dsasr.model.adaptors.protocol import AdaptorConfig, build_adaptor
-from dsasr.model.ctc import CtcHead, CtcHeadConfig
+from dsasr.model.adaptors.protocol import build_adaptor
+from dsasr.model.ctc import CtcHead
 from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.encoders.pretrained import (
@@ -73,58 +74,11 @@ from dsasr.model.llm import LlmConfig, default_attention, load_llm
 from dsasr.model.llm_hub import is_hub_name
 from dsasr.model.llm_properties import try_llm
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.recipe import SUBSAMPLING
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write
 from dsasr.utils.progress import Bar
 
 FILE_BYTES = 4 << 30  # the largest file of weights
-
-
-@dataclass(frozen=True)
-class PromptIds:
-    """Token ids of the prompt before and after the speech embeddings."""
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """``config.json``: what inference needs besides the weights, and nothing of the training."""
-
-    encoder: EncoderConfig | PretrainedEncoderConfig
-    adaptor: AdaptorConfig
-    prompt: PromptIds
-    fbank: FbankConfig = field(default_factory=FbankConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    text: TextConfig = field(default_factory=TextConfig)  # form of the transcripts
-    rules: str = "standard"  # of scores
-    max_seconds: float = 30.0  # the longest utterance of the training
-    steps: int = 0  # training steps of the checkpoint
-    units: int = 0  # of the CTC head, blank included; of an adaptor that reads it
-    head: CtcHeadConfig = field(default_factory=CtcHeadConfig)  # of an adaptor that reads it
-    phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)  # as `head`
-    model_type: str = MODEL_TYPE
-    architectures: tuple[str, ...] = ("DsasrModel",)
-    format: int = FORMAT
-
-
-@dataclass(frozen=True)
-class Export:
-    """An exported recognizer, loaded."""
-
-    config: ExportConfig
-    model: SpeechLLM
-    tokenizer: Tokenizer
-    front_end: FrontEnd
-
-    @property
-    def frame_seconds(self) -> float:
-        """Seconds of an encoder frame."""
-        if isinstance(self.config.encoder, EncoderConfig):
-            return SUBSAMPLING * self.config.fbank.shift_ms / 1000
-        return self.model.encoder.frame_seconds
 
 
 # -- write -------------------------------------------------------------------------------------
@@ -170,7 +124,7 @@ def _write_model(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> None:
-    recipe, reads_ctc = build.recipe, build.recipe.model.adaptor.reads_ctc
+    recipe, head = build.recipe, find_head(build, reader)
     prefix, suffix = build.prompt()
     export_config = ExportConfig(
         encoder=_exported_encoder(build, folder),
@@ -182,15 +136,17 @@ def _write_model(
         rules=recipe.evaluation.rules,
         max_seconds=recipe.data.dataloader.batch.max_seconds,
         steps=int(reader.manifest.get("steps", 0)),
-        units=len(build.phonemes) if reads_ctc else 0,
+        units=len(build.phonemes) if head is not None else 0,
         head=recipe.model.pretrain.head,
         phonemizer=recipe.data.phonemizer,
+        speech=speech_statistics(build),
+        tuned=Tuned.load(recipe.folder),
     )
     atomic_write(
         folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"
     )
-    if reads_ctc:
-        shutil.copyfile(recipe.data.phonemes, folder / "phonemes.json")
+    if head is not None:
+        build.phonemes.save(folder / PHONEMES)
     if recipe.pretrained_encoder is None:
         build.cmvn.save(folder / CMVN)
     llm = folder / LLM
@@ -198,12 +154,15 @@ def _write_model(
     _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
     # Name in the file → key in the checkpoint.
     plain = [k for k in weights.shapes if not lora.is_adapter(k)]
-    speech_keys = {k: k for k in plain if k.startswith(("encoder.", "ctc.", "adaptor."))}
+    speech_keys = {k: k for k in plain if k.startswith(("encoder.", "adaptor."))}
     llm_keys = {k.removeprefix("llm."): k for k in plain if k.startswith("llm.")}
     matrices = ((speech_keys, recipe.model.encoder_lora), (llm_keys, recipe.model.lora))
+    of_head = [] if head is None else [k for k in head.shapes if k.startswith("ctc.")]
     with Bar(desc="exporting", unit="B", unit_scale=True, total=0) as bar:
         for directory, (keys, cfg) in zip((folder, llm), matrices, strict=True):
             tensors = {name: _lazy(weights, key, dtype, bar, cfg) for name, key in keys.items()}
+            if directory == folder:
+                tensors |= {name: _lazy(head, name, dtype, bar, None) for name in of_head}
             _write_files(directory, tensors)
 
 
@@ -346,14 +305,15 @@ def load_export(folder: str | Path, attn: str = "") -> Export:
     check_tokenizer(tokenizer, width[0])
     properties = try_llm(llm.config, attn)
     encoder = _load_encoder(export_config, folder)
-    ctc, spell = None, None
-    if export_config.adaptor.reads_ctc:
+    ctc, spell, reads_ctc = None, None, export_config.adaptor.reads_ctc
+    if export_config.units:
         phonemizer = build_phonemizer(export_config.phonemizer, tokenizer)
-        spell = Speller(phonemizer, PhonemeVocab.load(folder / "phonemes.json"))
+        spell = reading_speller(phonemizer, PhonemeVocab.load(folder / PHONEMES))
         ctc = CtcHead(encoder.width, export_config.units, export_config.head)
+    units = export_config.units if reads_ctc else 0
     model = SpeechLLM(
         encoder,
-        build_adaptor(export_config.adaptor, encoder.width, width[1], units=export_config.units),
+        build_adaptor(export_config.adaptor, encoder.width, width[1], units=units),
         llm,
         export_config.prompt.prefix,
         export_config.prompt.suffix,

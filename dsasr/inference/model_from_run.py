@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,29 @@ from dsasr.checkpoint import architecture, stored_recipe, zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.stored_recipe import RECIPE
 from dsasr.checkpoint.tensor_fragments import FragmentError, PrefixReader
+from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.evaluation.tuned import Tuned
+from dsasr.inference.ctc_head import listen_with_head
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
+from dsasr.tracking.run_log import SPEECH
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class RunModel:
-    """A `SpeechLLM` restored from a run's ``checkpoint``, with the builder of the run's recipe."""
+    """A `SpeechLLM` restored from a run's ``checkpoint``, with the builder of the run's recipe.
+
+    It listens with the encoder's CTC head, where the run has one. ``speech``: of its training;
+    ``tuned``: on its validation set.
+    """
 
     build: Builder
     model: SpeechLLM
     checkpoint: Path
+    speech: SpeechStatistics
+    tuned: Tuned
 
     @classmethod
     def from_run(cls, folder: str | Path, checkpoint: str = "") -> RunModel:
@@ -39,9 +50,23 @@ class RunModel:
         try:
             architecture.check(reader, config.to_plain(build.recipe.model))
             zero_partition.load_weights(model, PrefixReader(reader, "sft/"))
+            listen_with_head(model, build, reader)
         except FragmentError as error:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
-        return cls(build, model.to(device()).eval(), reader.folder)
+        tuned = Tuned.load(build.recipe.folder)
+        return cls(build, model.to(device()).eval(), reader.folder, speech_statistics(build), tuned)
+
+
+def speech_statistics(build: Builder) -> SpeechStatistics:
+    """Those that the run wrote at its start; empty where it is of an older release."""
+    path = build.recipe.folder / SPEECH
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return SpeechStatistics()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; remove it to do without it") from None
+    return config.build(SpeechStatistics, values)
 
 
 def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -8,8 +8,8 @@ inside the fused kernel. Packed rows and rows of one utterance give the same los
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,15 @@ from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.model.token_embeddings import input_scale
 from dsasr.utils.errors import UserError
 
-# From a transcript and its language to units of the CTC head; None where one is unknown.
-Spell = Callable[[str, str], list[int] | None]
+
+class Spell(Protocol):
+    """From a transcript and its language to units of the CTC head."""
+
+    def __call__(self, text: str, lang: str) -> list[int] | None:
+        """None where a unit is unknown."""
+
+    def pronunciations(self, text: str, lang: str) -> list[list[int]]:
+        """The units of each pronunciation; empty where there is none."""
 
 
 class SpeechInput(NamedTuple):
@@ -61,10 +68,10 @@ class SpeechLLM(nn.Module):
 
     encoder: None where the model reads text-only batches and nothing else;
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
-    context; ctc: the head whose posteriors an adaptor of kind ctc reads; spell: transcripts to its
-    units, for decoding that weighs both; cached: decode from the language model's cache
-    (`LlmProperties.caches`). Raises `UserError` if the prompt is empty: something must predict the
-    first token.
+    context; ctc: the head whose posteriors an adaptor of kind ctc reads, and of other kinds the
+    witness of what was decoded (`hear_with`); spell: transcripts to its units; cached: decode from
+    the language model's cache (`LlmProperties.caches`). Raises `UserError` if the prompt is empty:
+    something must predict the first token.
     """
 
     def __init__(
@@ -94,6 +101,11 @@ class SpeechLLM(nn.Module):
         self._lora_dropouts = [lora.Dropouts(part) for part in filter(None, (encoder, llm))]
         if cfg.activation_checkpointing:
             activation_checkpointing.enable(llm, keep=cfg.recompute == "cheap")
+
+    def hear_with(self, ctc: CtcHead, spell: Spell) -> None:
+        """Take the encoder's CTC head as a witness of what is decoded (`dsasr.evaluation.witness`):
+        an adaptor that does not read it goes on without it."""
+        self.ctc, self.spell = ctc, spell
 
     @property
     def head(self) -> FusedLmHead:
@@ -152,7 +164,12 @@ class SpeechLLM(nn.Module):
     def prompts(self, batch: Batch, chunk: Chunk | None = None) -> Prompts:
         """The batch's prompts as embeddings."""
         self._set_modes()
-        speech = self._read(self.encode(batch, chunk), batch)
+        output = self.encode(batch, chunk)
+        speech = self._read(output, batch)
+        if self.ctc is not None and speech.log_probs_BSP is None:
+            lengths_B = speech.lengths_B
+            log_probs_BSP = self.ctc(output.frames_BSE, output.lengths_B)
+            speech = speech._replace(log_probs_BSP=log_probs_BSP, log_prob_lengths_B=lengths_B)
         speech_B = self._speech_tokens(speech)
         sizes = len(self.prefix_ids), len(self.suffix_ids)
         layout = lay_out(speech_B, torch.zeros_like(speech_B), *sizes, left_pad=True)
@@ -206,7 +223,7 @@ class SpeechLLM(nn.Module):
     def _read(self, output: EncoderOutput, batch: Batch) -> SpeechInput:
         """The encoder's frames, or of an adaptor that reads CTC what the head makes of them."""
         lengths_B = self.encoder.output_lengths(batch.host.feature_lengths_B.cpu())
-        if self.ctc is None:
+        if not self.adaptor.cfg.reads_ctc:
             return SpeechInput(output.frames_BSE, lengths_B)
         with torch.set_grad_enabled(
             torch.is_grad_enabled() and (_trainable(self.ctc) or output.frames_BSE.requires_grad)

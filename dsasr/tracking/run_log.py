@@ -22,6 +22,7 @@ METRICS, EVENTS, LEDGER = "metrics.jsonl", "events.jsonl", "ledger.jsonl"
 # What `dsasr evaluate --report` writes beside report.json.
 TRANSCRIPTS, CLIPS = "transcripts.jsonl", "worst_clips"
 ENVIRONMENT = "environment.json"  # machine, versions and commit of the newest start
+SPEECH = "speech.json"  # what the training's utterances are like (`dsasr.data.speech_statistics`)
 HYPOTHESES = "hypotheses.jsonl"  # some transcripts of the newest evaluation, not a log
 # Events of the job, not of the training: a resumed run does not repeat them.
 JOB_EVENTS = (

@@ -25,7 +25,13 @@ from dsasr.recipe import Recipe
 from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
 from dsasr.tracking import console, tensorboard
 from dsasr.tracking.monitor import Monitor
-from dsasr.training import frame_statistics, initial_weights, preflight, resume
+from dsasr.training import (
+    frame_statistics,
+    initial_weights,
+    measure_speech,
+    preflight,
+    resume,
+)
 from dsasr.training.branch_switcher import BranchSwitcher
 from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
 from dsasr.training.initial_weights import InitialWeights
@@ -90,6 +96,7 @@ class Trainer:
         sources = initial_weights.plan(self.builder) if reader is None else []
         resume.save_recipe(recipe)
         resume.save_environment(recipe)
+        measure_speech.save(self.builder)
         initial_weights.keep_settings(self.builder, sources)
         self.monitor = Monitor(
             recipe.folder,

@@ -13,7 +13,8 @@ def test_evaluation_with_the_whole_suite_and_against_another(trained, tiny, tmp_
     done = command("evaluate", *arguments, "--report", "--out", tmp_path / "rows.jsonl")
     assert done.returncode == 0, done.stderr
     report = json.loads((trained / "report.json").read_text())
-    assert list(report["conditions"]) == ["clean", "snr20", "snr10", "snr5", "snr0"]
+    channels = ["quiet", "padded", "band", "ulaw", "mp3"]
+    assert list(report["conditions"]) == ["clean", "snr20", "snr10", "snr5", "snr0", *channels]
     conditions = {r["condition"] for r in report["hallucination"]["rows"]}
     assert conditions >= {"silence", "cut50", "clean"}
     assert [r["stage"] for r in report["stages"]][-1] == "joint"
@@ -26,7 +27,7 @@ def test_evaluation_with_the_whole_suite_and_against_another(trained, tiny, tmp_
     assert evaluated["checkpoint"].startswith("step-") and evaluated["versions"]["torch"]
     assert {p.name for p in (trained / "worst_clips").iterdir()} == set(report["clips"].values())
     few = command("evaluate", *arguments, "--suite-utterances", 1)
-    assert few.stdout.splitlines()[-1].startswith("12 clips")  # 4 sounds, 3 clean, 5 changed
+    assert few.stdout.splitlines()[-1].startswith("17 clips")  # 4 sounds, 3 clean, 10 changed
     alone = command("evaluate", *arguments[:3], "--suite-utterances", 1)
     assert alone.returncode == 2 and "--suite" in alone.stderr
     # The newest checkpoint by its name; only the run's end goes into its report.
@@ -49,3 +50,10 @@ def test_evaluation_with_the_whole_suite_and_against_another(trained, tiny, tmp_
     assert "errors +0.00 (+0.00…+0.00), p 1.000" in again.stdout
     other = command("evaluate", trained, "--data", tiny.parent / "valid", "--against", trained)
     assert other.returncode == 2 and "other clips" in other.stderr
+    # The CTC head's weight and the threshold of doubt; the run's speech was measured at its start.
+    tuned = command("evaluate", *arguments[:3], "--tune", "--beam", 2)
+    assert tuned.returncode == 0 and "ctc_weight 0 " in tuned.stdout, tuned.stderr
+    assert set(json.loads((trained / "tuned.json").read_text())) == {"ctc_weight", "doubt"}
+    speech = json.loads((trained / "speech.json").read_text())
+    assert speech["utterances"] == 52 and len(speech["seconds"]) == 6
+    (trained / "tuned.json").unlink()

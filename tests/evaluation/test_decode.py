@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.data.batch import Batch
-from dsasr.evaluation.decode import DecodeConfig, _Search, decode
+from dsasr.evaluation.decode import DecodeConfig, _Search, decode, decode_nbest
 from dsasr.model.adaptors.mlp import MlpAdaptor
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.dynamic_chunks import Chunk
@@ -282,3 +282,37 @@ def test_a_state_space_model_decodes_from_its_state(beam):
         ids = [*hypothesis.ids, END] if hypothesis.finished else list(hypothesis.ids)
         expected = score(model, select(batch, row), ids)
         assert hypothesis.logprob == pytest.approx(expected, abs=1e-3)
+
+
+def test_n_best_are_the_best_of_an_exhaustive_search():
+    cfg = DecodeConfig(beam=300, length_penalty=0.0)
+    for seed in range(5):
+        table = Table(seed)
+        search = _Search([4], END, cfg, keep=6)
+        while search.active:
+            prefixes = [[step.token for step in beam.path()] for beam in search.active]
+            search.advance(torch.stack([table.logits(ids) for ids in prefixes]))
+        found = [(score, [step.token for step in beam.path()]) for score, beam in search.results(0)]
+        every = {}
+        for length in range(4):
+            for ids in itertools.product(range(END), repeat=length):
+                path = [*ids, END]
+                log_probs = [table.logits(path[:i]).log_softmax(-1)[t] for i, t in enumerate(path)]
+                every[tuple(path)] = float(sum(log_probs))
+        expected = sorted(every.values(), reverse=True)[:6]
+        assert [score for score, _ in found] == pytest.approx(expected, abs=1e-4)
+        assert [every[tuple(ids)] for _, ids in found] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_the_first_of_n_best_is_what_decode_gives(beam):
+    model = make_model()
+    cfg = DecodeConfig(beam=beam, max_tokens=6)
+    batch = make_batch(60, 40)
+    lists = decode_nbest(model, batch, Tokenizer(), cfg, nbest=beam)
+    alone = decode(model, batch, Tokenizer(), cfg)
+    assert [found[0].ids for found in lists] == [h.ids for h in alone]
+    for found in lists:
+        assert len({h.text for h in found}) == len(found) <= beam
+        assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+        assert all(h.heard is None for h in found)

@@ -1,9 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dsasr.evaluation import suite
 from dsasr.evaluation.eval_sets import Recording
-from dsasr.evaluation.suite import SuiteConfig, build_suite, spoken_prefix, truncated_share
+from dsasr.evaluation.suite import (
+    RECORDINGS_ONLY,
+    SuiteConfig,
+    build_suite,
+    spoken_prefix,
+    truncated_share,
+)
 from dsasr.utils.errors import UserError
 
 RATE = 8000
@@ -167,3 +175,19 @@ def test_spoken_prefix(reference, hypothesis, lang, nearest, judged):
     """The nearest prefix alone, and not below half of the units."""
     assert spoken_prefix(reference, hypothesis, lang, 0.0) == nearest
     assert spoken_prefix(reference, hypothesis, lang, 0.5) == judged
+
+
+def test_channels_are_copies_of_every_utterance():
+    config = replace(RECORDINGS_ONLY, channels=("quiet", "padded", "band", "ulaw"))
+    recordings = [r for r in _recordings() if r.text]
+    clips = build_suite(recordings, config, rate=RATE)
+    for r in recordings:
+        of = {c.condition: c for c in clips if c.key == r.key}
+        assert list(of) == ["clean", "quiet", "padded", "band", "ulaw"]
+        assert all(c.text == r.text and c.wave.dtype == np.float32 for c in of.values())
+        assert np.allclose(of["quiet"].wave, r.wave * 10 ** (-18 / 20), atol=1e-6)
+        assert len(of["padded"].wave) == len(r.wave) + RATE // 2 * 2
+        assert np.abs(of["padded"].wave[: RATE // 2]).max() <= 1 / 32768
+        assert len(of["band"].wave) == len(of["ulaw"].wave) == len(r.wave)
+    with pytest.raises(UserError, match="no channel 'g729'"):
+        SuiteConfig(channels=("g729",))

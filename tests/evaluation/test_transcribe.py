@@ -38,14 +38,14 @@ def batch_sizes(monkeypatch) -> list[int]:
     """Sizes of the decoded batches; the text of an utterance is its duration."""
     sizes: list[int] = []
 
-    def decode(_model, batch, _tokenizer, _config, _any_rank):
+    def decode(_model, batch, _tokenizer, _config, _any_rank, ask):
         sizes.append(len(batch))
         return [
-            Hypothesis(key, (5,), f"{seconds:.2f}", -1.0, (0.2, 0.4))
+            [Hypothesis(key, (5,), f"{seconds:.2f}", -1.0, (0.2, 0.4))]
             for key, seconds in zip(batch.keys, batch.durations, strict=True)
         ]
 
-    monkeypatch.setattr("dsasr.evaluation.transcribe.decode", decode)
+    monkeypatch.setattr("dsasr.evaluation.transcribe.decode_nbest", decode)
     return sizes
 
 

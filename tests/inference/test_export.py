@@ -277,3 +277,33 @@ def test_the_exported_tokenizer_is_that_of_the_training(tiny, tmp_path):
     export._copy_llm(llm, model, tmp_path / "copied", None)
     names = {p.name for p in (tmp_path / "copied").iterdir()}
     assert names == {"config.json", "tokenizer.model"}
+
+
+def test_the_head_travels_with_a_model_that_does_not_read_it(tiny, tmp_path):
+    run = write_run(tiny, tmp_path / "run", 2)
+    cfg = config.build(recipe.Recipe, config.read_recipe(str(run / "recipe.yaml")))
+    build = Builder(cfg)
+    assert RunModel.from_run(run).model.ctc is None  # the checkpoint has no pretrain branch
+    head = build.ctc_model().ctc
+    folder = run / "checkpoints" / "step-0000000042"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    fragments = {
+        f"pretrain/ctc.{name}": Fragment(tuple(w.shape), 0, w.detach().reshape(-1))
+        for name, w in head.named_parameters()
+    }
+    manifest["files"]["head.safetensors"] = tensor_fragments.write_file(
+        folder / "head.safetensors", fragments
+    )
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    speech = {"utterances": 3, "seconds": [1.0, 1.0, 2.0, 3.0, 3.0, 4.0]}
+    (run / "speech.json").write_text(json.dumps(speech))
+    (run / "tuned.json").write_text(json.dumps({"ctc_weight": 0.4, "doubt": {"margin": 2.5}}))
+    target = export.export_run(build, open_run_checkpoint(run), tmp_path / "model")
+    loaded = export.load_export(target)
+    for model in (RunModel.from_run(run).model, loaded.model):
+        assert torch.equal(model.ctc.project.weight, head.project.weight)
+        assert model.spell is not None and not model.adaptor.cfg.reads_ctc
+    recognizer = Recognizer.from_pretrained(target)
+    assert recognizer.segmentation.max_seconds == 3.0
+    assert recognizer.with_beam(3).decode.ctc_weight == 0.4
+    assert recognizer.tuned.doubt.margin == 2.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -17,9 +18,14 @@ import torch
 
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
+from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
-from dsasr.inference.recognizer import Recognizer, Token, _srt_time
+from dsasr.inference.loading import limited
+from dsasr.inference.recognizer import Recognizer
 from dsasr.inference.segmentation import SegmentationConfig
+from dsasr.inference.segments import tokens_of
+from dsasr.inference.subtitles import _time
+from dsasr.inference.transcript import Token
 from dsasr.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -40,16 +46,16 @@ def batches(monkeypatch) -> list[int]:
     """Sizes of the decoded batches; the text of a segment is its length in seconds."""
     sizes: list[int] = []
 
-    def decode(_model, batch, tokenizer, _config):
+    def decode(_model, batch, tokenizer, _config, **_options):
         sizes.append(len(batch))
         hypotheses = []
         for key, seconds in zip(batch.keys, batch.durations, strict=True):
             ids = tuple(ord(c) for c in f"{seconds:.1f}")
             entropies = (*(0.1 * i for i in range(len(ids))), 0.0)
-            hypotheses.append(Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies))
+            hypotheses.append([Hypothesis(key, ids, tokenizer.decode(ids), -1.0, entropies)])
         return hypotheses
 
-    monkeypatch.setattr("dsasr.inference.recognizer.decode", decode)
+    monkeypatch.setattr("dsasr.inference.recognizer.decode_nbest", decode)
     return sizes
 
 
@@ -98,34 +104,34 @@ def test_confidence_and_times(recognizer, batches, tmp_path):
 
 
 def test_quiet_or_uncertain_is_probably_no_speech(recognizer, batches, monkeypatch, tmp_path):
-    soundfile.write(tmp_path / "hiss.wav", loud(2.0) * 0.015, 16000, subtype="FLOAT")
-    (segment,) = recognizer.transcribe(tmp_path / "hiss.wav").segments
+    faint = np.concatenate([loud(1.0) * 0.012, np.zeros(16000, np.float32)])
+    (segment,) = recognizer.transcribe(faint).segments
     assert segment.no_speech and segment.text  # left out of the transcription's text only
-    assert recognizer.transcribe(tmp_path / "hiss.wav").text == ""
+    assert recognizer.transcribe(faint).text == ""
+    assert recognizer.transcribe(loud(2.0) * 0.012).segments == ()  # a steady hiss
     uncertain = Hypothesis("0", (65, 66), "AB", -9.0, (3.0, 3.0, 3.0))
-    monkeypatch.setattr("dsasr.inference.recognizer.decode", lambda *_: [uncertain])
+    monkeypatch.setattr("dsasr.inference.recognizer.decode_nbest", lambda *_, **__: [[uncertain]])
     assert recognizer.transcribe(write(tmp_path / "a.wav", 1.0)).segments[0].no_speech
 
 
 def test_less_than_any_word_takes_is_probably_no_speech(recognizer, batches, tmp_path):
     for samples, speaks in ((1, False), (800, False), (4000, True)):
         soundfile.write(tmp_path / "a.wav", loud(samples / 16_000), 16_000, subtype="FLOAT")
-        (segment,) = recognizer.transcribe(tmp_path / "a.wav").segments
-        assert segment.no_speech is not speaks
+        assert bool(recognizer.transcribe(tmp_path / "a.wav").text) is speaks
 
 
 def test_a_character_of_two_tokens_belongs_to_the_second(recognizer):
     hypothesis = Hypothesis("0", (65, 0, 1, 66), "AéB", -1.0, (0.0, 0.0, 0.0, 0.0, 0.0))
-    assert [t.text for t in recognizer._tokens(hypothesis)] == ["A", "", "é", "B"]
+    assert [t.text for t in tokens_of(hypothesis, Letters())] == ["A", "", "é", "B"]
 
 
 def test_subtitles(recognizer, batches, tmp_path):
     srt = recognizer.transcribe(write(tmp_path / "a.wav", 2.0, 3.0)).to_srt()
     first, second = srt.split("\n\n")
-    assert first == "1\n00:00:00,000 --> 00:00:02,200\n2.2"
-    assert second.startswith("2\n00:00:02,8")
-    assert _srt_time(3725.0415) == "01:02:05,042"
-    assert _srt_time(59.9996) == "00:01:00,000"
+    assert re.fullmatch(r"1\n00:00:00,000 --> 00:00:02,0[01]0\n2\.2", first)
+    assert second.startswith("2\n00:00:03,0")
+    assert _time(3725.0415, ",") == "01:02:05,042"
+    assert _time(59.9996, ".") == "00:01:00.000"
 
 
 def test_a_bad_file_raises_or_is_left_out(recognizer, batches, tmp_path):
@@ -146,7 +152,7 @@ def test_a_bad_file_raises_or_is_left_out(recognizer, batches, tmp_path):
 @pytest.fixture
 def transcribe(recognizer, batches, monkeypatch, command):
     """``transcribe(*arguments)``: exit code and output of ``dsasr transcribe`` with this model."""
-    monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder: recognizer)
+    monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder, _device=None: recognizer)
 
     def run(*arguments) -> tuple[int, str]:
         done = command("transcribe", "model", *arguments)
@@ -182,6 +188,11 @@ def test_the_command_reads_files_folders_and_standard_input(transcribe, tmp_path
     bad.write_bytes(b"no")
     code, printed = transcribe(bad, folder / "b.flac", "--quiet")
     assert code == 1 and "b.flac" in printed and "bad.wav" not in printed
+    code, printed = transcribe(folder / "b.flac", "--quiet", "--format", "vtt")
+    assert code == 0 and printed.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:01.0")
+    code, printed = transcribe(folder / "b.flac", "--quiet", "--nbest", 3)
+    assert re.fullmatch(r"0\.00\t1\.2[01]\t1\t0\.000\t1\.2\n", printed)
+    assert transcribe(folder / "b.flac", "--vad", "silero")[0] == 2  # it is not installed
 
 
 def test_the_command_takes_the_models_beam_and_names_what_was_cut(
@@ -189,26 +200,65 @@ def test_the_command_takes_the_models_beam_and_names_what_was_cut(
 ):
     widths = []
 
-    def decode(_model, batch, tokenizer, config):
+    def decode(_model, batch, tokenizer, config, **_options):
         widths.append(config.beam)
         return [
-            Hypothesis(key, (65,), "A", -1.0, (0.0,), finished=seconds < 3)
+            [Hypothesis(key, (65,), "A", -1.0, (0.0,), finished=seconds < 3)]
             for key, seconds in zip(batch.keys, batch.durations, strict=True)
         ]
 
-    monkeypatch.setattr("dsasr.inference.recognizer.decode", decode)
+    monkeypatch.setattr("dsasr.inference.recognizer.decode_nbest", decode)
     wide = replace(recognizer, decode=DecodeConfig(beam=7))
-    monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder: wide)
+    monkeypatch.setattr(Recognizer, "from_pretrained", lambda _folder, _device=None: wide)
     audio = write(tmp_path / "a.wav", 2.0, 4.0, 5.0)
     done = command("transcribe", "model", audio, "--quiet", "--format", "jsonl")
     assert done.returncode == 0 and set(widths) == {7}
     row = json.loads(done.stdout)
     assert row["finished"] is False
     assert [s["finished"] for s in row["segments"]] == [True, False, False]
-    assert f"cut at the token limit, and perhaps not complete: {audio}, 2." in done.stderr
-    assert " and 1 more" in done.stderr and "tokens_per_second" in done.stderr
+    assert row["doubtful"] == 2 and row["segments"][1]["doubt"] == ["cut"]
+    assert "in doubt: 2 of 3 segments" in done.stderr
+    assert f"2 cut (cut off at the token limit): {audio}, 2." in done.stderr
     widths.clear()
     short = write(tmp_path / "b.wav", 1.0)
     done = command("transcribe", "model", short, "--quiet", "--beam", 2)
     assert set(widths) == {2} and "cut" not in done.stderr
     assert command("transcribe", "model", short, "--beam", -1).returncode == 2
+
+
+def test_what_was_transcribed_is_given_though_a_later_file_is_bad(recognizer, batches, tmp_path):
+    """Empty, silent, cut off, NaN or no audio: named one by one, and the others unharmed."""
+    good = write(tmp_path / "good.wav", 1.0)
+    whole = good.read_bytes()
+    files = {"empty.wav": b"", "text.wav": b"this is text", "cut.wav": whole[:30_000]}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "one.wav", np.ones(1) * 0.5, 16_000)
+    names = ["good.wav", *files, "none.wav", "nan.wav", "one.wav", "good.wav"]
+    errors: dict[str, str] = {}
+
+    def on_error(path: str, error: UserError) -> None:
+        errors[Path(path).name] = str(error)
+
+    found = list(recognizer.transcribe_all([tmp_path / n for n in names], on_error=on_error))
+    assert [Path(t.path).name for t in found] == ["good.wav", "cut.wav", "one.wav", "good.wav"]
+    assert [bool(t.text) for t in found] == [True, True, False, True]
+    assert found[1].warnings[0].startswith("truncated_audio") and not found[0].warnings
+    assert set(errors) == {"empty.wav", "text.wav", "none.wav", "nan.wav"}
+    assert "no samples" in errors["none.wav"] and "not finite" in errors["nan.wav"]
+
+
+def test_words_by_their_share_where_the_head_cannot_say(recognizer, batches):
+    words = recognizer.transcribe(np.concatenate([loud(2.0), np.zeros(16000)])).segments[0].words
+    (word,) = words
+    assert (word.text, word.start, word.confidence) == ("2.2", 0.0, None)
+    assert word.end == pytest.approx(2.0, abs=0.011)
+
+
+def test_the_token_limit_follows_the_duration():
+    speech = SpeechStatistics(9, (1.0,) * 6, (0.1,) * 6, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+    cfg = limited(DecodeConfig(max_tokens=48), speech)
+    assert [cfg.token_limit(s) for s in (1.0, 100.0)] == [12 + 8, 1200 + 8]
+    assert limited(DecodeConfig(max_tokens=48), SpeechStatistics()).token_limit(100.0) == 48

@@ -70,7 +70,7 @@ def other_epsilon(tiny: Path, folder: Path) -> str:
         ("run", other_tokens, r"llm was trained with another vocabulary.*as model\.tokenizer"),
         ("model", other_tokens, r"llm was trained with another vocabulary"),
         ("model", other_epsilon, r"rms_norm_eps=1e-06.*model\.llm\.path has 0\.1"),
-        ("model", "model.init_parts=[head]", r"no part 'head', only encoder, adaptor, llm"),
+        ("model", "model.init_parts=[lora]", r"no part 'lora'"),
         ("run", "model.init_parts=[adaptor, lora]", r"no part 'lora'.*init_parts=\[adaptor\]"),
         ("lora", "seed=1", r"LoRA.*model\.lora=\{rank: 2, alpha: 32\.0\}.*export"),
         ("corpus", "seed=1", "no exported model, run, checkpoint or snapshot"),

@@ -1,4 +1,4 @@
-"""Augmentation: speed, silence, noise and level of the audio; SpecAugment on the features.
+"""Augmentation: speed, silence, noise, channel and level of the audio; SpecAugment on the features.
 
 A sample's `AugmentParams` are drawn from its seed alone, without its audio
 (`dsasr.data.dataloader.augment_sampler`), so that batches are planned by augmented durations and a
@@ -17,6 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsasr.data.audio.channel import (
+    CODECS,
+    TELEPHONE,
+    amplify,
+    band_limit,
+    pad_silence,
+    through_codec,
+)
 from dsasr.data.audio.resampling import RATE, one_thread, resample
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
@@ -48,13 +56,14 @@ class SpecAugmentConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Speed perturbation, noise and level, with NIM4-ASR's figures (arXiv 2604.18105) as defaults
-    of the first two.
+    """Speed perturbation and noise, with NIM4-ASR's figures (arXiv 2604.18105) as defaults; what
+    lies between speaker and file (`dsasr.data.audio.channel`), off by default.
 
     ``noise_share`` of the samples get noise at SNR ~ N(``snr_mean``, ``snr_std``) dB; before it is
     added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side. ``kinds``
     are equally likely; name one twice to have it twice as often. "recorded" takes noise
-    from noise shards.
+    from noise shards. Of the samples without noise ``silence_share`` are padded alike. Then a
+    sample may pass a narrow band, a codec, and a change of level.
     """
 
     # speed factors, one drawn for each sample; 1.0 leaves it as it is
@@ -68,9 +77,15 @@ class AugmentConfig:
     # babble, vehicle, music, recorded (dataloader.noise): drawn alike, one named twice twice as
     # often
     kinds: tuple[str, ...] = field(default=NOISE_KINDS)
-    # widest change of the level in dB, up or down, drawn evenly for each sample; louder only as far
-    # as nothing clips; 0: none
-    gain: Annotated[float, Range(0, 60)] = 0.0
+    silence_share: Share = 0.0  # share of the samples without noise that are padded with silence
+    # lowest and highest change of the level in dB, drawn evenly for each sample; louder only as far
+    # as nothing clips
+    gain_db: tuple[Decibels, Decibels] = (0.0, 0.0)
+    # share of the samples that are limited to the band of a telephone (8 kHz sampling)
+    band_share: Share = 0.0
+    codec_share: Share = 0.0  # share of the samples that pass one of codecs
+    # ulaw, gsm (telephones), mp3 (24 kbit/s), opus (12 kbit/s; ten times slower than the others)
+    codecs: tuple[str, ...] = ("ulaw", "gsm", "mp3")
 
     def __post_init__(self) -> None:
         ranges.check(self)
@@ -79,11 +94,15 @@ class AugmentConfig:
         unknown = [k for k in self.kinds if k not in (*NOISE_KINDS, RECORDED)]
         if unknown or not self.kinds:
             raise UserError(f"augment.kinds: choose from {', '.join((*NOISE_KINDS, RECORDED))}")
+        if self.gain_db[0] > self.gain_db[1]:
+            raise UserError("augment.gain_db: give [lowest, highest] in dB, such as [-20, 6]")
+        if not self.codecs or any(codec not in CODECS for codec in self.codecs):
+            raise UserError(f"augment.codecs: choose from {', '.join(CODECS)}")
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """How one sample is augmented. ``noise`` None: neither silence nor noise."""
+    """How one sample is augmented. ``noise`` None: no noise, and silence only if seconds say so."""
 
     speed: float = 1.0
     noise: str | None = None  # kind
@@ -91,6 +110,8 @@ class AugmentParams:
     before: float = 0.0  # seconds of silence
     after: float = 0.0
     seed: int = 0  # of the noise
+    narrow: bool = False  # the band of a telephone
+    codec: str | None = None
     gain: float = 0.0  # dB
 
 
@@ -102,7 +123,7 @@ def augment_wave(
     rate: int = RATE,
     recordings: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``wave`` [n] after ``params``: speed, then silence, then noise over all of it, then gain.
+    """``wave`` [n] after ``params``: speed, silence, noise over all of it, band, codec, level.
 
     ``voices`` are other utterances, for babble; without any, babble is made of the utterance
     itself. ``recordings`` come from noise shards. Speed is Kaldi's: resampling, so that pitch
@@ -111,25 +132,35 @@ def augment_wave(
     if params.speed != 1.0:
         ratio = Fraction(params.speed).limit_denominator(1000)
         wave = resample(wave, ratio.numerator, ratio.denominator)
-    if params.noise is None or not len(wave):
-        return amplify(wave, params.gain)
+    if not len(wave):
+        return wave
+    wave = _surround(wave, params, voices, rate, recordings)
+    if params.narrow:
+        wave = band_limit(wave, TELEPHONE, rate)
+    if params.codec is not None:
+        wave = through_codec(wave, params.codec, rate)
+    return amplify(wave, params.gain)
+
+
+def _surround(
+    wave: Tensor,
+    params: AugmentParams,
+    voices: Sequence[Tensor],
+    rate: int,
+    recordings: Sequence[Tensor],
+) -> Tensor:
+    """``wave`` with silence around it, and with noise over both."""
+    if params.noise is None and not (params.before or params.after):
+        return wave
     rng = np.random.Generator(np.random.PCG64([params.seed & 0xFFFFFFFF, params.seed >> 32, 1]))
+    if params.noise is None:
+        return pad_silence(wave, params.before, params.after, rng, rate)
     before, after = (torch.zeros(int(s * rate)) for s in (params.before, params.after))
     speech_power = float(wave.square().mean())
     padded = torch.cat((before, wave, after))
     sources = recordings if params.noise == RECORDED else (voices or (wave,))
     noise = generate_noise(params.noise, len(padded), rng, sources, rate)
-    return amplify(mix(padded, noise, params.snr, speech_power), params.gain)
-
-
-def amplify(wave: Tensor, decibels: float) -> Tensor:
-    """``wave`` [n] by ``decibels``, and no louder than full scale by that."""
-    if not decibels or not len(wave):
-        return wave
-    factor = 10 ** (decibels / 20)
-    if factor > 1:
-        factor = min(factor, max(1.0, 1 / max(float(wave.abs().max()), 1e-9)))
-    return wave * factor
+    return mix(padded, noise, params.snr, speech_power)
 
 
 @one_thread()

@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -49,7 +50,7 @@ def open_audio(source: bytes | str | Path | BinaryIO) -> soundfile.SoundFile:
     if isinstance(source, (str, Path)):
         kind = Path(source).suffix.lower().lstrip(".")
         if kind in FFMPEG:
-            return soundfile.SoundFile(io.BytesIO(_by_ffmpeg(Path(source))))
+            return soundfile.SoundFile(_by_ffmpeg(Path(source)))
         with open(source, "rb") as file:
             unknown = kind == "mp3" or flac.lacks_sample_count(file.read(26))
         if unknown:
@@ -67,8 +68,8 @@ def _measured(path: str | Path, mtime_ns: int) -> bytes:
     return _with_length(Path(path).read_bytes())
 
 
-def _by_ffmpeg(path: Path) -> bytes:
-    """16-bit WAV of a file that libsndfile does not read."""
+def _by_ffmpeg(path: Path) -> BinaryIO:
+    """16-bit WAV of a file that libsndfile does not read, in a temporary file: an hour is large."""
     program = shutil.which("ffmpeg")
     if program is None:
         raise AudioError("needs_ffmpeg", f"install ffmpeg to read {path.suffix}, or convert it")
@@ -76,11 +77,14 @@ def _by_ffmpeg(path: Path) -> bytes:
         raise FileNotFoundError(2, "no such file", str(path))
     command = [program, "-v", "error", "-nostdin", "-protocol_whitelist", "file", "-i"]
     command += [f"file:{path}", "-vn", "-map", "0:a:0", "-c:a", "pcm_s16le", "-f", "wav", "pipe:1"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode or len(done.stdout) <= 44:
+    wav = tempfile.TemporaryFile()  # noqa: SIM115 - the caller reads it
+    done = subprocess.run(command, stdout=wav, stderr=subprocess.PIPE, check=False)
+    if done.returncode or wav.seek(0, os.SEEK_END) <= 44:
+        wav.close()
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise AudioError("decode_error", f"ffmpeg: {lines[-1] if lines else 'no audio'}")
-    return done.stdout
+    wav.seek(0)
+    return wav
 
 
 def claimed_frames(file: soundfile.SoundFile) -> int:

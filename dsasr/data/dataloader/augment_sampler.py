@@ -14,12 +14,14 @@ from dsasr.data.audio.augment import AugmentConfig, AugmentParams
 from dsasr.data.dataloader.window_plan import AugmentedDurations, uniform
 
 # One salt for each of a sample's draws.
-SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER, GAIN = range(1, 9)
+SPEED, NOISY, KIND, SNR_RADIUS, SNR_ANGLE, BEFORE, AFTER = range(1, 8)
+PADDED, GAIN, NARROW, CODED, CODEC = range(8, 13)
 
 
 @dataclass(frozen=True)
 class AugmentParamColumns:
-    """`AugmentParams` of N samples in columns [N]. ``kind`` and ``snr`` count where ``noisy``."""
+    """`AugmentParams` of N samples in columns [N]. ``kind`` and ``snr`` count where ``noisy``, and
+    ``codec`` where ``coded``."""
 
     speed: np.ndarray
     noisy: np.ndarray
@@ -28,6 +30,9 @@ class AugmentParamColumns:
     kind: np.ndarray  # index into the config's ``kinds``
     snr: np.ndarray  # dB
     gain: np.ndarray  # dB
+    narrow: np.ndarray
+    coded: np.ndarray
+    codec: np.ndarray  # index into the config's ``codecs``
 
     @classmethod
     def sample(cls, config: AugmentConfig, seeds: np.ndarray) -> AugmentParamColumns:
@@ -39,8 +44,10 @@ class AugmentParamColumns:
         radius = np.sqrt(-2 * np.log1p(-uniform(seeds, SNR_RADIUS)))
         normal = radius * np.cos(2 * np.pi * uniform(seeds, SNR_ANGLE))
         noisy = uniform(seeds, NOISY) < config.noise_share
+        padded = noisy | (uniform(seeds, PADDED) < config.silence_share)
+        low, high = config.gain_db
         before, after = (
-            np.where(noisy, config.silence * (1 - np.cbrt(1 - uniform(seeds, salt))), 0.0)
+            np.where(padded, config.silence * (1 - np.cbrt(1 - uniform(seeds, salt))), 0.0)
             for salt in (BEFORE, AFTER)
         )
         return cls(
@@ -50,7 +57,10 @@ class AugmentParamColumns:
             after=after,
             kind=(uniform(seeds, KIND) * len(config.kinds)).astype(np.int64),
             snr=config.snr_mean + config.snr_std * normal,
-            gain=config.gain * (2 * uniform(seeds, GAIN) - 1),
+            gain=low + (high - low) * uniform(seeds, GAIN),
+            narrow=uniform(seeds, NARROW) < config.band_share,
+            coded=uniform(seeds, CODED) < config.codec_share,
+            codec=(uniform(seeds, CODEC) * len(config.codecs)).astype(np.int64),
         )
 
     def seconds(self, durations: np.ndarray) -> np.ndarray:
@@ -66,6 +76,8 @@ class AugmentParamColumns:
             before=float(self.before[i]),
             after=float(self.after[i]),
             seed=seed,
+            narrow=bool(self.narrow[i]),
+            codec=config.codecs[int(self.codec[i])] if self.coded[i] else None,
             gain=float(self.gain[i]),
         )
 

@@ -7,9 +7,10 @@ digit (1 high, 2 rising, 3 low, 4 falling, 5 neutral): ``請`` is ``tɕʰ i3 ŋ`
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -193,6 +194,8 @@ def _mandarin_symbols(sound: str, name: str) -> list[str]:
 
 # ---- lexicon
 
+VARIANTS = 8  # pronunciations of a text, at most
+
 _NUMBER = re.compile(r"\d+(\.\d+)?(e-?\d+)?", re.IGNORECASE)
 _VARIANT = re.compile(r"\(\d+\)$")
 _ARPABET = re.compile(r"^([A-Z]+)[0-2]$")
@@ -238,6 +241,7 @@ class LexiconPhonemizer:
 
     def __init__(self, paths: str | Path | Sequence[str | Path], *, stress: bool = False) -> None:
         self.entries: dict[str, tuple[str, ...]] = {}
+        self.others: dict[str, list[tuple[str, ...]]] = {}  # further pronunciations
         for path in [paths] if isinstance(paths, str | Path) else paths:
             self._read(Path(path), stress)
         if not self.entries:
@@ -262,35 +266,45 @@ class LexiconPhonemizer:
                 raise UserError(f"lexicon {path} line {number}: {word!r} has no phonemes")
             if not stress:
                 phones = [_ARPABET.sub(r"\1", phone) for phone in phones]
-            self.entries.setdefault(clean_text(_VARIANT.sub("", word)).lower(), tuple(phones))
+            name = clean_text(_VARIANT.sub("", word)).lower()
+            if self.entries.setdefault(name, tuple(phones)) != tuple(phones):
+                self.others.setdefault(name, []).append(tuple(phones))
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
-        symbols: list[str] = []
+        return [symbol for word in self._words(text) for symbol in self.entries[word]]
+
+    def variants(self, text: str, limit: int) -> list[list[str]]:
+        """Up to ``limit`` pronunciations of ``text``: one of each word's, in every combination."""
+        choices = [[self.entries[w], *self.others.get(w, ())] for w in self._words(text)]
+        product = itertools.islice(itertools.product(*choices), limit)
+        return [[symbol for word in words for symbol in word] for words in product]
+
+    def _words(self, text: str) -> list[str]:
+        """The entries that ``text`` is read by."""
+        words: list[str] = []
         for match in _WORD.finditer(clean_text(text)):
             word = match.group().lower().replace("’", "'")
+            bare = word.strip("'")
             if HAN_CHARACTER.match(word):
-                symbols += self._han(word)
-                continue
-            phones = self.entries.get(word) or self.entries.get(word.strip("'"))
-            if phones:
-                symbols += phones
-            elif word.strip("'"):
+                words += self._han(word)
+            elif word in self.entries or bare in self.entries:
+                words.append(word if word in self.entries else bare)
+            elif bare:
                 raise UnknownWord(word)
-        return symbols
+        return words
 
     def _han(self, run: str) -> list[str]:
-        symbols: list[str] = []
+        words: list[str] = []
         start = 0
         while start < len(run):
             for length in range(min(self._longest, len(run) - start), 0, -1):
-                phones = self.entries.get(run[start : start + length])
-                if phones:
-                    symbols += phones
+                if run[start : start + length] in self.entries:
+                    words.append(run[start : start + length])
                     start += length
                     break
             else:
                 raise UnknownWord(run[start])
-        return symbols
+        return words
 
     def for_sample(self, sample) -> list[str]:
         return self.phonemes(sample.text, sample.lang)
@@ -361,7 +375,31 @@ class Speller:
 
     def __call__(self, text: str, lang: str) -> list[int] | None:
         """None where the phonemizer lacks a word, or the vocabulary a unit."""
+        return self._encode(lambda: self.phonemizer.phonemes(text, lang))
+
+    def pronunciations(self, text: str, lang: str) -> list[list[int]]:
+        """The units of each pronunciation of ``text``, the usual one first, at most `VARIANTS`.
+
+        A lexicon's words may have several; of another phonemizer the words read one by one count
+        as a second one, since what it says at their joins differs by speaker. Empty where the
+        phonemizer cannot read ``text``.
+        """
+        usual = self(text, lang)
+        if usual is None:
+            return []
+        if isinstance(self.phonemizer, LexiconPhonemizer):
+            readings = self.phonemizer.variants(text, VARIANTS)
+            others = [self._encode(lambda r=reading: r) for reading in readings]
+        elif isinstance(self.phonemizer, EspeakPhonemizer):
+            words = [self(word, lang) for word in text.split()]
+            others = [None if None in words else list(itertools.chain(*words))]
+        else:
+            others = []
+        found = {tuple(units): None for units in (usual, *others) if units is not None}
+        return [list(units) for units in found]
+
+    def _encode(self, read: Callable[[], Sequence[str]]) -> list[int] | None:
         try:
-            return self.vocab.encode(self.phonemizer.phonemes(text, lang))
-        except (UnknownPhoneme, UnknownWord, MissingPhonemes):
+            return self.vocab.encode(read())
+        except (UnknownPhoneme, UnknownWord, MissingPhonemes, UserError):
             return None

@@ -18,6 +18,7 @@ from dsasr.data.audio.augment import (
     mix,
     spec_augment,
 )
+from dsasr.data.audio.channel import amplify, band_limit, through_codec
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns, planned_seconds
 from dsasr.utils.errors import UserError
 
@@ -39,7 +40,8 @@ def decibels(power: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "bad",
     [{"speeds": ()}, {"speeds": (0.1,)}, {"noise_share": 1.2}, {"snr_std": -1.0},
-     {"silence": -1.0}, {"gain": -1.0}, {"kinds": ()}, {"kinds": ("rain",)}],
+     {"silence": -1.0}, {"kinds": ()}, {"kinds": ("rain",)}, {"gain_db": (6.0, -6.0)},
+     {"codecs": ()}, {"codecs": ("g729",)}, {"band_share": 2.0}],
 )  # fmt: skip
 def test_impossible_augmentation_is_refused(bad):
     with pytest.raises(UserError, match=r"augment|AugmentConfig"):
@@ -68,7 +70,8 @@ def test_speed_changes_tempo_and_pitch(speed):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(1, 30_000))
 def test_the_duration_is_known_beforehand(seed, samples):
-    config, seeds = AugmentConfig(noise_share=0.7), np.array([seed], np.uint64)
+    config = AugmentConfig(noise_share=0.7, silence_share=0.5, codec_share=0.3, band_share=0.3)
+    seeds = np.array([seed], np.uint64)
     planned = planned_seconds(config)(np.array([samples / RATE]), seeds)[0]
     params = AugmentParamColumns.sample(config, seeds).row(config, 0, seed)
     augmented = augment_wave(tone(200, 2)[:samples], params)
@@ -108,6 +111,21 @@ def test_a_sum_that_would_clip_is_scaled():
     assert float(got.abs().max()) == pytest.approx(1.0)
     assert torch.equal(mix(torch.zeros(9), torch.ones(9), 5.0), torch.zeros(9))  # no speech
     assert torch.equal(mix(tone(9), torch.zeros(RATE), 5.0), tone(9))  # no noise
+
+
+def test_the_channel_comes_after_the_noise_and_the_level_last():
+    wave = tone(1000)
+    padded = augment_wave(wave, AugmentParams(before=0.25, after=0.5, seed=4))
+    assert len(padded) == RATE + 12_000
+    assert float((padded[4000 : 4000 + RATE] - wave).abs().max()) < 0.03
+    noisy = AugmentParams(noise="vehicle", snr=0.0, before=0.1, after=0.1, seed=3)
+    plain = augment_wave(wave, noisy)
+    narrow = augment_wave(wave, dataclasses.replace(noisy, narrow=True))
+    assert torch.equal(narrow, band_limit(plain, 8000))
+    coded = augment_wave(wave, dataclasses.replace(noisy, narrow=True, codec="ulaw", gain=-12.0))
+    assert torch.equal(coded, amplify(through_codec(narrow, "ulaw"), -12.0))
+    assert len(coded) == len(plain)
+    assert not len(augment_wave(torch.zeros(0), AugmentParams(narrow=True, codec="gsm", gain=6.0)))
 
 
 def test_gain_changes_the_level_and_nothing_clips():

@@ -48,16 +48,6 @@ def test_snr_is_normal() -> None:
         assert (z < limit).mean() == pytest.approx(share, abs=0.008)
 
 
-def test_gain_is_even_in_decibels() -> None:
-    assert not AugmentParamColumns.sample(AugmentConfig(), SEEDS).gain.any()
-    gain = AugmentParamColumns.sample(AugmentConfig(gain=6.0), SEEDS).gain
-    assert -6 <= gain.min() < -5.9 and 5.9 < gain.max() <= 6
-    assert (gain.mean(), gain.var()) == (pytest.approx(0, abs=0.05), pytest.approx(12, abs=0.2))
-    assert AugmentParamColumns.sample(AugmentConfig(gain=6.0), SEEDS).row(
-        AugmentConfig(gain=6.0), 7, int(SEEDS[7])
-    ).gain == pytest.approx(gain[7])
-
-
 def test_silence_is_beta_and_only_around_noisy_samples() -> None:
     config = AugmentConfig(noise_share=0.6, silence=2.0)
     params = AugmentParamColumns.sample(config, SEEDS)
@@ -70,6 +60,32 @@ def test_silence_is_beta_and_only_around_noisy_samples() -> None:
         assert x.var() == pytest.approx(3 / 80, abs=0.001)
         for limit in (0.1, 0.25, 0.5, 0.75):
             assert (x < limit).mean() == pytest.approx(1 - (1 - limit) ** 3, abs=0.012)
+
+
+def test_silence_without_noise_level_band_and_codecs_come_in_their_shares() -> None:
+    config = AugmentConfig(
+        noise_share=0.3, silence_share=0.5, gain_db=(-20.0, 6.0), band_share=0.1, codec_share=0.4,
+        codecs=("ulaw", "mp3"),
+    )  # fmt: skip
+    params = AugmentParamColumns.sample(config, SEEDS)
+    padded = params.before > 0
+    assert padded[params.noisy].all()
+    assert padded[~params.noisy].mean() == pytest.approx(0.5, abs=0.01)
+    assert params.gain.min() == pytest.approx(-20, abs=0.05)
+    assert params.gain.max() == pytest.approx(6, abs=0.05)
+    assert (params.gain.mean(), params.gain.var()) == pytest.approx((-7, 26**2 / 12), abs=0.8)
+    assert params.narrow.mean() == pytest.approx(0.1, abs=0.006)
+    assert params.coded.mean() == pytest.approx(0.4, abs=0.01)
+    assert shares(params.codec[params.coded], 2) == pytest.approx([0.5, 0.5], abs=0.015)
+    rows = [params.row(config, i, int(SEEDS[i])) for i in range(200)]
+    assert {row.codec for row in rows} == {None, "ulaw", "mp3"}
+    assert {row.narrow for row in rows} == {False, True}
+    plain = AugmentParamColumns.sample(AugmentConfig(), SEEDS)
+    assert not (plain.gain.any() or plain.narrow.any() or plain.coded.any())
+    # What was drawn before there were these stays as it was.
+    quiet = AugmentParamColumns.sample(AugmentConfig(noise_share=0.3), SEEDS)
+    for name in ("speed", "noisy", "kind", "snr"):
+        assert np.array_equal(getattr(quiet, name), getattr(params, name))
 
 
 def test_the_draws_of_a_sample_are_independent() -> None:

@@ -1,0 +1,69 @@
+"""The CTC head of a recognizer's encoder: where a run keeps it, and the model that listens with it.
+
+An adaptor that reads CTC has the head among its own weights. Of other kinds the head was trained by
+the pretrain branch, and serves as a witness of transcripts and for their times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from torch import nn
+
+from dsasr.build import Builder
+from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint.locate import open_verified
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
+from dsasr.data.text.phonemes import Phonemizer, Speller
+from dsasr.entropy_allocation.frame_labels import word_phonemizer
+from dsasr.model.ctc import CtcHead
+from dsasr.model.speech_llm import SpeechLLM
+from dsasr.utils.errors import UserError
+
+_WEIGHT = "ctc.project.weight"
+
+
+def find_head(build: Builder, reader: FragmentReader) -> PrefixReader | None:
+    """The weights ``ctc.…`` that belong to the checkpoint's recognizer; None where there are none.
+
+    Of a concurrent run they lie in the newest snapshot of its encoder.
+    """
+    with contextlib.suppress(UserError):  # no phonemes are named, or their file is gone
+        return _head_weights(build, reader) if build.phonemes else None
+    return None
+
+
+def _head_weights(build: Builder, reader: FragmentReader) -> PrefixReader | None:
+    for prefix in ("sft/", "pretrain/"):
+        if prefix + _WEIGHT in reader.shapes:
+            return PrefixReader(reader, prefix)
+    for folder in sorted(build.recipe.store_folder.glob("encoder-*"), reverse=True):
+        try:
+            snapshot = PrefixReader(open_verified(folder), "")
+        except FragmentError:
+            continue
+        return snapshot if _WEIGHT in snapshot else None
+    return None
+
+
+def listen_with_head(model: SpeechLLM, build: Builder, reader: FragmentReader) -> None:
+    """Give ``model`` the head of its checkpoint as a witness, if it has none and there is one.
+
+    Raises `FragmentError` where the head does not fit.
+    """
+    if model.ctc is not None:
+        return
+    weights = find_head(build, reader)
+    if weights is None:
+        return
+    units = len(build.phonemes)
+    ctc = CtcHead(model.encoder.width, units, build.recipe.model.pretrain.head)
+    zero_partition.load_weights(nn.ModuleDict({"ctc": ctc}), weights)
+    model.hear_with(ctc.eval(), reading_speller(build.phonemizer, build.phonemes))
+
+
+def reading_speller(phonemizer: Phonemizer, vocab: PhonemeVocab) -> Speller:
+    """What spells new text: phonemes stored in shards are those of no new text, so espeak-ng reads
+    it then. Where that is not installed, or writes other symbols, the speller knows no text."""
+    return Speller(word_phonemizer(phonemizer), vocab)

@@ -1,0 +1,116 @@
+"""From the hypotheses of a piece of audio to a segment of the transcript."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsasr.data.audio.activity import spoken_part
+from dsasr.data.audio.resampling import RATE
+from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.evaluation.decode import Detokenizer, Hypothesis
+from dsasr.evaluation.doubt import DoubtConfig, find_doubt
+from dsasr.evaluation.witness import Heard, HeardSpan
+from dsasr.inference.segmentation import AudioSegment
+from dsasr.inference.transcript import Alternative, Segment, Token
+from dsasr.inference.words import Word, spread
+
+
+@dataclass(frozen=True)
+class NoSpeechConfig:
+    """A segment is probably no speech if one of its values is lower (**ours**)."""
+
+    loudness_db: float = -55.0  # `AudioSegment.loudness`
+    confidence: float = 0.4  # mean over the tokens
+    seconds: float = 0.1  # the shortest words take longer, and less is padded with zeros
+
+
+@dataclass(frozen=True)
+class SegmentRules:
+    """What a segment is judged by; the fields are those of `Recognizer`."""
+
+    tokenizer: Detokenizer
+    no_speech: NoSpeechConfig
+    speech: SpeechStatistics
+    doubt: DoubtConfig
+    frame_seconds: float
+    nbest: int = 1
+
+
+def make_segment(
+    rules: SegmentRules, audio: AudioSegment, hypotheses: Sequence[Hypothesis], lang: str
+) -> Segment:
+    """The segment of ``audio``, whose best hypothesis comes first."""
+    best, limits = hypotheses[0], rules.no_speech
+    confidences = [math.exp(-entropy) for entropy in best.token_entropies]
+    confidence = sum(confidences) / max(len(confidences), 1)
+    heard = best.heard
+    margin = None if heard is None else round(heard.margin_per_unit, 3)
+    language = lang or rules.speech.language(best.text)
+    words, phonemes = _times(audio, best.text, heard, rules.frame_seconds)
+    return Segment(
+        start=round(audio.start, 3),
+        end=round(audio.start + audio.seconds, 3),
+        text=best.text,
+        confidence=round(confidence, 4),
+        no_speech=audio.loudness < limits.loudness_db
+        or confidence < limits.confidence
+        or audio.seconds < limits.seconds
+        or not best.text,
+        finished=best.finished,
+        tokens=tokens_of(best, rules.tokenizer),
+        language=language,
+        heard=margin,
+        doubt=find_doubt(
+            best.text,
+            seconds=audio.speech,
+            finished=best.finished,
+            heard=margin,
+            speech=rules.speech,
+            config=rules.doubt,
+            lang=language,
+        ),
+        words=words,
+        phonemes=phonemes,
+        alternatives=tuple(map(_alternative, hypotheses)) if rules.nbest > 1 else (),
+        overlap=round(audio.overlap, 3),
+    )
+
+
+def tokens_of(hypothesis: Hypothesis, tokenizer: Detokenizer) -> tuple[Token, ...]:
+    """Each token with the text that it adds; one that only begins a character adds none."""
+    tokens, before = [], ""
+    pairs = zip(hypothesis.ids, hypothesis.token_entropies, strict=False)
+    for count, (_, entropy) in enumerate(pairs, 1):
+        text = tokenizer.decode(list(hypothesis.ids[:count]))
+        complete = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        added = complete[len(before) :] if complete.startswith(before) else ""
+        tokens.append(Token(added, round(math.exp(-entropy), 4)))
+        before = complete if complete.startswith(before) else before
+    return tuple(tokens)
+
+
+def _times(
+    audio: AudioSegment, text: str, heard: Heard | None, frame_seconds: float
+) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
+    """The words and the phonemes of ``text`` with their times in the file."""
+    # A head's frames at the edges reach into the silence: no word is there.
+    first, last, _ = spoken_part(audio.wave.numpy(), RATE)
+    begin, end = audio.start + first, audio.start + (last or audio.seconds)
+    if heard is None or not heard.words:
+        return spread(text, begin, end), ()
+
+    def placed(span: HeardSpan) -> Word:
+        frames = (span.start, span.end)
+        start, stop = (min(max(audio.start + f * frame_seconds, begin), end) for f in frames)
+        return Word(span.text, round(start, 3), round(stop, 3), round(span.confidence, 4))
+
+    return tuple(map(placed, heard.words)), tuple(map(placed, heard.phonemes))
+
+
+def _alternative(hypothesis: Hypothesis) -> Alternative:
+    heard = None if hypothesis.heard is None else round(hypothesis.heard.log_prob, 4)
+    return Alternative(
+        hypothesis.text, round(hypothesis.score, 5), round(hypothesis.logprob, 4), heard
+    )
