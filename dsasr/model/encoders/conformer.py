@@ -22,6 +22,7 @@ from dsasr.model import activation_checkpointing
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
 from dsasr.model.encoders.stream_state import EncoderStream, LayerPast, StreamPast
+from dsasr.model.encoders.subsampling import Subsampling
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Dropout, Range
@@ -69,68 +70,6 @@ class _Context:
     bias: Tensor | None  # 0 or -inf, broadcasts to the scores [B, heads, S, S]; None: all see all
     padding_BS1: Tensor | None  # bool, True where padded; None: nothing is
     chunk: Chunk | None
-
-
-class StridedConv(nn.Conv2d):
-    """3 x 3 convolution, stride 2, over [B, C, T, F]; padded by one zero frame on either side.
-
-    With ``before`` [B, C, 1, F], the frame before the input, an even number of frames needs no
-    padding: the last output is centered on the last frame but one.
-
-    It runs in channels-last memory whatever the layout of its weight (ZeRO-3 hands back plain
-    rows): with one input channel that is 7x faster on a CPU, and cuDNN wants it for bf16.
-    """
-
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__(channels, out_channels, 3, stride=2, padding=(1, 0))
-
-    def forward(self, input: Tensor, before: Tensor | None = None) -> Tensor:
-        # A clone: with one channel `contiguous` leaves any layout as it is.
-        weight = self.weight.clone(memory_format=torch.channels_last)
-        if before is not None:
-            input = torch.cat((before, input), dim=2)
-        input = input.contiguous(memory_format=torch.channels_last)
-        padding = self.padding if before is None else 0
-        return F.conv2d(input, weight, self.bias, self.stride, padding)
-
-
-class Subsampling(nn.Module):
-    """[B, T, F] features to [B, ceil(T/4), E]: two strided convolutions and a projection."""
-
-    def __init__(self, cfg: EncoderConfig):
-        super().__init__()
-        channels = cfg.subsample_channels
-        self.conv1 = StridedConv(1, channels)
-        self.conv2 = StridedConv(channels, channels)
-        bins = ((cfg.mels - 1) // 2 - 1) // 2
-        self.project = nn.Linear(bins * channels, cfg.width)
-
-    def forward(
-        self,
-        features_BTF: Tensor,
-        lengths_B: Tensor,
-        padded: bool,
-        past: StreamPast | None = None,
-    ) -> Tensor:
-        """With ``past``, T is a multiple of 4, and ``past`` is brought up to the features' end."""
-        x = features_BTF
-        if padded:
-            x = x.masked_fill(~valid_frames(lengths_B, x.shape[1]).unsqueeze(2), 0.0)
-        x = x.unsqueeze(1)
-        if past is not None:
-            x, before = self.conv1(x, past.features_B11F), past.halved_BC1F
-            past.features_B11F = features_BTF[:, None, -1:]
-        else:
-            x, before = self.conv1(x), None
-        if padded:  # the bias has made the padding nonzero
-            valid = valid_frames((lengths_B + 1) // 2, x.shape[2])
-            # A product, in place: masked_fill's gradient would leave the channels-last layout.
-            x = x.mul_(valid[:, None, :, None].to(x.dtype))
-        x = F.relu_(x)
-        if past is not None:
-            past.halved_BC1F = x[:, :, -1:]
-        x = F.relu_(self.conv2(x, before))
-        return self.project(x.permute(0, 2, 3, 1).flatten(2))  # a view: channels are last
 
 
 class FeedForward(nn.Module):
@@ -227,9 +166,7 @@ class DepthwiseConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound, generator=generator)
         nn.init.uniform_(self.bias, -bound, bound, generator=generator)
 
-    def forward(
-        self, x_BSC: Tensor, chunk: Chunk | None, past_BHC: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BSC: Tensor, chunk: Chunk | None, past_BHC: Tensor | None = None) -> Tensor:
         """``past_BHC``: the ``kernel // 2`` frames before the input, which is one chunk."""
         half = self.weight.shape[2] // 2
         if past_BHC is not None:
@@ -320,7 +257,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.width, self.bins = cfg.width, cfg.mels
-        self.subsampling = Subsampling(cfg)
+        self.subsampling = Subsampling(cfg.mels, cfg.subsample_channels, cfg.width)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
 
@@ -371,9 +308,7 @@ class Encoder(nn.Module):
         return EncoderStream(
             features_11F=bias.new_zeros(1, 1, cfg.mels),
             halved_C1F=bias.new_zeros(cfg.subsample_channels, 1, (cfg.mels - 1) // 2),
-            pairs_NL2HX=bias.new_zeros(
-                cfg.layers, 0, 2, cfg.heads, cfg.width // cfg.heads
-            ),
+            pairs_NL2HX=bias.new_zeros(cfg.layers, 0, 2, cfg.heads, cfg.width // cfg.heads),
             convolved_NHC=bias.new_zeros(
                 cfg.layers, cfg.kernel // 2, cfg.width * cfg.conv_expansion
             ),
