@@ -14,10 +14,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsasr.cli.arguments import add_overwrite, check_new, command_parser
+from dsasr.cli.arguments import add_chunk, add_overwrite, check_new, command_parser
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_overwrite(parser)
     parser.add_argument("--beam", type=int, default=0, help="1 is greedy (default: the model's)")
+    add_chunk(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
 
@@ -55,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recognizer = Recognizer.from_pretrained(args.model)
     if args.beam:
         recognizer = recognizer.with_beam(args.beam)
+    if args.chunk:
+        decode = replace(recognizer.decode, chunk_ms=args.chunk)
+        decode.chunk(recognizer.model.encoder)
+        recognizer = replace(recognizer, decode=decode)
     several = len(sources) > 1 and not args.out and args.format == "text"
     bad: list[str] = []
     cut: list[str] = []  # the segments whose transcripts were cut
