@@ -9,9 +9,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """``dsasr.Recognizer``, imported when it is first asked for."""
+    """``dsasr.Recognizer`` and ``dsasr.StreamingRecognizer``, imported when first asked for."""
     if name == "Recognizer":
         from dsasr.inference.recognizer import Recognizer
 
         return Recognizer
+    if name == "StreamingRecognizer":
+        from dsasr.inference.streaming import StreamingRecognizer
+
+        return StreamingRecognizer
     raise AttributeError(f"module 'dsasr' has no attribute '{name}'")

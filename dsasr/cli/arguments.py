@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,6 +45,24 @@ def positive(text: str) -> int:
     if (number := count(text)) == 0:
         raise argparse.ArgumentTypeError("0: it must be at least 1")
     return number
+
+
+def milliseconds(text: str) -> int:
+    """A duration such as ``640ms`` or ``0.64s``, in milliseconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text.strip())
+    value = float(match[1]) * (1000 if match[2] == "s" else 1) if match else 0.0
+    if not 1 <= value <= 60_000 or value % 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a duration such as 640ms")
+    return int(value)
+
+
+def add_chunk(parser: argparse.ArgumentParser) -> None:
+    """``--chunk``, for ``chunk_ms`` of `DecodeConfig`."""
+    parser.add_argument(
+        "--chunk", type=milliseconds, default=0, metavar="640ms",
+        help="encode in chunks of this length, as live streams are, each with 4 chunks to its "
+        "left (default: whole utterances)",
+    )  # fmt: skip
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ examples:
   dsasr evaluate runs/demo --checkpoint step-0000000450 --data … --out early.jsonl
   dsasr evaluate models/demo --data corpus/demo/shards/test --against runs/demo
   dsasr evaluate runs/demo --data corpus/demo/shards/valid --tune
+  dsasr evaluate runs/demo-streaming --data corpus/demo/shards/test --chunk 640ms
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsasr.cli.arguments import add_overwrite, check_new, command_parser, count
+from dsasr.cli.arguments import add_chunk, add_overwrite, check_new, command_parser, count
 from dsasr.evaluation.tuned import FILE
 from dsasr.tracking.run_log import CLIPS, TRANSCRIPTS
 from dsasr.utils.errors import UserError
@@ -44,6 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "newest)",
     )  # fmt: skip
     parser.add_argument("--beam", type=count, default=0, help="1 is greedy (default: the model's)")
+    add_chunk(parser)
     parser.add_argument("--limit", type=count, default=0, help="utterances, spread over the set")
     parser.add_argument(
         "--suite", action="store_true",
@@ -132,7 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = replace(SuiteConfig(), clips=args.clips, channels=USUAL_CHANNELS)
     bar = partial(Bar, desc="decoding", unit="batch", delay=2)
     results = evaluated.transcribe(
-        recordings, config, beam=args.beam, suite_utterances=args.suite_utterances, progress=bar
+        recordings,
+        config,
+        beam=args.beam,
+        chunk_ms=args.chunk,
+        suite_utterances=args.suite_utterances,
+        progress=bar,
     )
     summary = results.summary(rules)
     for line in results_text.format_results(results, summary, args.pairs):
@@ -157,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "recordings": len(recordings),
             "left_out": dict(left_out),
             "rules": rules,
+            "chunk_ms": args.chunk or evaluated.decode.chunk_ms,
         }
         write_report(args, summary | {"beam": args.beam or evaluated.decode.beam})
     rates = "  ".join(

@@ -23,6 +23,7 @@ COMMANDS = {
     "submit": "train or evaluate under Slurm",
     "evaluate": "error rates and hallucinations of a trained run",
     "transcribe": "transcribe audio files",
+    "serve": "a model over HTTP: files, live audio, a page with a microphone",
     "export": "a trained run as one folder of safetensors",
     "report": "an HTML page of one or more runs",
     "probe": "entropy allocation of encoders: NSE, PAI, CSAI, H0-H1, CKA",

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsasr.cli.arguments import add_overwrite, check_new, command_parser, count
+from dsasr.cli.arguments import add_chunk, add_overwrite, check_new, command_parser, count
 from dsasr.evaluation.doubt import MEANING
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, to_json
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batch-seconds", type=float, default=240.0, help="of audio that is decoded together"
     )
+    add_chunk(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
 
@@ -83,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recognizer = recognizer.with_beam(args.beam)
     if args.nbest > 1:
         recognizer = recognizer.with_nbest(args.nbest)
+    if args.chunk:
+        decode = replace(recognizer.decode, chunk_ms=args.chunk)
+        decode.chunk(recognizer.model.encoder)
+        recognizer = replace(recognizer, decode=decode)
     several = len(sources) > 1 and not args.out and args.format == "text"
     bad: list[str] = []
     doubts = Doubts()

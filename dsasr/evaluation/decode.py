@@ -19,7 +19,8 @@ from torch import Tensor
 from dsasr.data.batch import Batch
 from dsasr.evaluation.witness import Heard, listen, log_prob_of
 from dsasr.kernels import dispatch
-from dsasr.model.dynamic_chunks import Chunk
+from dsasr.model.dynamic_chunks import Chunk, chunk_of
+from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.llm_forward import Continuation, packed_hidden
 from dsasr.model.speech_llm import SpeechInput, SpeechLLM
 from dsasr.utils import ranges
@@ -49,6 +50,10 @@ class DecodeConfig:
     # head (`dsasr evaluate --tune` finds it); evaluations during training go without it unless the
     # adaptor reads CTC
     ctc_weight: NonNegativeFloat = 0.0
+    # encode in chunks of so many milliseconds, as a live stream is; 0: whole utterances. Of an
+    # encoder trained with dynamic chunks
+    chunk_ms: NonNegativeInt = 0
+    chunk_left: NonNegativeInt = 4  # chunks to the left that a chunk sees; with chunk_ms
 
     def __post_init__(self) -> None:
         ranges.check(self)
@@ -63,6 +68,15 @@ class DecodeConfig:
         """The most tokens, the end token included, in the transcript of ``seconds`` of audio."""
         tokens = math.ceil(self.tokens_per_second * seconds) + self.extra_tokens
         return max(1, min(self.max_tokens, tokens))
+
+    def chunk(self, encoder: Encoder) -> Chunk | None:
+        """The chunk that utterances are encoded in; None: whole. Raises `UserError` for an encoder
+        that takes none, and for a chunk that is no whole number of its frames."""
+        if not self.chunk_ms:
+            return None
+        if not encoder.takes_chunks:
+            raise UserError("the model's encoder sees whole utterances only: leave out the chunk")
+        return chunk_of(self.chunk_ms / 1000, self.chunk_left, encoder.frame_seconds)
 
 
 @dataclass(frozen=True)
@@ -288,9 +302,10 @@ def decode_nbest(
 
     Collective with several ranks: all must call `decode_nbest` equally often, with an empty batch
     where they have no more, and ``any_rank(flag)`` must return whether ``flag`` is True on any
-    rank. ``chunk`` simulates streaming in the encoder.
+    rank. ``chunk`` simulates streaming in the encoder (None: as ``cfg`` says).
     """
     cfg = cfg or DecodeConfig()
+    chunk = chunk or cfg.chunk(model.encoder)
     if cfg.ctc_weight and (model.ctc is None or model.spell is None):
         raise UserError("decoding: ctc_weight needs a model with its CTC head and its phonemes")
     training = model.training

@@ -67,19 +67,22 @@ class EvaluatedModel:
         config: SuiteConfig = RECORDINGS_ONLY,
         *,
         beam: int = 0,
+        chunk_ms: int = 0,
         suite_utterances: int = 0,
         progress: Callable[[Iterable], Iterable] = lambda items: items,
     ) -> Results:
         """Transcribe the suite that ``config`` makes of ``recordings``.
 
-        ``beam`` is the beam width (0: the model's); ``suite_utterances``: those of `build_suite`;
-        ``progress`` wraps the batches.
+        ``beam`` is the beam width, ``chunk_ms`` the chunk (0: the model's); ``suite_utterances``:
+        those of `build_suite`; ``progress`` wraps the batches.
         """
+        decode = self.decoding(beam)
+        decode = replace(decode, chunk_ms=chunk_ms or decode.chunk_ms)
         return transcribe_clips(
             self.model,
             build_suite(recordings, config, rate=self.front_end.rate, utterances=suite_utterances),
             self.tokenizer,
-            self.decoding(beam),
+            decode,
             front_end=self.front_end,
             device=device(),
             progress=progress,

@@ -20,7 +20,8 @@ import torch
 from dsasr.data.audio.activity import FRAME, active_frames, decibels, frame_power, noise_floor
 from dsasr.data.audio.resampling import RATE, resample
 
-HISTORY_SECONDS = 30.0  # over which the energy rule tracks the noise floor
+CONTEXT_SECONDS = 5.0  # that the energy rule compares a frame with
+HISTORY_SECONDS = 30.0  # over which it tracks the noise floor
 SURE = 0.97
 CLEAR = 30.0  # dB
 _WINDOW = 512  # samples at 16 kHz that silero-vad reads at once: 32 ms
@@ -37,23 +38,31 @@ class Vad(Protocol):
 
 
 class EnergyVad:
-    """1 where a frame is active (`dsasr.data.audio.activity`) above the floor of the last
-    `HISTORY_SECONDS`, else 0."""
+    """1 where a frame is active (`dsasr.data.audio.activity`) among those of the last
+    `CONTEXT_SECONDS`, above the lowest floor of the last `HISTORY_SECONDS`; else 0."""
 
     name = "energy"
 
     def __init__(self, rate: int):
         self.rate = rate
-        self._floors: deque[float] = deque(maxlen=6)  # one for each block that was fed
-        self.clear = False  # whether the last block's sounds lie far above its floor
+        self._position = 0  # frames fed
+        self._powers = np.zeros(0)  # of the last frames, in dB
+        self._floors: deque[tuple[int, float]] = deque()  # the position and floor of what was fed
+        self.clear = False  # whether the last sounds lie far above their floor
 
     def feed(self, wave: np.ndarray) -> np.ndarray:
-        power = decibels(frame_power(wave, self.rate))
-        if not len(power):
+        new = decibels(frame_power(wave, self.rate))
+        if not len(new):
             return np.zeros(0, np.float32)
-        self._floors.append(noise_floor(power))
-        self.clear = float(np.quantile(power, 0.95)) - min(self._floors) > CLEAR
-        return active_frames(power, min(self._floors)).astype(np.float32)
+        self._position += len(new)
+        frames = max(len(new), round(CONTEXT_SECONDS / FRAME))
+        self._powers = power = np.concatenate((self._powers, new))[-frames:]
+        self._floors.append((self._position, noise_floor(power)))
+        while self._floors[0][0] <= self._position - HISTORY_SECONDS / FRAME:
+            self._floors.popleft()
+        floor = min(floor for _, floor in self._floors)
+        self.clear = float(np.quantile(power, 0.95)) - floor > CLEAR
+        return active_frames(power, floor)[-len(new) :].astype(np.float32)
 
 
 class SileroVad:

@@ -37,6 +37,18 @@ class Chunk:
     left: int = -1
 
 
+def chunk_of(seconds: float, left: int, frame_seconds: float) -> Chunk:
+    """The chunk of ``seconds`` and ``left`` chunks before it, of an encoder with a frame each
+    ``frame_seconds``. Raises `UserError` where that is no whole number of frames."""
+    frames = round(seconds / frame_seconds)
+    if frames < 1 or abs(frames * frame_seconds - seconds) > 1e-6:
+        raise UserError(
+            f"a chunk of {1000 * seconds:g}ms is no whole number of the encoder's frames of "
+            f"{1000 * frame_seconds:g} ms: give {max(frames, 1) * frame_seconds * 1000:g}ms"
+        )
+    return Chunk(frames, left)
+
+
 def draw_chunk(cfg: ChunkConfig, generator: torch.Generator) -> Chunk | None:
     """Draw a batch's chunk, None for full context (dynamic chunks, arXiv 2012.05481).
 

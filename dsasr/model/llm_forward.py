@@ -1,5 +1,7 @@
 """The calls of a language model on embeddings: packed rows in training, a cache in decoding.
 
+Sequences that come in parts (a live stream's) are kept between their parts as `LlmPast`.
+
 transformers' families differ in what they take; `dsasr.model.llm_properties` tries whether a
 family does here what it should.
 """
@@ -9,11 +11,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 # What base models call the argument of their cache; transformers renames the others to the first,
 # and drops them in 5.40. A forward ignores a name that it does not know.
@@ -58,6 +63,18 @@ def _cache_argument(forward: Any) -> str | None:
     return next((name for name in _CACHE_NAMES if name in parameters), None)
 
 
+class LlmPast(NamedTuple):
+    """What a model keeps of one sequence's positions so far. A value: nothing changes it.
+
+    ``layers``: keys and values [heads, L, X] of each layer; of a model without a cache, or one that
+    cannot be cut into sequences (states, sliding windows), instead the embeddings [L, D].
+    """
+
+    length: int = 0
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+    embeds_LD: Tensor | None = None
+
+
 class Continuation:
     """Sequences of embeddings that grow by one position a step; each step gives hidden states.
 
@@ -98,6 +115,60 @@ class Continuation:
             self._embeds_RLD = torch.cat((self._embeds_RLD, embeds_RD[:, None]), dim=1)
         return self._next(embeds_RD[:, None], positions_R1)
 
+    def resume(self, pasts: Sequence[LlmPast], embeds: Sequence[Tensor]) -> Tensor:
+        """In place of `start`: sequences that go on, each by its embeddings [n, D], n >= 1; the
+        hidden states [R, D] of the last. `pasts` then gives what to resume next."""
+        self._parts = list(pasts), list(embeds)
+        lefts_R, counts_R = (
+            torch.tensor(values, device=embeds[0].device)
+            for values in ([past.length for past in pasts], [len(part) for part in embeds])
+        )
+        if not self._cuttable:
+            whole = [part.embeds_LD for part in self._whole()]
+            return self.start(pad_sequence(whole, True, padding_side="left"), lefts_R + counts_R)
+        left, new = max(past.length for past in pasts), max(len(part) for part in embeds)
+        if left:
+            for index, pair in enumerate(_stacked(pasts, left)):
+                self._cache.update(*pair, index)
+        steps = torch.arange(max(left, new), device=lefts_R.device)
+        own_RL = steps[:left] >= left - lefts_R.unsqueeze(1)
+        own_RN = steps[:new] >= new - counts_R.unsqueeze(1)
+        self._mask_RL = torch.cat((own_RL, own_RN), 1).long()
+        self._lengths_R = lefts_R + counts_R
+        positions_RN = (lefts_R.unsqueeze(1) + own_RN.cumsum(1) - 1).clamp_min(0)
+        return self._next(pad_sequence(list(embeds), True, padding_side="left"), positions_RN)
+
+    def pasts(self) -> list[LlmPast]:
+        """The sequences of `resume`, before any `step`."""
+        if not self._cuttable:
+            return self._whole()
+        found = []
+        for row, (past, part) in enumerate(zip(*self._parts, strict=True)):
+            pairs = []
+            for index, layer in enumerate(self._cache.layers):
+                own = [x[row, :, x.shape[2] - len(part) :] for x in (layer.keys, layer.values)]
+                before = past.layers[index] if past.layers else [x[:, :0] for x in own]
+                # Copies, at the latest here: a view would keep the whole batch alive.
+                pairs.append(tuple(torch.cat(pair, 1) for pair in zip(before, own, strict=True)))
+            found.append(LlmPast(past.length + len(part), tuple(pairs)))
+        return found
+
+    def _whole(self) -> list[LlmPast]:
+        return [
+            LlmPast(
+                past.length + len(part),
+                embeds_LD=part if past.embeds_LD is None else torch.cat((past.embeds_LD, part)),
+            )
+            for past, part in zip(*self._parts, strict=True)
+        ]
+
+    @property
+    def _cuttable(self) -> bool:
+        """Whether the cache is keys and values of all positions, layer by layer."""
+        return self._cache is not None and all(
+            type(layer) is DynamicLayer for layer in self._cache.layers
+        )
+
     def _next(self, embeds: Tensor, positions: Tensor) -> Tensor:
         if self._cache is None:
             return self._over_all()
@@ -117,3 +188,18 @@ class Continuation:
         rows_R = torch.arange(len(order_RL), device=order_RL.device)
         hidden_RLD = packed_hidden(self._llm, self._embeds_RLD[rows_R[:, None], order_RL], None)
         return hidden_RLD[rows_R, self._lengths_R - 1]
+
+
+def _stacked(pasts: Sequence[LlmPast], left: int) -> list[tuple[Tensor, Tensor]]:
+    """Each layer's keys and values [R, heads, left, X], padded on the left with zeros."""
+    example = next(past for past in pasts if past.layers)
+
+    def padded(x_HLX: Tensor) -> Tensor:
+        return F.pad(x_HLX, (0, 0, left - x_HLX.shape[1], 0))
+
+    stacked = []
+    for index, pair in enumerate(example.layers):
+        rows = [past.layers[index] if past.layers else [x[:, :0] for x in pair] for past in pasts]
+        keys, values = zip(*rows, strict=True)
+        stacked.append((torch.stack([*map(padded, keys)]), torch.stack([*map(padded, values)])))
+    return stacked

@@ -10,6 +10,7 @@ look-ahead beyond a chunk's end is zero frames.**
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from dsasr.model import activation_checkpointing
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
+from dsasr.model.encoders.stream_state import EncoderStream, LayerPast, StreamPast
+from dsasr.model.encoders.subsampling import Subsampling
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Dropout, Range
@@ -69,47 +72,6 @@ class _Context:
     chunk: Chunk | None
 
 
-class StridedConv(nn.Conv2d):
-    """3 x 3 convolution, stride 2, over [B, C, T, F]; padded by one zero frame on either side.
-
-    It runs in channels-last memory whatever the layout of its weight (ZeRO-3 hands back plain
-    rows): with one input channel that is 7x faster on a CPU, and cuDNN wants it for bf16.
-    """
-
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__(channels, out_channels, 3, stride=2, padding=(1, 0))
-
-    def forward(self, input: Tensor) -> Tensor:
-        # A clone: with one channel `contiguous` leaves any layout as it is.
-        weight = self.weight.clone(memory_format=torch.channels_last)
-        input = input.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(input, weight, self.bias, self.stride, self.padding)
-
-
-class Subsampling(nn.Module):
-    """[B, T, F] features to [B, ceil(T/4), E]: two strided convolutions and a projection."""
-
-    def __init__(self, cfg: EncoderConfig):
-        super().__init__()
-        channels = cfg.subsample_channels
-        self.conv1 = StridedConv(1, channels)
-        self.conv2 = StridedConv(channels, channels)
-        bins = ((cfg.mels - 1) // 2 - 1) // 2
-        self.project = nn.Linear(bins * channels, cfg.width)
-
-    def forward(self, features_BTF: Tensor, lengths_B: Tensor, padded: bool) -> Tensor:
-        x = features_BTF
-        if padded:
-            x = x.masked_fill(~valid_frames(lengths_B, x.shape[1]).unsqueeze(2), 0.0)
-        x = self.conv1(x.unsqueeze(1))
-        if padded:  # the bias has made the padding nonzero
-            valid = valid_frames((lengths_B + 1) // 2, x.shape[2])
-            # A product, in place: masked_fill's gradient would leave the channels-last layout.
-            x = x.mul_(valid[:, None, :, None].to(x.dtype))
-        x = F.relu_(self.conv2(F.relu_(x)))
-        return self.project(x.permute(0, 2, 3, 1).flatten(2))  # a view: channels are last
-
-
 class FeedForward(nn.Module):
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
@@ -139,17 +101,30 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.attention_dropout = cfg.attention_dropout
 
-    def forward(self, x_BSE: Tensor, context: _Context) -> Tensor:
+    def forward(self, x_BSE: Tensor, context: _Context, past: LayerPast | None = None) -> Tensor:
+        """With ``past``, its keys and values go before those of ``x_BSE``; brought up to date."""
         B, S, E = x_BSE.shape
         qkv = self.qkv(self.norm(x_BSE)).view(B, S, 3, self.heads, E // self.heads)
-        first, second = qkv[:, :, :2].chunk(2, dim=-1)
-        cos, sin = context.cos_S11H, context.sin_S11H
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        query, key = rotated.to(qkv.dtype).permute(2, 0, 3, 1, 4).unbind(0)
-        value = qkv[:, :, 2].transpose(1, 2)
+        if past is None:
+            query, key = rotate(qkv[:, :, :2], context).permute(2, 0, 3, 1, 4).unbind(0)
+            value = qkv[:, :, 2].transpose(1, 2)
+        else:
+            past.pairs_BL2HX = pairs = torch.cat((past.pairs_BL2HX, qkv[:, :, 1:]), dim=1)
+            query = rotate(qkv[:, :, :1], context).squeeze(2).transpose(1, 2)
+            key = rotate(pairs[:, :, :1], context).squeeze(2).transpose(1, 2)
+            value = pairs[:, :, 1].transpose(1, 2)
         dropout = self.attention_dropout if self.training else 0.0
         mixed = attend(query, key, value, context.bias, dropout)
         return self.dropout(self.out(mixed.transpose(1, 2).reshape(B, S, E)))
+
+
+def rotate(x_BSNHX: Tensor, context: _Context) -> Tensor:
+    """Rotary positions: the last S of the context's."""
+    S = x_BSNHX.shape[1]
+    cos, sin = context.cos_S11H[-S:], context.sin_S11H[-S:]
+    first, second = x_BSNHX.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x_BSNHX.dtype)
 
 
 def attend(
@@ -191,8 +166,11 @@ class DepthwiseConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound, generator=generator)
         nn.init.uniform_(self.bias, -bound, bound, generator=generator)
 
-    def forward(self, x_BSC: Tensor, chunk: Chunk | None) -> Tensor:
+    def forward(self, x_BSC: Tensor, chunk: Chunk | None, past_BHC: Tensor | None = None) -> Tensor:
+        """``past_BHC``: the ``kernel // 2`` frames before the input, which is one chunk."""
         half = self.weight.shape[2] // 2
+        if past_BHC is not None:
+            return self._convolve(F.pad(torch.cat((past_BHC, x_BSC), 1), (0, 0, 0, half)), 0)
         if chunk is None or chunk.size >= x_BSC.shape[1]:
             return self._convolve(x_BSC, half)
         B, S, C = x_BSC.shape
@@ -234,11 +212,15 @@ class ConvModule(nn.Module):
         self.contract = nn.Linear(inner, cfg.width)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x_BSE: Tensor, context: _Context) -> Tensor:
+    def forward(self, x_BSE: Tensor, context: _Context, past: LayerPast | None = None) -> Tensor:
         y = F.glu(self.expand(self.norm(x_BSE)))
         if context.padding_BS1 is not None:
             y = y.masked_fill(context.padding_BS1, 0.0)
-        y = self.depthwise(y, context.chunk)
+        before = None
+        if past is not None:
+            before, kept = past.convolved_BHC, past.convolved_BHC.shape[1]
+            past.convolved_BHC = torch.cat((before, y), 1)[:, y.shape[1] : y.shape[1] + kept]
+        y = self.depthwise(y, context.chunk, before)
         return self.dropout(self.contract(F.silu(self.inner_norm(y))))
 
 
@@ -253,10 +235,10 @@ class Block(nn.Module):
         self.ffn2 = FeedForward(cfg)
         self.norm = nn.LayerNorm(cfg.width)
 
-    def forward(self, x_BSE: Tensor, context: _Context) -> Tensor:
+    def forward(self, x_BSE: Tensor, context: _Context, past: LayerPast | None = None) -> Tensor:
         x = torch.add(x_BSE, self.ffn1(x_BSE), alpha=0.5)
-        x = x + self.attention(x, context)
-        x = x + self.conv(x, context)
+        x = x + self.attention(x, context, past)
+        x = x + self.conv(x, context, past)
         return self.norm(torch.add(x, self.ffn2(x), alpha=0.5))
 
 
@@ -275,7 +257,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.width, self.bins = cfg.width, cfg.mels
-        self.subsampling = Subsampling(cfg)
+        self.subsampling = Subsampling(cfg.mels, cfg.subsample_channels, cfg.width)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
 
@@ -320,16 +302,78 @@ class Encoder(nn.Module):
             x = x.masked_fill(context.padding_BS1, 0.0)
         return EncoderOutput(x, out_lengths_B, tuple(outputs))
 
+    def start_stream(self) -> EncoderStream:
+        """The state of a stream before its first chunk, for `stream`."""
+        cfg, bias = self.cfg, self.subsampling.project.bias
+        return EncoderStream(
+            features_11F=bias.new_zeros(1, 1, cfg.mels),
+            halved_C1F=bias.new_zeros(cfg.subsample_channels, 1, (cfg.mels - 1) // 2),
+            pairs_NL2HX=bias.new_zeros(cfg.layers, 0, 2, cfg.heads, cfg.width // cfg.heads),
+            convolved_NHC=bias.new_zeros(
+                cfg.layers, cfg.kernel // 2, cfg.width * cfg.conv_expansion
+            ),
+        )
+
+    @torch.no_grad()
+    def stream(
+        self,
+        features_BTF: Tensor,
+        lengths_B: Tensor,
+        chunk: Chunk,
+        streams: Sequence[EncoderStream],
+    ) -> tuple[EncoderOutput, list[EncoderStream]]:
+        """The next chunk of each of several streams, which may be at different positions.
+
+        The frames are those of `forward` with ``chunk`` over all features from the stream's first
+        on. Each row has the 4 · ``chunk.size`` feature frames of a chunk, or fewer (>= 1) where the
+        stream ends with it. In eval mode; returns the streams' new states. The cost of a chunk does
+        not depend on its position, unless ``chunk.left`` is -1.
+        """
+        missing = -features_BTF.shape[1] % 4
+        features = F.pad(features_BTF, (0, 0, 0, missing)).to(self.subsampling.project.bias.dtype)
+        padded = missing > 0 or int(lengths_B.min()) < features.shape[1]
+        past = StreamPast.gather(streams)
+        x = self.subsampling(features, lengths_B, padded, past)
+        lengths_B = self.output_lengths(lengths_B)
+        context = self._stream_context(x, lengths_B, chunk, padded, past)
+        for block, layer in zip(self.blocks, past.layers, strict=True):
+            x = block(x, context, layer)
+        if context.padding_BS1 is not None:
+            x = x.masked_fill(context.padding_BS1, 0.0)
+        kept = -1 if chunk.left < 0 else chunk.left * chunk.size
+        return EncoderOutput(x, lengths_B), past.scatter(x.shape[1], kept)
+
+    def _stream_context(
+        self, x_BSE: Tensor, lengths_B: Tensor, chunk: Chunk, padded: bool, past: StreamPast
+    ) -> _Context:
+        """Positions count from the first cached frame: rotary positions are relative."""
+        (S, device), L = (x_BSE.shape[1], x_BSE.device), past.left
+        visible_BL = torch.arange(L, device=device) >= L - past.lefts_B.to(device).unsqueeze(1)
+        valid_BS = valid_frames(lengths_B, S)
+        bias = padding = None
+        if padded or int(past.lefts_B.min()) < L:
+            visible = torch.cat((visible_BL, valid_BS), 1)[:, None, None, :]
+            bias = torch.zeros_like(visible, dtype=x_BSE.dtype).masked_fill(~visible, -torch.inf)
+        if padded:
+            padding = ~valid_BS.unsqueeze(2)
+        cos, sin = self._rotations(L + S, x_BSE)
+        return _Context(cos, sin, bias, padding, chunk)
+
+    def _rotations(self, S: int, x_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [S, 1, 1, half of a head] of the rotary positions."""
+        half = self.cfg.width // self.cfg.heads // 2
+        # Positions and angles in float32 at least: bf16 can't tell frame 300 from 301.
+        dtype = torch.promote_types(x_BSE.dtype, torch.float32)
+        steps = torch.arange(S, device=x_BSE.device)
+        rates = 10000.0 ** (torch.arange(half, device=x_BSE.device, dtype=dtype) / -half)
+        angles = (steps.to(dtype).unsqueeze(1) * rates).view(S, 1, 1, half)
+        return angles.cos(), angles.sin()
+
     def _context(
         self, x_BSE: Tensor, lengths_B: Tensor, chunk: Chunk | None, padded: bool
     ) -> _Context:
         S, device = x_BSE.shape[1], x_BSE.device
-        half = self.cfg.width // self.cfg.heads // 2
-        # Positions and angles in float32 at least: bf16 can't tell frame 300 from 301.
-        dtype = torch.promote_types(x_BSE.dtype, torch.float32)
         steps = torch.arange(S, device=device)
-        rates = 10000.0 ** (torch.arange(half, device=device, dtype=dtype) / -half)
-        angles = (steps.to(dtype).unsqueeze(1) * rates).view(S, 1, 1, half)
         visible = padding = None
         if padded:
             valid = valid_frames(lengths_B, S)
@@ -345,7 +389,7 @@ class Encoder(nn.Module):
         bias = None
         if visible is not None:
             bias = torch.zeros_like(visible, dtype=x_BSE.dtype).masked_fill(~visible, -torch.inf)
-        return _Context(angles.cos(), angles.sin(), bias, padding, chunk)
+        return _Context(*self._rotations(S, x_BSE), bias, padding, chunk)
 
 
 def reset_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
