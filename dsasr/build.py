@@ -22,9 +22,12 @@ from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.shards.storage import ShardStorage
+from dsasr.data.text.build_phonemizer import build_phonemizer
+from dsasr.data.text.lexicon import lexicon_path
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import Phonemizer, Speller, build_phonemizer, lexicon_path
+from dsasr.data.text.phonemizer import Phonemizer
 from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.speller import Speller
 from dsasr.data.text.tokenizers import (
     Tokenizer,
     check_tokenizer,

@@ -18,8 +18,8 @@ from dsasr.data.audio.augment import RECORDED, AugmentConfig
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
 from dsasr.data.dataloader.text_dataloader import TextOnlyConfig
+from dsasr.data.text.build_phonemizer import PhonemizerConfig
 from dsasr.data.text.normalization import TextConfig
-from dsasr.data.text.phonemes import PhonemizerConfig
 from dsasr.data.text.prompt import check_template
 from dsasr.engine.config import EngineConfig
 from dsasr.evaluation.decode import DecodeConfig

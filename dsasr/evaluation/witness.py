@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsasr.data.text.phonemes import Speller
+from dsasr.data.text.speller import Speller
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.model.ctc import BLANK, ctc_log_prob, greedy_phonemes
 

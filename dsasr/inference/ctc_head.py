@@ -15,7 +15,8 @@ from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.locate import open_verified
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import Phonemizer, Speller
+from dsasr.data.text.phonemizer import Phonemizer
+from dsasr.data.text.speller import Speller
 from dsasr.entropy_allocation.frame_labels import word_phonemizer
 from dsasr.model.ctc import CtcHead
 from dsasr.model.speech_llm import SpeechLLM

@@ -51,8 +51,8 @@ from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd
+from dsasr.data.text.build_phonemizer import build_phonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import build_phonemizer
 from dsasr.data.text.tokenizer_json import has_trained_tokenizer, write_tokenizer_json
 from dsasr.data.text.tokenizers import check_tokenizer, load_tokenizer
 from dsasr.evaluation.tuned import Tuned

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from dsasr.data.text.lexicon import LexiconPhonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import LexiconPhonemizer, Speller
+from dsasr.data.text.speller import Speller
 from dsasr.evaluation.witness import HeardSpan, listen, log_prob_of, worst_stretch
 
 
