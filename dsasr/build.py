@@ -320,7 +320,7 @@ class Builder:
     def ctc_model(self, partition: Partition | None = None) -> CtcModel:
         """The pretrain branch, with weights drawn from the recipe's seed.
 
-        With ``partition`` (`branch_engine.partitioner`) each layer is partitioned as soon as it is
+        With ``partition`` (`engine.partitioner`) each layer is partitioned as soon as it is
         drawn, so that no rank has the whole model in memory; the weights are the same. Collective
         then.
         """

@@ -81,15 +81,16 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     end_with_launcher(request)
     from dsasr import build, recipe
-    from dsasr.engine import branch_engine
+    from dsasr.engine import process_setup
+    from dsasr.engine.config import check_nvme
     from dsasr.kernels import dispatch
     from dsasr.training import first_samples, initial_weights, preflight
 
     recipe.silence_library_warnings()
     cfg = recipe.load(options.recipe, options.overrides)
-    branch_engine.set_threads(cfg.engine)
+    process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.check_nvme(cfg.engine)
+    check_nvme(cfg.engine)
     builder = build.Builder(cfg)
     preflight.check(builder)
     first_samples.check(builder)
@@ -127,7 +128,7 @@ def check_at_length(builder: Builder) -> None:
 
 def train_rank(builder: Builder, request: StopRequest) -> int:
     """Join the other ranks and train, until the end or a request to stop; returns the exit code."""
-    from dsasr.engine import branch_engine
+    from dsasr.engine import process_setup
     from dsasr.launch import rendezvous, run_lock, watchdog
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
@@ -140,7 +141,7 @@ def train_rank(builder: Builder, request: StopRequest) -> int:
     trainer = lock = None
     try:
         rendezvous.check_master()
-        branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
+        process_setup.init_distributed(max(limits) + 120 if all(limits) else 0)
         lock = run_lock.hold(cfg.folder, request)
         gc.freeze()  # what was imported lives as long as the process: no collection looks at it
         trainer = Trainer(cfg, rank_watchdog, request, builder)

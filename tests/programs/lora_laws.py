@@ -15,8 +15,10 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig
+from dsasr.engine.partitioner import partitioner
 from dsasr.model import lora
 from dsasr.utils import distributed
 
@@ -56,7 +58,7 @@ def sharded(build: Builder) -> bool:
 
 def main() -> None:
     path, folder = sys.argv[-2], Path(sys.argv[-1])
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     cfg = recipe.load(path)
     build = Builder(cfg)
     stages = {s.name: s for s in cfg.stages}

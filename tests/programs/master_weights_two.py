@@ -18,8 +18,9 @@ from dsasr.checkpoint import repartition, tensor_fragments
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import Snapshot, StageConfig
 from dsasr.utils import distributed
@@ -107,7 +108,7 @@ def exchange() -> dict[str, bool]:
 
 def main() -> None:
     folder, deepspeed = Path(sys.argv[-2]), sys.argv[-1]
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     config = EngineConfig(deepspeed=deepspeed, precision="bf16")
     results: dict = exchange()
     buffers = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"

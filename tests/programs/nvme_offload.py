@@ -15,8 +15,9 @@ from torch import nn
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig, check_nvme
 from dsasr.model.outputs import Outputs
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -61,9 +62,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def main() -> None:
     folder = Path(sys.argv[-1])
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     disk = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "disk"))
-    branch_engine.check_nvme(disk)
+    check_nvme(disk)
     branches = {
         "memory": BranchEngine("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
         "disk": BranchEngine("sft", Model(), disk, folder),

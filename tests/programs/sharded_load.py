@@ -14,8 +14,9 @@ import torch
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.partitioner import partitioner
 from dsasr.utils import distributed
 
 
@@ -74,7 +75,7 @@ def compare(cfg: recipe.Recipe, name: str, folder: Path) -> dict:
 
 def main() -> None:
     path, out, *words = [x for x in sys.argv[1:] if not x.startswith("--local_rank")]
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     report, cases = {}, {}
     for word in words:
         if word.endswith(":"):

@@ -37,8 +37,9 @@ from dsasr.build import Builder
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.demo.small_lm import make_random_lm
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.partitioner import partitioner
 from dsasr.kernels import dispatch
 from dsasr.planning.measure_batch import Shape, synthetic_batch
 from dsasr.planning.memory import GB, Machine, Traffic, between_steps, step_memory
@@ -185,9 +186,9 @@ def main() -> None:
     recipe.silence_library_warnings()
     cfg = recipe.load(args.recipe, args.overrides)
     cfg.stage(args.stage)
-    branch_engine.set_threads(cfg.engine)
+    process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(distributed.broadcast(temporary))
         if args.llm:

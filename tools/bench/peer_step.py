@@ -56,9 +56,10 @@ from dsasr.data.dataloader import bucketing, collate
 from dsasr.data.manifests.registry import read_manifest
 from dsasr.data.shards.pack import PackConfig, pack
 from dsasr.data.shards.writer import sample_key
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.config import read_ds_config
+from dsasr.engine.partitioner import partitioner
 from dsasr.kernels import dispatch
 from dsasr.model.encoders.protocol import valid_frames
 from dsasr.recipe import Recipe, silence_library_warnings
@@ -183,9 +184,9 @@ def train_ours(options: argparse.Namespace, side: Side, case: str) -> dict[str, 
     if "random" in side.changes:
         random_batches(options.utterances // side.accumulate)
     cfg = recipe(options, side, case)
-    branch_engine.set_threads(cfg.engine)
+    process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     libraries = process_bytes()
     builder, stage = Builder(cfg), cfg.stage("sft")
     preflight.check(builder)
@@ -243,7 +244,7 @@ def train_peer(options: argparse.Namespace, side: Side, case: str) -> dict[str, 
     model.freeze(CASES[case])
     throughput = Throughput(options.warm_up, options.seconds)
     if model.options.deepspeed:
-        branch_engine.init_distributed()
+        process_setup.init_distributed()
     peer_trainer.train(
         model, _rows(options), collator(options, side, builder), throughput,
         Path(options.folder), options.utterances // side.accumulate, side.accumulate,

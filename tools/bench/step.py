@@ -44,8 +44,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from dsasr import recipe
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
-from dsasr.engine import branch_engine
+from dsasr.engine import process_setup
 from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import precision
 from dsasr.kernels import dispatch
 from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
@@ -96,7 +97,7 @@ SMALL_BATCH = {"frames": 3000, "tokens": 900, "samples": 32}
 
 def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
     """The branch's module with random weights, on the device."""
-    model, dtype = cfg.model, branch_engine.precision(cfg.engine)
+    model, dtype = cfg.model, precision(cfg.engine)
     torch.manual_seed(0)
     with distributed.device():
         encoder = fresh_encoder(cfg)
@@ -333,7 +334,7 @@ def line(
 
 
 def run(options: argparse.Namespace, cfg: Recipe) -> None:
-    dtype = branch_engine.precision(cfg.engine)
+    dtype = precision(cfg.engine)
     limits = Limits.of(dtype)
     stages = {stage.name: stage for stage in cfg.stages if stage.name in options.stages}
     missing = [name for name in options.stages if name not in stages]
@@ -373,7 +374,7 @@ def case(
     )
     settings, dtype = (
         replace(cfg.engine, deepspeed=f"zero{zero}"),
-        branch_engine.precision(cfg.engine),
+        precision(cfg.engine),
     )
     with tempfile.TemporaryDirectory() as folder:
         branch = BranchEngine(stage.branch, module, settings, Path(folder))
@@ -419,9 +420,9 @@ def main() -> None:
     recipe.silence_library_warnings()
     overrides = [*(SMALL if options.small else ()), *options.overrides]
     cfg = recipe.load(options.recipe, overrides)
-    branch_engine.set_threads(cfg.engine)
+    process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     run(options, cfg)
 
 
