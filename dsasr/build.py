@@ -38,7 +38,6 @@ from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptors.protocol import Adaptor, build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
-from dsasr.model.encoders.conformer import reset_layer
 from dsasr.model.encoders.encoder_builder import EncoderBuilder
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
@@ -46,6 +45,7 @@ from dsasr.model.llm_builder import LlmBuilder
 from dsasr.model.llm_hub import find_model
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.model.token_embeddings import unit_embeddings
+from dsasr.model.weight_init import reset_layer
 from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed

@@ -18,8 +18,8 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from dsasr.kernels import dispatch
-from dsasr.model.encoders.conformer import reset_parameters
 from dsasr.model.encoders.protocol import valid_frames
+from dsasr.model.weight_init import reset_parameters
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Dropout, Range

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dsasr.kernels.adaptor import FrameStacks
 from dsasr.model.adaptors.protocol import AdaptorConfig, deliver
-from dsasr.model.encoders.conformer import attend
+from dsasr.model.attention import attend
 from dsasr.utils.errors import UserError
 
 FFN = 4  # inner width of the feed-forward layers, in widths (BERT's and BLIP-2's)
