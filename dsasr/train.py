@@ -85,8 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     from dsasr.engine.config import check_nvme
     from dsasr.kernels import dispatch
     from dsasr.training import first_samples, initial_weights, preflight
+    from dsasr.utils.library_warnings import silence_library_warnings
 
-    recipe.silence_library_warnings()
+    silence_library_warnings()
     cfg = recipe.load(options.recipe, options.overrides)
     process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)

@@ -106,9 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsasr.evaluation.results import compare
     from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
     from dsasr.inference.evaluated_model import EvaluatedModel
-    from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
     from dsasr.utils.environment import environment
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     if args.is_finished:
         return 0 if is_finished(args.run) else 1

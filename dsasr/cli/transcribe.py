@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from dsasr.inference.recognizer import Recognizer
-    from dsasr.recipe import silence_library_warnings
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     sources = find(args.audio)
     if args.format in ("srt", "vtt") and len(sources) > 1 and not args.out:

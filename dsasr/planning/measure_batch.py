@@ -112,8 +112,8 @@ class StageProbe:
         from dsasr.engine import process_setup
         from dsasr.kernels import dispatch
         from dsasr.planning.memory import stages_beside
-        from dsasr.recipe import silence_library_warnings
         from dsasr.utils import distributed
+        from dsasr.utils.library_warnings import silence_library_warnings
 
         silence_library_warnings()
         process_setup.set_threads(recipe.engine)

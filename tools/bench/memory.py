@@ -47,6 +47,7 @@ from dsasr.planning.model_parts import count_parts
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.library_warnings import silence_library_warnings
 from dsasr.utils.memory import process_bytes
 
 MB = 1e6
@@ -183,7 +184,7 @@ def predict(args: argparse.Namespace, cfg: recipe.Recipe) -> tuple[dict[str, flo
 def main() -> None:
     args = parse()
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    recipe.silence_library_warnings()
+    silence_library_warnings()
     cfg = recipe.load(args.recipe, args.overrides)
     cfg.stage(args.stage)
     process_setup.set_threads(cfg.engine)

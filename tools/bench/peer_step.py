@@ -62,11 +62,12 @@ from dsasr.engine.config import read_ds_config
 from dsasr.engine.partitioner import partitioner
 from dsasr.kernels import dispatch
 from dsasr.model.encoders.protocol import valid_frames
-from dsasr.recipe import Recipe, silence_library_warnings
+from dsasr.recipe import Recipe
 from dsasr.recipe import load as load_recipe
 from dsasr.training import preflight
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.library_warnings import silence_library_warnings
 from dsasr.utils.memory import process_bytes
 
 CASES = {"frozen": ("adaptor", "llm"), "all": ("encoder", "adaptor", "llm")}

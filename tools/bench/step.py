@@ -70,6 +70,7 @@ from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.environment import machine
 from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.library_warnings import silence_library_warnings
 from dsasr.utils.progress import Bar
 
 STAGES = ("pretrain", "align", "ia_sft", "joint")
@@ -417,7 +418,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    recipe.silence_library_warnings()
+    silence_library_warnings()
     overrides = [*(SMALL if options.small else ()), *options.overrides]
     cfg = recipe.load(options.recipe, overrides)
     process_setup.set_threads(cfg.engine)
