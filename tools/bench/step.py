@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from common import matrix_rate, record
 from marks import Marks, peak, profiled, restart_peak
+from step_work import PHONEME_RATE, PHONEMES, SpeechCosts, work
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -50,21 +51,13 @@ from dsasr.engine.config import precision
 from dsasr.kernels import dispatch
 from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
-from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.llm_hub import llm_config
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.planning import flops
 from dsasr.planning.memory import Traffic
 from dsasr.planning.model_parts import (
-    SpeechShape,
-    adaptor_cost,
-    count_speech_parts,
     fresh_encoder,
-    head_cost,
-    planned_encoder,
 )
-from dsasr.planning.module_cost import ModuleCost
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -74,7 +67,6 @@ from dsasr.utils.library_warnings import silence_library_warnings
 from dsasr.utils.progress import Bar
 
 STAGES = ("pretrain", "align", "ia_sft", "joint")
-PHONEMES, PHONEME_RATE = 256, 12.0  # vocabulary; spoken in a second
 PREFIX_SHARE = 0.75  # of the prompt before the speech
 CORPUS = 2000  # utterances that batches are cut from
 # Dense bf16, as the vendor gives it. Longest name first.
@@ -187,68 +179,6 @@ def _batch(
         seed=number,
         number=number,
     )
-
-
-@dataclass(frozen=True)
-class SpeechCosts:
-    """FLOPs of encoder, CTC head and adaptor by an utterance's length, counted on device meta."""
-
-    shape: SpeechShape
-    encoder: ModuleCost
-    ctc: ModuleCost
-    adaptor: ModuleCost | None
-    adapters: int  # weights of LoRA in the encoder
-
-    @classmethod
-    def of(cls, cfg: Recipe, llm_width: int = 0) -> SpeechCosts:
-        """``llm_width`` 0: without an adaptor."""
-        parts, width = count_speech_parts(cfg), planned_encoder(cfg).width
-        adaptor = None
-        with torch.device("meta"):
-            head = CtcHead(width, PHONEMES, cfg.model.pretrain.head)
-            if llm_width:
-                adaptor = adaptor_cost(build_adaptor(cfg.model.adaptor, width, llm_width), width)
-        encoder, matrices = parts["encoder"], parts.get("encoder_lora")
-        adapters = matrices.parameters if matrices else 0
-        return cls(encoder.speech, encoder.cost, head_cost(head, width), adaptor, adapters)
-
-
-def total(cost: ModuleCost, lengths: Sequence[int]) -> flops.PartFlops:
-    return sum(map(cost.flops, lengths), flops.PartFlops(0.0))
-
-
-def work(
-    cfg: Recipe, stage: StageConfig, module: nn.Module, batch: Batch, costs: SpeechCosts
-) -> tuple[dict[str, flops.StepFlops], int]:
-    """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
-    model, rows = cfg.model, batch.feature_lengths_B.tolist()
-    frames = [costs.shape.frames(n) for n in rows]
-    again = {"encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all"}
-    again["encoder_lora"] = again["encoder"]
-    views = 2 if stage.branch == "pretrain" and model.pretrain.consistency else 1
-    parts = {"encoder": total(costs.encoder, rows).times(views)}
-    if costs.adapters:
-        parts["encoder_lora"] = flops.encoder_lora(costs.adapters, frames).times(views)
-    if stage.branch == "pretrain":
-        parts["ctc"] = total(costs.ctc, frames).times(views)
-        positions = views * sum(frames)
-    else:
-        shape = flops.LlmShape.of(module.llm)
-        fixed = len(module.prefix_ids) + len(module.suffix_ids) - 1  # the end token is no input
-        speech = module.adaptor.output_lengths(torch.tensor(frames))
-        lengths = (speech + batch.token_lengths_B + fixed).tolist()
-        parts |= {
-            "adaptor": total(costs.adaptor, frames),
-            **({"lora": flops.lora(shape, lengths)} if shape.adapters else {}),
-            "llm": flops.llm(shape, lengths),
-            "head": flops.head(shape, int(batch.token_lengths_B.sum())),
-        }
-        positions = sum(lengths)
-        again["llm"] = again["lora"] = (
-            model.llm.activation_checkpointing and model.llm.recompute == "all"
-        )
-    recomputed = [name for name, on in again.items() if on]
-    return flops.step_flops(parts, stage.trains, recomputed), positions
 
 
 # -- measuring -------------------------------------------------------------------------------------
