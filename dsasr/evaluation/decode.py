@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsasr.data.batch import Batch
-from dsasr.evaluation.witness import Heard, listen, log_prob_of
+from dsasr.evaluation.ctc_scoring import CtcScore, log_prob_of, score_text
 from dsasr.kernels import dispatch
 from dsasr.model.dynamic_chunks import Chunk, chunk_of
 from dsasr.model.encoders.protocol import Encoder
@@ -84,7 +84,7 @@ class Hypothesis:
     """A transcript. ``ids`` are without the end token; ``logprob`` (nats) and ``token_entropies``
     (nats, of the predictive distribution at each token) include it. ``finished`` is False if the
     token limit cut the transcript. ``score`` is what hypotheses of an utterance are ranked by, and
-    ``heard`` what the CTC head says of it (None: it was not asked, or cannot say)."""
+    ``ctc_score`` the CTC head's scores of it (None: not computed, or it has none)."""
 
     key: str
     ids: tuple[int, ...]
@@ -93,7 +93,7 @@ class Hypothesis:
     token_entropies: tuple[float, ...]
     finished: bool = True
     score: float = 0.0
-    heard: Heard | None = None
+    ctc_score: CtcScore | None = None
 
 
 class Detokenizer(Protocol):
@@ -128,7 +128,7 @@ class _Beam:
 class _Search:
     """The beams of a batch, as plain Python values on the CPU.
 
-    ``heard`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it;
+    ``ctc_log_prob`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it;
     ``keep``: results of each utterance.
 
     The greedy transcript stays in the search for as long as it can win, beside the best ``beam``
@@ -142,11 +142,11 @@ class _Search:
         limits: Sequence[int],
         end_id: int,
         cfg: DecodeConfig,
-        heard: Callable[[_Beam], float] = lambda beam: 0.0,
+        ctc_log_prob: Callable[[_Beam], float] = lambda beam: 0.0,
         keep: int = 1,
     ):
-        self.limits, self.end_id, self.cfg, self.heard = limits, end_id, cfg, heard
-        self.keep = keep
+        self.limits, self.end_id, self.cfg, self.keep = limits, end_id, cfg, keep
+        self.ctc_log_prob = ctc_log_prob
         self.active = [_Beam(utterance) for utterance in range(len(limits))]
         # Per utterance the best of the beams that ended, and of those cut at the token limit, each
         # with its score, the best first; the log-probability decides between equal scores.
@@ -156,7 +156,7 @@ class _Search:
     def score(self, beam: _Beam) -> float:
         """What beams are ranked by at their end."""
         if self.cfg.ctc_weight:
-            return beam.logprob + self.cfg.ctc_weight * self.heard(beam)
+            return beam.logprob + self.cfg.ctc_weight * self.ctc_log_prob(beam)
         return beam.logprob / max(1, beam.length) ** self.cfg.length_penalty
 
     def bound(self, beam: _Beam) -> float:
@@ -292,13 +292,13 @@ def decode_nbest(
     any_rank: Callable[[bool], bool] = bool,
     chunk: Chunk | None = None,
     nbest: int = 1,
-    ask: bool = False,
+    with_ctc_score: bool = False,
 ) -> list[list[Hypothesis]]:
     """Transcribe ``batch`` in eval mode: up to ``nbest`` hypotheses an utterance, the best first.
 
     A hypothesis does not depend on the other utterances of the batch. Of hypotheses with the same
-    text the best is returned. ``ask`` asks the CTC head about each (`Hypothesis.heard`), if the
-    model has one.
+    text the best is returned. ``with_ctc_score``: with the CTC head's
+    scores of each (`Hypothesis.ctc_score`), if the model has one.
 
     Collective with several ranks: all must call `decode_nbest` equally often, with an empty batch
     where they have no more, and ``any_rank(flag)`` must return whether ``flag`` is True on any
@@ -313,9 +313,9 @@ def decode_nbest(
     try:
         stepper = _Stepper(model)
         logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
-        heard = partial(_heard, model, batch, stepper.speech, tokenizer)
+        ctc_log_prob = partial(_ctc_log_prob, model, batch, stepper.speech, tokenizer)
         limits = [cfg.token_limit(s) for s in batch.durations]
-        search = _Search(limits, tokenizer.end_id, cfg, heard, nbest)
+        search = _Search(limits, tokenizer.end_id, cfg, ctc_log_prob, nbest)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:
@@ -326,10 +326,13 @@ def decode_nbest(
     finally:
         model.train(training)
     found = [_hypotheses(batch, row, search, tokenizer) for row in range(len(batch))]
-    if not ask or model.ctc is None or model.spell is None:
+    if not with_ctc_score or model.ctc is None or model.spell is None:
         return found
     return [
-        [replace(h, heard=_asked(model, batch, stepper.speech, row, h.text)) for h in hypotheses]
+        [
+            replace(h, ctc_score=_ctc_score(model, batch, stepper.speech, row, h.text))
+            for h in hypotheses
+        ]
         for row, hypotheses in enumerate(found)
     ]
 
@@ -339,7 +342,7 @@ def posteriors(speech: SpeechInput, row: int) -> Tensor:
     return speech.log_probs_BSP[row, : int(speech.log_prob_lengths_B[row])]
 
 
-def _heard(
+def _ctc_log_prob(
     model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer, beam: _Beam
 ) -> float:
     """The CTC head's log-probability of a beam's transcript in nats.
@@ -351,10 +354,10 @@ def _heard(
     return log_prob_of(posteriors(speech, beam.utterance), model.spell.pronunciations(text, lang))
 
 
-def _asked(
+def _ctc_score(
     model: SpeechLLM, batch: Batch, speech: SpeechInput, row: int, text: str
-) -> Heard | None:
-    return listen(posteriors(speech, row), text, batch.langs[row], model.spell)
+) -> CtcScore | None:
+    return score_text(posteriors(speech, row), text, batch.langs[row], model.spell)
 
 
 def _hypotheses(

@@ -16,7 +16,7 @@ the end of an utterance, which voice activity finds. **ours**: partial texts on 
 from the same cache (`dsasr.inference.partial_text`).
 
 Many streams run in one process: `StreamingRecognizer.advance` takes a step with all of them
-together. Between utterances nothing is kept but what was heard of loudness: an utterance starts
+together. Between utterances only the loudness so far is kept: an utterance starts
 from the prompt, with fresh caches.
 """
 
@@ -61,7 +61,7 @@ SHORTEST_SPEECH = 0.1  # seconds: less than any word takes
 
 @dataclass(frozen=True)
 class StreamingConfig:
-    """How live audio is heard and shown."""
+    """Chunks and partial texts of live recognition."""
 
     chunk_seconds: PositiveFloat = 0.64  # encoded at once; a whole number of encoder frames
     left: NonNegativeInt = 4  # chunks to the left that the encoder sees
@@ -88,8 +88,8 @@ class Partial:
 class Final:
     """The text of an utterance; empty if it was probably no speech (``no_speech``).
 
-    ``confidence`` and ``doubt``: as `dsasr.inference.transcript.Segment`'s, but that the CTC head
-    is not asked; ``finished`` is False if the text was cut at the token limit.
+    ``confidence`` and ``doubt``: as `dsasr.inference.transcript.Segment`'s, but without the CTC
+    head's score; ``finished`` is False if the text was cut at the token limit.
     """
 
     start: float
@@ -346,7 +346,7 @@ class StreamingRecognizer:
         text, finished = "" if no_speech else hypothesis.text, hypothesis.finished
         speech, doubt = self.recognizer.speech, self.recognizer.tuned.doubt
         found = find_doubt(
-            text, seconds=utterance.spoken, finished=finished, heard=None, speech=speech,
+            text, seconds=utterance.spoken, finished=finished, ctc_margin=None, speech=speech,
             config=doubt, lang=speech.language(text),
         )  # fmt: skip
         return Final(*utterance.times, text, round(confidence, 4), no_speech, finished, found)

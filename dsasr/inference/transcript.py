@@ -21,7 +21,7 @@ class Token:
 @dataclass(frozen=True)
 class Alternative:
     """A hypothesis of an n-best list: ``score`` is what they are ranked by, ``logprob`` the
-    language model's (nats), ``heard`` the CTC head's (nats; None: it cannot say)."""
+    language model's (nats), ``heard`` the CTC head's (nats; None: it has none)."""
 
     text: str
     score: float

@@ -266,15 +266,15 @@ def loss_curves(
         key = {"pretrain": "ctc", "sft": "nll"}[branch]
         rows = [m for m in metrics if m.get("branch") == branch]
         trained = [(m["steps"], m[key]) for m in rows if "step" in m and m.get(key) is not None]
-        heard = [
+        points = [
             (m["steps"], m["loss"])
             for m in rows
             if m["stage"].startswith("valid_") and m.get("loss") is not None
         ]
         if trained:
             losses[label] = trained
-        if heard:
-            held_out[label] = heard
+        if points:
+            held_out[label] = points
     return losses, held_out
 
 

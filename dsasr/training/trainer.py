@@ -188,7 +188,7 @@ class Trainer:
             _, step = self.schedule.pretrain_stage(self.progress.pretrain)
         # The time of a probe is not the stage's.
         engine = self.branches.get(stage.branch)
-        if self._hears(engine):
+        if self._has_encoder(engine):
             self._turn_started += self.online_probe.take_reference(engine, step)
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
@@ -311,7 +311,7 @@ class Trainer:
         The run is saved before them, if not just before: a process that ends in an evaluation, as
         where memory is short, loses no more, also where it ends so again after each resume.
         """
-        if not self._hears(engine) or not self._is_evaluated_after(engine.stage, report.step):
+        if not self._has_encoder(engine) or not self._is_evaluated_after(engine.stage, report.step):
             return
         if self.checkpoints.due_early(self.steps):
             self._evaluating = {"branch": engine.name, "step": report.step}
@@ -347,7 +347,7 @@ class Trainer:
             self._evaluate(engine, self.recipe.evaluation.utterances)
         self._evaluating = None
 
-    def _hears(self, engine: BranchEngine) -> bool:
+    def _has_encoder(self, engine: BranchEngine) -> bool:
         """Whether the branch has an encoder: training on text alone begins without one."""
         return engine.name == "pretrain" or self.progress.in_use is not None
 
@@ -427,7 +427,7 @@ class Trainer:
         if not self._finished:
             self._save_the_end()
             for engine in self.branches:
-                if engine.stage is not None and self._hears(engine):
+                if engine.stage is not None and self._has_encoder(engine):
                     self._evaluate(engine, self.recipe.evaluation.final_utterances)
             self._finished = True
             self._save_the_end()

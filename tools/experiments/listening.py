@@ -1,4 +1,4 @@
-"""Measure listening: long audio, clicks, memory, word times, and the encoder as a witness.
+"""Measure listening: long audio, clicks, memory, word times, and scores by the CTC head.
 
     python tools/experiments/listening.py long runs/demo corpus/demo --clips 200
     python tools/experiments/listening.py clicks runs/demo
@@ -255,7 +255,7 @@ SIGNALS = {
 
 
 def _less(value: float | None) -> float:
-    return 1e3 if value is None else -value  # what cannot be heard is suspicious
+    return 1e3 if value is None else -value  # what has no score is suspicious
 
 
 def share(caught: np.ndarray, of: np.ndarray) -> str:
