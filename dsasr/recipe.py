@@ -58,7 +58,7 @@ class ModelConfig:
     llm: LlmConfig  # the language model
     # LoRA in the language model, for stages that train 'lora'; null: none
     lora: LoraConfig | None = None
-    # sizes of a Conformer to pretrain; or `path`: an encoder that others trained
+    # sizes of a Conformer to pretrain; or `path`: a pretrained encoder
     encoder: EncoderConfig | PretrainedEncoderConfig = field(default_factory=EncoderConfig)
     # LoRA in the encoder of both branches, for stages that train 'encoder_lora'; null: none
     encoder_lora: LoraConfig | None = None
@@ -190,8 +190,8 @@ class Recipe:
         ):
             raise UserError(
                 "the recipe has no stage of branch pretrain: give model.init_from=MODEL, "
-                "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of an encoder that "
-                "others trained"
+                "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of a pretrained "
+                "encoder"
             )
 
     def _check_sizes(self) -> None:
@@ -255,15 +255,15 @@ class Recipe:
 
     @property
     def pretrained_encoder(self) -> PretrainedEncoderConfig | None:
-        """The encoder that others trained, if the recipe names one."""
+        """The pretrained encoder, if the recipe names one."""
         encoder = self.model.encoder
         return encoder if isinstance(encoder, PretrainedEncoderConfig) else None
 
     @property
     def has_initial_encoder(self) -> bool:
         """Whether the sft branch starts with an encoder from outside the run: the snapshot of
-        ``model.encoder_from``, or without pretraining that of ``model.init_from`` or the encoder
-        that others trained."""
+        ``model.encoder_from``, or without pretraining that of ``model.init_from`` or the pretrained
+        encoder."""
         given = self.pretrained_encoder is not None or self.takes_encoder
         return bool(self.model.encoder_from) or (given and not self.schedule().pretrain)
 

@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_at_length(builder: Builder) -> None:
-    """Print what a night would be spent on, on one screen. Raises `UserError` for its faults."""
+    """Print data, plan and warnings of a run on one screen. Raises `UserError` for its faults."""
     from dsasr.planning import outlook
     from dsasr.training import preflight, sample_survey, survey_text
 
@@ -163,8 +163,8 @@ def train_rank(builder: Builder, request: StopRequest) -> int:
 def main_once() -> int:
     """`main`, with a user's mistake printed by one rank instead of by all.
 
-    A rank that loses another one says so in a line: what ended that one is told by itself, by the
-    launcher (`dsasr.launch.killed_ranks`) or by Slurm.
+    A rank that loses another one prints that in a line; why that one ended is printed by itself, by
+    the launcher (`dsasr.launch.killed_ranks`) or by Slurm.
 
     The launcher, or Slurm, ends all ranks when the first one ends, so the others give rank 0 time
     to print it first. A mistake that rank 0 does not meet is printed by the ranks that do.

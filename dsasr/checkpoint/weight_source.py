@@ -309,7 +309,7 @@ def complete_recipe(
 
 
 def _same_kind(own: Any, theirs: Any) -> bool:
-    """Whether two encoder settings are both of a Conformer or both of one that others trained."""
+    """Whether two encoder settings are both of a Conformer or both of a pretrained one."""
     if not isinstance(theirs, Mapping) or not theirs:
         return False
     return not own or (isinstance(own, Mapping) and ("path" in own) == ("path" in theirs))

@@ -21,8 +21,8 @@ class DataConfig:
 
     train: tuple[DatasetConfig, ...]  # training datasets, mixed by weight; names must differ
     valid: tuple[DatasetConfig, ...]  # validation datasets, read whole and in order
-    # file with mean and variance of the features, by `dsasr data cmvn`; not needed by an encoder
-    # that others trained
+    # file with mean and variance of the features, by `dsasr data cmvn`; not needed by a
+    # pretrained encoder
     cmvn: str = ""
     # file with the phoneme vocabulary, by `dsasr data phonemes`; needed by pretraining
     phonemes: str = ""

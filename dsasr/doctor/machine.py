@@ -192,7 +192,7 @@ def parse_nvlink(text: str) -> float:
 
 def network_link(system: Path = Path("/sys/class"), route: Path = Path("/proc/net/route")) -> Link:
     """Of a node to others: all its InfiniBand ports that are up, else the network interface that
-    NCCL and Gloo are told to use, else that of the default route."""
+    NCCL and Gloo are set to use, else that of the default route."""
     rates = []
     for port in sorted(system.glob("infiniband/*/ports/*")):
         with contextlib.suppress(OSError, ValueError, IndexError):

@@ -4,7 +4,7 @@
 
     DIR/config.json          settings: encoder, adaptor, features, prompt, decoding
     DIR/cmvn.json            mean and standard deviation per mel bin; of a Conformer
-    DIR/encoder/             settings of an encoder that others trained, and of its features
+    DIR/encoder/             settings of a pretrained encoder, and of its features
     DIR/phonemes.json        units of the CTC head, where the run has one
     DIR/model.safetensors    encoder.…, ctc.…, adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself

@@ -1,7 +1,7 @@
 """Encoders of utterances that are still being spoken.
 
-Of our Conformer each chunk is encoded once, from caches, and the cost of a chunk stays the same. An
-encoder that others trained sees whole utterances only: at each chunk the utterance so far is
+Of our Conformer each chunk is encoded once, from caches, and the cost of a chunk stays the same. A
+pretrained encoder sees whole utterances only: at each chunk the utterance so far is
 encoded again, and the cost of a chunk grows with the utterance, up to the recognizer's longest.
 """
 

@@ -2,7 +2,7 @@
 
 DeepSpeed's launcher stops its ranks when it is terminated, but not when it is killed with
 ``kill -9``, and the ``deepspeed`` command above it passes on no signal at all: the ranks would go
-on training, seen by nobody. A rank that trains saves first, with all others; one that still loads
+on training, detached. A rank that trains saves first, with all others; one that still loads
 ends at once.
 """
 

@@ -1,4 +1,4 @@
-"""A survey of the datasets as text: tables, one transcript in all its forms, and what to mend."""
+"""A survey of the datasets as text: tables, one transcript in all its forms, and what to fix."""
 
 from __future__ import annotations
 
@@ -148,11 +148,11 @@ def _example(samples: Sequence[SurveyedSample], key: str | None) -> SurveyedSamp
     return next((s for s in samples if s.key == key), by_length[len(by_length) // 2])
 
 
-# -- what to mend ------------------------------------------------------------------------------
+# -- what to fix -------------------------------------------------------------------------------
 
 
 def warnings(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
-    """A line for each thing that a user should know before a night is spent."""
+    """A line for each thing that a user should know before a run is started."""
     found: dict[str, None] = {}
     for row in surveys:
         lines_of = (_left_out(row), _unusable(row), _sound(row), _case(builder, row),
@@ -162,7 +162,7 @@ def warnings(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
 
 
 def faults(surveys: Sequence[SetSurvey]) -> list[str]:
-    """What keeps a run from being worth its start."""
+    """Faults of the data with which a run must not start."""
     found = []
     for row in surveys:
         if row.reading.kind == "train" and len(row.samples) < KEPT * row.read:

@@ -1,4 +1,4 @@
-"""Plans of a recipe whose encoder others trained, without its weights and without a network."""
+"""Plans of a recipe with a pretrained encoder, without its weights and without a network."""
 
 from __future__ import annotations
 
