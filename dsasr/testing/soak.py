@@ -55,6 +55,18 @@ class SoakResult:
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
 
+    def summary(self) -> dict[str, Any]:
+        """The counts as plain values, for a line of JSON."""
+        return {
+            "starts": self.starts,
+            "by_target": self.kills_by(1),
+            "by_phase": self.kills_by(2),
+            "by_job": self.kills_by(0),
+            "ledger": {x: getattr(self, x) for x in ("steps", "samples", "epochs")},
+            "minutes": round(self.seconds / 60, 1),
+            "faults": len(self.faults),
+        }
+
     def kills_by(self, position: int) -> dict[str, int]:
         """Number of kills by branch (position 0), target (1) or phase (2)."""
         counts: Counter[str] = Counter()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_states import same, states
 
 from dsasr import recipe
 from dsasr.build import Builder
@@ -32,15 +33,6 @@ def weights(branch: BranchEngine) -> dict[str, dict[str, torch.Tensor]]:
         part = "lora" if lora.is_adapter(name) else name.partition(".")[0]
         slices[part][name] = fragment.tensor.clone()
     return slices
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(differ)
-
-
-def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
-    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
 
 
 def sharded(build: Builder) -> bool:

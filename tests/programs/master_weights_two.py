@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_states import same
 from torch import nn
 
 from dsasr.checkpoint import repartition, tensor_fragments
@@ -63,11 +64,6 @@ def whole(branch: BranchEngine, folder: Path) -> dict[str, torch.Tensor]:
     distributed.barrier()
     reader = FragmentReader(folder)
     return {key: reader.whole(key) for key in reader.shapes}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    equal = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(not equal)
 
 
 def exact(states: dict[str, torch.Tensor], prefix: str, branch: str = "sft") -> int:

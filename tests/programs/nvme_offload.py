@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_states import same, states
 from torch import nn
 
 from dsasr.checkpoint import tensor_fragments, zero_partition
@@ -49,15 +50,6 @@ def batch(number: int) -> Batch:
     generator = torch.Generator().manual_seed(number * 10 + distributed.rank())
     features = torch.randn(1, 2, 8, generator=generator)
     return Batch.blank(features, seed=number, number=number)
-
-
-def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
-    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(differ)
 
 
 def main() -> None:

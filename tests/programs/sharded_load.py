@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+from engine_states import same, states
 
 from dsasr import recipe
 from dsasr.build import Builder
@@ -18,15 +18,6 @@ from dsasr.engine import process_setup
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.partitioner import partitioner
 from dsasr.utils import distributed
-
-
-def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
-    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(differ)
 
 
 class CountingPartition:
