@@ -34,7 +34,7 @@ PCIE_GB = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # GB/s of a
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi tells it; ``troubles`` say what is wrong with it."""
+    """One GPU as nvidia-smi reports it; ``troubles`` say what is wrong with it."""
 
     index: int
     name: str

@@ -1,7 +1,7 @@
 """Batched greedy or beam search decoding with a `SpeechLLM`.
 
 Under ZeRO-3 every forward pass gathers weights from all ranks, so no rank may stop before the
-others ("No rank alone"): `decode` asks ``any_rank`` before each step, and a rank whose utterances
+others ("No rank alone"): `decode` calls ``any_rank`` before each step, and a rank whose utterances
 are done, or that has none, runs idle steps until no rank needs another.
 """
 

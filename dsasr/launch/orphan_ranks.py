@@ -54,7 +54,7 @@ def end_with_parents(
         while parents() == at_start:
             time.sleep(POLL)
         if request is not None and request.training:
-            request.ask("the end of its launcher")
+            request.record("the end of its launcher")
             _wait_while(lambda: not request.saving, STOP_SECONDS)
             _wait_while(lambda: request.saving, SAVE_SECONDS)
         with contextlib.suppress(OSError):  # its output may have ended too

@@ -48,7 +48,7 @@ class Owner:
     started: str  # UTC
     job: str  # Slurm's id; empty: no Slurm job
     machine: str  # id of the boot and of the space of process ids; empty: unknown
-    pid_started: str  # in ticks since the boot; tells a process from a later one of its id
+    pid_started: str  # in ticks since the boot: another process may get the id later
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -200,7 +200,7 @@ class RunLock:
         while not self._released.wait(POLL):
             with contextlib.suppress(OSError):  # the file system may be away for a while
                 if _stop_token(self.folder) == self.owner.token:
-                    self._request.ask("dsasr stop")
+                    self._request.record("dsasr stop")
                 self._beat()
 
     def _beat(self) -> None:

@@ -88,7 +88,7 @@ class FileQueue:
                     self._alone(job)
 
     def _taken(self, first: Job, short: bool, jobs: dict[str, Job]) -> Iterator[Path]:
-        """The paths of a batch's files, as the recognizer asks for them."""
+        """The paths of a batch's files, as the recognizer takes them."""
         job: Job | None = first
         while job is not None:
             if not job.result.cancelled():

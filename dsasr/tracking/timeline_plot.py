@@ -224,7 +224,7 @@ def logged_lr_curves(metrics: Sequence[Row]) -> list[Curve]:
 def planned_lr_curves(schedule: Schedule, events: Sequence[Row], points: int = 200) -> list[Curve]:
     """`logged_lr_curves` of a simulated run, from the ``schedule``; about ``points`` of a stage.
 
-    The steps at which encoders are published tell how many of the run's were each branch's;
+    The steps at which encoders are published show how many of the run's were each branch's;
     between two of them a branch's steps are spread evenly.
     """
     stages, curves = {s.name: s for s in schedule.stages}, []
