@@ -43,7 +43,7 @@ class Spell(Protocol):
 
 
 class SpeechInput(NamedTuple):
-    """What the adaptor reads [B, S, E], its lengths_B on the CPU; the CTC head's log-probabilities."""
+    """What the adaptor reads [B, S, E], lengths_B on the CPU; the CTC head's log-probabilities."""
 
     frames_BSE: Tensor
     lengths_B: Tensor
