@@ -91,7 +91,7 @@ class Recognizer:
         """Transcribe one recording: a path, an open file, encoded bytes, or samples (an array or a
         tensor at 16 kHz; `Samples` for another rate).
 
-        ``lang``: the language that is spoken, where it is known; ``channel``: the one to use (from
+        ``lang``: the language that is spoken, where it is known; ``channel``: the one to hear (from
         0), in place of the mean of all. Raises `UserError` if it is no audio.
         """
         return next(self.transcribe_all([source], lang=lang, channel=channel))

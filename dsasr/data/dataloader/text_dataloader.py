@@ -183,21 +183,21 @@ class TextDataLoader(Iterator[Batch]):
 
     def _take(self, count: int) -> list[tuple[int, int]]:
         """The next ``count`` (epoch, line) of all ranks."""
-        drawn = []
-        while len(drawn) < count:
+        taken = []
+        while len(taken) < count:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._epoch_order(self._epoch)
-            end = min(self._position + count - len(drawn), len(self._order))
-            drawn += [(self._epoch, int(i)) for i in self._order[self._position : end]]
+            end = min(self._position + count - len(taken), len(self._order))
+            taken += [(self._epoch, int(i)) for i in self._order[self._position : end]]
             self._position = end
-        return drawn
+        return taken
 
     def __next__(self) -> Batch:
         epoch, first = self._epoch, self._position
-        drawn = self._take(self.cfg.samples * self.world)[self.rank :: self.world]
+        taken = self._take(self.cfg.samples * self.world)[self.rank :: self.world]
         rows, bad = [], []
-        for line_epoch, index in drawn:
+        for line_epoch, index in taken:
             try:
                 rows.append(self._encode(line_epoch, index))
             except BadSample as error:
