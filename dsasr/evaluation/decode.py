@@ -128,7 +128,7 @@ class _Beam:
 class _Search:
     """The beams of a batch, as plain Python values on the CPU.
 
-    ``ctc_log_prob`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it;
+    ``heard`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it;
     ``keep``: results of each utterance.
 
     The greedy transcript stays in the search for as long as it can win, beside the best ``beam``
@@ -142,11 +142,11 @@ class _Search:
         limits: Sequence[int],
         end_id: int,
         cfg: DecodeConfig,
-        ctc_log_prob: Callable[[_Beam], float] = lambda beam: 0.0,
+        heard: Callable[[_Beam], float] = lambda beam: 0.0,
         keep: int = 1,
     ):
-        self.limits, self.end_id, self.cfg, self.keep = limits, end_id, cfg, keep
-        self.ctc_log_prob = ctc_log_prob
+        self.limits, self.end_id, self.cfg, self.heard = limits, end_id, cfg, heard
+        self.keep = keep
         self.active = [_Beam(utterance) for utterance in range(len(limits))]
         # Per utterance the best of the beams that ended, and of those cut at the token limit, each
         # with its score, the best first; the log-probability decides between equal scores.
@@ -156,7 +156,7 @@ class _Search:
     def score(self, beam: _Beam) -> float:
         """What beams are ranked by at their end."""
         if self.cfg.ctc_weight:
-            return beam.logprob + self.cfg.ctc_weight * self.ctc_log_prob(beam)
+            return beam.logprob + self.cfg.ctc_weight * self.heard(beam)
         return beam.logprob / max(1, beam.length) ** self.cfg.length_penalty
 
     def bound(self, beam: _Beam) -> float:
@@ -313,9 +313,9 @@ def decode_nbest(
     try:
         stepper = _Stepper(model)
         logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
-        ctc_log_prob = partial(_ctc_log_prob, model, batch, stepper.speech, tokenizer)
+        heard = partial(_heard, model, batch, stepper.speech, tokenizer)
         limits = [cfg.token_limit(s) for s in batch.durations]
-        search = _Search(limits, tokenizer.end_id, cfg, ctc_log_prob, nbest)
+        search = _Search(limits, tokenizer.end_id, cfg, heard, nbest)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:
@@ -342,7 +342,7 @@ def posteriors(speech: SpeechInput, row: int) -> Tensor:
     return speech.log_probs_BSP[row, : int(speech.log_prob_lengths_B[row])]
 
 
-def _ctc_log_prob(
+def _heard(
     model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer, beam: _Beam
 ) -> float:
     """The CTC head's log-probability of a beam's transcript in nats.
