@@ -24,6 +24,26 @@ RECORDINGS = ROOT.parent / "shared" / "data"
 RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # As in an activated environment: two versions of ninja in turn rebuild an extension each time.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+# Of several processes with threads on all cores, most wait for each other, spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files that take longest without starting ranks (tests that do are marked): see
+# `pytest_collection_modifyitems`.
+LONG = ("kernels/test_interpreted.py", "entropy_allocation/test_pai_csai.py",
+        "analysis/test_measure_allocation.py", "tools/test_experiments.py", "demo/test_small_lm.py",
+        "planning/test_batch_search.py", "kernels/test_compile.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Long files first, where processes share the files (`--no-loadscope-reorder` keeps this
+    order): none is left running alone at the end."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        long = item.path.as_posix().endswith(LONG)
+        started = any(item.get_closest_marker(name) for name in ("launcher", "slurm", "slow"))
+        weights[item.path] = weights.get(item.path, 0) + 3 * long + started
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +184,26 @@ def launch(launcher_server, tmp_path_factory):
             os.killpg(job.pid, signal.SIGKILL)
             pytest.fail(f"{program} hung:\n{output[-3000:]}")
         return subprocess.CompletedProcess(command, job.returncode, output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def alone(launcher_server, tmp_path_factory):
+    """``alone(program, *arguments)``: run it as one rank without a launcher, as `launch` does."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def run(program, *arguments, timeout=300, env=None, cwd=ROOT):
+        settings = {**os.environ, **RANK_ENVIRONMENT, **(env or {})}
+        log = folder / f"{time.monotonic_ns()}.log"
+        rank = Served(launcher_server, "rank", [program, *arguments], log, settings, cwd)
+        try:
+            rank.wait(timeout)
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            pytest.fail(f"{program} hung:\n{log.read_text(errors='replace')[-3000:]}")
+        output = log.read_text(encoding="utf-8", errors="replace")
+        return subprocess.CompletedProcess([program, *arguments], rank.returncode, output)
 
     return run
 

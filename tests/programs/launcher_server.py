@@ -38,18 +38,12 @@ SERVER_ENVIRONMENT = dict(os.environ)  # before libraries add to it
 
 from deepspeed.launcher import launch, runner  # noqa: E402
 
-# Variables that are read once, by whoever is imported or loaded first.
-READ_AT_IMPORT = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "LD_", "PYTHON", "PATH", "DS_ACC")
-READ_AT_IMPORT += (
-    "TORCH",
-    "PYTORCH",
-    "TRITON",
-    "CUDA",
-    "HF_",
-    "TRANSFORMERS",
-    "ACCELERATE",
-    "USE_",
-)
+# Variables that are read once, by whoever is imported or loaded first. (CUDA_VISIBLE_DEVICES, which
+# the launcher sets, is read when a GPU is first used: never, on DS_ACCELERATOR=cpu.)
+READ_AT_IMPORT = (
+    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "LD_", "PYTHON", "PATH", "DS_ACC", "TORCH",
+    "PYTORCH", "TRITON", "HF_", "TRANSFORMERS", "ACCELERATE", "USE_",
+)  # fmt: skip
 # What ranks import before and while they train.
 OF_RANKS = (
     "dsasr.training.trainer", "dsasr.training.preflight", "dsasr.training.first_samples",
