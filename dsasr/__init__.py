@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """``dsasr.Recognizer`` and ``dsasr.StreamingRecognizer``, imported when first asked for."""
+    """``dsasr.Recognizer`` and ``dsasr.StreamingRecognizer``, imported at first access."""
     if name == "Recognizer":
         from dsasr.inference.recognizer import Recognizer
 

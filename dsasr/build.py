@@ -22,9 +22,12 @@ from dsasr.data.dataloader.collate import Collator, TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.shards.storage import ShardStorage
+from dsasr.data.text.build_phonemizer import build_phonemizer
+from dsasr.data.text.lexicon import lexicon_path
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import Phonemizer, Speller, build_phonemizer, lexicon_path
+from dsasr.data.text.phonemizer import Phonemizer
 from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.speller import Speller
 from dsasr.data.text.tokenizers import (
     Tokenizer,
     check_tokenizer,
@@ -35,7 +38,6 @@ from dsasr.model import layerwise_init, lora
 from dsasr.model.adaptors.protocol import Adaptor, build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
-from dsasr.model.encoders.conformer import reset_layer
 from dsasr.model.encoders.encoder_builder import EncoderBuilder
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.layerwise_init import Partition
@@ -43,6 +45,7 @@ from dsasr.model.llm_builder import LlmBuilder
 from dsasr.model.llm_hub import find_model
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.model.token_embeddings import unit_embeddings
+from dsasr.model.weight_init import reset_layer
 from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -317,7 +320,7 @@ class Builder:
     def ctc_model(self, partition: Partition | None = None) -> CtcModel:
         """The pretrain branch, with weights drawn from the recipe's seed.
 
-        With ``partition`` (`branch_engine.partitioner`) each layer is partitioned as soon as it is
+        With ``partition`` (`engine.partitioner`) each layer is partitioned as soon as it is
         drawn, so that no rank has the whole model in memory; the weights are the same. Collective
         then.
         """

@@ -115,7 +115,7 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
         return None
     rest = [k for k in kinds if k is not type(None)]
     if isinstance(value, Mapping) and all(map(dataclasses.is_dataclass, rest)):
-        # The one whose keys these are, so that a mistake is told in its words.
+        # The one whose keys these are, so that an error names its keys.
         rest = [max(rest, key=lambda kind: _known_keys(kind, value))]
     error: UserError | None = None
     for kind in rest:

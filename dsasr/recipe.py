@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,19 +11,14 @@ from dsasr import config
 from dsasr.checkpoint import weight_source
 from dsasr.checkpoint.locate import list_checkpoints
 from dsasr.checkpoint.manager import CheckpointConfig
+from dsasr.checkpoint.snapshot_store import SnapshotStoreConfig
 from dsasr.checkpoint.weight_source import PARTS as PARTS_IN_FILES
 from dsasr.config import nearest
-from dsasr.data.audio.augment import RECORDED, AugmentConfig
-from dsasr.data.audio.features import FbankConfig
+from dsasr.data.config import DataConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
-from dsasr.data.dataloader.text_dataloader import TextOnlyConfig
-from dsasr.data.text.normalization import TextConfig
-from dsasr.data.text.phonemes import PhonemizerConfig
 from dsasr.data.text.prompt import check_template
 from dsasr.engine.config import EngineConfig
-from dsasr.evaluation.decode import DecodeConfig
-from dsasr.evaluation.normalize import check_rules
-from dsasr.evaluation.suite import SuiteConfig
+from dsasr.evaluation.config import EvaluationConfig
 from dsasr.launch.slurm import SlurmConfig
 from dsasr.launch.watchdog import WatchdogConfig
 from dsasr.model import lora
@@ -39,60 +33,13 @@ from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
 from dsasr.tracking.monitor import MonitorConfig
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
-from dsasr.utils.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Range
+from dsasr.utils.ranges import NonNegativeInt, PositiveInt, PositiveShare, Range
 
 SOURCES = ("encoder_from", "init_from")  # keys of `ModelConfig`: where a run's weights come from
 # Metrics of an sft branch's evaluations that can rank checkpoints; NAME/LANG: of one language.
 SCORES = ("wer", "cer", "mer", "character_rate", "sentence_rate", "substitutions", "deletions",
           "insertions", "hallucination")  # fmt: skip
 SUBSAMPLING = 4  # feature frames to one encoder frame, of every encoder size
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Training and validation data."""
-
-    train: tuple[DatasetConfig, ...]  # training datasets, mixed by weight; names must differ
-    valid: tuple[DatasetConfig, ...]  # validation datasets, read whole and in order
-    # file with mean and variance of the features, by `dsasr data cmvn`; not needed by an encoder
-    # that others trained
-    cmvn: str = ""
-    # file with the phoneme vocabulary, by `dsasr data phonemes`; needed by pretraining
-    phonemes: str = ""
-    # log-Mel features; must be those that cmvn was computed from
-    fbank: FbankConfig = field(default_factory=FbankConfig)
-    # augmentation of the training audio; null: none
-    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
-    # text without speech, for stages with a text_share; null: none
-    text_only: TextOnlyConfig | None = None
-    # form of the transcripts that are trained on
-    text: TextConfig = field(default_factory=TextConfig)
-    # where phoneme labels come from
-    phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)
-    # reading, shuffling and batching
-    dataloader: DataLoaderConfig = field(default_factory=DataLoaderConfig)
-    # cause → samples of a run that may be dropped for it; "*": every other cause, "total": all
-    bad_limits: dict[str, NonNegativeInt] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        for key in ("train", "valid"):
-            names = [dataset.name for dataset in getattr(self, key)]
-            if not names:
-                raise UserError(f"data.{key} names no dataset")
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise UserError(f"two datasets of data.{key} are called '{twice[0]}'")
-        recorded = self.augment is not None and RECORDED in self.augment.kinds
-        if recorded and not self.dataloader.noise_weights:
-            raise UserError(
-                'data.augment.kinds names "recorded": say where with '
-                "data.dataloader.noise=FOLDER_OF_SHARDS"
-            )
-        if self.fbank.dither and self.dataloader.features == "device":
-            raise UserError(
-                "data.fbank.dither needs features that workers compute: give "
-                "data.dataloader.features=worker, or data.fbank.dither=0"
-            )
 
 
 @dataclass(frozen=True)
@@ -111,7 +58,7 @@ class ModelConfig:
     llm: LlmConfig  # the language model
     # LoRA in the language model, for stages that train 'lora'; null: none
     lora: LoraConfig | None = None
-    # sizes of a Conformer to pretrain; or `path`: an encoder that others trained
+    # sizes of a Conformer to pretrain; or `path`: a pretrained encoder
     encoder: EncoderConfig | PretrainedEncoderConfig = field(default_factory=EncoderConfig)
     # LoRA in the encoder of both branches, for stages that train 'encoder_lora'; null: none
     encoder_lora: LoraConfig | None = None
@@ -150,55 +97,6 @@ class ModelConfig:
             raise UserError(
                 "model.encoder_from and model.init_parts both give the encoder: leave out one"
             )
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Error rates and hallucinations during training, and at the end of the run."""
-
-    # steps of a stage between two evaluations; 0: only at the end of the run
-    every: NonNegativeInt = 0
-    # of the validation set, in an evaluation during training; 0: all
-    utterances: NonNegativeInt = 64
-    # of the validation set, in the evaluation at the end of the run; 0: all
-    final_utterances: NonNegativeInt = 0
-    samples: NonNegativeInt = 3  # pairs of reference and hypothesis that each evaluation logs
-    # normalization before scoring: standard, plain (digit strings stay words), or the path of a
-    # Whisper normalizer.json (standard, and British spellings count as American ones)
-    rules: str = "standard"
-    decode: DecodeConfig = field(default_factory=DecodeConfig)  # decoding of the validation set
-    # utterances for the hallucination suite in each evaluation; 0: no suite
-    suite_utterances: NonNegativeInt = 0
-    # the hallucination suite, smaller than the one of `dsasr evaluate`
-    suite: SuiteConfig = field(
-        default_factory=lambda: SuiteConfig(clips=2, seconds=4.0, snrs=(5.0,), truncations=())
-    )
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        try:
-            check_rules(self.rules)
-        except ValueError as error:
-            raise UserError(f"evaluation.{error}") from None
-
-
-@dataclass(frozen=True)
-class SnapshotStoreConfig:
-    """The snapshot store: where pretraining publishes encoders for the sft branch."""
-
-    # folder of the snapshots, on a file system that both jobs see; empty: RUN/snapshots
-    path: str = ""
-    # newest snapshots kept; never removed: the final one, the reference, those in use
-    keep: PositiveInt = 5
-    # seconds between two polls of the store, and of each wait for a snapshot
-    poll_seconds: PositiveFloat = 5.0
-    # seconds without a sign of life of the pretrain job after which `late` applies
-    silent_seconds: PositiveFloat = 600.0
-    # an sft job without its next encoder: wait on, continue with the newest one as final, or stop
-    late: Literal["wait", "continue", "stop"] = "wait"
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
 
 
 @dataclass(frozen=True)
@@ -292,8 +190,8 @@ class Recipe:
         ):
             raise UserError(
                 "the recipe has no stage of branch pretrain: give model.init_from=MODEL, "
-                "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of an encoder that "
-                "others trained"
+                "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of a pretrained "
+                "encoder"
             )
 
     def _check_sizes(self) -> None:
@@ -357,15 +255,15 @@ class Recipe:
 
     @property
     def pretrained_encoder(self) -> PretrainedEncoderConfig | None:
-        """The encoder that others trained, if the recipe names one."""
+        """The pretrained encoder, if the recipe names one."""
         encoder = self.model.encoder
         return encoder if isinstance(encoder, PretrainedEncoderConfig) else None
 
     @property
     def has_initial_encoder(self) -> bool:
         """Whether the sft branch starts with an encoder from outside the run: the snapshot of
-        ``model.encoder_from``, or without pretraining that of ``model.init_from`` or the encoder
-        that others trained."""
+        ``model.encoder_from``, or without pretraining that of ``model.init_from`` or the pretrained
+        encoder."""
         given = self.pretrained_encoder is not None or self.takes_encoder
         return bool(self.model.encoder_from) or (given and not self.schedule().pretrain)
 
@@ -491,9 +389,3 @@ def changed_settings(old: dict, new: Recipe) -> list[str]:
         {k: v for k, v in old.items() if k not in RESUME_MAY_CHANGE},
         {k: v for k, v in config.to_plain(new).items() if k not in RESUME_MAY_CHANGE},
     )
-
-
-def silence_library_warnings() -> None:
-    """Filter warnings of libraries that a user can do nothing about."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")

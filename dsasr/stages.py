@@ -124,7 +124,7 @@ class StageConfig:
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether the stage changes what the encoder says, by its own weights or LoRA's."""
+        """Whether the stage changes the encoder's output, by its own weights or LoRA's."""
         return not {"encoder", "encoder_lora"}.isdisjoint(self.trains)
 
     @property

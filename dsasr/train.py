@@ -81,15 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     end_with_launcher(request)
     from dsasr import build, recipe
-    from dsasr.engine import branch_engine
+    from dsasr.engine import process_setup
+    from dsasr.engine.config import check_nvme
     from dsasr.kernels import dispatch
     from dsasr.training import first_samples, initial_weights, preflight
+    from dsasr.utils.library_warnings import silence_library_warnings
 
-    recipe.silence_library_warnings()
+    silence_library_warnings()
     cfg = recipe.load(options.recipe, options.overrides)
-    branch_engine.set_threads(cfg.engine)
+    process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.check_nvme(cfg.engine)
+    check_nvme(cfg.engine)
     builder = build.Builder(cfg)
     preflight.check(builder)
     first_samples.check(builder)
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_at_length(builder: Builder) -> None:
-    """Print what a night would be spent on, on one screen. Raises `UserError` for its faults."""
+    """Print data, plan and warnings of a run on one screen. Raises `UserError` for its faults."""
     from dsasr.planning import outlook
     from dsasr.training import preflight, sample_survey, survey_text
 
@@ -127,7 +129,7 @@ def check_at_length(builder: Builder) -> None:
 
 def train_rank(builder: Builder, request: StopRequest) -> int:
     """Join the other ranks and train, until the end or a request to stop; returns the exit code."""
-    from dsasr.engine import branch_engine
+    from dsasr.engine import process_setup
     from dsasr.launch import rendezvous, run_lock, watchdog
     from dsasr.training.trainer import Stopped, Trainer
     from dsasr.utils import distributed
@@ -140,7 +142,7 @@ def train_rank(builder: Builder, request: StopRequest) -> int:
     trainer = lock = None
     try:
         rendezvous.check_master()
-        branch_engine.init_distributed(max(limits) + 120 if all(limits) else 0)
+        process_setup.init_distributed(max(limits) + 120 if all(limits) else 0)
         lock = run_lock.hold(cfg.folder, request)
         gc.freeze()  # what was imported lives as long as the process: no collection looks at it
         trainer = Trainer(cfg, rank_watchdog, request, builder)
@@ -161,8 +163,8 @@ def train_rank(builder: Builder, request: StopRequest) -> int:
 def main_once() -> int:
     """`main`, with a user's mistake printed by one rank instead of by all.
 
-    A rank that loses another one says so in a line: what ended that one is told by itself, by the
-    launcher (`dsasr.launch.killed_ranks`) or by Slurm.
+    A rank that loses another one prints that in a line; why that one ended is printed by itself, by
+    the launcher (`dsasr.launch.killed_ranks`) or by Slurm.
 
     The launcher, or Slurm, ends all ranks when the first one ends, so the others give rank 0 time
     to print it first. A mistake that rank 0 does not meet is printed by the ranks that do.

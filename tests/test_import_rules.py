@@ -1,4 +1,4 @@
-"""The house's import rules, read from the code; and what a plain import must not need."""
+"""The package's import rules, read from the code; and what a plain import must not need."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dsasr"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# From the ground up. A room (a folder, or one of the files that stand flat) imports from the floors
-# below its own only: not from a room beside it, and `TYPE_CHECKING` is no way around.
-FLOORS = (
+# From the lowest up. A package (a folder, or a module at the top level) imports from the layers
+# below its own only: from none of the same layer, under `TYPE_CHECKING` neither.
+LAYERS = (
     ("utils",),
     ("launch", "config", "kernels", "data"),
     ("stages", "model", "entropy_allocation"),
@@ -29,15 +29,15 @@ FLOORS = (
     ("train", "analysis", "reporting", "doctor", "setup", "server"),
     ("cli", "testing"),
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# The files that ask a wall clock, and how.
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
+# The files that read a wall clock, and how.
 DATED = {
     ("checkpoint", "manager.py", "time.time"),
     ("reporting", "run_state.py", "time.time"),
     ("doctor", "machine.py", "time.time"),
     ("utils", "environment.py", "datetime.now"),
 }
-FLAT = {"__init__", "train", "config", "recipe", "stages", "build"}
+TOP_LEVEL = {"__init__", "train", "config", "recipe", "stages", "build"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -63,32 +63,32 @@ def is_of(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     inner = path.relative_to(PACKAGE)
     return inner.parts[0] if len(inner.parts) > 1 else inner.stem
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """The rooms of this package that ``path`` imports from."""
+def packages_imported(path: Path) -> set[str]:
+    """The packages of this package that ``path`` imports from."""
     names = [name for name, _ in imports(path) if name.startswith("dsasr.")]
     at_top = {"__version__", "Recognizer", "StreamingRecognizer"}
     return {name.split(".")[1] for name in names} - at_top
 
 
-def test_every_file_stands_in_a_room():
-    flat = {path.stem for path in PACKAGE.glob("*.py")}
-    assert flat == FLAT
-    rooms = {room_of(path) for path in MODULES} - {"__init__"}
-    assert rooms == set(FLOOR_OF)
+def test_every_module_is_in_a_package():
+    top_level = {path.stem for path in PACKAGE.glob("*.py")}
+    assert top_level == TOP_LEVEL
+    packages = {package_of(path) for path in MODULES} - {"__init__"}
+    assert packages == set(LAYER_OF)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
-    room = room_of(path)
-    if room == "__init__":  # hands on what a user imports from the top
+    package = package_of(path)
+    if package == "__init__":  # hands on what a user imports from the top
         return
-    for other in rooms_imported(path) - {room}:
-        assert FLOOR_OF[other] < FLOOR_OF[room], f"{path.relative_to(PACKAGE)} imports {other}"
+    for other in packages_imported(path) - {package}:
+        assert LAYER_OF[other] < LAYER_OF[package], f"{path.relative_to(PACKAGE)} imports {other}"
 
 
 def test_modules_import_each_other_in_no_circle():
@@ -105,7 +105,7 @@ def test_modules_import_each_other_in_no_circle():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_library_has_its_room(path):
+def test_a_library_is_imported_in_its_package(path):
     inner = path.relative_to(PACKAGE)
     for name, top in imports(path):
         if is_of(name, "deepspeed"):

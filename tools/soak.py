@@ -50,13 +50,7 @@ def main() -> int:
         "mode": "concurrent" if args.concurrent else "colocated",
         "ranks": args.ranks,
         "kills": sum(result.kills.values()),
-        "starts": result.starts,
-        "by_target": result.kills_by(1),
-        "by_phase": result.kills_by(2),
-        "by_job": result.kills_by(0),
-        "ledger": {x: getattr(result, x) for x in ("steps", "samples", "epochs")},
-        "minutes": round(result.seconds / 60, 1),
-        "faults": len(result.faults),
+        **result.summary(),
     }
     print(json.dumps(line))
     return 1 if result.faults else 0

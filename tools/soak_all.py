@@ -132,13 +132,7 @@ def run(configuration: Configuration, recipe: Path, folder: Path, kills: int, se
         "kills": sum(result.kills.values()),
         **asdict(configuration),
         "seed": seed,
-        "starts": result.starts,
-        "by_target": result.kills_by(1),
-        "by_phase": result.kills_by(2),
-        "by_job": result.kills_by(0),
-        "ledger": {x: getattr(result, x) for x in ("steps", "samples", "epochs")},
-        "minutes": round(result.seconds / 60, 1),
-        "faults": len(result.faults),
+        **result.summary(),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -15,8 +15,8 @@ import torch
 
 from dsasr.evaluation.error_rate import score
 from dsasr.evaluation.eval_sets import read_recordings
-from dsasr.recipe import silence_library_warnings
 from dsasr.utils.errors import run_tool
+from dsasr.utils.library_warnings import silence_library_warnings
 from dsasr.utils.progress import Bar
 
 RATE, BATCH = 16_000, 16

@@ -11,7 +11,7 @@ from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.data.text.characters import BOUNDARY
 from dsasr.data.text.ctc_noise import Confusions
 from dsasr.data.text.phoneme_vocab import UnknownPhoneme
-from dsasr.data.text.phonemes import UnknownWord
+from dsasr.data.text.phonemizer import UnknownWord
 from dsasr.evaluation.error_rate import EditCounts, count_edits
 from dsasr.evaluation.eval_sets import Recording
 from dsasr.model.ctc import greedy_phonemes

@@ -13,7 +13,7 @@ from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.build import Builder
 from dsasr.data.audio.resampling import resample
 from dsasr.data.text.phoneme_vocab import UnknownPhoneme
-from dsasr.data.text.phonemes import MissingPhonemes, Phonemizer, UnknownWord
+from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, UnknownWord
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.entropy_allocation.frame_labels import AlignedUtterance, UtteranceLabels
 from dsasr.evaluation.eval_sets import Recording

@@ -14,7 +14,7 @@ from dsasr.utils.io import atomic_folder, atomic_write
 
 MODEL_TYPE, FORMAT = "dsasr", 1
 LLM = "llm"  # folder of the language model and its tokenizer
-ENCODER = "encoder"  # folder with the config.json of an encoder that others trained
+ENCODER = "encoder"  # folder with the config.json of a pretrained encoder
 CMVN = "cmvn.json"
 PHONEMES = "phonemes.json"  # units of the CTC head
 CHECKSUMS = "SHA256SUMS"

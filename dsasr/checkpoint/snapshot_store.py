@@ -15,8 +15,9 @@ import os
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,11 +26,31 @@ from dsasr.checkpoint.locate import open_verified_by_one
 from dsasr.checkpoint.manifest import MANIFEST, read_manifest, require
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.stages import Snapshot
-from dsasr.utils import distributed
+from dsasr.utils import distributed, ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, fsync_file, remove_folder, remove_temporaries
+from dsasr.utils.ranges import PositiveFloat, PositiveInt
 
 OWNER, HEARTBEAT, IN_USE = "PUBLISHER", "heartbeat", "in-use-"
+
+
+@dataclass(frozen=True)
+class SnapshotStoreConfig:
+    """The snapshot store: where pretraining publishes encoders for the sft branch."""
+
+    # folder of the snapshots, on a file system that both jobs see; empty: RUN/snapshots
+    path: str = ""
+    # newest snapshots kept; never removed: the final one, the reference, those in use
+    keep: PositiveInt = 5
+    # seconds between two polls of the store, and of each wait for a snapshot
+    poll_seconds: PositiveFloat = 5.0
+    # seconds without a sign of life of the pretrain job after which `late` applies
+    silent_seconds: PositiveFloat = 600.0
+    # an sft job without its next encoder: wait on, continue with the newest one as final, or stop
+    late: Literal["wait", "continue", "stop"] = "wait"
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 class SnapshotStore:

@@ -293,33 +293,33 @@ def complete_recipe(
         for name in ("model", "data")
     )
     own_model = values.get("model") or {}
-    taken: dict[str, Any] = {"model": {}, "data": {}}
+    from_source: dict[str, Any] = {"model": {}, "data": {}}
     if "encoder" in parts and _same_kind(own_model.get("encoder"), model.get("encoder")):
-        taken["model"]["encoder"] = model["encoder"]
-        taken["data"] |= {k: data[k] for k in ("fbank", "cmvn") if data.get(k)}
+        from_source["model"]["encoder"] = model["encoder"]
+        from_source["data"] |= {k: data[k] for k in ("fbank", "cmvn") if data.get(k)}
     if "adaptor" in parts and model.get("adaptor"):
-        taken["model"]["adaptor"] = model["adaptor"]
+        from_source["model"]["adaptor"] = model["adaptor"]
     own_llm = own_model.get("llm") or {}
     if "llm" in parts and not own_llm.get("path") and (model.get("llm") or {}).get("path"):
-        taken["model"]["llm"] = {"path": model["llm"]["path"]}
-        taken["model"] |= {k: model[k] for k in ("tokenizer",) if model.get(k)}
+        from_source["model"]["llm"] = {"path": model["llm"]["path"]}
+        from_source["model"] |= {k: model[k] for k in ("tokenizer",) if model.get(k)}
     if "head" in parts and data.get("phonemes"):
-        taken["data"]["phonemes"] = data["phonemes"]
-    return config.merge(taken, _without_empty(values, taken))
+        from_source["data"]["phonemes"] = data["phonemes"]
+    return config.merge(from_source, _without_empty(values, from_source))
 
 
 def _same_kind(own: Any, theirs: Any) -> bool:
-    """Whether two encoder settings are both of a Conformer or both of one that others trained."""
+    """Whether two encoder settings are both of a Conformer or both of a pretrained one."""
     if not isinstance(theirs, Mapping) or not theirs:
         return False
     return not own or (isinstance(own, Mapping) and ("path" in own) == ("path" in theirs))
 
 
-def _without_empty(values: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` without the empty strings for which ``taken`` has a value."""
+def _without_empty(values: Mapping[str, Any], from_source: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without the empty strings for which ``from_source`` has a value."""
     kept = {}
     for key, value in values.items():
-        other = taken.get(key)
+        other = from_source.get(key)
         if isinstance(value, Mapping) and isinstance(other, Mapping):
             kept[key] = _without_empty(value, other)
         elif not (value == "" and other):

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsasr.cli.arguments import add_chunk, add_overwrite, check_new, command_parser, count
 from dsasr.evaluation.tuned import FILE
@@ -101,14 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from dsasr.evaluation import error_analysis, results_text
+    from dsasr.evaluation import results_text
     from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
     from dsasr.evaluation.results import compare
     from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
     from dsasr.inference.evaluated_model import EvaluatedModel
-    from dsasr.recipe import silence_library_warnings
     from dsasr.tracking.run_log import is_finished
-    from dsasr.utils.environment import environment
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     if args.is_finished:
         return 0 if is_finished(args.run) else 1
@@ -153,25 +152,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out:
         atomic_write(args.out, results.to_json_lines())
     if args.report:
-        atomic_write(args.run / TRANSCRIPTS, results.to_json_lines())
-        rows = error_analysis.worst(results, rules)
-        waves = {recording.key: recording.wave for recording in recordings}
-        summary["clips"] = error_analysis.write_clips(
-            args.run / CLIPS, rows, waves, evaluated.front_end.rate
-        )
-        summary["evaluated"] = environment() | {
-            "checkpoint": evaluated.path.name,
-            "recordings": len(recordings),
-            "left_out": dict(left_out),
-            "rules": rules,
-            "chunk_ms": args.chunk or evaluated.decode.chunk_ms,
-        }
-        write_report(args, summary | {"beam": args.beam or evaluated.decode.beam})
+        keep_for_report(args, evaluated, recordings, results, summary, left_out, rules)
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
     print(f"{len(results.rows)} clips: {rates}   ({evaluated.path})")
     return 0
+
+
+def keep_for_report(
+    args: argparse.Namespace,
+    evaluated: EvaluatedModel,
+    recordings: Sequence[Recording],
+    results: Results,
+    summary: dict[str, Any],
+    left_out: Mapping[str, int],
+    rules: str,
+) -> None:
+    """Write what ``dsasr report`` shows into the run: transcripts, sounds of the worst, summary."""
+    from dsasr.evaluation import error_analysis
+    from dsasr.utils.environment import environment
+
+    atomic_write(args.run / TRANSCRIPTS, results.to_json_lines())
+    rows = error_analysis.worst(results, rules)
+    waves = {recording.key: recording.wave for recording in recordings}
+    rate = evaluated.front_end.rate
+    summary["clips"] = error_analysis.write_clips(args.run / CLIPS, rows, waves, rate)
+    summary["evaluated"] = environment() | {
+        "checkpoint": evaluated.path.name,
+        "recordings": len(recordings),
+        "left_out": dict(left_out),
+        "rules": rules,
+        "chunk_ms": args.chunk or evaluated.decode.chunk_ms,
+    }
+    write_report(args, summary | {"beam": args.beam or evaluated.decode.beam})
 
 
 def tune_run(

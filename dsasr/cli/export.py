@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dsasr.checkpoint.locate import open_run_checkpoint
     from dsasr.inference.export import export_run
     from dsasr.inference.model_from_run import run_recipe
-    from dsasr.recipe import silence_library_warnings
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     silence_library_warnings()
     folders = [p for p in (args.run, args.run / "sft") if (p / "recipe.yaml").is_file()]

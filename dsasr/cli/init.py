@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=positive, help="that pack (default: one per core)")
     args = parser.parse_args(arguments)
 
-    from dsasr.recipe import silence_library_warnings
     from dsasr.setup.project import init
     from dsasr.setup.workspace import Options
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     silence_library_warnings()
     init(Options(**vars(args) | {"data": tuple(args.data)}))

@@ -1,7 +1,7 @@
 """List the runs below a folder: state, stage, steps, error rate, hours trained, last change.
 
-"trained" is the time of training without pauses, "hours of audio" is what it has heard in it. A
-folder that cannot be read, or is damaged, is named below the table.
+"trained" is the time of training without pauses, "hours of audio" the audio trained on in that
+time. A folder that cannot be read, or is damaged, is named below the table.
 
 examples:
   dsasr ls runs

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dsasr.analysis.probe_set import label_recordings
     from dsasr.entropy_allocation.pai_csai import VInformationConfig
     from dsasr.evaluation.eval_sets import read_recordings
-    from dsasr.recipe import silence_library_warnings
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     silence_library_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from dsasr.inference.streaming import StreamingConfig, StreamingRecognizer
-    from dsasr.recipe import silence_library_warnings
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     silence_library_warnings()
     if "OMP_NUM_THREADS" not in os.environ:

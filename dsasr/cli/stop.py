@@ -29,20 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.run.is_dir():
         raise UserError(f"there is no run folder {args.run}")
     folders = [args.run, args.run / "pretrain", args.run / "sft"]
-    asked = {folder: owner for folder in folders if (owner := run_lock.ask_to_stop(folder))}
-    for folder, owner in asked.items():
+    stopping = {folder: owner for folder in folders if (owner := run_lock.ask_to_stop(folder))}
+    for folder, owner in stopping.items():
         print(f"{folder}: {owner} saves and stops before its next step", flush=True)
     job = slurm.job_of(args.run)
     if job:
         slurm.ask_to_stop(args.run, job)
-        if not asked:
+        if not stopping:
             print(
                 f"{args.run}: Slurm job {job} does not train just now; it will not start again "
                 f"(`scancel {job}` ends it now)"
             )
-    elif not asked:
+    elif not stopping:
         raise UserError(f"nothing trains in {args.run}")
-    while args.wait and any(run_lock.Owner.read(f) == o for f, o in asked.items()):
-        if all(owner.lives is False for owner in asked.values()):
+    while args.wait and any(run_lock.Owner.read(f) == o for f, o in stopping.items()):
+        if all(owner.lives is False for owner in stopping.values()):
             break
         time.sleep(POLL)

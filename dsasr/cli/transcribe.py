@@ -9,6 +9,7 @@ examples:
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -27,10 +28,10 @@ from dsasr.utils.progress import Bar
 from dsasr.utils.troubleshooting import see
 
 if TYPE_CHECKING:
-    from dsasr.inference.recognizer import Transcription
+    from dsasr.inference.recognizer import Recognizer, Transcription
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__name__, __doc__)
     parser.add_argument("model", type=Path, help="an exported folder, or a run folder")
     parser.add_argument("audio", nargs="+", help="files, folders, or - for standard input")
@@ -58,12 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_chunk(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
 
     import torch
 
-    from dsasr.inference.recognizer import Recognizer
-    from dsasr.recipe import silence_library_warnings
+    from dsasr.utils.library_warnings import silence_library_warnings
 
     sources = find(args.audio)
     if args.format in ("srt", "vtt") and len(sources) > 1 and not args.out:
@@ -73,21 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_library_warnings()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    recognizer = Recognizer.from_pretrained(args.model, args.device)
-    check_vad(args.vad)
-    recognizer = replace(
-        recognizer,
-        batch_seconds=args.batch_seconds,
-        segmentation=replace(recognizer.segmentation, vad=args.vad),
-    )
-    if args.beam:
-        recognizer = recognizer.with_beam(args.beam)
-    if args.nbest > 1:
-        recognizer = recognizer.with_nbest(args.nbest)
-    if args.chunk:
-        decode = replace(recognizer.decode, chunk_ms=args.chunk)
-        decode.chunk(recognizer.model.encoder)
-        recognizer = replace(recognizer, decode=decode)
+    recognizer = open_recognizer(args)
     several = len(sources) > 1 and not args.out and args.format == "text"
     bad: list[str] = []
     doubts = Doubts()
@@ -121,6 +111,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in doubts.lines():
         print(line, file=sys.stderr)
     return 1 if bad else 0
+
+
+def open_recognizer(args: argparse.Namespace) -> Recognizer:
+    """The model with what the command line changes of its settings."""
+    from dsasr.inference.recognizer import Recognizer
+
+    recognizer = Recognizer.from_pretrained(args.model, args.device)
+    check_vad(args.vad)
+    recognizer = replace(
+        recognizer,
+        batch_seconds=args.batch_seconds,
+        segmentation=replace(recognizer.segmentation, vad=args.vad),
+    )
+    if args.beam:
+        recognizer = recognizer.with_beam(args.beam)
+    if args.nbest > 1:
+        recognizer = recognizer.with_nbest(args.nbest)
+    if args.chunk:
+        decode = replace(recognizer.decode, chunk_ms=args.chunk)
+        decode.chunk(recognizer.model.encoder)
+        recognizer = replace(recognizer, decode=decode)
+    return recognizer
 
 
 class Doubts:

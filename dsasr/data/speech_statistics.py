@@ -1,7 +1,7 @@
 """What the utterances of a training were like: their lengths, pauses and speaking rates.
 
-A recognizer is asked for nothing else: longer audio is cut to pieces as long as the utterances that
-it was trained with, and text that no speaker says in its time is doubted.
+A recognizer stays within them: longer audio is cut into segments as long as the training's
+utterances, and text that is too long or too short for its speech is marked as doubtful.
 """
 
 from __future__ import annotations

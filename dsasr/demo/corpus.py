@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dsasr.data.text import espeak
-from dsasr.data.text.phonemes import EspeakPhonemizer
+from dsasr.data.text.espeak_phonemizer import EspeakPhonemizer
 from dsasr.demo import grammar, speech
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write

@@ -30,7 +30,7 @@ from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.text_dataloader import Line, TextDataLoader, TextOnlyConfig
 from dsasr.data.text.normalization import normalize_text
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import Phonemizer, UnknownWord
+from dsasr.data.text.phonemizer import Phonemizer, UnknownWord
 from dsasr.data.text.prompt import Prompt
 from dsasr.data.text.tokenizers import Tokenizer, load_tokenizer
 from dsasr.demo.simulated_frames import SimulatedFrames

@@ -1,1 +1,1 @@
-"""Checks of a job's machines, network and disks, before hours are spent on them."""
+"""Checks of a job's machines, network and disks, before a job starts on them."""

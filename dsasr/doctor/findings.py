@@ -28,7 +28,7 @@ class Report:
     node: str
     host: str
     versions: Mapping[str, str] = field(default_factory=dict)
-    gpus: Sequence[Gpu] = ()  # of the node, told by its first rank
+    gpus: Sequence[Gpu] = ()  # of the node, as its first rank reports
     gpu_problem: str = ""
     has_gpu: bool = False
     products: float = 0.0  # TFLOP/s
@@ -93,8 +93,8 @@ def _versions(reports: Sequence[Report]) -> Row:
     for name in names:
         by_version = _grouped(reports, lambda r, name=name: r.versions.get(name, "none"))
         if len(by_version) > 1:
-            told = "; ".join(f"{v} on {_names(_nodes(r))}" for v, r in by_version.items())
-            different.append(f"{name}: {told}")
+            machines = "; ".join(f"{v} on {_names(_nodes(r))}" for v, r in by_version.items())
+            different.append(f"{name}: {machines}")
     first = reports[0].versions
     shown = ", ".join(f"{n} {first[n]}" for n in SHOWN if n in first)
     short = ""

@@ -34,7 +34,7 @@ PCIE_GB = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # GB/s of a
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi tells it; ``troubles`` say what is wrong with it."""
+    """One GPU as nvidia-smi reports it; ``troubles`` say what is wrong with it."""
 
     index: int
     name: str
@@ -192,7 +192,7 @@ def parse_nvlink(text: str) -> float:
 
 def network_link(system: Path = Path("/sys/class"), route: Path = Path("/proc/net/route")) -> Link:
     """Of a node to others: all its InfiniBand ports that are up, else the network interface that
-    NCCL and Gloo are told to use, else that of the default route."""
+    NCCL and Gloo are set to use, else that of the default route."""
     rates = []
     for port in sorted(system.glob("infiniband/*/ports/*")):
         with contextlib.suppress(OSError, ValueError, IndexError):

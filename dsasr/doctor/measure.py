@@ -118,7 +118,7 @@ def sees_folder(folder: Path) -> bool:
     """Whether a file that rank 0 makes in ``folder`` is seen by this rank too; collective."""
     mark = None
     if distributed.is_main_rank():
-        with contextlib.suppress(OSError):  # which `write` tells
+        with contextlib.suppress(OSError):  # which `write` reports
             mark = tempfile.NamedTemporaryFile(  # noqa: SIM115
                 prefix=".doctor.", suffix=".tmp", dir=folder
             )
@@ -155,7 +155,7 @@ def existing(folder: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> float:
-    """Of the file system that ``folder`` is on, or would be; 0: it does not tell. Quotas are not
+    """Of the file system that ``folder`` is on, or would be; 0: unknown. Quotas are not
     known here."""
     try:
         return within(GIVEN_UP, lambda: shutil.disk_usage(existing(folder)).free)

@@ -21,11 +21,7 @@ schedule all of it is 0.001% of the training.
 
 from __future__ import annotations
 
-import datetime
-import functools
 import gc
-import logging
-import os
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import contextmanager
@@ -44,14 +40,12 @@ from dsasr.checkpoint.tensor_fragments import (
     checksum,
 )
 from dsasr.data.batch import Batch
-from dsasr.engine import shared_buffers, zero_hooks
+from dsasr.engine import zero_hooks
 from dsasr.engine.config import (
     EngineConfig,
     deepspeed_settings,
     nvme_folder,
-    on_nvme,
     precision,
-    read_ds_config,
     work_around_pinned_reads,
 )
 from dsasr.engine.deepspeed_import import import_deepspeed
@@ -60,97 +54,9 @@ from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import StateOffloader
 from dsasr.engine.step_report import StepReport
 from dsasr.model import lora
-from dsasr.model.layerwise_init import Partition
 from dsasr.stages import StageConfig, learning_rate
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
-
-
-def init_distributed(timeout: float = 0.0) -> None:
-    """Join the job's process group; a process without a launcher becomes a group of one.
-
-    ``timeout``: seconds after which a collective that still waits fails (0: torch's default).
-    """
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(key, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
-    if distributed.device().type == "cuda":
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {os.environ['RANK']} has no GPU: this machine has "
-                f"{torch.cuda.device_count()}, start no more ranks (deepspeed --num_gpus)"
-            )
-        torch.cuda.set_device(distributed.device())
-    backend = "nccl" if distributed.device().type == "cuda" else "gloo"
-    options = {"timeout": datetime.timedelta(seconds=timeout)} if timeout else {}
-    shared_buffers.unlink_left()
-    deepspeed.init_distributed(
-        dist_backend=backend, verbose=False, auto_mpi_discovery=False, **options
-    )
-    shared_buffers.unlink_own()
-
-
-@functools.lru_cache(maxsize=1)
-def partitioner(config: EngineConfig) -> Partition | None:
-    """ZeRO-3's partitioning of a model's layers (`dsasr.model.layerwise_init`); None under ZeRO-1
-    and 2.
-
-    Parameters are partitioned and broadcast from rank 0 as by `deepspeed.initialize`, but one layer
-    at a time, before the next layer has memory.
-    """
-    # Where optimizer states are offloaded to makes no difference here.
-    ds_config = deepspeed_settings(config, Path(config.nvme or "."))
-    if ds_config.get("zero_optimization", {}).get("stage") != 3:
-        return None
-    import deepspeed
-
-    # Given a module, even an empty one, it also puts in ZeRO-3's linear function, as initialize
-    # does for a model that is not yet partitioned.
-    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config)
-
-    def partition(parameters: Sequence[nn.Parameter]) -> None:
-        for parameter in parameters:
-            parameter.data = parameter.data.to(distributed.device(), precision(config))
-            zero._convert_to_zero_parameters([parameter])
-
-    return partition
-
-
-def check_nvme(config: EngineConfig) -> None:
-    """Raise `UserError` where the recipe keeps optimizer states on a disk and DeepSpeed cannot."""
-    if not on_nvme(read_ds_config(config.deepspeed)):
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    try:
-        AsyncIOBuilder().load(verbose=False)
-    except Exception as error:  # compilers and loaders raise many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"engine.deepspeed={config.deepspeed}: DeepSpeed's async_io cannot be built here "
-            f"({reason}): install libaio-dev and a C++ compiler, or give zero3-offload"
-        ) from None
-    try:
-        Path(config.nvme).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"engine.nvme={config.nvme} cannot be written: {error}") from None
-
-
-def set_threads(config: EngineConfig) -> None:
-    """Set the precision of matrix products, and share this machine's CPU cores among its ranks.
-
-    OMP_NUM_THREADS, where it is set, decides on the cores.
-    """
-    torch.set_float32_matmul_precision(config.matmul)
-    if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
 
 class BranchEngine:

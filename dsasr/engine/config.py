@@ -80,6 +80,26 @@ def on_nvme(settings: dict[str, Any]) -> bool:
     return offload.get("device") == "nvme"
 
 
+def check_nvme(config: EngineConfig) -> None:
+    """Raise `UserError` where the recipe keeps optimizer states on a disk and DeepSpeed cannot."""
+    if not on_nvme(read_ds_config(config.deepspeed)):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # compilers and loaders raise many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"engine.deepspeed={config.deepspeed}: DeepSpeed's async_io cannot be built here "
+            f"({reason}): install libaio-dev and a C++ compiler, or give zero3-offload"
+        ) from None
+    try:
+        Path(config.nvme).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"engine.nvme={config.nvme} cannot be written: {error}") from None
+
+
 def nvme_folder(config: EngineConfig, run: Path, branch: str) -> Path:
     """A folder below ``engine.nvme`` for one branch of one run, unique on this machine."""
     digest = hashlib.blake2b(str(Path(run).resolve()).encode(), digest_size=6).hexdigest()

@@ -16,15 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsasr.data.text.espeak_phonemizer import EspeakPhonemizer
 from dsasr.data.text.normalization import is_upper_case
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import (
-    EspeakPhonemizer,
-    MissingPhonemes,
-    Phonemizer,
-    StoredPhonemes,
-    UnknownWord,
-)
+from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, StoredPhonemes, UnknownWord
 from dsasr.entropy_allocation import forced_alignment
 from dsasr.entropy_allocation.frame_set import FrameSet, FrameSetBuilder
 from dsasr.utils.errors import UserError

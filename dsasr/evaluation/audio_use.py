@@ -1,7 +1,7 @@
 """Whether the loss depends on the audio: NLL with an utterance's own audio and with another's.
 
-A speech LLM whose adaptor tells it nothing still lowers its loss, as a language model of the
-transcripts. The loss alone does not show it; this does, as long as transcripts differ.
+A speech LLM whose adaptor's output carries no information still lowers its loss, as a language
+model of the transcripts. The loss alone does not show it; this does, as long as transcripts differ.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dsasr.evaluation.mean_outputs import mean_outputs
 from dsasr.model.speech_llm import SpeechLLM
 
 BATCHES = 8  # of a rank that are tried
-# Nats a token by which its own audio must lower an utterance's NLL (**ours**): a model that hears
-# nothing gains under 0.003 on a thousand tokens, one that transcribes gains several nats.
+# Nats a token by which its own audio must lower an utterance's NLL (**ours**): a model that uses
+# no audio gains under 0.003 on a thousand tokens, one that transcribes gains several nats.
 LEAST_GAIN = 0.02
 
 

@@ -1,7 +1,7 @@
 """Batched greedy or beam search decoding with a `SpeechLLM`.
 
 Under ZeRO-3 every forward pass gathers weights from all ranks, so no rank may stop before the
-others ("No rank alone"): `decode` asks ``any_rank`` before each step, and a rank whose utterances
+others ("No rank alone"): `decode` calls ``any_rank`` before each step, and a rank whose utterances
 are done, or that has none, runs idle steps until no rank needs another.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsasr.data.batch import Batch
-from dsasr.evaluation.witness import Heard, listen, log_prob_of
+from dsasr.evaluation.ctc_scoring import CtcScore, log_prob_of, score_text
 from dsasr.kernels import dispatch
 from dsasr.model.dynamic_chunks import Chunk, chunk_of
 from dsasr.model.encoders.protocol import Encoder
@@ -84,7 +84,7 @@ class Hypothesis:
     """A transcript. ``ids`` are without the end token; ``logprob`` (nats) and ``token_entropies``
     (nats, of the predictive distribution at each token) include it. ``finished`` is False if the
     token limit cut the transcript. ``score`` is what hypotheses of an utterance are ranked by, and
-    ``heard`` what the CTC head says of it (None: it was not asked, or cannot say)."""
+    ``ctc_score`` the CTC head's scores of it (None: not computed, or it has none)."""
 
     key: str
     ids: tuple[int, ...]
@@ -93,7 +93,7 @@ class Hypothesis:
     token_entropies: tuple[float, ...]
     finished: bool = True
     score: float = 0.0
-    heard: Heard | None = None
+    ctc_score: CtcScore | None = None
 
 
 class Detokenizer(Protocol):
@@ -292,13 +292,13 @@ def decode_nbest(
     any_rank: Callable[[bool], bool] = bool,
     chunk: Chunk | None = None,
     nbest: int = 1,
-    ask: bool = False,
+    with_ctc_score: bool = False,
 ) -> list[list[Hypothesis]]:
     """Transcribe ``batch`` in eval mode: up to ``nbest`` hypotheses an utterance, the best first.
 
     A hypothesis does not depend on the other utterances of the batch. Of hypotheses with the same
-    text the best is returned. ``ask`` asks the CTC head about each (`Hypothesis.heard`), if the
-    model has one.
+    text the best is returned. ``with_ctc_score``: with the CTC head's
+    scores of each (`Hypothesis.ctc_score`), if the model has one.
 
     Collective with several ranks: all must call `decode_nbest` equally often, with an empty batch
     where they have no more, and ``any_rank(flag)`` must return whether ``flag`` is True on any
@@ -326,10 +326,13 @@ def decode_nbest(
     finally:
         model.train(training)
     found = [_hypotheses(batch, row, search, tokenizer) for row in range(len(batch))]
-    if not ask or model.ctc is None or model.spell is None:
+    if not with_ctc_score or model.ctc is None or model.spell is None:
         return found
     return [
-        [replace(h, heard=_asked(model, batch, stepper.speech, row, h.text)) for h in hypotheses]
+        [
+            replace(h, ctc_score=_ctc_score(model, batch, stepper.speech, row, h.text))
+            for h in hypotheses
+        ]
         for row, hypotheses in enumerate(found)
     ]
 
@@ -351,10 +354,10 @@ def _heard(
     return log_prob_of(posteriors(speech, beam.utterance), model.spell.pronunciations(text, lang))
 
 
-def _asked(
+def _ctc_score(
     model: SpeechLLM, batch: Batch, speech: SpeechInput, row: int, text: str
-) -> Heard | None:
-    return listen(posteriors(speech, row), text, batch.langs[row], model.spell)
+) -> CtcScore | None:
+    return score_text(posteriors(speech, row), text, batch.langs[row], model.spell)
 
 
 def _hypotheses(

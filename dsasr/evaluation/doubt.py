@@ -36,14 +36,14 @@ def find_doubt(
     *,
     seconds: float,
     finished: bool,
-    heard: float | None,
+    ctc_margin: float | None,
     speech: SpeechStatistics,
     config: DoubtConfig,
     lang: str = "",
 ) -> tuple[str, ...]:
     """The kinds of doubt (`MEANING`) about ``text`` for ``seconds`` of speech, but join.
 
-    ``heard``: nats per phoneme below what the CTC head wrote (0 or negative); None: unknown.
+    ``ctc_margin``: nats per phoneme below what the CTC head wrote (0 or negative); None: unknown.
     """
     if not text:
         return ()
@@ -60,6 +60,6 @@ def find_doubt(
         found.append("loop")
     if chat_phrase(text):
         found.append("chat")
-    if heard is not None and heard < -config.margin:
+    if ctc_margin is not None and ctc_margin < -config.margin:
         found.append("unheard")
     return tuple(found)

@@ -64,7 +64,7 @@ def differences(
 
 @lru_cache(maxsize=1 << 16)
 def _units(text: str, lang: str, rules: str) -> tuple[str, ...]:
-    """`units`, kept: a report asks for the same ones several times."""
+    """`units`, cached: a report needs the same ones several times."""
     return tuple(units(text, lang, rules))
 
 

@@ -47,7 +47,7 @@ class Result:
     the mean predictive entropy of the transcript's tokens in nats (None: not finite); ``finished``
     is False where the token limit cut the transcript. ``speaker`` is empty where it is not known.
 
-    What the CTC head says (`dsasr.evaluation.witness`; None: it cannot say): ``margin`` in nats per
+    By the CTC head (`dsasr.evaluation.ctc_scoring`; None: it has no score): ``margin`` in nats per
     phoneme, ``heard`` in nats per second, ``weakest``: the confidence of the three least certain
     words in a row. ``doubt``: `dsasr.evaluation.doubt`.
     """

@@ -59,8 +59,8 @@ def format_results(results: Results, summary: Mapping[str, Any], pairs: int) -> 
     if summary["cut"]:
         counts = ", ".join(f"{count} {condition}" for condition, count in summary["cut"].items())
         total = sum(summary["cut"].values())
-        told = f"{total} of {len(results.rows)} transcripts cut at the token limit ({counts})"
-        yield f"{told}{see('cut')}"
+        line = f"{total} of {len(results.rows)} transcripts cut at the token limit ({counts})"
+        yield f"{line}{see('cut')}"
     yield from _doubts(summary.get("doubt", {}))
     for example in summary["hallucination"]["examples"][:pairs]:
         head = f"{example['kind']} ({example['condition']}, {example['detail']})"

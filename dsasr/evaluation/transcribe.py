@@ -16,12 +16,12 @@ from dsasr.data.audio.activity import spoken_part
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.evaluation.ctc_scoring import worst_stretch
 from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, decode_nbest
 from dsasr.evaluation.doubt import DoubtConfig, find_doubt
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.evaluation.results import Result, Results
 from dsasr.evaluation.suite import CLEAN, SuiteClip
-from dsasr.evaluation.witness import worst_stretch
 from dsasr.model.speech_llm import SpeechLLM
 
 
@@ -53,7 +53,9 @@ def transcribe(
     """
     results: list[Result] = []
     for batch in batches:
-        found = decode_nbest(model, batch.to(device), tokenizer, config, any_rank, ask=True)
+        found = decode_nbest(
+            model, batch.to(device), tokenizer, config, any_rank, with_ctc_score=True
+        )
         for row, (best, *_) in enumerate(found):
             seconds = (spoken or {}).get(best.key, batch.durations[row])
             results.append(_result(batch, row, best, seconds, rules or DoubtRules()))
@@ -113,9 +115,9 @@ def transcribe_clips(
 def _result(
     batch: Batch, row: int, hypothesis: Hypothesis, spoken: float, rules: DoubtRules
 ) -> Result:
-    entropies, heard = hypothesis.token_entropies, hypothesis.heard
+    entropies, ctc = hypothesis.token_entropies, hypothesis.ctc_score
     seconds = batch.durations[row]
-    margin = None if heard is None else heard.margin_per_unit
+    margin = None if ctc is None else ctc.margin_per_unit
     return Result(
         key=batch.keys[row],
         condition=CLEAN,
@@ -127,13 +129,13 @@ def _result(
         finished=hypothesis.finished,
         speaker=batch.speakers[row],
         margin=margin,
-        heard=None if heard is None else heard.log_prob / max(seconds, 1e-3),
-        weakest=None if heard is None else worst_stretch(heard.words),
+        heard=None if ctc is None else ctc.log_prob / max(seconds, 1e-3),
+        weakest=None if ctc is None else worst_stretch(ctc.words),
         doubt=find_doubt(
             hypothesis.text,
             seconds=spoken,
             finished=hypothesis.finished,
-            heard=margin,
+            ctc_margin=margin,
             speech=rules.speech,
             config=rules.doubt,
             lang=batch.langs[row],

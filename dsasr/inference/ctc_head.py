@@ -1,7 +1,7 @@
 """The CTC head of a recognizer's encoder: where a run keeps it, and the model that listens with it.
 
 An adaptor that reads CTC has the head among its own weights. Of other kinds the head was trained by
-the pretrain branch, and serves as a witness of transcripts and for their times.
+the pretrain branch, and scores transcripts and gives their times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.locate import open_verified
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import Phonemizer, Speller
+from dsasr.data.text.phonemizer import Phonemizer
+from dsasr.data.text.speller import Speller
 from dsasr.entropy_allocation.frame_labels import word_phonemizer
 from dsasr.model.ctc import CtcHead
 from dsasr.model.speech_llm import SpeechLLM
@@ -47,8 +48,8 @@ def _head_weights(build: Builder, reader: FragmentReader) -> PrefixReader | None
     return None
 
 
-def listen_with_head(model: SpeechLLM, build: Builder, reader: FragmentReader) -> None:
-    """Give ``model`` the head of its checkpoint as a witness, if it has none and there is one.
+def attach_own_head(model: SpeechLLM, build: Builder, reader: FragmentReader) -> None:
+    """Give ``model`` its checkpoint's head for scores of transcripts, unless it has one.
 
     Raises `FragmentError` where the head does not fit.
     """
@@ -60,7 +61,7 @@ def listen_with_head(model: SpeechLLM, build: Builder, reader: FragmentReader) -
     units = len(build.phonemes)
     ctc = CtcHead(model.encoder.width, units, build.recipe.model.pretrain.head)
     zero_partition.load_weights(nn.ModuleDict({"ctc": ctc}), weights)
-    model.hear_with(ctc.eval(), reading_speller(build.phonemizer, build.phonemes))
+    model.attach_ctc_head(ctc.eval(), reading_speller(build.phonemizer, build.phonemes))
 
 
 def reading_speller(phonemizer: Phonemizer, vocab: PhonemeVocab) -> Speller:

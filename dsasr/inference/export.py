@@ -4,7 +4,7 @@
 
     DIR/config.json          settings: encoder, adaptor, features, prompt, decoding
     DIR/cmvn.json            mean and standard deviation per mel bin; of a Conformer
-    DIR/encoder/             settings of an encoder that others trained, and of its features
+    DIR/encoder/             settings of a pretrained encoder, and of its features
     DIR/phonemes.json        units of the CTC head, where the run has one
     DIR/model.safetensors    encoder.…, ctc.…, adaptor.…
     DIR/llm/                 a plain Hugging Face causal LM with its tokenizer, loadable by itself
@@ -51,8 +51,8 @@ from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd
+from dsasr.data.text.build_phonemizer import build_phonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import build_phonemizer
 from dsasr.data.text.tokenizer_json import has_trained_tokenizer, write_tokenizer_json
 from dsasr.data.text.tokenizers import check_tokenizer, load_tokenizer
 from dsasr.evaluation.tuned import Tuned

@@ -8,8 +8,8 @@ from dsasr.checkpoint.export_folder import FORMAT, MODEL_TYPE
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.data.text.build_phonemizer import PhonemizerConfig
 from dsasr.data.text.normalization import TextConfig
-from dsasr.data.text.phonemes import PhonemizerConfig
 from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.tuned import Tuned

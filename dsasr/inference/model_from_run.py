@@ -15,7 +15,7 @@ from dsasr.checkpoint.stored_recipe import RECIPE
 from dsasr.checkpoint.tensor_fragments import FragmentError, PrefixReader
 from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.evaluation.tuned import Tuned
-from dsasr.inference.ctc_head import listen_with_head
+from dsasr.inference.ctc_head import attach_own_head
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.recipe import Recipe
 from dsasr.tracking.run_log import SPEECH
@@ -50,7 +50,7 @@ class RunModel:
         try:
             architecture.check(reader, config.to_plain(build.recipe.model))
             zero_partition.load_weights(model, PrefixReader(reader, "sft/"))
-            listen_with_head(model, build, reader)
+            attach_own_head(model, build, reader)
         except FragmentError as error:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
         tuned = Tuned.load(build.recipe.folder)

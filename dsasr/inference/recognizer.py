@@ -165,7 +165,7 @@ class Recognizer:
             return
         batch = self._batch([segment for _, segment in audio], lang).to(self.device or device())
         found = decode_nbest(
-            self.model, batch, self.tokenizer, self.decode, nbest=self.nbest, ask=True
+            self.model, batch, self.tokenizer, self.decode, nbest=self.nbest, with_ctc_score=True
         )
         rules = SegmentRules(
             self.tokenizer, self.no_speech, self.speech, self.tuned.doubt, self.frame_seconds,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from dsasr.data.audio.activity import spoken_part
 from dsasr.data.audio.resampling import RATE
 from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.evaluation.ctc_scoring import AlignedSpan, CtcScore
 from dsasr.evaluation.decode import Detokenizer, Hypothesis
 from dsasr.evaluation.doubt import DoubtConfig, find_doubt
-from dsasr.evaluation.witness import Heard, HeardSpan
 from dsasr.inference.segmentation import AudioSegment
 from dsasr.inference.transcript import Alternative, Segment, Token
 from dsasr.inference.words import Word, spread
@@ -45,10 +45,10 @@ def make_segment(
     best, limits = hypotheses[0], rules.no_speech
     confidences = [math.exp(-entropy) for entropy in best.token_entropies]
     confidence = sum(confidences) / max(len(confidences), 1)
-    heard = best.heard
-    margin = None if heard is None else round(heard.margin_per_unit, 3)
+    ctc = best.ctc_score
+    margin = None if ctc is None else round(ctc.margin_per_unit, 3)
     language = lang or rules.speech.language(best.text)
-    words, phonemes = _times(audio, best.text, heard, rules.frame_seconds)
+    words, phonemes = _times(audio, best.text, ctc, rules.frame_seconds)
     return Segment(
         start=round(audio.start, 3),
         end=round(audio.start + audio.seconds, 3),
@@ -66,7 +66,7 @@ def make_segment(
             best.text,
             seconds=audio.speech,
             finished=best.finished,
-            heard=margin,
+            ctc_margin=margin,
             speech=rules.speech,
             config=rules.doubt,
             lang=language,
@@ -92,25 +92,26 @@ def tokens_of(hypothesis: Hypothesis, tokenizer: Detokenizer) -> tuple[Token, ..
 
 
 def _times(
-    audio: AudioSegment, text: str, heard: Heard | None, frame_seconds: float
+    audio: AudioSegment, text: str, ctc: CtcScore | None, frame_seconds: float
 ) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
     """The words and the phonemes of ``text`` with their times in the file."""
     # A head's frames at the edges reach into the silence: no word is there.
     first, last, _ = spoken_part(audio.wave.numpy(), RATE)
     begin, end = audio.start + first, audio.start + (last or audio.seconds)
-    if heard is None or not heard.words:
+    if ctc is None or not ctc.words:
         return spread(text, begin, end), ()
 
-    def placed(span: HeardSpan) -> Word:
+    def placed(span: AlignedSpan) -> Word:
         frames = (span.start, span.end)
         start, stop = (min(max(audio.start + f * frame_seconds, begin), end) for f in frames)
         return Word(span.text, round(start, 3), round(stop, 3), round(span.confidence, 4))
 
-    return tuple(map(placed, heard.words)), tuple(map(placed, heard.phonemes))
+    return tuple(map(placed, ctc.words)), tuple(map(placed, ctc.phonemes))
 
 
 def _alternative(hypothesis: Hypothesis) -> Alternative:
-    heard = None if hypothesis.heard is None else round(hypothesis.heard.log_prob, 4)
+    ctc = hypothesis.ctc_score
+    log_prob = None if ctc is None else round(ctc.log_prob, 4)
     return Alternative(
-        hypothesis.text, round(hypothesis.score, 5), round(hypothesis.logprob, 4), heard
+        hypothesis.text, round(hypothesis.score, 5), round(hypothesis.logprob, 4), log_prob
     )

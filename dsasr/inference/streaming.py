@@ -16,7 +16,7 @@ the end of an utterance, which voice activity finds. **ours**: partial texts on 
 from the same cache (`dsasr.inference.partial_text`).
 
 Many streams run in one process: `StreamingRecognizer.advance` takes a step with all of them
-together. Between utterances nothing is kept but what was heard of loudness: an utterance starts
+together. Between utterances only the loudness so far is kept: an utterance starts
 from the prompt, with fresh caches.
 """
 
@@ -40,12 +40,12 @@ from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.evaluation.decode_stream import decode_pasts
 from dsasr.evaluation.doubt import find_doubt
 from dsasr.inference.endpointing import Endpointer, SpeechPart
+from dsasr.inference.live_utterance import LiveUtterance
 from dsasr.inference.partial_text import PartialText
 from dsasr.inference.recognizer import Recognizer
 from dsasr.inference.streaming_encoder import (
     SUBSAMPLING,
     ChunkedEncoder,
-    UtteranceAudio,
     WholeEncoder,
 )
 from dsasr.inference.vad import build_vad
@@ -61,7 +61,7 @@ SHORTEST_SPEECH = 0.1  # seconds: less than any word takes
 
 @dataclass(frozen=True)
 class StreamingConfig:
-    """How live audio is heard and shown."""
+    """Chunks and partial texts of live recognition."""
 
     chunk_seconds: PositiveFloat = 0.64  # encoded at once; a whole number of encoder frames
     left: NonNegativeInt = 4  # chunks to the left that the encoder sees
@@ -88,8 +88,8 @@ class Partial:
 class Final:
     """The text of an utterance; empty if it was probably no speech (``no_speech``).
 
-    ``confidence`` and ``doubt``: as `dsasr.inference.transcript.Segment`'s, but that the CTC head
-    is not asked; ``finished`` is False if the text was cut at the token limit.
+    ``confidence`` and ``doubt``: as `dsasr.inference.transcript.Segment`'s, but without the CTC
+    head's score; ``finished`` is False if the text was cut at the token limit.
     """
 
     start: float
@@ -101,46 +101,12 @@ class Final:
     doubt: tuple[str, ...] = ()
 
 
-class _Utterance:
-    """An utterance that goes on, or waits for its last steps."""
-
-    def __init__(self, start: float, audio: UtteranceAudio, past: LlmPast, text: PartialText):
-        self.start, self.audio, self.past, self.text = start, audio, past, text
-        self.samples, self.spoken, self.ended = 0, 0.0, False
-        self.powers: list[np.ndarray] = []
-        self.shown = False  # whether a partial text was
-        self.settled = 0  # speech tokens that ``past`` holds
-        self.read: Tensor | None = None  # the frames that the language model has read
-        self.rest_AD: Tensor | None = None  # the others: a later frame may change them
-
-    def add(self, part: SpeechPart) -> None:
-        self.samples += len(part.wave)
-        self.spoken += part.spoken
-        if len(part.wave):
-            frames = part.wave[: len(part.wave) // 160 * 160].reshape(-1, 160)
-            self.powers.append(np.square(frames, dtype=np.float64).mean(axis=1))
-            self.audio.add(torch.from_numpy(part.wave))
-        if part.ends:
-            self.audio.end()
-            self.ended = True
-
-    @property
-    def seconds(self) -> float:
-        return self.samples / RATE
-
-    @property
-    def loudness(self) -> float:
-        """The 90th percentile of the frames' power, in dB of full scale."""
-        powers = np.concatenate(self.powers) if self.powers else np.zeros(1)
-        return 10 * math.log10(max(float(np.quantile(powers, 0.9)), 1e-10))
-
-
 class Stream:
     """One speaker's audio. Made by `StreamingRecognizer.stream`; for one thread at a time."""
 
     def __init__(self, recognizer: StreamingRecognizer, endpointer: Endpointer):
         self._recognizer, self._endpointer = recognizer, endpointer
-        self.utterances: deque[_Utterance] = deque()
+        self.utterances: deque[LiveUtterance] = deque()
         self.seconds = 0.0  # of audio received
         self.ended = False
 
@@ -240,10 +206,10 @@ class StreamingRecognizer:
         stream, self._own = self._own, None
         return stream.finish() if stream is not None else []
 
-    def begin(self, start: float) -> _Utterance:
+    def begin(self, start: float) -> LiveUtterance:
         """An utterance's state before its first audio."""
         text = PartialText(self.config.open_words)
-        return _Utterance(start, self._encoder.begin(), self._prefix, text)
+        return LiveUtterance(start, self._encoder.begin(), self._prefix, text)
 
     @torch.no_grad()
     def advance(self, streams: Sequence[Stream]) -> list[list[Partial | Final]]:
@@ -262,11 +228,11 @@ class StreamingRecognizer:
     # -- one step of several utterances ------------------------------------------------------
 
     @staticmethod
-    def _complete(utterance: _Utterance) -> bool:
+    def _complete(utterance: LiveUtterance) -> bool:
         return utterance.ended and not utterance.audio.ready
 
     def _round(
-        self, heads: Sequence[_Utterance | None], events: list[list[Partial | Final]]
+        self, heads: Sequence[LiveUtterance | None], events: list[list[Partial | Final]]
     ) -> None:
         """The next chunk of each utterance, and the texts that are due then."""
         ready = [u for u in heads if u is not None and u.audio.ready]
@@ -288,11 +254,11 @@ class StreamingRecognizer:
                 for (place, _), event in zip(due, decoded([u for _, u in due]), strict=True):
                     events[place] += [] if event is None else [event]
 
-    def _shows(self, utterance: _Utterance) -> bool:
+    def _shows(self, utterance: LiveUtterance) -> bool:
         enough = utterance.spoken >= SHORTEST_SPEECH - FRAME / 2
         return self.config.partials and enough and not utterance.audio.ready
 
-    def _append(self, utterances: Sequence[_Utterance]) -> None:
+    def _append(self, utterances: Sequence[LiveUtterance]) -> None:
         """Have the language model read the speech tokens that are settled."""
         embeds = embed_frames(self._model, [u.audio.frames_SE for u in utterances])
         read, growing, parts = [], [], []
@@ -330,7 +296,7 @@ class StreamingRecognizer:
 
     def _decode(
         self,
-        utterances: Sequence[_Utterance],
+        utterances: Sequence[LiveUtterance],
         forced: Sequence[Sequence[int]],
         limits: Sequence[int],
         cfg: DecodeConfig,
@@ -342,7 +308,7 @@ class StreamingRecognizer:
         pasts = [u.past for u in utterances]
         return decode_pasts(self._model, pasts, endings, limits, self.recognizer.tokenizer, cfg)
 
-    def _partials(self, utterances: Sequence[_Utterance]) -> list[Partial]:
+    def _partials(self, utterances: Sequence[LiveUtterance]) -> list[Partial]:
         cfg = replace(self.recognizer.decode, beam=1, ctc_weight=0.0)
         forced = [u.text.settled for u in utterances]
         limits = [
@@ -355,17 +321,17 @@ class StreamingRecognizer:
         ):
             text, settled = u.text.update(hypothesis.ids, self.recognizer.tokenizer)
             u.shown = u.shown or bool(text)
-            partials.append(Partial(*_times(u), text, settled))
+            partials.append(Partial(*u.times, text, settled))
         return partials
 
-    def _finals(self, utterances: Sequence[_Utterance]) -> list[Final | None]:
+    def _finals(self, utterances: Sequence[LiveUtterance]) -> list[Final | None]:
         """None for an utterance that was no speech and of which nothing was shown."""
         cfg = self.recognizer.decode
         limits = [cfg.token_limit(u.seconds) for u in utterances]
         found = self._decode(utterances, [()] * len(utterances), limits, cfg)
         return [self._final(u, h) for u, h in zip(utterances, found, strict=True)]
 
-    def _final(self, utterance: _Utterance, hypothesis: Hypothesis) -> Final | None:
+    def _final(self, utterance: LiveUtterance, hypothesis: Hypothesis) -> Final | None:
         rules = self.recognizer.no_speech
         confidences = [math.exp(-entropy) for entropy in hypothesis.token_entropies]
         confidence = sum(confidences) / max(len(confidences), 1)
@@ -380,14 +346,10 @@ class StreamingRecognizer:
         text, finished = "" if no_speech else hypothesis.text, hypothesis.finished
         speech, doubt = self.recognizer.speech, self.recognizer.tuned.doubt
         found = find_doubt(
-            text, seconds=utterance.spoken, finished=finished, heard=None, speech=speech,
+            text, seconds=utterance.spoken, finished=finished, ctc_margin=None, speech=speech,
             config=doubt, lang=speech.language(text),
         )  # fmt: skip
-        return Final(*_times(utterance), text, round(confidence, 4), no_speech, finished, found)
-
-
-def _times(utterance: _Utterance) -> tuple[float, float]:
-    return round(utterance.start, 3), round(utterance.start + utterance.seconds, 3)
+        return Final(*utterance.times, text, round(confidence, 4), no_speech, finished, found)
 
 
 def _as_wave(samples: np.ndarray | Tensor) -> np.ndarray:

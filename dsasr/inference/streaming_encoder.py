@@ -1,7 +1,7 @@
-"""Encoders that hear utterances while they are spoken.
+"""Encoders of utterances that are still being spoken.
 
-Of our Conformer each chunk is encoded once, from caches, and the cost of a chunk stays the same. An
-encoder that others trained sees whole utterances only: at each chunk the utterance so far is
+Of our Conformer each chunk is encoded once, from caches, and the cost of a chunk stays the same. A
+pretrained encoder sees whole utterances only: at each chunk the utterance so far is
 encoded again, and the cost of a chunk grows with the utterance, up to the recognizer's longest.
 """
 
@@ -27,7 +27,7 @@ SHORTEST = int(0.2 * RATE)  # samples: the encoder's subsampling needs some fram
 class UtteranceAudio(Protocol):
     """An utterance's audio so far, and the encoder's frames of what was encoded of it."""
 
-    settles: bool  # whether frames stay as they are when more are heard
+    settles: bool  # whether frames stay as they are when more audio comes
     frames_SE: Tensor | None
 
     def add(self, wave: Tensor) -> None:
@@ -66,10 +66,11 @@ class _ChunkedAudio:
 
     @property
     def chunk_TF(self) -> Tensor:
-        """The next chunk's features; they stay until it is heard."""
+        """The next chunk's features; they stay until `store`."""
         return self._features_TF[: self._size]
 
-    def heard(self, frames_SE: Tensor, state) -> None:
+    def store(self, frames_SE: Tensor, state) -> None:
+        """Add the chunk's frames, and drop its features."""
         self._features_TF = self._features_TF[self._size :]
         before = () if self.frames_SE is None else (self.frames_SE,)
         self.frames_SE, self.state = torch.cat((*before, frames_SE)), state
@@ -97,7 +98,7 @@ class ChunkedEncoder:
         )
         rows = zip(utterances, output.frames_BSE, output.lengths_B.tolist(), states, strict=True)
         for audio, frames_SE, length, state in rows:
-            audio.heard(frames_SE[:length], state)
+            audio.store(frames_SE[:length], state)
 
 
 class _WholeAudio:
@@ -120,7 +121,8 @@ class _WholeAudio:
         waiting = len(self.wave) - self._encoded
         return waiting >= self._chunk_samples or (self._ended and waiting > 0)
 
-    def heard(self, frames_SE: Tensor) -> None:
+    def store(self, frames_SE: Tensor) -> None:
+        """Replace the frames by those of all audio so far."""
         self.frames_SE, self._encoded = frames_SE, len(self.wave)
 
 
@@ -143,4 +145,4 @@ class WholeEncoder:
         output = self._model.encoder(pad_sequence(rows, batch_first=True).to(device), lengths_B)
         frames = zip(utterances, output.frames_BSE, output.lengths_B.tolist(), strict=True)
         for audio, frames_SE, length in frames:
-            audio.heard(frames_SE[:length])
+            audio.store(frames_SE[:length])

@@ -21,7 +21,7 @@ class Token:
 @dataclass(frozen=True)
 class Alternative:
     """A hypothesis of an n-best list: ``score`` is what they are ranked by, ``logprob`` the
-    language model's (nats), ``heard`` the CTC head's (nats; None: it cannot say)."""
+    language model's (nats), ``heard`` the CTC head's (nats; None: it has none)."""
 
     text: str
     score: float
@@ -37,7 +37,7 @@ class Segment:
     certain, 1/n if it is undecided between n equally likely tokens; of the segment it is the mean
     over its tokens (**ours**). ``heard`` is the transcript's log-probability by the CTC head less
     that of what the head itself writes, in nats per phoneme: 0 where they agree. ``doubt`` names
-    why the text may be wrong (`dsasr.inference.doubt`).
+    why the text may be wrong (`dsasr.evaluation.doubt`).
     """
 
     start: float

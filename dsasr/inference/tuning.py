@@ -55,10 +55,10 @@ def tune(
     margins = []
     for r in recordings:
         chosen = choose(nbest[r.key], best) if r.text else None
-        if chosen is None or chosen.heard is None:
+        if chosen is None or chosen.ctc_score is None:
             continue
         if not score([(r.text, chosen.text, r.lang, r.key)], rules).counts.errors:
-            margins.append(chosen.heard.margin_per_unit)
+            margins.append(chosen.ctc_score.margin_per_unit)
     tuned = evaluated.tuned
     doubt = tuned.doubt
     if margins:
@@ -84,7 +84,12 @@ def nbest_of(
     )
     for batch in progress(batches):
         lists = decode_nbest(
-            evaluated.model, batch.to(device()), evaluated.tokenizer, cfg, nbest=cfg.beam, ask=True
+            evaluated.model,
+            batch.to(device()),
+            evaluated.tokenizer,
+            cfg,
+            nbest=cfg.beam,
+            with_ctc_score=True,
         )
         found |= dict(zip(batch.keys, lists, strict=True))
     return found
@@ -97,8 +102,8 @@ def choose(hypotheses: Sequence[Hypothesis], weight: float) -> Hypothesis:
         return hypotheses[0]
 
     def value(hypothesis: Hypothesis) -> tuple[bool, float]:
-        heard = -math.inf if hypothesis.heard is None else hypothesis.heard.log_prob
-        return hypothesis.finished, hypothesis.logprob + weight * heard
+        ctc = -math.inf if hypothesis.ctc_score is None else hypothesis.ctc_score.log_prob
+        return hypothesis.finished, hypothesis.logprob + weight * ctc
 
     return max(hypotheses, key=value)
 

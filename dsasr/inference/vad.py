@@ -2,7 +2,7 @@
 
 A detector is fed the samples of one file in order and says for each frame of 10 ms how probable
 speech is. silero-vad (MIT license; ``pip install "dsasr[vad]"``) is a small recurrent network whose
-wheel carries its weights; it tells speech from other sounds, which energy does not.
+wheel carries its weights; it separates speech from other sounds, which energy does not.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from dsasr.entropy_allocation.forced_alignment import words_of
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its times in seconds of the file. ``confidence``: how surely the CTC head heard
-    its phonemes (`dsasr.evaluation.witness`); None where the head cannot say, and then the times
-    are its share of the segment's, by characters."""
+    """A word with its times in seconds of the file. ``confidence``: of its
+    phonemes by the CTC head (`dsasr.evaluation.ctc_scoring`); None without a score, and then the
+    times are its share of the segment's, by characters."""
 
     text: str
     start: float

@@ -103,7 +103,7 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(hidden · weightᵀ + bias) per row, without the [N, V] logits.
 
     Returns nll_N; with ``return_entropy`` or ``return_accuracy`` a tuple that begins with it,
-    followed by entropy_N and then by correct_N, each if it is asked for:
+    followed by entropy_N and then by correct_N, each if requested:
 
         nll = (1 − ε) (ln Z − z_target) + ε (ln Z − mean z)     ε: ``label_smoothing``
         entropy = −Σ p ln p                                      of p = softmax(z), unsmoothed

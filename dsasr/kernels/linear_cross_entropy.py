@@ -146,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _is_uniform(grad_N: Tensor) -> bool:
-    """Whether it is one number for all rows; told by its stride, for its values are on a GPU."""
+    """Whether it is one number for all rows; judged by its stride, for its values are on a GPU."""
     return len(grad_N) == 1 or grad_N.stride(0) == 0
 
 

@@ -1,4 +1,4 @@
-"""Which rank of this machine was killed, and its memory before: the kernel says it to nobody here.
+"""Which rank of this machine was killed, and its memory before, read from /proc.
 
 Where memory is short the kernel ends a process with signal 9. The other ranks then fail in whatever
 collective they were in, and their tracebacks name neither the rank nor the cause.

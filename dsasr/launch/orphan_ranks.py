@@ -2,7 +2,7 @@
 
 DeepSpeed's launcher stops its ranks when it is terminated, but not when it is killed with
 ``kill -9``, and the ``deepspeed`` command above it passes on no signal at all: the ranks would go
-on training, seen by nobody. A rank that trains saves first, with all others; one that still loads
+on training, detached. A rank that trains saves first, with all others; one that still loads
 ends at once.
 """
 
@@ -54,7 +54,7 @@ def end_with_parents(
         while parents() == at_start:
             time.sleep(POLL)
         if request is not None and request.training:
-            request.ask("the end of its launcher")
+            request.record("the end of its launcher")
             _wait_while(lambda: not request.saving, STOP_SECONDS)
             _wait_while(lambda: request.saving, SAVE_SECONDS)
         with contextlib.suppress(OSError):  # its output may have ended too

@@ -1,4 +1,4 @@
-"""Whether the ranks of a job can meet where they are told to."""
+"""Whether the ranks of a job can meet at the address that they are given."""
 
 from __future__ import annotations
 

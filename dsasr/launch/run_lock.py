@@ -48,7 +48,7 @@ class Owner:
     started: str  # UTC
     job: str  # Slurm's id; empty: no Slurm job
     machine: str  # id of the boot and of the space of process ids; empty: unknown
-    pid_started: str  # in ticks since the boot; tells a process from a later one of its id
+    pid_started: str  # in ticks since the boot: another process may get the id later
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -146,7 +146,7 @@ class RunLock:
         stopping. Raises `UserError` where it lives.
         """
         began = since = time.monotonic()
-        seen, told = self._beat_of(holder), False
+        seen, reported = self._beat_of(holder), False
         while Owner.read(self.folder) == holder:
             beat, now, lives = self._beat_of(holder), time.monotonic(), holder.lives
             if lives is False or (lives is None and now - since > STALE):
@@ -156,8 +156,8 @@ class RunLock:
                 raise UserError(in_use(self.folder, holder))
             if beat != seen:
                 seen, since = beat, now
-            if not told:
-                told = True
+            if not reported:
+                reported = True
                 does = "is stopping" if stopping else f"may be gone, {STALE:g} s will tell"
                 print(f"{self.folder} is trained by {holder}, which {does}: waiting", flush=True)
             # A change of the folder by this machine has an NFS client look again.
@@ -200,7 +200,7 @@ class RunLock:
         while not self._released.wait(POLL):
             with contextlib.suppress(OSError):  # the file system may be away for a while
                 if _stop_token(self.folder) == self.owner.token:
-                    self._request.ask("dsasr stop")
+                    self._request.record("dsasr stop")
                 self._beat()
 
     def _beat(self) -> None:

@@ -62,7 +62,7 @@ class SlurmConfig:
     # folders that the container sees; empty: the working folder and the run folder
     mounts: str = ""
     network: str = ""  # network interface of NCCL and Gloo, such as ib0; empty: their choice
-    # `dsasr doctor` at each start of a training job: off: not at all; warn: tell what falls short;
+    # `dsasr doctor` at each start of a training job: off: none; warn: report what falls short;
     # stop: end the job where something does, before it trains
     doctor: Literal["off", "warn", "stop"] = "warn"
     options: tuple[str, ...] = ()  # further options of sbatch, such as --qos=high

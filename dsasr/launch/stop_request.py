@@ -30,7 +30,8 @@ class StopRequest:
         self.training = False  # whether there may be something to save
         self.saving = False  # whether all ranks have agreed to stop
 
-    def ask(self, cause: str) -> None:
+    def record(self, cause: str) -> None:
+        """A request to stop for ``cause``."""
         self.cause = self.cause or cause
 
     def listen(self, *numbers: int) -> None:
@@ -45,7 +46,7 @@ class StopRequest:
         self.training = True
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        self.ask(signal.Signals(number).name)
+        self.record(signal.Signals(number).name)
 
     @contextlib.contextmanager
     def guard_output(self):
@@ -82,7 +83,7 @@ class _GuardedOutput:
 
     def _replace(self) -> None:
         """Have the stream's file descriptor write nowhere."""
-        self._request.ask("the end of what read its output")
+        self._request.record("the end of what read its output")
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -18,8 +18,8 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from dsasr.kernels import dispatch
-from dsasr.model.encoders.conformer import reset_parameters
 from dsasr.model.encoders.protocol import valid_frames
+from dsasr.model.weight_init import reset_parameters
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Dropout, Range
@@ -31,8 +31,8 @@ BLANK = 0
 class CtcHeadConfig:
     """The CTC head: a linear layer, or convolutions before it."""
 
-    # convolutions over time before the linear layer; 0: none. On a frozen encoder that others
-    # trained, three of them leave CTC's plateau where a linear layer stays on it
+    # convolutions over time before the linear layer; 0: none. On a frozen pretrained
+    # encoder, three of them leave CTC's plateau where a linear layer stays on it
     layers: Annotated[int, Range(0, 1024)] = 0
     # channels of the convolutions; 0: the encoder's width
     width: Annotated[int, Range(0, 65_536)] = 0
@@ -66,7 +66,7 @@ class CtcHead(nn.Module):
     """Encoder frames [B, S, E] to log-probabilities of units [B, S, P], float32 at least.
 
     Before convolutions each channel is brought to mean 0 and deviation 1 (**ours**). A few channels
-    of an encoder that others trained are many times larger than all others, as they are in large
+    of a pretrained encoder are many times larger than all others, as they are in large
     transformers (massive activations, arXiv 2402.17762), and LayerNorm shrinks those others: some
     seeds then stay on CTC's plateau. `dsasr.training.frame_statistics` measures mean and deviation
     at the first step; 0 where they are not known.

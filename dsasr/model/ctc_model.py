@@ -26,8 +26,8 @@ from dsasr.model.ctc import (
     phoneme_errors,
     posterior_entropy,
 )
-from dsasr.model.dynamic_chunks import ChunkConfig, draw_chunk
-from dsasr.model.encoders.protocol import Encoder
+from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
+from dsasr.model.encoders.protocol import Encoder, EncoderOutput
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils import ranges
@@ -104,15 +104,7 @@ class CtcModel(nn.Module):
             if self.cfg.chunks is not None:
                 chunk = draw_chunk(self.cfg.chunks, step_generator(batch, "chunk"))
         views = len(views_XTF)
-        trainable = any(p.requires_grad for p in self.encoder.parameters())
-        if self.training and self.encoder.training != trainable:
-            self.encoder.train(trainable)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
-            output = self.encoder(
-                torch.cat(views_XTF) if views > 1 else views_XTF[0],
-                batch.feature_lengths_B.repeat(views),
-                chunk,
-            )
+        output = self._encode(views_XTF, batch.feature_lengths_B, chunk)
         log_probs = self.ctc(output.frames_BSE, output.lengths_B)
         host = batch.host
         host_lengths = self.encoder.output_lengths(host.feature_lengths_B), host.phoneme_lengths_B
@@ -150,6 +142,18 @@ class CtcModel(nn.Module):
                 for name, (total, count) in sums.items()
             },
         )
+
+    def _encode(
+        self, views_XTF: list[Tensor], lengths_B: Tensor, chunk: Chunk | None
+    ) -> EncoderOutput:
+        """The encoder's frames of all views as one batch; a frozen encoder in eval mode."""
+        views = len(views_XTF)
+        trainable = any(p.requires_grad for p in self.encoder.parameters())
+        if self.training and self.encoder.training != trainable:
+            self.encoder.train(trainable)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+            features_XTF = torch.cat(views_XTF) if views > 1 else views_XTF[0]
+            return self.encoder(features_XTF, lengths_B.repeat(views), chunk)
 
     def warm_up(self, step: int, stage_warmup: int) -> None:
         """Set the consistency's share at a step of a stage: step / warm-up, at most 1."""

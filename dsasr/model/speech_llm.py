@@ -43,7 +43,7 @@ class Spell(Protocol):
 
 
 class SpeechInput(NamedTuple):
-    """What the adaptor reads [B, S, E], and its lengths_B on the CPU; what the CTC head said."""
+    """What the adaptor reads [B, S, E], lengths_B on the CPU; the CTC head's log-probabilities."""
 
     frames_BSE: Tensor
     lengths_B: Tensor
@@ -52,7 +52,7 @@ class SpeechInput(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """[prefix | speech | suffix], padded on the left, with lengths_B; and what was heard."""
+    """[prefix | speech | suffix], padded on the left, with lengths_B; and the speech in it."""
 
     embeds_BLD: Tensor
     lengths_B: Tensor
@@ -69,7 +69,7 @@ class SpeechLLM(nn.Module):
     encoder: None where the model reads text-only batches and nothing else;
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
     context; ctc: the head whose posteriors an adaptor of kind ctc reads, and of other kinds the
-    witness of what was decoded (`hear_with`); spell: transcripts to its units; cached: decode from
+    scores transcripts (`attach_ctc_head`); spell: transcripts to its units; cached: decode from
     the language model's cache (`LlmProperties.caches`). Raises `UserError` if the prompt is empty:
     something must predict the first token.
     """
@@ -102,9 +102,11 @@ class SpeechLLM(nn.Module):
         if cfg.activation_checkpointing:
             activation_checkpointing.enable(llm, keep=cfg.recompute == "cheap")
 
-    def hear_with(self, ctc: CtcHead, spell: Spell) -> None:
-        """Take the encoder's CTC head as a witness of what is decoded (`dsasr.evaluation.witness`):
-        an adaptor that does not read it goes on without it."""
+    def attach_ctc_head(self, ctc: CtcHead, spell: Spell) -> None:
+        """Score transcripts with the encoder's CTC head (`dsasr.evaluation.ctc_scoring`).
+
+        An adaptor that does not read the head stays without it.
+        """
         self.ctc, self.spell = ctc, spell
 
     @property
@@ -206,7 +208,7 @@ class SpeechLLM(nn.Module):
         """What the adaptor reads of a batch, in training with its augmentation and chunks."""
         if batch.text_only:
             return self._read_units(batch)
-        chunk, heard = None, batch
+        chunk, augmented = None, batch
         if self.training:
             if self.spec is not None:
                 features_BTF = spec_augment(
@@ -215,10 +217,10 @@ class SpeechLLM(nn.Module):
                     self.spec,
                     step_generator(batch, "spec"),
                 )
-                heard = dataclasses.replace(batch, features_BTF=features_BTF)
+                augmented = dataclasses.replace(batch, features_BTF=features_BTF)
             if self.chunks is not None:
                 chunk = draw_chunk(self.chunks, step_generator(batch, "chunk"))
-        return self._read(self.encode(heard, chunk), batch)
+        return self._read(self.encode(augmented, chunk), batch)
 
     def _read(self, output: EncoderOutput, batch: Batch) -> SpeechInput:
         """The encoder's frames, or of an adaptor that reads CTC what the head makes of them."""

@@ -131,7 +131,9 @@ def micro_batch_flops(
         utterance["ctc"] = parts["ctc"].cost.flops(at.frames)
     if stage.branch == "sft":
         shape = parts["llm"].shape
-        utterance["adaptor"] = parts["adaptor"].cost.flops(round(at.heard)) + _merging(at, parts)
+        utterance["adaptor"] = parts["adaptor"].cost.flops(round(at.adaptor_inputs)) + _merging(
+            at, parts
+        )
         if shape.adapters:
             utterance["lora"] = flops.lora(shape, [at.positions])
         utterance["llm"] = flops.llm(shape, [at.positions])
@@ -148,7 +150,9 @@ def micro_batch_flops(
 def _merging(at: MicroBatch, parts: Mapping[str, ModelPart]) -> flops.PartFlops:
     """The means over each unit's frames that an adaptor of kind ctc reads with ``merge``."""
     read = parts["adaptor"].cost.inputs(1)[0].shape[2]
-    return flops.PartFlops(0, fixed=0 if at.heard == at.frames else 2 * at.frames * at.heard * read)
+    return flops.PartFlops(
+        0, fixed=0 if at.adaptor_inputs == at.frames else 2 * at.frames * at.adaptor_inputs * read
+    )
 
 
 def checkpoint_bytes(recipe: Recipe, parts: Mapping[str, ModelPart]) -> float:

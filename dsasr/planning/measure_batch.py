@@ -109,16 +109,16 @@ class StageProbe:
 
     def __init__(self, recipe: Recipe, stage: str, memory: int) -> None:
         from dsasr.build import Builder
-        from dsasr.engine import branch_engine
+        from dsasr.engine import process_setup
         from dsasr.kernels import dispatch
         from dsasr.planning.memory import stages_beside
-        from dsasr.recipe import silence_library_warnings
         from dsasr.utils import distributed
+        from dsasr.utils.library_warnings import silence_library_warnings
 
         silence_library_warnings()
-        branch_engine.set_threads(recipe.engine)
+        process_setup.set_threads(recipe.engine)
         dispatch.select(recipe.kernels)
-        branch_engine.init_distributed()
+        process_setup.init_distributed()
         self.device = distributed.device()
         self.gpu = self.device.type == "cuda"
         self.memory = memory or free_bytes(self.device)
@@ -136,7 +136,8 @@ class StageProbe:
 
     def _enter(self, stage: StageConfig) -> Any:
         """A branch that has made a small step, so that its optimizer has its moments."""
-        from dsasr.engine.branch_engine import BranchEngine, partitioner
+        from dsasr.engine.branch_engine import BranchEngine
+        from dsasr.engine.partitioner import partitioner
 
         module = self.build.module(stage.branch, partitioner(self.build.recipe.engine))
         branch = BranchEngine(

@@ -79,7 +79,7 @@ class MicroBatch:
     seconds: float  # of an utterance
     rows: int  # feature rows of an utterance
     frames: int  # encoder frames of an utterance
-    heard: float  # what the adaptor reads of an utterance: encoder frames, or units of CTC
+    adaptor_inputs: float  # what the adaptor reads of an utterance: encoder frames, or units of CTC
     positions: float  # of the language model for an utterance: prompt, speech, transcript
     targets: float  # of the language model for an utterance: transcript and end token
 
@@ -99,11 +99,11 @@ class MicroBatch:
         batch, adaptor = recipe.dataloader(stage)[0].batch, recipe.model.adaptor
         speech, seconds = parts["encoder"].speech, traffic.seconds
         rows = speech.rows(seconds)
-        heard = frames = speech.frames(rows)
+        inputs = frames = speech.frames(rows)
         if adaptor.frames_per_token is None:
-            heard = seconds * ASSUMED_UNITS_PER_SECOND
+            inputs = seconds * ASSUMED_UNITS_PER_SECOND
         text = seconds * traffic.tokens
-        positions = batch.prompt_tokens + heard / (adaptor.frames_per_token or 1) + text
+        positions = batch.prompt_tokens + inputs / (adaptor.frames_per_token or 1) + text
         utterances = batch.frames / FRAMES_PER_SECOND / seconds
         if batch.tokens and stage.branch == "sft":
             utterances = min(utterances, batch.tokens / positions)
@@ -113,7 +113,7 @@ class MicroBatch:
             seconds=seconds,
             rows=rows,
             frames=frames,
-            heard=heard,
+            adaptor_inputs=inputs,
             positions=positions,
             targets=text + 1,
         )
@@ -254,7 +254,7 @@ def activation_bytes(
     value = 4 if float32 else 2  # bytes
     utterances = at.utterances * at.views
     if name in ("ctc", "adaptor"):
-        rows = at.frames if name == "ctc" else round(at.heard)
+        rows = at.frames if name == "ctc" else round(at.adaptor_inputs)
         return utterances * sum(part.cost.saved(rows, float32, machine.cpu))
     positions = at.frames if BASE.get(name, name) == "encoder" else at.positions
     if name in BASE:

@@ -137,7 +137,7 @@ class _Products(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return 0  # transformers asks whether nothing is padded: something is
+            return 0  # transformers checks whether nothing is padded: something is
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in flop_registry:

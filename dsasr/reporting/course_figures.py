@@ -170,7 +170,7 @@ def _named(line: Row, key: str, name: str, factor: float) -> dict[str, float]:
 
 
 def _ends(line: Row, name: str) -> tuple[float, float] | None:
-    """The ends of the interval of a curve's point in percent, if enough utterances were heard."""
+    """The interval's ends in percent at a curve's point, if enough utterances were evaluated."""
     for key, curve, _, _ in CURVES:
         if name == curve and f"{key}_low" in line:
             return 100 * line[f"{key}_low"], 100 * line[f"{key}_high"]

@@ -55,7 +55,7 @@ MEASURES = {
     ),
     "clipped": Measure(
         "Clipping", "% of samples", "% clipped", 2, "least", "most clipped",
-        f"Samples at full scale. Above {100 * CLIPPED:g}% it is heard.", 100.0,
+        f"Samples at full scale. Above {100 * CLIPPED:g}% it is audible.", 100.0,
     ),
     "snr": Measure(
         "Signal-to-noise ratio", "dB, estimated", "dB SNR", 0, "noisiest", "cleanest",
@@ -223,7 +223,7 @@ def encode(wave: Tensor, rate: int = RATE) -> tuple[str, str]:
 
 
 def _player(utterance: Utterance, sounds: dict, key: str = "") -> Player:
-    """``key``: the measure that the utterance is odd by, told first."""
+    """``key``: the measure by which the utterance is an outlier, shown first."""
     u = utterance
     sound, kind = sounds.get((u.tar, u.key), ("", ""))
     values = {name: _value(name, getattr(u, name)) for name in MEASURES}

@@ -1,6 +1,6 @@
-"""What a run folder tells about its run: whether it trains, where it is, how long it takes.
+"""The state of a run by the files in its folder: whether it trains, where it is, how long it takes.
 
-Only files are read, none is locked or written, and nothing is asked of the job, so a run may be
+Only files are read, none is locked or written, and the job is not contacted, so a run may be
 another machine's. recipe.yaml is read as plain YAML: one of another version, or with files that
 are not here, does no harm. No torch is imported.
 """

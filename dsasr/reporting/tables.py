@@ -107,7 +107,7 @@ def _clock(seconds: float) -> Cell:
 
 
 def rate(row: Row | None) -> Cell:
-    """An error rate in percent with its interval, where enough utterances were heard for one."""
+    """An error rate in percent, with its interval if enough utterances were evaluated for one."""
     low, value, high = (row.get(k) if row else None for k in ("low", "rate", "high"))
     if value is None:
         return Cell(NONE)

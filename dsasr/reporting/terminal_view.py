@@ -247,7 +247,7 @@ def _drops(job: Job) -> list[tuple[str, Text]]:
 
 
 def _hypotheses(job: Job) -> list[Text]:
-    """Some references of the newest evaluation, above what was heard."""
+    """Some references of the newest evaluation, above their hypotheses."""
     shown: list[Text] = []
     for row in hypotheses(job.folder, HYPOTHESES)[:PAIRS]:
         for key, label in (("reference", "said"), ("hypothesis", "heard")):

@@ -21,12 +21,12 @@ from starlette.websockets import WebSocket
 
 import dsasr
 from dsasr.inference.streaming import StreamingRecognizer
-from dsasr.server.file_lane import FileLane, Job
+from dsasr.server.file_queue import FileQueue, Job
 from dsasr.server.formats import MEDIA, formatted
 from dsasr.server.live import serve_stream
 from dsasr.server.metrics import Metrics
 from dsasr.server.settings import ClientError, ServerLimits
-from dsasr.server.stream_lane import StreamLane
+from dsasr.server.stream_batcher import StreamBatcher
 from dsasr.server.uploads import received
 
 PAGE = Path(__file__).parent / "page"
@@ -58,8 +58,8 @@ class Server:
     ):
         self.name, self.limits = name, limits or ServerLimits()
         self.metrics = Metrics()
-        self.files = FileLane(recognizer.recognizer, self.limits.waiting, self.metrics)
-        self.streams = StreamLane(recognizer, self.limits.streams, self.metrics)
+        self.files = FileQueue(recognizer.recognizer, self.limits.waiting, self.metrics)
+        self.streams = StreamBatcher(recognizer, self.limits.streams, self.metrics)
         self.chunk_ms = round(1000 * recognizer.config.chunk_seconds)
         self._spool = tempfile.TemporaryDirectory(prefix="dsasr-serve-")
         routes = [

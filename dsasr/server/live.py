@@ -26,7 +26,7 @@ from dsasr.data.audio.resampling import RATE
 from dsasr.inference.streaming import Final, Partial
 from dsasr.server.metrics import Metrics
 from dsasr.server.settings import ClientError, ServerLimits
-from dsasr.server.stream_lane import Event, StreamLane
+from dsasr.server.stream_batcher import Event, StreamBatcher
 from dsasr.utils.errors import UserError
 
 WATCHED_SECONDS = 8.0  # of a stream's pace, before it is judged
@@ -62,7 +62,7 @@ class Pace:
 
 
 async def serve_stream(
-    socket: WebSocket, lane: StreamLane, limits: ServerLimits, metrics: Metrics, chunk_ms: int
+    socket: WebSocket, batcher: StreamBatcher, limits: ServerLimits, metrics: Metrics, chunk_ms: int
 ) -> None:
     """One client's stream, from its start to its end."""
     await socket.accept()
@@ -74,7 +74,7 @@ async def serve_stream(
             raise ClientError(
                 400, "rate", f"streams are of {RATE} Hz, not {rate}: resample before sending"
             )
-        live = lane.open(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        live = batcher.open(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
         await _say(socket, {"type": "ready", "rate": RATE, "chunk_ms": chunk_ms})
         reading = asyncio.create_task(_read(socket, live, limits, metrics))
         writing = asyncio.create_task(_write(socket, live, events))

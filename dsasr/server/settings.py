@@ -10,7 +10,7 @@ from dsasr.utils.ranges import PositiveFloat, PositiveInt
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Beyond one of these a client is told so, and the others go on."""
+    """A client that exceeds one of these gets an error; other clients are not affected."""
 
     body_mb: PositiveFloat = 100.0  # of an upload
     audio_seconds: PositiveFloat = 3600.0  # of a file

@@ -12,7 +12,7 @@ from dsasr.data.audio.files import ERRORS, AudioError, claimed_frames, open_audi
 from dsasr.data.manifests.entry_file import EntryFile
 from dsasr.data.shards.pack import BAD, PackConfig, pack
 from dsasr.data.shards.statistics import feature_sums, unit_vocab
-from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
+from dsasr.data.text.build_phonemizer import PhonemizerConfig, build_phonemizer
 from dsasr.setup.facts import ReadySet
 from dsasr.setup.lengths import Lengths
 from dsasr.setup.parts import is_installed

@@ -70,8 +70,8 @@ def init(options: Options, say=print) -> None:
     sources = find_sources(options.data, options.kind)
     with workspace(options) as place:
         corpus = _read(sources, options, place)
-        if not options.dry_run and (told := already_done(options, corpus.identity)):
-            for line in told:
+        if not options.dry_run and (lines := already_done(options, corpus.identity)):
+            for line in lines:
                 say(line)
             return
         device = Device.here()

@@ -119,7 +119,7 @@ def scan(sources: Sequence[Source], lang: str, spool: Path, scratch: Path) -> Sc
 
 
 def script_lang(text: str) -> str:
-    """The language that a script alone tells: ja, ko or zh; "" of all others (**ours**)."""
+    """The language that a script alone identifies: ja, ko or zh; "" of all others (**ours**)."""
     if text.isascii():
         return ""
     if _KANA.search(text):

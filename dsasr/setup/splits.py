@@ -20,8 +20,8 @@ LARGEST = 0.25  # share of the utterances that one speaker, or sentence, of a ma
 FEWEST = 3  # utterances: one for each set
 # What the sets of a corpus are to have none of in common, the best first.
 GROUPINGS = {
-    "speaker": "by speakers that training does not hear",
-    "recording": "of recordings that training does not hear",
+    "speaker": "by speakers that training does not have",
+    "recording": "of recordings that training does not have",
     "sentence": "of sentences that training does not have, by voices that it knows",
 }
 
@@ -135,12 +135,14 @@ def shared(data: Sequence[DataSet], keys: UtteranceKeys) -> Iterator[str]:
     """A line for each pair of sets with common speakers or sentences, where training is one."""
     for kind in ("speaker", "sentence"):
         values = getattr(keys, kind)
-        heard = np.unique(np.concatenate([values[s.chosen] for s in data if s.role == "train"]))
+        in_training = np.unique(
+            np.concatenate([values[s.chosen] for s in data if s.role == "train"])
+        )
         for one in data:
             if one.role == "train":
                 continue
             own = values[one.chosen]
-            common = np.isin(own, heard[heard != 0])
+            common = np.isin(own, in_training[in_training != 0])
             if common.any():
                 count = len(np.unique(own[common]))
                 yield (

@@ -2,7 +2,7 @@
 
 Each case writes a small corpus. The reference for the batches is an uninterrupted stream of one
 rank, the reference for the samples is the list of keys. Then the case runs the same stream through
-a random history (world sizes, workers, kills) and compares it batch by batch, bit by bit: the laws
+a random history (world sizes, workers, kills) and compares it batch by batch, bit by bit:
 "Exactly once" and "Interrupted is uninterrupted".
 """
 

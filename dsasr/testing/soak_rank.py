@@ -130,7 +130,7 @@ def with_disk(write_file: Callable[..., str], plan: PausePlan) -> Callable[..., 
 def install(reporter: PhaseReporter) -> None:
     """Have the parts of a run report their phases."""
     from dsasr.checkpoint import tensor_fragments
-    from dsasr.engine import branch_engine
+    from dsasr.engine import branch_engine, process_setup
     from dsasr.launch import orphan_ranks
     from dsasr.launch.watchdog import Watchdog
 
@@ -145,7 +145,7 @@ def install(reporter: PhaseReporter) -> None:
         reporter.enter("save" if doing == "checkpoint" else doing, step)
 
     Watchdog.at = at
-    branch_engine.init_distributed = reporter.reporting(branch_engine.init_distributed, "start")
+    process_setup.init_distributed = reporter.reporting(process_setup.init_distributed, "start")
     branch_engine.BranchEngine.load = reporter.reporting(branch_engine.BranchEngine.load, "load")
     branch_engine.BranchEngine.load_encoder = reporter.reporting(
         branch_engine.BranchEngine.load_encoder, "swap"

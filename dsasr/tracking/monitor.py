@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from dsasr.engine.branch_engine import StepReport
+from dsasr.engine.step_report import StepReport
 from dsasr.tracking import console
 from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, truncate_log
 from dsasr.tracking.tensorboard import TensorBoard

@@ -224,7 +224,7 @@ def logged_lr_curves(metrics: Sequence[Row]) -> list[Curve]:
 def planned_lr_curves(schedule: Schedule, events: Sequence[Row], points: int = 200) -> list[Curve]:
     """`logged_lr_curves` of a simulated run, from the ``schedule``; about ``points`` of a stage.
 
-    The steps at which encoders are published tell how many of the run's were each branch's;
+    The steps at which encoders are published show how many of the run's were each branch's;
     between two of them a branch's steps are spread evenly.
     """
     stages, curves = {s.name: s for s in schedule.stages}, []
@@ -266,15 +266,15 @@ def loss_curves(
         key = {"pretrain": "ctc", "sft": "nll"}[branch]
         rows = [m for m in metrics if m.get("branch") == branch]
         trained = [(m["steps"], m[key]) for m in rows if "step" in m and m.get(key) is not None]
-        heard = [
+        points = [
             (m["steps"], m["loss"])
             for m in rows
             if m["stage"].startswith("valid_") and m.get("loss") is not None
         ]
         if trained:
             losses[label] = trained
-        if heard:
-            held_out[label] = heard
+        if points:
+            held_out[label] = points
     return losses, held_out
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from dsasr.build import Builder
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.partitioner import partitioner
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.tracking.monitor import Monitor

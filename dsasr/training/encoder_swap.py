@@ -186,7 +186,7 @@ class EncoderSwap:
             self._log_refused(progress, problem, snapshot=snapshot.id, pretrain=step)
             if cause == "final":
                 raise UserError(
-                    f"the final encoder could not be published: {problem}; mend that and start "
+                    f"the final encoder could not be published: {problem}; fix that and start "
                     "again, which repeats the steps since the last checkpoint"
                 )
             return progress
@@ -220,7 +220,7 @@ class EncoderSwap:
         snapshots, problems = distributed.broadcast((as_snapshots(manifests), problems))
         for name in sorted(problems.keys() - self._refused):
             self._log_refused(progress, problems[name], snapshot=name, sft=progress.sft)
-        # One that is mended, or published again, is read.
+        # One that is repaired, or published again, is read.
         self._refused = (self._refused - self._unreadable) | set(problems)
         self._unreadable = set(problems)
         return add_published(progress, [s for s in snapshots if s.id not in self._refused])

@@ -1,7 +1,7 @@
 """The first samples of each dataset, read as training will read them: before a run begins.
 
 Limits that leave out everything, transcripts that no phonemizer reads and shards of another kind
-are told with their causes, not by a training without samples.
+are reported with their causes, not by a training without samples.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _plan(builder: Builder) -> list[InitialWeights]:
             continue
         try:
             source = open_source(locate_source(Path(path)))
-            found[key] = source, SourceFit(builder, shapes, source, key).taken()
+            found[key] = source, SourceFit(builder, shapes, source, key).weight_names()
         except (UserError, FragmentError, OSError) as error:
             raise UserError(f"model.{key}={path}: {error}") from None
     fresh = _count(shapes.keys() - set().union(*(names for _, names in found.values())), shapes)

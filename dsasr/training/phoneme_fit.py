@@ -14,9 +14,10 @@ from dsasr.data.dataloader.window_plan import DatasetPart
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.sample import BadSample, Sample, parse_sample
 from dsasr.data.shards.storage import ShardStorage, ShardTruncated
+from dsasr.data.text.espeak_phonemizer import EspeakPhonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
-from dsasr.data.text.phonemes import EspeakPhonemizer, MissingPhonemes, Phonemizer, UnknownWord
-from dsasr.data.text.phonemes import StoredPhonemes as Stored
+from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, UnknownWord
+from dsasr.data.text.phonemizer import StoredPhonemes as Stored
 from dsasr.utils.errors import UserError
 from dsasr.utils.troubleshooting import see
 

@@ -87,10 +87,10 @@ def survey(builder: Builder) -> list[SetSurvey]:
             found[key] = new
     total = sum(min(SAMPLES, s.indexed) for s in found.values())
     with Bar(total=total, desc="reading samples", unit="sample", delay=3, leave=False) as bar:
-        heard: dict[tuple[str, str], dict[tuple, SurveyedSample]] = {}
+        surveyed: dict[tuple[str, str], dict[tuple, SurveyedSample]] = {}
         for (kind, name, _), row in found.items():
             with _Source(builder, row.reading) as source:
-                _read(source, row, heard.setdefault((kind, name), {}), bar)
+                _read(source, row, surveyed.setdefault((kind, name), {}), bar)
     return list(found.values())
 
 
@@ -154,8 +154,8 @@ def _index(source: _Source, part: DatasetPart, into: SetSurvey) -> None:
     into.hours += whole * float(np.mean(np.concatenate(seconds) if looked_at else 0)) / 3600
 
 
-def _read(source: _Source, row: SetSurvey, heard: dict, bar: Bar) -> None:
-    """``heard``: (shard, key) → what another branch has read of the same set."""
+def _read(source: _Source, row: SetSurvey, surveyed: dict, bar: Bar) -> None:
+    """``surveyed``: (shard, key) → what another branch has read of the same set."""
     parts = source.parts()
     for part in parts:
         shards = min(SHARDS, len(part.shards))
@@ -163,15 +163,15 @@ def _read(source: _Source, row: SetSurvey, heard: dict, bar: Bar) -> None:
         for _, window in source.windows(part):
             planned = [s for i in range(len(window.ranges)) for s in window.samples(i)]
             for number in np.linspace(0, len(planned) - 1, min(most, len(planned))):
-                _read_sample(source, planned[round(number)], row, heard)
+                _read_sample(source, planned[round(number)], row, surveyed)
                 bar.update()
 
 
 def _read_sample(
-    source: _Source, planned: PlannedSample, row: SetSurvey, heard: dict[tuple, SurveyedSample]
+    source: _Source, planned: PlannedSample, row: SetSurvey, surveyed: dict[tuple, SurveyedSample]
 ) -> None:
     row.read += 1
-    known = heard.get((planned.shard, planned.entry.key))
+    known = surveyed.get((planned.shard, planned.entry.key))
     if known is not None and row.reading.branch == "sft":  # only its labels are others
         try:
             row.samples.append(_relabeled(source, planned, known))
@@ -205,7 +205,7 @@ def _read_sample(
         audio=measure_audio(wave, rate),
     )
     row.samples.append(found)
-    heard[shard, entry.key] = found
+    surveyed[shard, entry.key] = found
 
 
 def _relabeled(source: _Source, planned: PlannedSample, known: SurveyedSample) -> SurveyedSample:

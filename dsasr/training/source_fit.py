@@ -43,8 +43,8 @@ class SourceFit:
         if not self.parts and not self.named:
             raise UserError("it has no part of this recipe's model")
 
-    def taken(self) -> set[str]:
-        """The names of the weights to take."""
+    def weight_names(self) -> set[str]:
+        """The names of the weights to load."""
         for part in self.parts:
             self._check_names(part)
             self._check_shapes(part)

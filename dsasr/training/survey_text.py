@@ -1,4 +1,4 @@
-"""A survey of the datasets as text: tables, one transcript in all its forms, and what to mend."""
+"""A survey of the datasets as text: tables, one transcript in all its forms, and what to fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsasr.training.sample_survey import SetSurvey, SurveyedSample
 from dsasr.utils.columns import WIDTH, columns, shortened
 from dsasr.utils.troubleshooting import see
 
-# **Ours**: from which share on a thing is told.
+# **Ours**: the share from which on something is reported.
 MANY = 0.02  # of a set's samples left out for one cause
 CAPITALS = 0.9  # of its transcripts in capitals
 CHEAPER = 0.85  # the tokens of lower case to those of the case as it is
@@ -85,21 +85,21 @@ def _samples(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
     """A row for each set and branch: the samples that were read."""
     head = ["SAMPLES", "usable", "level dB", "SNR dB", "clipped", "labels", "a second",
             "least frames each"]  # fmt: skip
-    rows, heard = [head], set()
+    rows, named = [head], set()
     for row in surveys:
         found, name = row.samples, _set(row)
         ctc = row.reading.branch == "pretrain"
         labels = _label_name(builder) if ctc else "tokens"
-        cells = ["" if name in heard else name, f"{len(found)} of {row.read}"]
+        cells = ["" if name in named else name, f"{len(found)} of {row.read}"]
         if not found:
             rows.append([*cells, "-", "-", "-", labels, "-", "-"])
             continue
         sound = ["", "", ""]
-        if name not in heard:
+        if name not in named:
             levels, ratios = ([getattr(s.audio, n) for s in found] for n in ("level", "snr"))
             clipped = sum(s.audio.clipped > CLIPPED for s in found)
             sound = [f"{np.median(levels):.0f}", f"{np.median(ratios):.0f}", str(clipped)]
-        heard.add(name)
+        named.add(name)
         counts = [len(s.units if ctc else s.tokens) for s in found]
         rate = sum(counts) / max(sum(s.seconds for s in found), 0.01)
         room = [s.encoder_frames / n for s, n in zip(found, counts, strict=True) if n and ctc]
@@ -148,11 +148,11 @@ def _example(samples: Sequence[SurveyedSample], key: str | None) -> SurveyedSamp
     return next((s for s in samples if s.key == key), by_length[len(by_length) // 2])
 
 
-# -- what to mend ------------------------------------------------------------------------------
+# -- what to fix -------------------------------------------------------------------------------
 
 
 def warnings(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
-    """A line for each thing that a user should know before a night is spent."""
+    """A line for each thing that a user should know before a run is started."""
     found: dict[str, None] = {}
     for row in surveys:
         lines_of = (_left_out(row), _unusable(row), _sound(row), _case(builder, row),
@@ -162,16 +162,16 @@ def warnings(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
 
 
 def faults(surveys: Sequence[SetSurvey]) -> list[str]:
-    """What keeps a run from being worth its start."""
+    """Faults of the data with which a run must not start."""
     found = []
     for row in surveys:
         if row.reading.kind == "train" and len(row.samples) < KEPT * row.read:
             causes = Counter(cause for cause, *_ in row.dropped)
-            told = ", ".join(f"{c} {n}" for c, n in causes.most_common())
+            dropped = ", ".join(f"{c} {n}" for c, n in causes.most_common())
             _, shard, key, detail = row.dropped[-1]
             found.append(
                 f"{row.reading.where}: {len(row.dropped)} of {row.read} samples are dropped "
-                f"({told}; the last: {key} in {shard}: {detail}){see('dropped-samples')}"
+                f"({dropped}; the last: {key} in {shard}: {detail}){see('dropped-samples')}"
             )
     return found
 
@@ -180,12 +180,14 @@ def _left_out(row: SetSurvey) -> Iterator[str]:
     for cause, count in row.left_out.items():
         if count < MANY * row.indexed:
             continue
-        told = f"{row.reading.where}: {count} of {row.indexed} utterances are left out as {cause}"
+        dropped = (
+            f"{row.reading.where}: {count} of {row.indexed} utterances are left out as {cause}"
+        )
         if cause in _LIMITS:
             limit = row.reading.batch.limit_of(cause).removeprefix("; ")
-            yield f"{told} ({limit}): cut them, or change {_LIMITS[cause]}{see('limits')}"
+            yield f"{dropped} ({limit}): cut them, or change {_LIMITS[cause]}{see('limits')}"
         else:
-            yield f"{told}{see('dropped-samples')}"
+            yield f"{dropped}{see('dropped-samples')}"
 
 
 def _unusable(row: SetSurvey) -> Iterator[str]:

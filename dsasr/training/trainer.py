@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn
@@ -15,7 +14,6 @@ from dsasr.build import Builder
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.bad_samples import BadSampleLog, dropped_summary
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.step_report import StepReport
 from dsasr.launch.run_lock import SLURM_START
@@ -33,6 +31,7 @@ from dsasr.training import (
     resume,
 )
 from dsasr.training.branch_switcher import BranchSwitcher
+from dsasr.training.dropped_samples import DroppedSamples
 from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
 from dsasr.training.initial_weights import InitialWeights
 from dsasr.training.online_probe import OnlineProbe
@@ -42,8 +41,6 @@ from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 from dsasr.utils.troubleshooting import see
-
-EMPTY_STEPS = 50  # in a row without a usable sample on any rank, after which the run stops
 
 
 class Stopped(Exception):
@@ -112,15 +109,9 @@ class Trainer:
         self.online_probe = OnlineProbe(
             recipe.probe, self.builder, self.monitor, recipe.folder / "allocation"
         )
-        self.bad_samples = BadSampleLog(
-            recipe.folder / "bad_samples.jsonl", recipe.data.bad_limits, rank=distributed.rank()
-        )
-        self._empty_steps: Counter[str] = Counter()  # this rank's last ones in a row, by branch
         self._frames_are_known = recipe.pretrained_encoder is None  # or need no statistics
-        # The counts in the last bad_samples event.
-        self._logged_bad_samples = reader.manifest["bad_samples"] if reader else {}
-        # Before any collective call: no rank may write its file while rank 0 truncates it.
-        self.bad_samples.resume(self._logged_bad_samples, reader.manifest["steps"] if reader else 0)
+        dropped = (reader.manifest["bad_samples"], reader.manifest["steps"]) if reader else ({}, 0)
+        self.bad_samples = DroppedSamples(recipe, self.monitor, *dropped)
         self._start(reader, passed_over, sources)
 
     # -- start, resume -----------------------------------------------------------------------
@@ -197,7 +188,7 @@ class Trainer:
             _, step = self.schedule.pretrain_stage(self.progress.pretrain)
         # The time of a probe is not the stage's.
         engine = self.branches.get(stage.branch)
-        if self._hears(engine):
+        if self._has_encoder(engine):
             self._turn_started += self.online_probe.take_reference(engine, step)
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
@@ -262,9 +253,7 @@ class Trainer:
         # The same on all ranks, and checked at every step: no broken weight is ever saved.
         if isinstance(report.grad_norm, float) and not math.isfinite(report.grad_norm):
             self._raise_not_finite(report)
-        empty = not any(map(len, report.batches))
-        self._empty_steps[report.branch] += 1
-        self._empty_steps[report.branch] *= empty
+        self.bad_samples.count_step(report)
         extra = self._branch_metrics(report)
         line = self.monitor.step(report, self.steps, self._data_wait, last, extra)
         if line is None:
@@ -274,36 +263,9 @@ class Trainer:
             self._raise_not_finite(report)
         if report.branch == "sft" and "nll" in line:
             self.encoder_swap.log_loss(line["nll"], self.progress)
-        counts = self._count_bad_samples()
-        if counts != self._logged_bad_samples:
-            self._logged_bad_samples = counts
-            head = {"steps": self.steps, "branch": report.branch, "stage": "bad_samples"}
-            self.monitor.scalars(head, counts)
-            self.monitor.event("bad_samples", steps=self.steps, **counts)
-        self.bad_samples.check(counts)
-        if not losses_of(line):
-            self._check_usable(report, last, counts)
+        self.bad_samples.check(report, self.steps, last, usable=bool(losses_of(line)))
         if report.branch == "pretrain":
             self.encoder_swap.store.beat()
-
-    def _count_bad_samples(self) -> dict[str, int]:
-        """Dropped samples of the run by cause, over all ranks; collective."""
-        total: Counter[str] = Counter()
-        for counts in distributed.all_gather_object(dict(self.bad_samples.counts)):
-            total.update(counts)
-        return dict(sorted(total.items()))
-
-    def _check_usable(self, report: StepReport, last: bool, counts: dict[str, int]) -> None:
-        """Raise `UserError` where no rank has had a usable sample for long, or in all the stage."""
-        empty = min(distributed.all_gather_object(self._empty_steps[report.branch]))
-        if empty >= EMPTY_STEPS or (last and empty > report.step):
-            dropped = {k: v for k, v in counts.items() if v}
-            newest = next(reversed(self.bad_samples.last.values()), None)
-            raise UserError(
-                f"stage {report.stage}: no usable sample in the last {empty} steps"
-                f"{dropped_summary(dropped, newest)}; all are named in "
-                f"{self.bad_samples.rank_0_name}"
-            )
 
     def _branch_metrics(self, report: StepReport) -> dict[str, float]:
         """Bytes that the other branch has offloaded; of the sft branch, its encoder in use."""
@@ -349,7 +311,7 @@ class Trainer:
         The run is saved before them, if not just before: a process that ends in an evaluation, as
         where memory is short, loses no more, also where it ends so again after each resume.
         """
-        if not self._hears(engine) or not self._is_evaluated_after(engine.stage, report.step):
+        if not self._has_encoder(engine) or not self._is_evaluated_after(engine.stage, report.step):
             return
         if self.checkpoints.due_early(self.steps):
             self._evaluating = {"branch": engine.name, "step": report.step}
@@ -385,7 +347,7 @@ class Trainer:
             self._evaluate(engine, self.recipe.evaluation.utterances)
         self._evaluating = None
 
-    def _hears(self, engine: BranchEngine) -> bool:
+    def _has_encoder(self, engine: BranchEngine) -> bool:
         """Whether the branch has an encoder: training on text alone begins without one."""
         return engine.name == "pretrain" or self.progress.in_use is not None
 
@@ -434,7 +396,7 @@ class Trainer:
             "streams": self.dataloaders.state(),
             "stage_seconds": self.stage_seconds,
             "monitor": self.monitor.state(),
-            "bad_samples": self._count_bad_samples(),
+            "bad_samples": self.bad_samples.count(),
             "finished": self._finished,
             "best_score": self.validation.best,
             "evaluating": self._evaluating,
@@ -465,7 +427,7 @@ class Trainer:
         if not self._finished:
             self._save_the_end()
             for engine in self.branches:
-                if engine.stage is not None and self._hears(engine):
+                if engine.stage is not None and self._has_encoder(engine):
                     self._evaluate(engine, self.recipe.evaluation.final_utterances)
             self._finished = True
             self._save_the_end()

@@ -56,7 +56,7 @@ class Validation:
         self.best: float | None = None
         self._evaluations = 0  # of this process
         self._last: tuple[int, float] = (-1, 0.0)  # steps of the newest evaluation, its score
-        self._heard: tuple[str, ...] = ()  # keys of the recordings last written to TensorBoard
+        self._shown_keys: tuple[str, ...] = ()  # keys of the recordings last written to TensorBoard
 
     def evaluate(
         self,
@@ -96,9 +96,9 @@ class Validation:
         that of the evaluation before."""
         self.monitor.text("sft", "valid/transcripts", _markdown(samples), steps)
         keys = tuple(result.key for result in samples)
-        if keys == self._heard:
+        if keys == self._shown_keys:
             return
-        self._heard = keys
+        self._shown_keys = keys
         waves: dict[str, Tensor] = {}
         for dataset in self.recipe.data.valid:
             # A set without any of these keys is one that cannot be read: neither stops a run.

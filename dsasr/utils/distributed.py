@@ -40,7 +40,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-# `device` is called many times a step, and torch asks the driver each time.
+# `device` is called many times a step, and torch queries the driver each time.
 _has_gpu = functools.cache(torch.cuda.is_available)
 
 

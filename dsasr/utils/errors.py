@@ -34,8 +34,8 @@ def run_tool(main: Callable[[], int | None]) -> int:
     """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, 2 on
     `UserError`, 1 on `Failure`.
 
-    A full disk, missing rights and the like are told in one line, too. An interrupt returns 130,
-    and a closed pipe 141, as shells expect, without a traceback. What is printed meanwhile is
+    A full disk, missing rights and the like are reported in one line, too. An interrupt returns
+    130, and a closed pipe 141, as shells expect, without a traceback. What is printed meanwhile is
     escaped (`dsasr.utils.terminal`).
     """
     with escaped_output():

@@ -10,8 +10,8 @@ import pytest
 from dsasr.analysis.probed_encoders import ProbedEncoder
 from dsasr.data.audio.features import FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
+from dsasr.data.text.build_phonemizer import PhonemizerConfig, build_phonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
 from dsasr.entropy_allocation.allocation_row import EncoderSource
 from dsasr.evaluation.eval_sets import Recording
 

@@ -101,7 +101,7 @@ def test_a_part_brings_the_settings_that_a_recipe_leaves_out():
     assert completed["data"] == {"fbank": {"mels": 40}, "cmvn": "my/cmvn.json"}
     # Another language model does not get their tokenizer, nor a part that is not taken its sizes.
     assert completed["model"] == {"encoder": {"width": 64, "heads": 4}, "llm": {"path": "my/lm"}}
-    # An encoder that others trained has no sizes of a Conformer.
+    # A pretrained encoder has no sizes of a Conformer.
     other = {"model": {"encoder": {"path": "whisper"}, "llm": {"path": "my/lm"}}}
     assert weight_source.complete_recipe(other, SETTINGS, ("encoder",)) == {**other, "data": {}}
     assert weight_source.complete_recipe(own, {}, weight_source.PARTS) == own

@@ -8,7 +8,7 @@ pytest.importorskip("espeakng_loader")
 import soundfile
 
 from dsasr.data.text import espeak
-from dsasr.data.text.phonemes import EspeakPhonemizer
+from dsasr.data.text.espeak_phonemizer import EspeakPhonemizer
 from dsasr.demo import speech
 from dsasr.demo.corpus import CorpusConfig, make_corpus, sentences
 from dsasr.utils.errors import UserError

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from dsasr.data.text import espeak
-from dsasr.data.text.phonemes import EspeakPhonemizer
+from dsasr.data.text.espeak_phonemizer import EspeakPhonemizer
 from dsasr.demo.grammar import (
     LANGS,
     SPLITS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsasr.engine.branch_engine import read_ds_config
+from dsasr.engine.config import read_ds_config
 from dsasr.utils.errors import UserError
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "branch_engine_laws.py"

@@ -9,8 +9,8 @@ import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from dsasr import recipe
-from dsasr.engine import branch_engine, config
-from dsasr.engine.branch_engine import EngineConfig
+from dsasr.engine import config
+from dsasr.engine.config import EngineConfig
 from dsasr.utils.errors import UserError
 
 
@@ -63,20 +63,18 @@ def test_without_async_io_the_error_names_the_ways_out(monkeypatch, tmp_path):
     engine_config = EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "disk"))
     monkeypatch.setattr(AsyncIOBuilder, "load", broken)
     with pytest.raises(UserError) as caught:
-        branch_engine.check_nvme(engine_config)
+        config.check_nvme(engine_config)
     message = str(caught.value)
     assert "\n" not in message and "Unable to JIT load the async_io op" in message
     assert "libaio-dev" in message and "zero3-offload" in message
-    branch_engine.check_nvme(EngineConfig())  # needs no disk
+    config.check_nvme(EngineConfig())  # needs no disk
 
     monkeypatch.setattr(AsyncIOBuilder, "load", lambda self, verbose=True: None)
-    branch_engine.check_nvme(engine_config)
+    config.check_nvme(engine_config)
     assert (tmp_path / "disk").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        branch_engine.check_nvme(
-            EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "file" / "x"))
-        )
+        config.check_nvme(EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path / "file" / "x")))
 
 
 @pytest.mark.slow
@@ -84,7 +82,7 @@ def test_a_machine_without_libaio_is_told_so(tmp_path):
     if AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("async_io can be built here")
     with pytest.raises(UserError, match="libaio-dev"):
-        branch_engine.check_nvme(EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path)))
+        config.check_nvme(EngineConfig(deepspeed="zero3-nvme", nvme=str(tmp_path)))
 
 
 @pytest.mark.launcher

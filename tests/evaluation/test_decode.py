@@ -315,4 +315,4 @@ def test_the_first_of_n_best_is_what_decode_gives(beam):
     for found in lists:
         assert len({h.text for h in found}) == len(found) <= beam
         assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
-        assert all(h.heard is None for h in found)
+        assert all(h.ctc_score is None for h in found)

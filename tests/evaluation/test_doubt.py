@@ -10,12 +10,12 @@ SPEECH = SpeechStatistics.of(
 )
 
 
-def doubt(text, seconds=1.0, finished=True, heard=0.0, **options):
+def doubt(text, seconds=1.0, finished=True, ctc_margin=0.0, **options):
     return find_doubt(
         text,
         seconds=seconds,
         finished=finished,
-        heard=heard,
+        ctc_margin=ctc_margin,
         speech=options.pop("speech", SPEECH),
         config=DoubtConfig(**options),
         lang="en",
@@ -31,10 +31,10 @@ def doubt(text, seconds=1.0, finished=True, heard=0.0, **options):
         (doubt("how are you today", seconds=9.0), ("too_short",)),
         (doubt("no no no no no"), ("loop",)),
         (doubt("i am sorry i can't", seconds=1.0), ("chat",)),
-        (doubt("how are you today", heard=-2.0), ("unheard",)),
-        (doubt("how are you today", heard=-2.0, margin=3.0), ()),
-        (doubt("how are you today", heard=None), ()),
-        (doubt("", seconds=9.0, finished=False, heard=-9.0), ()),
+        (doubt("how are you today", ctc_margin=-2.0), ("unheard",)),
+        (doubt("how are you today", ctc_margin=-2.0, margin=3.0), ()),
+        (doubt("how are you today", ctc_margin=None), ()),
+        (doubt("", seconds=9.0, finished=False, ctc_margin=-9.0), ()),
         (doubt("how are you today", seconds=0.2, speech=SpeechStatistics()), ()),
     ],
 )

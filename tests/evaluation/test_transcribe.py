@@ -38,7 +38,7 @@ def batch_sizes(monkeypatch) -> list[int]:
     """Sizes of the decoded batches; the text of an utterance is its duration."""
     sizes: list[int] = []
 
-    def decode(_model, batch, _tokenizer, _config, _any_rank, ask):
+    def decode(_model, batch, _tokenizer, _config, _any_rank, with_ctc_score):
         sizes.append(len(batch))
         return [
             [Hypothesis(key, (5,), f"{seconds:.2f}", -1.0, (0.2, 0.4))]

@@ -4,16 +4,16 @@ import math
 
 import pytest
 
+from dsasr.evaluation.ctc_scoring import CtcScore
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.evaluation.doubt import DoubtConfig
 from dsasr.evaluation.tuned import Tuned
-from dsasr.evaluation.witness import Heard
 from dsasr.inference.tuning import choose
 from dsasr.utils.errors import UserError
 
 
 def hypothesis(text: str, logprob: float, heard: float | None, finished: bool = True):
-    said = None if heard is None else Heard(heard, heard, 4)
+    said = None if heard is None else CtcScore(heard, heard, 4)
     return Hypothesis("a", (), text, logprob, (), finished, logprob, said)
 
 

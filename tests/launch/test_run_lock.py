@@ -166,7 +166,7 @@ def test_a_request_to_stop_reaches_the_job_once(take):
 def test_a_job_that_stops_is_waited_for(take, capsys):
     request = StopRequest()
     first = take(request=request)
-    request.ask("SIGTERM")
+    request.record("SIGTERM")
     time.sleep(0.3)
     timer = threading.Timer(0.5, first.release)
     timer.start()

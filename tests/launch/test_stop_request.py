@@ -59,7 +59,7 @@ def test_a_rank_that_loads_ends_at_once_but_stops_before_its_first_step_on_sigus
 def test_the_first_cause_counts():
     request = StopRequest()
     for cause in ("dsasr stop", "SIGTERM"):
-        request.ask(cause)
+        request.record(cause)
     assert request.cause == "dsasr stop"
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.engine.branch_engine import EngineConfig, partitioner, read_ds_config
+from dsasr.engine.config import EngineConfig, read_ds_config
+from dsasr.engine.partitioner import partitioner
 from dsasr.model import layerwise_init
 from dsasr.model.llm import load_llm
 from dsasr.model.llm_sharded_load import TensorFiles, draw_llm, match_tensors

@@ -29,7 +29,13 @@ def test_flops_are_those_of_average_utterances(nim, parts):
     """test_flops.py compares the formulas with torch's counter."""
     shape, traffic = parts["llm"].shape, Traffic(seconds=8.0, tokens=4.0)
     at = MicroBatch.of(nim, nim.stage("ia_sft"), traffic, parts)
-    assert (at.rows, at.frames, at.heard, at.positions, at.targets) == (800, 200, 200, 122, 33)
+    assert (at.rows, at.frames, at.adaptor_inputs, at.positions, at.targets) == (
+        800,
+        200,
+        200,
+        122,
+        33,
+    )
     work = {
         n: cluster_sizing.micro_batch_flops(nim, nim.stage(n), at, parts)
         for n in ("align", "ia_sft")
@@ -58,7 +64,7 @@ def test_every_adaptor_and_lora_in_the_encoder_are_planned(nim):
     width, llm = 1280, 2048
     over = ["stages.joint.trains={encoder_lora: 1.0e-5, adaptor: 1.0e-5}"]
     pretrain = ["stages.pretrain.trains={encoder_lora: 1.0e-4, ctc: 1.0e-4}"]
-    for kind, heard, products in (
+    for kind, inputs, products in (
         ("{kind: conv}", 200, 2 * 50 * (6 * width * llm + 4 * llm**2)),
         ("{kind: qformer, stack: 8, queries: 2, layers: 1, hidden: 512}", 200,
          25 * (2 * 8 * width * 1024 + 2 * 2 * (10 * 512**2 + 512 * llm) + 4 * 2 * 8 * 512)),
@@ -70,7 +76,7 @@ def test_every_adaptor_and_lora_in_the_encoder_are_planned(nim):
         traffic, machine = Traffic(8.0, 4.0), Machine(nodes=2, gpus=8)
         at = MicroBatch.of(cfg, stage, traffic, parts)
         work = cluster_sizing.micro_batch_flops(cfg, stage, at, parts)
-        assert at.heard == heard
+        assert at.adaptor_inputs == inputs
         assert work["adaptor"].forward == pytest.approx(products * at.utterances)
         added = parts["encoder_lora"].parameters
         assert work["encoder_lora"].forward == pytest.approx(2 * added * 200 * at.utterances)

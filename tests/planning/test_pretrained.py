@@ -1,4 +1,4 @@
-"""Plans of a recipe whose encoder others trained, without its weights and without a network."""
+"""Plans of a recipe with a pretrained encoder, without its weights and without a network."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_is_taken_for_granted_is_said(whisper, tiny, command):
     ctc = recipe.load("whisper-qwen3", ["model.adaptor={kind: ctc}"])
     assert [x for x in assumptions(ctc) if "256 phonemes" in x or "12 a second" in x] != []
     at = MicroBatch.of(ctc, ctc.stage("sft"), Traffic(8.0, 4.0), count_parts(ctc))
-    assert at.heard == 96 and at.positions == 40 + 96 + 32
+    assert at.adaptor_inputs == 96 and at.positions == 40 + 96 + 32
     assert list(assumptions(recipe.load(str(tiny)))) == []
     done = command("plan", "cluster", "--recipe", "whisper-qwen3", "--nodes", 1, "--gpus", 1)
     assert done.returncode == 0, done.stderr

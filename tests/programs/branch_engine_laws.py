@@ -18,8 +18,9 @@ from torch import nn
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig
 from dsasr.engine.offload import OffloadConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import StageConfig
@@ -187,7 +188,7 @@ def go_on(branch: BranchEngine, fails: bool) -> list[str]:
 def main() -> None:
     out, course, deepspeed, precision, device = sys.argv[-5:]
     folder = Path(out)
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     config = EngineConfig(
         deepspeed=deepspeed, precision=precision, offload=OffloadConfig(device=device)
     )

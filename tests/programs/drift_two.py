@@ -12,7 +12,7 @@ from torch import nn
 
 from dsasr.checkpoint.tensor_fragments import FragmentReader, write_folder
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
+from dsasr.engine import process_setup
 from dsasr.entropy_allocation.cka import cka
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.stages import DriftConfig
@@ -70,7 +70,7 @@ def add_noise(module: nn.Module, scale: float) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[-1])
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     # Uneven on purpose: the last rank has no utterance in its second batch.
     batches = [batch(0, 3), batch(1, 2), batch(2, 4), batch(3, 0)]
     own_batches = batches[distributed.rank() :: distributed.world_size()]

@@ -16,8 +16,9 @@ import torch
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.partitioner import partitioner
 from dsasr.model import lora
 from dsasr.utils import distributed
 
@@ -42,7 +43,7 @@ def whole(build: Builder, stage, batch) -> list[float]:
 
 def main() -> None:
     path, out, *cases = (a for a in sys.argv[1:] if not a.startswith("--"))
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     # B is zero at first, and so is A's gradient.
     lora.initial = lambda name, shape, generator: 0.1 * torch.randn(shape, generator=generator)
     report = {}

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dsasr
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.engine import branch_engine
+from dsasr.engine import process_setup
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.utils import distributed
 
@@ -56,7 +56,7 @@ def caller() -> str:
 def main() -> None:
     path, out, zero = (a for a in sys.argv[1:] if not a.startswith("--"))  # the launcher adds some
     cfg = recipe.load(path, [f"engine.deepspeed={zero}", f"run={out}.run"])
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     build, waits = Builder(cfg), {}
     branches = {
         name: BranchEngine(name, build.module(name), cfg.engine, Path(out).parent)

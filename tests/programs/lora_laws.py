@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_states import same, states
 
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig
+from dsasr.engine.partitioner import partitioner
 from dsasr.model import lora
 from dsasr.utils import distributed
 
@@ -30,15 +33,6 @@ def weights(branch: BranchEngine) -> dict[str, dict[str, torch.Tensor]]:
         part = "lora" if lora.is_adapter(name) else name.partition(".")[0]
         slices[part][name] = fragment.tensor.clone()
     return slices
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(differ)
-
-
-def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
-    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
 
 
 def sharded(build: Builder) -> bool:
@@ -56,7 +50,7 @@ def sharded(build: Builder) -> bool:
 
 def main() -> None:
     path, folder = sys.argv[-2], Path(sys.argv[-1])
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     cfg = recipe.load(path)
     build = Builder(cfg)
     stages = {s.name: s for s in cfg.stages}

@@ -12,14 +12,16 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_states import same
 from torch import nn
 
 from dsasr.checkpoint import repartition, tensor_fragments
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import Snapshot, StageConfig
 from dsasr.utils import distributed
@@ -64,11 +66,6 @@ def whole(branch: BranchEngine, folder: Path) -> dict[str, torch.Tensor]:
     return {key: reader.whole(key) for key in reader.shapes}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    equal = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(not equal)
-
-
 def exact(states: dict[str, torch.Tensor], prefix: str, branch: str = "sft") -> int:
     """Masters that have more bits than the weights."""
     names = [k for k in states if k.startswith(f"{branch}/master/{prefix}")]
@@ -107,7 +104,7 @@ def exchange() -> dict[str, bool]:
 
 def main() -> None:
     folder, deepspeed = Path(sys.argv[-2]), sys.argv[-1]
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     config = EngineConfig(deepspeed=deepspeed, precision="bf16")
     results: dict = exchange()
     buffers = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"

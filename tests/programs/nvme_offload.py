@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_states import same, states
 from torch import nn
 
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig, check_nvme
 from dsasr.model.outputs import Outputs
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -50,20 +52,11 @@ def batch(number: int) -> Batch:
     return Batch.blank(features, seed=number, number=number)
 
 
-def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
-    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(differ)
-
-
 def main() -> None:
     folder = Path(sys.argv[-1])
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     disk = EngineConfig(deepspeed="zero3-nvme", nvme=str(folder / "disk"))
-    branch_engine.check_nvme(disk)
+    check_nvme(disk)
     branches = {
         "memory": BranchEngine("sft", Model(), EngineConfig(deepspeed="zero3-offload"), folder),
         "disk": BranchEngine("sft", Model(), disk, folder),

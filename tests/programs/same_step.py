@@ -20,8 +20,9 @@ from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.checkpoint import zero_partition
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.partitioner import partitioner
 from dsasr.model import lora
 from dsasr.utils import distributed
 
@@ -165,7 +166,7 @@ def compare(build: Builder, stage, batch: Batch, folder: Path) -> dict[str, floa
 
 def main() -> None:
     path, out = (a for a in sys.argv[1:] if not a.startswith("--"))
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     found = {}
     for name, (stage_name, accumulate) in CASES.items():
         cfg = recipe.load(path, QUIET)

@@ -10,22 +10,14 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+from engine_states import same, states
 
 from dsasr import recipe
 from dsasr.build import Builder
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.partitioner import partitioner
 from dsasr.utils import distributed
-
-
-def states(branch: BranchEngine) -> dict[str, torch.Tensor]:
-    return {key: fragment.tensor.clone() for key, fragment in branch.fragments().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    differ = a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a)
-    return not distributed.any_rank(differ)
 
 
 class CountingPartition:
@@ -74,7 +66,7 @@ def compare(cfg: recipe.Recipe, name: str, folder: Path) -> dict:
 
 def main() -> None:
     path, out, *words = [x for x in sys.argv[1:] if not x.startswith("--local_rank")]
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     report, cases = {}, {}
     for word in words:
         if word.endswith(":"):

@@ -18,8 +18,9 @@ from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig
 from dsasr.model.outputs import Outputs
 from dsasr.stages import Snapshot, StageConfig
 from dsasr.utils import distributed
@@ -67,7 +68,7 @@ def batch() -> Batch:
 
 def main() -> None:
     folder = Path(sys.argv[-1])
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     live = BranchEngine("pretrain", Model(1), EngineConfig(), folder)
     live.enter(JOINT)
     receiver = BranchEngine("sft", Model(2), EngineConfig(), folder)

@@ -42,7 +42,7 @@ def test_made_sets_share_no_speaker_with_training():
     assert not heard["train"] & heard["valid"] and not heard["train"] & heard["test"]
     assert not heard["valid"] & heard["test"]
     assert all(len(roles[role]) >= size_of_made(400) for role in ("valid", "test"))
-    assert "speakers that training does not hear" in notes[0] and not list(shared(sets, one))
+    assert "speakers that training does not have" in notes[0] and not list(shared(sets, one))
 
 
 def test_the_same_sets_in_any_order():

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
+from dsasr.data.shards.pack import PackConfig, pack
 from dsasr.data.text.tokenizers import load_tokenizer
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.utils.errors import UserError
@@ -44,7 +45,7 @@ def manifest(tmp_path_factory) -> Path:
 @pytest.fixture
 def peer(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    for name in ("common", "marks", "peer_trainer"):
+    for name in ("common", "marks", "peer_trainer", "peer_sides"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import peer_trainer
 
@@ -124,28 +125,28 @@ def test_this_projects_adaptor_gives_the_peers_own_loss(peer, manifest, whisper,
 
 
 def test_a_recipes_model_is_the_same_on_both_sides(peer, manifest, tiny, tmp_path, monkeypatch):
-    import peer_step
+    import peer_sides
 
-    for module in (peer_step.collate, peer):  # `check` replaces them
+    for module in (peer_sides.collate, peer):  # `check` replaces them
         monkeypatch.setattr(module, "decode", module.decode)
     options = SimpleNamespace(
         recipe=str(tiny), data=str(manifest), encoder="", llm="", stack=8, pack=0, workers=0,
         matmul="highest", deepspeed="zero1", utterances=2, mean_seconds=1.1, longest_seconds=1.7,
         folder=str(tmp_path), shards=str(tmp_path / "shards"),
     )  # fmt: skip
-    peer_step.pack(peer_step._rows(options), tmp_path / "shards", peer_step.PackConfig())
-    found = peer_step.check(options, peer_step.Side.parse("ours"), "all")
+    pack(peer_sides.manifest_rows(options), tmp_path / "shards", PackConfig())
+    found = peer_sides.check(options, peer_sides.Side.parse("ours"), "all")
     assert max(found.values()) < 1e-4
 
 
 def test_an_unknown_side_is_named(peer):
-    import peer_step
+    import peer_sides
 
-    side = peer_step.Side.parse("peer+fused+x2+longest")
+    side = peer_sides.Side.parse("peer+fused+x2+longest")
     assert (side.base, side.changes, side.accumulate) == ("peer", ("fused", "longest"), 2)
     for name in ("ours+fused", "theirs", "peer+x3"):
         with pytest.raises(UserError, match="unknown side"):
-            peer_step.Side.parse(name)
+            peer_sides.Side.parse(name)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsasr.data.batch import Batch
-from dsasr.engine.branch_engine import StepReport
+from dsasr.engine.step_report import StepReport
 from dsasr.tracking.monitor import Monitor, MonitorConfig
 from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, read_events, read_ledger, read_metrics
 

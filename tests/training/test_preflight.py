@@ -1,4 +1,4 @@
-"""Bad input around an encoder that others trained: one line, from the check before training."""
+"""Bad input around a pretrained encoder: one line, from the check before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run whose encoder others trained: a tiny random Whisper through all stages on two ranks."""
+"""A run with a pretrained encoder: a tiny random Whisper through all stages on two ranks."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from dsasr.checkpoint.tensor_fragments import Fragment
 from dsasr.data.batch import Batch
 from dsasr.engine.step_report import StepReport
 from dsasr.tracking.run_log import read_events, read_metrics
-from dsasr.training import trainer as trainer_module
 from dsasr.training import validation as validation_module
+from dsasr.training.dropped_samples import EMPTY_STEPS
 from dsasr.training.trainer import Trainer
 from dsasr.utils.errors import UserError
 
@@ -59,9 +59,9 @@ def test_a_run_without_usable_samples_ends_with_their_cause(run):
         "no usable sample in the last 50 steps.*decode_error.*k in s.tar: torn.*bad_samples.jsonl"
     )
     with pytest.raises(UserError, match=words):
-        for step in range(trainer_module.EMPTY_STEPS):
+        for step in range(EMPTY_STEPS):
             run.log_step(step)
-    assert step == trainer_module.EMPTY_STEPS - 1
+    assert step == EMPTY_STEPS - 1
 
 
 def test_a_stage_that_saw_no_usable_sample_is_not_done(trainer_of, tmp_path):

@@ -37,8 +37,9 @@ from dsasr.build import Builder
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
 from dsasr.demo.small_lm import make_random_lm
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, partitioner
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.partitioner import partitioner
 from dsasr.kernels import dispatch
 from dsasr.planning.measure_batch import Shape, synthetic_batch
 from dsasr.planning.memory import GB, Machine, Traffic, between_steps, step_memory
@@ -46,6 +47,7 @@ from dsasr.planning.model_parts import count_parts
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.library_warnings import silence_library_warnings
 from dsasr.utils.memory import process_bytes
 
 MB = 1e6
@@ -182,12 +184,12 @@ def predict(args: argparse.Namespace, cfg: recipe.Recipe) -> tuple[dict[str, flo
 def main() -> None:
     args = parse()
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    recipe.silence_library_warnings()
+    silence_library_warnings()
     cfg = recipe.load(args.recipe, args.overrides)
     cfg.stage(args.stage)
-    branch_engine.set_threads(cfg.engine)
+    process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(distributed.broadcast(temporary))
         if args.llm:

@@ -26,8 +26,9 @@ from swap import SIZES, Parts, batch, seconds
 
 from dsasr.checkpoint.manager import CheckpointConfig, CheckpointManager
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import run_tool
@@ -97,8 +98,8 @@ def main() -> int:
     parser.add_argument("--folder", help="where to save (default: the temporary folder)")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     options = parser.parse_args()
-    branch_engine.set_threads(EngineConfig())
-    branch_engine.init_distributed()
+    process_setup.set_threads(EngineConfig())
+    process_setup.init_distributed()
     for size in options.sizes:
         path = tempfile.mkdtemp(dir=options.folder) if distributed.is_main_rank() else None
         folder = Path(distributed.broadcast(path))

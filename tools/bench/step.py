@@ -38,41 +38,35 @@ import numpy as np
 import torch
 from common import matrix_rate, record
 from marks import Marks, peak, profiled, restart_peak
+from step_work import PHONEME_RATE, PHONEMES, SpeechCosts, work
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dsasr import recipe
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
-from dsasr.engine import branch_engine
+from dsasr.engine import process_setup
 from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import precision
 from dsasr.kernels import dispatch
 from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
-from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.llm_hub import llm_config
 from dsasr.model.speech_llm import SpeechLLM
-from dsasr.planning import flops
 from dsasr.planning.memory import Traffic
 from dsasr.planning.model_parts import (
-    SpeechShape,
-    adaptor_cost,
-    count_speech_parts,
     fresh_encoder,
-    head_cost,
-    planned_encoder,
 )
-from dsasr.planning.module_cost import ModuleCost
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.environment import machine
 from dsasr.utils.errors import UserError, run_tool
+from dsasr.utils.library_warnings import silence_library_warnings
 from dsasr.utils.progress import Bar
 
 STAGES = ("pretrain", "align", "ia_sft", "joint")
-PHONEMES, PHONEME_RATE = 256, 12.0  # vocabulary; spoken in a second
 PREFIX_SHARE = 0.75  # of the prompt before the speech
 CORPUS = 2000  # utterances that batches are cut from
 # Dense bf16, as the vendor gives it. Longest name first.
@@ -96,7 +90,7 @@ SMALL_BATCH = {"frames": 3000, "tokens": 900, "samples": 32}
 
 def build(cfg: Recipe, branch: str, small: bool) -> nn.Module:
     """The branch's module with random weights, on the device."""
-    model, dtype = cfg.model, branch_engine.precision(cfg.engine)
+    model, dtype = cfg.model, precision(cfg.engine)
     torch.manual_seed(0)
     with distributed.device():
         encoder = fresh_encoder(cfg)
@@ -187,68 +181,6 @@ def _batch(
     )
 
 
-@dataclass(frozen=True)
-class SpeechCosts:
-    """FLOPs of encoder, CTC head and adaptor by an utterance's length, counted on device meta."""
-
-    shape: SpeechShape
-    encoder: ModuleCost
-    ctc: ModuleCost
-    adaptor: ModuleCost | None
-    adapters: int  # weights of LoRA in the encoder
-
-    @classmethod
-    def of(cls, cfg: Recipe, llm_width: int = 0) -> SpeechCosts:
-        """``llm_width`` 0: without an adaptor."""
-        parts, width = count_speech_parts(cfg), planned_encoder(cfg).width
-        adaptor = None
-        with torch.device("meta"):
-            head = CtcHead(width, PHONEMES, cfg.model.pretrain.head)
-            if llm_width:
-                adaptor = adaptor_cost(build_adaptor(cfg.model.adaptor, width, llm_width), width)
-        encoder, matrices = parts["encoder"], parts.get("encoder_lora")
-        adapters = matrices.parameters if matrices else 0
-        return cls(encoder.speech, encoder.cost, head_cost(head, width), adaptor, adapters)
-
-
-def total(cost: ModuleCost, lengths: Sequence[int]) -> flops.PartFlops:
-    return sum(map(cost.flops, lengths), flops.PartFlops(0.0))
-
-
-def work(
-    cfg: Recipe, stage: StageConfig, module: nn.Module, batch: Batch, costs: SpeechCosts
-) -> tuple[dict[str, flops.StepFlops], int]:
-    """The FLOPs of a batch by part, and the positions that it has for the branch's main part."""
-    model, rows = cfg.model, batch.feature_lengths_B.tolist()
-    frames = [costs.shape.frames(n) for n in rows]
-    again = {"encoder": model.encoder.activation_checkpointing and model.encoder.recompute == "all"}
-    again["encoder_lora"] = again["encoder"]
-    views = 2 if stage.branch == "pretrain" and model.pretrain.consistency else 1
-    parts = {"encoder": total(costs.encoder, rows).times(views)}
-    if costs.adapters:
-        parts["encoder_lora"] = flops.encoder_lora(costs.adapters, frames).times(views)
-    if stage.branch == "pretrain":
-        parts["ctc"] = total(costs.ctc, frames).times(views)
-        positions = views * sum(frames)
-    else:
-        shape = flops.LlmShape.of(module.llm)
-        fixed = len(module.prefix_ids) + len(module.suffix_ids) - 1  # the end token is no input
-        speech = module.adaptor.output_lengths(torch.tensor(frames))
-        lengths = (speech + batch.token_lengths_B + fixed).tolist()
-        parts |= {
-            "adaptor": total(costs.adaptor, frames),
-            **({"lora": flops.lora(shape, lengths)} if shape.adapters else {}),
-            "llm": flops.llm(shape, lengths),
-            "head": flops.head(shape, int(batch.token_lengths_B.sum())),
-        }
-        positions = sum(lengths)
-        again["llm"] = again["lora"] = (
-            model.llm.activation_checkpointing and model.llm.recompute == "all"
-        )
-    recomputed = [name for name, on in again.items() if on]
-    return flops.step_flops(parts, stage.trains, recomputed), positions
-
-
 # -- measuring -------------------------------------------------------------------------------------
 
 
@@ -333,7 +265,7 @@ def line(
 
 
 def run(options: argparse.Namespace, cfg: Recipe) -> None:
-    dtype = branch_engine.precision(cfg.engine)
+    dtype = precision(cfg.engine)
     limits = Limits.of(dtype)
     stages = {stage.name: stage for stage in cfg.stages if stage.name in options.stages}
     missing = [name for name in options.stages if name not in stages]
@@ -373,7 +305,7 @@ def case(
     )
     settings, dtype = (
         replace(cfg.engine, deepspeed=f"zero{zero}"),
-        branch_engine.precision(cfg.engine),
+        precision(cfg.engine),
     )
     with tempfile.TemporaryDirectory() as folder:
         branch = BranchEngine(stage.branch, module, settings, Path(folder))
@@ -416,12 +348,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    recipe.silence_library_warnings()
+    silence_library_warnings()
     overrides = [*(SMALL if options.small else ()), *options.overrides]
     cfg = recipe.load(options.recipe, overrides)
-    branch_engine.set_threads(cfg.engine)
+    process_setup.set_threads(cfg.engine)
     dispatch.select(cfg.kernels)
-    branch_engine.init_distributed()
+    process_setup.init_distributed()
     run(options, cfg)
 
 

@@ -37,8 +37,9 @@ from torch import nn
 
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.data.batch import Batch
-from dsasr.engine import branch_engine
-from dsasr.engine.branch_engine import BranchEngine, EngineConfig
+from dsasr.engine import process_setup
+from dsasr.engine.branch_engine import BranchEngine
+from dsasr.engine.config import EngineConfig, precision
 from dsasr.engine.offload import OffloadConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.outputs import Outputs
@@ -194,7 +195,7 @@ def _median(run: Callable[[], object], rounds: int) -> float:
 
 def _moved_masters(live: BranchEngine) -> dict:
     """What a hot-swap copies beside the weights: where they are of low precision."""
-    low = branch_engine.precision(live.config) is not torch.float32
+    low = precision(live.config) is not torch.float32
     return live.masters("encoder.") if low else {}
 
 
@@ -216,7 +217,7 @@ def _record(
         ranks=distributed.world_size(),
         rounds=len(over),
         clock="wall",
-        precision=str(branch_engine.precision(EngineConfig())).removeprefix("torch."),
+        precision=str(precision(EngineConfig())).removeprefix("torch."),
         copy_gb_per_s=round(rate * distributed.world_size() / 1e9, 2),
         **milliseconds,
         hot_swap_over_floor=round(statistics.median(over), 3),
@@ -257,8 +258,8 @@ def main() -> int:
     parser.add_argument("--folder", help="where stores are made (default: the temporary folder)")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     options = parser.parse_args()
-    branch_engine.set_threads(EngineConfig())
-    branch_engine.init_distributed()
+    process_setup.set_threads(EngineConfig())
+    process_setup.init_distributed()
     for size in Bar(options.sizes, unit="size", disable=not distributed.is_main_rank()):
         reason = distributed.broadcast(room(size))
         if reason:

@@ -1,4 +1,4 @@
-"""Measure listening: long audio, clicks, memory, word times, and the encoder as a witness.
+"""Measure listening: long audio, clicks, memory, word times, and scores by the CTC head.
 
     python tools/experiments/listening.py long runs/demo corpus/demo --clips 200
     python tools/experiments/listening.py clicks runs/demo
@@ -13,7 +13,6 @@ Each prints its rows, and appends them to ``--out`` as JSON lines.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import resource
 import tempfile
@@ -26,11 +25,10 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from spoken_times import LANGUAGES, RATE, offsets, speak_with_times
 
 from dsasr.data.audio.channel import band_limit
-from dsasr.data.audio.resampling import resample
 from dsasr.data.speech_statistics import characters
-from dsasr.data.text import espeak
 from dsasr.demo.corpus import CorpusConfig, held_out
 from dsasr.entropy_allocation.forced_alignment import words_of
 from dsasr.evaluation.error_rate import count_edits, ratio_interval
@@ -39,8 +37,6 @@ from dsasr.evaluation.normalize import units
 from dsasr.inference.recognizer import Recognizer
 from dsasr.inference.sources import Samples
 
-RATE = 16000
-LANGUAGES = {"en": "en-us", "zh": "cmn"}  # espeak-ng's voices
 VOICES = ("m3", "Alex", "f3", "f5")  # of the demo's test set
 Row = dict[str, Any]
 
@@ -203,52 +199,6 @@ def time_rows(args: argparse.Namespace) -> Iterator[Row]:
         }  # fmt: skip
 
 
-def offsets(text: str) -> list[int]:
-    """Where each of `words_of` begins in ``text``."""
-    found, at = [], 0
-    for word in words_of(text):
-        at = text.index(word, at)
-        found.append(at)
-        at += len(word)
-    return found
-
-
-class Event(ctypes.Structure):
-    """espeak-ng's ``espeak_EVENT`` (speak_lib.h)."""
-
-    _fields_ = (
-        ("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8),
-    )  # fmt: skip
-
-
-def speak_with_times(text: str, lang: str, voice: str) -> tuple[np.ndarray, dict[int, float]]:
-    """(wave at 16 kHz in 0.1 s of silence, {character: second at which its word begins})."""
-    starts: dict[int, float] = {}
-    collect = espeak._Library._collect
-
-    def with_events(library, samples, count, events) -> int:
-        event, number = ctypes.cast(events, ctypes.POINTER(Event)), 0
-        while event[number].type:
-            if event[number].type == 1:  # a word
-                second = event[number].audio_position / 1000
-                starts.setdefault(event[number].text_position - 1, second)
-            number += 1
-        return collect(library, samples, count, events)
-
-    espeak._Library._collect = with_events
-    try:
-        samples, rate = espeak.synthesize(text, f"{LANGUAGES[lang]}+{voice}")
-    finally:
-        espeak._Library._collect = collect
-    wave = resample(torch.from_numpy(samples.astype(np.float32) / 32768), rate, RATE).numpy()
-    lead = RATE // 10
-    wave = np.pad(0.3 * wave / max(1e-3, float(np.abs(wave).max())), (lead, lead))
-    noise = np.random.default_rng(0).standard_normal(len(wave)) * 1e-4
-    return (wave + noise).astype(np.float32), {k: v + 0.1 for k, v in starts.items()}
-
-
 # -- witness -------------------------------------------------------------------------------------
 
 
@@ -305,7 +255,7 @@ SIGNALS = {
 
 
 def _less(value: float | None) -> float:
-    return 1e3 if value is None else -value  # what cannot be heard is suspicious
+    return 1e3 if value is None else -value  # what has no score is suspicious
 
 
 def share(caught: np.ndarray, of: np.ndarray) -> str:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dsasr.data.shards.build_index import find_tars
     from dsasr.data.shards.statistics import unit_vocab
     from dsasr.data.shards.writer import check_file
-    from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
+    from dsasr.data.text.build_phonemizer import PhonemizerConfig, build_phonemizer
     from dsasr.data.text.tokenizers import load_tokenizer
 
     config = PhonemizerConfig(args.kind, tuple(args.lexicon), args.stress)

@@ -13,7 +13,7 @@ from dsasr.cli.arguments import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
+    from dsasr.data.text.build_phonemizer import PhonemizerConfig, build_phonemizer
     from dsasr.demo.small_lm import SmallLmConfig, make_small_lm
 
     default = SmallLmConfig()

@@ -40,7 +40,7 @@ def pad_silence(
 
     Half of the time it is digital zero, else a device's: white noise at −100 to −45 dB of full
     scale, a third of the time with a mains hum of up to −45 dB, under the speech as well. Devices
-    differ, and a model must not hear speech in any of them (**ours**).
+    differ, and a model must not transcribe any of them (**ours**).
     """
     sides = (torch.zeros(int(seconds * rate)) for seconds in (before, after))
     padded = torch.cat((next(sides), wave, next(sides)))

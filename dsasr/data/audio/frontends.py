@@ -76,7 +76,7 @@ class FbankFrontEnd:
 
 @dataclass(frozen=True)
 class PretrainedFrontEnd:
-    """The front end of an encoder that others trained. ``normalize`` matters to ``wave`` only."""
+    """The front end of a pretrained encoder. ``normalize`` matters to ``wave`` only."""
 
     kind: Kind
     bins: int

@@ -71,7 +71,7 @@ def _frames(data: bytes) -> Iterator[_Frame]:
         return
     while at + 4 <= end:
         frame = _frame(data, at)
-        # Before the first frame and after damage, two headers in a row tell a frame from chance.
+        # Before the first frame and after damage, two headers in a row show that it is a frame.
         if frame is not None and (found or _followed(data, frame)):
             yield frame
             at, found = at + frame.size, True

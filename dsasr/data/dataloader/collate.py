@@ -30,7 +30,7 @@ from dsasr.data.shards.sample import BadSample, DroppedSample, Sample, parse_sam
 from dsasr.data.shards.storage import ShardStorage, ShardTruncated
 from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
-from dsasr.data.text.phonemes import MissingPhonemes, Phonemizer, UnknownWord
+from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, UnknownWord
 from dsasr.data.text.tokenizers import Tokenizer
 
 EncoderLengths = Callable[[Tensor], Tensor]

@@ -55,7 +55,7 @@ class DatasetPart:
         return digest.hexdigest()
 
     def content(self) -> str:
-        """What tells shards that were packed again under the same names; "" if nothing does."""
+        """Distinguishes shards that were packed again under the same names; "" if nothing does."""
         if self.sizes is None or not self.sizes.any():
             return ""
         return hashlib.blake2b(self.sizes.tobytes(), digest_size=8).hexdigest()

@@ -46,7 +46,7 @@ def load_or_build_index(storage: ShardStorage, shard: str) -> ShardIndex:
 
 
 def _stale(storage: ShardStorage, shard: str, index: ShardIndex) -> list[BadSample]:
-    """Why the index file is not this tar's; empty if it is, or if nobody says."""
+    """Why the index file is not this tar's; empty if it is, or if that is unknown."""
     if index.tar_size is None:
         return []
     size = storage.size(shard)

@@ -12,13 +12,9 @@ from dsasr.data.shards.build_index import read_texts
 from dsasr.data.shards.process_pool import map_in_processes
 from dsasr.data.shards.sample import BadSample
 from dsasr.data.shards.verify import cmvn_sums
+from dsasr.data.text.espeak_phonemizer import EspeakPhonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import (
-    EspeakPhonemizer,
-    MissingPhonemes,
-    Phonemizer,
-    UnknownWord,
-)
+from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, UnknownWord
 from dsasr.utils.errors import UserError
 from dsasr.utils.progress import Bar
 

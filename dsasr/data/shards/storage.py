@@ -285,7 +285,7 @@ class ShardStorage:
         return b"".join(pieces)
 
     def size(self, url: str) -> int | None:
-        """Bytes of a shard; None where nobody says."""
+        """Bytes of a shard; None where it is unknown."""
         if is_pipe(url):
             return None
         if is_remote(url):

@@ -1,6 +1,6 @@
 """Bytes of remote files: http(s) by urllib, all else by fsspec; whole files and byte ranges.
 
-What a server sends is compared with what was asked for: a range with its Content-Range, a file with
+What a server sends is compared with the request: a range with its Content-Range, a file with
 its Content-Length, a tar without a length with a tar's form. A login page, a shifted range and a
 body that ends early are read again, and never taken for a shard.
 """
@@ -74,7 +74,7 @@ class ShardTruncated(Exception):
 
 
 class WrongResponse(OSError):
-    """A response that is not what was asked for; worth another try."""
+    """A response that does not match the request; worth another try."""
 
 
 class Transfer:
@@ -103,7 +103,7 @@ class Transfer:
             else:
                 data = system.cat_file(url, start=offset, end=offset + size)
                 if len(data) > size:
-                    raise WrongResponse(f"{len(data)} bytes where {size} were asked for")
+                    raise WrongResponse(f"{len(data)} bytes where {size} were requested")
                 yield data
         except OSError as error:
             # S3's error for a range after the object's end.
@@ -193,7 +193,7 @@ def _expected(
 ) -> int | None:
     """Bytes that a response must have; None where it does not say.
 
-    Raises `WrongResponse` for another range than was asked for.
+    Raises `WrongResponse` for another range than was requested.
     """
     length = response.headers.get("Content-Length")
     if offset is None:
@@ -211,7 +211,7 @@ def _expected(
     first, last = int(found[1]), int(found[2])
     end = min(offset + size, int(found[3])) if found[3] != "*" else None
     if first != offset or last < first or last >= offset + size or end not in (None, last + 1):
-        raise WrongResponse(f"{said} where bytes {offset}-{offset + size - 1} were asked for")
+        raise WrongResponse(f"{said} where bytes {offset}-{offset + size - 1} were requested")
     return last + 1 - first
 
 

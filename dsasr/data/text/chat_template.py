@@ -1,7 +1,7 @@
 """Chat templates of Hugging Face tokenizers: the prompt that they write, and the end of a turn.
 
 A template is a Jinja program, which transformers runs in its sandbox. What it writes is trusted
-text, whose special tokens count, and the same whenever it is asked.
+text, whose special tokens count, and the same at every call.
 """
 
 from __future__ import annotations

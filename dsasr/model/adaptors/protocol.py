@@ -1,4 +1,4 @@
-"""Adaptors: from what the encoder says to embeddings in the language model's space.
+"""Adaptors: from encoder frames to embeddings in the language model's space.
 
 mlp      ``stack`` consecutive frames concatenated, then two linear layers (the paper's)
 conv     strided convolutions over time, then a linear layer

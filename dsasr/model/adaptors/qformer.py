@@ -6,7 +6,7 @@ As in BLIP-2 (arXiv 2301.12597), window by window as in SALMONN (arXiv 2310.1328
 - Keys have learned positions within the window. Attention has no order of its own, and not every
   encoder's frames carry theirs.
 - Queries attend to each other between two layers that read frames: before the first they are the
-  same in every window, and a single query has nobody to attend to.
+  same in every window, and a single query has no other to attend to.
 - LayerNorm stands before each sublayer, and before the linear layer into the language model's
   space, so that the embeddings start at ``scale`` whatever the layers do.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dsasr.kernels.adaptor import FrameStacks
 from dsasr.model.adaptors.protocol import AdaptorConfig, deliver
-from dsasr.model.encoders.conformer import attend
+from dsasr.model.attention import attend
 from dsasr.utils.errors import UserError
 
 FFN = 4  # inner width of the feed-forward layers, in widths (BERT's and BLIP-2's)

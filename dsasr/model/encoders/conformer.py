@@ -9,7 +9,6 @@ look-ahead beyond a chunk's end is zero frames.**
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsasr.model import activation_checkpointing
+from dsasr.model import activation_checkpointing, weight_init
+from dsasr.model.attention import attend
 from dsasr.model.dynamic_chunks import Chunk
+from dsasr.model.encoders.depthwise_conv import DepthwiseConv
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
 from dsasr.model.encoders.stream_state import EncoderStream, LayerPast, StreamPast
 from dsasr.model.encoders.subsampling import Subsampling
@@ -127,74 +128,6 @@ def rotate(x_BSNHX: Tensor, context: _Context) -> Tensor:
     return rotated.to(x_BSNHX.dtype)
 
 
-def attend(
-    query_BHSX: Tensor, key_BHSX: Tensor, value_BHSX: Tensor, bias: Tensor | None, dropout: float
-) -> Tensor:
-    """Softmax attention, [B, heads, S, head width]; ``bias`` is added to the scores.
-
-    Short sequences on a CPU take the plain products: as fast as torch's fused kernel there, and
-    three times as fast where the matrix products go through oneDNN, which that kernel calls in
-    small pieces.
-    """
-    S, X = query_BHSX.shape[2:]
-    if query_BHSX.is_cuda or S > 512:
-        return F.scaled_dot_product_attention(
-            query_BHSX, key_BHSX, value_BHSX, attn_mask=bias, dropout_p=dropout
-        )
-    scores = torch.matmul(query_BHSX * X**-0.5, key_BHSX.transpose(-1, -2))
-    if bias is not None:
-        scores = scores.add_(bias)
-    shares = F.dropout(scores.softmax(-1), dropout, dropout > 0)
-    return torch.matmul(shares, value_BHSX)
-
-
-class DepthwiseConv(nn.Module):
-    """Depthwise convolution over time, [B, S, C] to [B, S, C], same length.
-
-    With a chunk, a frame sees its own chunk and the ``kernel // 2`` frames before it, wherever
-    those lie; frames beyond the chunk's end count as zeros, as those beyond an utterance's end do.
-    """
-
-    def __init__(self, channels: int, kernel: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
-        self.bias = nn.Parameter(torch.empty(channels))
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[2])
-        nn.init.uniform_(self.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.bias, -bound, bound, generator=generator)
-
-    def forward(self, x_BSC: Tensor, chunk: Chunk | None, past_BHC: Tensor | None = None) -> Tensor:
-        """``past_BHC``: the ``kernel // 2`` frames before the input, which is one chunk."""
-        half = self.weight.shape[2] // 2
-        if past_BHC is not None:
-            return self._convolve(F.pad(torch.cat((past_BHC, x_BSC), 1), (0, 0, 0, half)), 0)
-        if chunk is None or chunk.size >= x_BSC.shape[1]:
-            return self._convolve(x_BSC, half)
-        B, S, C = x_BSC.shape
-        size = chunk.size
-        pieces = -(-S // size)
-        padded = F.pad(x_BSC, (0, 0, half, pieces * size - S))
-        windows = padded.unfold(1, half + size, size).transpose(2, 3)  # [B, pieces, half + size, C]
-        windows = F.pad(windows, (0, 0, 0, half)).flatten(0, 1)
-        # The result is laid out as the device likes it: a copy on some.
-        return self._convolve(windows, 0).reshape(B, pieces * size, C)[:, :S]
-
-    def _convolve(self, x_BSC: Tensor, padding: int) -> Tensor:
-        # Seen as a channels-last image of one row, [B, S, C] needs no transposed copy.
-        image = x_BSC.transpose(1, 2).unsqueeze(2)
-        y = F.conv2d(
-            image,
-            self.weight.unsqueeze(2),
-            self.bias,
-            padding=(0, padding),
-            groups=self.weight.shape[0],
-        )
-        return y.squeeze(2).transpose(1, 2)
-
-
 class ConvModule(nn.Module):
     """Pointwise, GLU, depthwise, pointwise. LayerNorm between them (FireRedASR's choice too).
 
@@ -263,7 +196,7 @@ class Encoder(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew; the same generator state gives the same weights."""
-        reset_parameters(self, generator)
+        weight_init.reset_parameters(self, generator)
 
     @staticmethod
     def output_lengths(lengths_B: Tensor) -> Tensor:
@@ -390,23 +323,3 @@ class Encoder(nn.Module):
         if visible is not None:
             bias = torch.zeros_like(visible, dtype=x_BSE.dtype).masked_fill(~visible, -torch.inf)
         return _Context(*self._rotations(S, x_BSE), bias, padding, chunk)
-
-
-def reset_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw the weights of every layer inside ``module`` as torch does, from ``generator``."""
-    for layer in module.modules():
-        reset_layer(layer, generator)
-
-
-def reset_layer(layer: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw the layer's own weights, not those of layers inside it."""
-    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-        bound = 1 / math.sqrt(layer.weight[0].numel())
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-        if layer.bias is not None:
-            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-    elif isinstance(layer, nn.LayerNorm):
-        nn.init.ones_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    elif isinstance(layer, DepthwiseConv):
-        layer.reset_parameters(generator)

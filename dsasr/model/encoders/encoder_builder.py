@@ -1,4 +1,4 @@
-"""The recipe's encoder: a Conformer, or one that others trained; with LoRA's matrices."""
+"""The recipe's encoder: a Conformer, or a pretrained one; with LoRA's matrices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsasr.model.lora import LoraConfig
 class EncoderBuilder:
     """Builds the encoder of ``cfg``.
 
-    folder: that of an encoder that others trained, else None; has_weights: False where it has none;
+    folder: that of a pretrained encoder, else None; has_weights: False where it has none;
     seed_for: a seed for a purpose, of which all drawn values are functions.
     """
 
@@ -47,7 +47,7 @@ class EncoderBuilder:
         return encoder
 
     def build(self, purpose: str, partition: Partition | None) -> Encoder:
-        """The encoder that others trained, with its weights; or a Conformer on the meta device."""
+        """The pretrained encoder, with its weights; or a Conformer on the meta device."""
         if self.folder is None:
             with torch.device("meta"):
                 encoder = self._plain()

@@ -1,4 +1,4 @@
-"""Encoders that others trained, from Hugging Face folders: what all families share.
+"""Pretrained encoders, from Hugging Face folders: what all families share.
 
 A family is a short file beside this one: a subclass of `PretrainedEncoder` that says which front
 end it reads, how many frames come out, and how padding is kept out of an utterance's frames.
@@ -59,7 +59,7 @@ PREPROCESSOR = "preprocessor_config.json"  # of the features that the encoder wa
 
 @dataclass(frozen=True)
 class PretrainedEncoderConfig:
-    """An encoder that others trained: Whisper, wav2vec 2.0, HuBERT, WavLM, Parakeet …"""
+    """A pretrained encoder: Whisper, wav2vec 2.0, HuBERT, WavLM, Parakeet …"""
 
     path: str  # Hugging Face folder, or a hub name such as openai/whisper-large-v3
     weights: bool = True  # false: weights drawn at random, for benchmarks and baselines
@@ -112,7 +112,7 @@ class PretrainedEncoder(nn.Module, ABC):
         if cfg.activation_checkpointing:
             activation_checkpointing.enable(self.model, keep=cfg.recompute == "cheap")
 
-    # -- what a family says ------------------------------------------------------------------
+    # -- what each family defines ------------------------------------------------------------------
 
     @abstractmethod
     def build(self, settings: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the rest of the package needs of an encoder, ours or one that others trained."""
+"""What the rest of the package needs of an encoder, the Conformer or a pretrained one."""
 
 from __future__ import annotations
 

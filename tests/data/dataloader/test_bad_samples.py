@@ -21,7 +21,7 @@ from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import StoredPhonemes
+from dsasr.data.text.phonemizer import StoredPhonemes
 from dsasr.utils.errors import UserError
 
 RATE = 16_000

@@ -1,4 +1,4 @@
-"""What a server sends must be what was asked for: anything else is read again, and never kept."""
+"""What a server sends must match the request: anything else is read again, and never kept."""
 
 from __future__ import annotations
 

@@ -13,6 +13,16 @@ SENTENCES = [
     "请打开 wifi 吧",
     "anna 喜欢唱歌",
 ] * 10
+LEXICON = """\
+;;; a comment
+HELLO  HH AH0 L OW1
+HELLO(2)  HH EH0 L OW1
+read  R EH1 D # past tense
+don't\tD OW1 N T
+你好 n i3 h ao3
+你 n i3
+好 h ao3
+"""
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +89,10 @@ def make_hugging_face(tmp_path_factory):
 @pytest.fixture(params=["trained", "hugging_face"])
 def tokenizer(request) -> Tokenizer:
     return load_tokenizer(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def lexicon(tmp_path):
+    path = tmp_path / "lexicon.txt"
+    path.write_text(LEXICON, encoding="utf-8")
+    return path

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsasr.data.text.phonemes import PhonemizerConfig, build_phonemizer
+from dsasr.data.text.build_phonemizer import PhonemizerConfig, build_phonemizer
 from dsasr.data.text.token_units import TokenPhonemizer
 from dsasr.utils.errors import UserError
 

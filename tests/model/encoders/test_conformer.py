@@ -2,13 +2,10 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
-from dsasr.model.encoders.conformer import DepthwiseConv, Encoder, EncoderConfig, attend
+from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.utils.errors import UserError
 
 CONFIG = EncoderConfig(width=16, layers=2, heads=2, ffn=32, kernel=5, mels=12)
@@ -81,35 +78,6 @@ def test_the_longest_chunk_is_full_context(encoder):
     assert not torch.allclose(
         encoder(x, lengths, Chunk(4)).frames_BSE, encoder(x, lengths).frames_BSE
     )
-
-
-@given(st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 3, 5, 15]), st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
-def test_chunked_convolution_is_a_convolution_with_the_future_zeroed(B, S, kernel, size):
-    torch.manual_seed(0)
-    conv = DepthwiseConv(6, kernel).double()
-    x = torch.randn(B, S, 6, dtype=torch.float64)
-    actual = conv(x, Chunk(size))
-    for start in range(0, S, size):
-        past = x.clone()
-        past[:, start + size :] = 0
-        y = F.conv1d(
-            past.transpose(1, 2), conv.weight, conv.bias, padding=kernel // 2, groups=6
-        ).transpose(1, 2)
-        torch.testing.assert_close(actual[:, start : start + size], y[:, start : start + size])
-
-
-def test_attention_equals_the_fused_one():
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 3, 17, 8, dtype=torch.float64)
-    bias = torch.zeros(2, 1, 17, 17, dtype=torch.float64).masked_fill(
-        ~torch.ones(17, 17, dtype=torch.bool).tril(), -torch.inf
-    )
-    for mask in (None, bias):
-        torch.testing.assert_close(
-            attend(query, key, value, mask, 0.0),
-            F.scaled_dot_product_attention(query, key, value, attn_mask=mask),
-        )
 
 
 def test_positions_are_relative(encoder):

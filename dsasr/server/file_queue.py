@@ -1,7 +1,7 @@
 """Uploaded files that wait to be transcribed, those of several clients together.
 
-Short files share batches; each long one is a job of its own beside them, so that nobody waits for
-another's hour. The recognizer takes the files from the queue while it fills a batch.
+Short files share batches; each long one is a job of its own beside them, so that no client waits
+for another's long file. The recognizer takes the files from the queue while it fills a batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Job:
     result: Future[Transcription] = field(default_factory=Future)
 
 
-class FileLane:
+class FileQueue:
     """Two threads that transcribe: short files, and long ones."""
 
     def __init__(self, recognizer: Recognizer, limit: int, metrics: Metrics):
@@ -88,7 +88,7 @@ class FileLane:
                     self._alone(job)
 
     def _taken(self, first: Job, short: bool, jobs: dict[str, Job]) -> Iterator[Path]:
-        """The paths of a batch's files, as the recognizer asks for them."""
+        """The paths of a batch's files, as the recognizer takes them."""
         job: Job | None = first
         while job is not None:
             if not job.result.cancelled():

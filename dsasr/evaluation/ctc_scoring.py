@@ -1,13 +1,13 @@
-"""The encoder as a witness: what its CTC head says of a transcript that the language model wrote.
+"""Scores of a transcript by the encoder's CTC head: its log-probability, confidences and times.
 
-The encoder hears sounds, the language model writes words. The head's log-probability of the
-transcript's phonemes says whether what was written was heard, and its best alignment says when.
+The language model writes words; the head's posteriors say how well the audio supports them, and
+their best alignment says when each was spoken.
 
 All figures are in encoder frames and nats. Definitions (**ours**):
 
 - ``log_prob``: of writing the transcript's units, summed over its pronunciations;
 - ``margin``: ``log_prob`` less that of what the head itself writes (its greedy units). It is about
-  0 where both agree, however noisy the audio; far below it the transcript was not heard;
+  0 where both agree, however noisy the audio; far below it the audio does not support the text;
 - a word's ``confidence``: the geometric mean, over its units, of the highest posterior that the
   unit has on the frames aligned with it.
 """
@@ -21,15 +21,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsasr.data.text.phonemes import Speller
+from dsasr.data.text.speller import Speller
 from dsasr.entropy_allocation import forced_alignment, frame_labels
 from dsasr.model.ctc import BLANK, ctc_log_prob, greedy_phonemes
 
-REACH = 3  # blank frames beside a spike that its unit takes
+REACH = 3  # blank frames beside a spike that belong to its unit
 
 
 @dataclass(frozen=True)
-class HeardSpan:
+class AlignedSpan:
     """A word or a unit on frames ``start`` to ``end`` (exclusive), with its confidence."""
 
     text: str
@@ -39,14 +39,14 @@ class HeardSpan:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the head says of a transcript; see the module. ``units``: how many it has."""
+class CtcScore:
+    """The head's scores of a transcript, as the module defines them. ``units``: how many it has."""
 
     log_prob: float
     margin: float
     units: int
-    words: tuple[HeardSpan, ...] = ()
-    phonemes: tuple[HeardSpan, ...] = ()
+    words: tuple[AlignedSpan, ...] = ()
+    phonemes: tuple[AlignedSpan, ...] = ()
 
     @property
     def log_prob_per_unit(self) -> float:
@@ -68,10 +68,10 @@ def log_prob_of(log_probs_SP: Tensor, pronunciations: Sequence[Sequence[int]]) -
     return best + math.log(sum(math.exp(value - best) for value in values))
 
 
-def listen(log_probs_SP: Tensor, text: str, lang: str, speller: Speller) -> Heard | None:
-    """What the head's posteriors of S frames say of ``text``.
+def score_text(log_probs_SP: Tensor, text: str, lang: str, speller: Speller) -> CtcScore | None:
+    """The scores of ``text`` by the head's posteriors of S frames.
 
-    None where it cannot say: no units (an unknown word or symbol, no phonemizer), or more units
+    None where it has none: no units (an unknown word or symbol, no phonemizer), or more units
     than frames.
     """
     log_probs_SP = log_probs_SP.detach().float().cpu()
@@ -92,12 +92,12 @@ def listen(log_probs_SP: Tensor, text: str, lang: str, speller: Speller) -> Hear
     spans = _spans(positions_S, units, log_probs_SP, speller)
     words = _words(spans, text, lang, speller)
     phonemes = tuple(replace(s, confidence=math.exp(s.confidence)) for s in spans)
-    return Heard(log_prob, margin, len(units), words, phonemes)
+    return CtcScore(log_prob, margin, len(units), words, phonemes)
 
 
 def _spans(
     positions_S: Tensor, units: Sequence[int], log_probs_SP: Tensor, speller: Speller
-) -> tuple[HeardSpan, ...]:
+) -> tuple[AlignedSpan, ...]:
     """Each unit's frames, at least one on a CTC path; ``confidence`` is its logarithm here."""
     frames: list[list[int]] = [[] for _ in units]
     for frame, position in enumerate(positions_S.tolist()):
@@ -105,7 +105,7 @@ def _spans(
             frames[position].append(frame)
     symbols = speller.vocab.decode(units)
     return tuple(
-        HeardSpan(
+        AlignedSpan(
             symbol, rows[0], rows[-1] + 1, float(log_probs_SP[rows[0] : rows[-1] + 1, unit].max())
         )
         for symbol, unit, rows in zip(symbols, units, frames, strict=True)
@@ -113,8 +113,8 @@ def _spans(
 
 
 def _words(
-    phonemes: Sequence[HeardSpan], text: str, lang: str, speller: Speller
-) -> tuple[HeardSpan, ...]:
+    phonemes: Sequence[AlignedSpan], text: str, lang: str, speller: Speller
+) -> tuple[AlignedSpan, ...]:
     """The words of ``text`` on their phonemes' frames; one without phonemes has no length and
     stands at the end of the word before it. ``confidence`` of ``phonemes`` is a logarithm."""
     words = forced_alignment.words_of(text)
@@ -125,14 +125,14 @@ def _words(
         own = [span for span, index in zip(phonemes, of_word, strict=True) if index == number]
         if own:
             mean = sum(span.confidence for span in own) / len(own)
-            spans.append(HeardSpan(word, own[0].start, own[-1].end, math.exp(mean)))
+            spans.append(AlignedSpan(word, own[0].start, own[-1].end, math.exp(mean)))
             last = own[-1].end
         else:
-            spans.append(HeardSpan(word, last, last, 0.0))
+            spans.append(AlignedSpan(word, last, last, 0.0))
     return tuple(spans)
 
 
-def worst_stretch(words: Sequence[HeardSpan], count: int = 3) -> float:
+def worst_stretch(words: Sequence[AlignedSpan], count: int = 3) -> float:
     """The lowest mean confidence of ``count`` words in a row (of all, if there are fewer); 1.0 of
     none."""
     if not words:

@@ -23,8 +23,8 @@ class LiveStream:
     """A client's stream: audio goes in from the network's thread, events come out by ``deliver``,
     which is called from the model's."""
 
-    def __init__(self, lane: StreamLane, stream: Stream, deliver: Callable[[Event], None]):
-        self.lane, self.stream, self.deliver = lane, stream, deliver
+    def __init__(self, batcher: StreamBatcher, stream: Stream, deliver: Callable[[Event], None]):
+        self.batcher, self.stream, self.deliver = batcher, stream, deliver
         self.audio: deque[np.ndarray] = deque()
         self.samples_waiting = 0
         self.ending = self.closed = False
@@ -36,25 +36,25 @@ class LiveStream:
 
     def push(self, samples: np.ndarray) -> None:
         """int16 or float32 samples."""
-        with self.lane.changed:
+        with self.batcher.changed:
             self.audio.append(samples)
             self.samples_waiting += len(samples)
-            self.lane.changed.notify()
+            self.batcher.changed.notify()
 
     def end(self) -> None:
         """There is no more audio; the last events follow, then None."""
-        with self.lane.changed:
+        with self.batcher.changed:
             self.ending = True
-            self.lane.changed.notify()
+            self.batcher.changed.notify()
 
     def close(self) -> None:
         """The client is gone: what it left is dropped."""
-        with self.lane.changed:
+        with self.batcher.changed:
             self.closed = True
-            self.lane.changed.notify()
+            self.batcher.changed.notify()
 
 
-class StreamLane:
+class StreamBatcher:
     """The thread that takes a step with all streams that have audio."""
 
     def __init__(self, recognizer: StreamingRecognizer, limit: int, metrics: Metrics):

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
+from dsasr.data.text.lexicon import LexiconPhonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
-from dsasr.data.text.phonemes import LexiconPhonemizer, Speller
-from dsasr.evaluation.witness import HeardSpan, listen, log_prob_of, worst_stretch
+from dsasr.data.text.speller import Speller
+from dsasr.evaluation.ctc_scoring import AlignedSpan, log_prob_of, score_text, worst_stretch
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_pronunciations_are_summed(speller):
     assert [speller.vocab.decode(s) for s in spellings] == [["t", "a", "o"], ["t", "o", "o"]]
     expected = sum(summed(log_probs_SP, s) for s in spellings)
     assert log_prob_of(log_probs_SP, spellings) == pytest.approx(math.log(expected), abs=1e-5)
-    assert listen(log_probs_SP, "tomato", "en", speller).log_prob == pytest.approx(
+    assert score_text(log_probs_SP, "tomato", "en", speller).log_prob == pytest.approx(
         math.log(expected), abs=1e-5
     )
     assert log_prob_of(log_probs_SP, []) == -math.inf
@@ -50,31 +51,31 @@ def test_pronunciations_are_summed(speller):
 
 
 def test_words_are_where_they_were_heard(speller):
-    heard = listen(posteriors("--b-a--------d-oo-"), "ba do", "en", speller)
-    assert heard.units == 4 and heard.margin == pytest.approx(0.0, abs=1e-4)
+    score = score_text(posteriors("--b-a--------d-oo-"), "ba do", "en", speller)
+    assert score.units == 4 and score.margin == pytest.approx(0.0, abs=1e-4)
     # Blanks beside a unit are its own, up to three frames; a gap is halved.
-    assert [(w.text, w.start, w.end) for w in heard.words] == [("ba", 0, 8), ("do", 10, 18)]
-    assert all(w.confidence == pytest.approx(0.9, abs=1e-3) for w in heard.words)
-    spans = [(p.text, p.start, p.end) for p in heard.phonemes]
+    assert [(w.text, w.start, w.end) for w in score.words] == [("ba", 0, 8), ("do", 10, 18)]
+    assert all(w.confidence == pytest.approx(0.9, abs=1e-3) for w in score.words)
+    spans = [(p.text, p.start, p.end) for p in score.phonemes]
     assert spans == [("b", 0, 4), ("a", 4, 8), ("d", 10, 15), ("o", 15, 18)]
 
 
 def test_what_was_not_heard_is_far_below_what_was(speller):
     frames = posteriors("-b-a-d-o-")
-    right, wrong = (listen(frames, text, "en", speller) for text in ("ba do", "ba ba"))
+    right, wrong = (score_text(frames, text, "en", speller) for text in ("ba do", "ba ba"))
     assert right.margin_per_unit > -0.01 and wrong.margin_per_unit < -1
     assert wrong.words[0].confidence > 0.8 > 0.2 > wrong.words[1].confidence
 
 
 def test_where_it_cannot_say(speller):
-    assert listen(posteriors("-b-a-"), "unknown", "en", speller) is None
-    assert listen(posteriors("-b-a-"), "", "en", speller) is None
-    assert listen(posteriors("ba"), "ba do", "en", speller) is None  # fewer frames than units
+    assert score_text(posteriors("-b-a-"), "unknown", "en", speller) is None
+    assert score_text(posteriors("-b-a-"), "", "en", speller) is None
+    assert score_text(posteriors("ba"), "ba do", "en", speller) is None  # fewer frames than units
     none = Speller(speller.phonemizer, PhonemeVocab(["x"]))
-    assert listen(posteriors("-b-a-"), "ba", "en", none) is None
+    assert score_text(posteriors("-b-a-"), "ba", "en", none) is None
 
 
 def test_the_weakest_words_in_a_row():
-    words = [HeardSpan("", 0, 0, c) for c in (1.0, 0.2, 0.4, 0.9)]
+    words = [AlignedSpan("", 0, 0, c) for c in (1.0, 0.2, 0.4, 0.9)]
     assert worst_stretch(words, 2) == pytest.approx(0.3)
     assert worst_stretch(words[:1], 3) == 1.0 and worst_stretch([]) == 1.0
