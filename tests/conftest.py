@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,8 +21,29 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "tests" / "programs" / "launcher_server.py"
 RECORDINGS = ROOT.parent / "shared" / "data"
+RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # As in an activated environment: two versions of ninja in turn rebuild an extension each time.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+# Of several processes with threads on all cores, most wait for each other, spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files that take longest without starting ranks (tests that do are marked): see
+# `pytest_collection_modifyitems`.
+LONG = ("kernels/test_interpreted.py", "entropy_allocation/test_pai_csai.py",
+        "analysis/test_measure_allocation.py", "tools/test_experiments.py", "demo/test_small_lm.py",
+        "planning/test_batch_search.py", "kernels/test_compile.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Long files first, where processes share the files (`--no-loadscope-reorder` keeps this
+    order): none is left running alone at the end."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        long = item.path.as_posix().endswith(LONG)
+        started = any(item.get_closest_marker(name) for name in ("launcher", "slurm", "slow"))
+        weights[item.path] = weights.get(item.path, 0) + 3 * long + started
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -63,35 +85,35 @@ def forget(port: int) -> None:
 
 
 class LauncherServer:
-    """tests/programs/launcher_server.py, started with the first job."""
+    """tests/programs/launcher_server.py, started with the first job or rank."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
+        self.one = threading.Lock()  # question and answer at a time
 
-    def _line(self, seconds: float) -> str | None:
-        """Its next line; None after ``seconds``."""
+    def ask(self, **request) -> str:
+        """Its answer to a request."""
+        with self.one:
+            if self.process is None:
+                self._start()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            return self._line(60)
+
+    def _start(self) -> None:
+        # Unbuffered: `select` must see each line that is still to be read.
+        self.process = subprocess.Popen(
+            [sys.executable, SERVER, "deepspeed.launcher.runner", "deepspeed.launcher.launch"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
+            env={**os.environ, **RANK_ENVIRONMENT},
+        )  # fmt: skip
+        while self._line(300) != "ready":
+            pass
+
+    def _line(self, seconds: float) -> str:
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return self.process.stdout.readline() if ready else None
-
-    def run(self, log: Path, arguments: list[str], env: dict, timeout: float) -> int | None:
-        """The exit code of a job; None: it hung and was killed with its ranks."""
-        if self.process is None:
-            # Unbuffered: `select` must see each line that is still to be read.
-            self.process = subprocess.Popen(
-                [sys.executable, SERVER, "deepspeed.launcher.runner", "deepspeed.launcher.launch"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
-                env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-            while (line := self._line(300)) != b"ready\n":
-                assert line, "the launcher's server does not start"
-        job = {"arguments": arguments, "environment": env, "folder": str(ROOT), "log": str(log)}
-        self.process.stdin.write(json.dumps(job).encode() + b"\n")
-        pid = int(self._line(60))
-        if (code := self._line(timeout)) is not None:
-            return int(code)
-        os.killpg(pid, signal.SIGKILL)
-        self._line(60)
-        return None
+        line = self.process.stdout.readline() if ready else b""
+        assert line, "the launcher's server does not answer"
+        return line.decode().strip()
 
     def close(self) -> None:
         if self.process is not None:
@@ -99,13 +121,51 @@ class LauncherServer:
             self.process.wait()
 
 
+class Served:
+    """A process of the launcher's server, with what tests need of `subprocess.Popen`."""
+
+    def __init__(self, server: LauncherServer, kind: str, command: list, log: Path, env: dict,
+                 folder: Path = ROOT):  # fmt: skip
+        self.server, self.returncode = server, None
+        self.pid = int(server.ask(start=kind, command=[str(word) for word in command],
+                                  environment=env, folder=str(folder), log=str(log)))  # fmt: skip
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            answer = self.server.ask(poll=self.pid)
+            self.returncode = None if answer == "running" else int(answer)
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory):
+def launcher_server():
+    server = LauncherServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def launch(launcher_server, tmp_path_factory):
     """``launch(program, *arguments, ranks=2)``: run it under the deepspeed launcher on the CPU.
 
     Returns the finished process with its output; a launcher that hangs is killed with its ranks.
     """
-    server, folder = LauncherServer(), tmp_path_factory.mktemp("launched")
+    folder = tmp_path_factory.mktemp("launched")
 
     def run(program, *arguments, ranks=2, timeout=300, env=None):
         port = free_port()
@@ -113,23 +173,39 @@ def launch(tmp_path_factory):
             *("--num_gpus", str(ranks), "--master_port", str(port)),
             *(str(program), *map(str, arguments)),
         ]
-        settings = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            **(env or {}),
-        }
+        settings = {**os.environ, **RANK_ENVIRONMENT, **(env or {})}
         log = folder / f"{port}-{time.monotonic_ns()}.log"
-        code = server.run(log, command, settings, timeout)
+        job = Served(launcher_server, "job", command, log, settings)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(timeout)
         output = log.read_text(encoding="utf-8", errors="replace")
         forget(port)
-        if code is None:
+        if job.returncode is None:
+            os.killpg(job.pid, signal.SIGKILL)
             pytest.fail(f"{program} hung:\n{output[-3000:]}")
-        return subprocess.CompletedProcess(command, code, output)
+        return subprocess.CompletedProcess(command, job.returncode, output)
 
-    yield run
-    server.close()
+    return run
+
+
+@pytest.fixture(scope="session")
+def alone(launcher_server, tmp_path_factory):
+    """``alone(program, *arguments)``: run it as one rank without a launcher, as `launch` does."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def run(program, *arguments, timeout=300, env=None, cwd=ROOT):
+        settings = {**os.environ, **RANK_ENVIRONMENT, **(env or {})}
+        log = folder / f"{time.monotonic_ns()}.log"
+        rank = Served(launcher_server, "rank", [program, *arguments], log, settings, cwd)
+        try:
+            rank.wait(timeout)
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            pytest.fail(f"{program} hung:\n{log.read_text(errors='replace')[-3000:]}")
+        output = log.read_text(encoding="utf-8", errors="replace")
+        return subprocess.CompletedProcess([program, *arguments], rank.returncode, output)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -197,26 +273,22 @@ class Job:
     """Ranks of train.py, or of a program around it, started as the launcher would start them, each
     to be killed by itself."""
 
-    def __init__(self, arguments, world: int, log: Path, program: Path):
+    def __init__(self, server: LauncherServer, arguments, world: int, log: Path, program: Path):
         self.log, self.port = log, free_port()
         shared = {
             **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
+            **RANK_ENVIRONMENT,
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
         }
-        command = [sys.executable, str(program), *map(str, arguments)]
-        with open(log, "w") as file:
-            self.ranks = [
-                subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent,
-                    env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-                )
-                for r in range(world)
-            ]  # fmt: skip
+        log.touch()
+        self.ranks = [
+            Served(server, "rank", [program, *arguments], log,
+                   {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, log.parent)
+            for r in range(world)
+        ]  # fmt: skip
 
     @property
     def output(self) -> str:
@@ -251,13 +323,13 @@ class Job:
 
 
 @pytest.fixture
-def start(tiny, tmp_path):
+def start(launcher_server, tiny, tmp_path):
     """``start(*overrides, world=2)``: a `Job` on the tiny recipe, killed at the test's end."""
     jobs = []
 
     def begin(*overrides, world: int = 2, program: Path = ROOT / "dsasr" / "train.py") -> Job:
         log = tmp_path / f"job-{len(jobs)}.log"
-        jobs.append(Job(["--recipe", tiny, *overrides], world, log, program))
+        jobs.append(Job(launcher_server, ["--recipe", tiny, *overrides], world, log, program))
         return jobs[-1]
 
     yield begin

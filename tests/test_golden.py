@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,15 +17,14 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 NAMES = ("ctc", "consistency", "nll", "entropy", "cka")
 
 
-def trace(tiny: Path, folder: Path, kernels: str) -> dict[str, list[dict]]:
+def trace(alone, tiny: Path, folder: Path, kernels: str) -> dict[str, list[dict]]:
     """Stage → its lines' losses, of a one-rank run without the launcher."""
-    command = [sys.executable, "dsasr/train.py", "--recipe", str(tiny), f"run={folder}"]
-    settings = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    settings |= {"DSASR_KERNELS": kernels, "TRITON_INTERPRET": str(int(kernels == "triton"))}
-    done = subprocess.run(
-        command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    settings = {"DSASR_KERNELS": kernels}
+    if kernels == "triton":
+        settings["TRITON_INTERPRET"] = "1"
+    train = ROOT / "dsasr" / "train.py"
+    done = alone(train, "--recipe", tiny, f"run={folder}", env=settings)
+    assert done.returncode == 0, done.stdout[-2000:]
     found: dict[str, list[dict]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
@@ -46,8 +43,8 @@ def equal(found, expected, tolerance):
 
 
 @pytest.fixture(scope="module")
-def default(tiny, tmp_path_factory):
-    return trace(tiny, tmp_path_factory.mktemp("golden") / "torch", "torch")
+def default(alone, tiny, tmp_path_factory):
+    return trace(alone, tiny, tmp_path_factory.mktemp("golden") / "torch", "torch")
 
 
 def test_losses_follow_the_golden_trace(default):
@@ -60,7 +57,7 @@ def test_losses_follow_the_golden_trace(default):
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
-def test_kernels_and_reference_give_the_same_trace(default, tiny, tmp_path, kernels):
+def test_kernels_and_reference_give_the_same_trace(default, alone, tiny, tmp_path, kernels):
     if kernels == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    equal(trace(tiny, tmp_path / kernels, kernels), default, 5e-4)
+    equal(trace(alone, tiny, tmp_path / kernels, kernels), default, 5e-4)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ STEPS = {"pretrain": 6, "align": 4, "ia_sft": 6, "joint": 4}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["en_read", "zh_words"])
 def test_real_recordings_train_without_a_dropped_sample(
-    tmp_path, recordings, name, command, monkeypatch
+    tmp_path, recordings, name, command, alone, monkeypatch
 ):
     pytest.importorskip("espeakng_loader")
     monkeypatch.chdir(tmp_path)
@@ -40,19 +37,16 @@ def test_real_recordings_train_without_a_dropped_sample(
         "demo", "lm", "text.txt", "--tokenizer", "tokenizer", "--out", "lm",
         *("--steps", 2, "--hidden", 32, "--ffn", 64),
     )  # fmt: skip
-    done = subprocess.run(
-        [
-            sys.executable, ROOT / "dsasr" / "train.py", "--recipe", "demo", "run=run",
-            "data.cmvn=cmvn.json", "data.phonemes=phonemes.json", "data.phonemizer.kind=espeak",
-            "data.train.demo.shards=shards/train", "data.valid.demo-valid.shards=shards/valid",
-            "model.tokenizer=lm", "model.llm.path=lm", "model.encoder.layers=1",
-            "stages.ia_sft.steps_after_final_swap=2", "drift.probe_utterances=4",
-            "data.dataloader.batch.frames=6000", "data.dataloader.batch.max_seconds=25",
-            *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
-            *(f"stages.{stage}.warmup_steps=2" for stage in STEPS),
-        ],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    done = alone(
+        ROOT / "dsasr" / "train.py", "--recipe", "demo", "run=run",
+        "data.cmvn=cmvn.json", "data.phonemes=phonemes.json", "data.phonemizer.kind=espeak",
+        "data.train.demo.shards=shards/train", "data.valid.demo-valid.shards=shards/valid",
+        "model.tokenizer=lm", "model.llm.path=lm", "model.encoder.layers=1",
+        "stages.ia_sft.steps_after_final_swap=2", "drift.probe_utterances=4",
+        "data.dataloader.batch.frames=6000", "data.dataloader.batch.max_seconds=25",
+        *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
+        *(f"stages.{stage}.warmup_steps=2" for stage in STEPS),
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
