@@ -61,7 +61,15 @@ def prompt_lines(builder: Builder) -> list[str]:
     """The prompt as tokens; nothing where no language model is trained."""
     if not _has_llm(builder):
         return []
-    return _under("PROMPT", describe(builder.tokenizer, *builder.prompt()))
+    tokenizer, lines = builder.tokenizer, describe(builder.tokenizer, *builder.prompt())
+    hinted = builder.hinted_prompts
+    for lang, prompt in list(hinted.items())[:1]:
+        shown, _ = describe(tokenizer, prompt.prefix, prompt.suffix)
+        share = builder.recipe.model.language_share
+        lines.append(
+            f"of {100 * share:g}% of the utterances in {', '.join(hinted)}, as {lang}: {shown}"
+        )
+    return _under("PROMPT", lines)
 
 
 def llm_lines(builder: Builder) -> list[str]:
@@ -259,7 +267,9 @@ def _check_tokenizer(builder: Builder) -> None:
 
 def _check_prompt(builder: Builder) -> None:
     """The prompt must not be longer than the token budgets count it."""
-    length = sum(map(len, builder.prompt()))
+    hinted = builder.hinted_prompts.values()
+    prompts = [builder.prompt(), *((prompt.prefix, prompt.suffix) for prompt in hinted)]
+    length = max(sum(map(len, sides)) for sides in prompts)
     for stage in builder.recipe.schedule().sft:
         batch = builder.recipe.dataloader(stage)[0].batch
         if batch.tokens and length > batch.prompt_tokens:
