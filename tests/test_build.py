@@ -222,6 +222,12 @@ def test_a_recipes_languages_reach_the_prompts_and_the_batches(tiny) -> None:
         )
 
 
+def test_joint_ctc_scores_need_units_that_are_parts_of_the_text(tiny) -> None:
+    cfg = recipe.load(str(tiny), ["evaluation.decode.ctc_scores=joint"])
+    with pytest.raises(UserError, match=r"kind is stored: leave it out, or give rescoring"):
+        preflight.check(Builder(cfg))
+
+
 def test_another_models_tokenizer_ends_before_training(tiny, tmp_path) -> None:
     text, lm = tmp_path / "text", tmp_path / "lm"
     text.write_text("all other words than those of the tones\n" * 9)

@@ -37,6 +37,8 @@ from dsasr.utils.errors import UserError
 class Spell(Protocol):
     """From a transcript and its language to units of the CTC head."""
 
+    writes_text: bool  # units are parts of the text: those of its beginning come first
+
     def __call__(self, text: str, lang: str) -> list[int] | None:
         """None where a unit is unknown."""
 

@@ -126,6 +126,7 @@ def check(builder: Builder) -> None:
         _check_tokenizer(builder)
         _check_adaptor(builder)
         _check_prompt(builder)
+        _check_ctc_scores(builder)
     _check_shards(builder)
 
 
@@ -263,6 +264,17 @@ def _check_tokenizer(builder: Builder) -> None:
             check_end_token(builder.tokenizer, [ends] if isinstance(ends, int) else ends)
     check_tokenizer(builder.tokenizer, config.vocab_size, own)
     check_special_tokens(builder.tokenizer, config)
+
+
+def _check_ctc_scores(builder: Builder) -> None:
+    """Units that the CTC head scores as a transcript grows must be parts of its text."""
+    kind = builder.recipe.data.phonemizer.kind
+    joint = builder.recipe.evaluation.decode.ctc_scores == "joint"
+    if joint and kind not in ("characters", "tokens"):
+        raise UserError(
+            f"evaluation.decode.ctc_scores=joint needs units that are characters or tokens; "
+            f"data.phonemizer.kind is {kind}: leave it out, or give rescoring"
+        )
 
 
 def _check_prompt(builder: Builder) -> None:

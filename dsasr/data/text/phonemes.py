@@ -377,6 +377,11 @@ class Speller:
         """None where the phonemizer lacks a word, or the vocabulary a unit."""
         return self._encode(lambda: self.phonemizer.phonemes(text, lang))
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether the units are characters or tokens, of which a text's beginning has the first."""
+        return isinstance(self.phonemizer, CharacterPhonemizer | TokenPhonemizer)
+
     def pronunciations(self, text: str, lang: str) -> list[list[int]]:
         """The units of each pronunciation of ``text``, the usual one first, at most `VARIANTS`.
 
