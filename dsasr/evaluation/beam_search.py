@@ -138,7 +138,8 @@ class BeamSearch:
         active: list[tuple[Beam, int]] = []
         for position, (beam, number) in enumerate(candidates):
             if beam.token == self.end_id:
-                if position < self.cfg.beam or beam.greedy:
+                # Of a joint search each end has its final score: the best of all may win.
+                if position < self.cfg.beam or beam.greedy or self.joint is not None:
                     self._add(self.ended[utterance], beam)
             elif len(active) < self.cfg.beam or beam.greedy:
                 active.append((beam, number))

@@ -180,10 +180,9 @@ def slow_beam(table: Table, found, weight: float, width: int, limit: int):
                 candidates.append((total + weight * heard, total, (*ids, token), first))
         candidates.sort(reverse=True)
         active = []
-        for place, (score, logprob, ids, greedy) in enumerate(candidates):
+        for score, logprob, ids, greedy in candidates:
             if ids[-1] == END:
-                if place < width or greedy:
-                    ended.append((score, ids))
+                ended.append((score, ids))
             elif len(active) < width or greedy:
                 active.append((score, ids, logprob, greedy))
         best = max(ended, default=(-math.inf, ()))

@@ -339,7 +339,7 @@ def hearing_model(seed=1):
 
 
 def test_joint_scores_in_a_batch_are_those_of_the_transcripts_alone():
-    model, batch = hearing_model(), make_batch(90, 25, 61, 40)
+    model, batch = hearing_model().eval(), make_batch(90, 25, 61, 40)
     batch = dataclasses.replace(batch, langs=("",) * 4)
     cfg = DecodeConfig(beam=3, ctc_weight=0.8, tokens_per_second=20, extra_tokens=2)
     assert cfg.is_joint(model)
