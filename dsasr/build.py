@@ -26,7 +26,7 @@ from dsasr.data.text.build_phonemizer import build_phonemizer
 from dsasr.data.text.lexicon import lexicon_path
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemizer import Phonemizer
-from dsasr.data.text.prompt import Prompt
+from dsasr.data.text.prompt import Prompt, PromptIds
 from dsasr.data.text.speller import Speller
 from dsasr.data.text.tokenizers import (
     Tokenizer,
@@ -210,9 +210,18 @@ class Builder:
     def _here(self, path: str) -> str:
         return export_folder.original_or_copy(path, self.source_copies)
 
-    def prompt(self, context: str | None = None) -> tuple[list[int], list[int]]:
-        """The prompt's ids before and after the speech, with hints if there are any."""
-        return Prompt.build(self.tokenizer, context, self.recipe.model.prompt)
+    def prompt(self, context: str | None = None, lang: str = "") -> tuple[list[int], list[int]]:
+        """The prompt's ids before and after the speech, with hints if there are any; ``lang``: one
+        of ``model.languages``."""
+        model = self.recipe.model
+        language = model.languages[lang] if lang else ""
+        return Prompt.build(self.tokenizer, context, model.prompt, language)
+
+    @property
+    def hinted_prompts(self) -> dict[str, PromptIds]:
+        """The prompts that name a language, by its tag."""
+        sides = {lang: self.prompt(lang=lang) for lang in self.recipe.model.languages}
+        return {lang: PromptIds(*map(tuple, pair)) for lang, pair in sides.items()}
 
     @staticmethod
     def _existing_file(path: str, key: str, hint: str) -> Path:
@@ -225,12 +234,14 @@ class Builder:
 
     def text_encoder(self, phonemes: bool, tokens: bool) -> TextEncoder:
         """From transcripts to labels: phonemes, tokens or both."""
-        data = self.recipe.data
+        data, model = self.recipe.data, self.recipe.model
         return TextEncoder(
             config=data.text,
             phonemizer=self.phonemizer if phonemes else None,
             vocab=self.phonemes if phonemes else None,
             tokenizer=self.tokenizer if tokens else None,
+            languages=tuple(model.languages) if tokens else (),
+            language_share=model.language_share,
         )
 
     def collator(self, branch: str, batch: BatchConfig, trains: bool) -> Collator:
@@ -367,6 +378,7 @@ class Builder:
             ctc=ctc,
             spell=self.spell if model.adaptor.reads_ctc else None,
             cached=properties.caches,
+            hinted=self.hinted_prompts,
         )
 
     def empty_module(self, branch: str) -> nn.Module:

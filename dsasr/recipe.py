@@ -16,7 +16,7 @@ from dsasr.checkpoint.weight_source import PARTS as PARTS_IN_FILES
 from dsasr.config import nearest
 from dsasr.data.config import DataConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
-from dsasr.data.text.prompt import check_template
+from dsasr.data.text.prompt import check_languages, check_template
 from dsasr.engine.config import EngineConfig
 from dsasr.evaluation.config import EvaluationConfig
 from dsasr.launch.slurm import SlurmConfig
@@ -33,7 +33,7 @@ from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
 from dsasr.tracking.monitor import MonitorConfig
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
-from dsasr.utils.ranges import NonNegativeInt, PositiveInt, PositiveShare, Range
+from dsasr.utils.ranges import NonNegativeInt, PositiveInt, PositiveShare, Range, Share
 
 SOURCES = ("encoder_from", "init_from")  # keys of `ModelConfig`: where a run's weights come from
 # Metrics of an sft branch's evaluations that can rank checkpoints; NAME/LANG: of one language.
@@ -68,9 +68,17 @@ class ModelConfig:
     pretrain: CtcModelConfig = field(default_factory=CtcModelConfig)
     sft: SftInputConfig = field(default_factory=SftInputConfig)  # input of the sft branch
     tokenizer: str = ""  # folder of a tokenizer; empty: the language model's
-    # the prompt, with <speech> where the speech is and {context} where hints go, if it takes any;
-    # special tokens are parsed; empty: the form that the tokenizer calls for
+    # the prompt, with <speech> where the speech is, {lang} where a text of `languages` goes, and
+    # {context} where hints go, if it takes any; special tokens are parsed; empty: the form that the
+    # tokenizer calls for
     prompt: str = ""
+    # language → its text in the prompt: {en: English, zh: Chinese}, or {en: <|en|>} of a tokenizer
+    # with such tokens. Who knows what is spoken can then say so (`dsasr transcribe --lang zh`), and
+    # who does not need not. In a prompt without {lang} nothing stands there, in the empty one
+    # " Language: English." behind the speech. Empty: prompts name no language
+    languages: dict[str, str] = field(default_factory=dict)
+    # share of the training utterances in one of `languages` whose prompt names it, above 0
+    language_share: Share = 0.5
     # start with the encoder of this snapshot, or of any source of `init_from`, in both branches;
     # the sft branch then does not wait for pretraining's
     encoder_from: str = ""
@@ -86,6 +94,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.prompt:
             check_template(self.prompt)
+        ranges.check(self)
+        check_languages(self.prompt, self.languages, self.language_share)
         for part in self.init_parts:
             if part not in PARTS_IN_FILES:
                 raise UserError(

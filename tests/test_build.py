@@ -187,14 +187,46 @@ def test_the_recipes_prompt_is_the_models(tiny) -> None:
     template = "<|im_start|>play <speech><|im_end|>"
     build = Builder(recipe.load(str(tiny), [f"model.prompt={template}"]))
     model, marker = build.speech_llm(), build.tokenizer.special_id
-    assert model.prefix_ids == [marker("<|im_start|>"), *build.tokenizer.encode("play ")]
-    assert model.suffix_ids == [marker("<|im_end|>")]
+    assert model.plain.prefix == (marker("<|im_start|>"), *build.tokenizer.encode("play "))
+    assert model.plain.suffix == (marker("<|im_end|>"),)
     assert preflight.prompt_lines(build)[0].startswith("PROMPT  ")
     assert preflight.prompt_lines(build)[0].endswith(" <speech> [<|im_end|>]")
     with pytest.raises(UserError, match=r"<speech> 0 times"):
         recipe.load(str(tiny), ["model.prompt=Transcribe."])
     with pytest.raises(UserError, match="no token of the tokenizer"):
         preflight.check(Builder(recipe.load(str(tiny), ["model.prompt=<|en|><speech>"])))
+
+
+def test_a_recipes_languages_reach_the_prompts_and_the_batches(tiny) -> None:
+    over = ["model.prompt=play {lang} <speech>", "model.languages={en: fi, zh: gu}"]
+    build = Builder(recipe.load(str(tiny), over))
+    hinted, encode = build.speech_llm().hinted, build.tokenizer.encode
+    assert {lang: prompt.prefix for lang, prompt in hinted.items()} == {
+        "en": tuple(encode("play fi ")), "zh": tuple(encode("play gu "))
+    }  # fmt: skip
+    shown = " ".join(preflight.prompt_lines(build))
+    assert "of 50% of the utterances in en, zh, as en:" in shown
+    hints = [h for b in load_batches(tiny, "align", 12, *over) for h in b.hints]
+    assert set(hints) == {"", "en"}
+    of_pretrain = load_batches(tiny, "pretrain", 3, *over)
+    assert {h for b in of_pretrain for h in b.hints} == {""}
+    assert {h for b in load_batches(tiny, "align", 3) for h in b.hints} == {""}
+    (batch,) = build.validation_batches("sft", utterances=1)[:1]
+    assert set(batch.hints) == {""}
+    preflight.check(build)
+    length = max(len(prompt.prefix) for prompt in hinted.values())
+    assert length > sum(map(len, build.prompt()))
+    tight = f"data.dataloader.batch.prompt_tokens={length - 1}"
+    with pytest.raises(UserError, match=f"prompt has {length} tokens"):
+        preflight.check(
+            Builder(recipe.load(str(tiny), [*over, tight, "data.dataloader.batch.tokens=4000"]))
+        )
+
+
+def test_joint_ctc_scores_need_units_that_are_parts_of_the_text(tiny) -> None:
+    cfg = recipe.load(str(tiny), ["evaluation.decode.ctc_scores=joint"])
+    with pytest.raises(UserError, match=r"kind is stored: leave it out, or give rescoring"):
+        preflight.check(Builder(cfg))
 
 
 def test_another_models_tokenizer_ends_before_training(tiny, tmp_path) -> None:

@@ -6,6 +6,7 @@ examples:
   dsasr evaluate runs/demo --checkpoint step-0000000450 --data … --out early.jsonl
   dsasr evaluate models/demo --data corpus/demo/shards/test --against runs/demo
   dsasr evaluate runs/demo --data corpus/demo/shards/valid --tune
+  dsasr evaluate runs/bilingual --data corpus/test --hint-lang
   dsasr evaluate runs/demo-streaming --data corpus/demo/shards/test --chunk 640ms
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--beam", type=count, default=0, help="1 is greedy (default: the model's)")
     add_chunk(parser)
+    parser.add_argument(
+        "--lang", default="", help="what is spoken in all of the data: the prompt names it, of a "
+        "model trained with languages in its prompt, and rows that name none are of it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hint-lang", action="store_true", help="the prompt names each row's own language"
+    )
     parser.add_argument("--limit", type=count, default=0, help="utterances, spread over the set")
     parser.add_argument(
         "--suite", action="store_true",
@@ -91,6 +99,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--data is needed")
     if args.checkpoint and args.report:
         parser.error("--report is for the end of the run: with --checkpoint use --out")
+    if args.lang and args.hint_lang:
+        parser.error("--lang and --hint-lang both say what the prompt names: leave out one")
+    if args.tune and (args.lang or args.hint_lang):
+        parser.error("--tune goes without a language in the prompt: leave out --lang, --hint-lang")
     if args.suite_utterances < 0 or (args.suite_utterances and not args.suite):
         parser.error("--suite-utterances: give a number above 0, and --suite")
     return args
@@ -126,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if left_out:
         print(f"left out: {dict(left_out)} (too_long: more than {longest:g} s)")
+    for line in hint_lines(args, evaluated, recordings):
+        print(line)
     if args.tune:
         return tune_run(args, evaluated, recordings, rules)
     config = RECORDINGS_ONLY
@@ -138,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         beam=args.beam,
         chunk_ms=args.chunk,
         suite_utterances=args.suite_utterances,
+        lang=args.lang,
+        hint_langs=args.hint_lang,
         progress=bar,
     )
     summary = results.summary(rules)
@@ -184,8 +200,25 @@ def keep_for_report(
         "left_out": dict(left_out),
         "rules": rules,
         "chunk_ms": args.chunk or evaluated.decode.chunk_ms,
+        "lang": args.lang or ("each row's own" if args.hint_lang else ""),
     }
     write_report(args, summary | {"beam": args.beam or evaluated.decode.beam})
+
+
+def hint_lines(
+    args: argparse.Namespace, evaluated: EvaluatedModel, recordings: Sequence[Recording]
+) -> Iterator[str]:
+    """What prompts name. Raises `UserError` for a language that the model was not trained with."""
+    evaluated.model.hint(args.lang)
+    if not args.hint_lang:
+        return
+    if not evaluated.model.hinted:
+        raise UserError(
+            f"--hint-lang: {evaluated.path} was trained without languages in its prompt"
+        )
+    named = sum(bool(evaluated.own_hint(r.lang)) for r in recordings)
+    known = ", ".join(sorted(evaluated.model.hinted))
+    yield f"the prompt names the language of {named} of {len(recordings)} recordings (of {known})"
 
 
 def tune_run(

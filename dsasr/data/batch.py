@@ -35,6 +35,9 @@ class Batch:
     number: int  # of the global batch in its stream
     state: dict  # JSON-able cursor after this step's global batches; opaque
     bad: tuple[tuple[str, str, str, str], ...] = ()
+    # the language that each utterance's prompt names, by its tag in `SpeechLLM.hinted`; "": none.
+    # Without entries no prompt names one
+    hints: tuple[str, ...] = ()
     stats: dict = field(default_factory=dict)  # decode_s, feature_s, bytes, …
     origin: Batch | None = field(default=None, repr=False)  # this batch before `to`
 

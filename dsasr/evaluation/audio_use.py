@@ -56,5 +56,5 @@ def _empty(batch: Batch) -> Batch:
     """``batch`` without its utterances."""
     rows = ("features_BTF", "phonemes_BP", "tokens_BU", "feature_lengths_B", "phoneme_lengths_B",
             "token_lengths_B")  # fmt: skip
-    names = (*rows, "keys", "shards", "texts", "langs", "speakers", "durations")
+    names = (*rows, "keys", "shards", "texts", "langs", "speakers", "durations", "hints")
     return dataclasses.replace(batch, **{name: getattr(batch, name)[:0] for name in names})

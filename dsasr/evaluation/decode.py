@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dsasr.data.batch import Batch
+from dsasr.evaluation.beam_search import Beam, BeamSearch
+from dsasr.evaluation.ctc_prefix import JointScores, Posteriors
 from dsasr.evaluation.ctc_scoring import CtcScore, log_prob_of, score_text
-from dsasr.kernels import dispatch
 from dsasr.model.dynamic_chunks import Chunk, chunk_of
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.llm_forward import Continuation, packed_hidden
@@ -46,10 +47,14 @@ class DecodeConfig:
     extra_tokens: NonNegativeInt = 16  # see tokens_per_second
     # beams are ranked by log-probability / tokens ** length_penalty
     length_penalty: Annotated[float, Range(0, 10)] = 1.0
-    # rank the beams that ended by log-probability + ctc_weight · that of their units by the CTC
-    # head (`dsasr evaluate --tune` finds it); evaluations during training go without it unless the
-    # adaptor reads CTC
+    # rank beams by log-probability + ctc_weight · that of their units by the CTC head (`dsasr
+    # evaluate --tune` finds it); evaluations during training go without it unless the adaptor reads
+    # CTC
     ctc_weight: NonNegativeFloat = 0.0
+    # which beams the CTC head ranks: joint (at each token, by the probability that what the head
+    # writes begins so: of heads that write characters or the language model's tokens), rescoring
+    # (those that ended), or auto: joint where the head can
+    ctc_scores: Literal["auto", "joint", "rescoring"] = "auto"
     # encode in chunks of so many milliseconds, as a live stream is; 0: whole utterances. Of an
     # encoder trained with dynamic chunks
     chunk_ms: NonNegativeInt = 0
@@ -63,6 +68,16 @@ class DecodeConfig:
     def for_model(self, model: SpeechLLM) -> DecodeConfig:
         """These settings without the weight of a CTC head that ``model`` lacks."""
         return self if model.ctc is not None else replace(self, ctc_weight=0.0)
+
+    def is_joint(self, model: SpeechLLM) -> bool:
+        """Whether the CTC head scores each token. Raises `UserError` where it is to and cannot."""
+        can = model.spell is not None and model.spell.writes_text
+        if self.ctc_weight and self.ctc_scores == "joint" and not can:
+            raise UserError(
+                "decoding: ctc_scores=joint needs a CTC head that writes characters or the "
+                "language model's tokens: leave it out, or give rescoring"
+            )
+        return bool(self.ctc_weight) and can and self.ctc_scores != "rescoring"
 
     def token_limit(self, seconds: float) -> int:
         """The most tokens, the end token included, in the transcript of ``seconds`` of audio."""
@@ -102,142 +117,6 @@ class Detokenizer(Protocol):
     end_id: int
 
     def decode(self, ids: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class _Beam:
-    """A partial transcript: its last token, and the beam that it continues. ``greedy``: each of its
-    tokens is the most probable one."""
-
-    utterance: int
-    logprob: float = 0.0
-    length: int = 0
-    token: int = -1
-    entropy: float = 0.0
-    parent: _Beam | None = None
-    greedy: bool = True
-
-    def path(self) -> list[_Beam]:
-        beams, beam = [], self
-        while beam.parent is not None:
-            beams.append(beam)
-            beam = beam.parent
-        return beams[::-1]
-
-
-class _Search:
-    """The beams of a batch, as plain Python values on the CPU.
-
-    ``heard`` gives the CTC head's log-probability of a beam, where ``ctc_weight`` counts it;
-    ``keep``: results of each utterance.
-
-    The greedy transcript stays in the search for as long as it can win, beside the best ``beam``
-    (**ours**): no result has a lower score than it. An open beam is dropped only where its best
-    possible end cannot beat the best that has ended, so that it is never the number of ended beams
-    that ends a search.
-    """
-
-    def __init__(
-        self,
-        limits: Sequence[int],
-        end_id: int,
-        cfg: DecodeConfig,
-        heard: Callable[[_Beam], float] = lambda beam: 0.0,
-        keep: int = 1,
-    ):
-        self.limits, self.end_id, self.cfg, self.heard = limits, end_id, cfg, heard
-        self.keep = keep
-        self.active = [_Beam(utterance) for utterance in range(len(limits))]
-        # Per utterance the best of the beams that ended, and of those cut at the token limit, each
-        # with its score, the best first; the log-probability decides between equal scores.
-        self.ended: list[list[tuple[float, float, _Beam]]] = [[] for _ in limits]
-        self.cut: list[list[tuple[float, float, _Beam]]] = [[] for _ in limits]
-
-    def score(self, beam: _Beam) -> float:
-        """What beams are ranked by at their end."""
-        if self.cfg.ctc_weight:
-            return beam.logprob + self.cfg.ctc_weight * self.heard(beam)
-        return beam.logprob / max(1, beam.length) ** self.cfg.length_penalty
-
-    def bound(self, beam: _Beam) -> float:
-        """The highest `score` that a beam and its continuations can have.
-
-        A log-probability only falls, and the longest transcript divides it by the most.
-        """
-        if self.cfg.ctc_weight:
-            return beam.logprob
-        return beam.logprob / self.limits[beam.utterance] ** self.cfg.length_penalty
-
-    def advance(self, logits_RV: Tensor) -> list[int]:
-        """Extend the active beams by one token each, from logits [R, V] with a row per beam.
-
-        Returns the row that each new active beam continues. Of an utterance's continuations, those
-        that end among its best ``beam`` are set aside, and the best others go on. The utterance is
-        done when no active beam can still beat the best that ended, or at its token limit.
-        """
-        log_probs = logits_RV.log_softmax(-1)
-        entropies = dispatch.softmax_entropy(logits_RV).tolist()
-        width = min(2 * self.cfg.beam, log_probs.shape[1])
-        values, tokens = (x.tolist() for x in log_probs.topk(width))
-        extended: dict[int, list[tuple[_Beam, int]]] = {}
-        for row, beam in enumerate(self.active):
-            for place, (value, token) in enumerate(zip(values[row], tokens[row], strict=True)):
-                longer = _Beam(
-                    beam.utterance,
-                    beam.logprob + value,
-                    beam.length + 1,
-                    token,
-                    entropies[row],
-                    beam,
-                    beam.greedy and place == 0,
-                )
-                extended.setdefault(beam.utterance, []).append((longer, row))
-        self.active, rows = [], []
-        for utterance, candidates in extended.items():
-            for beam, row in self._select(utterance, candidates):
-                self.active.append(beam)
-                rows.append(row)
-        return rows
-
-    def _select(
-        self, utterance: int, candidates: list[tuple[_Beam, int]]
-    ) -> list[tuple[_Beam, int]]:
-        candidates.sort(key=lambda candidate: -candidate[0].logprob)
-        if self.cfg.beam == 1:
-            candidates = candidates[:1]
-        active: list[tuple[_Beam, int]] = []
-        for position, (beam, row) in enumerate(candidates):
-            if beam.token == self.end_id:
-                if position < self.cfg.beam or beam.greedy:
-                    self._add(self.ended[utterance], beam)
-            elif len(active) < self.cfg.beam or beam.greedy:
-                active.append((beam, row))
-        if active and active[0][0].length >= self.limits[utterance]:
-            for beam, _ in () if self.ended[utterance] else active:
-                self._add(self.cut[utterance], beam)
-            return []
-        if len(self.ended[utterance]) == self.keep:
-            least = self.ended[utterance][-1][0]
-            active = [(beam, row) for beam, row in active if self.bound(beam) > least]
-        return active
-
-    def _add(self, best: list[tuple[float, float, _Beam]], beam: _Beam) -> None:
-        """Put ``beam`` among the ``best``, if it belongs there."""
-        if len(best) == self.keep and self.bound(beam) < best[-1][0]:
-            return  # without asking the CTC head
-        scored = self.score(beam), beam.logprob, beam
-        better = sum(other[:2] >= scored[:2] for other in best)
-        best.insert(better, scored)
-        del best[self.keep :]
-
-    def best(self, utterance: int) -> _Beam:
-        """The best of `results`."""
-        return self.results(utterance)[0][1]
-
-    def results(self, utterance: int) -> list[tuple[float, _Beam]]:
-        """The best that ended with their scores, else the best of those cut at the token limit."""
-        found = self.ended[utterance] or self.cut[utterance]
-        return [(score, beam) for score, _, beam in found]
 
 
 class _Stepper:
@@ -297,8 +176,8 @@ def decode_nbest(
     """Transcribe ``batch`` in eval mode: up to ``nbest`` hypotheses an utterance, the best first.
 
     A hypothesis does not depend on the other utterances of the batch. Of hypotheses with the same
-    text the best is returned. ``with_ctc_score``: with the CTC head's
-    scores of each (`Hypothesis.ctc_score`), if the model has one.
+    text the best is returned. ``with_ctc_score``: with the CTC head's scores of each
+    (`Hypothesis.ctc_score`), if the model has one.
 
     Collective with several ranks: all must call `decode_nbest` equally often, with an empty batch
     where they have no more, and ``any_rank(flag)`` must return whether ``flag`` is True on any
@@ -313,9 +192,10 @@ def decode_nbest(
     try:
         stepper = _Stepper(model)
         logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
-        heard = partial(_heard, model, batch, stepper.speech, tokenizer)
+        ctc_log_prob = partial(_ctc_log_prob, model, batch, stepper.speech, tokenizer)
         limits = [cfg.token_limit(s) for s in batch.durations]
-        search = _Search(limits, tokenizer.end_id, cfg, heard, nbest)
+        joint = _joint(model, batch, stepper.speech, tokenizer) if cfg.is_joint(model) else None
+        search = BeamSearch(limits, tokenizer.end_id, cfg, ctc_log_prob, nbest, joint)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:
@@ -342,8 +222,23 @@ def posteriors(speech: SpeechInput, row: int) -> Tensor:
     return speech.log_probs_BSP[row, : int(speech.log_prob_lengths_B[row])]
 
 
-def _heard(
-    model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer, beam: _Beam
+def _joint(
+    model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer
+) -> JointScores:
+    """The CTC head's scores of the beams of ``batch``."""
+
+    def units_of(ids: Sequence[int], row: int, ended: bool) -> list[int] | None:
+        text = tokenizer.decode(list(ids))
+        if not ended:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
+        return model.spell(text, batch.langs[row])
+
+    lengths_B = speech.log_prob_lengths_B.to(speech.log_probs_BSP.device)
+    return JointScores(Posteriors(speech.log_probs_BSP, lengths_B), units_of, tokenizer.end_id)
+
+
+def _ctc_log_prob(
+    model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer, beam: Beam
 ) -> float:
     """The CTC head's log-probability of a beam's transcript in nats.
 
@@ -361,7 +256,7 @@ def _ctc_score(
 
 
 def _hypotheses(
-    batch: Batch, row: int, search: _Search, tokenizer: Detokenizer
+    batch: Batch, row: int, search: BeamSearch, tokenizer: Detokenizer
 ) -> list[Hypothesis]:
     by_text: dict[str, Hypothesis] = {}
     for score, beam in search.results(row):
@@ -370,7 +265,7 @@ def _hypotheses(
     return list(by_text.values())
 
 
-def _hypothesis(key: str, beam: _Beam, tokenizer: Detokenizer, score: float = 0.0) -> Hypothesis:
+def _hypothesis(key: str, beam: Beam, tokenizer: Detokenizer, score: float = 0.0) -> Hypothesis:
     path, finished = beam.path(), beam.token == tokenizer.end_id
     ids = tuple(step.token for step in path)[: -1 if finished else None]
     return Hypothesis(

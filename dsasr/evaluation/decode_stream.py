@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, _hypothesis, _Search
+from dsasr.evaluation.beam_search import BeamSearch
+from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, _hypothesis
 from dsasr.model.llm_forward import Continuation, LlmPast
 from dsasr.model.speech_llm import SpeechLLM
 
@@ -29,7 +30,7 @@ def decode_pasts(
     ``cfg.ctc_weight`` has no effect. The pasts stay as they are. Keys of hypotheses are empty.
     """
     continuation = Continuation(model.llm, model.cached)
-    search = _Search(limits, tokenizer.end_id, replace(cfg, ctc_weight=0.0))
+    search = BeamSearch(limits, tokenizer.end_id, replace(cfg, ctc_weight=0.0))
     hidden_RD = continuation.resume(pasts, endings)
     rows = search.advance(model.head.cap(model.head(hidden_RD)))
     while search.active:

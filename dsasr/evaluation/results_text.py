@@ -38,10 +38,12 @@ def format_results(results: Results, summary: Mapping[str, Any], pairs: int) -> 
                 f"{UNITS[row['unit']]}: {row['substitutions']} sub, {row['deletions']} del, "
                 f"{row['insertions']} ins"
             )
-    guessed = {lang for part in summary["conditions"].values() for lang in part["languages"]}
-    if guessed := sorted(lang for lang in guessed if lang.endswith(BY_SCRIPT)):
+    parts = [part["languages"] for part in summary["conditions"].values()]
+    units = {lang: UNITS[row["unit"]] for part in parts for lang, row in part.items()}
+    if guessed := sorted(lang for lang in units if not lang or lang.endswith(BY_SCRIPT))[::-1]:
+        told = ", ".join(f"{lang or 'other text'} in {units[lang]}" for lang in guessed)
         yield (
-            f"no language is given for {', '.join(guessed)}: scored as its script is; pack with "
+            f"no language is given for some utterances: their script decides, {told}; pack with "
             "--lang to say which it is"
         )
     for row in summary["hallucination"]["rows"]:

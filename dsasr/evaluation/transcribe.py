@@ -78,11 +78,13 @@ def transcribe_clips(
     gather: Callable[[Any], list[Any]] = lambda value: [value],
     progress: Callable[[Iterable], Iterable] = lambda items: items,
     rules: DoubtRules | None = None,
+    hint: Callable[[str], str] = lambda lang: "",
 ) -> Results:
     """`transcribe` clips that are the same on every rank; results in the order of ``clips``.
 
     The ranks share the clips, in batches of up to about ``frames`` padded feature frames.
-    ``progress`` wraps this rank's batches.
+    ``progress`` wraps this rank's batches; ``hint``: what the prompt names of a clip in a language
+    (`Batch.hints`).
     """
     # The keys of clips repeat (one utterance at several SNRs): in the batches a clip is its index.
     recordings = [
@@ -93,6 +95,7 @@ def transcribe_clips(
     batches = list(
         batch_recordings(recordings, front_end=front_end, tokenizer=tokenizer, frames=frames)
     )
+    batches = [replace(batch, hints=tuple(map(hint, batch.langs))) for batch in batches]
     spoken = {}
     for recording in recordings:
         start, end, _ = spoken_part(recording.wave, front_end.rate)

@@ -11,6 +11,7 @@ from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.data.text.normalization import TextConfig
+from dsasr.data.text.prompt import find_language
 from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.eval_sets import Recording
@@ -69,13 +70,21 @@ class EvaluatedModel:
         beam: int = 0,
         chunk_ms: int = 0,
         suite_utterances: int = 0,
+        lang: str = "",
+        hint_langs: bool = False,
         progress: Callable[[Iterable], Iterable] = lambda items: items,
     ) -> Results:
         """Transcribe the suite that ``config`` makes of ``recordings``.
 
         ``beam`` is the beam width, ``chunk_ms`` the chunk (0: the model's); ``suite_utterances``:
-        those of `build_suite`; ``progress`` wraps the batches.
+        those of `build_suite`; ``lang``: what is spoken in all of them, which the prompt names as
+        in `Recognizer.transcribe`, and which rows without a language are of; ``hint_langs``: the
+        prompt names each row's own language, where it can (`own_hint`); ``progress`` wraps the
+        batches. Raises `UserError` for a language that the model was not trained with.
         """
+        told = self.model.hint(lang)
+        if lang:
+            recordings = [replace(r, lang=r.lang or lang) for r in recordings]
         decode = self.decoding(beam)
         decode = replace(decode, chunk_ms=chunk_ms or decode.chunk_ms)
         return transcribe_clips(
@@ -87,7 +96,12 @@ class EvaluatedModel:
             device=device(),
             progress=progress,
             rules=DoubtRules(self.speech, self.tuned.doubt),
+            hint=lambda own: told or (self.own_hint(own) if hint_langs else ""),
         )
+
+    def own_hint(self, lang: str) -> str:
+        """What the prompt names of a row in ``lang``; "" where training did not name that."""
+        return find_language(lang, self.model.hinted) if lang else ""
 
     def decoding(self, beam: int = 0) -> DecodeConfig:
         """The decoding of a beam width (0: the model's), with the weight that was tuned for it."""

@@ -53,11 +53,12 @@ from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.text.build_phonemizer import build_phonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
+from dsasr.data.text.prompt import PromptIds
 from dsasr.data.text.tokenizer_json import has_trained_tokenizer, write_tokenizer_json
 from dsasr.data.text.tokenizers import check_tokenizer, load_tokenizer
 from dsasr.evaluation.tuned import Tuned
 from dsasr.inference.ctc_head import find_head, reading_speller
-from dsasr.inference.export_config import Export, ExportConfig, PromptIds
+from dsasr.inference.export_config import Export, ExportConfig
 from dsasr.inference.model_from_run import speech_statistics
 from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
@@ -130,6 +131,7 @@ def _write_model(
         encoder=_exported_encoder(build, folder),
         adaptor=recipe.model.adaptor,
         prompt=PromptIds(tuple(prefix), tuple(suffix)),
+        hinted=build.hinted_prompts,
         fbank=recipe.data.fbank,
         decode=recipe.evaluation.decode,
         text=recipe.data.text,
@@ -322,6 +324,7 @@ def load_export(folder: str | Path, attn: str = "") -> Export:
         ctc=ctc,
         spell=spell,
         cached=properties.caches,
+        hinted=export_config.hinted,
     )
     parts = {"encoder": model.encoder, "ctc": model.ctc, "adaptor": model.adaptor}
     _load_weights({name: part for name, part in parts.items() if part is not None}, folder)

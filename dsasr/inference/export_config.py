@@ -10,6 +10,7 @@ from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.data.text.build_phonemizer import PhonemizerConfig
 from dsasr.data.text.normalization import TextConfig
+from dsasr.data.text.prompt import PromptIds
 from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.evaluation.decode import DecodeConfig
 from dsasr.evaluation.tuned import Tuned
@@ -22,20 +23,13 @@ from dsasr.recipe import SUBSAMPLING
 
 
 @dataclass(frozen=True)
-class PromptIds:
-    """Token ids of the prompt before and after the speech embeddings."""
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class ExportConfig:
     """``config.json``: what inference needs besides the weights, and nothing of the training."""
 
     encoder: EncoderConfig | PretrainedEncoderConfig
     adaptor: AdaptorConfig
     prompt: PromptIds
+    hinted: dict[str, PromptIds] = field(default_factory=dict)  # prompts that name a language
     fbank: FbankConfig = field(default_factory=FbankConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     text: TextConfig = field(default_factory=TextConfig)  # form of the transcripts

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsasr.data.audio.resampling import RATE
+from dsasr.data.text.prompt import PromptIds
 from dsasr.inference.endpointing import SpeechPart
 from dsasr.inference.partial_text import PartialText
 from dsasr.inference.streaming_encoder import UtteranceAudio
@@ -18,8 +19,10 @@ from dsasr.model.llm_forward import LlmPast
 class LiveUtterance:
     """An utterance that goes on, or waits for its last steps."""
 
-    def __init__(self, start: float, audio: UtteranceAudio, past: LlmPast, text: PartialText):
-        self.start, self.audio, self.past, self.text = start, audio, past, text
+    def __init__(self, start: float, lang: str, audio: UtteranceAudio, prompt: PromptIds,
+                 past: LlmPast, text: PartialText):  # fmt: skip
+        self.start, self.lang, self.audio, self.prompt = start, lang, audio, prompt
+        self.past, self.text = past, text
         self.samples, self.spoken, self.ended = 0, 0.0, False
         self.powers: list[np.ndarray] = []
         self.shown = False  # whether a partial text was

@@ -85,14 +85,21 @@ class Recognizer:
         """This recognizer with that many hypotheses of each segment, and a beam as wide."""
         return replace(self.with_beam(max(self.decode.beam, nbest)), nbest=nbest)
 
+    def check_language(self, lang: str) -> None:
+        """Raise `UserError` for a language that the model was not trained with, where it was
+        trained with any."""
+        self.model.hint(lang)
+
     def transcribe(
         self, source: Source, *, lang: str = "", channel: int | None = None
     ) -> Transcription:
         """Transcribe one recording: a path, an open file, encoded bytes, or samples (an array or a
         tensor at 16 kHz; `Samples` for another rate).
 
-        ``lang``: the language that is spoken, where it is known; ``channel``: the one to hear (from
-        0), in place of the mean of all. Raises `UserError` if it is no audio.
+        ``lang``: the language that is spoken, where it is known: the prompt names it, of a model
+        that was trained with its name (`SpeechLLM.hint`), and the CTC head reads the text by it;
+        ``channel``: the one to hear (from 0), in place of the mean of all. Raises `UserError` if it
+        is no audio, and for a language that the model was not trained with.
         """
         return next(self.transcribe_all([source], lang=lang, channel=channel))
 
@@ -102,17 +109,21 @@ class Recognizer:
         progress: Callable[[float], Any] = lambda seconds: None,
         on_error: Callable[[str, UserError], Any] | None = None,
         *,
-        lang: str = "",
+        lang: str | Callable[[str], str] = "",
         channel: int | None = None,
     ) -> Iterator[Transcription]:
         """Transcribe many recordings, in order; short ones are decoded together.
 
+        ``lang``: that of all, or a function from a recording's name to its own.
         ``progress`` is called with seconds of audio read. ``on_error`` is called with the name and
         the error of each file that is no audio, which is then left out; without it, the first such
         file raises.
         """
         waiting: list[tuple[int, AudioSegment]] = []  # (index of the file, segment)
         opened: list[Source] = []
+        langs: list[str] = []
+        if isinstance(lang, str):
+            self.check_language(lang)
         segments: dict[int, list[Segment]] = {}  # by the index of the file
         read, yielded = 0, 0  # files read to their end; files yielded or left out
 
@@ -129,15 +140,17 @@ class Recognizer:
         for source in sources:
             index = len(opened)
             opened.append(source)
+            langs.append(lang if isinstance(lang, str) else lang(name_of(source)))
             segments[index] = []
             position = 0.0
             try:
+                self.check_language(langs[-1])
                 for segment in split_source(source, self.segmentation, channel):
                     waiting.append((index, segment))
                     progress(max(0.0, segment.start + segment.seconds - position))
                     position = segment.start + segment.seconds
                     if self._padded_seconds(waiting) >= self.batch_seconds:
-                        self._decode(waiting, segments, lang)
+                        self._decode(waiting, segments, langs)
                         yield from complete()
             except UserError as error:
                 if on_error is None:
@@ -146,7 +159,7 @@ class Recognizer:
                 waiting = [(i, segment) for i, segment in waiting if i != index]
                 del segments[index]
             read += 1
-        self._decode(waiting, segments, lang)
+        self._decode(waiting, segments, langs)
         yield from complete()
 
     @staticmethod
@@ -157,13 +170,14 @@ class Recognizer:
         self,
         waiting: list[tuple[int, AudioSegment]],
         segments: dict[int, list[Segment]],
-        lang: str,
+        langs: Sequence[str],
     ) -> None:
         """Decode and remove all of ``waiting``; append each transcript to its file's."""
         audio, waiting[:] = list(waiting), []
         if not audio:
             return
-        batch = self._batch([segment for _, segment in audio], lang).to(self.device or device())
+        batch = self._batch([segment for _, segment in audio], [langs[index] for index, _ in audio])
+        batch = batch.to(self.device or device())
         found = decode_nbest(
             self.model, batch, self.tokenizer, self.decode, nbest=self.nbest, with_ctc_score=True
         )
@@ -172,17 +186,18 @@ class Recognizer:
             self.nbest,
         )  # fmt: skip
         for (index, segment), hypotheses in zip(audio, found, strict=True):
-            segments[index].append(make_segment(rules, segment, hypotheses, lang))
+            segments[index].append(make_segment(rules, segment, hypotheses, langs[index]))
 
-    def _batch(self, audio: Sequence[AudioSegment], lang: str) -> Batch:
+    def _batch(self, audio: Sequence[AudioSegment], langs: Sequence[str]) -> Batch:
         rows = [self.front_end.features(_pad_to_minimum(a.wave)) for a in audio]
-        batch = Batch.blank(
+        return Batch.blank(
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             feature_lengths_B=torch.tensor([len(row) for row in rows]),
             keys=tuple(map(str, range(len(rows)))),
+            langs=tuple(langs),
             durations=tuple(a.seconds for a in audio),
+            hints=tuple(map(self.model.hint, langs)),
         )
-        return replace(batch, langs=(lang,) * len(rows))
 
 
 def _pad_to_minimum(wave: torch.Tensor) -> torch.Tensor:

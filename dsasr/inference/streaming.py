@@ -36,6 +36,7 @@ from dsasr.data.audio.activity import FRAME
 from dsasr.data.audio.files import AudioError, check_scale
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.audio.resampling import RATE
+from dsasr.data.text.prompt import PromptIds
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.evaluation.decode_stream import decode_pasts
 from dsasr.evaluation.doubt import find_doubt
@@ -104,8 +105,8 @@ class Final:
 class Stream:
     """One speaker's audio. Made by `StreamingRecognizer.stream`; for one thread at a time."""
 
-    def __init__(self, recognizer: StreamingRecognizer, endpointer: Endpointer):
-        self._recognizer, self._endpointer = recognizer, endpointer
+    def __init__(self, recognizer: StreamingRecognizer, endpointer: Endpointer, lang: str = ""):
+        self._recognizer, self._endpointer, self.lang = recognizer, endpointer, lang
         self.utterances: deque[LiveUtterance] = deque()
         self.seconds = 0.0  # of audio received
         self.ended = False
@@ -146,7 +147,7 @@ class Stream:
     def _take(self, parts: Sequence[SpeechPart]) -> None:
         for part in parts:
             if part.begins:
-                self.utterances.append(self._recognizer.begin(part.start))
+                self.utterances.append(self._recognizer.begin(part.start, self.lang))
             self.utterances[-1].add(part)
 
 
@@ -157,11 +158,13 @@ class StreamingRecognizer:
         self,
         recognizer: Recognizer,
         config: StreamingConfig | None = None,
+        lang: str = "",
     ):
         """Utterances are found by the detector that ``recognizer.segmentation`` names.
 
-        Raises `UserError` for a model that reads another rate than 16 kHz, and for a chunk that is
-        no whole number of encoder frames.
+        ``lang``: what is spoken, of streams for which nothing else is said. Raises `UserError` for
+        a model that reads another rate than 16 kHz, for a chunk that is no whole number of encoder
+        frames, and for a language as `SpeechLLM.hint`.
         """
         self.config = config or StreamingConfig()
         self.recognizer = recognizer
@@ -177,24 +180,29 @@ class StreamingRecognizer:
             self._encoder = ChunkedEncoder(model, front_end, chunk)
         else:
             self._encoder = WholeEncoder(model, front_end, self.config.chunk_seconds)
-        self._prefix = LlmPast()
-        if model.prefix_ids:
-            (self._prefix,) = self._extended([self._prefix], [self._embed(model.prefix_ids)])
+        self.lang = lang
+        self._prefixes: dict[tuple[int, ...], LlmPast] = {(): LlmPast()}
+        self._prompt(lang)
         self._own: Stream | None = None
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, config: StreamingConfig | None = None
+        cls, folder: str | Path, config: StreamingConfig | None = None, lang: str = ""
     ) -> StreamingRecognizer:
         """The recognizer of an exported folder or a run folder, as `Recognizer.from_pretrained`."""
-        return cls(Recognizer.from_pretrained(folder), config)
+        return cls(Recognizer.from_pretrained(folder), config, lang)
 
     # -- streams -----------------------------------------------------------------------------
 
-    def stream(self) -> Stream:
-        """A new stream."""
+    def stream(self, lang: str | None = None) -> Stream:
+        """A new stream; ``lang``: what is spoken in it (None: the recognizer's, "": not known).
+
+        Raises `UserError` for a language as `SpeechLLM.hint`.
+        """
+        lang = self.lang if lang is None else lang
+        self._model.hint(lang)
         segmentation = self.recognizer.segmentation
-        return Stream(self, Endpointer(segmentation, build_vad(segmentation.vad, RATE)))
+        return Stream(self, Endpointer(segmentation, build_vad(segmentation.vad, RATE)), lang)
 
     def feed(self, samples: np.ndarray | Tensor) -> list[Partial | Final]:
         """`Stream.feed` of the recognizer's own stream, for where one is enough."""
@@ -206,10 +214,18 @@ class StreamingRecognizer:
         stream, self._own = self._own, None
         return stream.finish() if stream is not None else []
 
-    def begin(self, start: float) -> LiveUtterance:
+    def begin(self, start: float, lang: str) -> LiveUtterance:
         """An utterance's state before its first audio."""
         text = PartialText(self.config.open_words)
-        return LiveUtterance(start, self._encoder.begin(), self._prefix, text)
+        return LiveUtterance(start, lang, self._encoder.begin(), *self._prompt(lang), text)
+
+    def _prompt(self, lang: str) -> tuple[PromptIds, LlmPast]:
+        """The prompt of speech in ``lang``, and the language model's past after its beginning."""
+        prompt = self._model.prompt_of(self._model.hint(lang))
+        if prompt.prefix not in self._prefixes:
+            (past,) = self._extended([LlmPast()], [self._embed(prompt.prefix)])
+            self._prefixes[prompt.prefix] = past
+        return prompt, self._prefixes[prompt.prefix]
 
     @torch.no_grad()
     def advance(self, streams: Sequence[Stream]) -> list[list[Partial | Final]]:
@@ -268,7 +284,7 @@ class StreamingRecognizer:
             if utterance.audio.settles:
                 frames, tokens = len(utterance.audio.frames_SE), len(embeds_AD)
                 settled = settled_tokens(self._model, frames, tokens)
-            if not self._model.suffix_ids:  # something must be left that predicts the first token
+            if not utterance.prompt.suffix:  # something must be left that predicts the first token
                 settled = min(settled, len(embeds_AD) - 1)
             settled = max(settled, utterance.settled)
             read.append((utterance, embeds_AD, settled))
@@ -302,7 +318,7 @@ class StreamingRecognizer:
         cfg: DecodeConfig,
     ) -> list[Hypothesis]:
         endings = [
-            torch.cat((u.rest_AD, self._embed([*self._model.suffix_ids, *ids])))
+            torch.cat((u.rest_AD, self._embed([*u.prompt.suffix, *ids])))
             for u, ids in zip(utterances, forced, strict=True)
         ]
         pasts = [u.past for u in utterances]
@@ -347,7 +363,7 @@ class StreamingRecognizer:
         speech, doubt = self.recognizer.speech, self.recognizer.tuned.doubt
         found = find_doubt(
             text, seconds=utterance.spoken, finished=finished, ctc_margin=None, speech=speech,
-            config=doubt, lang=speech.language(text),
+            config=doubt, lang=utterance.lang or speech.language(text),
         )  # fmt: skip
         return Final(*utterance.times, text, round(confidence, 4), no_speech, finished, found)
 

@@ -71,17 +71,19 @@ class Layout:
 def lay_out(
     speech_B: Tensor,
     tokens_B: Tensor,
-    prefix: int,
-    suffix: int,
+    prefix: int | Tensor,
+    suffix: int | Tensor,
     pack: int = 0,
     left_pad: bool = False,
 ) -> Layout:
     """Place utterances of ``speech_B`` embeddings and ``tokens_B`` target tokens into rows.
 
-    With no tokens at all (decoding), the layout is that of the prompts.
+    ``prefix`` and ``suffix`` count the prompt's tokens before and after the speech, of all or of
+    each utterance [B]. With no tokens at all (decoding), the layout is that of the prompts.
     """
+    prefix_B, suffix_B = (torch.as_tensor(n).expand_as(speech_B) for n in (prefix, suffix))
     inputs_B = (tokens_B - 1).clamp_min(0)
-    lengths_B = prefix + speech_B + suffix + inputs_B
+    lengths_B = prefix_B + speech_B + suffix_B + inputs_B
     plan = plan_rows(lengths_B.tolist(), pack)
     sizes = [sum(int(lengths_B[index]) for index in row) for row in plan]
     length = max(sizes, default=0)
@@ -91,19 +93,18 @@ def lay_out(
         for index in row:
             starts_B[index] = start
             start += int(lengths_B[index])
-    after_speech_B = starts_B + prefix + speech_B
-    tokens_start_B = after_speech_B + suffix
-    whole = torch.ones_like(starts_B)
+    after_speech_B = starts_B + prefix_B + speech_B
+    tokens_start_B = after_speech_B + suffix_B
     positions = torch.zeros(len(plan) * length, dtype=torch.int64)
     positions[ragged(starts_B, lengths_B)] = ragged(torch.zeros_like(lengths_B), lengths_B)
     return Layout(
         rows=len(plan),
         length=length,
-        speech_N=ragged(starts_B + prefix, speech_B),
+        speech_N=ragged(starts_B + prefix_B, speech_B),
         text_M=torch.cat(
             (
-                ragged(starts_B, whole * prefix),
-                ragged(after_speech_B, whole * suffix),
+                ragged(starts_B, prefix_B),
+                ragged(after_speech_B, suffix_B),
                 ragged(tokens_start_B, inputs_B),
             )
         ),

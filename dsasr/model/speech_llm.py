@@ -8,7 +8,8 @@ inside the fused kernel. Packed rows and rows of one utterance give the same los
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsasr.data.audio.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batch import Batch, upload
+from dsasr.data.text.prompt import PromptIds, find_language
 from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptors.protocol import Adaptor
 from dsasr.model.ctc import CtcHead
@@ -34,6 +36,8 @@ from dsasr.utils.errors import UserError
 
 class Spell(Protocol):
     """From a transcript and its language to units of the CTC head."""
+
+    writes_text: bool  # units are parts of the text: those of its beginning come first
 
     def __call__(self, text: str, lang: str) -> list[int] | None:
         """None where a unit is unknown."""
@@ -70,8 +74,9 @@ class SpeechLLM(nn.Module):
     spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
     context; ctc: the head whose posteriors an adaptor of kind ctc reads, and of other kinds the
     scores transcripts (`attach_ctc_head`); spell: transcripts to its units; cached: decode from
-    the language model's cache (`LlmProperties.caches`). Raises `UserError` if the prompt is empty:
-    something must predict the first token.
+    the language model's cache (`LlmProperties.caches`); hinted: the prompts that name a language,
+    by its tag, for the utterances whose `Batch.hints` says so. Raises `UserError` if a prompt is
+    empty: something must predict the first token.
     """
 
     def __init__(
@@ -88,12 +93,15 @@ class SpeechLLM(nn.Module):
         ctc: CtcHead | None = None,
         spell: Spell | None = None,
         cached: bool = True,
+        hinted: Mapping[str, PromptIds] | None = None,
     ):
         super().__init__()
-        if not prefix_ids and not suffix_ids:
+        self.plain = PromptIds(tuple(prefix_ids), tuple(suffix_ids))
+        self.hinted = dict(hinted or {})
+        if not all(p.prefix or p.suffix for p in (self.plain, *self.hinted.values())):
             raise UserError("the prompt has no token: the template needs at least one")
         self.encoder, self.ctc, self.adaptor, self.llm = encoder, ctc, adaptor, llm
-        self.prefix_ids, self.suffix_ids, self.pad_id = list(prefix_ids), list(suffix_ids), pad_id
+        self.pad_id = pad_id
         self.cfg, self.spec, self.chunks, self.spell = cfg, spec, chunks, spell
         self.cached = cached
         FusedLmHead.replace(llm)
@@ -108,6 +116,29 @@ class SpeechLLM(nn.Module):
         An adaptor that does not read the head stays without it.
         """
         self.ctc, self.spell = ctc, spell
+
+    def hint(self, lang: str) -> str:
+        """What `Batch.hints` has for speech in ``lang``: the tag of the prompt that names it.
+
+        "" where ``lang`` is empty, and of a model whose prompts name no language. Raises
+        `UserError` for a language that the training did not name.
+        """
+        if not lang or not self.hinted:
+            return ""
+        tag = find_language(lang, self.hinted)
+        if not tag:
+            raise UserError(
+                f"the model was not trained with {lang[:80]!r} in its prompt: give one of "
+                f"{', '.join(sorted(self.hinted))}, or no language"
+            )
+        return tag
+
+    def prompt_of(self, hint: str) -> PromptIds:
+        """The prompt of an utterance, by its `Batch.hints`."""
+        return self.hinted[hint] if hint else self.plain
+
+    def _prompts_of(self, batch: Batch) -> list[PromptIds]:
+        return [self.prompt_of(hint) for hint in batch.hints or ("",) * len(batch)]
 
     @property
     def head(self) -> FusedLmHead:
@@ -134,12 +165,11 @@ class SpeechLLM(nn.Module):
         self._set_modes()
         if self.training:
             seed_dropout(batch)
-        speech = self._speech(batch) if audio else None
+        speech, prompts = self._speech(batch) if audio else None, self._prompts_of(batch)
         layout = lay_out(
             torch.zeros_like(token_lengths_B) if speech is None else self._speech_tokens(speech),
             token_lengths_B,
-            len(self.prefix_ids),
-            len(self.suffix_ids),
+            *_sizes(prompts),
             self._pack,
         )
         device = batch.tokens_BU.device
@@ -147,7 +177,7 @@ class SpeechLLM(nn.Module):
         flat = batch.tokens_BU.flatten()
         inputs = flat[upload(ragged(row_starts_B, token_lengths_B - 1), device)]
         targets_N = flat[upload(ragged(row_starts_B, token_lengths_B), device)]
-        embeds_RLD = self._splice(layout, len(batch), speech, inputs)
+        embeds_RLD = self._splice(layout, prompts, speech, inputs)
         if torch.is_grad_enabled() and not embeds_RLD.requires_grad and _trainable(self.llm):
             # LoRA alone trains. DeepSpeed 0.19 releases the weights of a layer whose input needs
             # no gradient before its backward pass has used them.
@@ -173,11 +203,11 @@ class SpeechLLM(nn.Module):
             log_probs_BSP = self.ctc(output.frames_BSE, output.lengths_B)
             speech = speech._replace(log_probs_BSP=log_probs_BSP, log_prob_lengths_B=lengths_B)
         speech_B = self._speech_tokens(speech)
-        sizes = len(self.prefix_ids), len(self.suffix_ids)
-        layout = lay_out(speech_B, torch.zeros_like(speech_B), *sizes, left_pad=True)
+        prompts = self._prompts_of(batch)
+        layout = lay_out(speech_B, torch.zeros_like(speech_B), *_sizes(prompts), left_pad=True)
         no_ids = batch.tokens_BU.new_empty(0)
         lengths_B = layout.lengths_B.to(no_ids.device)
-        return Prompts(self._splice(layout, len(batch), speech, no_ids), lengths_B, speech)
+        return Prompts(self._splice(layout, prompts, speech, no_ids), lengths_B, speech)
 
     @property
     def _pack(self) -> int:
@@ -255,14 +285,15 @@ class SpeechLLM(nn.Module):
     def _splice(
         self,
         layout: Layout,
-        utterances: int,
+        prompts: Sequence[PromptIds],
         speech: SpeechInput | None,
         token_ids: Tensor,
     ) -> Tensor:
         """Token and speech embeddings at their positions, zeros elsewhere: [R, L, D]."""
         device = token_ids.device
-        prompt = self.prefix_ids * utterances + self.suffix_ids * utterances
-        ids = torch.cat((upload(torch.tensor(prompt, dtype=torch.int64), device), token_ids))
+        sides = [*(p.prefix for p in prompts), *(p.suffix for p in prompts)]
+        prompt_ids = torch.tensor([*itertools.chain(*sides)], dtype=torch.int64)
+        ids = torch.cat((upload(prompt_ids, device), token_ids))
         text_MD = self.embed_tokens(ids)
         embeds = text_MD.new_zeros(layout.rows * layout.length, text_MD.shape[1])
         embeds = embeds.index_copy(0, upload(layout.text_M, device), text_MD)
@@ -284,6 +315,14 @@ class SpeechLLM(nn.Module):
             for name, values in named.items()
         }
         return Outputs(nll_N.sum() * weight, count, sums)
+
+
+def _sizes(prompts: Sequence[PromptIds]) -> tuple[Tensor, Tensor]:
+    """Tokens before and after the speech, each [B]."""
+    return (
+        torch.tensor([len(p.prefix) for p in prompts]),
+        torch.tensor([len(p.suffix) for p in prompts]),
+    )
 
 
 def _trainable(module: nn.Module) -> bool:

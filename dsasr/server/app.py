@@ -25,7 +25,7 @@ from dsasr.server.file_queue import FileQueue, Job
 from dsasr.server.formats import MEDIA, formatted
 from dsasr.server.live import serve_stream
 from dsasr.server.metrics import Metrics
-from dsasr.server.settings import ClientError, ServerLimits
+from dsasr.server.settings import ClientError, ServerLimits, check_language
 from dsasr.server.stream_batcher import StreamBatcher
 from dsasr.server.uploads import received
 
@@ -57,6 +57,7 @@ class Server:
         hosts: tuple[str, ...] = LOOPBACK,
     ):
         self.name, self.limits = name, limits or ServerLimits()
+        self._recognizer = recognizer.recognizer
         self.metrics = Metrics()
         self.files = FileQueue(recognizer.recognizer, self.limits.waiting, self.metrics)
         self.streams = StreamBatcher(recognizer, self.limits.streams, self.metrics)
@@ -94,7 +95,9 @@ class Server:
         self.files.reserve()
         try:
             async with received(request, self.limits, Path(self._spool.name)) as upload:
-                started, job = time.monotonic(), Job(upload.path, upload.seconds)
+                check_language(self._recognizer, upload.language)
+                started = time.monotonic()
+                job = Job(upload.path, upload.seconds, upload.language)
                 self.files.submit(job)
                 transcription = await _while_connected(request, job)
                 self.metrics.request_seconds.observe(time.monotonic() - started)

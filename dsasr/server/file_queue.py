@@ -31,6 +31,7 @@ class Job:
 
     path: Path
     seconds: float
+    language: str = ""
     result: Future[Transcription] = field(default_factory=Future)
 
 
@@ -105,7 +106,10 @@ class FileQueue:
         def refuse(path: str, error: UserError) -> None:
             _finish(jobs[path], error=_unreadable(jobs[path], error))
 
-        for transcription in self._recognizer.transcribe_all(paths, on_error=refuse):
+        def language(path: str) -> str:
+            return jobs[path].language
+
+        for transcription in self._recognizer.transcribe_all(paths, on_error=refuse, lang=language):
             job = jobs[transcription.path]
             self._metrics.audio_seconds.labels("file").inc(job.seconds)
             _finish(job, transcription)

@@ -17,7 +17,8 @@ MEDIA = {
 
 
 def formatted(transcription: Transcription, form: str, seconds: float, language: str = "") -> str:
-    """The body of the answer. ``seconds`` of audio; ``language`` as the client gave it."""
+    """The body of the answer. ``seconds`` of audio; ``language`` as the client gave it,
+    else as the script of the text tells it."""
     if form == "text":
         return transcription.text + "\n"
     if form == "srt":
@@ -28,7 +29,7 @@ def formatted(transcription: Transcription, form: str, seconds: float, language:
     if form == "verbose_json":
         answer |= {
             "task": "transcribe",
-            "language": language,
+            "language": language or next((s.language for s in transcription.spoken), ""),
             "duration": round(seconds, 3),
             "segments": [_segment(i, s) for i, s in enumerate(transcription.segments)],
         }

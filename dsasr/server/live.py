@@ -1,7 +1,8 @@
 """The WebSocket for live audio: PCM in, partial and final texts out.
 
 The client sends binary messages of raw mono PCM, 16 bits little-endian at 16 kHz, as they are
-recorded, and at the end the text ``{"type": "finish"}``. It gets JSON texts:
+recorded, and at the end the text ``{"type": "finish"}``; ``?language=zh`` says what is spoken. It
+gets JSON texts:
 
     {"type": "ready", "rate": 16000, "chunk_ms": 640}
     {"type": "partial", "start": 0.0, "end": 1.28, "text": "the quick bro", "settled": 9}
@@ -74,7 +75,10 @@ async def serve_stream(
             raise ClientError(
                 400, "rate", f"streams are of {RATE} Hz, not {rate}: resample before sending"
             )
-        live = batcher.open(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        live = batcher.open(
+            lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
+            socket.query_params.get("language", ""),
+        )
         await _say(socket, {"type": "ready", "rate": RATE, "chunk_ms": chunk_ms})
         reading = asyncio.create_task(_read(socket, live, limits, metrics))
         writing = asyncio.create_task(_write(socket, live, events))

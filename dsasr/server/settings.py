@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsasr.utils import ranges
+from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from dsasr.inference.recognizer import Recognizer
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,11 @@ class ClientError(Exception):
                 "code": self.code,
             }
         }
+
+
+def check_language(recognizer: Recognizer, language: str) -> None:
+    """Raise `ClientError` for a ``language`` that the model's prompt cannot name."""
+    try:
+        recognizer.check_language(language)
+    except UserError as error:
+        raise ClientError(400, "unknown_language", str(error)) from None

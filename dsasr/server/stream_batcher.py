@@ -13,7 +13,7 @@ import numpy as np
 from dsasr.data.audio.resampling import RATE
 from dsasr.inference.streaming import Final, Partial, Stream, StreamingRecognizer
 from dsasr.server.metrics import Metrics
-from dsasr.server.settings import ClientError
+from dsasr.server.settings import ClientError, check_language
 
 log = logging.getLogger(__name__)
 Event = Partial | Final | Exception | None  # None: after the last
@@ -68,15 +68,17 @@ class StreamBatcher:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def open(self, deliver: Callable[[Event], None]) -> LiveStream:
-        """A new stream. Raises `ClientError` 503 if there are too many."""
+    def open(self, deliver: Callable[[Event], None], language: str = "") -> LiveStream:
+        """A new stream in ``language``. Raises `ClientError` 503 if there are too many, 400 for a
+        language that the model was not trained with."""
+        check_language(self._recognizer.recognizer, language)
         with self.changed:
             if sum(not live.closed for live in self._streams) >= self._limit:
                 raise ClientError(
                     503, "too_many_streams",
                     f"{self._limit} streams are open already: try again later", close=1013,
                 )  # fmt: skip
-            live = LiveStream(self, self._recognizer.stream(), deliver)
+            live = LiveStream(self, self._recognizer.stream(language or None), deliver)
             self._streams.append(live)
             self._metrics.streams.set(len(self._streams))
         return live

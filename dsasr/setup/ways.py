@@ -9,9 +9,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+from dsasr.data.text.prompt import LANG
+from dsasr.data.text.scripts import MIXED_LANGS
 from dsasr.setup.facts import Facts
 from dsasr.setup.parts import Device, LanguageModel, SpeechEncoder, is_installed
 from dsasr.setup.recipe_text import Setting
@@ -23,6 +28,7 @@ SMALL_LLM = 60e6  # parameters up to which the language model is trained whole, 
 SPEECH_TOKEN = 0.16  # seconds of an adaptor's token, as whisper-qwen3 has them
 LONGEST = 30.0  # seconds of an utterance, unless the data has longer ones
 MOST_SECONDS = 60.0
+RARE = 0.01  # share of the utterances from which on a language is named in prompts
 DECODED = 256  # tokens of a hypothesis: more than half a minute of speech has
 _BATCH = "data.dataloader.batch"
 FILLED = 0.9  # of a batch's budget that is speech
@@ -269,19 +275,38 @@ def _stage_table(stages: Sequence[tuple[dict, str]], why: str) -> Setting:
 
 def _prompt(llm: LanguageModel, facts: Facts) -> list[Setting]:
     """The prompt, and the space before a transcript's first word."""
-    text = ""
+    text, languages = "", _languages(llm, facts)
     why = "the form that the language model's tokenizer calls for"
     if llm.is_whisper:
-        lang = facts.text.main_lang.partition("-")[0] or "en"
-        text = (
-            f"<|startofprev|><speech><|startoftranscript|><|{lang}|><|transcribe|><|notimestamps|>"
-        )
+        lang = LANG if languages else f"<|{facts.text.main_lang.partition('-')[0] or 'en'}|>"
+        text = f"<|startofprev|><speech><|startoftranscript|>{lang}<|transcribe|><|notimestamps|>"
         why = "what Whisper's decoder saw before a transcript"
     spaced = "as this model's tokens have it" if llm.spaced else "chat models answer without one"
     return [
         Setting("model.prompt", text, why),
+        *languages,
         Setting("data.text.leading_space", llm.spaced, f"a space before the first word: {spaced}"),
     ]
+
+
+def _languages(llm: LanguageModel, facts: Facts) -> list[Setting]:
+    """What the prompt calls the languages of data in several; nothing where it is one.
+
+    Names are those of transformers' Whisper, and of other languages their tags.
+    """
+    counts: Counter[str] = Counter()
+    for lang, count in facts.text.langs.items():
+        if lang and lang.lower() not in MIXED_LANGS:
+            counts[lang.partition("-")[0].lower()] += count
+    langs = sorted(lang for lang, n in counts.items() if n >= RARE * facts.text.count)
+    if len(langs) < 2 or (llm.is_whisper and not all(lang in LANGUAGES for lang in langs)):
+        return []
+    texts = {
+        lang: f"<|{lang}|>" if llm.is_whisper else LANGUAGES.get(lang, lang).title()
+        for lang in langs
+    }
+    why = "named in half of the prompts, so that --lang can tell the model what is spoken"
+    return [Setting("model.languages", texts, why)]
 
 
 def _why_units(facts: Facts) -> str:

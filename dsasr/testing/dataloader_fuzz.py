@@ -26,6 +26,7 @@ import torch
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig
+from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.shards.writer import PackedSample, write_tar
@@ -162,6 +163,7 @@ def open_stream(
             DatasetConfig(name, str(folder / name / "*.tar"), weight=weight)
             for name, weight in zip(case.shards, case.weights, strict=True)
         ],
+        text=TextEncoder(languages=("en",), language_share=0.5),
         augment=AugmentConfig(noise_share=0.5) if case.augment else None,
         seed=case.seed,
         rank=rank,
@@ -178,7 +180,8 @@ def digest(batch: Batch) -> str:
     for tensor in (batch.features_BTF, batch.feature_lengths_B, batch.tokens_BU, batch.phonemes_BP):
         total.update(repr(tuple(tensor.shape)).encode())
         total.update(tensor.contiguous().numpy().tobytes())
-    total.update(json.dumps([batch.keys, batch.texts, batch.bad, batch.seed, batch.epoch]).encode())
+    plain = [batch.keys, batch.texts, batch.hints, batch.bad, batch.seed, batch.epoch]
+    total.update(json.dumps(plain).encode())
     return total.hexdigest()
 
 

@@ -61,7 +61,15 @@ def prompt_lines(builder: Builder) -> list[str]:
     """The prompt as tokens; nothing where no language model is trained."""
     if not _has_llm(builder):
         return []
-    return _under("PROMPT", describe(builder.tokenizer, *builder.prompt()))
+    tokenizer, lines = builder.tokenizer, describe(builder.tokenizer, *builder.prompt())
+    hinted = builder.hinted_prompts
+    for lang, prompt in list(hinted.items())[:1]:
+        shown, _ = describe(tokenizer, prompt.prefix, prompt.suffix)
+        share = builder.recipe.model.language_share
+        lines.append(
+            f"of {100 * share:g}% of the utterances in {', '.join(hinted)}, as {lang}: {shown}"
+        )
+    return _under("PROMPT", lines)
 
 
 def llm_lines(builder: Builder) -> list[str]:
@@ -118,6 +126,7 @@ def check(builder: Builder) -> None:
         _check_tokenizer(builder)
         _check_adaptor(builder)
         _check_prompt(builder)
+        _check_ctc_scores(builder)
     _check_shards(builder)
 
 
@@ -257,9 +266,22 @@ def _check_tokenizer(builder: Builder) -> None:
     check_special_tokens(builder.tokenizer, config)
 
 
+def _check_ctc_scores(builder: Builder) -> None:
+    """Units that the CTC head scores as a transcript grows must be parts of its text."""
+    kind = builder.recipe.data.phonemizer.kind
+    joint = builder.recipe.evaluation.decode.ctc_scores == "joint"
+    if joint and kind not in ("characters", "tokens"):
+        raise UserError(
+            f"evaluation.decode.ctc_scores=joint needs units that are characters or tokens; "
+            f"data.phonemizer.kind is {kind}: leave it out, or give rescoring"
+        )
+
+
 def _check_prompt(builder: Builder) -> None:
     """The prompt must not be longer than the token budgets count it."""
-    length = sum(map(len, builder.prompt()))
+    hinted = builder.hinted_prompts.values()
+    prompts = [builder.prompt(), *((prompt.prefix, prompt.suffix) for prompt in hinted)]
+    length = max(sum(map(len, sides)) for sides in prompts)
     for stage in builder.recipe.schedule().sft:
         batch = builder.recipe.dataloader(stage)[0].batch
         if batch.tokens and length > batch.prompt_tokens:

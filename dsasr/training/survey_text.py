@@ -10,6 +10,7 @@ import numpy as np
 from dsasr.build import Builder
 from dsasr.data.audio.measure import CLIPPED
 from dsasr.data.text.normalization import is_upper_case
+from dsasr.data.text.prompt import find_language
 from dsasr.data.text.tokenizers import Tokenizer
 from dsasr.training.sample_survey import SetSurvey, SurveyedSample
 from dsasr.utils.columns import WIDTH, columns, shortened
@@ -156,7 +157,7 @@ def warnings(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
     found: dict[str, None] = {}
     for row in surveys:
         lines_of = (_left_out(row), _unusable(row), _sound(row), _case(builder, row),
-                    _lost_characters(builder, row))  # fmt: skip
+                    _lost_characters(builder, row), _unnamed(builder, row))  # fmt: skip
         found |= {line: None for some in lines_of for line in some}
     return [*found, *_shared(surveys)]
 
@@ -254,6 +255,20 @@ def _lost_characters(builder: Builder, row: SetSurvey) -> Iterator[str]:
             f"{row.reading.where}: the tokenizer does not know {shown} ({lost.total()} in "
             f"{len(row.samples)} samples): give data.text.case or .punctuation, or another "
             f"tokenizer{see('unknown-characters')}"
+        )
+
+
+def _unnamed(builder: Builder, row: SetSurvey) -> Iterator[str]:
+    """Utterances whose language no prompt names."""
+    known = builder.recipe.model.languages
+    if row.reading.branch != "sft" or row.reading.kind != "train" or not known:
+        return
+    others = {lang: n for lang, n in row.langs.items() if not find_language(lang, known)}
+    if others:
+        named = ", ".join(f"{lang or 'no language'} {n}" for lang, n in sorted(others.items()))
+        yield (
+            f"{row.reading.where}: no prompt names the language of {sum(others.values())} of "
+            f"{row.langs.total()} utterances ({named}): model.languages has {', '.join(known)}"
         )
 
 

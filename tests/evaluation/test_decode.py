@@ -7,9 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dsasr.data.batch import Batch
-from dsasr.evaluation.decode import DecodeConfig, _Search, decode, decode_nbest
+from dsasr.evaluation.beam_search import BeamSearch
+from dsasr.evaluation.decode import DecodeConfig, decode, decode_nbest, posteriors
 from dsasr.model.adaptors.mlp import MlpAdaptor
 from dsasr.model.adaptors.protocol import AdaptorConfig
+from dsasr.model.ctc import CtcHead, ctc_log_prob
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.llm import LlmConfig
@@ -147,7 +149,7 @@ class Table:
 
     def search(self, cfg, limit, **options):
         """The best beam, and the steps that it took."""
-        search, steps = _Search([limit], END, cfg, **options), 0
+        search, steps = BeamSearch([limit], END, cfg, **options), 0
         while search.active:
             prefixes = [[step.token for step in beam.path()] for beam in search.active]
             search.advance(torch.stack([self.logits(ids) for ids in prefixes]))
@@ -288,7 +290,7 @@ def test_n_best_are_the_best_of_an_exhaustive_search():
     cfg = DecodeConfig(beam=300, length_penalty=0.0)
     for seed in range(5):
         table = Table(seed)
-        search = _Search([4], END, cfg, keep=6)
+        search = BeamSearch([4], END, cfg, keep=6)
         while search.active:
             prefixes = [[step.token for step in beam.path()] for beam in search.active]
             search.advance(torch.stack([table.logits(ids) for ids in prefixes]))
@@ -316,3 +318,68 @@ def test_the_first_of_n_best_is_what_decode_gives(beam):
         assert len({h.text for h in found}) == len(found) <= beam
         assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
         assert all(h.ctc_score is None for h in found)
+
+
+class Letters:
+    """Token i writes i % 3 units, of five that there are."""
+
+    writes_text = True
+
+    def __call__(self, text, lang):
+        return [1 + int(t) % 5 for t in text.split() for _ in range(int(t) % 3)]
+
+    def pronunciations(self, text, lang):
+        return [self(text, lang)]
+
+
+def hearing_model(seed=1):
+    model = make_model(seed=seed)
+    model.attach_ctc_head(CtcHead(12, 6).double(), Letters())
+    return model
+
+
+def test_joint_scores_in_a_batch_are_those_of_the_transcripts_alone():
+    model, batch = hearing_model().eval(), make_batch(90, 25, 61, 40)
+    batch = dataclasses.replace(batch, langs=("",) * 4)
+    cfg = DecodeConfig(beam=3, ctc_weight=0.8, tokens_per_second=20, extra_tokens=2)
+    assert cfg.is_joint(model)
+    speech = model.prompts(batch).speech
+    together = decode_nbest(model, batch, Tokenizer(), cfg, nbest=2)
+    for row, found in enumerate(together):
+        single = dataclasses.replace(select(batch, row), langs=("",))
+        for batched, alone in zip(
+            found, decode_nbest(model, single, Tokenizer(), cfg, nbest=2)[0], strict=True
+        ):
+            assert (batched.ids, batched.finished) == (alone.ids, alone.finished)
+            assert batched.score == pytest.approx(alone.score, abs=1e-5)
+            heard = ctc_log_prob(posteriors(speech, row).double(), Letters()(batched.text, ""))
+            expected = batched.logprob + cfg.ctc_weight * heard
+            assert batched.score == pytest.approx(expected, abs=1e-4)
+
+
+def test_units_decide_whether_the_head_scores_each_token():
+    model, cfg = hearing_model(), DecodeConfig(beam=4, ctc_weight=0.5)
+    assert cfg.is_joint(model)
+    assert not dataclasses.replace(cfg, ctc_scores="rescoring").is_joint(model)
+    assert not DecodeConfig(beam=4).is_joint(model)
+    model.spell.writes_text = False  # phonemes
+    assert not cfg.is_joint(model)
+    with pytest.raises(UserError, match="ctc_scores=joint needs a CTC head that writes characters"):
+        dataclasses.replace(cfg, ctc_scores="joint").is_joint(model)
+    assert decode(hearing_model(), make_batch(), Tokenizer(), cfg) == []
+
+
+def test_a_joint_search_finds_no_worse_transcripts_than_rescoring():
+    """The score at the end is the same; what is open is ranked by what the head heard too."""
+    better = 0
+    for seed in range(8):
+        model, batch = hearing_model(seed), make_batch(60, 45)
+        batch = dataclasses.replace(batch, langs=("", ""))
+        cfg = DecodeConfig(beam=2, ctc_weight=1.0, max_tokens=8)
+        scores = [
+            [h.score if h.finished else -math.inf for h in decode(model, batch, Tokenizer(), c)]
+            for c in (cfg, dataclasses.replace(cfg, ctc_scores="rescoring"))
+        ]
+        better += sum(a > b + 1e-6 for a, b in zip(*scores, strict=True))
+        better -= sum(b > a + 1e-6 for a, b in zip(*scores, strict=True))
+    assert better > 0

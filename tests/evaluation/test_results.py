@@ -198,3 +198,25 @@ def test_sign_test_against_the_binomial():
     assert sign_test(0, 5) == pytest.approx(2 / 32)
     assert sign_test(1, 7) == sign_test(7, 1) == pytest.approx(2 * (1 + 8) / 256)
     assert math.isclose(sign_test(2, 4), 2 * (1 + 6 + 15) / 64)
+
+
+def test_scores_of_rows_without_a_language_say_that_the_script_decided():
+    rows = [
+        row("a", "今天天气很好", "今天天汽很好", lang=""),
+        row("b", "打开 wifi 吧", "打开 wifi", lang=""),
+        row("c", "good morning", "good evening", lang=""),
+    ]
+    results = Results(rows)
+    summary = results.summary()
+    found = summary["conditions"]["clean"]["languages"]
+    counts = {lang: (r["unit"], r["units"], r["rate"]) for lang, r in found.items()}
+    assert counts == {
+        "zh?": ("char", 6, 1 / 6), "zh-en?": ("mixed", 4, 1 / 4), "": ("word", 2, 1 / 2)
+    }  # fmt: skip
+    (line,) = [x for x in format_results(results, summary, 0) if "no language" in x]
+    assert line == (
+        "no language is given for some utterances: their script decides, zh? in characters, zh-en? "
+        "in words and characters, other text in words; pack with --lang to say which it is"
+    )
+    given = Results([replace(r, lang="zh-en") for r in rows])
+    assert not any("no language" in x for x in format_results(given, given.summary(), 0))

@@ -24,7 +24,9 @@ from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.manifest import FORMAT, MANIFEST
 from dsasr.checkpoint.safetensors_writer import LazyTensor, write_tensors
 from dsasr.checkpoint.tensor_fragments import Fragment
+from dsasr.evaluation.eval_sets import Recording
 from dsasr.inference import export
+from dsasr.inference.evaluated_model import EvaluatedModel
 from dsasr.inference.model_from_run import RunModel
 from dsasr.utils.errors import UserError
 
@@ -263,8 +265,43 @@ def test_an_export_keeps_the_recipes_prompt(tiny, tmp_path):
     loaded = export.load_export(folder)
     encode, marker = loaded.tokenizer.encode, loaded.tokenizer.special_id
     for model in (of_run.model, loaded.model):
-        assert model.prefix_ids == [marker("<|im_start|>"), *encode("do ")]
-        assert model.suffix_ids == [*encode("fi"), marker("<|im_end|>")]
+        assert model.plain.prefix == (marker("<|im_start|>"), *encode("do "))
+        assert model.plain.suffix == (*encode("fi"), marker("<|im_end|>"))
+
+
+def test_an_export_keeps_the_prompts_of_its_languages(tiny, tmp_path):
+    settings = ["model.prompt=<|im_start|>do {lang} <speech><|im_end|>",
+                "model.languages={en: fi, zh: gu}"]  # fmt: skip
+    run = write_run(tiny, tmp_path / "run", 1, *settings)
+    of_run = RunModel.from_run(run)
+    folder = export.export_run(of_run.build, open_run_checkpoint(run), tmp_path / "model")
+    loaded = export.load_export(folder)
+    assert loaded.model.hinted == of_run.model.hinted and list(loaded.model.hinted) == ["en", "zh"]
+    encode, marker = loaded.tokenizer.encode, loaded.tokenizer.special_id
+    assert loaded.model.hinted["zh"].prefix == (marker("<|im_start|>"), *encode("do gu "))
+    assert loaded.model.plain.prefix == (marker("<|im_start|>"), *encode("do "))
+    recognizers = [Recognizer.from_pretrained(place) for place in (run, folder)]
+    for lang in ("", "en", "zh"):
+        texts = {r.transcribe(tone(), lang=lang).text for r in recognizers}
+        assert len(texts) == 1
+    with pytest.raises(UserError, match="give one of en, zh"):
+        recognizers[1].transcribe(tone(), lang="de")
+    told = EvaluatedModel.open(folder)
+    clips = [Recording("a", tone(), "ba do", "", ""), Recording("b", tone(0.9), "fi", "zh", "")]
+    expected = {lang: recognizers[1].model.hint(lang) for lang in ("en", "zh")}
+    seen = []
+    prompt_of = told.model.prompt_of
+    told.model.prompt_of = lambda hint: seen.append(hint) or prompt_of(hint)
+    rows = told.transcribe(clips, lang="en").rows
+    assert set(seen) == {expected["en"]} and {r.key: r.lang for r in rows} == {"a": "en", "b": "zh"}
+    seen.clear()
+    rows = told.transcribe(clips, hint_langs=True).rows
+    assert set(seen) == {"", "zh"} and {r.key: r.lang for r in rows} == {"a": "", "b": "zh"}
+    seen.clear()
+    told.transcribe(clips)
+    assert set(seen) == {""}
+    with pytest.raises(UserError, match="give one of en, zh"):
+        told.transcribe(clips, lang="de")
 
 
 def test_the_exported_tokenizer_is_that_of_the_training(tiny, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
+from dsasr.inference import recognizer as recognizer_module
 from dsasr.inference.loading import limited
 from dsasr.inference.recognizer import Recognizer
 from dsasr.inference.segmentation import SegmentationConfig
@@ -63,7 +65,8 @@ def batches(monkeypatch) -> list[int]:
 def recognizer() -> Recognizer:
     front_end = FbankFrontEnd(FbankConfig(), Cmvn(torch.zeros(80), torch.ones(80)))
     segmentation = SegmentationConfig(max_seconds=6)
-    return Recognizer(None, Letters(), front_end, segmentation, DecodeConfig(), batch_seconds=12)
+    model = SimpleNamespace(hint=lambda lang: "")  # no language in its prompt
+    return Recognizer(model, Letters(), front_end, segmentation, DecodeConfig(), batch_seconds=12)
 
 
 def loud(seconds: float) -> np.ndarray:
@@ -91,6 +94,39 @@ def test_files_come_in_order_and_short_ones_are_decoded_together(recognizer, bat
         for before, after in pairwise(transcription.segments):
             assert before.end <= after.start
     assert 17 < sum(progress) < 25
+
+
+def test_each_file_may_have_its_own_language(recognizer, batches, monkeypatch, tmp_path):
+    known = {"": "", "en": "EN", "zh": "ZH"}
+
+    def hint(lang: str) -> str:
+        if lang not in known:
+            raise UserError(f"the model was not trained with {lang}")
+        return known[lang]
+
+    recognizer = replace(recognizer, model=SimpleNamespace(hint=hint))
+    seen, decode = [], recognizer_module.decode_nbest
+
+    def look(model, batch, *arguments, **options):
+        seen.append((batch.langs, batch.hints))
+        return decode(model, batch, *arguments, **options)
+
+    monkeypatch.setattr(recognizer_module, "decode_nbest", look)
+    langs = ["zh", "", "de", "en"]
+    paths = [write(tmp_path / f"{i}.wav", 1.0) for i in range(4)]
+    by_name, failed = dict(zip(map(str, paths), langs, strict=True)), []
+    found = list(
+        recognizer.transcribe_all(
+            paths, on_error=lambda name, error: failed.append((name, str(error))),
+            lang=by_name.__getitem__,
+        )
+    )  # fmt: skip
+    assert seen == [(("zh", "", "en"), ("ZH", "", "EN"))]
+    assert failed == [(str(paths[2]), "the model was not trained with de")]
+    assert [t.segments[0].language for t in found] == ["zh", "", "en"]
+    with pytest.raises(UserError, match="with de"):
+        recognizer.transcribe(paths[0], lang="de")
+    assert recognizer.transcribe(paths[0], lang="en").segments[0].language == "en"
 
 
 def test_confidence_and_times(recognizer, batches, tmp_path):

@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.batch import Batch
+from dsasr.data.text.prompt import PromptIds
 from dsasr.evaluation.decode import DecodeConfig, decode
 from dsasr.inference.recognizer import NoSpeechConfig, Recognizer
 from dsasr.inference.segmentation import SegmentationConfig
@@ -51,6 +52,14 @@ def marked_speech(monkeypatch):
     monkeypatch.setattr("dsasr.inference.streaming.build_vad", lambda kind, rate: Marked())
 
 
+HINTED = {
+    "en": PromptIds((1, 5, 2), (3,)),
+    "zh": PromptIds((1, 2), (6, 3)),
+    "xx": PromptIds((), (7,)),
+    "yy": PromptIds((8,), ()),
+}
+
+
 def model_of(adaptor: AdaptorConfig, prefix=(1, 2), suffix=(3,), cached=True) -> SpeechLLM:
     torch.manual_seed(1)
     config = Qwen3Config(
@@ -63,7 +72,7 @@ def model_of(adaptor: AdaptorConfig, prefix=(1, 2), suffix=(3,), cached=True) ->
     return SpeechLLM(
         encoder, build_adaptor(adaptor, 12, 16, 0.5, units), Qwen3ForCausalLM(config),
         list(prefix), list(suffix), 0, LlmConfig(), ctc=CtcHead(12, units) if units else None,
-        cached=cached,
+        cached=cached, hinted=HINTED,
     ).double().eval()  # fmt: skip
 
 
@@ -83,10 +92,12 @@ def silence(seconds: float) -> np.ndarray:
     return np.zeros(round(seconds * 16000), np.float32)
 
 
-def whole_text(model: SpeechLLM, wave: np.ndarray, chunk: Chunk | None = CHUNK) -> str:
+def whole_text(
+    model: SpeechLLM, wave: np.ndarray, chunk: Chunk | None = CHUNK, hint: str = ""
+) -> str:
     features = FBANK.features(torch.from_numpy(wave))[None]
     batch = Batch.blank(
-        features, keys=("a",), durations=(len(wave) / 16000,),
+        features, keys=("a",), hints=(hint,), durations=(len(wave) / 16000,),
         feature_lengths_B=torch.tensor([features.shape[1]]),
     )  # fmt: skip
     return decode(model, batch, Tokenizer(), DecodeConfig(max_tokens=20), chunk=chunk)[0].text
@@ -130,6 +141,26 @@ def test_other_prompts_and_models_without_a_cache(cached, prefix, suffix):
     model = model_of(ADAPTORS["mlp"], prefix, suffix, cached)
     wave = speech(1.6, 5)
     assert finals(run(recognizer_of(model).stream(), wave, 4000)) == [whole_text(model, wave)]
+
+
+def test_each_stream_has_the_prompt_of_its_language():
+    model, wave = model_of(ADAPTORS["mlp"]), speech(1.6, 5)
+    langs = ["en", "", "zh-CN", "xx", "yy", "en"]
+    expected = [whole_text(model, wave, hint=model.hint(lang)) for lang in langs]
+    assert len(set(expected)) > 2
+    recognizer = recognizer_of(model)
+    streams = [recognizer.stream(lang) for lang in langs]
+    for stream in streams:
+        stream.push(wave)
+        stream.end()
+    assert [finals(events) for events in recognizer.advance(streams)] == [[t] for t in expected]
+    own = StreamingRecognizer(recognizer.recognizer, lang="en")
+    assert finals(own.feed(wave) + own.finish()) == expected[:1]
+    for refused in (lambda: recognizer.stream("de"), lambda: StreamingRecognizer(
+        recognizer.recognizer, lang="de"
+    )):  # fmt: skip
+        with pytest.raises(UserError, match="give one of en, xx, yy, zh"):
+            refused()
 
 
 def test_an_encoder_without_chunks_hears_the_whole_utterance():

@@ -8,6 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsasr.data.batch import Batch
+from dsasr.data.text.prompt import PromptIds
 from dsasr.model.adaptors.mlp import MlpAdaptor
 from dsasr.model.adaptors.protocol import AdaptorConfig
 from dsasr.model.dynamic_chunks import ChunkConfig
@@ -38,6 +39,13 @@ def make_llm(tied=True, **options):
     return Qwen3ForCausalLM(config)
 
 
+HINTED = {
+    "en": PromptIds((1, 5, 6, 2), (3,)),
+    "zh": PromptIds((), (7, 3)),
+    "xx": PromptIds((9,), ()),
+}
+
+
 def make_model(cfg=None, dtype=torch.float64, dropout=0.0, chunks=None, llm=None):
     llm = llm or make_llm()
     torch.manual_seed(2)
@@ -46,7 +54,9 @@ def make_model(cfg=None, dtype=torch.float64, dropout=0.0, chunks=None, llm=None
     )
     adaptor = MlpAdaptor(AdaptorConfig(hidden=10), 12, 16, token_rms(llm))
     cfg = cfg or LlmConfig()
-    return SpeechLLM(encoder, adaptor, llm, PREFIX, SUFFIX, 0, cfg, chunks=chunks).to(dtype)
+    return SpeechLLM(
+        encoder, adaptor, llm, PREFIX, SUFFIX, 0, cfg, chunks=chunks, hinted=HINTED
+    ).to(dtype)
 
 
 def make_batch(frames=(70, 52, 17, 33), tokens=(6, 1, 3, 4), seed=3, mels=12):
@@ -77,7 +87,10 @@ def plain_loss(model, batch):
         frames = model.encoder(batch.features_BTF[row : row + 1, : int(T)], T)
         speech, _ = model.adaptor(frames.frames_BSE, frames.lengths_B)
         ids = batch.tokens_BU[row, :length]
-        parts = [embed(torch.tensor(PREFIX)), speech[0], embed(torch.tensor(SUFFIX)), embed(ids)]
+        hint = batch.hints[row] if batch.hints else ""
+        before, after = dataclasses.astuple(HINTED[hint]) if hint else (PREFIX, SUFFIX)
+        before, after = (embed(torch.tensor(side, dtype=torch.int64)) for side in (before, after))
+        parts = [before, speech[0], after, embed(ids)]
         sequence = torch.cat(parts)
         labels = torch.full((len(sequence),), -100)
         labels[-length:] = ids
@@ -92,11 +105,12 @@ def gradients(model, loss):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("hints", [(), ("zh", "", "en", "xx")], ids=["plain", "hinted"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("pack", [0, 1, 16, 40, 1000])
-def test_loss_and_gradients_equal_one_by_one_packed_or_not(pack, tied):
+def test_loss_and_gradients_equal_one_by_one_packed_or_not(pack, tied, hints):
     model = make_model(LlmConfig(pack=pack), llm=make_llm(tied)).eval()
-    batch = make_batch()
+    batch = dataclasses.replace(make_batch(), hints=hints)
     batch = dataclasses.replace(batch, features_BTF=batch.features_BTF.double())
     outputs = model(batch)
     plain = plain_loss(model, batch)
@@ -141,6 +155,39 @@ def test_an_utterance_does_not_depend_on_its_batch():
         )
         apart = apart + model(utterance).sums["nll"][0]
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_in_a_batch_is_that_of_its_hint_padded_on_the_left():
+    model = make_model().eval()
+    hints = ("zh", "", "en", "xx")
+    batch = dataclasses.replace(make_batch(), hints=hints)
+    batch = dataclasses.replace(batch, features_BTF=batch.features_BTF.double())
+    embeds_BLD, lengths_B, speech = model.prompts(batch)
+    embed = model.llm.get_input_embeddings()
+    for row, hint in enumerate(hints):
+        prompt = model.prompt_of(hint)
+        own = embeds_BLD[row, embeds_BLD.shape[1] - int(lengths_B[row]) :]
+        before, after = (
+            embed(torch.tensor(s, dtype=torch.int64)) for s in (prompt.prefix, prompt.suffix)
+        )
+        heard, counts = model.adaptor(
+            speech.frames_BSE[row : row + 1], speech.lengths_B[row : row + 1]
+        )
+        expected = torch.cat((before, heard[0, : int(counts[0])], after))
+        torch.testing.assert_close(own, expected, atol=1e-6, rtol=0)
+    for audio in (True, False):
+        plain = model(dataclasses.replace(batch, hints=("",) * 4), audio=audio).loss
+        assert torch.equal(plain, model(dataclasses.replace(batch, hints=()), audio=audio).loss)
+        assert not torch.equal(plain, model(batch, audio=audio).loss)
+
+
+def test_a_language_is_named_if_training_named_it():
+    model = make_model()
+    assert [model.hint(lang) for lang in ("", "en", "en-GB", "ZH")] == ["", "en", "en", "zh"]
+    with pytest.raises(UserError, match="'de' in its prompt: give one of en, xx, zh, or no"):
+        model.hint("de")
+    model.hinted = {}
+    assert model.hint("de") == ""
 
 
 def test_entropy_and_accuracy_are_of_the_same_predictions():
@@ -271,7 +318,7 @@ def test_rows_are_filled_evenly_for_all_are_padded_to_the_longest():
 
 def test_the_layout_is_a_partition_of_the_rows():
     speech, tokens = torch.tensor([3, 1, 5]), torch.tensor([2, 4, 1])
-    layout = lay_out(speech, tokens, 2, 1, pack=14)
+    layout = lay_out(speech, tokens, torch.tensor([2, 2, 2]), 1, pack=14)
     positions = torch.cat((layout.speech_N, layout.text_M)).tolist()
     assert len(set(positions)) == len(positions) == int((speech + tokens - 1 + 3).sum())
     assert layout.positions_RL.shape == (layout.rows, layout.length)
@@ -325,5 +372,10 @@ def test_other_heads_and_empty_prompts_are_refused():
     with pytest.raises(UserError, match="prompt"):
         model = make_model()
         SpeechLLM(model.encoder, model.adaptor, model.llm, [], [], 0, LlmConfig())
+    with pytest.raises(UserError, match="prompt"):
+        SpeechLLM(
+            model.encoder, model.adaptor, model.llm, [1], [], 0, LlmConfig(),
+            hinted={"en": PromptIds((), ())},
+        )  # fmt: skip
     with pytest.raises(UserError, match="attn"):
         LlmConfig(attn="fast")

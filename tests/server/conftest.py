@@ -34,7 +34,11 @@ class FileRecognizer:
     pause: float = 0.0
     batches: list[int] = field(default_factory=list)
 
-    def transcribe_all(self, paths, on_error):
+    def check_language(self, lang):
+        if lang not in ("", "en", "zh"):
+            raise UserError(f"the model was not trained with {lang!r}: give one of en, zh")
+
+    def transcribe_all(self, paths, on_error, lang):
         taken = list(paths)
         time.sleep(self.pause)
         self.batches.append(len(taken))
@@ -47,7 +51,8 @@ class FileRecognizer:
                 raise RuntimeError("a fault of the recognizer")
             else:
                 end = len(samples) / rate
-                segment = Segment(0.0, end, f"code {code}", 0.9, False, True, ())
+                text = f"code {code} {lang(str(path))}".rstrip()
+                segment = Segment(0.0, end, text, 0.9, False, True, ())
                 yield Transcription(str(path), (segment,))
 
 
@@ -59,8 +64,8 @@ class StreamRecognizer:
     def __init__(self, files: FileRecognizer):
         self.recognizer, self.together, self.pause = files, [], 0.0
 
-    def stream(self):
-        return SimpleStream()
+    def stream(self, lang):
+        return SimpleStream(lang)
 
     def advance(self, streams):
         self.together.append(len(streams))
@@ -69,7 +74,8 @@ class StreamRecognizer:
 
 
 class SimpleStream:
-    def __init__(self):
+    def __init__(self, lang):
+        self.lang = lang
         self.heard = np.zeros(0, np.int16)
         self.ended, self.seconds, self.told = False, 0.0, 0
 
@@ -85,7 +91,8 @@ class SimpleStream:
     def events(self):
         if (self.heard == 667).any():
             raise RuntimeError("a fault of the recognizer")
-        text = " ".join(map(str, dict.fromkeys(self.heard.tolist())))
+        codes = map(str, dict.fromkeys(self.heard.tolist()))
+        text = " ".join([*codes, *filter(None, [self.lang])])
         found = []
         if self.seconds - self.told >= 1:
             self.told = self.seconds

@@ -36,7 +36,22 @@ def test_the_formats_of_openai(serving):
     values = json.loads(body)
     assert status == 200 and values["duration"] == 1.5 and values["language"] == "en"
     (segment,) = values["segments"]
-    assert (segment["start"], segment["end"], segment["text"]) == (0.0, 1.5, "code 7")
+    assert (segment["start"], segment["end"], segment["text"]) == (0.0, 1.5, "code 7 en")
+
+
+def test_files_in_several_languages_share_a_batch(serving):
+    server = serving()
+    server.files.pause = 0.3
+    langs = ["en", "zh", "", "en", "", "zh"]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(
+            pool.map(lambda i: server.post(wav(tone(i, 0.5)), language=langs[i]), range(6))
+        )
+    texts = [json.loads(body)["text"] for _, body in answers]
+    assert texts == [f"code {i} {lang}".rstrip() for i, lang in enumerate(langs)]
+    assert max(server.files.batches) > 1
+    status, code, message = server.error(wav(tone(1, 0.5)), language="fr")
+    assert (status, code) == (400, "unknown_language") and "give one of en, zh" in message
 
 
 def test_files_of_several_clients_are_transcribed_together_and_not_mixed_up(serving):

@@ -38,8 +38,8 @@ def rest(client) -> list[dict]:
         return messages
 
 
-def spoken(server, code: int, seconds: float = 2.5) -> list[dict]:
-    with open_stream(server) as client:
+def spoken(server, code: int, seconds: float = 2.5, query: str = "") -> list[dict]:
+    with open_stream(server, query) as client:
         with contextlib.suppress(ConnectionClosed):
             for _ in range(int(seconds * 10)):
                 client.send(tone(code, 0.1))
@@ -55,6 +55,13 @@ def test_partial_and_final_texts_come_in_order(serving):
     assert set(kinds[1:-2]) == {"partial"}
     assert messages[0] == {"type": "ready", "rate": 16000, "chunk_ms": 1000}
     assert messages[-2]["text"] == "5" and messages[-1]["seconds"] == 2.5
+
+
+def test_a_stream_says_what_is_spoken(serving):
+    server = serving()
+    assert spoken(server, 5, query="?language=zh")[-2]["text"] == "5 zh"
+    (error,) = spoken(server, 5, query="?language=fr")
+    assert error["code"] == "unknown_language" and "give one of en, zh" in error["message"]
 
 
 def test_many_streams_are_recognized_together_and_not_mixed_up(serving):

@@ -140,3 +140,22 @@ def test_an_export_is_no_language_model(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "is_export", lambda folder: True)
     with pytest.raises(UserError, match="finetune"):
         parts.look_at_llm(str(tmp_path), fetch=False)
+
+
+@pytest.mark.parametrize(
+    ("llm", "texts", "prompt"),
+    [
+        (QWEN, {"en": "English", "zh": "Chinese"}, ""),
+        (TINY, {"en": "<|en|>", "zh": "<|zh|>"},
+         "<|startofprev|><speech><|startoftranscript|>{lang}<|transcribe|><|notimestamps|>"),
+    ],
+    ids=["qwen", "tiny"],
+)  # fmt: skip
+def test_data_in_two_languages_names_them_in_prompts(llm, texts, prompt):
+    found = facts(11)
+    for lang in ["zh-CN"] * 5 + ["en-GB", "zh-en", ""]:
+        found.text.add("abc", lang)
+    model = main_recipe(found, WHISPER, llm, GPU, "runs/mine", "title")[0].recipe.model
+    assert (model.languages, model.prompt) == (texts, prompt)
+    alone = main_recipe(facts(11), WHISPER, llm, GPU, "runs/mine", "title")[0].recipe.model
+    assert alone.languages == {} and "{lang}" not in alone.prompt

@@ -46,6 +46,15 @@ def test_every_set_of_each_branch(surveyed):
     assert told(builder, surveys) == "" and not survey_text.faults(surveys)
 
 
+def test_languages_that_no_prompt_names(surveyed):
+    over = ["model.prompt=play {lang} <speech>", "model.languages={zh: gu, de: do}"]
+    told_once = (
+        "no prompt names the language of 52 of 52 utterances (en 52): model.languages has zh, de"
+    )
+    assert told(*surveyed(*over)).endswith(told_once)
+    assert told(*surveyed(over[0], "model.languages={en: gu}")) == ""
+
+
 def test_the_screen(surveyed):
     text = survey_text.lines(*surveyed())
     assert text[0].split()[0] == "DATA" and text[1].split()[:4] == ["train", "tiny", "52", "0.01"]

@@ -23,7 +23,7 @@ from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.audio.resampling import one_thread
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
-from dsasr.data.dataloader.window_plan import PlannedSample, Task
+from dsasr.data.dataloader.window_plan import PlannedSample, Task, uniform
 from dsasr.data.dataloader.workers import Allocate
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample, parse_sample
@@ -31,6 +31,7 @@ from dsasr.data.shards.storage import ShardStorage, ShardTruncated
 from dsasr.data.text.normalization import TextConfig, normalize_text
 from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
 from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, UnknownWord
+from dsasr.data.text.prompt import find_language
 from dsasr.data.text.tokenizers import Tokenizer
 
 EncoderLengths = Callable[[Tensor], Tensor]
@@ -39,16 +40,32 @@ EncoderLengths = Callable[[Tensor], Tensor]
 # Frames by which a sample may exceed its plan, as durations and speeds are rounded.
 FRAME_SLACK = 10
 CHARS_SLACK = 64  # characters by which a text may exceed its index
+HINTED = 101  # salt of a sample's draw, beside those of its augmentation
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Transcripts to labels. SFT needs no phonemizer, CTC no tokenizer: those are None."""
+    """Transcripts to labels. SFT needs no phonemizer, CTC no tokenizer: those are None.
+
+    ``languages`` are those that a prompt can name, and ``language_share`` the share of their
+    samples whose prompt does (`hint`).
+    """
 
     config: TextConfig | None = None
     phonemizer: Phonemizer | None = None
     vocab: PhonemeVocab | None = None
     tokenizer: Tokenizer | None = None
+    languages: tuple[str, ...] = ()
+    language_share: float = 0.0
+
+    def hint(self, lang: str, seed: int) -> str:
+        """The language that the prompt of a sample in ``lang`` names, as in `Batch.hints`.
+
+        ``seed`` is the sample's own, from seed, epoch and key: no other sample changes the draw.
+        """
+        named = find_language(lang, self.languages) if lang and self.languages else ""
+        drawn = named and uniform(np.array([seed], np.uint64), HINTED)[0] < self.language_share
+        return named if drawn else ""
 
     @property
     def pad_id(self) -> int:
@@ -101,6 +118,7 @@ class CollatedBatch:
     langs: tuple[str, ...]
     speakers: tuple[str, ...]
     durations: tuple[float, ...]
+    hints: tuple[str, ...]
     bad: tuple[DroppedSample, ...]
     stats: dict[str, float]
 
@@ -122,6 +140,7 @@ class _CollatedSample:
     shard: str
     lang: str
     speaker: str
+    hint: str
     features: Tensor  # [T, F] normalized, or audio [n] where features are computed on the device
     seconds: float
     text: str
@@ -227,6 +246,7 @@ class Collator:
             langs=tuple(sample.lang for sample in samples),
             speakers=tuple(sample.speaker for sample in samples),
             durations=tuple(sample.seconds for sample in samples),
+            hints=tuple(sample.hint for sample in samples),
             bad=tuple(bad),
             stats=stats,
         )
@@ -274,7 +294,8 @@ class Collator:
         names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
         for name, start, end in zip(names, times, times[1:], strict=False):
             stats[name] += end - start
-        source = sample.key, sample.shard, sample.lang, sample.speaker
+        hint = self.text.hint(sample.lang, planned.seed)
+        source = sample.key, sample.shard, sample.lang, sample.speaker, hint
         return _CollatedSample(*source, features, seconds, text, phonemes, tokens)
 
     def _decode(self, sample: Sample, cut_seconds: float | None = None) -> Tensor:

@@ -154,9 +154,10 @@ class StreamingDataLoader(Iterator[Batch]):
     """Iterates over one rank's batches; ``state()`` is the cursor after the last one delivered.
 
     ``purpose="train"``: endless, shuffled, augmented. ``purpose="eval"``: one epoch, in order of
-    length, not augmented. ``epochs`` overrides how often a stream goes over the data (0: endless).
-    With ``features="device"`` the front end runs on ``device`` in this process and the batch's
-    features are there. All ranks must pass the same arguments except ``rank``.
+    length, not augmented, no language named in a prompt. ``epochs`` overrides how often a stream
+    goes over the data (0: endless). With ``features="device"`` the front end runs on ``device`` in
+    this process and the batch's features are there. All ranks must pass the same arguments except
+    ``rank``.
     """
 
     def __init__(
@@ -181,12 +182,13 @@ class StreamingDataLoader(Iterator[Batch]):
         train = purpose == "train"
         self.config, self.device = config, torch.device(device)
         augment = augment if train else None
+        text = text or TextEncoder()
         storage = ShardStorage(config.source)
         self.collator = Collator(
             storage=storage,
             front_end=front_end or FbankFrontEnd(FbankConfig()),
             augment=augment,
-            text=text or TextEncoder(),
+            text=text if train else replace(text, language_share=0.0),
             max_seconds=config.batch.max_seconds,
             features_on_device=config.features == "device",
             ctc_lengths=ctc_lengths,
@@ -313,6 +315,7 @@ class StreamingDataLoader(Iterator[Batch]):
             langs=rest.langs,
             speakers=rest.speakers,
             durations=rest.durations,
+            hints=rest.hints,
             seed=task.seed,
             epoch=task.epoch,
             number=task.number,

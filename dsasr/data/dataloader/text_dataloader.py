@@ -20,6 +20,7 @@ import torch
 
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.collate import TextEncoder
+from dsasr.data.dataloader.window_plan import stable_hash
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample
 from dsasr.data.text.ctc_noise import Confusions, CtcNoise
 from dsasr.utils import ranges
@@ -196,10 +197,12 @@ class TextDataLoader(Iterator[Batch]):
     def __next__(self) -> Batch:
         epoch, first = self._epoch, self._position
         taken = self._take(self.cfg.samples * self.world)[self.rank :: self.world]
-        rows, bad = [], []
+        rows, hints, bad = [], [], []
         for line_epoch, index in taken:
             try:
                 rows.append(self._encode(line_epoch, index))
+                own_seed = stable_hash("text", self.seed, line_epoch, index)
+                hints.append(self.text.hint(self.lines[index].lang, own_seed))
             except BadSample as error:
                 bad.append(error.record)
         if not rows:
@@ -209,7 +212,7 @@ class TextDataLoader(Iterator[Batch]):
                 f"({detail})"
             )
         seed = int(self._rng(1, epoch, first).integers(1 << 62))
-        return self._batch(rows, bad, seed, epoch)
+        return self._batch(rows, hints, bad, seed, epoch)
 
     def _encode(self, epoch: int, index: int) -> tuple[Line, list[int], list[int]]:
         """(line, written units, tokens). Raises `BadSample`."""
@@ -229,6 +232,7 @@ class TextDataLoader(Iterator[Batch]):
     def _batch(
         self,
         rows: Sequence[tuple[Line, list[int], list[int]]],
+        hints: Sequence[str],
         bad: Sequence[DroppedSample],
         seed: int,
         epoch: int,
@@ -246,6 +250,7 @@ class TextDataLoader(Iterator[Batch]):
             shards=tuple(line.file for line in lines),
             texts=tuple(line.text for line in lines),
             langs=tuple(line.lang for line in lines),
+            hints=tuple(hints),
             seed=seed,
             epoch=epoch,
             state=self.state(),

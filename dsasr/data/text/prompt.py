@@ -7,17 +7,31 @@ the demo's language model all build their prompt here.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from dsasr.data.text.chat_template import SPEECH
+from dsasr.data.text.scripts import MIXED_LANGS
 from dsasr.data.text.tokenizers import IM_END, IM_START, Tokenizer
 from dsasr.utils.errors import UserError
+from dsasr.utils.names import is_language
 
 CONTEXT = "{context}"
+LANG = "{lang}"
 _SYSTEM = "You are a Multilingual Speech Recognition Model."
 _USER = f"Transcribe the speech into text {SPEECH}."
 _MARKER = re.compile(r"(<\|[a-z_]+\|>)")
 _ANY_MARKER = re.compile(r"<\|[^<>|]+\|>")
+# A place that stays empty, with the space that parted its text from its neighbor.
+_EMPTY_LANG = re.compile(r"(?<![^\n])\{lang\} ?| ?\{lang\}")
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    """Token ids of the prompt before and after the speech embeddings."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
 
 
 class Prompt:
@@ -39,18 +53,21 @@ class Prompt:
         f"{IM_START}user\n{_USER}{IM_END}\n"
         f"{IM_START}assistant\n"
     )
+    language = f" Language: {LANG}."
     hints = f" Contextual hints: {CONTEXT}."
 
     @classmethod
-    def parts(cls, context: str | None = None) -> tuple[list[str], list[str]]:
+    def parts(cls, context: str | None = None, language: str = "") -> tuple[list[str], list[str]]:
         """ChatML before and after the speech, plain text and markers alternating.
 
         Plain text has the even indices, markers the odd ones, as `re.split` returns them. A marker
         within ``context``, which comes from the user, stays plain text.
         """
         before, after = cls.template.split(SPEECH)
+        told = cls.language.replace(LANG, language) if language else ""
         if context:
-            after = after.replace(".", "." + cls.hints.replace(CONTEXT, "\0"), 1)
+            told += cls.hints.replace(CONTEXT, "\0")
+        after = after.replace(".", "." + told, 1)
         prefix, suffix = _MARKER.split(before), _MARKER.split(after)
         return prefix, [part.replace("\0", context or "") for part in suffix]
 
@@ -62,18 +79,24 @@ class Prompt:
 
     @classmethod
     def build(
-        cls, tokenizer: Tokenizer, context: str | None = None, template: str = ""
+        cls,
+        tokenizer: Tokenizer,
+        context: str | None = None,
+        template: str = "",
+        language: str = "",
     ) -> tuple[list[int], list[int]]:
         """(prefix ids, suffix ids).
 
         ``template`` (the recipe's ``model.prompt``) takes the place of all forms above: text with
-        one ``<speech>``, whose special tokens are parsed, and a ``{context}`` where it takes hints.
-        ``context`` is always plain text. Raises `UserError` for a template that does not fit the
-        tokenizer, and for a tokenizer that has only one of ChatML's markers.
+        one ``<speech>``, whose special tokens are parsed, a ``{lang}`` where it takes a language,
+        and a ``{context}`` where it takes hints. ``language`` is a text of ``model.languages``, "":
+        the prompt names none; ``context`` is always plain text. Raises `UserError` for a template
+        that does not fit the tokenizer, and for a tokenizer that has only one of ChatML's markers.
         """
         if template:
-            return cls._of_template(tokenizer, template, context)
-        user = _USER + cls.hints if context else _USER
+            return cls._of_template(tokenizer, with_language(template, language), context)
+        user = _USER + (cls.language.replace(LANG, language) if language else "")
+        user += cls.hints if context else ""
         markers = [m for m in (IM_START, IM_END) if tokenizer.special_id(m) is not None]
         try:
             text = tokenizer.chat_prompt(_SYSTEM, user)
@@ -82,7 +105,7 @@ class Prompt:
                 raise
             text = None
         if len(markers) == 2 and (text is None or f"{IM_START}user\n" in text):
-            prefix, suffix = _encode_chatml(tokenizer, cls.parts(context))
+            prefix, suffix = _encode_chatml(tokenizer, cls.parts(context, language))
         elif text is not None:
             return _encode_sides(tokenizer, text, context)
         elif markers:
@@ -119,6 +142,53 @@ def check_template(template: str) -> None:
     count = template.count(SPEECH)
     if count != 1:
         raise UserError(f"model.prompt has {SPEECH} {count} times: it needs it once, for speech")
+
+
+def with_language(template: str, language: str) -> str:
+    """``template`` with ``language`` in its place for one; "": without the place, and without the
+    space before it, or after it at the beginning of a line."""
+    return template.replace(LANG, language) if language else _EMPTY_LANG.sub("", template)
+
+
+def check_languages(template: str, languages: Mapping[str, str], share: float) -> None:
+    """Raise `UserError` where ``model.languages`` does not go with ``model.prompt``."""
+    if LANG in template and not languages:
+        raise UserError(
+            f"model.prompt has {LANG}: say what stands there with "
+            "model.languages={en: English, zh: Chinese}"
+        )
+    if not languages:
+        return
+    if template and LANG not in template:
+        raise UserError(f"model.prompt has no place for model.languages: put {LANG} into it")
+    if not share:
+        raise UserError(
+            "model.language_share is 0, so that no prompt names a language: give a share, or leave "
+            "out model.languages"
+        )
+    for lang, text in languages.items():
+        if not lang or not is_language(lang):
+            raise UserError(f"model.languages: {lang[:80]!r} is no name of a language")
+        if not text.strip():
+            raise UserError(f"model.languages.{lang} is empty: give its text in the prompt")
+        if not template and _ANY_MARKER.search(text):
+            raise UserError(
+                f"model.languages.{lang} is a token: say where it stands, with a model.prompt that "
+                f"has {LANG}"
+            )
+
+
+def find_language(lang: str, known: Collection[str]) -> str:
+    """The tag among ``known`` that ``lang`` means; "" for none.
+
+    It is the same one (in any case, with - or _), or that of its primary language: en of en-US.
+    A tag of mixed speech (zh-en) means nothing but itself.
+    """
+    tag = lang.lower().replace("_", "-")
+    tags = {name.lower().replace("_", "-"): name for name in known}
+    if tag in tags or tag in MIXED_LANGS:
+        return tags.get(tag, "")
+    return tags.get(tag.partition("-")[0], "")
 
 
 def describe(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> list[str]:

@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dsasr.data.text.characters import CharacterPhonemizer
 from dsasr.data.text.espeak_phonemizer import EspeakPhonemizer
 from dsasr.data.text.lexicon import LexiconPhonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
 from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, UnknownWord
+from dsasr.data.text.token_units import TokenPhonemizer
 from dsasr.utils.errors import UserError
 
 VARIANTS = 8  # pronunciations of a text, at most
@@ -25,6 +27,11 @@ class Speller:
     def __call__(self, text: str, lang: str) -> list[int] | None:
         """None where the phonemizer lacks a word, or the vocabulary a unit."""
         return self._encode(lambda: self.phonemizer.phonemes(text, lang))
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the units are characters or tokens, of which a text's beginning has the first."""
+        return isinstance(self.phonemizer, CharacterPhonemizer | TokenPhonemizer)
 
     def pronunciations(self, text: str, lang: str) -> list[list[int]]:
         """The units of each pronunciation of ``text``, the usual one first, at most `VARIANTS`.

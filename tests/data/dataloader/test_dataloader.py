@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -111,6 +112,36 @@ def test_an_epoch_holds_every_sample_and_padding_is_zero(tmp_path, config) -> No
         assert {"decode_s", "feature_s", "bytes", "wait_s", "queue"} <= set(batch.stats)
         json.dumps(batch.state)
         assert batch.phonemes_BP.shape == (len(batch), 0) and not batch.phoneme_lengths_B.any()
+
+
+def test_which_prompts_name_a_language_is_drawn_by_sample_and_epoch(tmp_path, config) -> None:
+    plain_corpus(tmp_path / "c", [20, 20], "en")
+    plain_corpus(tmp_path / "c", [10], "de")
+    plain_corpus(tmp_path / "c", [10], "")
+    text = TextEncoder(languages=("en", "zh"), language_share=0.5)
+
+    def hints(**options) -> dict:
+        batches = collect(config, tmp_path / "c", text=text, **options)
+        return {(b.epoch, k): h for b in batches for k, h in zip(b.keys, b.hints, strict=True)}
+
+    found = hints(purpose="train", epochs=4)
+    of_en = {place: hint for place, hint in found.items() if place[1].startswith("en")}
+    assert {h for place, h in found.items() if place not in of_en} == {""}
+    assert set(of_en.values()) == {"", "en"}
+    assert 55 < list(of_en.values()).count("en") < 105  # of 160: four deviations from the half
+    epochs = [[of_en[epoch, f"en{i:03d}"] for i in range(40)] for epoch in range(4)]
+    assert all(a != b for a, b in itertools.pairwise(epochs))
+    # Neither the batches nor the audio's changes have a part in it, nor has the number of ranks.
+    other = replace(config, batch=BatchConfig(frames=150, min_seconds=0.0))
+    batches = []
+    for rank in range(2):
+        datasets = [DatasetConfig("d", str(tmp_path / "c" / "*.tar"))]
+        options = {"purpose": "train", "epochs": 4, "augment": AugmentConfig(), "text": text}
+        with StreamingDataLoader(other, datasets=datasets, rank=rank, world=2, **options) as stream:
+            batches += list(stream)
+    again = {(b.epoch, k): h for b in batches for k, h in zip(b.keys, b.hints, strict=True)}
+    assert again == found
+    assert set(hints(purpose="eval").values()) == {""}
 
 
 @pytest.mark.parametrize("augment", [None, AugmentConfig(noise_share=0.5)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,3 +151,22 @@ def test_jsonl_and_mistakes(tmp_path):
     (tmp_path / "e.txt").write_text("\n\n")
     with pytest.raises(UserError, match="no sentence"):
         load_text(TextOnlyConfig(path=str(tmp_path / "e.txt")))
+
+
+def test_a_line_keeps_its_hint_on_any_world_and_gets_another_in_another_epoch(file):
+    def hinted(world, share=0.5):
+        cfg = TextOnlyConfig(path=str(file), samples=2, lang="en-GB", **QUIET)
+        text = replace(encoder(), languages=("en", "zh"), language_share=share)
+        ranks = [
+            TextDataLoader(cfg, text, 5, seed=3, rank=rank, world=world) for rank in range(world)
+        ]
+        batches = [next(rank) for _ in range(44 // world) for rank in ranks]
+        rows = [row for b in batches for row in zip(b.keys, b.hints, strict=True)]
+        return {key: [h for k, h in rows if k == key] for key, _ in rows}
+
+    alone, together = hinted(1), hinted(2)
+    assert all(alone[key][: len(own)] == own[: len(alone[key])] for key, own in together.items())
+    given = [hint for hints in alone.values() for hint in hints]
+    assert set(given) == {"", "en"} and 20 < given.count("en") < 68
+    assert any(len(set(hints)) == 2 for hints in alone.values())
+    assert {h for hints in hinted(1, 1.0).values() for h in hints} == {"en"}

@@ -2,7 +2,14 @@
 
 import pytest
 
-from dsasr.data.text.prompt import Prompt, check_template, describe
+from dsasr.data.text.prompt import (
+    Prompt,
+    check_languages,
+    check_template,
+    describe,
+    find_language,
+    with_language,
+)
 from dsasr.data.text.tokenizers import IM_END, IM_START, HfTokenizer, load_tokenizer
 from dsasr.utils.errors import UserError
 
@@ -244,3 +251,78 @@ def test_a_prompt_is_shown_by_its_tokens(whisper, trained_tokenizer):
     assert "[user\\nTranscribe the speech into text ] <speech> " in prompt
     assert prompt.startswith("33 tokens: ") and "[ turn][ on]" in prompt
     assert end == "a transcript ends with [<|im_end|>]"
+
+
+# -- languages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "named", "bare"),
+    [
+        ("Write the {lang} <speech>.", "Write the Thai <speech>.", "Write the <speech>."),
+        ("{lang} words: <speech>", "Thai words: <speech>", "words: <speech>"),
+        ("hi\n{lang} words <speech>", "hi\nThai words <speech>", "hi\nwords <speech>"),
+        ("<speech><a>{lang}<b>", "<speech><a>Thai<b>", "<speech><a><b>"),
+        ("<speech> ({lang})", "<speech> (Thai)", "<speech> ()"),
+    ],
+)  # fmt: skip
+def test_the_place_of_a_language(template, named, bare):
+    assert with_language(template, "Thai") == named
+    assert with_language(template, "") == bare
+
+
+def test_a_recipes_prompt_names_a_language_by_a_token_or_in_words(whisper):
+    template = "<speech><|startoftranscript|>{lang}<|transcribe|>"
+    assert Prompt.build(whisper, template=template) == ([], [1, 3])
+    assert Prompt.build(whisper, template=template, language="<|en|>") == ([], [1, 2, 3])
+    with pytest.raises(UserError, match=r"<\|fr\|>, which is no token"):
+        Prompt.build(whisper, template=template, language="<|fr|>")
+    before = "{lang} {context} is heard: <speech>"
+    prefix, _ = Prompt.build(whisper, "<|en|>", before, "Thai")
+    assert prefix == [
+        *whisper.encode("Thai"), *whisper.encode(" <|en|>"), *whisper.encode(" is heard: ")
+    ]  # fmt: skip
+
+
+def test_the_chat_form_names_a_language_after_the_speech(tokenizer, chat):
+    plain, after = Prompt.build(tokenizer)
+    prefix, suffix = Prompt.build(tokenizer, language="Thai")
+    assert prefix == plain  # one beginning for all languages
+    parts = Prompt.parts("a, b", "Thai")[1]
+    assert parts[0] == ". Language: Thai. Contextual hints: a, b."
+    assert suffix[-1] == after[-1] and suffix != after
+    other, _, _ = chat
+    _, plain = Prompt.build(other)
+    _, named = Prompt.build(other, language="Thai")
+    told = other._hf.decode(plain).replace(".", ". Language: Thai.", 1)
+    assert other._hf.decode(named) == told
+
+
+@pytest.mark.parametrize(
+    ("lang", "tag"),
+    [
+        ("en", "en"), ("EN", "en"), ("en-GB", "en"), ("en_US", "en"), ("zh-TW", "zh-TW"),
+        ("zh_tw", "zh-TW"), ("zh-CN", ""), ("zh-en", ""), ("cs", ""), ("de", ""),
+    ],
+)  # fmt: skip
+def test_a_tag_means_a_language_that_is_known(lang, tag):
+    assert find_language(lang, ["en", "zh-TW"]) == tag
+
+
+@pytest.mark.parametrize(
+    ("template", "languages", "share", "words"),
+    [
+        ("{lang} <speech>", {}, 0.5, r"say what stands there with model\.languages"),
+        ("<speech>", {"en": "English"}, 0.5, r"put \{lang\} into it"),
+        ("{lang} <speech>", {"en": "English"}, 0.0, "model.language_share is 0"),
+        ("", {"e/n": "English"}, 0.5, "no name of a language"),
+        ("", {"en": " "}, 0.5, "languages.en is empty"),
+        ("", {"en": "<|en|>"}, 0.5, "say where it stands"),
+    ],
+)
+def test_languages_that_do_not_go_with_the_prompt(template, languages, share, words):
+    with pytest.raises(UserError, match=words) as caught:
+        check_languages(template, languages, share)
+    assert "\n" not in str(caught.value)
+    check_languages("", {}, 0.0)
+    check_languages("{lang} <speech>", {"en": "<|en|>"}, 1.0)
