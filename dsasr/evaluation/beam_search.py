@@ -48,8 +48,8 @@ class Beam:
 class BeamSearch:
     """The beams of a batch, as plain Python values on the CPU.
 
-    Where ``ctc_weight`` counts, ``ctc_log_prob`` gives the CTC head's log-probability of a beam, and
-    ``joint`` scores each candidate as it grows; ``keep``: results of each utterance.
+    Where ``ctc_weight`` counts, ``ctc_log_prob`` gives the CTC head's log-probability of a beam,
+    and ``joint`` scores each candidate as it grows; ``keep``: results of each utterance.
 
     The greedy transcript stays in the search for as long as it can win, beside the best ``beam``
     (**ours**): no result has a lower score than it. An open beam is dropped only where its best

@@ -204,14 +204,14 @@ def test_what_the_head_heard_decides_the_end_of_a_search():
     cfg = DecodeConfig(beam=4, ctc_weight=2.0)
     for seed in range(10):
         table = Table(seed, spread=1.0)
-        best, _ = table.search(cfg, 8, heard=heard)
-        wide, _ = table.search(DecodeConfig(beam=60, ctc_weight=2.0), 8, heard=heard)
+        best, _ = table.search(cfg, 8, ctc_log_prob=heard)
+        wide, _ = table.search(DecodeConfig(beam=60, ctc_weight=2.0), 8, ctc_log_prob=heard)
         score = [b.logprob + 2.0 * heard(b) for b in (best, wide)]
         assert score[0] <= score[1] + 1e-9
         greedy, _ = table.search(DecodeConfig(), 8)
         if greedy.token == END:
             assert score[0] >= greedy.logprob + 2.0 * heard(greedy) - 1e-9
-    none, _ = Table(1).search(cfg, 8, heard=lambda beam: -math.inf)
+    none, _ = Table(1).search(cfg, 8, ctc_log_prob=lambda beam: -math.inf)
     assert none.token == END
 
 
