@@ -51,10 +51,6 @@ class Prefixes(NamedTuple):
     def take(self, rows_N: Tensor) -> Prefixes:
         return Prefixes(*(x[rows_N] for x in self))
 
-    def put(self, rows_N: Tensor, others: Prefixes) -> Prefixes:
-        """These with ``others`` in the place of ``rows_N``."""
-        return Prefixes(*(x.index_copy(0, rows_N, y) for x, y in zip(self, others, strict=True)))
-
 
 def empty_prefixes(said: Posteriors, utterances_N: Tensor) -> Prefixes:
     """Nothing is written yet: only blanks have been."""
@@ -68,20 +64,30 @@ def empty_prefixes(said: Posteriors, utterances_N: Tensor) -> Prefixes:
 
 def extended(said: Posteriors, prefixes: Prefixes, units_N: Tensor) -> Prefixes:
     """Each prefix with one more unit, none of them `BLANK`."""
+    before_NT, emitted_NS, scores_N = _begin(said, prefixes, units_N)
+    blanks_NS = said.of(prefixes.utterances_N, torch.full_like(units_N, BLANK))
+    unit_NT = _recurrence(before_NT, emitted_NS)
+    blank_NT = _recurrence(unit_NT, blanks_NS)
+    return Prefixes(prefixes.utterances_N, units_N, unit_NT, blank_NT, scores_N)
+
+
+def extended_scores(said: Posteriors, prefixes: Prefixes, units_N: Tensor) -> Tensor:
+    """The scores [N] of `extended`, at a fraction of its cost."""
+    return _begin(said, prefixes, units_N)[2]
+
+
+def _begin(said: Posteriors, prefixes: Prefixes, units_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one more unit: what may stand before it [N, T], its posteriors [N, S], and the log of the
+    probability that it begins at any frame [N]."""
     utterances_N, last_N, unit_NT, blank_NT, _ = prefixes
     # A unit equal to the last needs a blank between: else the frames write the one unit on.
-    apart_N1 = (units_N == last_N).unsqueeze(1)
-    before_NT = torch.logaddexp(blank_NT, unit_NT.masked_fill(apart_N1, -math.inf))
-    emitted_NS, blanks_NS = (
-        said.of(utterances_N, units) for units in (units_N, torch.full_like(units_N, BLANK))
-    )
-    new_unit_NT = _recurrence(before_NT, emitted_NS)
-    new_blank_NT = _recurrence(new_unit_NT, blanks_NS)
-    # The frame that begins the unit is one of the utterance's own.
+    same_N1 = (units_N == last_N).unsqueeze(1)
+    before_NT = torch.logaddexp(blank_NT, unit_NT.masked_fill(same_N1, -math.inf))
+    emitted_NS = said.of(utterances_N, units_N)
     frames_S = torch.arange(emitted_NS.shape[1], device=units_N.device)
     own_NS = frames_S < said.lengths_B[utterances_N].unsqueeze(1)
     begun_NS = (before_NT[:, :-1] + emitted_NS).masked_fill(~own_NS, -math.inf)
-    return Prefixes(utterances_N, units_N, new_unit_NT, new_blank_NT, begun_NS.logsumexp(1))
+    return before_NT, emitted_NS, begun_NS.logsumexp(1)
 
 
 def totals(said: Posteriors, prefixes: Prefixes) -> Tensor:
@@ -99,14 +105,18 @@ def _recurrence(inflow_NT: Tensor, log_probs_NS: Tensor) -> Tensor:
     return torch.nn.functional.pad(states_NS, (1, 0), value=-math.inf)
 
 
+_Path = tuple[int, tuple[int, ...]]
+"""A known prefix's row, and the units that follow it."""
+
+
 class JointScores:
     """The head's scores of a beam search's hypotheses.
 
     ``units_of(ids, utterance, ended)`` spells the tokens of a hypothesis in units (None: the head
     has no such unit, and the score is -inf); one that has not ended may end within a character. A
-    token may write several units or none; what it adds is
-    scored unit by unit from the state of the hypothesis that it continues. Where a token changes
-    the units before it (a word is cut otherwise with its end), all are scored anew.
+    token may write several units or none; what it adds is scored unit by unit from the state of the
+    hypothesis that it continues. Where a token changes the units before it (a word is cut otherwise
+    with its end), all are scored anew.
     """
 
     def __init__(
@@ -125,9 +135,8 @@ class JointScores:
     def score(self, rows: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """Of the hypotheses in ``rows``, each with a further token, the score in nats; of those
         that end with it the log-probability of the whole."""
-        device = self.said.log_probs_BSP.device
         utterances = self._active.utterances_N.tolist()
-        ids, units, ends, starts, tails = [], [], [], [], []
+        ids, units, ends, paths = [], [], [], []
         for row, token in zip(rows, tokens, strict=True):
             before = self._units[row]
             ends.append(token == self.end_id)
@@ -135,28 +144,68 @@ class JointScores:
             found = self.units_of(ids[-1], utterances[row], ends[-1])
             units.append(found)
             goes_on = before is not None and found is not None and found[: len(before)] == before
-            # A row of the active ones, or of the empty ones behind them.
-            starts.append(row if goes_on or found is None else len(self._ids) + utterances[row])
-            tails.append([] if found is None else found[len(before) if goes_on else 0 :])
-        from_both = Prefixes(
-            *(torch.cat(pair) for pair in zip(self._active, self._empty, strict=True))
-        )
-        prefixes = from_both.take(torch.tensor(starts, device=device))
-        for place in range(max(map(len, tails), default=0)):
-            longer = [number for number, tail in enumerate(tails) if len(tail) > place]
-            rows_N = torch.tensor(longer, device=device)
-            units_N = torch.tensor([tails[number][place] for number in longer], device=device)
-            more = extended(self.said, prefixes.take(rows_N), units_N)
-            prefixes = prefixes.put(rows_N, more)
-        self._candidates = prefixes, ids, units
-        ends_N = torch.tensor(ends, device=device)
-        scores = torch.where(ends_N, totals(self.said, prefixes), prefixes.scores_N).tolist()
+            # From one of the active prefixes, or of the empty ones behind them.
+            start = row if goes_on or found is None else len(self._ids) + utterances[row]
+            tail = () if found is None else tuple(found[len(before) if goes_on else 0 :])
+            paths.append((start, tail))
+        self._grow(paths, ends)
+        self._candidates = ids, units, paths
+        scores = self._scores(paths, ends)
         return [-math.inf if u is None else s for s, u in zip(scores, units, strict=True)]
 
     def keep(self, candidates: Sequence[int]) -> None:
         """Go on with these of the last `score`, in this order."""
-        prefixes, ids, units = self._candidates
-        rows_N = torch.tensor(candidates, dtype=torch.int64, device=prefixes.last_N.device)
-        self._active = prefixes.take(rows_N)
+        ids, units, paths = self._candidates
+        self._active = self._at([paths[number] for number in candidates])
         self._ids = [ids[number] for number in candidates]
         self._units = [units[number] for number in candidates]
+
+    def _grow(self, paths: Sequence[_Path], ends: Sequence[bool]) -> None:
+        """The prefixes below ``paths``, each once however many of them share it. Those of the paths
+        themselves wait until they are kept, but of the ends'."""
+        both = zip(self._active, self._empty, strict=True)
+        self._grown = Prefixes(*(torch.cat(pair) for pair in both))
+        self._places: dict[_Path, int] = {}
+        depths = [len(tail) - (not end) for (_, tail), end in zip(paths, ends, strict=True)]
+        for depth in range(1, max(depths, default=0) + 1):
+            new = dict.fromkeys(
+                (start, tail[:depth])
+                for (start, tail), most in zip(paths, depths, strict=True)
+                if depth <= most
+            )
+            more = self._at(list(new))
+            first = len(self._grown.last_N)
+            self._grown = Prefixes(
+                *(torch.cat(pair) for pair in zip(self._grown, more, strict=True))
+            )
+            self._places |= {path: first + number for number, path in enumerate(new)}
+
+    def _place(self, path: _Path) -> int:
+        return self._places[path] if path[1] else path[0]
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.said.log_probs_BSP.device)
+
+    def _at(self, paths: Sequence[_Path]) -> Prefixes:
+        """The prefixes at ``paths``, whose own but for their last units are known."""
+        known = [path for path in paths if not path[1] or path in self._places]
+        last = [path for path in dict.fromkeys(paths) if path[1] and path not in self._places]
+        prefixes = self._grown.take(self._tensor([self._place(path) for path in known]))
+        if last:
+            parents = self._grown.take(self._tensor([self._place((s, t[:-1])) for s, t in last]))
+            more = extended(self.said, parents, self._tensor([t[-1] for _, t in last]))
+            prefixes = Prefixes(*(torch.cat(pair) for pair in zip(prefixes, more, strict=True)))
+        places = {path: number for number, path in enumerate([*known, *last])}
+        return prefixes.take(self._tensor([places[path] for path in paths]))
+
+    def _scores(self, paths: Sequence[_Path], ends: Sequence[bool]) -> list[float]:
+        known = {path for path in paths if not path[1] or path in self._places}
+        prefixes = self._grown.take(self._tensor([self._place(path) for path in known]))
+        found = dict(zip(known, prefixes.scores_N.tolist(), strict=True))
+        wholes = dict(zip(known, totals(self.said, prefixes).tolist(), strict=True))
+        if last := [path for path in dict.fromkeys(paths) if path not in known]:
+            parents = self._grown.take(self._tensor([self._place((s, t[:-1])) for s, t in last]))
+            units_N = self._tensor([t[-1] for _, t in last])
+            more = extended_scores(self.said, parents, units_N)
+            found |= dict(zip(last, more.tolist(), strict=True))
+        return [wholes[path] if end else found[path] for path, end in zip(paths, ends, strict=True)]

@@ -12,8 +12,10 @@ from dsasr.evaluation.beam_search import BeamSearch
 from dsasr.evaluation.ctc_prefix import (
     JointScores,
     Posteriors,
+    Prefixes,
     empty_prefixes,
     extended,
+    extended_scores,
     totals,
 )
 from dsasr.evaluation.decode import DecodeConfig
@@ -80,7 +82,10 @@ def test_many_prefixes_of_padded_utterances_are_scored_as_one_by_one():
         longer = [i for i, (_, units) in enumerate(rows) if len(units) > place]
         index = torch.tensor(longer)
         units_N = torch.tensor([rows[i][1][place] for i in longer])
-        prefixes = prefixes.put(index, extended(said, prefixes.take(index), units_N))
+        more = extended(said, prefixes.take(index), units_N)
+        pairs = zip(prefixes, more, strict=True)
+        assert torch.equal(extended_scores(said, prefixes.take(index), units_N), more.scores_N)
+        prefixes = Prefixes(*(x.index_copy(0, index, y) for x, y in pairs))
     wholes = totals(said, prefixes)
     for number, (b, units) in enumerate(rows):
         frames = int(said.lengths_B[b])
