@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,10 @@ def test_the_export_needs_neither_the_encoders_folder_nor_the_run(trained, whisp
         assert all(torch.equal(of_run[k], of_export[k]) for k in of_run)
         wave = 0.3 * torch.sin(torch.arange(16000) * 0.2)
         soundfile.write(tmp_path / "a.wav", wave.numpy(), 16000)
-        assert Recognizer.from_pretrained(model).transcribe(tmp_path / "a.wav").segments
+        recognizer = Recognizer.from_pretrained(model)
+        energy = replace(recognizer.segmentation, vad="energy")  # a tone is no speech to silero-vad
+        recognizer = replace(recognizer, segmentation=energy)
+        assert recognizer.transcribe(tmp_path / "a.wav").segments
     finally:
         moved.rename(whisper)
 
