@@ -71,7 +71,7 @@ def work(
         positions = views * sum(frames)
     else:
         shape = flops.LlmShape.of(module.llm)
-        fixed = len(module.prefix_ids) + len(module.suffix_ids) - 1  # the end token is no input
+        fixed = len(module.plain.prefix) + len(module.plain.suffix) - 1  # the end token is no input
         speech = module.adaptor.output_lengths(torch.tensor(frames))
         lengths = (speech + batch.token_lengths_B + fixed).tolist()
         parts |= {
