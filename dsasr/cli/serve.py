@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises `UserError` where there can be none: before the model is read."""
+    if not 0 <= port < 65_536:  # getaddrinfo takes others modulo 65536
+        raise UserError(f"--port {port}: give another, from 0 (any that is free) to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -93,7 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"--host {host} --port {port}: {reason}; give another, or --port 0"
