@@ -76,7 +76,8 @@ def in_child(options: argparse.Namespace, kind: str, name: str, case: str) -> di
     """What a fresh process finds. Raises RuntimeError with its last words if it fails."""
     flags = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in (*KEYS, *HIDDEN)]
     command = [sys.executable, os.path.abspath(__file__), "--child", kind, name, case, *flags]
-    environment = os.environ | {
+    # One process: no rank of a job that this one may be part of.
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(options.threads),
@@ -144,6 +145,14 @@ def line(
 
 # -- the command -----------------------------------------------------------------------------------
 
+RANK_VARIABLES = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 # Options that a measurement's own process gets too.
 KEYS = ("recipe", "encoder", "llm", "data", "utterances", "stack", "pack", "seconds", "warm_up",
         "workers", "matmul", "deepspeed", "threads")  # fmt: skip
