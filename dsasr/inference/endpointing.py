@@ -9,8 +9,8 @@ import numpy as np
 
 from dsasr.data.audio.activity import FRAME
 from dsasr.data.audio.resampling import RATE
-from dsasr.inference.segmentation import SPEECH, SegmentationConfig
-from dsasr.inference.vad import Vad
+from dsasr.inference.segmentation import SegmentationConfig
+from dsasr.inference.vad import SPEECH, Vad
 
 FRAME_SAMPLES = int(FRAME * RATE)
 GROUP = 10  # frames that are judged together: decisions don't depend on how the audio was cut

@@ -22,13 +22,12 @@ from dsasr.data.audio.activity import FRAME, decibels, frame_power, runs
 from dsasr.data.audio.files import ERRORS, AudioError, check_scale, open_audio
 from dsasr.data.audio.resampling import RATE, resample
 from dsasr.data.speech_statistics import SpeechStatistics
-from dsasr.inference.vad import Vad, build_vad
+from dsasr.inference.vad import SPEECH, Vad, build_vad
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Range
 
 BLOCK_SECONDS = 5.0
-SPEECH = 0.5  # a frame of at least this probability is speech
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ class StreamingConfig:
 
     chunk_seconds: PositiveFloat = 0.64  # encoded at once; a whole number of encoder frames
     left: NonNegativeInt = 4  # chunks to the left that the encoder sees
+    # a pause of this ends an utterance; a training's own pauses, which cut files, are too short for
+    # speech that goes on
+    pause_seconds: PositiveFloat = 0.3
     partials: bool = True  # texts on the way, one each chunk
     open_words: NonNegativeInt = 3  # last words of a partial text that a later one may change
     partial_tokens: PositiveInt = 16  # of a partial text beyond what is settled, at most
@@ -201,8 +204,11 @@ class StreamingRecognizer:
         """
         lang = self.lang if lang is None else lang
         self._model.hint(lang)
-        segmentation = self.recognizer.segmentation
-        return Stream(self, Endpointer(segmentation, build_vad(segmentation.vad, RATE)), lang)
+        files = self.recognizer.segmentation
+        longest = max(files.max_seconds, files.whole_seconds)
+        pause = min(self.config.pause_seconds, longest / 2)
+        live = replace(files, max_seconds=longest, pause_seconds=pause)
+        return Stream(self, Endpointer(live, build_vad(live.vad, RATE)), lang)
 
     def feed(self, samples: np.ndarray | Tensor) -> list[Partial | Final]:
         """`Stream.feed` of the recognizer's own stream, for where one is enough."""

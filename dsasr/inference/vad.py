@@ -17,12 +17,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dsasr.data.audio.activity import FRAME, active_frames, decibels, frame_power, noise_floor
+from dsasr.data.audio.activity import (
+    FRAME,
+    active_frames,
+    decibels,
+    frame_power,
+    noise_floor,
+    runs,
+)
 from dsasr.data.audio.resampling import RATE, resample
 
 CONTEXT_SECONDS = 5.0  # that the energy rule compares a frame with
 HISTORY_SECONDS = 30.0  # over which it tracks the noise floor
-SURE = 0.97
+SPEECH, SURE = 0.5, 0.97  # from these probabilities on a frame is speech, and surely speech
 CLEAR = 30.0  # dB
 _WINDOW = 512  # samples at 16 kHz that silero-vad reads at once: 32 ms
 
@@ -68,8 +75,10 @@ class EnergyVad:
 class SileroVad:
     """silero-vad's probabilities, each repeated over its 32 ms.
 
-    It smooths over short pauses. So a frame that the energy rule calls silent counts as such where
-    sound and silence lie `CLEAR` apart, and else where silero is not `SURE` of speech (**ours**).
+    It smooths over short pauses, and misses faint ends of words. So a frame that the energy rule
+    calls silent counts as such where sound and silence lie `CLEAR` apart, and else where silero is
+    not `SURE` of speech; and where they lie `CLEAR` apart, sound without a pause is speech as a
+    whole if silero finds speech in it (**ours**).
     """
 
     name = "silero"
@@ -84,6 +93,7 @@ class SileroVad:
         self._probabilities: list[float] = []
         self._frames = 0
         self._energy = EnergyVad(rate)
+        self._speaking = False  # whether the last frame was speech
 
     @torch.no_grad()
     def feed(self, wave: np.ndarray) -> np.ndarray:
@@ -101,7 +111,13 @@ class SileroVad:
         index = np.minimum(centers.astype(np.int64), len(known) - 1)
         speech = np.asarray(known, np.float32)[index]
         quiet = self._energy.feed(wave) < 1
-        return np.where(quiet & ((speech < SURE) | self._energy.clear), 0.0, speech)
+        speech = np.where(quiet & ((speech < SURE) | self._energy.clear), 0.0, speech)
+        if self._energy.clear:
+            for start, end in runs(~quiet):
+                if (start == 0 and self._speaking) or (speech[start:end] >= SPEECH).any():
+                    speech[start:end] = 1.0
+        self._speaking = bool(frames and speech[-1] >= SPEECH)
+        return speech.astype(np.float32)
 
 
 _free: list = []  # models of silero-vad that no file uses

@@ -249,3 +249,15 @@ def test_bad_samples_are_named_and_change_nothing():
 def test_a_chunk_is_a_whole_number_of_encoder_frames():
     with pytest.raises(UserError, match="give 680ms"):
         recognizer_of(model_of(ADAPTORS["mlp"]), StreamingConfig(chunk_seconds=0.67))
+
+
+def test_a_live_utterance_goes_on_where_a_file_would_be_cut():
+    """Training's utterances and pauses say how files are cut; `pause_seconds` ends live ones."""
+    live = recognizer_of(model_of(AdaptorConfig(hidden=10)), StreamingConfig(partials=False))
+    files = dataclasses.replace(
+        live.recognizer.segmentation, max_seconds=2.0, whole_seconds=4.0, pause_seconds=0.1
+    )
+    live.recognizer = dataclasses.replace(live.recognizer, segmentation=files)
+    wave = np.concatenate((speech(1.0, 0), silence(0.2), speech(1.0, 1), silence(1.0)))
+    (final,) = [e for e in run(live, wave, 1600) if isinstance(e, Final)]
+    assert final.end - final.start >= 2.2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsasr.inference.vad import EnergyVad, SileroVad, build_vad
+from dsasr.inference.vad import SPEECH, EnergyVad, SileroVad, build_vad
 
 RATE = 16_000
 silero = pytest.mark.skipif(
@@ -59,3 +59,29 @@ def test_two_files_at_once_have_states_of_their_own():
     second.feed(noise(1, 0.2))
     b = first.feed(wave[half:])
     assert np.abs(np.concatenate((a, b))[:95] - alone[:95]).max() < 1e-6
+
+
+def test_clear_sound_is_speech_as_a_whole_where_silero_finds_some(monkeypatch):
+    class Middle:
+        """Speech in five windows of 32 ms, from the 40th on."""
+
+        windows = 0
+
+        def reset_states(self):
+            self.windows = 0
+
+        def __call__(self, window, rate):
+            self.windows += 1
+            return torch.tensor(0.9 if 40 <= self.windows < 45 else 0.1)
+
+    monkeypatch.setattr("dsasr.inference.vad._load_silero", Middle)
+    monkeypatch.setattr("dsasr.inference.vad._free", [])
+    wave = noise(4, 1e-4)  # -80 dB
+    wave[RATE : 2 * RATE] += noise(1, 0.1)
+    wave[3 * RATE :] += noise(1, 0.1)  # in which silero finds none
+    expected = np.zeros(400, bool)
+    expected[100:200] = True
+    assert np.array_equal(SileroVad(RATE).feed(wave) >= SPEECH, expected)
+    vad = SileroVad(RATE)  # in blocks: speech from that on in which silero finds some (at 1.248 s)
+    blocks = np.concatenate([vad.feed(wave[i : i + 1600]) for i in range(0, len(wave), 1600)])
+    assert np.array_equal(np.flatnonzero(blocks >= SPEECH), np.arange(120, 200))
