@@ -70,7 +70,9 @@ class SegmentationConfig:
             config,
             pause_seconds=min(0.5, max(0.1, pause), config.max_seconds / 2),
             overlap_seconds=min(config.overlap_seconds, config.max_seconds / 3),
-            whole_seconds=max(config.max_seconds, speech.quantile("seconds", 0.999)),
+            # with the pauses that a piece keeps on its sides
+            whole_seconds=max(config.max_seconds, speech.quantile("seconds", 0.999))
+            + 2 * config.margin_seconds,
             likely_pause_seconds=max(0.08, speech.quantile("pause", 0.95) + 0.02),
             least_seconds=speech.quantile("seconds", 0.001),
         )
