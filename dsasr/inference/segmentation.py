@@ -165,16 +165,16 @@ def split_blocks(
     blocks: Iterator[np.ndarray], rate: int, config: SegmentationConfig
 ) -> Iterator[AudioSegment]:
     """The pieces of consecutive ``blocks`` [n] of samples at ``rate`` Hz."""
-    cutter = Cutter(rate, config, build_vad(config.vad, rate))
+    segmenter = Segmenter(rate, config, build_vad(config.vad, rate))
     for block in blocks:
-        cutter.feed(block)
-        while (segment := cutter.next(at_end=False)) is not None:
+        segmenter.feed(block)
+        while (segment := segmenter.next(at_end=False)) is not None:
             yield segment
-    while (segment := cutter.next(at_end=True)) is not None:
+    while (segment := segmenter.next(at_end=True)) is not None:
         yield segment
 
 
-class Cutter:
+class Segmenter:
     """Cuts a stream of samples; it holds a piece and a block of them at most.
 
     All positions are frames of 10 ms from the start of the buffer.
