@@ -62,8 +62,9 @@ class AugmentConfig:
     ``noise_share`` of the samples get noise at SNR ~ N(``snr_mean``, ``snr_std``) dB; before it is
     added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side. ``kinds``
     are equally likely; name one twice to have it twice as often. "recorded" takes noise
-    from noise shards. Of the samples without noise ``silence_share`` are padded alike. Then a
-    sample may pass a narrow band, a codec, and a change of level.
+    from noise shards. Of the samples without noise ``silence_share`` are padded too, evenly up to
+    ``silence`` seconds: recordings do begin and end with half a second of nothing. Then a sample may
+    pass a narrow band, a codec, and a change of level.
     """
 
     # speed factors, one drawn for each sample; 1.0 leaves it as it is
@@ -72,7 +73,8 @@ class AugmentConfig:
     snr_mean: Decibels = 10.0  # mean signal-to-noise ratio in dB
     # standard deviation of the signal-to-noise ratio in dB
     snr_std: Annotated[float, Range(0, 100)] = 5.0
-    # longest silence in seconds, padded on either side of a noisy sample; times a Beta(1, 3) draw
+    # longest silence in seconds, padded on either side: of a noisy sample times a Beta(1, 3) draw,
+    # of one without noise drawn evenly
     silence: Annotated[float, Range(0, 60)] = 1.0
     # babble, vehicle, music, recorded (dataloader.noise): drawn alike, one named twice twice as
     # often

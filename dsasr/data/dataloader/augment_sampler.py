@@ -40,21 +40,22 @@ class AugmentParamColumns:
 
         Beta(1, 3) by inversion of its distribution 1 − (1 − x)³, the normal by Box and Muller.
         """
+
+        def silence(salt: int) -> np.ndarray:
+            even = uniform(seeds, salt)
+            return config.silence * np.where(noisy, 1 - np.cbrt(1 - even), np.where(padded, even, 0))
+
         speeds = np.asarray(config.speeds)
         radius = np.sqrt(-2 * np.log1p(-uniform(seeds, SNR_RADIUS)))
         normal = radius * np.cos(2 * np.pi * uniform(seeds, SNR_ANGLE))
         noisy = uniform(seeds, NOISY) < config.noise_share
         padded = noisy | (uniform(seeds, PADDED) < config.silence_share)
         low, high = config.gain_db
-        before, after = (
-            np.where(padded, config.silence * (1 - np.cbrt(1 - uniform(seeds, salt))), 0.0)
-            for salt in (BEFORE, AFTER)
-        )
         return cls(
             speed=speeds[(uniform(seeds, SPEED) * len(speeds)).astype(np.int64)],
             noisy=noisy,
-            before=before,
-            after=after,
+            before=silence(BEFORE),
+            after=silence(AFTER),
             kind=(uniform(seeds, KIND) * len(config.kinds)).astype(np.int64),
             snr=config.snr_mean + config.snr_std * normal,
             gain=low + (high - low) * uniform(seeds, GAIN),

@@ -71,6 +71,9 @@ def test_silence_without_noise_level_band_and_codecs_come_in_their_shares() -> N
     padded = params.before > 0
     assert padded[params.noisy].all()
     assert padded[~params.noisy].mean() == pytest.approx(0.5, abs=0.01)
+    for side in (params.before, params.after):  # evenly, so that both are long in a quarter
+        alone = side[padded & ~params.noisy]
+        assert (alone.mean(), alone.var()) == pytest.approx((0.5, 1 / 12), abs=0.01)
     assert params.gain.min() == pytest.approx(-20, abs=0.05)
     assert params.gain.max() == pytest.approx(6, abs=0.05)
     assert (params.gain.mean(), params.gain.var()) == pytest.approx((-7, 26**2 / 12), abs=0.8)
