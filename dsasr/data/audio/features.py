@@ -79,17 +79,18 @@ class FbankConfig:
 
 @one_thread()
 def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tensor:
-    """[n] in [-1, 1] → log-Mel energies [T, F] float32, kaldi-compatible (povey window).
+    """[n] in [-1, 1] → log-Mel energies [T, F], kaldi-compatible (povey window).
 
-    ``out_TF`` gives memory for the result, for at least T frames.
+    In the wave's precision, float32 or float64. ``out_TF`` gives memory for the result, for at
+    least T frames.
 
     A third of the time of torchaudio's kaldi.fbank, and closer to float64: pre-emphasis is done
     once on the wave, x[n] − 0.97·x[n−1], and what a frame's own mean m adds to it, 0.03·m, is taken
     off the frame. Its first sample, which has no neighbor, does not matter: the window is 0 there.
     """
     if len(wave) < cfg.window:
-        return torch.zeros(0, cfg.mels)
-    window, _ = _tables(cfg, "cpu")
+        return wave.new_zeros(0, cfg.mels)
+    window, _ = _tables(cfg, "cpu", wave.dtype)
     if cfg.dither:
         # Seeded by the audio: the same file has the same features in every process.
         seeded = torch.Generator().manual_seed(zlib.crc32(wave.numpy().tobytes()))
@@ -100,12 +101,12 @@ def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tenso
     means = wave.unfold(0, cfg.window, cfg.shift).mean(1, keepdim=True).mul_(1 - PREEMPHASIS)
     frames = emphasized.unfold(0, cfg.window, cfg.shift)
     if out_TF is None:
-        out_TF = torch.empty(len(frames), cfg.mels)
+        out_TF = wave.new_empty(len(frames), cfg.mels)
     features = out_TF[: len(frames)]
     scaled = window * FULL_SCALE
     # Blocks that stay in the processor's cache.
-    padded = torch.zeros(min(len(frames), BLOCK), 1 << (cfg.window - 1).bit_length())
-    power = torch.empty(len(padded), padded.shape[1] // 2 + 1)
+    padded = wave.new_zeros(min(len(frames), BLOCK), 1 << (cfg.window - 1).bit_length())
+    power = wave.new_empty(len(padded), padded.shape[1] // 2 + 1)
     for first in range(0, len(frames), BLOCK):
         count = min(BLOCK, len(frames) - first)
         block = padded[:count, : cfg.window]
@@ -114,15 +115,15 @@ def fbank(wave: Tensor, cfg: FbankConfig, out_TF: Tensor | None = None) -> Tenso
         squares = torch.view_as_real(torch.fft.rfft(padded[:count])).numpy()
         np.square(squares, out=squares)
         np.add(squares[..., 0], squares[..., 1], out=power.numpy()[:count])  # half of torch's time
-        for mels, bins, weights in _bands(cfg):
+        for mels, bins, weights in _bands(cfg, wave.dtype):
             torch.mm(power[:count, bins], weights, out=features[first : first + count, mels])
     return features.clamp_min_(LOG_FLOOR).log_()
 
 
 @lru_cache(maxsize=8)
-def _bands(cfg: FbankConfig) -> list[tuple[slice, slice, Tensor]]:
+def _bands(cfg: FbankConfig, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
     """The mel weights in four blocks (mels, bins, weights), which leave out most of the zeros."""
-    _, weights = _tables(cfg, "cpu")
+    _, weights = _tables(cfg, "cpu", dtype)
     edges = [round(share * cfg.mels) for share in (0, 0.4, 0.6, 0.8, 1)]
     blocks = []
     for first, last in pairwise(edges):
@@ -134,7 +135,7 @@ def _bands(cfg: FbankConfig) -> list[tuple[slice, slice, Tensor]]:
 
 
 @lru_cache(maxsize=8)
-def _tables(cfg: FbankConfig, device: str) -> tuple[Tensor, Tensor]:
+def _tables(cfg: FbankConfig, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The povey window [w] and kaldi's triangular mel weights [bins of the FFT, F]."""
     window = torch.hann_window(cfg.window, periodic=False, dtype=torch.float64).pow(0.85)
     size = 1 << (cfg.window - 1).bit_length()
@@ -149,7 +150,7 @@ def _tables(cfg: FbankConfig, device: str) -> tuple[Tensor, Tensor]:
     down = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     weights = torch.minimum(up, down).clamp_min(0)
     weights = F.pad(weights, (0, 0, 0, 1))  # kaldi leaves the Nyquist bin out
-    return window.float().to(device), weights.float().to(device)
+    return window.to(device, dtype), weights.to(device, dtype)
 
 
 def fbank_batch(waves_BN: Tensor, lengths_B: Tensor, cfg: FbankConfig) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ def fbank_batch(waves_BN: Tensor, lengths_B: Tensor, cfg: FbankConfig) -> tuple[
     """
     if cfg.dither:
         raise UserError("fbank.dither works only where workers compute the features")
-    window, weights = _tables(cfg, str(waves_BN.device))
+    window, weights = _tables(cfg, str(waves_BN.device), waves_BN.dtype)
     lengths = torch.div(lengths_B - cfg.window, cfg.shift, rounding_mode="floor") + 1
     lengths = lengths.clamp_min(0)
     if waves_BN.shape[1] < cfg.window:

@@ -43,7 +43,9 @@ class AugmentParamColumns:
 
         def silence(salt: int) -> np.ndarray:
             even = uniform(seeds, salt)
-            return config.silence * np.where(noisy, 1 - np.cbrt(1 - even), np.where(padded, even, 0))
+            return config.silence * np.where(
+                noisy, 1 - np.cbrt(1 - even), np.where(padded, even, 0)
+            )
 
         speeds = np.asarray(config.speeds)
         radius = np.sqrt(-2 * np.log1p(-uniform(seeds, SNR_RADIUS)))
