@@ -63,8 +63,8 @@ class AugmentConfig:
     added, up to ``silence`` seconds, times a Beta(1, 3) draw, are padded on either side. ``kinds``
     are equally likely; name one twice to have it twice as often. "recorded" takes noise
     from noise shards. Of the samples without noise ``silence_share`` are padded too, evenly up to
-    ``silence`` seconds: recordings do begin and end with half a second of nothing. Then a sample may
-    pass a narrow band, a codec, and a change of level.
+    ``silence`` seconds: recordings often begin and end with half a second of nothing. Then a
+    sample may pass a narrow band, a codec, and a change of level.
     """
 
     # speed factors, one drawn for each sample; 1.0 leaves it as it is
