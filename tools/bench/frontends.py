@@ -12,8 +12,8 @@ work on one core, on the same decoded clips, in turn; CPU time is counted.
 First, ours and theirs must agree on every clip: to 1e-4. Parakeet's, both of which are computed in
 float32, may differ by up to 1e-2 in one value of a thousand: logarithms of bins far below their
 frame's loudest. ``MANIFEST`` is one of `dsasr data make-shards`; its clips of 2 to 10 s are used,
-or synthetic ones. One line a front end and side is recorded: utterances per core-second, and how many
-times as fast ours is.
+or synthetic ones. One line a front end and side is recorded: utterances per core-second, and how
+many times as fast ours is.
 """
 
 from __future__ import annotations
