@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -90,17 +90,28 @@ class Recognizer:
         trained with any."""
         self.model.hint(lang)
 
+    @overload
     def transcribe(
         self, source: Source, *, lang: str = "", channel: int | None = None
-    ) -> Transcription:
-        """Transcribe one recording: a path, an open file, encoded bytes, or samples (an array or a
-        tensor at 16 kHz; `Samples` for another rate).
+    ) -> Transcription: ...
+
+    @overload
+    def transcribe(
+        self, source: list[Source], *, lang: str = "", channel: int | None = None
+    ) -> list[Transcription]: ...
+
+    def transcribe(self, source, *, lang="", channel=None):
+        """Transcribe one recording, or a list of them together: each a path, an open file, encoded
+        bytes, or samples (an array or a tensor at 16 kHz; `Samples` for another rate).
 
         ``lang``: the language that is spoken, where it is known: the prompt names it, of a model
         that was trained with its name (`SpeechLLM.hint`), and the CTC head reads the text by it;
         ``channel``: the one to hear (from 0), in place of the mean of all. Raises `UserError` if it
-        is no audio, and for a language that the model was not trained with.
+        is no audio, and for a language that the model was not trained with; `transcribe_all` can
+        leave out what is no audio.
         """
+        if isinstance(source, list):
+            return list(self.transcribe_all(source, lang=lang, channel=channel))
         return next(self.transcribe_all([source], lang=lang, channel=channel))
 
     def transcribe_all(

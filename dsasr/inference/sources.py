@@ -46,6 +46,11 @@ def split_source(
         return split_wave(_mono(source, channel), source.rate, config, source.name)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
+    if not isinstance(source, (str, Path)) and not hasattr(source, "read"):
+        raise UserError(
+            f"a {type(source).__name__} is no recording: give a path, an open file, encoded bytes, "
+            "or samples as an array or a tensor"
+        )
     return split_audio(source, config, channel)
 
 

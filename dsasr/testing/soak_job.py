@@ -22,6 +22,9 @@ from dsasr.testing import soak_rank
 from dsasr.testing.soak_rank import PAUSED, PausePlan
 
 PROGRAM = Path(__file__).parent / "soak_rank.py"
+# Until forked ranks are killed whose companion was. The launcher waits as long after its SIGTERM: a
+# rank that is making a process group sees neither that signal nor the end of the other.
+SURVIVOR_SECONDS = 30.0
 
 
 class Job:
@@ -134,7 +137,12 @@ class Job:
     def wait(self, seconds: float) -> list[int] | None:
         """Exit codes; None when a process still runs after ``seconds`` (it is killed then)."""
         end, hung = time.monotonic() + seconds, False
+        alone_until: float | None = None
         while self.running:
+            if any(rank.exitcode for rank in self._ranks):
+                alone_until = alone_until or time.monotonic() + SURVIVOR_SECONDS
+                if time.monotonic() > alone_until:
+                    self.kill("node")
             if time.monotonic() > end:
                 hung = True
                 self.kill("node")

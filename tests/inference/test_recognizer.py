@@ -129,6 +129,15 @@ def test_each_file_may_have_its_own_language(recognizer, batches, monkeypatch, t
     assert recognizer.transcribe(paths[0], lang="en").segments[0].language == "en"
 
 
+def test_a_list_of_recordings_is_decoded_together(recognizer, batches, tmp_path):
+    path = write(tmp_path / "a.wav", 1.0)
+    found = recognizer.transcribe([path, path.read_bytes(), torch.zeros(8000)])
+    assert [t.text for t in found] == ["1.2", "1.2", ""] and batches[0] == 2
+    assert recognizer.transcribe([]) == []
+    with pytest.raises(UserError, match="a dict is no recording: give a path"):
+        recognizer.transcribe({"path": path})
+
+
 def test_confidence_and_times(recognizer, batches, tmp_path):
     (segment,) = recognizer.transcribe(write(tmp_path / "a.wav", 2.0)).segments
     assert segment.start == 0.0 and segment.end == pytest.approx(2.2, abs=0.02)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch
 from dsasr import recipe
 from dsasr.checkpoint import tensor_fragments
 from dsasr.checkpoint.tensor_fragments import Fragment
-from dsasr.testing import soak, soak_check
+from dsasr.testing import soak, soak_check, soak_job
 from dsasr.tracking.run_log import LEDGER, METRICS
 from dsasr.utils.errors import UserError
 
@@ -105,6 +108,18 @@ def test_a_used_folder_is_refused(tmp_path):
     (tmp_path / "baseline").mkdir()
     with pytest.raises(UserError, match="new folder"):
         soak.soak("demo", [], tmp_path, kills=1, world=1, seed=0)
+
+
+def test_a_rank_that_waits_for_a_killed_one_is_killed_as_by_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak_job, "SURVIVOR_SECONDS", 0.2)
+    monkeypatch.setattr(soak_job.Job, "_fork", lambda job, arguments: None)
+    plan = soak_job.PausePlan(folder=str(tmp_path / "start"))
+    job = soak_job.Job([], 2, tmp_path / "log", plan)
+    job._ranks = [multiprocessing.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+    for rank in job._ranks:
+        rank.start()
+    job.kill("rank")
+    assert job.wait(20.0) == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.slow

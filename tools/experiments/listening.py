@@ -267,9 +267,10 @@ def share(caught: np.ndarray, of: np.ndarray) -> str:
 
 
 def channel_rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Errors on test clips as they are and through each channel of the suite."""
+    """Errors on test clips as they are and through each channel of the suite: decoded whole, and
+    as `dsasr transcribe` does."""
     from dsasr.evaluation.eval_sets import read_recordings
-    from dsasr.evaluation.suite import CLEAN, RECORDINGS_ONLY, USUAL_CHANNELS
+    from dsasr.evaluation.suite import CLEAN, RECORDINGS_ONLY, USUAL_CHANNELS, through_channel
     from dsasr.inference.evaluated_model import EvaluatedModel
 
     torch.set_num_threads(1)
@@ -286,6 +287,19 @@ def channel_rows(args: argparse.Namespace) -> Iterator[Row]:
         counts = np.array([len(reference) for reference, _ in pairs])
         doubtful = sum(bool(row.doubt) for row in rows)
         row = {"condition": condition, "clips": len(rows), "doubtful": doubtful}
+        yield row | rate_row(edits, counts)
+    # As files are transcribed: cut at pauses, without the silence around speech.
+    recognizer, rng = loaded(args), np.random.default_rng(0)
+    references = [mixed(recording.text) for recording in test]
+    for condition in (CLEAN, *USUAL_CHANNELS):
+        waves = [recording.wave for recording in test]
+        if condition != CLEAN:
+            waves = [through_channel(wave, condition, RATE, rng) for wave in waves]
+        texts = [mixed(found.text) for found in recognizer.transcribe(waves)]
+        pairs = zip(references, texts, strict=True)
+        edits = np.array([count_edits(*pair).errors for pair in pairs])
+        counts = np.array([len(reference) for reference in references])
+        row = {"condition": condition, "by": "transcribe", "clips": len(test)}
         yield row | rate_row(edits, counts)
 
 
