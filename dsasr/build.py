@@ -166,12 +166,13 @@ class Builder:
 
     @cached_property
     def vocabularies(self) -> dict[str, str]:
-        """Fingerprints of the vocabularies that this job's branches learn: "phonemes", "tokenizer".
+        """Fingerprints of the vocabularies of this job's heads: "phonemes" of a CTC head,
+        "tokenizer" of the language model.
 
         They lie beside its weights, so that a run which starts from those can compare them.
         """
         found = {}
-        if "pretrain" in self.recipe.branches:
+        if "pretrain" in self.recipe.branches or self.recipe.model.adaptor.reads_ctc:
             found["phonemes"] = self.phonemes.fingerprint
         if "sft" in self.recipe.branches:
             found["tokenizer"] = vocabulary_fingerprint(self.tokenizer)
@@ -188,7 +189,7 @@ class Builder:
             files["engine.deepspeed"] = Path(self.recipe.engine.deepspeed)
         if self.recipe.pretrained_encoder is None:
             files["data.cmvn"] = Path(self._here(data.cmvn))
-        if "phonemes" in self.vocabularies or self.recipe.model.adaptor.reads_ctc:
+        if "phonemes" in self.vocabularies:
             files["data.phonemes"] = Path(self._here(data.phonemes))
             if data.phonemizer.kind == "lexicon":
                 for number, path in enumerate(data.phonemizer.lexicons):

@@ -260,6 +260,16 @@ def test_each_job_of_a_concurrent_run_takes_its_own_parts(source, tmp_path, trai
         trainer.close()
 
 
+def test_an_sft_job_whose_adaptor_reads_the_ctc_head_takes_it_too(source, tmp_path, trainer_of):
+    run = source / "run"
+    parts = [f"model.init_from={run}", "model.init_parts=[encoder, head]"]
+    parts += ["model.adaptor={kind: ctc}"]
+    trainer = trainer_of(tmp_path / "run", "branch=sft", *parts, "seed=2")
+    ctc = weights(trainer, "sft", "ctc.")
+    assert ctc and same(ctc, stored(run, "pretrain/ctc."))
+    trainer.close()
+
+
 # -- resume ------------------------------------------------------------------------------------
 
 
