@@ -1,8 +1,9 @@
 """Cut audio of any length into pieces to transcribe; a file is read in blocks, in bounded memory.
 
-A piece is no longer than what the model was trained with. It ends at a pause; where a longer
-stretch has none, at its best short one; and where there is none of these, the next piece begins
-before the last one ends, so that no word is cut in both (`dsasr.inference.joining` joins them).
+A piece is no longer than what the model was trained with. It ends at a pause, unless what is on one
+side of it is shorter than any utterance of the training; where a longer stretch has none, at its
+best short one; and where there is none of these, the next piece begins before the last one ends, so
+that no word is cut in both (`dsasr.inference.joining` joins them).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class SegmentationConfig:
     short_pause_seconds: float = 0.06
     # a stretch is cut at a pause of this, too, where both sides are `least_seconds` long; 0: not
     likely_pause_seconds: float = 0.0
+    # of the shortest utterance: what is shorter belongs to what lies beyond a pause of up to twice
+    # `pause_seconds`; 0: not known
     least_seconds: float = 0.0
     margin_seconds: float = 0.2  # of a pause, stays on both sides of a piece
     overlap_seconds: float = 1.5  # of two pieces without a pause between them
@@ -238,6 +241,7 @@ class Segmenter:
         pause = self._frames(cfg.pause_seconds)
         edges = np.append(spoken, len(self._speech) + (pause if at_end else 0))
         gaps = np.flatnonzero(np.diff(edges) > pause)
+        gaps = gaps[self._joined(edges, gaps, first + limit) :]
         end = int(spoken[gaps[0]]) + 1 if len(gaps) else len(self._speech)
         if self._is_click(spoken[spoken < end], end):
             self._drop(end)
@@ -255,6 +259,22 @@ class Segmenter:
             return first, cut, cut, 0
         overlap = min(self._frames(cfg.overlap_seconds), limit // 2)
         return first, first + limit, first + limit - overlap, overlap
+
+    def _joined(self, edges: np.ndarray, gaps: np.ndarray, limit: int) -> int:
+        """How many pauses the piece goes on over: on one side of each is less than an utterance, so
+        that it lies within one. ``gaps``: indexes of the last frames of speech before pauses."""
+        least = self._frames(self.config.least_seconds)
+        longest = 2 * self._frames(self.config.pause_seconds)
+        starts = edges[np.append(0, gaps + 1)]
+        ends = edges[gaps] + 1
+        joined = 0
+        while joined + 1 < len(gaps) and ends[joined + 1] <= limit:
+            between = starts[joined + 1] - ends[joined]
+            shorter = min(ends[joined] - starts[0], ends[joined + 1] - starts[joined + 1])
+            if between > longest or shorter >= least:
+                break
+            joined += 1
+        return joined
 
     def _likely_pause(self, first: int, end: int) -> int | None:
         """The middle of the longest pause that may be one between two utterances."""

@@ -95,6 +95,23 @@ def test_pieces_are_like_the_utterances_of_the_training():
     assert len(list(split_audio(audio(wave), config))) == 1
 
 
+def test_what_is_shorter_than_any_utterance_is_no_piece():
+    cut = {"max_seconds": 3.0, "pause_seconds": 0.15, "margin_seconds": 0.05, "vad": "energy"}
+    short, long, later = speech(0.6), speech(1.2, seed=1), speech(1.0, seed=2)
+    wave = np.concatenate([short, silence(0.2), long, silence(0.2), later])
+    assert len(spans(wave, **cut)) == 3
+    # The first lies within an utterance; the other two could be utterances of their own.
+    (_, end), (start, _) = spans(wave, **cut, least_seconds=0.9)
+    assert end == pytest.approx(2.05, abs=0.03) and start == pytest.approx(2.15, abs=0.03)
+    # Also at the end; but not over a long pause, nor beyond the longest piece.
+    backwards = np.ascontiguousarray(wave[::-1])
+    (_, end), _ = spans(backwards, **cut, least_seconds=0.9)
+    assert end == pytest.approx(1.05, abs=0.03)
+    apart = np.concatenate([short, silence(0.4), long])
+    assert len(spans(apart, **cut, least_seconds=0.9)) == 2
+    assert len(spans(wave, **{**cut, "max_seconds": 1.5}, least_seconds=0.9)) == 3
+
+
 def test_one_channel_of_several():
     left, right = speech(1.0), silence(1.0)
     wave = np.stack([left, right], 1)
