@@ -44,7 +44,7 @@ class SegmentationConfig:
     # a stretch is cut at a pause of this, too, where both sides are `least_seconds` long; 0: not
     likely_pause_seconds: float = 0.0
     # of the shortest utterance: what is shorter belongs to what lies beyond a pause of up to twice
-    # `pause_seconds`; 0: not known
+    # `pause_seconds`, or 0.3 s; 0: not known
     least_seconds: float = 0.0
     margin_seconds: float = 0.2  # of a pause, stays on both sides of a piece
     overlap_seconds: float = 1.5  # of two pieces without a pause between them
@@ -264,7 +264,7 @@ class Segmenter:
         """How many pauses the piece goes on over: on one side of each is less than an utterance, so
         that it lies within one. ``gaps``: indexes of the last frames of speech before pauses."""
         least = self._frames(self.config.least_seconds)
-        longest = 2 * self._frames(self.config.pause_seconds)
+        longest = self._frames(max(2 * self.config.pause_seconds, 0.3))
         starts = edges[np.append(0, gaps + 1)]
         ends = edges[gaps] + 1
         joined = 0
