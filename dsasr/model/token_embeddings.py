@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsasr.data.text.characters import BOUNDARY
 from dsasr.data.text.tokenizers import Tokenizer
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 
 _BLOCK = 16_384  # tokens looked up at a time
 _ROWS = 64  # of the position embeddings and other tables that a probe needs
@@ -155,10 +155,9 @@ def _first_layer_inputs(llm: PreTrainedModel, **inputs: Tensor) -> list[Tensor]:
     except _Reached:
         return found
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{llm.config.model_type} does not run on embeddings alone, which is all that speech "
-            f"has ({reason}): choose another language model"
+            f"has ({message_of(error)}): choose another language model"
         ) from error
     finally:
         for handle in handles:
