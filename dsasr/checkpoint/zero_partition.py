@@ -100,9 +100,9 @@ def weight_fragments(module: nn.Module, prefix: str = "") -> dict[str, Fragment]
 # -- loading and copying -------------------------------------------------------------------------
 
 
-def load_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None:
-    """`load_tensors` into all of ``module``, or into a child by ``"NAME."``; collective."""
-    load_tensors(named_tensors(module, prefix), reader)
+def load_weights(module: nn.Module, reader: Reader) -> None:
+    """`load_tensors` into all weights and persistent buffers of ``module``; collective."""
+    load_tensors(named_tensors(module), reader)
 
 
 def load_tensors(targets: Mapping[str, Tensor], reader: Reader, finite: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -235,7 +234,3 @@ def clock(seconds: float) -> str:
     return f"{hours:.1f} hours" if hours < 10 else f"{hours:,.0f} hours" if hours < 72 else (
         f"{hours / 24:,.0f} days"
     )  # fmt: skip
-
-
-def stage_times(written: Written) -> Sequence[str]:
-    return [f"{name} {clock(spent)}" for name, spent in written.seconds.items()]
