@@ -90,6 +90,7 @@ class Trainer:
         reader, passed_over = resume.find_checkpoint(recipe, self.checkpoints)
         if reader is not None:
             resume.check_contents(reader.manifest, self.builder)
+        self._contents = resume.contents(self.builder)
         sources = initial_weights.plan(self.builder) if reader is None else []
         resume.save_recipe(recipe)
         resume.save_environment(recipe)
@@ -402,7 +403,7 @@ class Trainer:
             "evaluating": self._evaluating,
             **self.encoder_swap.state(),
             "vocabularies": self.builder.vocabularies,
-            "contents": self.builder.contents,
+            "contents": self._contents,
             "recipe": config.to_plain(self.recipe),
         }
         score = self.validation.score(self.steps)
