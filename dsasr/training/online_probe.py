@@ -45,6 +45,7 @@ from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.frame_labels import AlignedUtterance, UtteranceLabels
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.pai_csai import VInformationConfig, csai, pai
+from dsasr.model.outputs import add_sums
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
 from dsasr.tracking.monitor import Monitor
@@ -190,10 +191,8 @@ class OnlineProbe:
                     for i in range(len(batch)):
                         log_probs_SP = posteriors[i, : int(encoded.lengths_B[i])]
                         outputs.aligned += self._align(batch, i, log_probs_SP)
-                batch_sums = _branch_sums(module, batch.to(distributed.device()), branch.name)
-                for name, (total, count) in batch_sums.items():
-                    before = outputs.sums.get(name, (0.0, 0.0))
-                    outputs.sums[name] = (before[0] + total, before[1] + count)
+                on_device = batch.to(distributed.device())
+                add_sums(outputs.sums, _branch_sums(module, on_device, branch.name))
         return outputs
 
     def _measure(

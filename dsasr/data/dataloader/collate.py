@@ -123,7 +123,7 @@ class CollatedBatch:
     stats: dict[str, float]
 
 
-def pad(rows: list[list[int]], value: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded on the right [B, longest], and their lengths [B]; int64."""
     lengths = np.array([len(row) for row in rows], np.int64)
     padded = np.full((len(rows), int(lengths.max(initial=0))), value, np.int64)
