@@ -49,7 +49,7 @@ class Way:
 
 
 def choose_way(facts: Facts, encoder: SpeechEncoder) -> str:
-    """read, adapt or scratch."""
+    """The name of the way for this data and encoder: read, adapt or scratch."""
     if not encoder.is_pretrained:
         return "scratch"
     return "read" if facts.hours < FEW_HOURS else "adapt"
@@ -58,7 +58,10 @@ def choose_way(facts: Facts, encoder: SpeechEncoder) -> str:
 def way_of(
     name: str, facts: Facts, encoder: SpeechEncoder, llm: LanguageModel, device: Device, frames: int
 ) -> Way:
-    """``frames``: of a batch of one rank. Raises `UserError` where a library is missing."""
+    """The way of that name for the data and models; ``frames``: of a batch of one rank.
+
+    Raises `UserError` where a library is missing.
+    """
     make = {"read": _read, "adapt": _adapt, "scratch": _scratch}[name]
     return make(facts, encoder, llm, device, frames)
 
