@@ -349,7 +349,7 @@ class Builder:
             spec=model.pretrain.spec if model.sft.spec else None,
             chunks=model.sft.chunks,
             ctc=ctc,
-            spell=self.spell if model.adaptor.reads_ctc else None,
+            speller=self.speller if model.adaptor.reads_ctc else None,
             cached=properties.caches,
             hinted=self.hinted_prompts,
         )
@@ -380,7 +380,7 @@ class Builder:
         return adaptor, ctc
 
     @cached_property
-    def spell(self) -> Speller:
+    def speller(self) -> Speller:
         """From a transcript to the units of the CTC head."""
         return Speller(self.phonemizer, self.phonemes)
 

@@ -307,10 +307,10 @@ def load_export(folder: str | Path, attn: str = "") -> Export:
     check_tokenizer(tokenizer, width[0])
     properties = try_llm(llm.config, attn)
     encoder = _load_encoder(export_config, folder)
-    ctc, spell, reads_ctc = None, None, export_config.adaptor.reads_ctc
+    ctc, speller, reads_ctc = None, None, export_config.adaptor.reads_ctc
     if export_config.units:
         phonemizer = build_phonemizer(export_config.phonemizer, tokenizer)
-        spell = reading_speller(phonemizer, PhonemeVocab.load(folder / PHONEMES))
+        speller = reading_speller(phonemizer, PhonemeVocab.load(folder / PHONEMES))
         ctc = CtcHead(encoder.width, export_config.units, export_config.head)
     units = export_config.units if reads_ctc else 0
     model = SpeechLLM(
@@ -322,7 +322,7 @@ def load_export(folder: str | Path, attn: str = "") -> Export:
         tokenizer.pad_id,
         LlmConfig(attn=attn),
         ctc=ctc,
-        spell=spell,
+        speller=speller,
         cached=properties.caches,
         hinted=export_config.hinted,
     )

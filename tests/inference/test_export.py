@@ -339,7 +339,7 @@ def test_the_head_travels_with_a_model_that_does_not_read_it(tiny, tmp_path):
     loaded = export.load_export(target)
     for model in (RunModel.from_run(run).model, loaded.model):
         assert torch.equal(model.ctc.project.weight, head.project.weight)
-        assert model.spell is not None and not model.adaptor.cfg.reads_ctc
+        assert model.speller is not None and not model.adaptor.cfg.reads_ctc
     recognizer = Recognizer.from_pretrained(target)
     assert recognizer.segmentation.max_seconds == 3.0
     assert recognizer.with_beam(3).decode.ctc_weight == 0.4
