@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsasr.checkpoint import export_folder, zero_partition
+from dsasr.checkpoint import export_folder
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
@@ -37,7 +37,7 @@ from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.encoder_builder import EncoderBuilder
 from dsasr.model.encoders.protocol import Encoder
-from dsasr.model.layerwise_init import Partition
+from dsasr.model.layerwise_init import Partition, full_shape
 from dsasr.model.llm_builder import LlmBuilder
 from dsasr.model.llm_hub import find_model
 from dsasr.model.speech_llm import SpeechLLM
@@ -325,7 +325,7 @@ class Builder:
             for line in properties.notes(self.llm.kind, model.llm):
                 print(line, flush=True)
         llm, scale = self.llm.build(partition)
-        vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
+        vocabulary, width = full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
         encoder = self.encoder.build("sft encoder", partition)
         adaptor, ctc = self._meta_adaptor(encoder, width, scale)

@@ -101,6 +101,4 @@ def llm_allocation(
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in batch_recordings(recordings, front_end=front_end, tokenizer=tokenizer):
         add_sums(sums, predictive_entropy.llm_sums(model, batch.to(device())))
-    return predictive_entropy.llm_allocation(
-        {name: (float(total), float(count)) for name, (total, count) in sums.items()}
-    )
+    return predictive_entropy.llm_allocation(sums)

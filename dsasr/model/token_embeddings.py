@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsasr.data.text.characters import BOUNDARY
 from dsasr.data.text.tokenizers import Tokenizer
+from dsasr.model.layerwise_init import full_shape
 from dsasr.utils.errors import UserError, message_of
 
 _BLOCK = 16_384  # tokens looked up at a time
@@ -104,7 +105,7 @@ def input_scale(llm: PreTrainedModel) -> float:
     generator = torch.Generator().manual_seed(0)
     if any(buffer.is_meta for buffer in llm.base_model.buffers()):
         return 1.0
-    rows, width = _shape(embeddings.weight)
+    rows, width = full_shape(embeddings.weight)
     pad = llm.config.get_text_config().pad_token_id  # some families count positions without it
     device = next((buffer.device for buffer in llm.base_model.buffers()), torch.device("cpu"))
     ids = torch.tensor(
@@ -192,7 +193,7 @@ def _random_weights(
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                shape = _shape(parameter)
+                shape = full_shape(parameter)
                 if isinstance(module, nn.Embedding):
                     shape = (min(shape[0], _ROWS + (module.padding_idx or 0)), *shape[1:])
                 values = 0.5 + torch.rand(shape, generator=generator).to(device)
@@ -222,8 +223,3 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         delattr(module, name)
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The parameter's shape, also where ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
