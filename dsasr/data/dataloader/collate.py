@@ -80,7 +80,7 @@ class TextEncoder:
         def bad(cause: str, detail: str) -> BadSample:
             return BadSample(cause, sample.shard, sample.key, detail)
 
-        text = normalize_text(sample.text, sample.lang, self.config)
+        text = normalize_text(sample.text, self.config)
         if not text and (self.config is None or self.config.empty == "drop"):
             raise bad("empty_text", repr(sample.text[:40]))
         phonemes: list[int] = []
