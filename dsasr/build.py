@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsasr.checkpoint import export_folder, zero_partition
-from dsasr.checkpoint.locate import list_checkpoints
+from dsasr.checkpoint import export_folder
 from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
@@ -23,7 +21,6 @@ from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, St
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
 from dsasr.data.shards.storage import ShardStorage
 from dsasr.data.text.build_phonemizer import build_phonemizer
-from dsasr.data.text.lexicon import lexicon_path
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemizer import Phonemizer
 from dsasr.data.text.prompt import Prompt, PromptIds
@@ -40,7 +37,7 @@ from dsasr.model.ctc import CtcHead
 from dsasr.model.ctc_model import CtcModel
 from dsasr.model.encoders.encoder_builder import EncoderBuilder
 from dsasr.model.encoders.protocol import Encoder
-from dsasr.model.layerwise_init import Partition
+from dsasr.model.layerwise_init import Partition, full_shape
 from dsasr.model.llm_builder import LlmBuilder
 from dsasr.model.llm_hub import find_model
 from dsasr.model.speech_llm import SpeechLLM
@@ -50,32 +47,28 @@ from dsasr.recipe import SOURCES, SUBSAMPLING, Recipe
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
+from dsasr.utils.hashing import hash64
 
 
 def sub_seed(seed: int, purpose: str) -> int:
     """A 31-bit seed derived from ``seed``, independent for each ``purpose``."""
-    digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 33
+    return hash64(f"{seed} {purpose}") >> 33
 
 
-def _digest(path: Path) -> str:
-    """16 hex digits of a file's SHA-256. Raises `UserError` where it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _reset_own(
-    top: nn.Module, table: Tensor | None, layer: nn.Module, generator: torch.Generator
+def _reset_adaptor(
+    adaptor: Adaptor, table: Tensor | None, layer: nn.Module, generator: torch.Generator
 ) -> None:
-    """Draw the weights of ``layer``, those of ``top`` itself by its own rule.
+    """Draw the weights of ``layer``, which is ``adaptor`` itself or a layer inside it.
 
-    ``table``: of an adaptor that reads CTC, the embeddings of its units but the blank.
+    ``table``: for an adaptor that reads CTC, the embeddings [units - 1, D] of all units but the
+    blank.
     """
-    (top.reset_parameters if layer is top else partial(reset_layer, layer))(generator)
-    if layer is top and table is not None:
-        top.table[1:] = table
+    if layer is not adaptor:
+        reset_layer(layer, generator)
+        return
+    adaptor.reset_parameters(generator)
+    if table is not None:
+        adaptor.table[1:] = table
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ class Builder:
 
     recipe: Recipe
 
-    # -- data --------------------------------------------------------------------------------
+    # -- features, vocabularies, prompts -----------------------------------------------------
 
     @property
     def frame_seconds(self) -> float:
@@ -102,27 +95,27 @@ class Builder:
 
     @cached_property
     def cmvn(self) -> Cmvn:
-        hint = "make it with `dsasr data cmvn`"
-        path = self._here(self.recipe.data.cmvn)
-        return Cmvn.load(self._existing_file(path, "data.cmvn", hint))
+        """Mean and variance of the features. Raises `UserError` where there is no such file."""
+        return Cmvn.load(self._existing_file("data.cmvn", self.recipe.data.cmvn, "cmvn"))
 
     @cached_property
     def phonemes(self) -> PhonemeVocab:
-        hint = "make it with `dsasr data phonemes`"
-        return PhonemeVocab.load(
-            self._existing_file(self._here(self.recipe.data.phonemes), "data.phonemes", hint)
-        )
+        """The units of the CTC head. Raises `UserError` where there is no such file."""
+        path = self.recipe.data.phonemes
+        return PhonemeVocab.load(self._existing_file("data.phonemes", path, "phonemes"))
 
     @property
     def phonemizer(self) -> Phonemizer:
-        """A new one: of transcripts, the units that the CTC head learns."""
+        """A new one, which turns transcripts into the units that the CTC head learns."""
         cfg = self.recipe.data.phonemizer
         return build_phonemizer(cfg, self.tokenizer if cfg.kind == "tokens" else None)
 
     @cached_property
     def encoder_folder(self) -> Path:
         """The folder of ``model.encoder.path``, which is itself or a hub name (`find_model`)."""
-        return find_model(self._here(self.recipe.pretrained_encoder.path), "model.encoder.path")
+        return find_model(
+            self.original_or_copy(self.recipe.pretrained_encoder.path), "model.encoder.path"
+        )
 
     @cached_property
     def encoder(self) -> EncoderBuilder:
@@ -132,7 +125,7 @@ class Builder:
             model.encoder,
             model.encoder_lora,
             None if own else self.encoder_folder,
-            not self.encoder_comes_from_a_source,  # an export's come with its other weights
+            not self.encoder_comes_from_a_source,  # then its weights are loaded with the others
             partial(sub_seed, self.recipe.seed),
         )
 
@@ -144,20 +137,20 @@ class Builder:
     @cached_property
     def llm_folder(self) -> Path:
         """The folder of ``model.llm.path``, which is itself or a hub name (`find_model`)."""
-        return find_model(self._here(self.recipe.model.llm.path))
+        return find_model(self.original_or_copy(self.recipe.model.llm.path))
 
     @cached_property
     def llm(self) -> LlmBuilder:
         """What builds the language model."""
         model, folder = self.recipe.model, self.llm_folder
-        # A copy has no weights: those of a checkpoint are loaded into what is drawn here.
+        # A copy has no weights: they are drawn here, and then loaded from a checkpoint.
         copied = any(map(folder.is_relative_to, self.source_copies.values()))
         seed_for = partial(sub_seed, self.recipe.seed)
         return LlmBuilder(model.llm, model.lora, folder, model.llm.weights and not copied, seed_for)
 
     @property
     def tokenizer_folder(self) -> Path:
-        folder = self._here(self.recipe.model.tokenizer)
+        folder = self.original_or_copy(self.recipe.model.tokenizer)
         return Path(folder) if folder else self.llm_folder
 
     @cached_property
@@ -169,7 +162,8 @@ class Builder:
         """Fingerprints of the vocabularies of this job's heads: "phonemes" of a CTC head,
         "tokenizer" of the language model.
 
-        They lie beside its weights, so that a run which starts from those can compare them.
+        Checkpoints and snapshots have them, so that a run which starts from their weights can
+        compare them with its own.
         """
         found = {}
         if "pretrain" in self.recipe.branches or self.recipe.model.adaptor.reads_ctc:
@@ -178,45 +172,23 @@ class Builder:
             found["tokenizer"] = vocabulary_fingerprint(self.tokenizer)
         return found
 
-    @cached_property
-    def contents(self) -> dict[str, str]:
-        """Fingerprints of the files that decide what a batch or a step is, by the recipe's keys.
-
-        They lie in a checkpoint: a resumed run must go on with the same contents.
-        """
-        data, files = self.recipe.data, {}
-        if Path(self.recipe.engine.deepspeed).suffix == ".json":
-            files["engine.deepspeed"] = Path(self.recipe.engine.deepspeed)
-        if self.recipe.pretrained_encoder is None:
-            files["data.cmvn"] = Path(self._here(data.cmvn))
-        if "phonemes" in self.vocabularies:
-            files["data.phonemes"] = Path(self._here(data.phonemes))
-            if data.phonemizer.kind == "lexicon":
-                for number, path in enumerate(data.phonemizer.lexicons):
-                    files[f"data.phonemizer.lexicons[{number}]"] = lexicon_path(path)
-        if data.text_only is not None and data.text_only.confusions:
-            files["data.text_only.confusions"] = Path(data.text_only.confusions)
-        found = {key: _digest(path) for key, path in files.items()}
-        if "tokenizer" in self.vocabularies:
-            found["model.tokenizer"] = self.vocabularies["tokenizer"]
-        return found
-
     @property
     def source_copies(self) -> dict[str, Path]:
-        """Each source of the run's initial weights → the run's copy of what it needs of it besides
-        weights: the source may be gone when the run is resumed, evaluated or exported."""
+        """Each source of the run's initial weights → the run's copy of its other files (settings,
+        tokenizer, CMVN, phonemes): the source may be gone when the run is resumed or exported."""
         sources = {key: getattr(self.recipe.model, key) for key in SOURCES}
         return {source: self.recipe.folder / key for key, source in sources.items() if source}
 
-    def _here(self, path: str) -> str:
+    def original_or_copy(self, path: str) -> str:
+        """``path`` of the recipe, or the run's copy of it where it is gone (`source_copies`)."""
         return export_folder.original_or_copy(path, self.source_copies)
 
-    def prompt(self, context: str | None = None, lang: str = "") -> tuple[list[int], list[int]]:
-        """The prompt's ids before and after the speech, with hints if there are any; ``lang``: one
-        of ``model.languages``."""
+    def prompt(self, lang: str = "") -> tuple[list[int], list[int]]:
+        """The prompt's ids before and after the speech; ``lang``: the one of ``model.languages``
+        that it names, empty for none."""
         model = self.recipe.model
         language = model.languages[lang] if lang else ""
-        return Prompt.build(self.tokenizer, context, model.prompt, language)
+        return Prompt.build(self.tokenizer, template=model.prompt, language=language)
 
     @property
     def hinted_prompts(self) -> dict[str, PromptIds]:
@@ -224,14 +196,17 @@ class Builder:
         sides = {lang: self.prompt(lang=lang) for lang in self.recipe.model.languages}
         return {lang: PromptIds(*map(tuple, pair)) for lang, pair in sides.items()}
 
-    @staticmethod
-    def _existing_file(path: str, key: str, hint: str) -> Path:
-        """``path`` of the recipe's ``key``, or `UserError` with ``hint``."""
+    def _existing_file(self, key: str, path: str, command: str) -> Path:
+        """The file ``path`` of the recipe's ``key``, which `dsasr data COMMAND` makes."""
+        hint = f"make it with `dsasr data {command}`"
         if not path:
             raise UserError(f"{key} is not given: {hint}")
-        if not Path(path).is_file():
-            raise UserError(f"{key}: there is no {path}; {hint}")
-        return Path(path)
+        found = Path(self.original_or_copy(path))
+        if not found.is_file():
+            raise UserError(f"{key}: there is no {found}; {hint}")
+        return found
+
+    # -- dataloaders -------------------------------------------------------------------------
 
     def text_encoder(self, phonemes: bool, tokens: bool) -> TextEncoder:
         """From transcripts to labels: phonemes, tokens or both."""
@@ -246,7 +221,10 @@ class Builder:
         )
 
     def collator(self, branch: str, batch: BatchConfig, trains: bool) -> Collator:
-        """What reads a branch's samples, without augmentation; ``trains``: as in training."""
+        """What reads a branch's samples, without augmentation.
+
+        ``trains``: for pretraining, samples too short for their CTC labels are bad, as in training.
+        """
         ctc = trains and branch == "pretrain"
         return Collator(
             storage=ShardStorage(self.recipe.data.dataloader.source),
@@ -287,20 +265,15 @@ class Builder:
             state=state,
         )
 
-    def validation_batches(
-        self,
-        branch: str,
-        utterances: int = 0,
-        datasets: tuple[DatasetConfig, ...] | None = None,
-    ) -> list[Batch]:
-        """This rank's batches of the validation set (or ``datasets``), until all ranks together
-        have ``utterances`` (0: all of it).
+    def validation_batches(self, branch: str, utterances: int = 0) -> list[Batch]:
+        """This rank's batches of the validation set, until all ranks together have ``utterances``
+        (0: all of it).
 
         Every rank gets equally many batches; some may have no utterance. Collective.
         """
         config = replace(self.recipe.data.dataloader, num_workers=0)
-        datasets = datasets or self.recipe.data.valid
-        with self._dataloader(config, datasets, branch, purpose="eval", seed=0) as loader:
+        valid = self.recipe.data.valid
+        with self._dataloader(config, valid, branch, purpose="eval", seed=0) as loader:
             batches, seen = [], 0
             for batch in loader:
                 batches.append(batch)
@@ -353,7 +326,7 @@ class Builder:
             for line in properties.notes(self.llm.kind, model.llm):
                 print(line, flush=True)
         llm, scale = self.llm.build(partition)
-        vocabulary, width = zero_partition.full_shape(llm.get_input_embeddings().weight)
+        vocabulary, width = full_shape(llm.get_input_embeddings().weight)
         check_tokenizer(self.tokenizer, vocabulary)
         encoder = self.encoder.build("sft encoder", partition)
         adaptor, ctc = self._meta_adaptor(encoder, width, scale)
@@ -362,7 +335,7 @@ class Builder:
         if model.adaptor.reads_ctc:
             are_tokens = self.recipe.data.phonemizer.kind == "tokens"
             table = unit_embeddings(llm, self.tokenizer, self.phonemes.symbols[1:], are_tokens)
-        self._drawn(adaptor, "adaptor", partition, partial(_reset_own, adaptor, table))
+        self._drawn(adaptor, "adaptor", partition, partial(_reset_adaptor, adaptor, table))
         if ctc is not None:
             self._drawn(ctc, "sft ctc", partition)
         prefix, suffix = self.prompt()
@@ -377,7 +350,7 @@ class Builder:
             spec=model.pretrain.spec if model.sft.spec else None,
             chunks=model.sft.chunks,
             ctc=ctc,
-            spell=self.spell if model.adaptor.reads_ctc else None,
+            speller=self.speller if model.adaptor.reads_ctc else None,
             cached=properties.caches,
             hinted=self.hinted_prompts,
         )
@@ -408,7 +381,7 @@ class Builder:
         return adaptor, ctc
 
     @cached_property
-    def spell(self) -> Speller:
+    def speller(self) -> Speller:
         """From a transcript to the units of the CTC head."""
         return Speller(self.phonemizer, self.phonemes)
 
@@ -426,7 +399,8 @@ class Builder:
         partition: Partition | None,
         reset: Callable = reset_layer,
     ) -> nn.Module:
-        """Draw the weights that a module has on the meta device from the recipe's seed."""
+        """Draw the weights that ``module`` has on the meta device, from the recipe's seed and
+        ``purpose``; ``reset``: draws a layer's own weights."""
         generator = self._generator(purpose)
 
         def fill(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -442,11 +416,3 @@ class Builder:
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(sub_seed(self.recipe.seed, purpose))
-
-    @property
-    def starts_afresh(self) -> bool:
-        """Whether a job would start without a checkpoint, going by what lies in its folder."""
-        resumes = self.recipe.resume == "auto" and list_checkpoints(
-            self.recipe.folder / "checkpoints"
-        )
-        return not resumes and self.recipe.resume in ("auto", "never")

@@ -347,7 +347,7 @@ class Schedule:
         if trained_here:
             return Turn("step", stage, step)
         due = progress.published[-1] if stage.needs_final_encoder else self._due(progress)
-        if due is None or due is _NOT_YET:
+        if due is None:
             return Turn("wait", stage, step)
         may_swap = stage.swaps or stage.needs_final_encoder or progress.in_use is None
         if may_swap and due.id != progress.in_use:
@@ -357,18 +357,17 @@ class Schedule:
     def _due(self, progress: Progress) -> Snapshot | None:
         """The snapshot that the sft branch should use: the newest, or the one planned for its step.
 
-        None: none is published; `_NOT_YET`: the planned one is not.
+        None where it is not published yet.
         """
         snapshots = progress.published
         if self.drift.mode == "fixed" and any(s.sft is not None for s in self.drift.swaps):
             planned = [s for s in self.drift.swaps if s.sft is None or s.sft <= progress.sft]
-            if planned:
-                step = planned[-1].pretrain
-                if not any(s.pretrain == step for s in snapshots):
-                    return _NOT_YET
-                snapshots = tuple(s for s in snapshots if s.pretrain <= step)
-            elif self.drift.swaps:
-                return snapshots[0] if snapshots else _NOT_YET
+            if not planned:  # before the first planned swap
+                return snapshots[0] if snapshots else None
+            step = planned[-1].pretrain
+            if not any(s.pretrain == step for s in snapshots):
+                return None
+            snapshots = tuple(s for s in snapshots if s.pretrain <= step)
         return snapshots[-1] if snapshots else None
 
     def needed(self, progress: Progress) -> set[str]:
@@ -397,10 +396,6 @@ class Schedule:
         if progress.step >= turn.stage.steps:
             progress = replace(progress, stage=progress.stage + 1, step=0)
         return progress
-
-
-# Returned by `Schedule._due` while the planned encoder is not published.
-_NOT_YET = Snapshot("", -1, "later")
 
 
 def learning_rate(stage: StageConfig, part: str, step: int) -> float:

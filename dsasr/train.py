@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from dsasr.build import Builder
     from dsasr.training.trainer import Trainer
 
-RANK_0_SECONDS = 5.0  # in which rank 0 prints an error and ends
-
-
-# What gloo, NCCL and the store of the process group say where another rank's process has ended.
+RANK_0_SECONDS = 5.0  # that other ranks wait before they print an error which rank 0 prints, too
+# What gloo, NCCL and the store of the process group say when another rank's process has ended.
 LOST_RANK = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -54,14 +52,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train(trainer: Trainer) -> None:
     """The training loop. A turn is one optimizer step of one branch."""
-    trainer.finish_evaluation()  # that the run was resumed in
+    trainer.finish_evaluation()  # if the process before this one ended in it
     while (turn := trainer.next_turn()).kind != "end":
         if turn.kind == "wait":
             trainer.wait_for_encoder()
             continue
         engine = trainer.enter(turn.stage)  # no-op unless the stage or the branch changes
         if turn.load is not None and not trainer.swap_encoder(engine, turn.load):
-            continue  # refused: an event says why
+            continue  # the snapshot was refused, and an event says why
         report = engine.step(trainer.next_batches(turn.stage), turn.step, trainer.histograms_every)
         trainer.advance(turn)
         if engine.name == "pretrain":
@@ -75,6 +73,10 @@ def train(trainer: Trainer) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Check the recipe and its files, then train one rank (``--check``: stop there).
+
+    Returns the exit code; raises `UserError` for a mistake in the recipe or its files.
+    """
     request = StopRequest()
     request.listen(*EARLY)
     options = parse(arguments)
@@ -97,14 +99,17 @@ def main(arguments: list[str] | None = None) -> int:
     first_samples.check(builder)
     if options.check:
         initial_weights.check(builder)
-        check_at_length(builder)
+        check_data_and_plan(builder)
         return 0
     with request.guard_output():
         return train_rank(builder, request)
 
 
-def check_at_length(builder: Builder) -> None:
-    """Print data, plan and warnings of a run on one screen. Raises `UserError` for its faults."""
+def check_data_and_plan(builder: Builder) -> None:
+    """``--check``: print the run's data, plan and warnings on one screen.
+
+    Raises `UserError` where the run would fail.
+    """
     from dsasr.planning import outlook
     from dsasr.training import preflight, sample_survey, survey_text
 
@@ -137,14 +142,14 @@ def train_rank(builder: Builder, request: StopRequest) -> int:
     cfg = builder.recipe
     rank_watchdog = watchdog.for_rank(cfg.folder, cfg.watchdog)
     rank_watchdog.at("start")
-    # A hang ends by the watchdog before the process group's timeout: its message says more.
+    # The watchdog ends a hang before the process group's timeout does: its message says more.
     limits = cfg.watchdog.seconds, cfg.watchdog.start_seconds
     trainer = lock = None
     try:
         rendezvous.check_master()
         process_setup.init_distributed(max(limits) + 120 if all(limits) else 0)
         lock = run_lock.hold(cfg.folder, request)
-        gc.freeze()  # what was imported lives as long as the process: no collection looks at it
+        gc.freeze()  # imports live as long as the process: the collector need not visit them
         trainer = Trainer(cfg, rank_watchdog, request, builder)
         request.begin_training()
         train(trainer)
@@ -163,11 +168,11 @@ def train_rank(builder: Builder, request: StopRequest) -> int:
 def main_once() -> int:
     """`main`, with a user's mistake printed by one rank instead of by all.
 
-    A rank that loses another one prints that in a line; why that one ended is printed by itself, by
-    the launcher (`dsasr.launch.killed_ranks`) or by Slurm.
+    The launcher, or Slurm, ends all ranks as soon as one has ended. So the other ranks wait until
+    rank 0 has printed the error; if rank 0 does not have it, they print it themselves.
 
-    The launcher, or Slurm, ends all ranks when the first one ends, so the others give rank 0 time
-    to print it first. A mistake that rank 0 does not meet is printed by the ranks that do.
+    When a rank's process ends, the other ranks print in one line that they stop for that reason.
+    Why it ended is printed by that rank, by the launcher (`dsasr.launch.killed_ranks`) or by Slurm.
     """
     try:
         return main()

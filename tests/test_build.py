@@ -164,7 +164,7 @@ def test_a_ctc_that_writes_tokens_is_read_as_the_language_models_own(tiny, tmp_p
         expected = model.llm.get_input_embeddings()(torch.tensor(number))
         row = model.adaptor.table[build.phonemes.encode([unit])[0]]
         torch.testing.assert_close(row, expected, rtol=1e-6, atol=0)
-    assert build.spell("BA do", "en") == build.phonemes.encode(phonemizer.phonemes("ba do"))
+    assert build.speller("BA do", "en") == build.phonemes.encode(phonemizer.phonemes("ba do"))
 
 
 def test_letters_start_as_the_mean_of_the_tokens_that_write_them(tiny, tmp_path) -> None:

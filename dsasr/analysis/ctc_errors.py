@@ -40,10 +40,10 @@ def count_ctc_errors(
 
     Raises `UserError` for an encoder without a head.
     """
-    if encoder.ctc is None or encoder.build is None:
+    if encoder.ctc is None or encoder.builder is None:
         raise UserError(f"{encoder.source.name} has no CTC head: give a run that pretrains")
-    vocab = encoder.build.phonemes
-    phonemizer = encoder.build.phonemizer
+    vocab = encoder.builder.phonemes
+    phonemizer = encoder.builder.phonemizer
     errors = CtcErrors(Confusions.empty(vocab.symbols))
     for start in progress(range(0, len(recordings), GROUP)):
         group = recordings[start : start + GROUP]

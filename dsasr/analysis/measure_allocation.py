@@ -19,6 +19,7 @@ from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.pai_csai import VInformationConfig, csai, pai
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
+from dsasr.model.outputs import add_sums
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils.distributed import device
 from dsasr.utils.errors import UserError
@@ -97,10 +98,7 @@ def llm_allocation(
     model: SpeechLLM, front_end: FrontEnd, tokenizer: Tokenizer, recordings: Sequence[Recording]
 ) -> LlmAllocation:
     """H₀, H₁ and predictive entropies over the transcripts' tokens, the end token included."""
-    sums: dict[str, tuple[float, float]] = {}
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in batch_recordings(recordings, front_end=front_end, tokenizer=tokenizer):
-        batch_sums = predictive_entropy.llm_sums(model, batch.to(device()))
-        for name, (total, count) in batch_sums.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + float(total), before[1] + float(count))
+        add_sums(sums, predictive_entropy.llm_sums(model, batch.to(device())))
     return predictive_entropy.llm_allocation(sums)

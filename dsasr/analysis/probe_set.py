@@ -50,8 +50,8 @@ def label_recordings(
     without text, or with the key of an earlier one, is left out. Raises `UserError` if fewer than 3
     utterances can be labeled, or if the aligner's posteriors are NaN.
     """
-    build = aligner.build
-    if build is None:
+    builder = aligner.builder
+    if builder is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
     causes: Counter[str] = Counter()
     by_key: dict[str, Recording] = {}
@@ -61,7 +61,7 @@ def label_recordings(
         else:
             causes["same_key" if r.text else "no_text"] += 1
     features = aligner.encode(list(by_key.values())) if aligner.ctc is not None else {}
-    phonemizer = build.phonemizer
+    phonemizer = builder.phonemizer
     of_words = frame_labels.word_phonemizer(phonemizer)
     aligned, labeled = [], []
     for r in by_key.values():
@@ -80,8 +80,8 @@ def label_recordings(
     labels = frame_labels.number_words(aligned, aligner.frame_seconds)
     if semantic == "token":
         pairs = zip(labeled, labels, strict=True)
-        labels = [_label_tokens(r, of_utterance, build, of_words) for r, of_utterance in pairs]
-    return ProbeSet(labeled, labels, causes, build.front_end.rate)
+        labels = [_label_tokens(r, of_utterance, builder, of_words) for r, of_utterance in pairs]
+    return ProbeSet(labeled, labels, causes, builder.front_end.rate)
 
 
 def _align(
@@ -91,7 +91,7 @@ def _align(
     phonemizer: Phonemizer,
     of_words: Phonemizer,
 ) -> AlignedUtterance:
-    vocab = aligner.build.phonemes
+    vocab = aligner.builder.phonemes
     if r.alignment is not None and r.alignment.get("phonemes"):
         return _stored(r, aligner, x_SE, of_words)
     if x_SE is None:
@@ -115,10 +115,10 @@ def _stored(
     r: Recording, aligner: ProbedEncoder, x_SE: Tensor | None, of_words: Phonemizer
 ) -> AlignedUtterance:
     """An utterance by its shard's alignment."""
-    rate, seconds = aligner.build.front_end.rate, aligner.frame_seconds
+    rate, seconds = aligner.builder.front_end.rate, aligner.frame_seconds
     frames = len(x_SE) if x_SE is not None else round(len(r.wave) / rate / seconds)
     stored = forced_alignment.read(r.alignment, frames, seconds)
-    ids = aligner.build.phonemes.encode(stored.phonemes)
+    ids = aligner.builder.phonemes.encode(stored.phonemes)
     words, phoneme_words = stored.words, stored.phoneme_words
     if words is None or phoneme_words is None:  # else the alignment decides what a word is
         words = forced_alignment.words_of(r.text)
@@ -129,9 +129,9 @@ def _stored(
 
 
 def _label_tokens(
-    r: Recording, labels: UtteranceLabels, build: Builder, of_words: Phonemizer
+    r: Recording, labels: UtteranceLabels, builder: Builder, of_words: Phonemizer
 ) -> UtteranceLabels:
-    symbols = build.phonemes.decode(labels.phonemes)
+    symbols = builder.phonemes.decode(labels.phonemes)
     phoneme_words = frame_labels.assign_words(symbols, r.text, r.lang, of_words)
-    ids = build.tokenizer.encode(r.text)
-    return frame_labels.label_tokens(labels, r.text, phoneme_words, ids, build.tokenizer.decode)
+    ids = builder.tokenizer.encode(r.text)
+    return frame_labels.label_tokens(labels, r.text, phoneme_words, ids, builder.tokenizer.decode)

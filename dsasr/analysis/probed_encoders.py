@@ -57,7 +57,7 @@ class ProbedEncoder:
     source: EncoderSource
     frame_seconds: float
     encode: Callable[[Sequence[Recording]], dict[str, Tensor]]  # key → [S, E], CPU
-    build: Builder | None = None
+    builder: Builder | None = None
     encoder: Encoder | None = None
     ctc: CtcHead | None = None
     llm: SpeechLLM | None = None
@@ -89,8 +89,10 @@ def _seconds(path: Path) -> float:
         cfg = read_config(path).encoder
         own = isinstance(cfg, EncoderConfig)
         return MAX_SECONDS if own else _build_empty(path / ENCODER).front_end.max_seconds
-    build = _builder(path)
-    return MAX_SECONDS if build.recipe.pretrained_encoder is None else build.front_end.max_seconds
+    builder = _builder(path)
+    return (
+        MAX_SECONDS if builder.recipe.pretrained_encoder is None else builder.front_end.max_seconds
+    )
 
 
 def open_encoder(path: str | Path) -> ProbedEncoder:
@@ -132,20 +134,20 @@ def _run(path: Path) -> Path | None:
         return None
 
 
-def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> ProbedEncoder:
+def _from_checkpoint(path: Path, reader: FragmentReader, builder: Builder) -> ProbedEncoder:
     manifest, run = reader.manifest, _run(path)
-    architecture.check(reader, config.to_plain(build.recipe.model))
+    architecture.check(reader, config.to_plain(builder.recipe.model))
     snapshot = manifest.get("kind") == "snapshot"
     kind = manifest.get("kind", "checkpoint")
     needed = {"snapshot": ("pretrain", "cause"), "average": ("steps",)}
     require(path, manifest, *needed.get(kind, _CHECKPOINT))
     name = f"{run.name}/{reader.folder.name}" if run else reader.folder.name
     source = EncoderSource(name, kind, run=str(run) if run else None)
-    encoder, head, llm = build.encoder.empty(), None, None
+    encoder, head, llm = builder.encoder.empty(), None, None
     if snapshot:
         source = replace(source, pretrain=manifest["pretrain"], cause=manifest["cause"])
         zero_partition.load_weights(encoder, PrefixReader(reader, "encoder."))
-        head = _head(build, PrefixReader(reader, "ctc."))
+        head = _head(builder, PrefixReader(reader, "ctc."))
     else:
         branch = "sft" if PrefixReader(reader, "sft/encoder.").shapes else "pretrain"
         source = replace(source, steps=manifest["steps"])
@@ -158,13 +160,15 @@ def _from_checkpoint(path: Path, reader: FragmentReader, build: Builder) -> Prob
                 snapshot=progress["in_use"] if branch == "sft" else None,
             )
         zero_partition.load_weights(encoder, PrefixReader(reader, f"{branch}/encoder."))
-        head = _head(build, PrefixReader(reader, "pretrain/ctc.")) or _stored_head(build, manifest)
+        head = _head(builder, PrefixReader(reader, "pretrain/ctc.")) or _stored_head(
+            builder, manifest
+        )
         if branch == "sft":
-            llm = build.speech_llm()
+            llm = builder.speech_llm()
             zero_partition.load_weights(llm, PrefixReader(reader, "sft/"))
             llm.to(device()).eval().requires_grad_(False)
     encoder.to(device()).eval().requires_grad_(False)
-    return _of_build(source, build, encoder, head, llm)
+    return _of_builder(source, builder, encoder, head, llm)
 
 
 def _encode_with(encoder: Encoder, front_end: FrontEnd):
@@ -183,36 +187,36 @@ def _encode_with(encoder: Encoder, front_end: FrontEnd):
     return encode
 
 
-def _of_build(
+def _of_builder(
     source: EncoderSource,
-    build: Builder,
+    builder: Builder,
     encoder: Encoder,
     ctc: CtcHead | None = None,
     llm: SpeechLLM | None = None,
 ) -> ProbedEncoder:
-    encode = _encode_with(encoder, build.front_end)
-    tokenizer = build.tokenizer if llm is not None else None
+    encode = _encode_with(encoder, builder.front_end)
+    tokenizer = builder.tokenizer if llm is not None else None
     return ProbedEncoder(
-        source, build.frame_seconds, encode, build, encoder, ctc, llm, build.front_end.rate,
-        build.front_end, tokenizer,
+        source, builder.frame_seconds, encode, builder, encoder, ctc, llm, builder.front_end.rate,
+        builder.front_end, tokenizer,
     )  # fmt: skip
 
 
-def _head(build: Builder, reader: PrefixReader) -> CtcHead | None:
+def _head(builder: Builder, reader: PrefixReader) -> CtcHead | None:
     """The CTC head stored below ``reader``, if there is one."""
     if not reader.shapes:
         return None
-    width, cfg = build.encoder_shape.width, build.recipe.model.pretrain.head
-    head = CtcHead(width, len(build.phonemes), cfg)
+    width, cfg = builder.encoder_shape.width, builder.recipe.model.pretrain.head
+    head = CtcHead(width, len(builder.phonemes), cfg)
     zero_partition.load_weights(head, reader)
     return head.to(device()).eval().requires_grad_(False)
 
 
-def _stored_head(build: Builder, manifest: dict[str, Any]) -> CtcHead | None:
+def _stored_head(builder: Builder, manifest: dict[str, Any]) -> CtcHead | None:
     """The CTC head of the snapshot in use, if it is still in the store."""
-    folder = build.recipe.store_folder / ((manifest.get("progress") or {}).get("in_use") or "")
+    folder = builder.recipe.store_folder / ((manifest.get("progress") or {}).get("in_use") or "")
     try:
-        return _head(build, PrefixReader(open_verified(folder), "ctc."))
+        return _head(builder, PrefixReader(open_verified(folder), "ctc."))
     except FragmentError:
         return None  # pruned, altered, or published by another store
 
@@ -253,7 +257,7 @@ def _of_export(
 
 def random_baseline(encoder: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
     """An encoder of the same architecture with random weights."""
-    if encoder.build is None and encoder.export is None:
+    if encoder.builder is None and encoder.export is None:
         return open_pretrained(encoder.source.path, random=True, seed=seed)
     module = reinitialized(encoder.encoder, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -261,4 +265,4 @@ def random_baseline(encoder: ProbedEncoder, *, seed: int = 0) -> ProbedEncoder:
     source = EncoderSource("random encoder", "random", run=encoder.source.run)
     if encoder.export is not None:
         return _of_export(source, encoder.export, module)
-    return _of_build(source, encoder.build, module)
+    return _of_builder(source, encoder.builder, module)

@@ -80,8 +80,10 @@ def verify(folder: Path) -> None:
 
 
 def original_or_copy(path: str, copies: Mapping[str, Path]) -> str:
-    """``path``; where it lay in one of the folders ``copies`` (folder → copy) and is gone, the same
-    in the copy."""
+    """``path``, or the same file in a copy of its folder where the original is gone.
+
+    ``copies``: folder → its copy.
+    """
     for folder, copy in copies.items():
         if path and not Path(path).exists() and Path(path).is_relative_to(folder):
             found = copy / Path(path).relative_to(folder)

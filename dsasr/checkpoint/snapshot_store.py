@@ -28,7 +28,7 @@ from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
 from dsasr.stages import Snapshot
 from dsasr.utils import distributed, ranges
 from dsasr.utils.errors import UserError
-from dsasr.utils.io import atomic_write, fsync_file, remove_folder, remove_temporaries
+from dsasr.utils.io import atomic_write, fsync_path, remove_folder, remove_temporaries
 from dsasr.utils.ranges import PositiveFloat, PositiveInt
 
 OWNER, HEARTBEAT, IN_USE = "PUBLISHER", "heartbeat", "in-use-"
@@ -89,7 +89,7 @@ class SnapshotStore:
         # see one publisher's claim, and all of it.
         claim = self.folder / f".{OWNER}.{self._token.split()[1]}.tmp"
         claim.write_text(json.dumps({"run": run, "token": self._token}), encoding="utf-8")
-        fsync_file(claim)
+        fsync_path(claim)
         try:
             os.link(claim, self.folder / OWNER)
         except FileExistsError:

@@ -318,5 +318,6 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def _flat_size(shape: list[int]) -> int:
-    """The elements of a stored tensor, which is flat; more than any layout allows for another."""
+    """Elements of a stored tensor, which must be flat; for another shape, so many that the layout
+    is refused."""
     return shape[0] if len(shape) == 1 else sys.maxsize

@@ -27,6 +27,7 @@ from dsasr.checkpoint.tensor_fragments import (
     all_finite,
     on_all_ranks,
 )
+from dsasr.model.layerwise_init import full_shape
 from dsasr.model.lora import is_adapter, plain_name
 from dsasr.utils import distributed
 
@@ -59,11 +60,6 @@ def persistent_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[st
 def named_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Name → parameter or persistent buffer."""
     return dict(named_parameters(module, prefix)) | dict(persistent_buffers(module, prefix))
-
-
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, also while ZeRO-3 has partitioned it, or of a buffer."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def weight_fragment(parameter: nn.Parameter) -> Fragment:
@@ -100,9 +96,9 @@ def weight_fragments(module: nn.Module, prefix: str = "") -> dict[str, Fragment]
 # -- loading and copying -------------------------------------------------------------------------
 
 
-def load_weights(module: nn.Module, reader: Reader, prefix: str = "") -> None:
-    """`load_tensors` into all of ``module``, or into a child by ``"NAME."``; collective."""
-    load_tensors(named_tensors(module, prefix), reader)
+def load_weights(module: nn.Module, reader: Reader) -> None:
+    """`load_tensors` into all weights and persistent buffers of ``module``; collective."""
+    load_tensors(named_tensors(module), reader)
 
 
 def load_tensors(targets: Mapping[str, Tensor], reader: Reader, finite: bool = False) -> None:

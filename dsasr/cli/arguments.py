@@ -26,10 +26,23 @@ def command_parser(module: str, doc: str) -> argparse.ArgumentParser:
     )
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """``--recipe`` and ``key=value`` overrides."""
-    parser.add_argument("--recipe", required=True, help="a packaged recipe's name, or a YAML file")
+def add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """``--recipe`` (empty where it is not ``required`` and not given) and overrides."""
+    parser.add_argument(
+        "--recipe", required=required, default="", help="a packaged recipe's name, or a YAML file"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+
+
+def add_machines(parser: argparse.ArgumentParser) -> None:
+    """``--ranks`` and ``--hostfile``: where the launcher starts ranks."""
+    parser.add_argument(
+        "--ranks", type=int, default=0,
+        help="of a machine (default: one a GPU; one where there is no GPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hostfile", type=Path, help="DeepSpeed's list of machines, a line 'HOST slots=GPUS' each"
+    )
 
 
 def count(text: str) -> int:

@@ -18,22 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dsasr
-from dsasr.cli.arguments import command_parser
+from dsasr.cli.arguments import add_machines, add_recipe, command_parser
 
 PROGRAM = Path(dsasr.__file__).parent / "doctor" / "rank.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(__name__, __doc__)
-    parser.add_argument("--recipe", default="", help="a packaged recipe's name, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
-    parser.add_argument(
-        "--ranks", type=int, default=0,
-        help="of a machine (default: one a GPU; one where there is no GPU)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--hostfile", type=Path, help="DeepSpeed's list of machines, a line 'HOST slots=GPUS' each"
-    )
+    add_recipe(parser, required=False)
+    add_machines(parser)
     args = parser.parse_intermixed_args(arguments)
     words = [*(["--recipe", args.recipe] if args.recipe else []), *args.overrides]
 

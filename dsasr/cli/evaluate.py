@@ -103,8 +103,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--lang and --hint-lang both say what the prompt names: leave out one")
     if args.tune and (args.lang or args.hint_lang):
         parser.error("--tune goes without a language in the prompt: leave out --lang, --hint-lang")
-    if args.suite_utterances < 0 or (args.suite_utterances and not args.suite):
-        parser.error("--suite-utterances: give a number above 0, and --suite")
+    if args.suite_utterances and not args.suite:
+        parser.error("--suite-utterances needs --suite")
     return args
 
 

@@ -80,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if path is None:
         raise UserError("labels need a CTC head: give --aligner a run, checkpoint or snapshot")
     aligner = probed_encoders.open_checkpoint(path)
-    data = aligner.build.recipe.data
+    data = aligner.builder.recipe.data
     recordings, bad = read_recordings(
-        args.data, rate=aligner.build.front_end.rate, text=data.text, limit=args.utterances,
+        args.data, rate=aligner.builder.front_end.rate, text=data.text, limit=args.utterances,
         max_seconds=probed_encoders.max_seconds([path, *args.checkpoints]),
     )  # fmt: skip
     probe_set = label_recordings(aligner, recordings, args.semantic)

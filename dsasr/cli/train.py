@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dsasr
-from dsasr.cli.arguments import add_recipe, command_parser
+from dsasr.cli.arguments import add_machines, add_recipe, command_parser
 
 PROGRAM = Path(dsasr.__file__).with_name("train.py")
 
@@ -25,13 +25,7 @@ PROGRAM = Path(dsasr.__file__).with_name("train.py")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(__name__, __doc__)
     add_recipe(parser)
-    parser.add_argument(
-        "--ranks", type=int, default=0,
-        help="of a machine (default: one a GPU; one where there is no GPU)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--hostfile", type=Path, help="DeepSpeed's list of machines, a line 'HOST slots=GPUS' each"
-    )
+    add_machines(parser)
     parser.add_argument(
         "--check",
         action="store_true",

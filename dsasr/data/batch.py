@@ -108,7 +108,7 @@ class Batch:
         return self.origin or self
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on ``device``, on the way there when this returns."""
+        """The same batch with its tensors on ``device``; the host does not wait for the copies."""
         on_device = {name: upload(x, device) for name, x in self._tensors().items()}
         return dataclasses.replace(self, **on_device, origin=self.host)
 

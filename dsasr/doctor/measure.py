@@ -56,7 +56,7 @@ def within(seconds: float, act: Callable[[], T]) -> T:
     def work() -> None:
         try:
             box.append((True, act()))
-        except BaseException as error:
+        except BaseException as error:  # raised below, in the calling thread
             box.append((False, error))
 
     thread = threading.Thread(target=work, name="doctor", daemon=True)

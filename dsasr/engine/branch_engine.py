@@ -54,6 +54,7 @@ from dsasr.engine.master_weights import MasterWeights
 from dsasr.engine.offload import StateOffloader
 from dsasr.engine.step_report import StepReport
 from dsasr.model import lora
+from dsasr.model.outputs import add_sums
 from dsasr.stages import StageConfig, learning_rate
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -176,9 +177,7 @@ class BranchEngine:
                 parts = {part: lora.part(self.module, part) for part in self.stage.trains}
                 gradients = gradient_histograms(parts)
             self._engine.step()
-            for name, (total, count) in outputs.sums.items():
-                earlier = sums.get(name, (0.0, 0.0))
-                sums[name] = (earlier[0] + total, earlier[1] + count)
+            add_sums(sums, outputs.sums)
         norm = self._engine.get_global_grad_norm()
         where = self.name, self.stage.name, step
         return StepReport(*where, sums, lrs, norm, tuple(batches), gradients)

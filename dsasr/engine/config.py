@@ -14,7 +14,7 @@ from dsasr.config import nearest
 from dsasr.engine.deepspeed_keys import check_keys
 from dsasr.engine.offload import OffloadConfig
 from dsasr.utils import distributed, ranges
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 from dsasr.utils.package_data import packaged_folder
 from dsasr.utils.ranges import Dropout, NonNegativeFloat, PositiveFloat
 
@@ -89,10 +89,9 @@ def check_nvme(config: EngineConfig) -> None:
     try:
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # compilers and loaders raise many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"engine.deepspeed={config.deepspeed}: DeepSpeed's async_io cannot be built here "
-            f"({reason}): install libaio-dev and a C++ compiler, or give zero3-offload"
+            f"({message_of(error)}): install libaio-dev and a C++ compiler, or give zero3-offload"
         ) from None
     try:
         Path(config.nvme).mkdir(parents=True, exist_ok=True)

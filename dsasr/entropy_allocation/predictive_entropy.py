@@ -35,12 +35,12 @@ class CtcEntropySums(Sums):
     speech; the split is **ours**.
     """
 
-    def __init__(self, *, device: torch.device | str = "cpu") -> None:
-        super().__init__({name: () for name in ("n", "entropy", "n_speech", "speech")}, device)
+    def __init__(self) -> None:
+        super().__init__({name: () for name in ("n", "entropy", "n_speech", "speech")})
 
     @torch.no_grad()
     def update(self, log_probs_BSP: Tensor, lengths_B: Tensor, blank: int = 0) -> None:
-        """Add a padded batch of CTC log-posteriors."""
+        """Add a padded batch of CTC log-posteriors, on the CPU."""
         frames_S = torch.arange(log_probs_BSP.shape[1], device=log_probs_BSP.device)
         valid_BS = frames_S[None, :] < lengths_B.to(log_probs_BSP.device)[:, None]
         entropy_BS = frame_entropy(log_probs_BSP)
@@ -76,7 +76,9 @@ def llm_sums(model, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def llm_allocation(sums: Mapping[str, tuple[float, float]]) -> LlmAllocation:
+def llm_allocation(
+    sums: Mapping[str, tuple[Tensor | float, Tensor | float]],
+) -> LlmAllocation:
     """The means of the added-up (sum, count) of `llm_sums`."""
     names = ("nll_with_audio", "nll_without_audio", "entropy_with_audio", "entropy_without_audio")
     pairs = {name: tuple(map(float, sums[name])) for name in names}

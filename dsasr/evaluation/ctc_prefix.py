@@ -53,7 +53,7 @@ class Prefixes(NamedTuple):
 
 
 def empty_prefixes(said: Posteriors, utterances_N: Tensor) -> Prefixes:
-    """Nothing is written yet: only blanks have been."""
+    """An empty prefix for each utterance: its frames so far are all blank."""
     blanks_NS = said.of(utterances_N, torch.full_like(utterances_N, BLANK))
     blank_NT = torch.nn.functional.pad(blanks_NS.cumsum(1), (1, 0))
     nothing_NT = torch.full_like(blank_NT, -math.inf)
@@ -133,8 +133,10 @@ class JointScores:
         self._units: list[list[int] | None] = [[]] * count
 
     def score(self, rows: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """Of the hypotheses in ``rows``, each with a further token, the score in nats; of those
-        that end with it the log-probability of the whole."""
+        """Scores in nats of the hypotheses in ``rows``, each with a further token of ``tokens``.
+
+        Where that is the end token, the log-probability of the whole transcript.
+        """
         utterances = self._active.utterances_N.tolist()
         ids, units, ends, paths = [], [], [], []
         for row, token in zip(rows, tokens, strict=True):
@@ -154,15 +156,18 @@ class JointScores:
         return [-math.inf if u is None else s for s, u in zip(scores, units, strict=True)]
 
     def keep(self, candidates: Sequence[int]) -> None:
-        """Go on with these of the last `score`, in this order."""
+        """Go on with those candidates of the last `score`, by position and in this order."""
         ids, units, paths = self._candidates
         self._active = self._at([paths[number] for number in candidates])
         self._ids = [ids[number] for number in candidates]
         self._units = [units[number] for number in candidates]
 
     def _grow(self, paths: Sequence[_Path], ends: Sequence[bool]) -> None:
-        """The prefixes below ``paths``, each once however many of them share it. Those of the paths
-        themselves wait until they are kept, but of the ends'."""
+        """Compute the prefixes on the way to the last unit of each path, each of them once.
+
+        The whole path's own prefix is computed in `_at`, if the hypothesis is kept; where
+        ``ends`` is set it is computed here, for its total.
+        """
         both = zip(self._active, self._empty, strict=True)
         self._grown = Prefixes(*(torch.cat(pair) for pair in both))
         self._places: dict[_Path, int] = {}
@@ -187,7 +192,7 @@ class JointScores:
         return torch.tensor(values, dtype=torch.int64, device=self.said.log_probs_BSP.device)
 
     def _at(self, paths: Sequence[_Path]) -> Prefixes:
-        """The prefixes at ``paths``, whose own but for their last units are known."""
+        """The prefixes at ``paths``, each of which is known at least up to its last unit."""
         known = [path for path in paths if not path[1] or path in self._places]
         last = [path for path in dict.fromkeys(paths) if path[1] and path not in self._places]
         prefixes = self._grown.take(self._tensor([self._place(path) for path in known]))

@@ -49,10 +49,6 @@ class CtcScore:
     phonemes: tuple[AlignedSpan, ...] = ()
 
     @property
-    def log_prob_per_unit(self) -> float:
-        return self.log_prob / max(1, self.units)
-
-    @property
     def margin_per_unit(self) -> float:
         """How much less probable a unit of the transcript is than what the head wrote itself."""
         return self.margin / max(1, self.units)

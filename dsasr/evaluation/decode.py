@@ -71,7 +71,7 @@ class DecodeConfig:
 
     def is_joint(self, model: SpeechLLM) -> bool:
         """Whether the CTC head scores each token. Raises `UserError` where it is to and cannot."""
-        can = model.spell is not None and model.spell.writes_text
+        can = model.speller is not None and model.speller.writes_text
         if self.ctc_weight and self.ctc_scores == "joint" and not can:
             raise UserError(
                 "decoding: ctc_scores=joint needs a CTC head that writes characters or the "
@@ -185,7 +185,7 @@ def decode_nbest(
     """
     cfg = cfg or DecodeConfig()
     chunk = chunk or cfg.chunk(model.encoder)
-    if cfg.ctc_weight and (model.ctc is None or model.spell is None):
+    if cfg.ctc_weight and (model.ctc is None or model.speller is None):
         raise UserError("decoding: ctc_weight needs a model with its CTC head and its phonemes")
     training = model.training
     model.eval()
@@ -206,7 +206,7 @@ def decode_nbest(
     finally:
         model.train(training)
     found = [_hypotheses(batch, row, search, tokenizer) for row in range(len(batch))]
-    if not with_ctc_score or model.ctc is None or model.spell is None:
+    if not with_ctc_score or model.ctc is None or model.speller is None:
         return found
     return [
         [
@@ -231,7 +231,7 @@ def _joint(
         text = tokenizer.decode(list(ids))
         if not ended:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
-        return model.spell(text, batch.langs[row])
+        return model.speller(text, batch.langs[row])
 
     lengths_B = speech.log_prob_lengths_B.to(speech.log_probs_BSP.device)
     return JointScores(Posteriors(speech.log_probs_BSP, lengths_B), units_of, tokenizer.end_id)
@@ -246,13 +246,13 @@ def _ctc_log_prob(
     """
     ids = [step.token for step in beam.path() if step.token != tokenizer.end_id]
     text, lang = tokenizer.decode(ids), batch.langs[beam.utterance]
-    return log_prob_of(posteriors(speech, beam.utterance), model.spell.pronunciations(text, lang))
+    return log_prob_of(posteriors(speech, beam.utterance), model.speller.pronunciations(text, lang))
 
 
 def _ctc_score(
     model: SpeechLLM, batch: Batch, speech: SpeechInput, row: int, text: str
 ) -> CtcScore | None:
-    return score_text(posteriors(speech, row), text, batch.langs[row], model.spell)
+    return score_text(posteriors(speech, row), text, batch.langs[row], model.speller)
 
 
 def _hypotheses(

@@ -92,7 +92,7 @@ def read_recordings(
         except (BadSample, AudioError) as error:
             causes[error.cause] += 1
             continue
-        words = normalize_text(sample.text, sample.lang, text)
+        words = normalize_text(sample.text, text)
         labels = sample.phonemes, sample.alignment
         recordings.append(Recording(sample.key, wave, words, sample.lang, sample.speaker, *labels))
     if not recordings:

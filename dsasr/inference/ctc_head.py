@@ -25,21 +25,21 @@ from dsasr.utils.errors import UserError
 _WEIGHT = "ctc.project.weight"
 
 
-def find_head(build: Builder, reader: FragmentReader) -> PrefixReader | None:
+def find_head(builder: Builder, reader: FragmentReader) -> PrefixReader | None:
     """The weights ``ctc.…`` that belong to the checkpoint's recognizer; None where there are none.
 
     Of a concurrent run they lie in the newest snapshot of its encoder.
     """
     with contextlib.suppress(UserError):  # no phonemes are named, or their file is gone
-        return _head_weights(build, reader) if build.phonemes else None
+        return _head_weights(builder, reader) if builder.phonemes else None
     return None
 
 
-def _head_weights(build: Builder, reader: FragmentReader) -> PrefixReader | None:
+def _head_weights(builder: Builder, reader: FragmentReader) -> PrefixReader | None:
     for prefix in ("sft/", "pretrain/"):
         if prefix + _WEIGHT in reader.shapes:
             return PrefixReader(reader, prefix)
-    for folder in sorted(build.recipe.store_folder.glob("encoder-*"), reverse=True):
+    for folder in sorted(builder.recipe.store_folder.glob("encoder-*"), reverse=True):
         try:
             snapshot = PrefixReader(open_verified(folder), "")
         except FragmentError:
@@ -48,20 +48,20 @@ def _head_weights(build: Builder, reader: FragmentReader) -> PrefixReader | None
     return None
 
 
-def attach_own_head(model: SpeechLLM, build: Builder, reader: FragmentReader) -> None:
+def attach_own_head(model: SpeechLLM, builder: Builder, reader: FragmentReader) -> None:
     """Give ``model`` its checkpoint's head for scores of transcripts, unless it has one.
 
     Raises `FragmentError` where the head does not fit.
     """
     if model.ctc is not None:
         return
-    weights = find_head(build, reader)
+    weights = find_head(builder, reader)
     if weights is None:
         return
-    units = len(build.phonemes)
-    ctc = CtcHead(model.encoder.width, units, build.recipe.model.pretrain.head)
+    units = len(builder.phonemes)
+    ctc = CtcHead(model.encoder.width, units, builder.recipe.model.pretrain.head)
     zero_partition.load_weights(nn.ModuleDict({"ctc": ctc}), weights)
-    model.attach_ctc_head(ctc.eval(), reading_speller(build.phonemizer, build.phonemes))
+    model.attach_ctc_head(ctc.eval(), reading_speller(builder.phonemizer, builder.phonemes))
 
 
 def reading_speller(phonemizer: Phonemizer, vocab: PhonemeVocab) -> Speller:

@@ -55,9 +55,9 @@ class EvaluatedModel:
                 cfg.text, cfg.rules, StorageConfig(), folder, cfg.speech, cfg.tuned,
             )  # fmt: skip
         run = RunModel.from_run(folder, checkpoint)
-        recipe, build = run.build.recipe, run.build
+        recipe, builder = run.builder.recipe, run.builder
         return cls(
-            run.model, build.tokenizer, build.front_end, recipe.evaluation.decode,
+            run.model, builder.tokenizer, builder.front_end, recipe.evaluation.decode,
             recipe.data.text, recipe.evaluation.rules, recipe.data.dataloader.source,
             run.checkpoint, run.speech, run.tuned,
         )  # fmt: skip

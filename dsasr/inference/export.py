@@ -86,7 +86,7 @@ FILE_BYTES = 4 << 30  # the largest file of weights
 
 
 def export_run(
-    build: Builder,
+    builder: Builder,
     reader: FragmentReader,
     target: Path,
     dtype: torch.dtype | None = None,
@@ -105,13 +105,13 @@ def export_run(
         raise UserError(
             f"{reader.folder} holds no recognizer: its sft branch has not started training"
         )
-    _check_lora(build, weights, adapter)
+    _check_lora(builder, weights, adapter)
     try:
-        architecture.check(reader, config.to_plain(build.recipe.model))
+        architecture.check(reader, config.to_plain(builder.recipe.model))
         with atomic_folder(target) as folder:
-            _write_model(build, reader, weights, folder, dtype)
+            _write_model(builder, reader, weights, folder, dtype)
             if adapter:
-                _write_adapter(build, weights, folder / "adapter", dtype)
+                _write_adapter(builder, weights, folder / "adapter", dtype)
             write_checksums(folder)
     except FragmentError as error:
         raise UserError(f"{reader.folder}: {error}") from None
@@ -119,41 +119,41 @@ def export_run(
 
 
 def _write_model(
-    build: Builder,
+    builder: Builder,
     reader: FragmentReader,
     weights: PrefixReader,
     folder: Path,
     dtype: torch.dtype | None,
 ) -> None:
-    recipe, head = build.recipe, find_head(build, reader)
-    prefix, suffix = build.prompt()
+    recipe, head = builder.recipe, find_head(builder, reader)
+    prefix, suffix = builder.prompt()
     export_config = ExportConfig(
-        encoder=_exported_encoder(build, folder),
+        encoder=_exported_encoder(builder, folder),
         adaptor=recipe.model.adaptor,
         prompt=PromptIds(tuple(prefix), tuple(suffix)),
-        hinted=build.hinted_prompts,
+        hinted=builder.hinted_prompts,
         fbank=recipe.data.fbank,
         decode=recipe.evaluation.decode,
         text=recipe.data.text,
         rules=recipe.evaluation.rules,
         max_seconds=recipe.data.dataloader.batch.max_seconds,
         steps=int(reader.manifest.get("steps", 0)),
-        units=len(build.phonemes) if head is not None else 0,
+        units=len(builder.phonemes) if head is not None else 0,
         head=recipe.model.pretrain.head,
         phonemizer=recipe.data.phonemizer,
-        speech=speech_statistics(build),
+        speech=speech_statistics(builder),
         tuned=Tuned.load(recipe.folder),
     )
     atomic_write(
         folder / "config.json", json.dumps(config.to_plain(export_config), indent=1) + "\n"
     )
     if head is not None:
-        build.phonemes.save(folder / PHONEMES)
+        builder.phonemes.save(folder / PHONEMES)
     if recipe.pretrained_encoder is None:
-        build.cmvn.save(folder / CMVN)
+        builder.cmvn.save(folder / CMVN)
     llm = folder / LLM
     llm.mkdir()
-    _copy_llm(build.llm_folder, build.tokenizer_folder, llm, dtype)
+    _copy_llm(builder.llm_folder, builder.tokenizer_folder, llm, dtype)
     # Name in the file → key in the checkpoint.
     plain = [k for k in weights.shapes if not lora.is_adapter(k)]
     speech_keys = {k: k for k in plain if k.startswith(("encoder.", "adaptor."))}
@@ -168,22 +168,22 @@ def _write_model(
             _write_files(directory, tensors)
 
 
-def _exported_encoder(build: Builder, folder: Path) -> EncoderConfig | PretrainedEncoderConfig:
+def _exported_encoder(builder: Builder, folder: Path) -> EncoderConfig | PretrainedEncoderConfig:
     """The encoder's settings for ``folder``, which gets the settings of its family."""
-    cfg = build.recipe.pretrained_encoder
+    cfg = builder.recipe.pretrained_encoder
     if cfg is None:
-        return build.recipe.model.encoder
+        return builder.recipe.model.encoder
     (folder / ENCODER).mkdir()
     for name in ("config.json", PREPROCESSOR):
-        if (build.encoder_folder / name).is_file():
-            shutil.copyfile(build.encoder_folder / name, folder / ENCODER / name)
+        if (builder.encoder_folder / name).is_file():
+            shutil.copyfile(builder.encoder_folder / name, folder / ENCODER / name)
     return replace(cfg, path=ENCODER)
 
 
-def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
+def _check_lora(builder: Builder, weights: PrefixReader, adapter: bool) -> None:
     """Raise `UserError` if recipe and checkpoint disagree on LoRA, or if ``adapter`` is requested
     and the LoRA matrices are not all that the run trained of the language model."""
-    model, stages = build.recipe.model, build.recipe.schedule().sft
+    model, stages = builder.recipe.model, builder.recipe.schedule().sft
     has = {}
     for part, base in lora.BASE.items():
         has[part] = any(k.startswith(f"{base}.") and lora.is_adapter(k) for k in weights.shapes)
@@ -201,16 +201,16 @@ def _check_lora(build: Builder, weights: PrefixReader, adapter: bool) -> None:
 
 
 def _write_adapter(
-    build: Builder, weights: PrefixReader, folder: Path, dtype: torch.dtype | None
+    builder: Builder, weights: PrefixReader, folder: Path, dtype: torch.dtype | None
 ) -> None:
     keys = [k for k in weights.shapes if k.startswith("llm.") and lora.is_adapter(k)]
     matrices = {k.removeprefix("llm."): weights.whole(k) for k in keys}
     if dtype is not None:
         matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}
     # The folder's name only: its path means nothing on another machine.
-    path = build.recipe.model.llm.path
+    path = builder.recipe.model.llm.path
     base = path if is_hub_name(path) else Path(path).name
-    lora.save_adapter(folder, build.recipe.model.lora, matrices, base)
+    lora.save_adapter(folder, builder.recipe.model.lora, matrices, base)
 
 
 def _lazy(
@@ -307,10 +307,10 @@ def load_export(folder: str | Path, attn: str = "") -> Export:
     check_tokenizer(tokenizer, width[0])
     properties = try_llm(llm.config, attn)
     encoder = _load_encoder(export_config, folder)
-    ctc, spell, reads_ctc = None, None, export_config.adaptor.reads_ctc
+    ctc, speller, reads_ctc = None, None, export_config.adaptor.reads_ctc
     if export_config.units:
         phonemizer = build_phonemizer(export_config.phonemizer, tokenizer)
-        spell = reading_speller(phonemizer, PhonemeVocab.load(folder / PHONEMES))
+        speller = reading_speller(phonemizer, PhonemeVocab.load(folder / PHONEMES))
         ctc = CtcHead(encoder.width, export_config.units, export_config.head)
     units = export_config.units if reads_ctc else 0
     model = SpeechLLM(
@@ -322,7 +322,7 @@ def load_export(folder: str | Path, attn: str = "") -> Export:
         tokenizer.pad_id,
         LlmConfig(attn=attn),
         ctc=ctc,
-        spell=spell,
+        speller=speller,
         cached=properties.caches,
         hinted=export_config.hinted,
     )

@@ -24,13 +24,14 @@ class LiveUtterance:
         self.start, self.lang, self.audio, self.prompt = start, lang, audio, prompt
         self.past, self.text = past, text
         self.samples, self.spoken, self.ended = 0, 0.0, False
-        self.powers: list[np.ndarray] = []
-        self.shown = False  # whether a partial text was
+        self.powers: list[np.ndarray] = []  # mean squares of 10 ms of audio each
+        self.shown = False  # whether a partial text of it was shown
         self.settled = 0  # speech tokens that ``past`` holds
         self.read: Tensor | None = None  # the frames that the language model has read
-        self.rest_AD: Tensor | None = None  # the others: a later frame may change them
+        self.rest_AD: Tensor | None = None  # tokens after those, which later frames may change
 
     def add(self, part: SpeechPart) -> None:
+        """Take in the utterance's next audio; its last part ends it."""
         self.samples += len(part.wave)
         self.spoken += part.spoken
         if len(part.wave):

@@ -41,17 +41,17 @@ def load_parts(folder: Path, device: torch.device | None) -> dict[str, Any]:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is neither an exported model nor a run folder")
     run = RunModel.from_run(folder)
-    recipe = run.build.recipe
+    recipe = run.builder.recipe
     longest = recipe.data.dataloader.batch.max_seconds
     return dict(
         model=run.model.to(place),
-        tokenizer=run.build.tokenizer,
-        front_end=run.build.front_end,
+        tokenizer=run.builder.tokenizer,
+        front_end=run.builder.front_end,
         segmentation=SegmentationConfig.trained_with(run.speech, longest),
         decode=limited(run.tuned.decode(recipe.evaluation.decode), run.speech),
         speech=run.speech,
         tuned=run.tuned,
-        frame_seconds=run.build.frame_seconds,
+        frame_seconds=run.builder.frame_seconds,
         device=device,
     )
 

@@ -31,7 +31,7 @@ class RunModel:
     ``tuned``: on its validation set.
     """
 
-    build: Builder
+    builder: Builder
     model: SpeechLLM
     checkpoint: Path
     speech: SpeechStatistics
@@ -44,22 +44,24 @@ class RunModel:
         Raises `UserError` if there is none, or if ``checkpoint`` is missing or torn.
         """
         folder = Path(folder)
-        build = Builder(run_recipe(folder))
+        builder = Builder(run_recipe(folder))
         reader = open_run_checkpoint(folder, checkpoint)
-        model = build.speech_llm()
+        model = builder.speech_llm()
         try:
-            architecture.check(reader, config.to_plain(build.recipe.model))
+            architecture.check(reader, config.to_plain(builder.recipe.model))
             zero_partition.load_weights(model, PrefixReader(reader, "sft/"))
-            attach_own_head(model, build, reader)
+            attach_own_head(model, builder, reader)
         except FragmentError as error:
             raise UserError(f"{reader.folder} holds no recognizer: {error}") from None
-        tuned = Tuned.load(build.recipe.folder)
-        return cls(build, model.to(device()).eval(), reader.folder, speech_statistics(build), tuned)
+        tuned = Tuned.load(builder.recipe.folder)
+        return cls(
+            builder, model.to(device()).eval(), reader.folder, speech_statistics(builder), tuned
+        )
 
 
-def speech_statistics(build: Builder) -> SpeechStatistics:
+def speech_statistics(builder: Builder) -> SpeechStatistics:
     """Those that the run wrote at its start; empty where it is of an older release."""
-    path = build.recipe.folder / SPEECH
+    path = builder.recipe.folder / SPEECH
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -19,7 +19,7 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"  # of a token that only begins a character
 
 
 class PartialText:
-    """``words`` of what was shown may change, its last ones."""
+    """Shown text, of which the last ``words`` words may still change."""
 
     def __init__(self, words: int):
         self._words = words
@@ -41,7 +41,7 @@ class PartialText:
         sure = _common(tokenizer.decode(list(self.settled)).rstrip(_BROKEN), text)
         end, open_words = 0, 0
         for match in _WORD.finditer(text):
-            # A word of letters that ends where the settled text does may go on.
+            # A word of letters that ends with the settled text may get more letters.
             sealed = match.end() < len(sure) or (
                 match.end() == len(sure) and _HAN.match(match.group()) is not None
             )

@@ -66,8 +66,8 @@ class StreamingConfig:
 
     chunk_seconds: PositiveFloat = 0.64  # encoded at once; a whole number of encoder frames
     left: NonNegativeInt = 4  # chunks to the left that the encoder sees
-    # a pause of this ends an utterance; a training's own pauses, which cut files, are too short for
-    # speech that goes on
+    # silence that ends an utterance; a file is cut at shorter pauses, those of the training's
+    # utterances, which live speech makes in the middle of a sentence, too
     pause_seconds: PositiveFloat = 0.3
     partials: bool = True  # texts on the way, one each chunk
     open_words: NonNegativeInt = 3  # last words of a partial text that a later one may change
@@ -79,8 +79,8 @@ class StreamingConfig:
 
 @dataclass(frozen=True)
 class Partial:
-    """The text of an utterance so far. Of ``text`` the first ``settled`` characters will be those
-    of later partial texts too. Times in seconds of the stream."""
+    """The text of an utterance so far. The first ``settled`` characters of ``text`` stay the same
+    in later partial texts. ``start`` and ``end`` are in seconds of the stream."""
 
     start: float
     end: float
@@ -90,7 +90,8 @@ class Partial:
 
 @dataclass(frozen=True)
 class Final:
-    """The text of an utterance; empty if it was probably no speech (``no_speech``).
+    """The text of an utterance; empty if it was probably no speech (``no_speech``). ``start`` and
+    ``end`` are in seconds of the stream.
 
     ``confidence`` and ``doubt``: as `dsasr.inference.transcript.Segment`'s, but without the CTC
     head's score; ``finished`` is False if the text was cut at the token limit.
@@ -165,9 +166,9 @@ class StreamingRecognizer:
     ):
         """Utterances are found by the detector that ``recognizer.segmentation`` names.
 
-        ``lang``: what is spoken, of streams for which nothing else is said. Raises `UserError` for
-        a model that reads another rate than 16 kHz, for a chunk that is no whole number of encoder
-        frames, and for a language as `SpeechLLM.hint`.
+        ``lang``: the language of streams that are opened without one. Raises `UserError` for a
+        model that reads another rate than 16 kHz, for a chunk that is no whole number of encoder
+        frames, and for a language that the model was not trained with (`SpeechLLM.hint`).
         """
         self.config = config or StreamingConfig()
         self.recognizer = recognizer
@@ -200,7 +201,7 @@ class StreamingRecognizer:
     def stream(self, lang: str | None = None) -> Stream:
         """A new stream; ``lang``: what is spoken in it (None: the recognizer's, "": not known).
 
-        Raises `UserError` for a language as `SpeechLLM.hint`.
+        Raises `UserError` for a language that the model was not trained with.
         """
         lang = self.lang if lang is None else lang
         self._model.hint(lang)
@@ -211,12 +212,12 @@ class StreamingRecognizer:
         return Stream(self, Endpointer(live, build_vad(live.vad, RATE)), lang)
 
     def feed(self, samples: np.ndarray | Tensor) -> list[Partial | Final]:
-        """`Stream.feed` of the recognizer's own stream, for where one is enough."""
+        """`Stream.feed` of a stream that the recognizer keeps itself: for a single speaker."""
         self._own = self._own or self.stream()
         return self._own.feed(samples)
 
     def finish(self) -> list[Partial | Final]:
-        """`Stream.finish` of the recognizer's own stream; the next `feed` begins another."""
+        """`Stream.finish` of that stream; the next `feed` begins another one."""
         stream, self._own = self._own, None
         return stream.finish() if stream is not None else []
 
@@ -235,9 +236,9 @@ class StreamingRecognizer:
 
     @torch.no_grad()
     def advance(self, streams: Sequence[Stream]) -> list[list[Partial | Final]]:
-        """Recognize all that is complete in ``streams``, together; the events of each.
+        """Recognize all complete chunks of ``streams``, together; returns the events of each.
 
-        A stream that is chunks behind gets one partial text for them.
+        A stream with several complete chunks gets one partial text for all of them.
         """
         events: list[list[Partial | Final]] = [[] for _ in streams]
         while any(stream.waiting for stream in streams):

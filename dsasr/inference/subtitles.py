@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dsasr.data.text.scripts import HAN_CHARACTER
 from dsasr.inference.words import Word, spread
+from dsasr.utils.columns import width
 
 LINE = 42  # columns of a line; a wide character (Han, kana) takes two
 LINES = 2  # of a subtitle
@@ -73,11 +73,6 @@ def vtt(segments: Sequence[Spoken]) -> str:
         for c in cues(segments)
     )
     return "\n".join(("WEBVTT\n", *body))
-
-
-def width(text: str) -> int:
-    """Columns of ``text``."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _add(lines: list[str], word: str) -> list[str] | None:

@@ -45,7 +45,7 @@ def tune(
 
     Raises `UserError` for a model without a CTC head.
     """
-    if evaluated.model.ctc is None or evaluated.model.spell is None:
+    if evaluated.model.ctc is None or evaluated.model.speller is None:
         raise UserError(f"{evaluated.path} has no CTC head to tune the weight of")
     beam = max(2, beam or BEAM)
     cfg = replace(evaluated.decode, beam=beam, ctc_weight=0.0)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dsasr.utils.errors import first_line
+
 
 class KernelError(RuntimeError):
     """A Triton kernel did not compile or start. The message says how to go on without it."""
@@ -25,11 +27,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             kernel[grid](*args, **options)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # Triton's compiler and the driver raise many types
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
-        reason = (str(error).strip() or "no message").splitlines()[0]
         raise KernelError(
             f"the Triton kernel {name.strip('_')} failed on {device}"
-            f" ({type(error).__name__}: {reason}): set DSASR_KERNELS=torch, or kernels=torch in the"
+            f" ({first_line(error)}): set DSASR_KERNELS=torch, or kernels=torch in the"
             " recipe, to go on without Triton; =reference for plain torch"
         ) from error

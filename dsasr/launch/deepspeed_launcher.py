@@ -47,10 +47,12 @@ def run(
     """Run ``program`` on ``ranks`` ranks and return the launcher's exit code.
 
     ``ranks``: of a node; 0: one a GPU, or one where there is none. ``hostfile``: DeepSpeed's, for
-    several nodes. ``explained``: exit codes of which the ranks say all themselves. The last lines
-    of the chatter are shown after all if the ranks fail, unless by a user's mistake, which explains
-    itself, after a signal that this process passed on, or where a rank was killed, which is said in
-    a line.
+    several nodes. ``explained``: exit codes of the program after which the ranks' own output says
+    enough.
+
+    If the ranks fail, the last lines of the hidden output are shown after all. They are not where
+    the cause is known: a user's mistake, a signal that this process passed on, or a killed rank,
+    which is named in a line.
 
     Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
     """

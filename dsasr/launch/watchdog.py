@@ -126,7 +126,7 @@ class Watchdog:
     def _write_mark(self) -> int:
         """Write this rank's mark; returns its time by the file system's clock, in nanoseconds.
 
-        A folder that cannot be written is not the watchdog's to report: 0.
+        0 for a folder that cannot be written, which other parts of the run report.
         """
         with contextlib.suppress(OSError):
             mark = self.alarm / f"up-{self.rank:05d}"

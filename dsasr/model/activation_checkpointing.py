@@ -15,7 +15,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,8 +52,8 @@ def enable(model: PreTrainedModel, keep: bool) -> None:
     except ValueError as error:
         kind = model.config.model_type
         raise UserError(
-            f"{kind} has no activation checkpointing in transformers ({str(error).splitlines()[0]})"
-            ": give activation_checkpointing=false"
+            f"{kind} has no activation checkpointing in transformers ({message_of(error)}): give "
+            "activation_checkpointing=false"
         ) from None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 
 # What reading a config.json, or building a model of one, raises for values that make no sense.
 FAULTS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError)
@@ -43,10 +43,10 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
 
 def reason_of(error: Exception) -> str:
     """What a library's error says, in one line; that a model needs code of its own in our words."""
-    text = str(error).strip()
+    text = str(error)
     if "trust_remote_code" in text or "custom code" in text:
         return f"the model needs code of its own: {NO_CODE}; give a model that transformers has"
-    return text.splitlines()[0] if text else type(error).__name__
+    return message_of(error)
 
 
 def _refuse_code(path: Path, values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsasr.utils import distributed
 
@@ -61,3 +61,8 @@ def partition_all(module: nn.Module, partition: Partition) -> None:
     """Partition a module that is whole, layer by layer; collective."""
     for layer in module.modules():
         partition([p for p in layer._parameters.values() if p is not None])
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also while ZeRO-3 has partitioned it, or of a buffer."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

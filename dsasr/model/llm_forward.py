@@ -116,8 +116,11 @@ class Continuation:
         return self._next(embeds_RD[:, None], positions_R1)
 
     def resume(self, pasts: Sequence[LlmPast], embeds: Sequence[Tensor]) -> Tensor:
-        """In place of `start`: sequences that go on, each by its embeddings [n, D], n >= 1; the
-        hidden states [R, D] of the last. `pasts` then gives what to resume next."""
+        """Go on with sequences that were read before, in place of `start`.
+
+        ``embeds``: what each is extended by, [n, D] with n >= 1. Returns the hidden states [R, D]
+        at their last positions; `pasts` then gives the extended sequences.
+        """
         self._parts = list(pasts), list(embeds)
         lefts_R, counts_R = (
             torch.tensor(values, device=embeds[0].device)
@@ -139,7 +142,7 @@ class Continuation:
         return self._next(pad_sequence(list(embeds), True, padding_side="left"), positions_RN)
 
     def pasts(self) -> list[LlmPast]:
-        """The sequences of `resume`, before any `step`."""
+        """The sequences as `resume` has extended them; to be called before any `step`."""
         if not self._cuttable:
             return self._whole()
         found = []
@@ -181,7 +184,10 @@ class Continuation:
         ).last_hidden_state[:, -1]
 
     def _over_all(self) -> Tensor:
-        """Padded on the right, where no causal model looks."""
+        """Hidden states [R, D] of the last positions, by a pass over the whole sequences.
+
+        They are padded on the right, which no position before it sees in a causal model.
+        """
         length = self._embeds_RLD.shape[1]
         steps = torch.arange(length, device=self._embeds_RLD.device)
         order_RL = (steps + length - self._lengths_R.unsqueeze(1)).clamp_max(length - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 
 # Weights, settings and tokenizer. No code and no pickle is fetched, let alone run.
 _FILES = (
@@ -58,7 +58,7 @@ def find_model(path: str, key: str = "model.llm.path") -> Path:
         files = {"allow_patterns": list(_FILES), "ignore_patterns": list(_VARIANTS)}
         folder = Path(snapshot_download(path, **files))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = message_of(error).rstrip(".")
         raise UserError(
             f"{key}: there is no folder {path}, and the hub's model of that name is not to"
             f" be had ({reason}): give a local folder; or fetch it where there is a network, with"

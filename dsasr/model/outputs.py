@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+Number = Tensor | float
 
 
 @dataclass(frozen=True)
@@ -27,3 +30,12 @@ class Outputs:
     def loss(self) -> Tensor:
         """The mean over this micro-batch's targets; 0 where it has none."""
         return self.loss_sum / self.targets.clamp_min(1).to(self.loss_sum.dtype)
+
+
+def add_sums(
+    sums: dict[str, tuple[Number, Number]], more: Mapping[str, tuple[Number, Number]]
+) -> None:
+    """Add ``more`` to ``sums`` in place; both map a metric to (sum, count), as `Outputs.sums`."""
+    for name, (total, count) in more.items():
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = (before[0] + total, before[1] + count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsasr.data.audio.augment import SpecAugmentConfig, spec_augment
 from dsasr.data.batch import Batch, upload
 from dsasr.data.text.prompt import PromptIds, find_language
+from dsasr.data.text.speller import Speller
 from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptors.protocol import Adaptor
 from dsasr.model.ctc import CtcHead
@@ -32,18 +33,6 @@ from dsasr.model.sequence_layout import Layout, lay_out, ragged
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.model.token_embeddings import input_scale
 from dsasr.utils.errors import UserError
-
-
-class Spell(Protocol):
-    """From a transcript and its language to units of the CTC head."""
-
-    writes_text: bool  # units are parts of the text: those of its beginning come first
-
-    def __call__(self, text: str, lang: str) -> list[int] | None:
-        """None where a unit is unknown."""
-
-    def pronunciations(self, text: str, lang: str) -> list[list[int]]:
-        """The units of each pronunciation; empty where there is none."""
 
 
 class SpeechInput(NamedTuple):
@@ -66,17 +55,21 @@ class Prompts(NamedTuple):
 class SpeechLLM(nn.Module):
     """A speech recognizer around a Hugging Face causal LM.
 
-    A part without a trainable parameter runs in eval mode (no dropout), and the encoder without a
-    graph, whatever mode the whole is in. LoRA matrices belong to the model that they adapt, but for
-    their own dropout, which is off where they are frozen.
+    In training mode too, a part without a trainable parameter runs in eval mode (no dropout), and a
+    frozen encoder without a graph. LoRA matrices belong to the model that they adapt, but for their
+    own dropout, which is off where they are frozen.
 
-    encoder: None where the model reads text-only batches and nothing else;
-    spec: SpecAugment in training, None for none; chunks: dynamic chunks in training, None for full
-    context; ctc: the head whose posteriors an adaptor of kind ctc reads, and of other kinds the
-    scores transcripts (`attach_ctc_head`); spell: transcripts to its units; cached: decode from
-    the language model's cache (`LlmProperties.caches`); hinted: the prompts that name a language,
-    by its tag, for the utterances whose `Batch.hints` says so. Raises `UserError` if a prompt is
-    empty: something must predict the first token.
+    - encoder: None for a model that reads text-only batches and nothing else
+    - spec: SpecAugment in training; None: none
+    - chunks: dynamic chunks in training; None: full context
+    - ctc: the encoder's CTC head. An adaptor of kind ctc reads its posteriors; with any adaptor it
+      can score transcripts (`attach_ctc_head`)
+    - speller: from transcripts to the head's units
+    - cached: decode from the language model's cache (`LlmProperties.caches`)
+    - hinted: language tag → the prompt that names the language, for the utterances whose
+      `Batch.hints` has the tag
+
+    Raises `UserError` if a prompt is empty: something must predict the first token.
     """
 
     def __init__(
@@ -91,7 +84,7 @@ class SpeechLLM(nn.Module):
         spec: SpecAugmentConfig | None = None,
         chunks: ChunkConfig | None = None,
         ctc: CtcHead | None = None,
-        spell: Spell | None = None,
+        speller: Speller | None = None,
         cached: bool = True,
         hinted: Mapping[str, PromptIds] | None = None,
     ):
@@ -102,7 +95,7 @@ class SpeechLLM(nn.Module):
             raise UserError("the prompt has no token: the template needs at least one")
         self.encoder, self.ctc, self.adaptor, self.llm = encoder, ctc, adaptor, llm
         self.pad_id = pad_id
-        self.cfg, self.spec, self.chunks, self.spell = cfg, spec, chunks, spell
+        self.cfg, self.spec, self.chunks, self.speller = cfg, spec, chunks, speller
         self.cached = cached
         FusedLmHead.replace(llm)
         self._input_scale = input_scale(llm)
@@ -110,12 +103,12 @@ class SpeechLLM(nn.Module):
         if cfg.activation_checkpointing:
             activation_checkpointing.enable(llm, keep=cfg.recompute == "cheap")
 
-    def attach_ctc_head(self, ctc: CtcHead, spell: Spell) -> None:
+    def attach_ctc_head(self, ctc: CtcHead, speller: Speller) -> None:
         """Score transcripts with the encoder's CTC head (`dsasr.evaluation.ctc_scoring`).
 
         An adaptor that does not read the head stays without it.
         """
-        self.ctc, self.spell = ctc, spell
+        self.ctc, self.speller = ctc, speller
 
     def hint(self, lang: str) -> str:
         """What `Batch.hints` has for speech in ``lang``: the tag of the prompt that names it.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from dsasr.data.batch import Batch
+from dsasr.utils.hashing import hash64
 
 
 def derive_seed(batch: Batch, purpose: str) -> int:
@@ -15,8 +14,7 @@ def derive_seed(batch: Batch, purpose: str) -> int:
     The batch's first key makes the difference: no two ranks have the same utterance at a step.
     """
     first = batch.keys[0] if batch.keys else ""
-    digest = hashlib.blake2b(f"{batch.seed} {purpose} {first}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return hash64(f"{batch.seed} {purpose} {first}") >> 1
 
 
 def step_generator(batch: Batch, purpose: str) -> torch.Generator:

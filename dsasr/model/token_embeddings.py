@@ -25,7 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsasr.data.text.characters import BOUNDARY
 from dsasr.data.text.tokenizers import Tokenizer
-from dsasr.utils.errors import UserError
+from dsasr.model.layerwise_init import full_shape
+from dsasr.utils.errors import UserError, message_of
 
 _BLOCK = 16_384  # tokens looked up at a time
 _ROWS = 64  # of the position embeddings and other tables that a probe needs
@@ -104,7 +105,7 @@ def input_scale(llm: PreTrainedModel) -> float:
     generator = torch.Generator().manual_seed(0)
     if any(buffer.is_meta for buffer in llm.base_model.buffers()):
         return 1.0
-    rows, width = _shape(embeddings.weight)
+    rows, width = full_shape(embeddings.weight)
     pad = llm.config.get_text_config().pad_token_id  # some families count positions without it
     device = next((buffer.device for buffer in llm.base_model.buffers()), torch.device("cpu"))
     ids = torch.tensor(
@@ -155,10 +156,9 @@ def _first_layer_inputs(llm: PreTrainedModel, **inputs: Tensor) -> list[Tensor]:
     except _Reached:
         return found
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{llm.config.model_type} does not run on embeddings alone, which is all that speech "
-            f"has ({reason}): choose another language model"
+            f"has ({message_of(error)}): choose another language model"
         ) from error
     finally:
         for handle in handles:
@@ -193,7 +193,7 @@ def _random_weights(
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                shape = _shape(parameter)
+                shape = full_shape(parameter)
                 if isinstance(module, nn.Embedding):
                     shape = (min(shape[0], _ROWS + (module.padding_idx or 0)), *shape[1:])
                 values = 0.5 + torch.rand(shape, generator=generator).to(device)
@@ -223,8 +223,3 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         delattr(module, name)
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The parameter's shape, also where ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -63,7 +63,7 @@ def serve(pipe: Any, log: str, recipe: Recipe, stage: str, memory: int) -> None:
             pipe.send(("peak", probe.peak(shapes)))
     except UserError as error:
         pipe.send(("user", str(error)))
-    except BaseException as error:
+    except BaseException as error:  # the parent process reports it
         kind = "memory" if is_out_of_memory(error) else "error"
         with suppress(OSError):
             pipe.send((kind, "out of memory" if kind == "memory" else traceback.format_exc()))
@@ -123,9 +123,9 @@ class StageProbe:
         self.gpu = self.device.type == "cuda"
         self.memory = memory or free_bytes(self.device)
         self.device_name = torch.cuda.get_device_name(self.device) if self.gpu else "the CPU"
-        self.build, self.folder = Builder(recipe), tempfile.TemporaryDirectory()
+        self.builder, self.folder = Builder(recipe), tempfile.TemporaryDirectory()
         self.stage = recipe.stage(stage)
-        self.front_end = self.build.front_end
+        self.front_end = self.builder.front_end
         for other in stages_beside(recipe, self.stage)[-1:]:  # the one that usually trains most
             self._enter(other).offload()
         self.branch = self._enter(self.stage)
@@ -139,9 +139,9 @@ class StageProbe:
         from dsasr.engine.branch_engine import BranchEngine
         from dsasr.engine.partitioner import partitioner
 
-        module = self.build.module(stage.branch, partitioner(self.build.recipe.engine))
+        module = self.builder.module(stage.branch, partitioner(self.builder.recipe.engine))
         branch = BranchEngine(
-            stage.branch, module, self.build.recipe.engine, Path(self.folder.name)
+            stage.branch, module, self.builder.recipe.engine, Path(self.folder.name)
         )
         branch.enter(stage)
         self._step(branch, stage, Shape(1, 64, 4))
@@ -161,9 +161,9 @@ class StageProbe:
 
     def _step(self, branch: Any, stage: StageConfig, shape: Shape) -> None:
         sft = stage.branch == "sft"
-        phonemes = 2 if sft else len(self.build.phonemes)
-        tokens = self.build.tokenizer.vocab_size if sft else 1
-        seconds = self.build.frame_seconds
+        phonemes = 2 if sft else len(self.builder.phonemes)
+        tokens = self.builder.tokenizer.vocab_size if sft else 1
+        seconds = self.builder.frame_seconds
         batch = synthetic_batch(shape, self.front_end, phonemes, tokens, seconds)
         branch.step([batch] * stage.grad_accum_steps, 0)
 

@@ -20,7 +20,7 @@ from dsasr.config import read_yaml
 from dsasr.launch import run_lock, slurm
 from dsasr.tracking.growing_log import GrowingLog
 from dsasr.tracking.run_log import EVENTS, METRICS, Row
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 from dsasr.utils.io import read_json_lines
 
 RECIPE = "recipe.yaml"
@@ -116,7 +116,7 @@ class Job:
             self.recipe = values if isinstance(values, dict) else {}
             self._recipe_time = changed
         except (OSError, UserError, ValueError, RecursionError) as error:
-            self.problems.append(f"{path}: {str(error).splitlines()[0] if str(error) else error!r}")
+            self.problems.append(f"{path}: {message_of(error)}")
 
     # -- where it is -------------------------------------------------------------------------
 

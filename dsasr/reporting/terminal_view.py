@@ -146,7 +146,7 @@ def _losses(job: Job, width: int, blocks: str) -> list[tuple[str, Text]]:
     for key, label in lines.LOSSES.items():
         if values := series(job.trained, key):
             line = Text(sparkline(values, width, blocks, log=True), "cyan")
-            line.append(f"  {_figure(values[0])} → {_figure(values[-1])} nats", "default")
+            line.append(f"  {lines.loss(values[0])} → {lines.loss(values[-1])} nats", "default")
             rows.append((label, line))
     if values := series(job.trained, "accuracy"):
         line = Text(sparkline(values, width, blocks), "cyan")
@@ -224,7 +224,7 @@ def _speed(job: Job, width: int, blocks: str) -> list[tuple[str, Text]]:
         low, high = f"{min(rates):.1e}", f"{max(rates):.1e}"
         cells.append(f"lr {low}" if low == high else f"lr {low}…{high}")
     if (norm := number(last, "grad_norm")) is not None:
-        cells.append(f"gradient {_figure(norm)}")
+        cells.append(f"gradient {lines.loss(norm)}")
     rows.append(("step", Text(" · ".join(cells))))
     if memory := series(trained, "memory_bytes"):
         text = f"{memory[-1] / GB:.2f} GB of the fullest rank, at most {max(memory) / GB:.2f} GB"
@@ -293,10 +293,6 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS, log: bo
         return blocks[len(blocks) // 2 - 1] * count
     last = len(blocks) - 1
     return "".join(blocks[round((mean - low) / (high - low) * last)] for mean in means)
-
-
-def _figure(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1e3 else f"{value:.3g}"
 
 
 def _text(value: object, style: str = "") -> Text:

@@ -84,7 +84,7 @@ class Server:
             self.metrics.errors.labels(error.code).inc()
             headers = {"retry-after": "5"} if error.status == 429 else None
             response = JSONResponse(error.body(), error.status, headers)
-        except Exception:
+        except Exception:  # the client gets an answer in OpenAI's form all the same
             log.exception("a request failed")
             error = ClientError(500, "internal", "the recognizer failed: try again")
             response = JSONResponse(error.body(), 500)

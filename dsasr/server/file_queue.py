@@ -81,11 +81,11 @@ class FileQueue:
             jobs: dict[str, Job] = {}
             try:
                 self._transcribe(self._taken(first, short, jobs), jobs)
-            except Exception:
+            except Exception:  # of the model or a decoder; the queue goes on
                 log.exception("a batch of files failed")
             self._metrics.file_batch.observe(max(len(jobs), 1))
             for job in jobs.values():
-                if not job.result.done():  # one by one: the others are not to blame
+                if not job.result.done():  # one by one: only the file at fault fails
                     self._alone(job)
 
     def _taken(self, first: Job, short: bool, jobs: dict[str, Job]) -> Iterator[Path]:
@@ -117,7 +117,7 @@ class FileQueue:
     def _alone(self, job: Job) -> None:
         try:
             self._transcribe(iter([job.path]), {str(job.path): job})
-        except Exception as error:
+        except Exception as error:  # the request that waits for the file raises it
             log.exception("a file failed")
             _finish(job, error=error)
         if not job.result.done():

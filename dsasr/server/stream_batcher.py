@@ -110,7 +110,7 @@ class StreamBatcher:
                 if ending:
                     live.stream.end()
                 going.append(live)
-            except Exception as error:
+            except Exception as error:  # its client is told; the other streams go on
                 live.deliver(error)
         for live, events in zip(going, self._advanced(going), strict=True):
             for event in events:
@@ -130,11 +130,11 @@ class StreamBatcher:
             return []
         try:
             return self._recognizer.advance([live.stream for live in going])
-        except Exception as error:
+        except Exception as error:  # of the model: out of memory and much else
             log.exception("a step of %d streams failed", len(going))
             if len(going) == 1:
                 return [[error]]
-        # One by one: the others are not to blame.
+        # One by one: only the stream at fault fails.
         return [self._advanced([live])[0] for live in going]
 
     def _count(self, event: Event) -> None:

@@ -35,7 +35,8 @@ class ReadySet:
 
 @dataclass(frozen=True)
 class Facts:
-    """The data. ``phonemes``, ``cmvn``, ``text``: files that were made of it, "": not made."""
+    """What is known of the data. ``phonemes``, ``cmvn``, ``sentences``: files that were made of
+    it; empty: not made."""
 
     sets: tuple[ReadySet, ...]
     text: TextSurvey
@@ -53,10 +54,10 @@ class Facts:
 
     @property
     def hours(self) -> float:
-        """Of training speech."""
+        """Hours of training speech."""
         return self.training.hours
 
     def share_longer(self, seconds: float) -> float:
-        """Share of the training utterances that are longer."""
+        """Share of the training utterances that are longer than ``seconds``."""
         lengths = self.training.seconds
         return float(np.mean(lengths > seconds)) if len(lengths) else 0.0

@@ -19,7 +19,7 @@ from dsasr.model.llm_hub import config_folder, find_model, llm_config
 from dsasr.planning.measure_batch import free_bytes
 from dsasr.planning.measure_rate import measure_rate
 from dsasr.planning.memory import Machine
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 
 SCRATCH = "scratch"  # in place of an encoder's name: pretrain one
 DEFAULT_ENCODER = {"cpu": "openai/whisper-base", "gpu": "openai/whisper-large-v3"}
@@ -139,8 +139,9 @@ def look_at_llm(name: str, fetch: bool) -> LanguageModel:
         try:
             llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"--llm: {name} is no causal language model: {first}") from None
+            raise UserError(
+                f"--llm: {name} is no causal language model: {message_of(error)}"
+            ) from None
     parameters = sum(p.numel() for p in llm.parameters())
     if found is None:  # a plan without its tokenizer
         return LanguageModel(name, parameters, config.model_type, True, False, False)

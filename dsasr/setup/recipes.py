@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def main_recipe(
         if lost := facts.share_longer(longest):
             note = f"{lost:.2%} of the utterances are longer than {longest:g} s and are dropped."
             way = replace(way, expect=[*way.expect, note])
-        settings = [*_common(facts, encoder, llm, device, run, way), *way.settings]
+        settings = [*_common(facts, encoder, llm, device, run), *way.settings]
         base = config.read_recipe(way.base)
         bases = [base, config.to_plain(config.build(Recipe, base))]
         settings = recipe_text.differing(bases, settings)
@@ -148,7 +147,7 @@ def _try_stages(main: Written, batch: dict, steps: dict[str, int]) -> Setting:
 
 
 def _common(
-    facts: Facts, encoder: SpeechEncoder, llm: LanguageModel, device: Device, run: str, way: Way
+    facts: Facts, encoder: SpeechEncoder, llm: LanguageModel, device: Device, run: str
 ) -> list[Setting]:
     """What every way sets."""
     text = facts.text
@@ -235,7 +234,3 @@ def clock(seconds: float) -> str:
     return f"{hours:.1f} hours" if hours < 10 else f"{hours:,.0f} hours" if hours < 72 else (
         f"{hours / 24:,.0f} days"
     )  # fmt: skip
-
-
-def stage_times(written: Written) -> Sequence[str]:
-    return [f"{name} {clock(spent)}" for name, spent in written.seconds.items()]

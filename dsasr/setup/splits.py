@@ -17,7 +17,6 @@ from dsasr.utils.errors import UserError
 SHARE, LEAST, MOST = 0.05, 20, 1000
 KNOWN = 0.95  # share of the utterances whose speaker must be known for sets without common speakers
 LARGEST = 0.25  # share of the utterances that one speaker, or sentence, of a made set may have
-FEWEST = 3  # utterances: one for each set
 # What the sets of a corpus are to have none of in common, the best first.
 GROUPINGS = {
     "speaker": "by speakers that training does not have",
@@ -48,7 +47,7 @@ def assign_sets(
 
     Splits that the corpus has stay as they are and apart. Validation and test sets that it lacks
     are taken out of the training data. Raises `UserError` for a corpus without training data, and
-    for one of fewer than `FEWEST` utterances.
+    for one with too few utterances to give each set one.
     """
     roles = [role_of(name) or "train" for name in sets]
     if "train" not in roles:

@@ -15,7 +15,7 @@ _LETTERS = 20_000  # distinct characters that are counted
 
 def sentence_of(text: str) -> str:
     """A transcript without case and punctuation: two that are equal so are one sentence."""
-    return normalize_text(text, "", WRITTEN_FORM)
+    return normalize_text(text, WRITTEN_FORM)
 
 
 class TextSurvey:

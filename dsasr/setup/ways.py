@@ -49,7 +49,7 @@ class Way:
 
 
 def choose_way(facts: Facts, encoder: SpeechEncoder) -> str:
-    """read, adapt or scratch."""
+    """The name of the way for this data and encoder: read, adapt or scratch."""
     if not encoder.is_pretrained:
         return "scratch"
     return "read" if facts.hours < FEW_HOURS else "adapt"
@@ -58,7 +58,10 @@ def choose_way(facts: Facts, encoder: SpeechEncoder) -> str:
 def way_of(
     name: str, facts: Facts, encoder: SpeechEncoder, llm: LanguageModel, device: Device, frames: int
 ) -> Way:
-    """``frames``: of a batch of one rank. Raises `UserError` where a library is missing."""
+    """The way of that name for the data and models; ``frames``: of a batch of one rank.
+
+    Raises `UserError` where a library is missing.
+    """
     make = {"read": _read, "adapt": _adapt, "scratch": _scratch}[name]
     return make(facts, encoder, llm, device, frames)
 
@@ -108,7 +111,7 @@ def _read(
         Setting("data.text_only.lang", facts.text.main_lang, "of that text"),
     ]  # fmt: skip
     most = longest_seconds(facts, encoder)
-    settings += _batch(facts, most, frames)
+    settings += _batch(most, frames)
     settings += _prompt(llm, facts)
     factor = min(max(facts.hours / _READ_HOURS, 0.5), 4.0)
     whole = {"frames": max(4500, 100 * int(most)), "samples": 8, "bucket": 0.3, "max_seconds": most}
@@ -157,7 +160,7 @@ def _adapt(
     stack = max(1, round(SPEECH_TOKEN / encoder.frame_seconds))
     per_token = round(100 * encoder.frame_seconds * stack)
     settings = [
-        *_batch(facts, most, frames),
+        *_batch(most, frames),
         Setting(f"{_BATCH}.tokens", math.ceil(0.4 * frames), "of the language model, likewise"),
         Setting("model.adaptor.stack", stack, "encoder frames of a speech token, about 0.16 s"),
     ]
@@ -213,7 +216,7 @@ def _scratch(
         Setting("data.cmvn", facts.cmvn, "mean and variance of the features, of training data"),
         Setting("data.phonemes", facts.phonemes, "units of the CTC head, of the transcripts"),
         Setting("data.phonemizer", {"kind": facts.units, "lexicons": []}, units),
-        *_batch(facts, most, frames),
+        *_batch(most, frames),
     ]  # fmt: skip
     settings += _prompt(llm, facts)
     settings.append(Setting("model.llm.attn", "sdpa", "fused attention"))
@@ -321,7 +324,7 @@ def _why_lora(llm: LanguageModel) -> str:
     return f"{llm.parameters / 1e6:,.0f} M parameters stay frozen; LoRA's matrices train"
 
 
-def _batch(facts: Facts, most: float, frames: int) -> list[Setting]:
+def _batch(most: float, frames: int) -> list[Setting]:
     return [
         Setting(f"{_BATCH}.frames", frames, "of 10 ms, of a rank's batch: what fits the memory"),
         Setting(f"{_BATCH}.max_seconds", most, "of the longest utterance"),

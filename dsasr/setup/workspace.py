@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsasr.utils.errors import UserError
 from dsasr.utils.hashing import hash64
-from dsasr.utils.io import atomic_write, fsync_dir, fsync_file, replace_folder, staging_folder
+from dsasr.utils.io import atomic_write, fsync_tree, replace_folder, staging_folder
 
 NOTE = "init.json"  # what the folder was made of, and what was said
 MARK = ".data"  # in a folder that is being made: whose shards it has
@@ -96,8 +96,7 @@ def workspace(options: Options) -> Iterator[Path]:
         yield place
         shutil.rmtree(scratch_folder(place), ignore_errors=True)
         if (place / NOTE).is_file():
-            for path in place.rglob("*"):
-                (fsync_dir if path.is_dir() else fsync_file)(path)
+            fsync_tree(place)
             replace_folder(place, out)
     except KeyboardInterrupt:
         shutil.rmtree(scratch_folder(place), ignore_errors=True)

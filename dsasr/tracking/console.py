@@ -53,6 +53,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
+def loss(value: float) -> str:
+    """A loss, or a norm of gradients: three decimals, of a very large one three digits."""
+    return f"{value:.3f}" if abs(value) < 1e3 else f"{value:.3g}"
+
+
 def number(value: Any) -> str:
     """At most four significant digits of a float; thousands in groups."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -88,7 +93,7 @@ def progress_line(
 
     ``line`` holds the interval's metrics, ``step`` the stage's own steps done.
     """
-    cells = [f"{label} {_loss(line[key])}" for key, label in LOSSES.items() if key in line]
+    cells = [f"{label} {loss(line[key])}" for key, label in LOSSES.items() if key in line]
     cells = cells or ["no usable sample"]
     if "accuracy" in line:
         cells.append(f"accuracy {percent(line['accuracy'])}")
@@ -111,10 +116,6 @@ def event_line(steps: int, total_steps: int, kind: str, fields: Mapping[str, Any
 def warning_line(text: str) -> str:
     """The line of a problem that is no event of the log."""
     return f"WARNING {text}"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1e3 else f"{value:.3g}"
 
 
 def _unknown(kind: str, fields: Mapping[str, Any]) -> str:
@@ -189,8 +190,8 @@ def _swap(e: Mapping[str, Any]) -> str:
 
 
 def _after_swap(e: Mapping[str, Any]) -> str:
-    before = "" if e["nll_before"] is None else f"{_loss(e['nll_before'])} → "
-    return f"NLL {before}{_loss(e['nll'])} by the swap (sft steps since: {e['sft_steps']:,})"
+    before = "" if e["nll_before"] is None else f"{loss(e['nll_before'])} → "
+    return f"NLL {before}{loss(e['nll'])} by the swap (sft steps since: {e['sft_steps']:,})"
 
 
 def _refused(e: Mapping[str, Any]) -> str:
@@ -251,8 +252,8 @@ def _evaluated(e: Mapping[str, Any]) -> str:
 
 def _audio_ignored(e: Mapping[str, Any]) -> str:
     return (
-        f"the loss of {e['stage']} hardly depends on the audio: NLL {_loss(e['loss'])} a token, "
-        f"with other utterances' audio {_loss(e['loss'] + e['gain'])}{see('audio-ignored')}"
+        f"the loss of {e['stage']} hardly depends on the audio: NLL {loss(e['loss'])} a token, "
+        f"with other utterances' audio {loss(e['loss'] + e['gain'])}{see('audio-ignored')}"
     )
 
 

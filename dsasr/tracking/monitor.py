@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dsasr.engine.step_report import StepReport
+from dsasr.model.outputs import add_sums
 from dsasr.tracking import console
 from dsasr.tracking.run_log import EVENTS, LEDGER, METRICS, truncate_log
 from dsasr.tracking.tensorboard import TensorBoard
@@ -59,9 +60,7 @@ class Meter:
         self.started = time.monotonic()
 
     def add(self, report: StepReport, wait: float) -> None:
-        for name, (total, count) in report.sums.items():
-            old = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (old[0] + total, old[1] + count)
+        add_sums(self.sums, report.sums)
         for batch in report.batches:
             self.audio += batch.audio_seconds
             self.padded += batch.features_BTF.shape[0] * batch.features_BTF.shape[1]
@@ -86,9 +85,7 @@ class Meter:
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + state.get(name, 0.0))
         self.steps = max(self.steps, state["steps"])
-        for name, (total, count) in state["sums"].items():
-            old = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (old[0] + total, old[1] + count)
+        add_sums(self.sums, state["sums"])
         self.started = min(self.started, time.monotonic() - state["elapsed"])
 
     def collect(self) -> dict[str, float]:

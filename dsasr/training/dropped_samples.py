@@ -21,7 +21,8 @@ class DroppedSamples:
     """Dropped samples by cause; each rank has its own `BadSampleLog`."""
 
     def __init__(self, recipe: Recipe, monitor: Monitor, counts: Mapping[str, int], steps: int):
-        """``counts``, ``steps``: of the checkpoint that the run goes on from; none and 0 of none.
+        """``counts``, ``steps``: those of the checkpoint that the run resumes from; empty and 0
+        for a run that starts afresh.
 
         Create it before the first collective call: no rank may write its file while rank 0
         truncates it.

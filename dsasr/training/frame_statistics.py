@@ -15,9 +15,10 @@ from dsasr.utils import distributed
 def measure(engine: BranchEngine, batches: Sequence[Batch]) -> bool:
     """Give the pretrain branch's CTC head the statistics of the frames of ``batches``.
 
-    They are those of a run's first step, over all ranks, without SpecAugment. A head that has some,
-    from a checkpoint or another model, keeps them; one without convolutions needs none. Returns
-    whether it has what it needs: not where no rank has an utterance. Collective.
+    They are measured at a run's first step, over all ranks, without SpecAugment. A head that has
+    statistics already, from a checkpoint or another model, keeps them; a head without convolutions
+    needs none. Returns whether the head has what it needs; False where no rank has an utterance.
+    Collective.
     """
     head = engine.module.ctc
     if not head.layers or bool(head.frame_std_E.any()):

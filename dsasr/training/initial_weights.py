@@ -27,6 +27,7 @@ from dsasr.engine.branch_engine import BranchEngine
 from dsasr.recipe import SOURCES
 from dsasr.tracking.monitor import Monitor
 from dsasr.training.branch_switcher import BranchSwitcher
+from dsasr.training.resume import starts_afresh
 from dsasr.training.source_fit import Shapes, SourceFit
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -110,7 +111,7 @@ def _count(names: Iterable[str], shapes: Shapes) -> Counts:
 
 def check(builder: Builder) -> None:
     """`plan` for ``--check``: nothing where the run would go on from a checkpoint."""
-    if builder.starts_afresh:
+    if starts_afresh(builder.recipe):
         plan(builder)
 
 

@@ -45,6 +45,7 @@ from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.frame_labels import AlignedUtterance, UtteranceLabels
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.pai_csai import VInformationConfig, csai, pai
+from dsasr.model.outputs import add_sums
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
 from dsasr.tracking.monitor import Monitor
@@ -67,8 +68,8 @@ class _Outputs:
 class OnlineProbe:
     """Evaluates branches on the probe set; every call is collective. Its state is in ``folder``."""
 
-    def __init__(self, config: OnlineProbeConfig, build: Builder, monitor: Monitor, folder: Path):
-        self.config, self.build, self.monitor, self.folder = config, build, monitor, folder
+    def __init__(self, config: OnlineProbeConfig, builder: Builder, monitor: Monitor, folder: Path):
+        self.config, self.builder, self.monitor, self.folder = config, builder, monitor, folder
         self._probe_batches: dict[str, list[Batch]] = {}
         state: dict[str, Any] = {}
         if config.every and distributed.is_main_rank() and (folder / "state.json").is_file():
@@ -190,10 +191,8 @@ class OnlineProbe:
                     for i in range(len(batch)):
                         log_probs_SP = posteriors[i, : int(encoded.lengths_B[i])]
                         outputs.aligned += self._align(batch, i, log_probs_SP)
-                batch_sums = _branch_sums(module, batch.to(distributed.device()), branch.name)
-                for name, (total, count) in batch_sums.items():
-                    before = outputs.sums.get(name, (0.0, 0.0))
-                    outputs.sums[name] = (before[0] + total, before[1] + count)
+                on_device = batch.to(distributed.device())
+                add_sums(outputs.sums, _branch_sums(module, on_device, branch.name))
         return outputs
 
     def _measure(
@@ -221,7 +220,7 @@ class OnlineProbe:
             row = replace(row, cka_to_reference=cka(*pair), reference="stage start")
         if aligned:
             in_order = sorted(aligned, key=lambda u: u.key)
-            self.labels = frame_labels.number_words(in_order, self.build.frame_seconds)
+            self.labels = frame_labels.number_words(in_order, self.builder.frame_seconds)
         labels = [u for u in self.labels if u.key in features]
         if with_probes and len(labels) >= 3:
             row = replace(row, **self._fit_probes(labels, features))
@@ -230,7 +229,7 @@ class OnlineProbe:
     def _fit_probes(
         self, labels: list[UtteranceLabels], features: dict[str, Tensor]
     ) -> dict[str, Estimate]:
-        seconds = self.build.frame_seconds
+        seconds = self.builder.frame_seconds
         frames = frame_labels.frame_set(labels, features, seconds).to(distributed.device())
         limit = self.config.frames
         config = VInformationConfig(
@@ -258,14 +257,14 @@ class OnlineProbe:
 
     def _batches(self, branch: str) -> list[Batch]:
         if branch not in self._probe_batches:
-            batches = self.build.validation_batches(branch, self.config.utterances)
+            batches = self.builder.validation_batches(branch, self.config.utterances)
             self._probe_batches[branch] = batches
         return self._probe_batches[branch]
 
     @functools.cached_property
     def _word_phonemizer(self):
         """Built once, for a lexicon takes seconds to read."""
-        return frame_labels.word_phonemizer(self.build.phonemizer)
+        return frame_labels.word_phonemizer(self.builder.phonemizer)
 
     def _align(self, batch: Batch, i: int, log_probs_SP: Tensor) -> list[AlignedUtterance]:
         """Utterance ``i`` aligned; nothing if its phonemes do not fit on its frames."""
@@ -274,7 +273,7 @@ class OnlineProbe:
         try:
             return [
                 frame_labels.align_utterance(
-                    *utterance, log_probs_SP, self.build.phonemes, self._word_phonemizer
+                    *utterance, log_probs_SP, self.builder.phonemes, self._word_phonemizer
                 )
             ]
         except ValueError:

@@ -41,7 +41,9 @@ def headline(builder: Builder) -> str:
     """What the run is, and whether it starts or goes on."""
     recipe = builder.recipe
     stages = [stage for stage in recipe.stages if stage.branch in recipe.branches]
-    start = "starts afresh" if builder.starts_afresh else "resumes from its newest checkpoint"
+    start = (
+        "starts afresh" if resume.starts_afresh(recipe) else "resumes from its newest checkpoint"
+    )
     names = ", ".join(f"{stage.name} {stage.steps:,}" for stage in stages)
     return f"{recipe.folder}: {start}; steps: {names}"
 
@@ -108,7 +110,7 @@ def check(builder: Builder) -> None:
     """Raise `UserError` for a file of the recipe that is missing or does not fit the recipe."""
     for key in SOURCES:
         source = getattr(builder.recipe.model, key)
-        if source and not Path(source).is_dir() and builder.starts_afresh:
+        if source and not Path(source).is_dir() and resume.starts_afresh(builder.recipe):
             raise UserError(
                 f"model.{key}: there is no folder {source}; give an exported model, a run, a "
                 "checkpoint or a snapshot"
@@ -170,7 +172,7 @@ def _check_llm(builder: Builder) -> None:
     """The language model must be one that speech can go into, and that the recipe's settings can be
     applied to; its weights must be there, whole, and those of its config.json."""
     llm = builder.llm.check()
-    from_source = builder.starts_afresh and "llm" in builder.recipe.init_parts
+    from_source = resume.starts_afresh(builder.recipe) and "llm" in builder.recipe.init_parts
     if builder.llm.has_weights and not from_source:  # else compared in `initial_weights`
         check_llm_weights(builder.llm_folder, llm)
 

@@ -13,7 +13,8 @@ from dsasr.checkpoint import architecture, stored_recipe
 from dsasr.checkpoint.locate import list_checkpoints, open_verified_by_one
 from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.manifest import read_manifest
-from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, file_digest
+from dsasr.data.text.lexicon import lexicon_path
 from dsasr.recipe import Recipe, changed_settings
 from dsasr.tracking.run_log import ENVIRONMENT
 from dsasr.training.stage_position import progress_in
@@ -71,10 +72,45 @@ def check(recipe: Recipe) -> None:
                 raise UserError(f"resume={recipe.resume}: {error}") from None
 
 
+def starts_afresh(recipe: Recipe) -> bool:
+    """Whether a job would start without a checkpoint, going by what lies in its folder."""
+    resumes = recipe.resume == "auto" and list_checkpoints(recipe.folder / "checkpoints")
+    return not resumes and recipe.resume in ("auto", "never")
+
+
+def contents(builder: Builder) -> dict[str, str]:
+    """Fingerprints of the files that decide what a batch or a step is, by the recipe's keys.
+
+    Raises `UserError` for a file that cannot be read.
+    """
+    recipe, data = builder.recipe, builder.recipe.data
+    files: dict[str, str | Path] = {}
+    if Path(recipe.engine.deepspeed).suffix == ".json":
+        files["engine.deepspeed"] = recipe.engine.deepspeed
+    if recipe.pretrained_encoder is None:
+        files["data.cmvn"] = builder.original_or_copy(data.cmvn)
+    if "phonemes" in builder.vocabularies:
+        files["data.phonemes"] = builder.original_or_copy(data.phonemes)
+        if data.phonemizer.kind == "lexicon":
+            for number, path in enumerate(data.phonemizer.lexicons):
+                files[f"data.phonemizer.lexicons[{number}]"] = lexicon_path(path)
+    if data.text_only is not None and data.text_only.confusions:
+        files["data.text_only.confusions"] = data.text_only.confusions
+    digests = {}
+    for key, path in files.items():
+        try:
+            digests[key] = file_digest(Path(path))[:16]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if "tokenizer" in builder.vocabularies:
+        digests["model.tokenizer"] = builder.vocabularies["tokenizer"]
+    return digests
+
+
 def check_contents(manifest: Mapping[str, Any], builder: Builder) -> None:
     """Raise `UserError` where a file of the recipe has another content than when the checkpoint was
     written; a checkpoint that knows no contents passes."""
-    old, new = manifest.get("contents", {}), builder.contents
+    old, new = manifest.get("contents", {}), contents(builder)
     changed = [key for key, digest in old.items() if new.get(key, digest) != digest]
     if changed and not builder.recipe.allow_changed:
         raise UserError(

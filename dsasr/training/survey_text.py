@@ -32,8 +32,8 @@ _LIMITS = {
 
 
 def hours_of_mixtures(builder: Builder, surveys: Sequence[SetSurvey]) -> dict[str, float]:
-    """Stage → hours of its training sets over its share of speech, which for a batch stands as
-    much; without stages that read text alone."""
+    """Stage → hours of its mixture, counted in batches: hours of its training sets, divided by
+    the share of its batches that have speech. Stages that read text alone are left out."""
     recipe = builder.recipe
     hours = {s.reading.dataset.name: s.hours for s in surveys if s.reading.kind == "train"}
     return {
@@ -144,7 +144,7 @@ def _examples(builder: Builder, surveys: Sequence[SetSurvey]) -> list[str]:
 
 
 def _example(samples: Sequence[SurveyedSample], key: str | None) -> SurveyedSample:
-    """That of ``key`` if it is there, else one of middling length."""
+    """The sample of ``key`` if it is among them, else the one of median length."""
     by_length = sorted(samples, key=lambda s: len(s.stored))
     return next((s for s in samples if s.key == key), by_length[len(by_length) // 2])
 

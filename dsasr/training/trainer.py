@@ -6,8 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dsasr import config
 from dsasr.build import Builder
@@ -34,10 +33,9 @@ from dsasr.training.branch_switcher import BranchSwitcher
 from dsasr.training.dropped_samples import DroppedSamples
 from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
 from dsasr.training.initial_weights import InitialWeights
-from dsasr.training.online_probe import OnlineProbe
 from dsasr.training.stage_position import progress_in
+from dsasr.training.step_evaluation import StepEvaluation
 from dsasr.training.train_dataloaders import TrainDataLoaders
-from dsasr.training.validation import Validation
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
 from dsasr.utils.troubleshooting import see
@@ -62,9 +60,13 @@ class Trainer:
         request: StopRequest | None = None,
         builder: Builder | None = None,
     ):
-        """``watchdog``: the one that watches this rank since its start; None: a new one.
-        ``request``: what asks this rank to stop; None: nothing does. ``builder``: of ``recipe``,
-        its files checked; None: a new one, which is checked."""
+        """Open the run folder, and load its newest checkpoint or the initial weights.
+
+        ``watchdog``: the one that has watched this rank since its start; None: a new one.
+        ``request``: what asks this rank to stop; None: nothing does. ``builder``: that of
+        ``recipe``, with its files checked; None: a new one, which is checked here. Raises
+        `UserError` where the run cannot start or resume.
+        """
         self.recipe = recipe
         self.schedule = recipe.schedule()
         if builder is None:
@@ -79,9 +81,7 @@ class Trainer:
         self.request = request or StopRequest()
         self._any_rank_later = distributed.DelayedAnyRank()
         self._finished = False
-        # {branch, step} of the evaluation that a checkpoint was saved before; None: of none.
-        self._evaluating: dict[str, Any] | None = None
-        self._saved_early = -1  # steps of the last such checkpoint
+        self._saved_early = -1  # the run's steps at the last checkpoint before an evaluation
         self._turn_started = time.monotonic()
         self.watchdog = watchdog or for_rank(recipe.folder, recipe.watchdog)
         self.watchdog.set_start(distributed.broadcast(f"{time.time_ns()}"))
@@ -90,6 +90,7 @@ class Trainer:
         reader, passed_over = resume.find_checkpoint(recipe, self.checkpoints)
         if reader is not None:
             resume.check_contents(reader.manifest, self.builder)
+        self._contents = resume.contents(self.builder)
         sources = initial_weights.plan(self.builder) if reader is None else []
         resume.save_recipe(recipe)
         resume.save_environment(recipe)
@@ -105,11 +106,9 @@ class Trainer:
         )
         self.branches = BranchSwitcher(recipe, self.builder, self.monitor)
         self.encoder_swap = EncoderSwap(recipe, self.builder, self.monitor)
-        self.validation = Validation(recipe, self.builder, self.monitor)
-        self.online_probe = OnlineProbe(
-            recipe.probe, self.builder, self.monitor, recipe.folder / "allocation"
-        )
-        self._frames_are_known = recipe.pretrained_encoder is None  # or need no statistics
+        self.evaluation = StepEvaluation(recipe, self.builder, self.monitor, self.watchdog)
+        # A pretrained encoder's frame statistics are measured on the first batches.
+        self._frames_are_known = recipe.pretrained_encoder is None
         dropped = (reader.manifest["bad_samples"], reader.manifest["steps"]) if reader else ({}, 0)
         self.bad_samples = DroppedSamples(recipe, self.monitor, *dropped)
         self._start(reader, passed_over, sources)
@@ -157,11 +156,10 @@ class Trainer:
         self.dataloaders.load(manifest["streams"])
         self.stage_seconds = dict(manifest["stage_seconds"])
         self.monitor.load(manifest["monitor"])
-        # A stage table that was extended since then goes on.
+        # A finished run whose stage table was extended goes on.
         at_end = self.schedule.next_turn(self.progress).kind == "end"
         self._finished = manifest["finished"] and at_end
-        self.validation.best = manifest.get("best_score")
-        self._evaluating = manifest.get("evaluating")
+        self.evaluation.load(manifest)
         self.encoder_swap.load(reader, self.progress)
 
     # -- steps -------------------------------------------------------------------------------
@@ -182,14 +180,17 @@ class Trainer:
         return self.branches.enter(stage, self.steps)
 
     def next_batches(self, stage: StageConfig) -> list[Batch]:
-        """This rank's micro-batches of the next step; before it the online probe's reference."""
+        """This rank's micro-batches of the next step.
+
+        Before a stage's first step the online probe stores the encoder's frames for its CKA.
+        """
         step = self.progress.step
         if stage.branch == "pretrain":
             _, step = self.schedule.pretrain_stage(self.progress.pretrain)
-        # The time of a probe is not the stage's.
         engine = self.branches.get(stage.branch)
         if self._has_encoder(engine):
-            self._turn_started += self.online_probe.take_reference(engine, step)
+            # The probe's time does not count as the stage's.
+            self._turn_started += self.evaluation.online_probe.take_reference(engine, step)
         started = time.monotonic()
         self.watchdog.at("data", stage.name)
         batches = self.dataloaders.next_batches(stage)
@@ -247,7 +248,11 @@ class Trainer:
     # -- logs --------------------------------------------------------------------------------
 
     def log(self, report: StepReport) -> None:
-        """Log the step; once a log interval, check for non-finite losses and bad data."""
+        """Log the step; once a log interval, check for non-finite losses and bad data.
+
+        Raises `UserError` for a loss or gradient that is not finite, and for more bad samples than
+        the recipe allows.
+        """
         stage = next(s for s in self.recipe.stages if s.name == report.stage)
         last = report.step + 1 == stage.steps
         # The same on all ranks, and checked at every step: no broken weight is ever saved.
@@ -268,7 +273,8 @@ class Trainer:
             self.encoder_swap.store.beat()
 
     def _branch_metrics(self, report: StepReport) -> dict[str, float]:
-        """Bytes that the other branch has offloaded; of the sft branch, its encoder in use."""
+        """Bytes that the other branch has offloaded; for the sft branch also the pretrain step of
+        the encoder in use."""
         offloaded = self.branches.offloaded_bytes(active=report.branch)
         values = {"offloaded_bytes": float(offloaded)}
         in_use = [s for s in self.progress.published if s.id == self.progress.in_use]
@@ -285,7 +291,7 @@ class Trainer:
         )
 
     def stop_if_asked(self) -> None:
-        """Save and raise `Stopped` where any rank was asked to stop; waits for the device."""
+        """Save and raise `Stopped` if any rank was asked to stop; waits for the device."""
         later = self._any_rank_later.settle()
         if distributed.any_rank(bool(self.request.cause)) or later:
             self._stop()
@@ -295,7 +301,7 @@ class Trainer:
         self._any_rank_later.settle()
         causes = [c for c in distributed.all_gather_object(self.request.cause) if c]
         saved = self.save()
-        # The batch script of a Slurm job takes the event as its own by the start's name.
+        # By this name the batch script of a Slurm job knows that the event is of its own start.
         start = {"start": os.environ[SLURM_START]} if SLURM_START in os.environ else {}
         self.monitor.event("stopped", steps=self.steps, cause=causes[0], **start)
         self._plot()
@@ -308,52 +314,34 @@ class Trainer:
     def evaluate_if_due(self, engine: BranchEngine, report: StepReport) -> None:
         """Online probe and validation of the branch after its step, each at its interval.
 
-        The run is saved before them, if not just before: a process that ends in an evaluation, as
-        where memory is short, loses no more, also where it ends so again after each resume.
+        A checkpoint is saved first, unless the last one is recent: an evaluation may run out of
+        memory and end the process, and no training is to be lost with it.
         """
-        if not self._has_encoder(engine) or not self._is_evaluated_after(engine.stage, report.step):
+        if not self._has_encoder(engine) or not self.evaluation.is_due(engine.stage, report.step):
             return
-        if self.checkpoints.due_early(self.steps):
-            self._evaluating = {"branch": engine.name, "step": report.step}
-            if self.save():
-                self._saved_early = self.steps
+        self.evaluation.running = {"branch": engine.name, "step": report.step}
+        if self.checkpoints.due_early(self.steps) and self.save():
+            self._saved_early = self.steps
         self._evaluate_after(engine, report.step)
 
     def finish_evaluation(self) -> None:
-        """Repeat the evaluation in which the process that this one goes on from has ended."""
-        cut_off, self._evaluating = self._evaluating, None
+        """Repeat the evaluation in which the process before this one ended, if it did."""
+        cut_off = self.evaluation.running
         engine = self.branches.get_if_built(cut_off["branch"]) if cut_off else None
-        if engine is None or engine.stage is None:  # none, or its stage left the table
+        stage = engine.stage if engine is not None else None  # None: it left the stage table
+        if stage is None or not self.evaluation.is_due(stage, cut_off["step"]):
+            self.evaluation.running = None
             return
-        if self._is_evaluated_after(engine.stage, cut_off["step"]):
-            self._evaluating = cut_off
-            self.branches.enter(engine.stage, self.steps)
-            self.monitor.event("evaluation_repeated", stage=engine.stage.name, steps=self.steps)
-            self._evaluate_after(engine, cut_off["step"])
-
-    def _validates_after(self, step: int) -> bool:
-        every = self.recipe.evaluation.every
-        return bool(every) and (step + 1) % every == 0
-
-    def _is_evaluated_after(self, stage: StageConfig, step: int) -> bool:
-        return self._validates_after(step) or self.online_probe.comes_after(stage, step)
+        self.branches.enter(stage, self.steps)
+        self.monitor.event("evaluation_repeated", stage=stage.name, steps=self.steps)
+        self._evaluate_after(engine, cut_off["step"])
 
     def _evaluate_after(self, engine: BranchEngine, step: int) -> None:
-        if self.online_probe.comes_after(engine.stage, step):
-            seconds = sum(self.stage_seconds.values())
-            probe = partial(self.online_probe.evaluate, engine, step, self.steps, seconds)
-            self.validation.attempt(probe, engine.stage.name, self.steps)
-        if self._validates_after(step):
-            self._evaluate(engine, self.recipe.evaluation.utterances)
-        self._evaluating = None
+        self.evaluation.run(engine, step, self.steps, sum(self.stage_seconds.values()))
 
     def _has_encoder(self, engine: BranchEngine) -> bool:
         """Whether the branch has an encoder: training on text alone begins without one."""
         return engine.name == "pretrain" or self.progress.in_use is not None
-
-    def _evaluate(self, engine: BranchEngine, utterances: int) -> None:
-        watched = partial(self.watchdog.each, doing="evaluation")
-        self.validation.evaluate(engine, utterances, self.steps, watched)
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -361,9 +349,10 @@ class Trainer:
         """Save a checkpoint at its interval, or at the best validation score so far."""
         self._log_checkpoints()
         keeps_best = self.recipe.checkpoint.keep_best
-        best = keeps_best and self.validation.is_best(self.steps)
-        # One that was saved before the evaluation lacks its score alone.
-        scored = keeps_best and self.validation.score(self.steps) is not None
+        validation = self.evaluation.validation
+        best = keeps_best and validation.is_best(self.steps)
+        # A checkpoint saved just before this evaluation lacks nothing but the evaluation's score.
+        scored = keeps_best and validation.score(self.steps) is not None
         saved = self._saved_early == self.steps and not scored
         if (self.checkpoints.due(self.steps) and not saved) or best:
             self.save(wait=False)
@@ -398,14 +387,13 @@ class Trainer:
             "monitor": self.monitor.state(),
             "bad_samples": self.bad_samples.count(),
             "finished": self._finished,
-            "best_score": self.validation.best,
-            "evaluating": self._evaluating,
+            **self.evaluation.state(),
             **self.encoder_swap.state(),
             "vocabularies": self.builder.vocabularies,
-            "contents": self.builder.contents,
+            "contents": self._contents,
             "recipe": config.to_plain(self.recipe),
         }
-        score = self.validation.score(self.steps)
+        score = self.evaluation.validation.score(self.steps)
         saved = True
         try:
             self.checkpoints.save(self.steps, fragments, state, score, wait)
@@ -420,15 +408,16 @@ class Trainer:
     def finish(self) -> None:
         """After the last step: save, evaluate on the validation set, plot the timeline.
 
-        A run that ends in the evaluation has its last step in a checkpoint, and repeats the
+        If the process ends in the evaluation, the run resumes after its last step and repeats the
         evaluation alone.
         """
         self.stop_if_asked()
         if not self._finished:
             self._save_the_end()
+            utterances = self.recipe.evaluation.final_utterances
             for engine in self.branches:
                 if engine.stage is not None and self._has_encoder(engine):
-                    self._evaluate(engine, self.recipe.evaluation.final_utterances)
+                    self.evaluation.validate(engine, utterances, self.steps)
             self._finished = True
             self._save_the_end()
         self.monitor.event("finished", steps=self.steps)

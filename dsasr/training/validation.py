@@ -51,8 +51,8 @@ class Validation:
     The score is the metric that `CheckpointConfig.best` names; lower is better.
     """
 
-    def __init__(self, recipe: Recipe, build: Builder, monitor: Monitor):
-        self.recipe, self.build, self.monitor = recipe, build, monitor
+    def __init__(self, recipe: Recipe, builder: Builder, monitor: Monitor):
+        self.recipe, self.builder, self.monitor = recipe, builder, monitor
         self.best: float | None = None
         self._evaluations = 0  # of this process
         self._last: tuple[int, float] = (-1, 0.0)  # steps of the newest evaluation, its score
@@ -67,7 +67,7 @@ class Validation:
     ) -> None:
         """Write the `error_rates` of ``branch`` after ``steps`` steps to metrics and log."""
         started, stage = time.monotonic(), branch.stage.name
-        measure = partial(error_rates, self.recipe, self.build, branch, utterances, progress)
+        measure = partial(error_rates, self.recipe, self.builder, branch, utterances, progress)
         found = self.attempt(measure, stage, steps)
         if found is None:
             return
@@ -103,11 +103,11 @@ class Validation:
         for dataset in self.recipe.data.valid:
             # A set without any of these keys is one that cannot be read: neither stops a run.
             with contextlib.suppress(UserError, OSError):
-                found = _recordings(dataset, self.recipe, self.build, keys=keys)
+                found = _recordings(dataset, self.recipe, self.builder, keys=keys)
                 waves |= {recording.key: recording.wave for recording in found}
         for number, key in enumerate(keys, 1):
             if key in waves:
-                name, rate = f"valid/audio_{number}", self.build.front_end.rate
+                name, rate = f"valid/audio_{number}", self.builder.front_end.rate
                 self.monitor.audio("sft", name, waves[key], rate, steps)
 
     def _keep_hypotheses(self, samples: list[Result], stage: str, steps: int) -> None:
@@ -175,7 +175,7 @@ class Validation:
 
 def error_rates(
     recipe: Recipe,
-    build: Builder,
+    builder: Builder,
     branch: BranchEngine,
     utterances: int,
     progress: Callable[[list], Iterable] = iter,
@@ -190,7 +190,7 @@ def error_rates(
     "left_out" counts samples that could not be read, "cut" transcripts cut at the token limit, if
     any. ``progress`` wraps the batches. Raises `UserError` where none could be read.
     """
-    batches = build.validation_batches(branch.name, utterances)
+    batches = builder.validation_batches(branch.name, utterances)
     own = [row for batch in batches for row in batch.bad]
     bad = [row for rows in distributed.all_gather_object(own) for row in rows]
     if not sum(distributed.all_gather_object(sum(map(len, batches)))):
@@ -210,13 +210,13 @@ def error_rates(
         results = transcribe(
             module,
             progress(batches),
-            build.tokenizer,
+            builder.tokenizer,
             recipe.evaluation.decode.for_model(module),
             device=distributed.device(),
             any_rank=distributed.any_rank,
             gather=distributed.all_gather_object,
         )
-        hallucinations = _hallucination_rates(recipe, build, module)
+        hallucinations = _hallucination_rates(recipe, builder, module)
     scores = results.scores(rules=recipe.evaluation.rules)
     rates = {"loss": loss} | scores.summary() | interval_ends(scores)
     if math.isfinite(gain):
@@ -243,16 +243,16 @@ def _plain(text: str) -> str:
 
 
 def _recordings(
-    dataset: DatasetConfig, recipe: Recipe, build: Builder, **options: Any
+    dataset: DatasetConfig, recipe: Recipe, builder: Builder, **options: Any
 ) -> list[Recording]:
     """Recordings of a validation set; ``options`` as of `read_recordings`, which may raise."""
     recordings, _ = read_recordings(
         dataset.shards,
-        rate=build.front_end.rate,
+        rate=builder.front_end.rate,
         text=recipe.data.text,
         source=recipe.data.dataloader.source,
         fields=dataset.fields,
-        max_seconds=longest_seconds(build.front_end),
+        max_seconds=longest_seconds(builder.front_end),
         **options,
     )
     return recordings
@@ -267,20 +267,20 @@ def _where(error: BaseException) -> str:
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
-def _hallucination_rates(recipe: Recipe, build: Builder, module: SpeechLLM) -> dict[str, float]:
+def _hallucination_rates(recipe: Recipe, builder: Builder, module: SpeechLLM) -> dict[str, float]:
     """Rates on the recipe's noise suite of validation recordings; none if the recipe has none."""
     evaluation, data = recipe.evaluation, recipe.data
     if not evaluation.suite_utterances or not data.valid:
         return {}
     recordings = []
     for dataset in data.valid:
-        recordings += _recordings(dataset, recipe, build, limit=evaluation.suite_utterances)
+        recordings += _recordings(dataset, recipe, builder, limit=evaluation.suite_utterances)
     results = transcribe_clips(
         module,
-        build_suite(recordings, evaluation.suite, rate=build.front_end.rate),
-        build.tokenizer,
+        build_suite(recordings, evaluation.suite, rate=builder.front_end.rate),
+        builder.tokenizer,
         evaluation.decode.for_model(module),
-        front_end=build.front_end,
+        front_end=builder.front_end,
         device=distributed.device(),
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -30,6 +30,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
+def message_of(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_tool(main: Callable[[], int | None]) -> int:
     """Run a command's ``main`` and return its exit code: 0, what ``main`` returns, 2 on
     `UserError`, 1 on `Failure`.

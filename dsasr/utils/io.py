@@ -18,22 +18,19 @@ from pathlib import Path
 from typing import Any
 
 
-def fsync_dir(folder: str | os.PathLike) -> None:
-    """Make renames inside ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fsync_file(path: str | os.PathLike) -> None:
-    """Make the content of ``path`` durable."""
+def fsync_path(path: str | os.PathLike) -> None:
+    """Make the content of a file durable, or the renames inside a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """`fsync_path` of all files and folders below ``folder``."""
+    for path in folder.rglob("*"):
+        fsync_path(path)
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -49,10 +46,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        fsync_file(temporary)
+        fsync_path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        fsync_dir(path.parent)
+        fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,8 +74,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in staging.rglob("*"):
-            (fsync_dir if path.is_dir() else fsync_file)(path)
+        fsync_tree(staging)
         replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -96,7 +92,7 @@ def replace_folder(staging: Path, target: Path) -> None:
     """
     old = target.parent / f".{target.name}.old.tmp"
     shutil.rmtree(old, ignore_errors=True)
-    fsync_dir(staging)
+    fsync_path(staging)
     if target.exists():
         os.rename(target, old)
     try:
@@ -105,7 +101,7 @@ def replace_folder(staging: Path, target: Path) -> None:
         if old.exists():
             os.rename(old, target)
         raise
-    fsync_dir(target.parent)
+    fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

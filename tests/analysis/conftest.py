@@ -27,7 +27,7 @@ def aligner() -> ProbedEncoder:
         front_end=FbankFrontEnd(FbankConfig()),
     )
     source = EncoderSource("x", "checkpoint")
-    return ProbedEncoder(source, 0.04, lambda recordings: {}, build=build)
+    return ProbedEncoder(source, 0.04, lambda recordings: {}, builder=build)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def test_stored_alignments_need_no_ctc_head(aligner, recording, phonemes):
     labeled = label_recordings(aligner, recordings)
     first, second, third = labeled.labels
     assert first.positions_S.tolist() == [0, 0, -1, -1, 1, 1, 2, 2, 2, 2]
-    assert aligner.build.phonemes.decode(first.phonemes) == ["a", "b", "c"]
+    assert aligner.builder.phonemes.decode(first.phonemes) == ["a", "b", "c"]
     assert first.words_S.tolist() == [0, 0, -1, -1, 1, 1, 1, 1, 1, 1]
     # The same spelling is the same word, in another utterance too.
     assert second.words_S.tolist() == [1, 1, -1, -1, 0, 0, 0, 0, 0, 0]

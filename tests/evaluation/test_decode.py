@@ -362,7 +362,7 @@ def test_units_decide_whether_the_head_scores_each_token():
     assert cfg.is_joint(model)
     assert not dataclasses.replace(cfg, ctc_scores="rescoring").is_joint(model)
     assert not DecodeConfig(beam=4).is_joint(model)
-    model.spell.writes_text = False  # phonemes
+    model.speller.writes_text = False  # phonemes
     assert not cfg.is_joint(model)
     with pytest.raises(UserError, match="ctc_scores=joint needs a CTC head that writes characters"):
         dataclasses.replace(cfg, ctc_scores="joint").is_joint(model)

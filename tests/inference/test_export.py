@@ -106,7 +106,7 @@ def test_the_tokenizer_is_plain_to_transformers_too(run, exported):
     from transformers import AutoTokenizer
 
     plain, trained = AutoTokenizer.from_pretrained(exported / "llm"), RunModel.from_run(run)
-    trained = trained.build.tokenizer
+    trained = trained.builder.tokenizer
     for text in ("ba do fi", "gu", "do ba unknown 打 fi"):
         assert plain(text, add_special_tokens=False)["input_ids"] == trained.encode(text)
     assert len(plain) == trained.vocab_size and plain.eos_token_id == trained.end_id
@@ -261,7 +261,7 @@ def test_tensors_written_one_by_one_are_safetensors(tmp_path):
 def test_an_export_keeps_the_recipes_prompt(tiny, tmp_path):
     run = write_run(tiny, tmp_path / "run", 1, "model.prompt=<|im_start|>do <speech>fi<|im_end|>")
     of_run = RunModel.from_run(run)
-    folder = export.export_run(of_run.build, open_run_checkpoint(run), tmp_path / "model")
+    folder = export.export_run(of_run.builder, open_run_checkpoint(run), tmp_path / "model")
     loaded = export.load_export(folder)
     encode, marker = loaded.tokenizer.encode, loaded.tokenizer.special_id
     for model in (of_run.model, loaded.model):
@@ -274,7 +274,7 @@ def test_an_export_keeps_the_prompts_of_its_languages(tiny, tmp_path):
                 "model.languages={en: fi, zh: gu}"]  # fmt: skip
     run = write_run(tiny, tmp_path / "run", 1, *settings)
     of_run = RunModel.from_run(run)
-    folder = export.export_run(of_run.build, open_run_checkpoint(run), tmp_path / "model")
+    folder = export.export_run(of_run.builder, open_run_checkpoint(run), tmp_path / "model")
     loaded = export.load_export(folder)
     assert loaded.model.hinted == of_run.model.hinted and list(loaded.model.hinted) == ["en", "zh"]
     encode, marker = loaded.tokenizer.encode, loaded.tokenizer.special_id
@@ -339,7 +339,7 @@ def test_the_head_travels_with_a_model_that_does_not_read_it(tiny, tmp_path):
     loaded = export.load_export(target)
     for model in (RunModel.from_run(run).model, loaded.model):
         assert torch.equal(model.ctc.project.weight, head.project.weight)
-        assert model.spell is not None and not model.adaptor.cfg.reads_ctc
+        assert model.speller is not None and not model.adaptor.cfg.reads_ctc
     recognizer = Recognizer.from_pretrained(target)
     assert recognizer.segmentation.max_seconds == 3.0
     assert recognizer.with_beam(3).decode.ctc_weight == 0.4

@@ -2,9 +2,10 @@
 
 from itertools import pairwise
 
-from dsasr.inference.subtitles import LINE, LINES, LONGEST, cues, srt, vtt, width
+from dsasr.inference.subtitles import LINE, LINES, LONGEST, cues, srt, vtt
 from dsasr.inference.transcript import Segment
 from dsasr.inference.words import Word, spread
+from dsasr.utils.columns import width
 
 
 def segment(text: str, start: float = 0.0, end: float = 30.0, gaps: bool = False) -> Segment:
@@ -45,6 +46,12 @@ def test_formats():
         "WEBVTT\n\n00:00:00.500 --> 00:00:02.000\nfish &amp; &lt;chips&gt;\n\n01:02:05.000"
     )
     assert (srt([]), vtt([])) == ("", "WEBVTT\n")
+
+
+def test_an_accent_of_its_own_takes_no_column():
+    word = "e\N{COMBINING ACUTE ACCENT}" * 7  # decomposed: two characters a column
+    (cue,) = cues([segment(" ".join([word] * 10), end=5.0)])
+    assert [width(line) for line in cue.lines] == [5 * 8 - 1] * 2
 
 
 def test_a_word_wider_than_a_line_is_chopped():

@@ -224,16 +224,16 @@ def test_exported_it_is_a_plain_encoder_that_says_the_same(trained, tmp_path):
     run = RunModel.from_run(trained)
     reader = open_run_checkpoint(trained)
     names = {k.removeprefix("sft/") for k in reader.shapes}
-    expected = set(Builder(without_lora(run.build.recipe)).speech_llm().state_dict())
+    expected = set(Builder(without_lora(run.builder.recipe)).speech_llm().state_dict())
     without = {n for n in names if not lora.is_adapter(n)}
     assert without == expected - {"llm.lm_head.weight"}
     matrices = names - without
     assert matrices and all(n.startswith("encoder.") for n in matrices)
     assert all(n.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for n in matrices)
-    folder = export.export_run(run.build, reader, tmp_path / "model")
+    folder = export.export_run(run.builder, reader, tmp_path / "model")
     exported = export.load_export(folder)
     assert not any("lora" in name for name in exported.model.state_dict())
-    batch = run.build.validation_batches("sft")[0]
+    batch = run.builder.validation_batches("sft")[0]
     with torch.no_grad():
         ours = run.model.encode(batch).frames_BSE
         theirs = exported.model.encode(batch).frames_BSE
@@ -246,7 +246,7 @@ def test_exported_it_is_a_plain_encoder_that_says_the_same(trained, tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(trained, tmp_path):
-    build, reader = RunModel.from_run(trained).build, open_run_checkpoint(trained)
+    build, reader = RunModel.from_run(trained).builder, open_run_checkpoint(trained)
     none = Builder(without_lora(build.recipe))
     with pytest.raises(UserError, match=r"disagree on model\.encoder_lora"):
         export.export_run(none, reader, tmp_path / "model")

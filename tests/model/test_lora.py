@@ -410,7 +410,7 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
     """Merged and unmerged agree to 1e-5 of the largest logit in float32."""
     run = RunModel.from_run(trained)
     ours = run.model.llm
-    folder = export.export_run(run.build, open_run_checkpoint(trained), tmp_path / "model")
+    folder = export.export_run(run.builder, open_run_checkpoint(trained), tmp_path / "model")
     llm, report = AutoModelForCausalLM.from_pretrained(
         folder / "llm", trust_remote_code=False, output_loading_info=True, dtype=torch.float32
     )
@@ -418,7 +418,7 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     expected, plain = (
         logits(ours),
-        AutoModelForCausalLM.from_pretrained(run.build.recipe.model.llm.path),
+        AutoModelForCausalLM.from_pretrained(run.builder.recipe.model.llm.path),
     )
     scale = float(expected.abs().max())
     assert float((logits(llm) - expected).abs().max()) < 1e-5 * scale
@@ -436,7 +436,7 @@ def test_exported_it_is_a_plain_model_that_says_the_same(trained, tmp_path):
 
 
 def test_rounded_after_the_sum(trained, tmp_path):
-    build = RunModel.from_run(trained).build
+    build = RunModel.from_run(trained).builder
     reader = open_run_checkpoint(trained)
     folder = export.export_run(build, reader, tmp_path / "model", torch.bfloat16)
     llm = AutoModelForCausalLM.from_pretrained(folder / "llm")
@@ -457,9 +457,9 @@ def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
 
     run = RunModel.from_run(trained)
     folder = export.export_run(
-        run.build, open_run_checkpoint(trained), tmp_path / "model", adapter=True
+        run.builder, open_run_checkpoint(trained), tmp_path / "model", adapter=True
     )
-    base = AutoModelForCausalLM.from_pretrained(run.build.recipe.model.llm.path)
+    base = AutoModelForCausalLM.from_pretrained(run.builder.recipe.model.llm.path)
     llm = PeftModel.from_pretrained(base, folder / "adapter")
     assert torch.equal(logits(llm), logits(run.model.llm))
     assert str(trained.parent) not in (folder / "adapter" / "adapter_config.json").read_text()
@@ -467,7 +467,7 @@ def test_the_adapter_by_itself_is_pefts(trained, tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(trained, tmp_path):
-    build = RunModel.from_run(trained).build
+    build = RunModel.from_run(trained).builder
     reader, cfg = open_run_checkpoint(trained), build.recipe
     later = StageConfig("late", "sft", {"llm": 1e-4}, steps=3)
     with_late_stage = Builder(dataclasses.replace(cfg, stages=(*cfg.stages, later)))

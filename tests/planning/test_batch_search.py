@@ -43,7 +43,7 @@ def test_the_search_finds_the_largest_budget_that_fits(capacity, start, limit) -
     assert len(probed) < 40 and len(set(probed)) == len(probed)
 
 
-EPOCH = Forecast(10, 1, 1.0, 0.0, 0.0, 1.0, 80, 1000, 0.5, Counter())
+EPOCH = Forecast(10, 1, 1.0, 0.0, 1.0, 80, 1000, 0.5, Counter())
 
 
 @settings(max_examples=100, deadline=None)

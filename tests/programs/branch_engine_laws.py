@@ -22,6 +22,7 @@ from dsasr.engine import process_setup
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.config import EngineConfig
 from dsasr.engine.offload import OffloadConfig
+from dsasr.model.layerwise_init import full_shape
 from dsasr.model.outputs import Outputs
 from dsasr.stages import StageConfig
 from dsasr.utils import distributed
@@ -81,9 +82,7 @@ def weights(branch: BranchEngine, part: str) -> dict[str, torch.Tensor]:
 def resident(branch: BranchEngine) -> dict[str, torch.Tensor]:
     """The encoder's parameters that ZeRO keeps whole on every rank, as a step will use them."""
     named = zero_partition.named_parameters(branch.module, "encoder.")
-    return {
-        name: p.data for name, p in named if p.numel() == math.prod(zero_partition.full_shape(p))
-    }
+    return {name: p.data for name, p in named if p.numel() == math.prod(full_shape(p))}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

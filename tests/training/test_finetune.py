@@ -67,5 +67,5 @@ def test_trained_exported_and_fine_tuned(launch, tiny, tmp_path, command):
     shutil.rmtree(model)
     shutil.rmtree(run)
     restored = RunModel.from_run(tuned)
-    again = export.export_run(restored.build, open_run_checkpoint(tuned), tmp_path / "again")
+    again = export.export_run(restored.builder, open_run_checkpoint(tuned), tmp_path / "again")
     assert export.read_config(again).adaptor == run_recipe(tuned).model.adaptor

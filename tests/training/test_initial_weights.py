@@ -290,7 +290,7 @@ def test_a_resumed_run_needs_the_source_no_more(tiny, source, tmp_path):
     assert all(torch.equal(t, before[n]) for n, t in
                zero_partition.named_tensors(restored.model).items())  # fmt: skip
     folder = export.export_run(
-        restored.build, open_run_checkpoint(tmp_path / "run"), tmp_path / "again"
+        restored.builder, open_run_checkpoint(tmp_path / "run"), tmp_path / "again"
     )
     state, expected = (export.load_export(f).model.state_dict() for f in (folder, source / "model"))
     # Without pretraining the run has no CTC head.

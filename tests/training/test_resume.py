@@ -69,7 +69,7 @@ def test_files_with_another_content_are_refused(tiny, tmp_path):
     overrides = [f"data.cmvn={cmvn}", f"run={tmp_path / 'run'}",
                  f"data.phonemizer={{kind: lexicon, lexicons: ['{words}']}}"]  # fmt: skip
     cfg = recipe.load(str(tiny), overrides)
-    manifest = {"contents": Builder(cfg).contents}
+    manifest = {"contents": resume.contents(Builder(cfg))}
     assert set(manifest["contents"]) == {
         "data.cmvn", "data.phonemes", "data.phonemizer.lexicons[0]", "model.tokenizer",
     }  # fmt: skip
@@ -85,18 +85,30 @@ def test_files_with_another_content_are_refused(tiny, tmp_path):
     resume.check_contents(manifest, Builder(changed))
 
 
+def test_a_checkpoint_has_the_contents_that_the_run_started_with(tiny, trainer_of, tmp_path):
+    cmvn = tmp_path / "cmvn.json"
+    cmvn.write_bytes((tiny.parent / "cmvn.json").read_bytes())
+    trainer = trainer_of(tmp_path / "run", f"data.cmvn={cmvn}")
+    trainer.branches.get("pretrain")
+    cmvn.write_text(cmvn.read_text() + " ")
+    assert trainer.save()
+    trainer.close()
+    with pytest.raises(UserError, match=r"another content of data\.cmvn"):
+        trainer_of(tmp_path / "run", f"data.cmvn={cmvn}")
+
+
 def test_a_deepspeed_json_with_another_content_is_refused(tiny, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     cfg = recipe.load(str(tiny), [f"engine.deepspeed={path}", f"run={tmp_path / 'run'}"])
-    manifest = {"contents": Builder(cfg).contents}
+    manifest = {"contents": resume.contents(Builder(cfg))}
     resume.check_contents(manifest, Builder(cfg))
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match=r"another content of engine\.deepspeed: put the file back"):
         resume.check_contents(manifest, Builder(cfg))
     # One of the package's own goes by its name, which the recipe has.
-    packaged = Builder(recipe.load(str(tiny), [f"run={tmp_path / 'run'}"])).contents
-    assert "engine.deepspeed" not in packaged
+    packaged = Builder(recipe.load(str(tiny), [f"run={tmp_path / 'run'}"]))
+    assert "engine.deepspeed" not in resume.contents(packaged)
 
 
 def test_a_check_before_the_ranks_meet_refuses_the_same(tiny, tmp_path):

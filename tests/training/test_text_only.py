@@ -108,7 +108,7 @@ def test_the_export_decodes_as_the_run_and_weighs_the_ctc_head(trained, tmp_path
     assert any(name.startswith("ctc.layers.0") for name in weights)
     for name, weight in of_run.state_dict().items():
         assert torch.equal(weight, weights[name]), name
-    assert of_export.spell("ba do", "en") == of_run.spell("ba do", "en") != []
+    assert of_export.speller("ba do", "en") == of_run.speller("ba do", "en") != []
 
 
 @pytest.mark.parametrize(

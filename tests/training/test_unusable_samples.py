@@ -81,25 +81,25 @@ def failing(*_: object) -> None:
 
 def test_an_evaluation_that_fails_is_named_and_ends_no_run(run, monkeypatch, capsys):
     monkeypatch.setattr(validation_module, "error_rates", failing)
-    run.validation.evaluate(BRANCH, 0, steps=7)
+    run.evaluation.validation.evaluate(BRANCH, 0, steps=7)
     (event,) = [e for e in read_events(run.recipe.folder) if e["event"] == "evaluation_failed"]
     assert event["steps"] == 7 and "RuntimeError: CUDA out of memory" in event["reason"]
     assert "training goes on" in capsys.readouterr().out
-    assert run.validation.score(7) is None and not run.validation.is_best(7)
+    assert run.evaluation.validation.score(7) is None and not run.evaluation.validation.is_best(7)
 
 
 def test_bad_validation_samples_are_named(run, monkeypatch, capsys):
     rates = {"wer": 0.5, "left_out": 1.0}
     monkeypatch.setattr(validation_module, "error_rates", lambda *_: (rates, "", [BAD]))
-    run.validation.evaluate(BRANCH, 0, steps=7)
+    run.evaluation.validation.evaluate(BRANCH, 0, steps=7)
     (row,) = (run.recipe.folder / validation_module.BAD_SAMPLES).read_text().splitlines()
     row = json.loads(row)
     assert (row["cause"], row["shard"], row["key"]) == BAD[:3] and row["steps"] == 7
     assert "left out: 1 (decode_error 1); the first: k in s.tar: torn" in capsys.readouterr().out
-    assert run.validation.score(7) == 0.5
+    assert run.evaluation.validation.score(7) == 0.5
     monkeypatch.setattr(validation_module, "error_rates", lambda *_: ({"wer": math.nan}, "", []))
-    run.validation.evaluate(BRANCH, 0, steps=8)
-    assert run.validation.score(8) is None and run.validation.best == 0.5
+    run.evaluation.validation.evaluate(BRANCH, 0, steps=8)
+    assert run.evaluation.validation.score(8) is None and run.evaluation.validation.best == 0.5
 
 
 def test_an_evaluation_says_what_the_model_has_not_learned(run, monkeypatch, capsys):
@@ -112,7 +112,7 @@ def test_an_evaluation_says_what_the_model_has_not_learned(run, monkeypatch, cap
         (BRANCH, {"phoneme_error_rate": 0.6}, ""),
     ):
         monkeypatch.setattr(validation_module, "error_rates", lambda *_, r=rates: (r, [], []))
-        run.validation.evaluate(branch, 0, steps=7)
+        run.evaluation.validation.evaluate(branch, 0, steps=7)
         lines = [x for x in capsys.readouterr().out.splitlines() if "WARNING" in x]
         assert len(lines) == bool(words) and words in "".join(lines)
     kinds = [e["event"] for e in read_events(run.recipe.folder)]
@@ -122,7 +122,7 @@ def test_an_evaluation_says_what_the_model_has_not_learned(run, monkeypatch, cap
 def test_a_validation_set_without_a_usable_sample(run, monkeypatch):
     empty = Batch.blank(torch.zeros(0, 0, 80), bad=(BAD,))
     monkeypatch.setattr(type(run.builder), "validation_batches", lambda *_: [empty])
-    run.validation.evaluate(BRANCH, 0, steps=3)
+    run.evaluation.validation.evaluate(BRANCH, 0, steps=3)
     (event,) = [e for e in read_events(run.recipe.folder) if e["event"] == "evaluation_failed"]
     assert "the validation set has no usable sample: all 1 were dropped" in event["reason"]
 
@@ -130,7 +130,7 @@ def test_a_validation_set_without_a_usable_sample(run, monkeypatch):
 def test_the_last_step_is_saved_before_the_last_evaluation(run, monkeypatch):
     done = []
     run.branches = [SimpleNamespace(name="pretrain", stage=BRANCH.stage)]
-    monkeypatch.setattr(run, "_evaluate", lambda *_: done.append("evaluate"))
+    monkeypatch.setattr(run.evaluation, "validate", lambda *_: done.append("evaluate"))
     monkeypatch.setattr(run, "save", lambda: done.append(f"finished={run._finished}") or True)
     monkeypatch.setattr(run, "_plot", lambda: None)
     run.finish()
@@ -196,7 +196,7 @@ def test_a_run_is_saved_before_a_periodic_evaluation_and_repeats_it(
     again.progress = replace(again.progress, pretrain=9)
     again.save()
     again.close()
-    assert trainer_of(tmp_path / "run", *overrides)._evaluating is None
+    assert trainer_of(tmp_path / "run", *overrides).evaluation.running is None
 
 
 def test_a_checkpoint_of_before_the_evaluation_is_not_written_twice(run, monkeypatch):
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_before_the_evaluation_is_not_written_twice(run, monkeyp
 
 def test_a_probe_evaluation_that_fails_ends_no_run(trainer_of, tmp_path, monkeypatch):
     run = without_engines(trainer_of(tmp_path / "run", "probe.every=1"))
-    monkeypatch.setattr(run.online_probe, "evaluate", failing)
+    monkeypatch.setattr(run.evaluation.online_probe, "evaluate", failing)
     after(run, 1)
     (event,) = [e for e in read_events(run.recipe.folder) if e["event"] == "evaluation_failed"]
     assert "CUDA out of memory" in event["reason"]

@@ -84,7 +84,7 @@ class SpeechCollator:
         waves = [decode(Path(row.audio).read_bytes()) for row in rows]
         ids, labels = [], []
         for row, wave in zip(rows, waves, strict=True):
-            text = self.tokenizer.encode(normalize_text(row.text, row.lang))
+            text = self.tokenizer.encode(normalize_text(row.text))
             target = [*text, self.tokenizer.end_id]
             speech = [AUDIO] * self.speech_tokens(len(wave))
             prompt = [*self.prefix, *speech, *self.suffix]

@@ -104,7 +104,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """How one sample is augmented. ``noise`` None: no noise, and silence only if seconds say so."""
+    """How one sample is augmented; by default not at all. ``noise`` None: no noise."""
 
     speed: float = 1.0
     noise: str | None = None  # kind

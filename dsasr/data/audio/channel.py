@@ -27,12 +27,6 @@ TELEPHONE = 8000  # Hz, of ulaw and gsm
 _MP3_DELAY = 1105  # samples that an encoder puts before the sound; at low rates the decoder's too
 
 
-def has_codec(codec: str) -> bool:
-    """Whether this machine's libsndfile writes ``codec`` (MP3 since 1.1)."""
-    kind, subtype, _ = CODECS[codec]
-    return soundfile.check_format(kind, subtype)
-
-
 def pad_silence(
     wave: Tensor, before: float, after: float, rng: np.random.Generator, rate: int = RATE
 ) -> Tensor:

@@ -65,6 +65,7 @@ def _with_length(data: bytes) -> bytes:
 
 @lru_cache(maxsize=1)  # of a recording that many utterances are cut out of
 def _measured(path: str | Path, mtime_ns: int) -> bytes:
+    """``mtime_ns`` is part of the cache's key: a file that has changed is read anew."""
     return _with_length(Path(path).read_bytes())
 
 

@@ -80,7 +80,7 @@ class TextEncoder:
         def bad(cause: str, detail: str) -> BadSample:
             return BadSample(cause, sample.shard, sample.key, detail)
 
-        text = normalize_text(sample.text, sample.lang, self.config)
+        text = normalize_text(sample.text, self.config)
         if not text and (self.config is None or self.config.empty == "drop"):
             raise bad("empty_text", repr(sample.text[:40]))
         phonemes: list[int] = []
@@ -123,7 +123,7 @@ class CollatedBatch:
     stats: dict[str, float]
 
 
-def pad(rows: list[list[int]], value: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded on the right [B, longest], and their lengths [B]; int64."""
     lengths = np.array([len(row) for row in rows], np.int64)
     padded = np.full((len(rows), int(lengths.max(initial=0))), value, np.int64)

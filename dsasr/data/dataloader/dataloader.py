@@ -78,7 +78,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class DataLoaderConfig:
-    """How data is read. Per stage or for the whole run."""
+    """How data is read, shuffled and batched; a stage may replace ``batch``."""
 
     # batch budgets; a stage's own `batch` replaces them whole
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -234,7 +234,7 @@ class StreamingDataLoader(Iterator[Batch]):
             raise UserError(
                 'augment.kinds names "recorded": say where with dataloader.noise=FOLDER_OF_SHARDS'
             )
-        # All recordings are equally likely, so a set's weight is its share of the list.
+        # All recordings are drawn alike, so a set gets its weight as its share of the list.
         recordings: list[torch.Tensor] = []
         for name, weight in weights.items():
             count = max(1, round(RECORDINGS * weight / sum(weights.values())))
@@ -260,7 +260,7 @@ class StreamingDataLoader(Iterator[Batch]):
 
     @property
     def _floats_per_frame(self) -> int:
-        """Of the array that a worker fills, for 10 ms of audio."""
+        """Floats in a worker's array for 10 ms of audio: samples, or features."""
         front_end = self.collator.front_end
         samples = front_end.rate // FRAMES_PER_SECOND
         if self.config.features == "device":

@@ -18,13 +18,12 @@ PERCENTILE = 99.0  # of the batches' language-model positions per frame
 
 @dataclass(frozen=True)
 class Forecast:
-    """One epoch's batches. Shares are of padded frames or positions; lengths in frames."""
+    """One epoch's batches; lengths in frames."""
 
     samples: int
     batches: int
     hours: float  # after augmentation
     padding: float  # share of frames that are padding
-    text_padding: float  # share of the positions of unpacked rows that are padding
     fill: float  # mean of a batch's frames, padding included, over the budget
     shortest: int  # the 1st percentile of samples' frames
     longest: int
@@ -42,8 +41,8 @@ def forecast(
     """Plan one epoch of ``parts`` (of up to ``max_shards`` evenly spread shards each; 0: all)."""
     subset = [_limit_shards(part, max_shards) for part in parts]
     sampler = BatchSampler(subset, replace(config, epochs=1), load, lengths=lengths)
-    # samples, frames, longest sample's frames, positions, most positions of a sample
-    rows: list[tuple[int, int, int, int, int]] = []
+    # samples, frames, longest sample's frames, most positions of a sample
+    rows: list[tuple[int, int, int, int]] = []
     all_frames: list[np.ndarray] = []
     left_out: Counter[str] = Counter()
     try:
@@ -54,12 +53,12 @@ def forecast(
             frames = np.array([s.frames for s in task.samples], np.int64)
             chars = np.array([s.entry.chars for s in task.samples], np.int64)
             positions = config.batch.positions(frames, chars)
-            sizes = (frames.sum(), frames.max(), positions.sum(), positions.max())
+            sizes = (frames.sum(), frames.max(), positions.max())
             rows.append((len(frames), *map(int, sizes)))
             all_frames.append(frames)
     finally:
         sampler.close()
-    return _summary(np.array(rows, np.int64).reshape(-1, 5), all_frames, config.batch, left_out)
+    return _summary(np.array(rows, np.int64).reshape(-1, 4), all_frames, config.batch, left_out)
 
 
 def _limit_shards(part: DatasetPart, limit: int) -> DatasetPart:
@@ -73,7 +72,7 @@ def _limit_shards(part: DatasetPart, limit: int) -> DatasetPart:
 def _summary(
     rows: np.ndarray, all_frames: list[np.ndarray], batch: BatchConfig, left_out: Counter[str]
 ) -> Forecast:
-    counts, frames, longest, positions, most_positions = rows.T
+    counts, frames, longest, most_positions = rows.T
     padded, padded_positions = counts * longest, counts * most_positions
     lengths = np.concatenate(all_frames) if all_frames else np.zeros(1, np.int64)
     ratios = padded_positions / np.maximum(padded, 1)
@@ -82,7 +81,6 @@ def _summary(
         batches=len(rows),
         hours=float(frames.sum()) / FRAMES_PER_SECOND / 3600,
         padding=1 - float(frames.sum()) / max(float(padded.sum()), 1.0),
-        text_padding=1 - float(positions.sum()) / max(float(padded_positions.sum()), 1.0),
         fill=float(padded.mean()) / batch.frames if len(rows) else 0.0,
         shortest=int(np.percentile(lengths, 1)),
         longest=int(lengths.max()),

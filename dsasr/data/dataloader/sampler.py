@@ -192,7 +192,7 @@ class BatchSampler:
                     f"dataset '{name}' is not the one that the checkpoint was reading (its shard "
                     "list changed): restore it, or start the stage without the loader's state"
                 )
-        # States before contents were kept have none, and remote tars say nothing.
+        # An older release's state has no contents, and of remote tars none are known.
         for name, content in saved.get("contents", {}).items():
             if content and self.identity["contents"].get(name) not in ("", content):
                 raise UserError(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.collate import TextEncoder
+from dsasr.data.dataloader.collate import TextEncoder, pad
 from dsasr.data.dataloader.window_plan import stable_hash
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample
 from dsasr.data.text.ctc_noise import Confusions, CtcNoise
@@ -137,8 +137,8 @@ class TextDataLoader(Iterator[Batch]):
         state: Mapping[str, Any] | None = None,
         lines: Sequence[Line] | None = None,
     ) -> None:
-        """``bins``: of the encoder's features, which the batches have no frame of; ``lines``: the
-        text, where it is not that of ``cfg``'s files."""
+        """``bins``: F of the batches' features [B, 0, F]; ``lines``: the text, in place of the
+        files of ``cfg``."""
         self.cfg, self.text, self.bins = cfg, text, bins
         self.seed, self.rank, self.world = seed, rank, world
         units = text.vocab.symbols
@@ -237,9 +237,9 @@ class TextDataLoader(Iterator[Batch]):
         seed: int,
         epoch: int,
     ) -> Batch:
-        units_BP, unit_lengths_B = _pad([units for _, units, _ in rows], 0)
-        tokens_BU, token_lengths_B = _pad([tokens for *_, tokens in rows], self.text.pad_id)
-        lines = [line for line, *_ in rows]
+        lines, units, tokens = zip(*rows, strict=True)
+        units_BP, unit_lengths_B = map(torch.from_numpy, pad(units))
+        tokens_BU, token_lengths_B = map(torch.from_numpy, pad(tokens, self.text.pad_id))
         return Batch.blank(
             torch.zeros(len(rows), 0, self.bins),
             phonemes_BP=units_BP,
@@ -256,10 +256,3 @@ class TextDataLoader(Iterator[Batch]):
             state=self.state(),
             bad=tuple(bad),
         )
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-    return padded, lengths_B

@@ -96,16 +96,16 @@ class Task:
 
 @dataclass
 class Window:
-    """A planned window: sample i of the batch order is row ``rows[i]`` of shard ``slots[i]``."""
+    """A planned window of N samples in the order of its batches."""
 
     shards: list[str]
-    indexes: list[ShardIndex]
-    slots: np.ndarray
-    rows: np.ndarray
-    seeds: np.ndarray
-    frames: np.ndarray
-    plain: np.ndarray
-    ranges: np.ndarray  # [batches, 2]: first and last+1 of each batch
+    indexes: list[ShardIndex]  # of the shards
+    slots: np.ndarray  # [N]: sample i is in shard ``shards[slots[i]]``,
+    rows: np.ndarray  # [N]: where it is row ``rows[i]`` of the index
+    seeds: np.ndarray  # [N]: `sample_seeds`
+    frames: np.ndarray  # [N]: planned feature frames, after augmentation
+    plain: np.ndarray  # [N] bool: not augmented (`PlannedSample`)
+    ranges: np.ndarray  # [batches, 2]: first and last + 1 of each batch
     bad: list[DroppedSample] = field(default_factory=list)
 
     def __len__(self) -> int:

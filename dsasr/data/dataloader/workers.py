@@ -77,7 +77,7 @@ class _Worker:
     results: Connection | None = None
     memory: mmap.mmap | None = None
     outstanding: deque = field(default_factory=deque)  # (slot, task) in order of submission
-    slots: deque = field(default_factory=deque)  # free; last released, first used
+    slots: deque = field(default_factory=deque)  # free ones; the last released is used first
     deaths: int = 0
 
     def release(self, slot: int) -> None:
@@ -322,7 +322,7 @@ def _run_task(
     try:
         array, rest = work(task, allocate)
         head = ("ok", array.shape, rest)
-    except BaseException as error:
+    except BaseException as error:  # `WorkerPool.take` raises it in the consumer
         array, head = np.zeros(0, np.float32), ("error", (0,), _portable(error))
     inside = bool(allocated) and array.ctypes.data == allocated[-1].ctypes.data
     tail = pickle.dumps(head, pickle.HIGHEST_PROTOCOL)
@@ -334,14 +334,14 @@ def _run_task(
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error itself if it survives pickling, else one that holds its traceback."""
+    """A copy of the error if it can be pickled, else a `WorkerFailed` that has its traceback."""
     trace = "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # an error's class may raise anything when it is pickled or built again
         return WorkerFailed(trace)
     copy.__cause__ = None
     if hasattr(copy, "add_note"):
         copy.add_note(f"in a worker:\n{trace}")
-    # Notes are attributes and so travel; Python 3.10 has none and shows the bare error.
+    # Notes are pickled with the error. Python 3.10 has none, and shows the error alone.
     return copy

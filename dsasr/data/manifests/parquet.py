@@ -11,7 +11,7 @@ from typing import Any
 from dsasr.data.manifests.entry import Corpus, Form, ManifestEntry
 from dsasr.data.manifests.rows import LANG_NAMES, SPEAKER_NAMES, TEXT_NAMES, audio_of, first_of
 from dsasr.data.manifests.trees import one_split, split_of
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 
 _ID_NAMES = ("id", "key", "segment_id", "utterance_id")
 _MAGIC = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3", b"FORM": "aiff"}
@@ -49,7 +49,7 @@ def _read(corpus: Corpus) -> Iterator[ManifestEntry]:
                     if entry := _entry(corpus, row, row.get(column) or {}, number):
                         yield replace(entry, split=split_of(name))
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} cannot be read: {message_of(error)}") from None
 
 
 def _is_plain(kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A map over single-threaded processes, in order, with a progress bar."""
+"""A map over shards in single-threaded processes, in order, with a progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ def map_in_processes(
     items: Iterable[Item],
     processes: int | None = None,
     desc: str = "",
-    unit: str = "shard",
     total: int | None = None,
 ) -> Iterator[Result]:
     """``work(item)`` for every item, in order, over ``processes`` (None: one per core).
@@ -37,7 +36,7 @@ def map_in_processes(
         raise UserError(f"--processes {processes}: use at least 1")
     total = len(items) if total is None else total
     count = min(processes or os.cpu_count() or 1, total)
-    bar = {"total": total, "desc": desc, "unit": unit, "delay": 1}
+    bar = {"total": total, "desc": desc, "unit": "shard", "delay": 1}
     if count <= 1:
         yield from Bar(map(work, items), **bar)
         return

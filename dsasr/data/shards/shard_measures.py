@@ -7,7 +7,6 @@ utterances are kept, and a few at random by their keys' hashes. `dsasr data insp
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from dsasr.data.audio.resampling import RATE
 from dsasr.data.shards.build_index import readable_index
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample
 from dsasr.data.shards.verify import decode_shard
+from dsasr.utils.hashing import hash64
 
 MAX_SECONDS = 600.0  # longer utterances are bad
 MAX_TEXT = 400  # characters of a transcript that are kept
@@ -177,11 +177,10 @@ def measure_shard(tar: Path, odd: int = 50, random: int = 20) -> ShardMeasures:
             continue
         sample, wave = decoded
         audio, seconds = measure_audio(wave), len(wave) / RATE
-        digest = hashlib.blake2b(f"{tar.name}\n{sample.key}".encode(), digest_size=8).digest()
         utterance = Utterance(
             tar, sample.key, sample.lang, sample.speaker, sample.text[:MAX_TEXT], seconds,
             len(sample.text) / seconds, audio.level, audio.clipped, audio.snr,
-            int.from_bytes(digest, "big"),
+            hash64(f"{tar.name}\n{sample.key}"),
         )  # fmt: skip
         found.add(utterance, _format(sample))
         found.characters.update(sample.text)

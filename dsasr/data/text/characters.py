@@ -14,7 +14,7 @@ class CharacterPhonemizer:
     space, which Han text has none of, is `BOUNDARY`."""
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
-        return [BOUNDARY if c == " " else c for c in normalize_text(text, lang, WRITTEN_FORM)]
+        return [BOUNDARY if c == " " else c for c in normalize_text(text, WRITTEN_FORM)]
 
     def for_sample(self, sample) -> list[str]:
         return self.phonemes(sample.text, sample.lang)

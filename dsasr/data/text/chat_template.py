@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, message_of
 
 SPEECH = "<speech>"  # stands for the speech in a prompt's text
 _SENTINEL = "Xanadu"
@@ -34,7 +34,7 @@ def chat_prompt(hf: Any, system: str, user: str) -> str | None:
             try:
                 text = _render(hf, messages, as_parts, add_generation_prompt=True)
             except Exception as error:  # whatever a program from elsewhere raises
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = message_of(error)
                 continue
             if text.count(SPEECH) == 1 and text.count(system) == 1:
                 return text

@@ -72,7 +72,7 @@ def is_upper_case(text: str) -> bool:
     return any(sum(map(bool, of_run)) > 1 and max(of_run) > 1 for of_run in letters)
 
 
-def normalize_text(text: str, lang: str = "", config: TextConfig | None = None) -> str:
+def normalize_text(text: str, config: TextConfig | None = None) -> str:
     """The training target for ``text``: `clean_text`, with case and punctuation as ``config`` says.
 
     An apostrophe within a word is not punctuation. Scoring has another normalization, which ignores

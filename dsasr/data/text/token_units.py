@@ -26,7 +26,7 @@ class TokenPhonemizer:
         return [self._pieces[number] for number in ids]
 
     def phonemes(self, text: str, lang: str = "") -> list[str]:
-        text = normalize_text(text, lang, WRITTEN_FORM)
+        text = normalize_text(text, WRITTEN_FORM)
         return self._spell(self.tokenizer.encode(self._space + text)) if text else []
 
     def for_sample(self, sample) -> list[str]:

@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
         self.attention_dropout = cfg.attention_dropout
 
     def forward(self, x_BSE: Tensor, context: _Context, past: LayerPast | None = None) -> Tensor:
-        """With ``past``, its keys and values go before those of ``x_BSE``; brought up to date."""
+        """With ``past``, frames attend to its keys and values too, and theirs are added to it."""
         B, S, E = x_BSE.shape
         qkv = self.qkv(self.norm(x_BSE)).view(B, S, 3, self.heads, E // self.heads)
         if past is None:

@@ -93,8 +93,15 @@ class PretrainedEncoder(nn.Module, ABC):
     frame_seconds: float
 
     def __init__(self, settings: Any, cfg: PretrainedEncoderConfig):
-        """``settings``: transformers' configuration of the encoder (not of a model around it)."""
+        """``settings``: transformers' configuration of the encoder (not of a model around it).
+
+        Raises `UserError` for more layers than there are, and for an encoder with an adapter.
+        """
         super().__init__()
+        if getattr(settings, "add_adapter", False):
+            raise UserError(
+                f"{cfg.path} has an adapter of its own (add_adapter), which is not read"
+            )
         self.cfg, self.settings = cfg, _quiet(settings, cfg.dropout)
         self.model = self.build(self.settings)
         if hasattr(self.model, "masked_spec_embed"):  # of the time masks that are off

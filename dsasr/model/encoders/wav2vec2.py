@@ -22,7 +22,6 @@ from dsasr.model.encoders.pretrained import (
     construct,
 )
 from dsasr.model.encoders.protocol import valid_frames
-from dsasr.utils.errors import UserError
 
 CLASSES = {
     "wav2vec2": ("wav2vec2", "wav2vec2", "Wav2Vec2Model"),
@@ -55,10 +54,6 @@ class Wav2Vec2Encoder(PretrainedEncoder):
     anchor = "feature_projection.projection.weight"
 
     def __init__(self, settings: Any, cfg: PretrainedEncoderConfig):
-        if getattr(settings, "add_adapter", False):
-            raise UserError(
-                f"{cfg.path} has an adapter of its own (add_adapter), which is not read"
-            )
         super().__init__(settings, cfg)
         self.width = settings.hidden_size
         self.kernels = list(zip(settings.conv_kernel, settings.conv_stride, strict=True))

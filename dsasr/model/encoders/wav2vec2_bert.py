@@ -13,7 +13,6 @@ from dsasr.model.encoders.pretrained import (
     construct,
 )
 from dsasr.model.encoders.protocol import valid_frames
-from dsasr.utils.errors import UserError
 
 
 class Wav2Vec2BertEncoder(PretrainedEncoder):
@@ -23,10 +22,6 @@ class Wav2Vec2BertEncoder(PretrainedEncoder):
     frame_seconds = 0.02
 
     def __init__(self, settings: Any, cfg: PretrainedEncoderConfig):
-        if getattr(settings, "add_adapter", False):
-            raise UserError(
-                f"{cfg.path} has an adapter of its own (add_adapter), which is not read"
-            )
         super().__init__(settings, cfg)
         self.width = settings.hidden_size
         self.front_end = PretrainedFrontEnd("w2v-bert", settings.feature_projection_input_dim)

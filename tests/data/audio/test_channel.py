@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from dsasr.data.audio.channel import (
     CODECS,
     amplify,
     band_limit,
-    has_codec,
     pad_silence,
     through_codec,
 )
@@ -25,7 +25,7 @@ def voice(samples: int = 20_003) -> torch.Tensor:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_codec_keeps_length_and_place(codec):
-    if not has_codec(codec):
+    if not soundfile.check_format(*CODECS[codec][:2]):  # MP3 since libsndfile 1.1
         pytest.skip(f"this libsndfile has no {codec}")
     wave = voice()
     coded = through_codec(wave, codec)

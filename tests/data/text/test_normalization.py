@@ -25,14 +25,14 @@ from dsasr.utils.errors import UserError
     ],
 )
 def test_normalize_text(text, config, result):
-    assert normalize_text(text, "", config) == result
+    assert normalize_text(text, config) == result
 
 
 @given(st.text())
 def test_normalize_text_is_idempotent(text):
     config = TextConfig(case="lower", punctuation="strip")
-    once = normalize_text(text, "", config)
-    assert normalize_text(once, "", config) == once
+    once = normalize_text(text, config)
+    assert normalize_text(once, config) == once
 
 
 @pytest.mark.parametrize(
