@@ -5,15 +5,14 @@
 
     m = max z,  s = Σ e^(z−m),  t = Σ (z−m) e^(z−m),  and Σ z with label smoothing
 
-are stored, and z where the tile has the row's target. `_merged` joins the tiles as an online
-softmax does. For gradients it also stores e^(z−m) in the inputs' dtype, which is as exact as the
-gradient itself would be there; `_gradient_kernel` turns that into ∂nll/∂z where it is, when s is
-known. fp32 logits are neither written nor read: memory sees 0 or 6 bytes a bf16 logit in place of
-8 or 10 (and 14 where a row does not stay in the cache).
+are stored for each block of columns, and z where the tile has the row's target. `_merge` joins the
+blocks as an online softmax does. For gradients it also stores e^(z−m) in the inputs' dtype;
+`_gradient_kernel` turns that into ∂nll/∂z where it is, when s is known (rounded twice, then). So a
+logit takes no memory traffic, or 6 bytes in bf16 with the gradient, in place of 8, or of 10 to 14.
 
 Operands come by TMA where the device has it and rows begin on 16 bytes, else by pointers. On
-Blackwell with tcgen05 the loads, the products and the epilogue run in warps of their own. None of
-it has been timed on a GPU.
+Blackwell with tcgen05 the loads, the products and the epilogue run in warps of their own. No GPU
+has run any of it: the values are the interpreter's, registers and instructions the compiler's.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def _capped(z, cap):
 
 
 @triton.jit
-def _epilogue(
+def _block_statistics(
     z, row, block, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr, out_stride,
     rows, columns, cap, scale,
     BIAS: tl.constexpr, CAP: tl.constexpr, TOTAL: tl.constexpr, OUT: tl.constexpr, N: tl.constexpr,
@@ -89,23 +88,54 @@ def _epilogue(
 
 
 @triton.jit
+def _epilogue(
+    z, row, block, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr, out_stride,
+    rows, columns, cap, scale,
+    BIAS: tl.constexpr, CAP: tl.constexpr, TOTAL: tl.constexpr, OUT: tl.constexpr, N: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """`_block_statistics` of PARTS (a power of two) parts of a tile's columns."""
+    if PARTS == 1:
+        _block_statistics(
+            z, row, block, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr, out_stride,
+            rows, columns, cap, scale, BIAS, CAP, TOTAL, OUT, N,
+        )  # fmt: skip
+    else:
+        left, right = z.reshape(z.shape[0], 2, N // 2).permute(0, 2, 1).split()
+        _epilogue(
+            left, row, 2 * block, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr,
+            out_stride, rows, columns, cap, scale, BIAS, CAP, TOTAL, OUT, N // 2, PARTS // 2,
+        )  # fmt: skip
+        _epilogue(
+            right, row, 2 * block + 1, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr,
+            out_stride, rows, columns, cap, scale, BIAS, CAP, TOTAL, OUT, N // 2, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def _product_kernel(
     tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr, out_stride,
     hidden, hidden_stride, weight, weight_stride, rows, columns, depth, cap, scale,
-    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr,
     BIAS: tl.constexpr, CAP: tl.constexpr, TOTAL: tl.constexpr, OUT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """tiles[:, block] = m, s, t (TOTAL: and Σ z) of each row over a block of columns.
 
     TMA: ``hidden`` and ``weight`` are descriptors of [M, K] and [N, K] blocks, else pointers. EVEN:
     depth is a multiple of K. OUT: ``out`` = ``scale`` · e^(z−m), times the soft cap's slope.
-    HALVES: a block of statistics has N / 2 columns, and the epilogue half the registers.
+    PARTS: a block of statistics has N / PARTS columns, and the epilogue needs fewer registers.
     """
     down = tl.cdiv(rows, M)
     across = tl.cdiv(columns, N)
-    first_tile = tl.program_id(0)
-    for tile in tl.range(first_tile, down * across, tl.num_programs(0), warp_specialize=SPECIALIZE):
+    for tile in tl.range(
+        tl.program_id(0),
+        down * across,
+        tl.num_programs(0),
+        flatten=FLATTEN,
+        warp_specialize=SPECIALIZE,
+    ):
         group = tile // (GROUP * across)
         high = tl.minimum(down - group * GROUP, GROUP)
         within = tile % (GROUP * across)
@@ -134,21 +164,10 @@ def _product_kernel(
                 h = h.to(tl.float32)
                 w = w.to(tl.float32)
             z = tl.dot(h, w, z, input_precision="ieee")
-        if HALVES:
-            left, right = z.reshape(M, 2, N // 2).permute(0, 2, 1).split()
-            _epilogue(
-                left, row, 2 * block, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr,
-                out_stride, rows, columns, cap, scale, BIAS, CAP, TOTAL, OUT, N // 2,
-            )  # fmt: skip
-            _epilogue(
-                right, row, 2 * block + 1, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr,
-                out_stride, rows, columns, cap, scale, BIAS, CAP, TOTAL, OUT, N // 2,
-            )  # fmt: skip
-        else:
-            _epilogue(
-                z, row, block, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr,
-                out_stride, rows, columns, cap, scale, BIAS, CAP, TOTAL, OUT, N,
-            )  # fmt: skip
+        _epilogue(
+            z, row, block, tiles_ptr, target_z_ptr, targets_ptr, bias_ptr, out_ptr, out_stride,
+            rows, columns, cap, scale, BIAS, CAP, TOTAL, OUT, N, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -190,10 +209,27 @@ def tile_size(
     ``architecture``: NVIDIA's 80, 90, 100 or 120, "amd" or "cpu". ``aligned``: rows of the operands
     begin on 16 bytes, as TMA needs it.
     """
-    tma = architecture in ("90", "100", "120") and aligned and element_size == 2
-    size = {"M": 128, "N": 128, "K": 128 // element_size}
-    way = {"TMA": tma, "SPECIALIZE": architecture == "100" and tma, "HALVES": False}
-    return size | way, {"num_warps": 8, "num_stages": 2 if architecture == "amd" else 3}
+    wide, parts, stages = {
+        "90": (256, 2, 4),
+        "100": (256, 4, 4),
+        "amd": (256, 2, 2),  # its shared memory has 64 KiB
+    }.get(architecture, (128, 1, 3))
+    high = 128
+    if element_size > 2:  # tensor cores would round it; its operands take registers too
+        high, wide, parts, stages = 64, 128, 1, min(stages, 3)
+    tma = aligned and element_size == 2 and architecture in ("90", "100", "120")
+    constants = {
+        "M": high,
+        "N": wide,
+        "K": 128 // element_size,
+        "PARTS": parts,
+        "TMA": tma,
+        # Triton 3.8 ignores it on Hopper or fails there, and fails with pointers on Blackwell.
+        "SPECIALIZE": tma and architecture == "100",
+        # There the next tile's loads begin during the epilogue.
+        "FLATTEN": tma and architecture == "90",
+    }
+    return constants, {"num_warps": 8, "num_stages": stages}
 
 
 def _programs(device: torch.device) -> int:
@@ -276,7 +312,7 @@ def _product(
         aligned=_aligned(hidden_ND) and _aligned(weight_VD),
     )
     high, wide, deep = (constants[name] for name in "MNK")
-    width = wide // 2 if constants["HALVES"] else wide
+    width = wide // constants["PARTS"]
     tiles_XTN = torch.empty(
         3 + total, triton.cdiv(columns, width), rows, device=hidden_ND.device, dtype=torch.float32
     )

@@ -27,12 +27,12 @@ OPTIONS = {
     "bias_cap": {"bias": True, "soft_cap": 5.0},
     "all": {"bias": True, "soft_cap": 5.0, "label_smoothing": 0.2},
 }
-# Operands by pointers or by descriptors, and statistics of half a tile.
+# Operands by pointers or by descriptors, and statistics of parts of a tile.
 WAYS = {
-    "pointers": {"TMA": False, "HALVES": False},
-    "pointers_halves": {"TMA": False, "HALVES": True},
-    "tma": {"TMA": True, "HALVES": False},
-    "tma_halves": {"TMA": True, "HALVES": True},
+    "pointers": {"TMA": False, "PARTS": 1},
+    "pointers_halves": {"TMA": False, "PARTS": 2},
+    "tma": {"TMA": True, "PARTS": 1},
+    "tma_quarters": {"TMA": True, "PARTS": 4},
 }
 
 
@@ -41,7 +41,15 @@ def small_tiles(monkeypatch):
     """Several tiles for each program; returns what sets the way of the operands."""
     from dsasr.kernels import triton_head_statistics
 
-    way = {"M": 32, "N": 64, "K": 16, "SPECIALIZE": False, "TMA": False, "HALVES": False}
+    way = {
+        "M": 32,
+        "N": 64,
+        "K": 16,
+        "SPECIALIZE": False,
+        "FLATTEN": False,
+        "TMA": False,
+        "PARTS": 1,
+    }
 
     def choose(**chosen):
         way.update(chosen)
@@ -51,7 +59,7 @@ def small_tiles(monkeypatch):
     )
     monkeypatch.setattr(triton_head_statistics, "_GRADIENT_TILE", 128)
     monkeypatch.setenv("DSASR_KERNELS", "triton-persistent")
-    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *args: 70)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *args: 40)
     return choose
 
 
@@ -102,18 +110,20 @@ def compare(tensors, targets, error, tolerance=None, **options):
         assert error(a, b) <= bounds[1]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_equals_the_float64_reference(
-    options, dtype, small_tiles, products_as_on_a_gpu, error, monkeypatch
-):
-    options = dict(options)
-    tensors, targets = problem(111, 203, 19, dtype, bias=options.pop("bias", False))
+CASES = [(name, torch.float32) for name in OPTIONS]
+CASES += [(name, torch.bfloat16) for name in ("plain", "bias_cap", "all")]
+CASES += [("smooth", torch.float16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_equals_the_float64_reference(name, dtype, small_tiles, products_as_on_a_gpu, error):
+    options = dict(OPTIONS[name])
+    tensors, targets = problem(75, 139, 19, dtype, bias=options.pop("bias", False))
     compare(tensors, targets, error, **options)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("shape", [(1, 41, 8), (33, 65, 16), (70, 129, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 41, 8), (33, 129, 24)], ids=str)
 def test_operands_by_pointers_and_by_descriptors(
     shape, way, small_tiles, products_as_on_a_gpu, error
 ):
@@ -130,16 +140,16 @@ def test_no_rows_and_a_vocabulary_of_one(small_tiles, error):
 
 def test_masked_vocabulary(small_tiles, error):
     """A bias of −inf takes outcomes away; whole tiles of them come first."""
-    tensors, targets = problem(20, 300, 4, bias=True)
+    tensors, targets = problem(20, 200, 4, bias=True)
     with torch.no_grad():
-        tensors[2][:200] = -torch.inf
+        tensors[2][:100] = -torch.inf
         tensors[2][-1] = -torch.inf
-    targets[targets >= 0] = 200 + targets[targets >= 0] % 99
+    targets[targets >= 0] = 100 + targets[targets >= 0] % 99
     compare(tensors, targets, error)
 
 
 def test_rows_of_very_negative_logits(small_tiles, error):
-    tensors, targets = problem(20, 200, 4)
+    tensors, targets = problem(20, 100, 4)
     with torch.no_grad():
         tensors[0][:, 0] = 1.0
         tensors[1][:, 0] = -3e4
@@ -171,6 +181,6 @@ def test_a_gradient_per_row_comes_from_the_librarys_tiles(small_tiles, error):
 
 
 def test_equal_to_the_last_bit(small_tiles):
-    tensors, targets = problem(100, 200, 8)
+    tensors, targets = problem(50, 70, 8)
     runs = [losses(dispatch.linear_cross_entropy, tensors, targets) for _ in range(2)]
     assert all(map(torch.equal, *runs))

@@ -128,7 +128,6 @@ HEAD_FLAGS = {
     "head_all": {"BIAS", "CAP", "TOTAL"},
     "head_out": {"OUT"},
     "head_out_all": {"OUT", "BIAS", "CAP"},
-    "head_out_smooth": {"OUT", "BIAS", "TOTAL"},
 }
 
 
