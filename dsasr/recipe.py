@@ -160,8 +160,9 @@ class Recipe:
     # resume although settings that change what is learned differ from the checkpoint's; a stage
     # goes on by its name, at the step that it has done
     allow_changed: bool = False
-    # implementation of the fused operations; auto: triton on CUDA, torch elsewhere
-    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+    # implementation of the fused operations; auto: triton on CUDA, torch elsewhere;
+    # triton-persistent: the LM head's statistics without its logits in memory, not timed on a GPU
+    kernels: Literal["auto", "triton", "triton-persistent", "torch", "reference"] = "auto"
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # ends a run that hangs
     # size and options of the job that `dsasr submit` starts; training itself ignores them
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

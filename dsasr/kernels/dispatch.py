@@ -1,13 +1,15 @@
 """Fused ops: the LM head with cross-entropy and entropy, softmax entropy, the adaptor.
 
-Each op has three implementations of the same function:
+Each op has these implementations of the same function:
 
-    triton      kernels for a GPU (or, under TRITON_INTERPRET=1, for tests on a CPU)
-    torch       torch operations in tiles, as frugal with memory, on any device
-    reference   plain torch, whole tensors (`dsasr.kernels.reference`)
+    triton              kernels for a GPU (or, under TRITON_INTERPRET=1, for tests on a CPU)
+    triton-persistent   the same, but for the head: a product of our own that keeps its statistics
+                        and not its logits (`triton_head_statistics`); not timed on any GPU
+    torch               torch operations in tiles, as frugal with memory, on any device
+    reference           plain torch, whole tensors (`dsasr.kernels.reference`)
 
-``auto`` takes Triton on CUDA and torch elsewhere (and for float64). The choice is made once per op
-and device, and logged. The environment variable DSASR_KERNELS forces one for all ops, else
+``auto`` takes `ON_CUDA` on CUDA and torch elsewhere (and for float64). The choice is made once per
+op and device, and logged. The environment variable DSASR_KERNELS forces one for all ops, else
 `select` does (the recipe's ``kernels``). A kernel that fails is an error: nothing falls back.
 Importing this module does not import Triton.
 """
@@ -32,7 +34,9 @@ from dsasr.kernels.differentiable_once import without_autocast
 from dsasr.kernels.kernel_launch import KernelError as KernelError
 from dsasr.utils.errors import UserError
 
-NAMES = ("auto", "triton", "torch", "reference")
+NAMES = ("auto", "triton", "triton-persistent", "torch", "reference")
+# What "auto" takes on CUDA: the faster of the two by tools/bench/kernels.py, which no GPU has run.
+ON_CUDA = "triton"
 _log = logging.getLogger(__name__)
 _selected = "auto"
 _implementations: dict[tuple[str, str, str, str], str] = {}
@@ -49,12 +53,12 @@ def select(name: str) -> None:
 
 
 def implementation(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """The implementation of ``op`` for tensors of a device: "triton", "torch" or "reference"."""
+    """The implementation of ``op`` for tensors of a device: one of `NAMES`, but "auto"."""
     kind = torch.device(device).type
     requested = _checked(os.environ.get("DSASR_KERNELS") or _selected, "DSASR_KERNELS")
     key = op, kind, str(dtype), requested
     if key not in _implementations:
-        _implementations[key] = _resolve(requested, kind, dtype)
+        _implementations[key] = _resolve(op, requested, kind, dtype)
         _log.info("%s on %s (%s): %s", op, kind, dtype, _implementations[key])
     return _implementations[key]
 
@@ -65,11 +69,11 @@ def _checked(name: str, origin: str) -> str:
     return name
 
 
-def _resolve(requested: str, kind: str, dtype: torch.dtype) -> str:
+def _resolve(op: str, requested: str, kind: str, dtype: torch.dtype) -> str:
     # The kernels compute in float32.
     if requested == "auto":
-        requested = "triton" if kind == "cuda" and dtype != torch.float64 else "torch"
-    if requested != "triton":
+        requested = ON_CUDA if kind == "cuda" and dtype != torch.float64 else "torch"
+    if not requested.startswith("triton"):
         return requested
     if dtype == torch.float64:
         raise UserError("the Triton kernels take no float64: set DSASR_KERNELS=torch")
@@ -77,7 +81,7 @@ def _resolve(requested: str, kind: str, dtype: torch.dtype) -> str:
         raise UserError("Triton is not installed: pip install triton, or set DSASR_KERNELS=torch")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"the Triton kernels do not run on {kind}: set DSASR_KERNELS=torch")
-    return requested
+    return requested if op == "linear_cross_entropy" else "triton"
 
 
 def _logit_tiles(name: str) -> ModuleType:
@@ -126,7 +130,8 @@ def linear_cross_entropy(
     name = implementation("linear_cross_entropy", hidden_ND.device, hidden_ND.dtype)
     run = reference.linear_cross_entropy
     if name != "reference":
-        run = partial(cross_entropy_op.run, _logit_tiles(name))
+        persistent = name == "triton-persistent"
+        run = partial(cross_entropy_op.run, _logit_tiles(name), persistent=persistent)
     with without_autocast(hidden_ND.device.type):
         return run(
             hidden_ND,

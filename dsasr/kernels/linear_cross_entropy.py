@@ -10,6 +10,9 @@ few columns (`Tiles.gradients`): the logits again, one pass that turns them into
 two products. A forward pass without gradients makes the same tiles: W·h by the library's matrix
 product, then one pass that updates each row's online softmax.
 
+With ``persistent`` that product and the chunks' first one are a kernel's, whose logits never come
+to memory (`triton_head_statistics`). The tiles of other gradients stay the library's.
+
 The weight itself is saved for the backward pass, no copy and no view of it: a weight that ZeRO-3
 partitions may be released in between and gathered again.
 """
@@ -73,6 +76,7 @@ def run(
     label_smoothing: float,
     return_entropy: bool,
     return_accuracy: bool,
+    persistent: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """`dispatch.linear_cross_entropy` with the tile functions of the module ``tile_ops``."""
     if (
@@ -86,13 +90,16 @@ def run(
         results = _SmallLinearCrossEntropy.apply(ignore_index, hidden_ND, weight_VD, targets_N)
     else:
         rows, columns = _tile_size(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device)
-        plan = Plan(rows, columns, ignore_index, soft_cap or None, label_smoothing)
-        # CPUs multiply float32 alone: a copy of the whole weight would be needed.
-        in_forward = torch.is_grad_enabled() and len(hidden_ND)
-        if in_forward and not (logit_products.on_cpu(hidden_ND) and hidden_ND.itemsize < 4):
-            chunk = chunk_rows(len(hidden_ND), len(weight_VD), hidden_ND.device)
-            plan = replace(plan, chunk_rows=chunk)
+        plan = Plan(rows, columns, ignore_index, soft_cap or None, label_smoothing, persistent)
         tensors = hidden_ND, weight_VD, bias_V, targets_N.contiguous()
+        wanted = any(x is not None and x.requires_grad for x in tensors[:3])
+        if torch.is_grad_enabled() and wanted and len(hidden_ND):
+            # CPUs multiply float32 alone: a copy of the whole weight would be needed.
+            if logit_products.on_cpu(hidden_ND) and hidden_ND.itemsize < 4:
+                plan = replace(plan, persistent=False)
+            else:
+                chunk = chunk_rows(len(hidden_ND), len(weight_VD), hidden_ND.device)
+                plan = replace(plan, chunk_rows=chunk)
         results = _LinearCrossEntropy.apply(tile_ops, plan, *tensors)
     # The entropy and the hits come with the online softmax at no cost worth skipping.
     nll_N, entropy_N, correct_N = results
@@ -106,8 +113,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         tiles = Tiles(tile_ops, plan, hidden_ND, weight_VD, bias_V, targets_N)
         ctx.sums = None
-        if plan.chunk_rows and any(needed := ctx.needs_input_grad[2:5]):
-            stats_5N, ctx.sums = tiles.row_chunks(needed)
+        if plan.chunk_rows:
+            stats_5N, ctx.sums = tiles.row_chunks(ctx.needs_input_grad[2:5])
         else:
             stats_5N = tiles.statistics()
         m, log_s, entropy_N, target, total = stats_5N
@@ -123,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Not those of chunks: tiles round their products otherwise, and p would not sum to 1.
         saved_3N = stats_5N[:3].clone() if ctx.sums is None else None
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, saved_3N)
-        ctx.tile_ops, ctx.plan = tile_ops, plan
+        ctx.tile_ops, ctx.plan = tile_ops, replace(plan, persistent=False)
         ctx.mark_non_differentiable(correct_N)
         return nll_N, masked_entropy_N, correct_N
 

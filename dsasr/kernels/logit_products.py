@@ -25,6 +25,8 @@ class Plan:
     ignore_index: int
     soft_cap: float | None
     smoothing: float
+    # statistics and chunks by `triton_head_statistics`, whose product keeps no logits
+    persistent: bool = False
     # rows of a chunk whose gradients are computed in the forward pass; 0: none are
     chunk_rows: int = 0
 
@@ -83,8 +85,24 @@ class Tiles:
             "infinite": bias_v is not None,  # nothing else makes a logit −inf
         }
 
+    def _whole_row_options(self) -> dict:
+        options = self._options(slice(0, len(self.weight_VD)))
+        del options["start"]
+        return options
+
     def statistics(self) -> Tensor:
         """[5, N]: m, ln s, the entropy, the target's z and Σ z of each row."""
+        if self.plan.persistent:
+            from dsasr.kernels import triton_head_statistics
+
+            columns = slice(0, len(self.weight_VD))
+            return triton_head_statistics.statistics(
+                self.hidden_ND,
+                self._weight(columns),
+                self.targets_N,
+                total=self.plan.smoothing > 0,
+                **self._whole_row_options(),
+            )
         carry_5N = self.hidden_ND.new_zeros(5, len(self.hidden_ND), dtype=self.sum_dtype)
         carry_5N[0] = -torch.inf
         buffer = self._buffer(self.sum_dtype)
@@ -116,9 +134,9 @@ class Tiles:
         in float32, for the factor that it lacks comes with the backward pass.
         """
         hidden, weight, plan = self.hidden_ND, self.weight_VD, self.plan
-        columns = slice(0, len(weight))
         chunk = min(plan.chunk_rows, len(hidden))
-        buffer = hidden.new_empty(chunk * self._pitch(len(weight)), dtype=self.sum_dtype)
+        buffer_dtype = self.factor_dtype if self._without_logits else self.sum_dtype
+        buffer = hidden.new_empty(chunk * self._pitch(len(weight)), dtype=buffer_dtype)
         # In float16 a small p is 0: there it is kept 1024 times as large.
         scale = 1024.0 if self.factor_dtype == torch.float16 else 1.0
         stats_5N = hidden.new_zeros(5, len(hidden), dtype=self.sum_dtype)
@@ -129,21 +147,14 @@ class Tiles:
             torch.zeros_like(self.bias_V, **like) if needed[2] else None,
             scale,
         )
-        options = self._options(columns)
-        del options["start"]
+        options = {
+            "ignore_index": plan.ignore_index,
+            "smoothing": plan.smoothing,
+            "scale": scale,
+            **self._whole_row_options(),
+        }
         for rows in slices(len(hidden), chunk):
-            z_nV = self._view(buffer, rows, columns)
-            product(hidden[rows], weight.T, z_nV)
-            dz_nV = self.tile_ops.row_gradients(
-                z_nV,
-                stats_5N[:, rows],
-                self.targets_N[rows],
-                ignore_index=plan.ignore_index,
-                smoothing=plan.smoothing,
-                scale=scale,
-                out_nV=self._in_place(buffer, z_nV),
-                **options,
-            )
+            dz_nV = self._chunk_gradient(buffer, rows, stats_5N[:, rows], options)
             if sums.hidden_ND is not None:
                 product(dz_nV, weight, sums.hidden_ND[rows])
             if sums.weight_VD is not None:
@@ -151,6 +162,28 @@ class Tiles:
             if sums.bias_V is not None:
                 sums.bias_V += dz_nV.sum(0, dtype=self.sum_dtype)
         return stats_5N, sums
+
+    def _chunk_gradient(
+        self, buffer: Tensor, rows: slice, stats_5n: Tensor, options: dict
+    ) -> Tensor:
+        """A chunk's gradients of the logits in ``buffer``, and its statistics in ``stats_5n``."""
+        hidden_nD, targets_n = self.hidden_ND[rows], self.targets_N[rows]
+        out_nV = self._view(buffer, rows, slice(0, len(self.weight_VD)))
+        if self._without_logits:
+            from dsasr.kernels import triton_head_statistics
+
+            return triton_head_statistics.row_gradients(
+                hidden_nD, self.weight_VD, stats_5n, targets_n, out_nV=out_nV, **options
+            )
+        product(hidden_nD, self.weight_VD.T, out_nV)
+        in_place = self._in_place(buffer, out_nV)
+        return self.tile_ops.row_gradients(out_nV, stats_5n, targets_n, out_nV=in_place, **options)
+
+    @property
+    def _without_logits(self) -> bool:
+        """Whether chunks keep exponentials alone, which do not tell ε/V of a soft cap's slope."""
+        plan = self.plan
+        return plan.persistent and not (plan.soft_cap and plan.smoothing)
 
     def _in_place(self, buffer: Tensor, z_nV: Tensor) -> Tensor:
         """A chunk's gradients in the memory of its logits: each row begins where its logits do."""

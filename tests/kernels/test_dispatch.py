@@ -35,6 +35,15 @@ def test_auto_takes_triton_on_cuda_alone():
         assert dispatch.implementation("linear_cross_entropy", "cuda", torch.bfloat16) == "triton"
 
 
+def test_the_persistent_product_is_the_heads_alone():
+    dispatch.select("triton-persistent")
+    if dispatch.importlib.util.find_spec("triton"):
+        name = dispatch.implementation("linear_cross_entropy", "cuda", torch.bfloat16)
+        assert name == "triton-persistent"
+        assert dispatch.implementation("adaptor", "cuda", torch.bfloat16) == "triton"
+    assert dispatch.ON_CUDA in dispatch.NAMES
+
+
 def test_cuda_without_triton_is_an_error(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="DSASR_KERNELS=torch"):
@@ -49,7 +58,7 @@ def test_the_environment_outranks_the_recipe(monkeypatch):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="auto, triton, torch, reference"):
+    with pytest.raises(UserError, match="auto, triton, triton-persistent, torch, reference"):
         dispatch.select("cuda")
     assert dispatch.implementation("adaptor", "cpu") == "torch"
     monkeypatch.setenv("DSASR_KERNELS", "fast")

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 def test_every_kernel_under_the_interpreter():
-    ops = ("linear_cross_entropy", "softmax_entropy", "adaptor")
+    ops = ("linear_cross_entropy", "softmax_entropy", "adaptor", "triton_head_statistics")
     files = [HERE / f"test_{op}.py" for op in ops]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", *files],

@@ -3,7 +3,7 @@
 usage: compile_kernels.py ARCHITECTURE: 80, 90, 100 or 120 of NVIDIA, or gfx942 of AMD. Prints a
 JSON line a kernel and dtype: registers a thread, bytes that are spilled, bytes of shared memory,
 whether it loads and stores 16 bytes at a time, how wide its narrowest asynchronous copies are (0:
-it has none), and whether it uses the matrix units.
+it has none), whether it loads by TMA, and which of the matrix units' instructions it has.
 """
 
 import json
@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsasr.kernels import triton_adaptor, triton_logit_tiles
+from dsasr.kernels import triton_adaptor, triton_head_statistics, triton_logit_tiles
 
 FP32, BF16, I64, INT = "*fp32", "*bf16", "*i64", "i32"
 Z = {"z_ptr": FP32, "z_stride": INT, "columns": INT}
@@ -62,6 +62,14 @@ LOGITS = {
         triton_logit_tiles._row_gradient_kernel,
         {**Z, **STATS, **NUMBERS, "targets_ptr": I64},
         PLAIN,
+    ),
+    "head_gradient": (
+        triton_head_statistics._gradient_kernel,
+        {
+            **{"out_ptr": BF16, "out_stride": INT, "rows": INT, "columns": INT},
+            **{"factors_ptr": FP32, "targets_ptr": I64, "at_target_ptr": FP32, "even_ptr": FP32},
+        },
+        {"SMOOTH": True, "N": 128, "BLOCKS": 64},
     ),
     "row_gradient_all": (
         triton_logit_tiles._row_gradient_kernel,
@@ -109,10 +117,41 @@ ADAPTOR = {
         {"KIND": 1, "TILE": 4096},
     ),
 }
+MATRIX_UNITS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "\tmma.sync"}
+HEAD = {
+    **{"tiles_ptr": FP32, "target_z_ptr": FP32, "targets_ptr": I64, "bias_ptr": FP32},
+    **{"out_ptr": BF16, "out_stride": INT, "hidden_stride": INT, "weight_stride": INT},
+    **{**SIZES, "cap": "fp32", "scale": "fp32"},
+}
+HEAD_FLAGS = {
+    "head": {},
+    "head_all": {"BIAS", "CAP", "TOTAL"},
+    "head_out": {"OUT"},
+    "head_out_all": {"OUT", "BIAS", "CAP"},
+}
 
 
-def cases():
+def head_cases(architecture):
+    """The head's product; "head_pointers": where rows do not begin on 16 bytes."""
+    kernel = triton_head_statistics._product_kernel
+    cases = [(name, 2, flags, True) for name, flags in HEAD_FLAGS.items()]
+    cases += [("head_pointers", 2, set(), False), ("head", 4, set(), True)]
+    for name, size, flags, aligned in cases:
+        tile, options = triton_head_statistics.tile_size(architecture, size, aligned=aligned)
+        kind = "bf16" if size == 2 else "fp32"
+        types = {**HEAD, "out_ptr": f"*{kind}", "hidden": f"*{kind}", "weight": f"*{kind}"}
+        if tile["TMA"]:
+            types["hidden"] = f"tensordesc<{kind}[{tile['M']}, {tile['K']}]>"
+            types["weight"] = f"tensordesc<{kind}[{tile['N']}, {tile['K']}]>"
+        constants = {name: name in flags for name in ("BIAS", "CAP", "TOTAL", "OUT")}
+        constants |= {"EVEN": True, "WIDE": False, "GROUP": 8, **tile}
+        constants |= nothing(*[n for n in ("bias_ptr", "out_ptr") if n[:-4].upper() not in flags])
+        yield name, kind, kernel, types, constants, options
+
+
+def cases(architecture):
     """Name, dtype, kernel, types, constants and options of each compilation."""
+    yield from head_cases(architecture)
     for name, (kernel, types, constants) in LOGITS.items():
         yield name, "bf16", kernel, types, constants, {"num_warps": triton_logit_tiles._WARPS}
     for name, (kernel, types, constants) in ADAPTOR.items():
@@ -130,7 +169,12 @@ def compiled(target, kernel, types, constants, options):
     values = {(names.index(name),): value for name, value in constants.items()}
     # Sizes and addresses at training shapes are multiples of 16.
     plain = ("start", "cap", "ignore_index", "smoothing", "scale")
-    aligned = [n for n in names if n in types and n not in constants and n not in plain]
+    aligned = [
+        name
+        for name in names
+        if name in types and name not in constants and name not in plain
+        if not types[name].startswith("tensordesc")
+    ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
         ASTSource(kernel, signature, values, attributes), target=target, options=options
@@ -152,7 +196,9 @@ def of_nvidia(code):
         "wide_loads": bool(re.search(r"ld\.global.*\.v4\.b32|ld\.global.*\.v2\.b64", ptx)),
         "wide_stores": bool(re.search(r"st\.global.*\.v4\.b32|st\.global.*\.v2\.b64", ptx)),
         "copy_bytes": min(copies, default=0),
-        "matrix_units": bool(re.search(r"wgmma\.mma|mma\.sync|tcgen05\.mma", ptx)),
+        "tma": "cp.async.bulk.tensor" in ptx,
+        "matrix_units": [unit for unit, pattern in MATRIX_UNITS.items() if pattern in ptx],
+        "warps_of_roles": "setmaxnreg" in ptx,
     }
 
 
@@ -168,7 +214,9 @@ def of_amd(code):
         "wide_loads": bool(re.search(r"(global|buffer)_load_dwordx4", text)),
         "wide_stores": bool(re.search(r"(global|buffer)_store_dwordx4", text)),
         "copy_bytes": 0,
-        "matrix_units": "mfma" in text,
+        "tma": False,
+        "matrix_units": ["mfma"] * ("mfma" in text),
+        "warps_of_roles": False,
     }
 
 
@@ -176,7 +224,7 @@ def main():
     architecture = sys.argv[1]
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
-    for name, dtype, *case in cases():
+    for name, dtype, *case in cases("amd" if amd else architecture):
         code = compiled(target, *case)
         found = {"kernel": name, "dtype": dtype, "shared": code.metadata.shared}
         print(json.dumps(found | (of_amd if amd else of_nvidia)(code.asm)), flush=True)

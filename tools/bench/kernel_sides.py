@@ -31,10 +31,15 @@ def eager_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tenso
     return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N, reduction="none")
 
 
-def our_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def our_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, name: str = "") -> Tensor:
+    """``name`` forces an implementation."""
+    if name:
+        dispatch.select(name)
     nll_N, _entropy_N = dispatch.linear_cross_entropy(
         hidden_ND, weight_VD, targets_N, return_entropy=True
     )
+    if name:
+        dispatch.select("auto")
     return nll_N
 
 
@@ -48,6 +53,9 @@ def head_sides(device: str) -> dict[str, Side]:
     if hasattr(F, "linear_cross_entropy"):
         sides["torch_no_entropy"] = torch_head
     if device == "cuda":
+        # Whichever of the two is faster belongs into dispatch.ON_CUDA; "ours" is what that names.
+        for name in ("triton", "triton-persistent"):
+            sides[f"ours_{name}"] = partial(our_head, name=name)
         sides |= _liger() | _cce()
     return sides
 
