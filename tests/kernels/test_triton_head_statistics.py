@@ -59,7 +59,7 @@ def small_tiles(monkeypatch):
     )
     monkeypatch.setattr(triton_head_statistics, "_GRADIENT_TILE", 128)
     monkeypatch.setenv("DSASR_KERNELS", "triton-persistent")
-    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *args: 40)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *args: 20)
     return choose
 
 
@@ -118,7 +118,7 @@ CASES += [("smooth", torch.float16)]
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_equals_the_float64_reference(name, dtype, small_tiles, products_as_on_a_gpu, error):
     options = dict(OPTIONS[name])
-    tensors, targets = problem(75, 139, 19, dtype, bias=options.pop("bias", False))
+    tensors, targets = problem(35, 139, 19, dtype, bias=options.pop("bias", False))
     compare(tensors, targets, error, **options)
 
 
@@ -140,7 +140,7 @@ def test_no_rows_and_a_vocabulary_of_one(small_tiles, error):
 
 def test_masked_vocabulary(small_tiles, error):
     """A bias of −inf takes outcomes away; whole tiles of them come first."""
-    tensors, targets = problem(20, 200, 4, bias=True)
+    tensors, targets = problem(10, 200, 4, bias=True)
     with torch.no_grad():
         tensors[2][:100] = -torch.inf
         tensors[2][-1] = -torch.inf
@@ -149,7 +149,7 @@ def test_masked_vocabulary(small_tiles, error):
 
 
 def test_rows_of_very_negative_logits(small_tiles, error):
-    tensors, targets = problem(20, 100, 4)
+    tensors, targets = problem(10, 100, 4)
     with torch.no_grad():
         tensors[0][:, 0] = 1.0
         tensors[1][:, 0] = -3e4
@@ -170,8 +170,8 @@ def test_another_ignored_index_strides_and_frozen_weights(small_tiles, error):
 
 
 def test_a_gradient_per_row_comes_from_the_librarys_tiles(small_tiles, error):
-    tensors, targets = problem(30, 130, 6)
-    upstream = torch.randn(2, 30)
+    tensors, targets = problem(18, 130, 6)
+    upstream = torch.randn(2, 18)
     found = []
     for op in (dispatch.linear_cross_entropy, reference.linear_cross_entropy):
         nll, entropy, _ = losses(op, tensors, targets)
@@ -181,6 +181,6 @@ def test_a_gradient_per_row_comes_from_the_librarys_tiles(small_tiles, error):
 
 
 def test_equal_to_the_last_bit(small_tiles):
-    tensors, targets = problem(50, 70, 8)
+    tensors, targets = problem(25, 70, 8)
     runs = [losses(dispatch.linear_cross_entropy, tensors, targets) for _ in range(2)]
     assert all(map(torch.equal, *runs))
