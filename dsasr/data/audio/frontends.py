@@ -176,8 +176,9 @@ def _w2v_bert(wave: Tensor, _: PretrainedFrontEnd) -> Tensor:
 def _wave(wave: Tensor, cfg: PretrainedFrontEnd) -> Tensor:
     """transformers' Wav2Vec2FeatureExtractor."""
     if cfg.normalize:
-        variance, mean = torch.var_mean(wave, correction=0)
-        wave = (wave - mean) / (variance + 1e-7).sqrt()
+        wave = wave - wave.mean()
+        variance = torch.dot(wave, wave) / len(wave)  # a fifth of torch.var_mean's time
+        wave.mul_(torch.rsqrt(variance + 1e-7))
     return wave[:, None]
 
 
