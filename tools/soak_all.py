@@ -84,6 +84,7 @@ CONFIGURATIONS = (
     Configuration(1, "bf16", 1, "concurrent", disk="slow"),
     Configuration(3, "fp32", 2, disk="full"),
     Configuration(2, "bf16", 1, "concurrent", disk="full"),
+    Configuration(1, "bf16", 1, lora=True),
 )
 
 
