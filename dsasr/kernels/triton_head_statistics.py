@@ -27,19 +27,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsasr.kernels.kernel_launch import launch
+from dsasr.kernels.triton_logit_tiles import _NEVER, _capped
 
-_NEVER = tl.constexpr(-1000.0)  # as in torch_logit_tiles
 _LOWEST = tl.constexpr(-1e15)  # of columns beyond the edge: e^x is 0, 0 · x too, x · x finite
 _GROUP = 8  # row tiles that share their columns' weights in the L2 cache
 _GRADIENT_TILE = 8192  # elements of a program's tile
 _GRADIENT_WARPS = 8
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # multiplies bfloat16's bits as integers
-
-
-@triton.jit
-def _capped(z, cap):
-    # tanh; where e^(2x) overflows to inf, the result is 1, as it should be.
-    return cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * (z / cap))))
 
 
 @triton.jit
