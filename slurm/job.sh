@@ -202,7 +202,9 @@ attend() {
       unset "parts[$pid]"
       judge "$name" "$code"
     done
-    if ((++ticks % 20 == 0)) && { [[ -n $signaled ]] || stop_asked; }; then stop_parts; fi
+    # Again and again, but first after 10 s: by then a rank has read the request itself, whose event
+    # tells `dsasr stop` from a signal.
+    if [[ -n $signaled ]] || stop_asked; then ((++ticks % 20)) || stop_parts; fi
     sleep 0.5 & wait $! || true
   done
 }
