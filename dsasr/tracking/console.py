@@ -101,7 +101,8 @@ def progress_line(
     if rates:
         low, high = f"{min(rates):.1e}", f"{max(rates):.1e}"
         cells.append(f"lr {low}" if low == high else f"lr {low}…{high}")
-    cells.append(f"{line['audio_hours_per_hour']:,.0f} audio h/h")
+    if line["audio_hours_per_hour"]:  # not of steps on text alone
+        cells.append(f"{line['audio_hours_per_hour']:,.0f} audio h/h")
     cells.append(f"ETA {clock(seconds_left)}")
     return f"{head(steps, total_steps)} {stage_step(stage, step)}  {'  '.join(cells)}"
 

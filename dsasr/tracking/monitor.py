@@ -49,8 +49,10 @@ _COUNTS = ("audio", "frames", "padded", "wait", "bad", "bytes", "queue", "batche
 class Meter:
     """Sums over one branch's steps since its last line of metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, elapsed: float = 0.0) -> None:
+        """``elapsed``: seconds since the branch's first step began."""
         self.reset()
+        self.started -= elapsed
 
     def reset(self) -> None:
         self.sums: dict[str, tuple[Any, Any]] = {}
@@ -185,16 +187,17 @@ class Monitor:
         wait: float,
         last: bool = False,
         extra: Mapping[str, float] | None = None,
+        seconds: float = 0.0,
     ) -> dict | None:
         """Count a step; write a line when one is due and return it (on every rank); collective.
 
-        ``wait``: seconds that the step waited for its batches. ``extra``: further values of the
-        line, if one is written.
+        ``wait``: seconds that the step waited for its batches; ``seconds``: that it took in all,
+        the wait among them. ``extra``: further values of the line, if one is written.
         """
         if self._first is None:
             self._first = steps - 1
         self._last_steps = steps
-        meter = self._meters.setdefault(report.branch, Meter())
+        meter = self._meters.setdefault(report.branch, Meter(seconds))
         meter.add(report, wait)
         if self.config.ledger:
             self._write_ledger(report, steps)

@@ -77,7 +77,8 @@ class Trainer:
         self.progress = Progress()
         self.dataloaders = TrainDataLoaders(self.builder)
         self.stage_seconds: dict[str, float] = {}
-        self._data_wait = 0.0  # seconds that the last step waited for its batches
+        self._step_started = time.monotonic()  # when the last step asked for its batches
+        self._data_wait = 0.0  # seconds that it waited for them
         self.request = request or StopRequest()
         self._any_rank_later = distributed.DelayedAnyRank()
         self._finished = False
@@ -191,11 +192,11 @@ class Trainer:
         if self._has_encoder(engine):
             # The probe's time does not count as the stage's.
             self._turn_started += self.evaluation.online_probe.take_reference(engine, step)
-        started = time.monotonic()
+        self._step_started = time.monotonic()
         self.watchdog.at("data", stage.name)
         batches = self.dataloaders.next_batches(stage)
         self.watchdog.at("step", keys=[key for batch in batches for key in batch.keys])
-        self._data_wait = time.monotonic() - started
+        self._data_wait = time.monotonic() - self._step_started
         for batch in batches:
             self.bad_samples.add(batch.bad, steps=self.steps, stage=stage.name, epoch=batch.epoch)
         if stage.branch == "pretrain" and not self._frames_are_known:
@@ -260,7 +261,8 @@ class Trainer:
             self._raise_not_finite(report)
         self.bad_samples.count_step(report)
         extra = self._branch_metrics(report)
-        line = self.monitor.step(report, self.steps, self._data_wait, last, extra)
+        seconds = time.monotonic() - self._step_started
+        line = self.monitor.step(report, self.steps, self._data_wait, last, extra, seconds)
         if line is None:
             return
         grad_norm = line.get("grad_norm", 0.0)

@@ -59,6 +59,16 @@ def test_a_line_is_the_mean_since_the_last_one(tmp_path, capsys):
     assert "[ 3/10] sft              3  NLL 1.500" in capsys.readouterr().out
 
 
+def test_the_rates_of_the_first_line_are_of_its_whole_step(tmp_path):
+    monitor = Monitor(tmp_path, MonitorConfig(every=1, tensorboard=False), 10)
+    line = monitor.step(report(0, 1.0), 1, wait=1.0, seconds=4.0)
+    assert line["step_seconds"] == pytest.approx(4, abs=0.1)
+    assert line["wait_share"] == pytest.approx(0.25, abs=0.01)
+    assert line["audio_hours_per_hour"] == pytest.approx(3 / 4, rel=0.03)
+    assert monitor.step(report(1, 1.0), 2, wait=0.0, seconds=4.0)["step_seconds"] < 1  # as timed
+    monitor.close()
+
+
 def test_sums_continue_over_a_checkpoint(tmp_path):
     totals = [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]
 
