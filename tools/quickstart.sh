@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to a trained recognizer: install, make a small bilingual corpus, train, decode, report.
-#   bash tools/quickstart.sh            about 10 minutes on two CPU cores after installation
+#   bash tools/quickstart.sh            about 8 minutes on two CPU cores after installation
 #   bash tools/quickstart.sh --short    the same steps in a few minutes, with a poor recognizer
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
-hours=4 corpus=corpus/demo run=runs/demo lm_steps=400 overrides=() fresh=""
+hours=4 corpus=corpus/demo run=runs/demo lm_steps=300 overrides=() fresh=""
 for argument in "$@"; do
     case "$argument" in
         --fresh) fresh=1 ;;
@@ -40,7 +40,7 @@ dsasr data tokenizer "$corpus/text/lm.txt" --out "$corpus/tokenizer"
 dsasr demo lm "$corpus/text/lm.txt" --heldout "$corpus/text/lm_heldout.txt" \
     --tokenizer "$corpus/tokenizer" --out "$corpus/lm" --reads espeak --steps "$lm_steps"
 
-step "training: pretrain, align, IA-SFT and joint under ZeRO-3"
+step "training: pretrain, align, IA-SFT and joint"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 command=(dsasr train --recipe demo --ranks "$((gpus ? gpus : 2))" "run=$run" "${overrides[@]}")
 if dsasr evaluate "$run" --is-finished; then
