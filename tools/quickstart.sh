@@ -5,7 +5,7 @@
 #   bash tools/quickstart.sh --fresh    from scratch, even where a result is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
-hours=4 corpus=corpus/demo run=runs/demo lm_steps=300 overrides=() fresh=""
+hours=4 corpus=corpus/demo run=runs/demo lm_steps=400 overrides=() fresh=""
 for argument in "$@"; do
     case "$argument" in
         --fresh) fresh=1 ;;
@@ -32,9 +32,12 @@ dsasr demo corpus --out "$corpus" --hours "$hours"
 step "shards: packing it for streaming"
 dsasr data make-shards "$corpus"/{train,valid,test,nonspeech}.jsonl --out-root "$corpus/shards" \
     --shard-size 250
-[ -f "$corpus/cmvn.json" ] || dsasr data cmvn "$corpus/shards/train" --out "$corpus/cmvn.json"
+pids=()
+[ -f "$corpus/cmvn.json" ] || \
+    { dsasr data cmvn "$corpus/shards/train" --out "$corpus/cmvn.json" & pids+=($!); }
 [ -f "$corpus/phonemes.json" ] || \
-    dsasr data phonemes "$corpus/shards/train" --out "$corpus/phonemes.json"
+    { dsasr data phonemes "$corpus/shards/train" --out "$corpus/phonemes.json" & pids+=($!); }
+for pid in "${pids[@]}"; do wait "$pid"; done
 step "text: tokenizer and a small language model"
 dsasr data tokenizer "$corpus/text/lm.txt" --out "$corpus/tokenizer"
 dsasr demo lm "$corpus/text/lm.txt" --heldout "$corpus/text/lm_heldout.txt" \
