@@ -287,3 +287,21 @@ def test_examples_are_of_every_kind(reproduce):
         ("nonspeech", "und", "1"), ("loop", "en", "1"), ("loop", "zh", "1"),
     ]  # fmt: skip
     assert len(reproduce.varied(many, 100)) == 34
+
+
+def test_the_table_of_encoders_says_where_csai_clears_its_controls(experiment):
+    import encoders
+
+    def row(name: str, seed: int, low: float, alone: float) -> dict:
+        pai = Estimate(value=3.0, low=2.9, high=3.1, shuffled=0.001)
+        csai = Estimate(value=0.05, low=low, high=0.06, shuffled=0.002, phoneme_only=alone)
+        source = EncoderSource("x", "snapshot")
+        values = AllocationRow(encoder=source, pai=pai, csai=csai).to_json()
+        return {"encoder": name, "seed": seed, "row": values}
+
+    rows = [row("b", 1, 0.04, 0.01), row("a", 2, 0.04, 0.045), row("a", 1, 0.04, 0.039)]
+    header, _, *lines = encoders.table(rows).splitlines()
+    assert header.startswith("| encoder | seed | PAI |")
+    assert [line.split(" | ")[:2] for line in lines] == [["| a", "1"], ["| a", "2"], ["| b", "1"]]
+    assert [line.split(" | ")[-1] for line in lines] == ["yes |", "no |", "yes |"]
+    assert "3.000 (2.900 to 3.100) | 0.001 | 0.050 (0.040 to 0.060) | 0.002 | 0.039" in lines[0]

@@ -33,6 +33,13 @@ from dsasr.utils.progress import Bar
 FILES = 1000
 WORDS = [a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne") for b in ("n", "r", "st", "lo")]
 DSASR = (sys.executable, "-m", "dsasr.cli")
+# A process' peak counts what its parent had when it started it: here a small one.
+_OF_CHILDREN = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True)
+sys.exit(code)
+"""
 
 
 def make_corpus(folder: Path, utterances: int) -> Path:
@@ -64,14 +71,14 @@ def make_corpus(folder: Path, utterances: int) -> Path:
 def measure(name: str, utterances: int, *arguments: str | Path) -> None:
     command = [*DSASR, *map(str, arguments)]
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{output[-1000:]}")
+    done = subprocess.run(
+        [sys.executable, "-c", _OF_CHILDREN, *command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}")
     seconds = round(time.monotonic() - began, 1)
-    peak = round(usage.ru_maxrss / 1024)
+    peak = round(int(done.stdout.split()[-1]) / 1024)
     record("corpus_memory", command=name, utterances=utterances, seconds=seconds, peak_mb=peak)
 
 
