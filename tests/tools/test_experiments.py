@@ -229,6 +229,7 @@ def test_table_and_figure(results, experiment):
     assert (
         "Controls, nats/frame: PAI 0.00 (0.00–0.00) with shuffled labels, 0.90 (0.80–1.00)" in text
     )
+    assert "these CSAI have no control of phonemes alone" in text
     assert "| none found (< 0.012) |" in text and "| 0.300 → 0.300 (+0.000 ± 0.000) |" in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(widths)) > 1 and min(widths) > 3

@@ -40,8 +40,8 @@ COLUMNS = (
 def measure(
     args: argparse.Namespace, pretraining: Pretraining, seed: int, aligner: Future[Path]
 ) -> Iterator[tuple[str, AllocationRow]]:
-    """(name, row) of the encoder that a pretraining ends with, of a random one like it, and of the
-    encoders after joint SFT from its start."""
+    """(name, row) of the encoder that a pretraining ends with, of those after joint SFT from its
+    start, and once of a random one."""
     run = args.runs / f"seed{seed}" / pretraining.name
     values = systems.pretraining(pretraining, args.kind, args.sizes, seed, args.corpus, run)
     pretrain = train(values, args.ranks)
@@ -49,7 +49,7 @@ def measure(
     trained = [train_system(args, system, seed, pretrain) for system in joint]
     last = max(run.glob("snapshots/encoder-*"))
     out = run.with_suffix(".encoders.jsonl")
-    random = "first" if seed == CONTROLLED else "none"
+    random = "first" if (pretraining, seed) == (PRETRAININGS[0], CONTROLLED) else "none"
     run_dsasr(
         "probe", last, *(t.checkpoint for t in trained), "--data", args.probe, "--aligner",
         aligner.result(), "--utterances", args.utterances, "--control", "all", "--random", random,
@@ -59,7 +59,7 @@ def measure(
     names = iter([label, *[f"{label}, joint SFT" for _ in trained]])
     for values in read_json_lines(out):
         row = AllocationRow.from_json(values)
-        yield (f"{label}, random" if row.encoder.kind == "random" else next(names)), row
+        yield ("random" if row.encoder.kind == "random" else next(names)), row
 
 
 def table(rows: list[dict]) -> str:

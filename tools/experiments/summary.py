@@ -141,6 +141,11 @@ def baselines(results: Sequence[Result]) -> str:
         alone = [getattr(r["before"], key).phoneme_only for r in results]
         if alone := sorted({x for x in alone if math.isfinite(x)}):
             text += f", {ranged(alone, digits)} of phonemes alone"
+        elif key == "csai":
+            text += (
+                "; these CSAI have no control of phonemes alone, and do not show that an encoder "
+                "tells of words (encoders-SET.md has it, where it was measured anew)"
+            )
         texts.append(text)
     return f"Controls, nats/frame: {'; '.join(texts)}."
 
