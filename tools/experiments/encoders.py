@@ -16,13 +16,14 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import systems
-from reproduce import CONTROLLED, RESULTS, run_dsasr, train, train_system
+from reproduce import CONTROLLED, RESULTS, run_dsasr, train, train_system, without_paths
 from systems import PRETRAININGS, SHORT, SIZES, SYSTEMS, Pretraining
 
 from dsasr.entropy_allocation.allocation_row import AllocationRow, Estimate
@@ -58,7 +59,7 @@ def measure(
     label = LABELS[pretraining.name]
     names = iter([label, *[f"{label}, joint SFT" for _ in trained]])
     for values in read_json_lines(out):
-        row = AllocationRow.from_json(values)
+        row = without_paths(AllocationRow.from_json(values))
         yield ("random" if row.encoder.kind == "random" else next(names)), row
 
 
@@ -96,18 +97,19 @@ def main() -> int:
     args.runs.mkdir(parents=True, exist_ok=True)
     out = args.results / f"encoders-{args.kind}.jsonl"
     rows = read_json_lines(out)
+    one_at_a_time = threading.Lock()
 
     def family(pretraining: Pretraining, seed: int, aligner: Future[Path]) -> None:
-        for name, row in measure(args, pretraining, seed, aligner):
-            known = {"encoder": name, "seed": seed}
-            rows[:] = [r for r in rows if not known.items() <= r.items()]
-            values = row.to_json()
-            values["encoder"].pop("run", None)
-            rows.append(known | {"when": time.strftime("%Y-%m-%d"), "row": values})
-            print(name, f"seed {seed}:", interval(row.pai), interval(row.csai), flush=True)
-        text = "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows)
-        atomic_write(out, text)
-        atomic_write(out.with_suffix(".md"), table(rows))
+        measured = dict(measure(args, pretraining, seed, aligner))
+        with one_at_a_time:
+            replaced = {(name, seed) for name in measured}
+            rows[:] = [r for r in rows if (r["encoder"], r["seed"]) not in replaced]
+            for name, row in measured.items():
+                known = {"encoder": name, "seed": seed, "when": time.strftime("%Y-%m-%d")}
+                rows.append(known | {"row": row.to_json()})
+                print(name, f"seed {seed}:", interval(row.pai), interval(row.csai), flush=True)
+            atomic_write(out, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
+            atomic_write(out.with_suffix(".md"), table(rows))
 
     with ThreadPoolExecutor(args.jobs) as pool:
         values = systems.aligner(args.kind, args.sizes, args.corpus, args.runs / "aligner")

@@ -157,7 +157,12 @@ def probe(
         "--out", metrics, "--overwrite",
     )  # fmt: skip
     rows = [AllocationRow.from_json(json.loads(line)) for line in read_lines(metrics)]
-    return [replace(row, encoder=replace(row.encoder, run=None), settings={}) for row in rows]
+    return [without_paths(row) for row in rows]
+
+
+def without_paths(row: AllocationRow) -> AllocationRow:
+    """``row`` without the folders of this machine, for the results."""
+    return replace(row, encoder=replace(row.encoder, run=None), settings={})
 
 
 def per_clip(results: Results, rules: str) -> dict[str, dict[str, list]]:
