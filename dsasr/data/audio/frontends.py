@@ -148,14 +148,19 @@ def _whisper(wave: Tensor, cfg: PretrainedFrontEnd) -> Tensor:
 
 @one_thread()
 def _parakeet(wave: Tensor, cfg: PretrainedFrontEnd) -> Tensor:
-    """NeMo's and transformers' ParakeetFeatureExtractor."""
+    """NeMo's and transformers' ParakeetFeatureExtractor, in the wave's own precision.
+
+    In float32 the normalization enlarges the rounding of the quietest bins to some 1e-4 (theirs to
+    5e-4); float64 would take twice the time.
+    """
     emphasized = torch.cat((wave[:1], wave[1:] - 0.97 * wave[:-1]))
     # 512 points centered on the frame, of which the middle 400 are windowed.
     padded = F.pad(emphasized, (256 - 56, 256))
     count = cfg.frames(len(wave))
     frames = padded.unfold(0, 400, HOP)[:count]
     window, weights = _slaney_tables(400, 512, False, cfg.bins, str(wave.device))
-    features = _mel_energies(frames, window, weights, 512).add_(2.0**-24).log_()
+    features = _mel_energies(frames, window.to(wave.dtype), weights.to(wave.dtype), 512)
+    features = features.add_(2.0**-24).log_()
     mean = features.mean(0)
     std = ((features - mean).square().sum(0) / max(count - 1, 1)).sqrt()
     return (features - mean) / (std + 1e-5)
