@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from dsasr.data.batch import Batch
 from dsasr.evaluation.beam_search import Beam, BeamSearch
-from dsasr.evaluation.ctc_prefix import JointScores, Posteriors
-from dsasr.evaluation.ctc_scoring import CtcScore, log_prob_of, score_text
+from dsasr.evaluation.ctc_scoring import CtcScore
+from dsasr.evaluation.hypothesis_scorer import HypothesisScorer
 from dsasr.model.dynamic_chunks import Chunk, chunk_of
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.llm_forward import Continuation, packed_hidden
@@ -185,17 +184,14 @@ def decode_nbest(
     """
     cfg = cfg or DecodeConfig()
     chunk = chunk or cfg.chunk(model.encoder)
-    if cfg.ctc_weight and (model.ctc is None or model.speller is None):
-        raise UserError("decoding: ctc_weight needs a model with its CTC head and its phonemes")
     training = model.training
     model.eval()
     try:
         stepper = _Stepper(model)
         logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
-        ctc_log_prob = partial(_ctc_log_prob, model, batch, stepper.speech, tokenizer)
+        scorer = _scorer(model, batch, stepper.speech)
         limits = [cfg.token_limit(s) for s in batch.durations]
-        joint = _joint(model, batch, stepper.speech, tokenizer) if cfg.is_joint(model) else None
-        search = BeamSearch(limits, tokenizer.end_id, cfg, ctc_log_prob, nbest, joint)
+        search = start_search(model, limits, tokenizer, cfg, scorer, nbest)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):
             if search.active:
@@ -205,64 +201,57 @@ def decode_nbest(
                 stepper.idle()
     finally:
         model.train(training)
-    found = [_hypotheses(batch, row, search, tokenizer) for row in range(len(batch))]
-    if not with_ctc_score or model.ctc is None or model.speller is None:
-        return found
-    return [
-        [
-            replace(h, ctc_score=_ctc_score(model, batch, stepper.speech, row, h.text))
-            for h in hypotheses
-        ]
-        for row, hypotheses in enumerate(found)
-    ]
+    scorer = scorer if with_ctc_score else None
+    return [hypotheses(search, row, tokenizer, key, scorer) for row, key in enumerate(batch.keys)]
 
 
-def posteriors(speech: SpeechInput, row: int) -> Tensor:
-    """The CTC head's log-probabilities [S, P] of one utterance, without padding."""
-    return speech.log_probs_BSP[row, : int(speech.log_prob_lengths_B[row])]
+def start_search(
+    model: SpeechLLM,
+    limits: Sequence[int],
+    tokenizer: Detokenizer,
+    cfg: DecodeConfig,
+    scorer: HypothesisScorer | None,
+    nbest: int = 1,
+) -> BeamSearch:
+    """A search with the scores that ``cfg`` wants of the CTC head; ``scorer``: None without one.
 
-
-def _joint(
-    model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer
-) -> JointScores:
-    """The CTC head's scores of the beams of ``batch``."""
-
-    def units_of(ids: Sequence[int], row: int, ended: bool) -> list[int] | None:
-        text = tokenizer.decode(list(ids))
-        if not ended:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
-        return model.speller(text, batch.langs[row])
-
-    lengths_B = speech.log_prob_lengths_B.to(speech.log_probs_BSP.device)
-    return JointScores(Posteriors(speech.log_probs_BSP, lengths_B), units_of, tokenizer.end_id)
-
-
-def _ctc_log_prob(
-    model: SpeechLLM, batch: Batch, speech: SpeechInput, tokenizer: Detokenizer, beam: Beam
-) -> float:
-    """The CTC head's log-probability of a beam's transcript in nats.
-
-    -inf for one that the head cannot have written: a unit that it lacks, more units than frames.
+    Raises `UserError` where they are wanted and there is none.
     """
-    ids = [step.token for step in beam.path() if step.token != tokenizer.end_id]
-    text, lang = tokenizer.decode(ids), batch.langs[beam.utterance]
-    return log_prob_of(posteriors(speech, beam.utterance), model.speller.pronunciations(text, lang))
+    if cfg.ctc_weight and scorer is None:
+        raise UserError("decoding: ctc_weight needs a model with its CTC head and its phonemes")
+
+    def log_prob(beam: Beam) -> float:
+        ids = [step.token for step in beam.path() if step.token != tokenizer.end_id]
+        return scorer.log_prob(beam.utterance, tokenizer.decode(ids))
+
+    joint = scorer.joint(tokenizer) if cfg.is_joint(model) else None
+    return BeamSearch(limits, tokenizer.end_id, cfg, log_prob, nbest, joint)
 
 
-def _ctc_score(
-    model: SpeechLLM, batch: Batch, speech: SpeechInput, row: int, text: str
-) -> CtcScore | None:
-    return score_text(posteriors(speech, row), text, batch.langs[row], model.speller)
+def _scorer(model: SpeechLLM, batch: Batch, speech: SpeechInput) -> HypothesisScorer | None:
+    if model.ctc is None or model.speller is None:
+        return None
+    log_probs_BSP, lengths_B = speech.log_probs_BSP, speech.log_prob_lengths_B
+    return HypothesisScorer(log_probs_BSP, lengths_B, batch.langs, model.speller)
 
 
-def _hypotheses(
-    batch: Batch, row: int, search: BeamSearch, tokenizer: Detokenizer
+def hypotheses(
+    search: BeamSearch,
+    row: int,
+    tokenizer: Detokenizer,
+    key: str = "",
+    scorer: HypothesisScorer | None = None,
 ) -> list[Hypothesis]:
+    """What ``search`` found of an utterance, the best first, each text once; with ``scorer``'s
+    scores."""
     by_text: dict[str, Hypothesis] = {}
     for score, beam in search.results(row):
-        hypothesis = _hypothesis(batch.keys[row], beam, tokenizer, score)
+        hypothesis = _hypothesis(key, beam, tokenizer, score)
         by_text.setdefault(hypothesis.text, hypothesis)
-    return list(by_text.values())
+    found = list(by_text.values())
+    if scorer is None:
+        return found
+    return [replace(h, ctc_score=scorer.score(row, h.text)) for h in found]
 
 
 def _hypothesis(key: str, beam: Beam, tokenizer: Detokenizer, score: float = 0.0) -> Hypothesis:

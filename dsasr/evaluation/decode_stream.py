@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dsasr.evaluation.beam_search import BeamSearch
-from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, _hypothesis
+from dsasr.evaluation.decode import (
+    DecodeConfig,
+    Detokenizer,
+    Hypothesis,
+    hypotheses,
+    start_search,
+)
+from dsasr.evaluation.hypothesis_scorer import HypothesisScorer
 from dsasr.model.llm_forward import Continuation, LlmPast
 from dsasr.model.speech_llm import SpeechLLM
 
@@ -22,19 +27,21 @@ def decode_pasts(
     limits: Sequence[int],
     tokenizer: Detokenizer,
     cfg: DecodeConfig,
+    scorer: HypothesisScorer | None = None,
 ) -> list[Hypothesis]:
     """Transcripts of prompts of which ``pasts`` have been read, and ``endings`` [n, D] not yet.
 
     An ending is the rest of the speech, the prompt's suffix and, where a transcript has to begin
     with given tokens, those tokens; a hypothesis is what follows, at most ``limits`` tokens of it.
-    ``cfg.ctc_weight`` has no effect. The pasts stay as they are. Keys of hypotheses are empty.
+    The pasts stay as they are. Keys of hypotheses are empty. With ``scorer`` they have its scores
+    (`Hypothesis.ctc_score`), and ``cfg.ctc_weight`` needs one.
     """
     continuation = Continuation(model.llm, model.cached)
-    search = BeamSearch(limits, tokenizer.end_id, replace(cfg, ctc_weight=0.0))
+    search = start_search(model, limits, tokenizer, cfg, scorer)
     hidden_RD = continuation.resume(pasts, endings)
     rows = search.advance(model.head.cap(model.head(hidden_RD)))
     while search.active:
         tokens = torch.tensor([beam.token for beam in search.active], device=hidden_RD.device)
         hidden_RD = continuation.step(model.embed_tokens(tokens), rows)
         rows = search.advance(model.head.cap(model.head(hidden_RD)))
-    return [_hypothesis("", search.best(row), tokenizer) for row in range(len(pasts))]
+    return [hypotheses(search, row, tokenizer, scorer=scorer)[0] for row in range(len(pasts))]

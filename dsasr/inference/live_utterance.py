@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsasr.data.audio.activity import FRAME, active_frames, decibels
 from dsasr.data.audio.resampling import RATE
 from dsasr.data.text.prompt import PromptIds
 from dsasr.inference.endpointing import SpeechPart
 from dsasr.inference.partial_text import PartialText
 from dsasr.inference.streaming_encoder import UtteranceAudio
+from dsasr.inference.words import Stretch
 from dsasr.model.llm_forward import LlmPast
 
 
@@ -51,6 +53,14 @@ class LiveUtterance:
         """The 90th percentile of the frames' power, in dB of full scale."""
         powers = np.concatenate(self.powers) if self.powers else np.zeros(1)
         return 10 * math.log10(max(float(np.quantile(powers, 0.9)), 1e-10))
+
+    def stretch(self, frame_seconds: float) -> Stretch:
+        """Where its sound is, for the times of its words."""
+        powers = np.concatenate(self.powers) if self.powers else np.zeros(0)
+        active = np.flatnonzero(active_frames(decibels(powers)))
+        start, end = (active[0], active[-1] + 1) if len(active) else (0, len(powers))
+        edges = (float(self.start + frame * FRAME) for frame in (start, end))
+        return Stretch(self.start, *edges, frame_seconds)
 
     @property
     def times(self) -> tuple[float, float]:

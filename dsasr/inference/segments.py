@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from dsasr.data.audio.activity import spoken_part
 from dsasr.data.audio.resampling import RATE
 from dsasr.data.speech_statistics import SpeechStatistics
-from dsasr.evaluation.ctc_scoring import AlignedSpan, CtcScore
 from dsasr.evaluation.decode import Detokenizer, Hypothesis
 from dsasr.evaluation.doubt import DoubtConfig, find_doubt
 from dsasr.inference.segmentation import AudioSegment
 from dsasr.inference.transcript import Alternative, Segment, Token
-from dsasr.inference.words import Word, spread
+from dsasr.inference.words import Stretch
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ def make_segment(
     ctc = best.ctc_score
     margin = None if ctc is None else round(ctc.margin_per_unit, 3)
     language = lang or rules.speech.language(best.text)
-    words, phonemes = _times(audio, best.text, ctc, rules.frame_seconds)
+    first, last, _ = spoken_part(audio.wave.numpy(), RATE)
+    begin, end = audio.start + first, audio.start + (last or audio.seconds)
+    words, phonemes = Stretch(audio.start, begin, end, rules.frame_seconds).words(best.text, ctc)
     return Segment(
         start=round(audio.start, 3),
         end=round(audio.start + audio.seconds, 3),
@@ -89,24 +90,6 @@ def tokens_of(hypothesis: Hypothesis, tokenizer: Detokenizer) -> tuple[Token, ..
         tokens.append(Token(added, round(math.exp(-entropy), 4)))
         before = complete if complete.startswith(before) else before
     return tuple(tokens)
-
-
-def _times(
-    audio: AudioSegment, text: str, ctc: CtcScore | None, frame_seconds: float
-) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
-    """The words and the phonemes of ``text`` with their times in the file."""
-    # A head's frames at the edges reach into the silence: no word is there.
-    first, last, _ = spoken_part(audio.wave.numpy(), RATE)
-    begin, end = audio.start + first, audio.start + (last or audio.seconds)
-    if ctc is None or not ctc.words:
-        return spread(text, begin, end), ()
-
-    def placed(span: AlignedSpan) -> Word:
-        frames = (span.start, span.end)
-        start, stop = (min(max(audio.start + f * frame_seconds, begin), end) for f in frames)
-        return Word(span.text, round(start, 3), round(stop, 3), round(span.confidence, 4))
-
-    return tuple(map(placed, ctc.words)), tuple(map(placed, ctc.phonemes))
 
 
 def _alternative(hypothesis: Hypothesis) -> Alternative:

@@ -40,19 +40,17 @@ from dsasr.data.text.prompt import PromptIds
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.evaluation.decode_stream import decode_pasts
 from dsasr.evaluation.doubt import find_doubt
+from dsasr.evaluation.hypothesis_scorer import HypothesisScorer
 from dsasr.inference.endpointing import Endpointer, SpeechPart
 from dsasr.inference.live_utterance import LiveUtterance
 from dsasr.inference.partial_text import PartialText
 from dsasr.inference.recognizer import Recognizer
-from dsasr.inference.streaming_encoder import (
-    SUBSAMPLING,
-    ChunkedEncoder,
-    WholeEncoder,
-)
+from dsasr.inference.stream_events import Final, Partial
+from dsasr.inference.streaming_encoder import SUBSAMPLING, ChunkedEncoder, WholeEncoder
 from dsasr.inference.vad import build_vad
 from dsasr.model.dynamic_chunks import chunk_of
 from dsasr.model.llm_forward import Continuation, LlmPast
-from dsasr.model.streaming_speech import embed_frames, settled_tokens
+from dsasr.model.streaming_speech import ctc_log_probs, embed_frames, settled_tokens
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import NonNegativeInt, PositiveFloat, PositiveInt
@@ -75,35 +73,6 @@ class StreamingConfig:
 
     def __post_init__(self) -> None:
         ranges.check(self)
-
-
-@dataclass(frozen=True)
-class Partial:
-    """The text of an utterance so far. The first ``settled`` characters of ``text`` stay the same
-    in later partial texts. ``start`` and ``end`` are in seconds of the stream."""
-
-    start: float
-    end: float
-    text: str
-    settled: int
-
-
-@dataclass(frozen=True)
-class Final:
-    """The text of an utterance; empty if it was probably no speech (``no_speech``). ``start`` and
-    ``end`` are in seconds of the stream.
-
-    ``confidence`` and ``doubt``: as `dsasr.inference.transcript.Segment`'s, but without the CTC
-    head's score; ``finished`` is False if the text was cut at the token limit.
-    """
-
-    start: float
-    end: float
-    text: str
-    confidence: float
-    no_speech: bool
-    finished: bool
-    doubt: tuple[str, ...] = ()
 
 
 class Stream:
@@ -323,13 +292,23 @@ class StreamingRecognizer:
         forced: Sequence[Sequence[int]],
         limits: Sequence[int],
         cfg: DecodeConfig,
+        scorer: HypothesisScorer | None = None,
     ) -> list[Hypothesis]:
         endings = [
             torch.cat((u.rest_AD, self._embed([*u.prompt.suffix, *ids])))
             for u, ids in zip(utterances, forced, strict=True)
         ]
         pasts = [u.past for u in utterances]
-        return decode_pasts(self._model, pasts, endings, limits, self.recognizer.tokenizer, cfg)
+        tokenizer = self.recognizer.tokenizer
+        return decode_pasts(self._model, pasts, endings, limits, tokenizer, cfg, scorer)
+
+    def _scorer(self, utterances: Sequence[LiveUtterance]) -> HypothesisScorer | None:
+        model = self._model
+        if model.ctc is None or model.speller is None:
+            return None
+        log_probs_BSP, lengths_B = ctc_log_probs(model, [u.audio.frames_SE for u in utterances])
+        langs = [u.lang for u in utterances]
+        return HypothesisScorer(log_probs_BSP, lengths_B, langs, model.speller)
 
     def _partials(self, utterances: Sequence[LiveUtterance]) -> list[Partial]:
         cfg = replace(self.recognizer.decode, beam=1, ctc_weight=0.0)
@@ -351,7 +330,8 @@ class StreamingRecognizer:
         """None for an utterance that was no speech and of which nothing was shown."""
         cfg = self.recognizer.decode
         limits = [cfg.token_limit(u.seconds) for u in utterances]
-        found = self._decode(utterances, [()] * len(utterances), limits, cfg)
+        nothing = [()] * len(utterances)
+        found = self._decode(utterances, nothing, limits, cfg, self._scorer(utterances))
         return [self._final(u, h) for u, h in zip(utterances, found, strict=True)]
 
     def _final(self, utterance: LiveUtterance, hypothesis: Hypothesis) -> Final | None:
@@ -368,11 +348,16 @@ class StreamingRecognizer:
             return None
         text, finished = "" if no_speech else hypothesis.text, hypothesis.finished
         speech, doubt = self.recognizer.speech, self.recognizer.tuned.doubt
+        ctc = None if no_speech else hypothesis.ctc_score
+        heard = None if ctc is None else round(ctc.margin_per_unit, 3)
         found = find_doubt(
-            text, seconds=utterance.spoken, finished=finished, ctc_margin=None, speech=speech,
+            text, seconds=utterance.spoken, finished=finished, ctc_margin=heard, speech=speech,
             config=doubt, lang=utterance.lang or speech.language(text),
         )  # fmt: skip
-        return Final(*utterance.times, text, round(confidence, 4), no_speech, finished, found)
+        words, _ = utterance.stretch(self.recognizer.frame_seconds).words(text, ctc)
+        return Final(
+            *utterance.times, text, round(confidence, 4), no_speech, finished, found, heard, words
+        )
 
 
 def _as_wave(samples: np.ndarray | Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsasr.entropy_allocation.forced_alignment import words_of
+from dsasr.evaluation.ctc_scoring import AlignedSpan, CtcScore
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,30 @@ class Word:
     start: float
     end: float
     confidence: float | None = None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Where the transcript of a piece of audio is: encoder frames count from ``origin``, and words
+    are between ``start`` and ``end``, all in seconds."""
+
+    origin: float
+    start: float
+    end: float
+    frame_seconds: float
+
+    def words(self, text: str, ctc: CtcScore | None) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
+        """The words and the phonemes of ``text`` with their times: the CTC head's, or where it has
+        none the words' share of the stretch and no phonemes."""
+        if ctc is None or not ctc.words:
+            return spread(text, self.start, self.end), ()
+        return tuple(map(self._place, ctc.words)), tuple(map(self._place, ctc.phonemes))
+
+    def _place(self, span: AlignedSpan) -> Word:
+        seconds = (self.origin + frame * self.frame_seconds for frame in (span.start, span.end))
+        # A head's frames at the edges reach into the silence: no word is there.
+        start, end = (round(min(max(x, self.start), self.end), 3) for x in seconds)
+        return Word(span.text, start, end, round(span.confidence, 4))
 
 
 def spread(text: str, start: float, end: float) -> tuple[Word, ...]:

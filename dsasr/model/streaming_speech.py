@@ -14,13 +14,25 @@ from dsasr.model.speech_llm import SpeechLLM
 @torch.no_grad()
 def embed_frames(model: SpeechLLM, frames: Sequence[Tensor]) -> list[Tensor]:
     """The adaptor's embeddings [A, D] of each utterance's encoder frames [S, E] so far."""
-    lengths_B = torch.tensor([len(part) for part in frames])
-    frames_BSE = pad_sequence(list(frames), batch_first=True)
+    frames_BSE, lengths_B = _padded(frames)
     if model.adaptor.cfg.reads_ctc:
         log_probs_BSP = model.ctc(frames_BSE, lengths_B.to(frames_BSE.device))
         frames_BSE, lengths_B = model.adaptor.read(log_probs_BSP, frames_BSE, lengths_B)
     embeds_BAD, counts_B = model.adaptor(frames_BSE, lengths_B)
     return [row[:count] for row, count in zip(embeds_BAD, counts_B.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def ctc_log_probs(model: SpeechLLM, frames: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The CTC head's log-probabilities [B, S, P] of each utterance's encoder frames [S, E], and
+    their lengths [B]."""
+    frames_BSE, lengths_B = _padded(frames)
+    return model.ctc(frames_BSE, lengths_B.to(frames_BSE.device)), lengths_B
+
+
+def _padded(frames: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    lengths_B = torch.tensor([len(part) for part in frames])
+    return pad_sequence(list(frames), batch_first=True), lengths_B
 
 
 def settled_tokens(model: SpeechLLM, frames: int, tokens: int) -> int:

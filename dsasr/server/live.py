@@ -24,7 +24,7 @@ import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from dsasr.data.audio.resampling import RATE
-from dsasr.inference.streaming import Final, Partial
+from dsasr.inference.stream_events import Final, Partial
 from dsasr.server.metrics import Metrics
 from dsasr.server.settings import ClientError, ServerLimits
 from dsasr.server.stream_batcher import Event, StreamBatcher

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dsasr.data.audio.resampling import RATE
-from dsasr.inference.streaming import Final, Partial, Stream, StreamingRecognizer
+from dsasr.inference.stream_events import Final, Partial
+from dsasr.inference.streaming import Stream, StreamingRecognizer
 from dsasr.server.metrics import Metrics
 from dsasr.server.settings import ClientError, check_language
 

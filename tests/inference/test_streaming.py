@@ -13,11 +13,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.batch import Batch
+from dsasr.data.text.characters import BOUNDARY, CharacterPhonemizer
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.prompt import PromptIds
-from dsasr.evaluation.decode import DecodeConfig, decode
+from dsasr.data.text.speller import Speller
+from dsasr.evaluation.decode import DecodeConfig, decode, decode_nbest
 from dsasr.inference.recognizer import NoSpeechConfig, Recognizer
 from dsasr.inference.segmentation import SegmentationConfig
-from dsasr.inference.streaming import Final, Partial, StreamingConfig, StreamingRecognizer
+from dsasr.inference.stream_events import Final, Partial
+from dsasr.inference.streaming import StreamingConfig, StreamingRecognizer
 from dsasr.model.adaptors.protocol import AdaptorConfig, build_adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.dynamic_chunks import Chunk
@@ -95,12 +99,16 @@ def silence(seconds: float) -> np.ndarray:
 def whole_text(
     model: SpeechLLM, wave: np.ndarray, chunk: Chunk | None = CHUNK, hint: str = ""
 ) -> str:
+    batch = batch_of(wave, hint)
+    return decode(model, batch, Tokenizer(), DecodeConfig(max_tokens=20), chunk=chunk)[0].text
+
+
+def batch_of(wave: np.ndarray, hint: str = "") -> Batch:
     features = FBANK.features(torch.from_numpy(wave))[None]
-    batch = Batch.blank(
-        features, keys=("a",), hints=(hint,), durations=(len(wave) / 16000,),
+    return Batch.blank(
+        features, keys=("a",), langs=("",), hints=(hint,), durations=(len(wave) / 16000,),
         feature_lengths_B=torch.tensor([features.shape[1]]),
     )  # fmt: skip
-    return decode(model, batch, Tokenizer(), DecodeConfig(max_tokens=20), chunk=chunk)[0].text
 
 
 def run(stream, wave: np.ndarray, piece: int) -> list[Partial | Final]:
@@ -161,6 +169,43 @@ def test_each_stream_has_the_prompt_of_its_language():
     )):  # fmt: skip
         with pytest.raises(UserError, match="give one of en, xx, yy, zh"):
             refused()
+
+
+@pytest.mark.parametrize("scores", ["joint", "rescoring"])
+def test_final_texts_are_ranked_by_the_ctc_head_and_have_word_times(scores):
+    model = model_of(ADAPTORS["mlp"])
+    vocab = PhonemeVocab([*"0123456789w", BOUNDARY])
+    speller = Speller(CharacterPhonemizer(), vocab)
+    model.attach_ctc_head(CtcHead(12, len(vocab)).double().eval(), speller)
+    cfg = DecodeConfig(beam=4, ctc_weight=0.8, ctc_scores=scores, max_tokens=9)
+    greedy, waves, changed = DecodeConfig(max_tokens=9), (WAVES[0], WAVES[3], WAVES[2]), 0
+    recognizer = recognizer_of(model)
+    recognizer.recognizer = dataclasses.replace(recognizer.recognizer, decode=cfg)
+    streams = [recognizer.stream() for _ in waves]
+    for stream, wave in zip(streams, waves, strict=True):
+        stream.push(np.concatenate((silence(0.5), wave)))
+        stream.end()
+    for events, wave in zip(recognizer.advance(streams), waves, strict=True):
+        (final,) = [event for event in events if isinstance(event, Final)]
+        padded = np.concatenate((silence(0.2), wave, silence(0.01)))
+        padded = padded[: -(-len(wave) // 160) * 160 + 3200]
+        (best,) = decode_nbest(
+            model, batch_of(padded), Tokenizer(), cfg, chunk=CHUNK, with_ctc_score=True
+        )[0]
+        assert final.text == best.text
+        changed += (
+            best.text != decode(model, batch_of(padded), Tokenizer(), greedy, chunk=CHUNK)[0].text
+        )
+        assert final.heard == pytest.approx(best.ctc_score.margin_per_unit, abs=1e-3)
+        assert [word.text for word in final.words] == final.text.split()
+        times = [second for word in final.words for second in (word.start, word.end)]
+        assert times == sorted(times) and times[0] >= 0.5 - 0.01
+        assert times[-1] <= 0.5 + len(wave) / 16000 + 0.01
+        frames = [0.3 + 0.04 * span.start for span in best.ctc_score.words]
+        assert [w.start for w in final.words] == pytest.approx(
+            [max(start, 0.5) for start in frames], abs=0.011
+        )
+    assert changed
 
 
 def test_an_encoder_without_chunks_hears_the_whole_utterance():

@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn")
 import uvicorn
 
 from dsasr.inference.recognizer import Segment, Transcription
-from dsasr.inference.streaming import Final, Partial
+from dsasr.inference.stream_events import Final, Partial
 from dsasr.server.app import Server
 from dsasr.server.settings import ServerLimits
 from dsasr.utils.errors import UserError

@@ -40,7 +40,8 @@ from dsasr.evaluation.eval_sets import Recording, read_recordings
 from dsasr.evaluation.results import Results
 from dsasr.inference.evaluated_model import EvaluatedModel
 from dsasr.inference.recognizer import Recognizer
-from dsasr.inference.streaming import Final, Partial, StreamingConfig, StreamingRecognizer
+from dsasr.inference.stream_events import Final, Partial
+from dsasr.inference.streaming import StreamingConfig, StreamingRecognizer
 from dsasr.utils.errors import run_tool
 from dsasr.utils.memory import process_bytes
 

@@ -1,10 +1,9 @@
-"""Measure listening: long audio, clicks, memory, word times, and scores by the CTC head.
+"""Measure listening: long audio, clicks, memory, word times and channels.
 
     python tools/experiments/listening.py long runs/demo corpus/demo --clips 200
     python tools/experiments/listening.py clicks runs/demo
     python tools/experiments/listening.py memory runs/demo corpus/demo --minutes 60
-    python tools/experiments/listening.py times runs/demo --sentences 100
-    python tools/experiments/listening.py witness runs/demo corpus/demo
+    python tools/experiments/listening.py times runs/demo --sentences 100 [--live]
     python tools/experiments/listening.py channels runs/demo corpus/demo
 
 Each prints its rows, and appends them to ``--out`` as JSON lines.
@@ -17,7 +16,7 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,20 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from rapidfuzz.distance import Levenshtein
 from spoken_times import LANGUAGES, RATE, offsets, speak_with_times
 
 from dsasr.data.audio.channel import band_limit
-from dsasr.data.speech_statistics import characters
 from dsasr.demo.corpus import CorpusConfig, held_out
 from dsasr.entropy_allocation.forced_alignment import words_of
 from dsasr.evaluation.error_rate import count_edits, ratio_interval
-from dsasr.evaluation.hallucination import wilson
 from dsasr.evaluation.normalize import units
 from dsasr.inference.recognizer import Recognizer
 from dsasr.inference.sources import Samples
+from dsasr.inference.stream_events import Final
+from dsasr.inference.streaming import StreamingRecognizer
+from dsasr.inference.transcript import Transcription
+from dsasr.inference.words import Word
 
 VOICES = ("m3", "Alex", "f3", "f5")  # of the demo's test set
 Row = dict[str, Any]
@@ -118,14 +120,35 @@ def long_rows(args: argparse.Namespace) -> Iterator[Row]:
             seconds = time.perf_counter() - started
             flat = [unit for of_clip in reference for unit in of_clip]
             errors = count_edits(flat, mixed(transcription.text)).errors
+            joins = [s.start for s in transcription.segments if s.overlap]
             yield {
                 "audio": "trimmed" if gap < 0 else f"gap {gap:g} s", "kind": kind,
                 "minutes": round(len(wave) / RATE / 60, 2),
                 "errors": round(100 * errors / total, 2),
                 "segments": len(transcription.spoken), "doubtful": len(transcription.doubtful),
-                "overlaps": sum(s.overlap > 0 for s in transcription.segments),
+                "overlaps": len(joins), **errors_at(joins, flat, transcription),
                 "real_time_factor": round(seconds * RATE / len(wave), 3),
             }  # fmt: skip
+
+
+NEAR = 1.0  # seconds from a join
+
+
+def errors_at(joins: Sequence[float], reference: list[str], found: Transcription) -> Row:
+    """Errors for each unit of the text, near the joins of overlapping pieces and elsewhere."""
+    timed = [(unit, (w.start + w.end) / 2) for s in found.segments for w in s.words
+             for unit in mixed(w.text)]  # fmt: skip
+    near = [any(abs(at - join) < NEAR for join in joins) for _, at in timed]
+    errors = {True: 0, False: 0}
+    for op in Levenshtein.opcodes(reference, [unit for unit, _ in timed]):
+        if op.tag != "equal" and timed:
+            place = min(op.dest_start, len(timed) - 1)
+            errors[near[place]] += max(op.src_end - op.src_start, op.dest_end - op.dest_start)
+    counts = {where: near.count(where) for where in (True, False)}
+    return {
+        f"errors_{name}": f"{errors[where]} of {counts[where]}"
+        for name, where in (("at_joins", True), ("elsewhere", False))
+    }
 
 
 def click_rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -168,6 +191,22 @@ def memory_rows(args: argparse.Namespace) -> Iterator[Row]:
 # -- word times ----------------------------------------------------------------------------------
 
 
+def file_words(recognizer: Recognizer, waves: Sequence[np.ndarray]) -> list[list[Word]]:
+    found = recognizer.transcribe_all(map(Samples, waves))
+    return [[word for segment in t.segments for word in segment.words] for t in found]
+
+
+def live_words(recognizer: Recognizer, waves: Sequence[np.ndarray]) -> list[list[Word]]:
+    """Each wave as a stream of its own, in pieces of 100 ms."""
+    streaming, found = StreamingRecognizer(recognizer), []
+    for wave in waves:
+        stream = streaming.stream()
+        pieces = np.split(wave, range(RATE // 10, len(wave), RATE // 10))
+        events = [event for piece in pieces for event in stream.feed(piece)] + stream.finish()
+        found.append([word for e in events if isinstance(e, Final) for word in e.words])
+    return found
+
+
 def time_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Word times against the synthesizer's, over the words that were recognized.
 
@@ -178,10 +217,10 @@ def time_rows(args: argparse.Namespace) -> Iterator[Row]:
     texts = held_out(config, "test", args.sentences)
     texts = [(lang, text) for lang, text in texts if lang in LANGUAGES]
     spoken = [speak_with_times(text, lang, VOICES[i % 4]) for i, (lang, text) in enumerate(texts)]
-    found = recognizer.transcribe_all([Samples(wave) for wave, _ in spoken])
+    waves = [wave for wave, _ in spoken]
+    found = live_words(recognizer, waves) if args.live else file_words(recognizer, waves)
     errors: dict[str, list[float]] = {}
-    for (lang, text), (_, starts), transcription in zip(texts, spoken, found, strict=True):
-        heard = [word for segment in transcription.segments for word in segment.words]
+    for (lang, text), (_, starts), heard in zip(texts, spoken, found, strict=True):
         if [word.text for word in heard] != words_of(text):
             continue
         words = dict(zip(offsets(text), heard, strict=True))
@@ -191,7 +230,7 @@ def time_rows(args: argparse.Namespace) -> Iterator[Row]:
     for lang, values in errors.items():
         delta = np.array(values)
         yield {
-            "lang": lang, "words": len(values),
+            "lang": lang, "live": args.live, "words": len(values),
             "mean_ms": round(1000 * float(np.abs(delta).mean()), 1),
             "median_ms": round(1000 * float(np.median(np.abs(delta))), 1),
             "bias_ms": round(1000 * float(delta.mean()), 1),
@@ -199,71 +238,7 @@ def time_rows(args: argparse.Namespace) -> Iterator[Row]:
         }  # fmt: skip
 
 
-# -- witness -------------------------------------------------------------------------------------
-
-
-def witness_rows(args: argparse.Namespace) -> Iterator[Row]:
-    """How well each signal finds wrong and hallucinated transcripts on the suite: area under the
-    curve, and the share that a threshold set on ``valid`` at 1% false alarms catches; then errors
-    with rescoring."""
-    from dsasr.evaluation.eval_sets import read_recordings
-    from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
-    from dsasr.inference.evaluated_model import EvaluatedModel
-
-    torch.set_num_threads(1)
-    evaluated = EvaluatedModel.open(args.model)
-    valid, _ = read_recordings(str(args.corpus / "shards" / "valid"), text=evaluated.text)
-    test, _ = read_recordings(
-        [str(args.corpus / "shards" / name) for name in ("test", "nonspeech")],
-        text=evaluated.text, limit=args.clips,
-    )  # fmt: skip
-    beam = args.beam or 1
-    before = evaluated.transcribe(valid, RECORDINGS_ONLY, beam=beam).rows
-    rows = evaluated.transcribe(
-        test, SuiteConfig(clips=args.nonspeech, channels=USUAL_CHANNELS), beam=beam
-    ).rows
-    rows = [row for row in rows if row.hypothesis]
-    right = [row for row in before if row.hypothesis and row.hypothesis == row.reference]
-    wrong = np.array([row.wrong for row in rows])
-    invented = np.array([row.hallucinated for row in rows])
-    # Without those that are neither right nor wrong, which have some errors.
-    clear = wrong | np.array([row.hypothesis == row.reference for row in rows])
-    for name, value in SIGNALS.items():
-        scores = np.array([value(row) for row in rows])
-        threshold = float(np.quantile([value(row) for row in right], 0.99))
-        caught = scores > threshold
-        yield {
-            "signal": name, "beam": beam, "transcripts": len(rows),
-            "wrong": int(wrong.sum()), "auc_wrong": round(area(scores, wrong), 3),
-            "auc_wrong_or_right": round(area(scores[clear], wrong[clear]), 3),
-            "hallucinated": int(invented.sum()),
-            "auc_hallucinated": round(area(scores, invented), 3),
-            "caught_hallucinated": share(caught, invented), "caught_wrong": share(caught, wrong),
-            "false_alarms": share(caught, np.array([r.hypothesis == r.reference for r in rows])),
-        }  # fmt: skip
-    yield from rescoring_rows(args, evaluated, valid, [r for r in test if r.text])
-
-
-# Higher is more suspicious.
-SIGNALS = {
-    "margin (nats a phoneme)": lambda row: _less(row.margin),
-    "CTC (nats a second)": lambda row: _less(row.heard),
-    "weakest three words": lambda row: 1 - (0.0 if row.weakest is None else row.weakest),
-    "token entropy": lambda row: row.entropy if row.entropy is not None else 99.0,
-    "characters a second": lambda row: characters(row.hypothesis) / max(row.seconds, 0.1),
-}
-
-
-def _less(value: float | None) -> float:
-    return 1e3 if value is None else -value  # what has no score is suspicious
-
-
-def share(caught: np.ndarray, of: np.ndarray) -> str:
-    hits, count = int((caught & of).sum()), int(of.sum())
-    if not count:
-        return "none"
-    low, high = wilson(hits, count)
-    return f"{100 * hits / count:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+# -- channels -----------------------------------------------------------------------------------
 
 
 def channel_rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -303,33 +278,6 @@ def channel_rows(args: argparse.Namespace) -> Iterator[Row]:
         yield row | rate_row(edits, counts)
 
 
-def rescoring_rows(args, evaluated, valid, test) -> Iterator[Row]:
-    """Errors on the test set with the weight that was tuned on the validation set."""
-    from dsasr.inference.tuning import choose, nbest_of, tune
-
-    for beam in (4, 8):
-        tuning = tune(evaluated, valid, beam=beam)
-        weight = tuning.tuned.ctc_weight
-        nbest = nbest_of(evaluated, test, replace(evaluated.decode, beam=beam, ctc_weight=0.0))
-        for used in (0.0, weight):
-            pairs = [(mixed(r.text), mixed(choose(nbest[r.key], used).text)) for r in test]
-            edits = np.array([count_edits(*pair).errors for pair in pairs])
-            counts = np.array([len(reference) for reference, _ in pairs])
-            row = {"rescoring": "test", "beam": beam, "ctc_weight": used, "clips": len(test)}
-            yield row | rate_row(edits, counts)
-        yield {"tuned": tuning.tuned.doubt.margin, "beam": beam, "right": tuning.right}
-
-
-def area(scores: np.ndarray, wrong: np.ndarray) -> float:
-    """Area under the curve of ``scores``, higher where more suspicious; ties count half."""
-    positive, negative = scores[wrong], np.sort(scores[~wrong])
-    if not len(positive) or not len(negative):
-        return float("nan")
-    below = np.searchsorted(negative, positive, "left")
-    upto = np.searchsorted(negative, positive, "right")
-    return float((below + upto).sum() / 2 / len(positive) / len(negative))
-
-
 def loaded(args: argparse.Namespace) -> Recognizer:
     torch.set_num_threads(1)
     recognizer = Recognizer.from_pretrained(args.model)
@@ -344,19 +292,17 @@ def loaded(args: argparse.Namespace) -> Recognizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "what", choices=("long", "clicks", "memory", "times", "witness", "channels")
-    )
+    parser.add_argument("what", choices=("long", "clicks", "memory", "times", "channels"))
     parser.add_argument("model", type=Path)
     parser.add_argument("corpus", type=Path, nargs="?", help="the demo's corpus")
     parser.add_argument("--clips", type=int, default=0, help="of the test set; 0: all")
-    parser.add_argument("--nonspeech", type=int, default=10, help="clips of each synthetic sound")
     parser.add_argument("--split", default="test")
     parser.add_argument("--gaps", type=float, nargs="+", default=[0.8, 0.2, 0.0, -1.0],
                         help="seconds between clips; -1: their own silence is cut off")  # fmt: skip
     parser.add_argument("--kinds", nargs="+", default=["clean", "dc", "hum", "noise30"])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--sentences", type=int, default=100)
+    parser.add_argument("--live", action="store_true", help="word times of live streams")
     parser.add_argument("--beam", type=int, default=0)
     parser.add_argument("--vad", default="auto")
     parser.add_argument("--batch-seconds", type=float, default=60.0)
@@ -364,7 +310,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = {
         "long": long_rows, "clicks": click_rows, "memory": memory_rows, "times": time_rows,
-        "witness": witness_rows, "channels": channel_rows,
+        "channels": channel_rows,
     }[args.what]  # fmt: skip
     for row in rows(args):
         line = json.dumps({"measured": args.what, "vad": args.vad} | row, ensure_ascii=False)
