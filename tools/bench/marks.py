@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from common import clock
+from gathered_weights import GatheredWeights
 from torch.profiler import ProfilerActivity, profile
 
 from dsasr.data.batch import Batch
@@ -103,13 +104,15 @@ class Marks:
 
 
 def profiled(branch: BranchEngine, group: Sequence[Batch], number: int) -> dict[str, Any]:
-    """Communication and waits of one more step; on a GPU one wait for the device is the profiler's.
+    """Communication, waits and gathered weights of one more step.
 
-    On a CPU "waits" are the values asked for, most of them of tensors that would lie on the host.
+    On a GPU one wait for the device is the profiler's. On a CPU "waits" are the values asked for,
+    most of them of tensors that would lie on the host.
     """
     gpu = distributed.device().type == "cuda"
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
-    with profile(activities=kinds, acc_events=True) as profiler:
+    gathered = GatheredWeights(branch)
+    with profile(activities=kinds, acc_events=True) as profiler, gathered.watch():
         branch.step(group, number)
     talk, waits = 0.0, {}
     for event in profiler.key_averages():
@@ -120,7 +123,8 @@ def profiled(branch: BranchEngine, group: Sequence[Batch], number: int) -> dict[
             talk += event.self_cpu_time_total
         if key in WAITS or (key == "aten::_local_scalar_dense" and not gpu):
             waits[key] = event.count
-    return {"communication_ms": round(talk / 1000, 3), "waits": waits}
+    found = {"communication_ms": round(talk / 1000, 3), "waits": waits}
+    return found | {"gathered": gathered.fields()} if gathered.partitioned else found
 
 
 class Throughput:

@@ -17,7 +17,8 @@ the making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is re
 - ``split_ms``: from one mark to the next in the device's queue. Backward times hold what is
   recomputed and, in the last one, DeepSpeed's reduction.
 - of one more step, profiled: ``communication_ms`` of the device, overlapped or not, and ``waits``,
-  the calls that kept the host waiting
+  the calls that kept the host waiting; under ZeRO-3 ``gathered``: how many times the weights of
+  each part were gathered, forward and backward, the most that was whole at once, and what stays so
 - ``peak_mb`` of the device; on a CPU of the process
 """
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import sys
@@ -47,7 +49,7 @@ from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig, bucket_order, split_into_batches
 from dsasr.engine import process_setup
 from dsasr.engine.branch_engine import BranchEngine
-from dsasr.engine.config import precision
+from dsasr.engine.config import precision, read_ds_config
 from dsasr.kernels import dispatch
 from dsasr.model import lora
 from dsasr.model.adaptors.protocol import build_adaptor
@@ -303,11 +305,10 @@ def case(
         costs.shape.bins,
         costs.shape.rows,
     )
-    settings, dtype = (
-        replace(cfg.engine, deepspeed=f"zero{zero}"),
-        precision(cfg.engine),
-    )
+    dtype = precision(cfg.engine)
     with tempfile.TemporaryDirectory() as folder:
+        config = deepspeed_config(zero, options.reuse, Path(folder))
+        settings = replace(cfg.engine, deepspeed=config)
         branch = BranchEngine(stage.branch, module, settings, Path(folder))
         found = measure(branch, stage, timed, options.warm_up)
         times = found["seconds"]
@@ -320,10 +321,23 @@ def case(
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": dispatch.implementation("linear_cross_entropy", distributed.device(), dtype),
         "rounds": options.rounds,
+        **({} if options.reuse is None else {"reuse": options.reuse}),
         "step_ms": round(1000 * middle, 2),
         "spread": round((quarters[2] - quarters[0]) / middle, 3),
     }
     return middle, head | fields
+
+
+def deepspeed_config(zero: int, reuse: int | None, folder: Path) -> str:
+    """The recipe's name for a ZeRO stage; with ``reuse`` the path of a changed one."""
+    name = f"zero{zero}"
+    if reuse is None or zero != 3:
+        return name
+    config = read_ds_config(name)
+    config["zero_optimization"]["stage3_max_reuse_distance"] = reuse
+    path = folder / "zero3.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 def parse() -> argparse.Namespace:
@@ -336,6 +350,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them")
     parser.add_argument("--seconds", type=float, default=8.0, help="of audio, an utterance's mean")
     parser.add_argument("--tokens", type=float, default=4.0, help="of the transcript, a second")
+    parser.add_argument("--reuse", type=int, help="ZeRO-3's stage3_max_reuse_distance")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     options = parser.parse_args()
