@@ -39,6 +39,14 @@ def test_a_line_a_stage_and_zero_whose_figures_hang_together(launch, tmp_path):
         assert one["peak_mb"] > 100 and 0 <= one["padding"] < 0.5
         assert one["communication_ms"] >= 0
     parts = {"encoder", "adaptor", "llm", "head"}
+    assert all("gathered" not in one for one in lines[:2])  # ZeRO-1 has whole weights
+    for one in lines[2:]:
+        gathered = one["gathered"]
+        assert {"encoder"} < set(gathered["parts"]) and gathered["kept_mb"] == 0
+        # So small a model is used again within DeepSpeed's reuse distance: gathered once, and held.
+        assert all((p["forward"], p["backward"]) == (1, 0) for p in gathered["parts"].values())
+        weights = sum(part["mb"] for part in gathered["parts"].values())
+        assert gathered["most_mb"] == pytest.approx(weights, abs=0.05)
     for one in lines[1::2]:
         assert {f"{p} forward" for p in parts} | {f"{p} backward" for p in parts} <= set(
             one["split_ms"]
