@@ -29,7 +29,8 @@ from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.encoders.pretrained import PretrainedEncoderConfig
 from dsasr.model.llm import LlmConfig
 from dsasr.model.lora import LoraConfig
-from dsasr.stages import PARTS, DriftConfig, Schedule, StageConfig
+from dsasr.schedule import Schedule
+from dsasr.stages import PARTS, DriftConfig, StageConfig
 from dsasr.tracking.monitor import MonitorConfig
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError

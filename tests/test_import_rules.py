@@ -20,6 +20,7 @@ LAYERS = (
     ("utils",),
     ("launch", "config", "kernels", "data"),
     ("stages", "model", "entropy_allocation"),
+    ("schedule",),
     ("evaluation", "checkpoint", "demo"),
     ("engine",),
     ("tracking",),
@@ -37,7 +38,7 @@ DATED = {
     ("doctor", "machine.py", "time.time"),
     ("utils", "environment.py", "datetime.now"),
 }
-TOP_LEVEL = {"__init__", "train", "config", "recipe", "stages", "build"}
+TOP_LEVEL = {"__init__", "train", "config", "recipe", "stages", "schedule", "build"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -25,7 +25,7 @@ from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.locate import open_verified_by_one
 from dsasr.checkpoint.manifest import MANIFEST, read_manifest, require
 from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader
-from dsasr.stages import Snapshot
+from dsasr.schedule import Snapshot
 from dsasr.utils import distributed, ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_write, fsync_path, remove_folder, remove_temporaries

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from dsasr.data.batch import Batch
 from dsasr.evaluation.beam_search import Beam, BeamSearch
 from dsasr.evaluation.ctc_scoring import CtcScore
+from dsasr.evaluation.detokenizer import Detokenizer
 from dsasr.evaluation.hypothesis_scorer import HypothesisScorer
 from dsasr.model.dynamic_chunks import Chunk, chunk_of
 from dsasr.model.encoders.protocol import Encoder
@@ -108,14 +109,6 @@ class Hypothesis:
     finished: bool = True
     score: float = 0.0
     ctc_score: CtcScore | None = None
-
-
-class Detokenizer(Protocol):
-    """The part of a tokenizer that `decode` needs."""
-
-    end_id: int
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class _Stepper:

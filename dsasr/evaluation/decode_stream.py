@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dsasr.evaluation.decode import (
     DecodeConfig,
-    Detokenizer,
     Hypothesis,
     hypotheses,
     start_search,
 )
+from dsasr.evaluation.detokenizer import Detokenizer
 from dsasr.evaluation.hypothesis_scorer import HypothesisScorer
 from dsasr.model.llm_forward import Continuation, LlmPast
 from dsasr.model.speech_llm import SpeechLLM

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dsasr.data.text.speller import Speller
 from dsasr.evaluation.ctc_prefix import JointScores, Posteriors
 from dsasr.evaluation.ctc_scoring import CtcScore, log_prob_of, score_text
-
-if TYPE_CHECKING:
-    from dsasr.evaluation.decode import Detokenizer
+from dsasr.evaluation.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.speech_statistics import SpeechStatistics
 from dsasr.evaluation.ctc_scoring import worst_stretch
-from dsasr.evaluation.decode import DecodeConfig, Detokenizer, Hypothesis, decode_nbest
+from dsasr.evaluation.decode import DecodeConfig, Hypothesis, decode_nbest
+from dsasr.evaluation.detokenizer import Detokenizer
 from dsasr.evaluation.doubt import DoubtConfig, find_doubt
 from dsasr.evaluation.eval_sets import Recording, batch_recordings
 from dsasr.evaluation.results import Result, Results

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from dsasr.data.text.scripts import HAN
-from dsasr.evaluation.decode import Detokenizer
+from dsasr.evaluation.detokenizer import Detokenizer
 
 _WORD = re.compile(f"[{HAN}]|[^\\s{HAN}]+")
 _HAN = re.compile(f"[{HAN}]")

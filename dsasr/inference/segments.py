@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from dsasr.data.audio.activity import spoken_part
 from dsasr.data.audio.resampling import RATE
 from dsasr.data.speech_statistics import SpeechStatistics
-from dsasr.evaluation.decode import Detokenizer, Hypothesis
+from dsasr.evaluation.decode import Hypothesis
+from dsasr.evaluation.detokenizer import Detokenizer
 from dsasr.evaluation.doubt import DoubtConfig, find_doubt
 from dsasr.inference.segmentation import AudioSegment
 from dsasr.inference.transcript import Alternative, Segment, Token

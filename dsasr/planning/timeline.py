@@ -25,15 +25,8 @@ from dsasr.planning.model_parts import (
     count_llm_parts,
     count_speech_parts,
 )
-from dsasr.stages import (
-    PlannedSwap,
-    Progress,
-    Schedule,
-    Snapshot,
-    StageConfig,
-    add_published,
-    learning_rate,
-)
+from dsasr.schedule import Progress, Schedule, Snapshot, add_published
+from dsasr.stages import PlannedSwap, StageConfig, learning_rate
 from dsasr.utils.errors import UserError
 
 

@@ -14,7 +14,7 @@ from dsasr.checkpoint.locate import run_folder
 from dsasr.entropy_allocation.allocation_row import AllocationRow, EncoderSource
 from dsasr.evaluation.results import Results, read_results
 from dsasr.inference.model_from_run import run_recipe
-from dsasr.stages import Schedule
+from dsasr.schedule import Schedule
 from dsasr.tracking import run_log
 from dsasr.tracking.run_log import (
     CLIPS,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsasr.stages import Schedule, learning_rate
+from dsasr.schedule import Schedule
+from dsasr.stages import learning_rate
 from dsasr.tracking.run_log import Row, read_events, read_metrics
 from dsasr.utils.io import atomic_path
 

@@ -21,7 +21,7 @@ from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentR
 from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.recipe import Recipe
-from dsasr.stages import Progress, Snapshot, add_published
+from dsasr.schedule import Progress, Snapshot, add_published
 from dsasr.tracking.monitor import Monitor
 from dsasr.training.drift import DriftMonitor, DriftTrigger
 from dsasr.utils import distributed

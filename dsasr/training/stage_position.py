@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from dsasr import config
-from dsasr.stages import Progress, Schedule, StageConfig
+from dsasr.schedule import Progress, Schedule
+from dsasr.stages import StageConfig
 from dsasr.utils.errors import UserError
 
 

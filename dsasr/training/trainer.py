@@ -19,7 +19,8 @@ from dsasr.launch.run_lock import SLURM_START
 from dsasr.launch.stop_request import StopRequest
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
-from dsasr.stages import Progress, Snapshot, StageConfig, Turn, add_published
+from dsasr.schedule import Progress, Snapshot, Turn, add_published
+from dsasr.stages import StageConfig
 from dsasr.tracking import console, tensorboard
 from dsasr.tracking.monitor import Monitor
 from dsasr.training import (

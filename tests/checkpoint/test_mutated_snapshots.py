@@ -18,7 +18,7 @@ from dsasr.checkpoint.manifest import DIGEST, MANIFEST
 from dsasr.checkpoint.snapshot_store import SnapshotStore
 from dsasr.checkpoint.tensor_fragments import FragmentError
 from dsasr.cli import snapshots as command
-from dsasr.stages import Snapshot
+from dsasr.schedule import Snapshot
 
 NAME, GOOD, FILE = "encoder-2", "encoder-1", "rank-00000.safetensors"
 VALUES = [None, True, -1, 2, 2.5, "x", "", [], ["x"], {}, {"x": 1}, 10**30, float("nan")]

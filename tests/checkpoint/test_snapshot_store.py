@@ -18,7 +18,7 @@ from torch import nn
 from dsasr.checkpoint import tensor_fragments, zero_partition
 from dsasr.checkpoint.snapshot_store import HEARTBEAT, OWNER, SnapshotStore
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentReader, checksum
-from dsasr.stages import Snapshot
+from dsasr.schedule import Snapshot
 from dsasr.utils.errors import UserError
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dsasr.checkpoint.snapshot_store import SnapshotStore
-from dsasr.stages import Snapshot
+from dsasr.schedule import Snapshot
 
 
 def test_list_verify_prune(tmp_path, command):

@@ -23,7 +23,8 @@ from dsasr.inference.model_from_run import RunModel
 from dsasr.model import lora
 from dsasr.model.lora import LoraConfig
 from dsasr.recipe import Recipe
-from dsasr.stages import Snapshot, StageConfig
+from dsasr.schedule import Snapshot
+from dsasr.stages import StageConfig
 from dsasr.training import preflight
 from dsasr.utils.errors import UserError
 

@@ -10,7 +10,8 @@ from dsasr import recipe
 from dsasr.planning import timeline
 from dsasr.planning.memory import Machine, between_steps, step_memory
 from dsasr.planning.model_parts import count_parts
-from dsasr.stages import DriftConfig, PlannedSwap, Schedule, StageConfig, learning_rate
+from dsasr.schedule import Schedule
+from dsasr.stages import DriftConfig, PlannedSwap, StageConfig, learning_rate
 from dsasr.tracking import timeline_plot
 from dsasr.tracking.timeline_plot import (
     logged_lr_curves,

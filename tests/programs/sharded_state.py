@@ -22,7 +22,8 @@ from dsasr.engine import process_setup
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.engine.config import EngineConfig
 from dsasr.model.outputs import Outputs
-from dsasr.stages import Snapshot, StageConfig
+from dsasr.schedule import Snapshot
+from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 
 HEAD = StageConfig("head", "sft", {"llm": 1e-2}, steps=9)

@@ -13,7 +13,8 @@ from dsasr.entropy_allocation.allocation_row import (
     LlmAllocation,
 )
 from dsasr.reporting.run_data import RunData
-from dsasr.stages import DriftConfig, Schedule, StageConfig
+from dsasr.schedule import Schedule
+from dsasr.stages import DriftConfig, StageConfig
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dsasr.entropy_allocation.allocation_row import (
 )
 from dsasr.evaluation.hallucination import Example
 from dsasr.recipe import Recipe
-from dsasr.stages import Progress, Snapshot, add_published
+from dsasr.schedule import Progress, Snapshot, add_published
 from dsasr.utils.errors import UserError
 
 FOLDER = Path(__file__).parent.parent.parent / "tools" / "experiments"

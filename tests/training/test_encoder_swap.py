@@ -14,7 +14,7 @@ from dsasr import recipe
 from dsasr.checkpoint import snapshot_store, tensor_fragments, zero_partition
 from dsasr.checkpoint.manifest import DIGEST
 from dsasr.config import fingerprint, to_plain
-from dsasr.stages import Snapshot
+from dsasr.schedule import Snapshot
 from dsasr.tracking import timeline_plot
 from dsasr.tracking.run_log import read_events
 from dsasr.training.trainer import Trainer

@@ -17,7 +17,7 @@ from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
-from dsasr.stages import Snapshot
+from dsasr.schedule import Snapshot
 from dsasr.tracking.run_log import read_events
 from dsasr.training import initial_weights
 from dsasr.training.trainer import Trainer

@@ -14,7 +14,7 @@ from dsasr.checkpoint.manager import CheckpointManager
 from dsasr.checkpoint.manifest import DIGEST, FORMAT, MANIFEST
 from dsasr.checkpoint.merge import average
 from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader
-from dsasr.stages import Progress
+from dsasr.schedule import Progress
 from dsasr.training import resume
 from dsasr.utils.errors import UserError
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dsasr import config
-from dsasr.stages import Progress, Schedule, Snapshot, StageConfig, add_published
+from dsasr.schedule import Progress, Schedule, Snapshot, add_published
+from dsasr.stages import StageConfig
 from dsasr.training.stage_position import progress_in
 from dsasr.utils.errors import UserError
 

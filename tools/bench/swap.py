@@ -43,7 +43,8 @@ from dsasr.engine.config import EngineConfig, precision
 from dsasr.engine.offload import OffloadConfig
 from dsasr.model.encoders.conformer import Encoder, EncoderConfig
 from dsasr.model.outputs import Outputs
-from dsasr.stages import Snapshot, StageConfig
+from dsasr.schedule import Snapshot
+from dsasr.stages import StageConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import run_tool
 from dsasr.utils.progress import Bar
