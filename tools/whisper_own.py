@@ -1,6 +1,6 @@
 """Score Whisper itself, its encoder with its own decoder, on shards: the figure beside a recipe's.
 
-    python tools/whisper_own.py models/whisper-base corpus/read/shards/valid --lang en
+    python tools/whisper_own.py models/whisper-base corpus/en_read/shards/valid --lang en
 
 Greedy, windows of 30 s, no timestamps; scored as `dsasr evaluate` scores.
 """

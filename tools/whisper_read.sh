@@ -5,6 +5,9 @@
 # and of its decoder as a language model; TEXT: sentences, one a line. WordNet's usage examples are
 # such a text (Debian's package wordnet-base):
 #   python tools/wordnet_sentences.py /usr/share/wordnet > sentences.txt
+# Another language: its name in the prompt and for the text, and units that spell it:
+#   … data.text_only.lang=zh data.text.leading_space=false data.phonemizer.kind=espeak \
+#   'model.prompt=<|startofprev|><speech><|startoftranscript|><|zh|><|transcribe|><|notimestamps|>'
 set -euo pipefail
 [ $# -ge 4 ] && [ -f "$1/train.jsonl" ] && [ -f "$2/config.json" ] && [ -f "$3/config.json" ] &&
     [ -f "$4" ] || { echo "usage: bash tools/whisper_read.sh SPEECH ENCODER LLM TEXT [key=value …]" >&2; exit 2; }
@@ -12,15 +15,21 @@ speech=$(realpath "$1") encoder=$(realpath "$2") llm=$(realpath "$3") text=$(rea
 shift 4
 cd "$(dirname "$0")/.."
 source tools/install.sh
-corpus=corpus/read run=runs/whisper-read
+name=$(basename "$speech")
+corpus=corpus/$name run=runs/whisper-$name units=characters
+for setting in "$@"; do
+    case $setting in data.phonemizer.kind=*) units=${setting#*=} ;; esac
+done
 started=$SECONDS
 mkdir -p "$corpus"
 dsasr data make-shards "$speech/train.jsonl" "$speech/valid.jsonl" --out-root "$corpus/shards" --shard-size 100
-[ -f "$corpus/characters.json" ] ||
-    dsasr data phonemes "$corpus/shards/train" --out "$corpus/characters.json" --kind characters
+dsasr data phonemes "$corpus/shards/train" --out "$corpus/$units.json" --kind "$units"
 cp "$text" "$corpus/text.txt"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 train=(dsasr train --recipe whisper-read --ranks "$((gpus ? gpus : 1))" "run=$run"
+    "data.train=[{name: $name, shards: $corpus/shards/train}]"
+    "data.valid=[{name: $name-valid, shards: $corpus/shards/valid}]"
+    "data.phonemes=$corpus/$units.json" "data.text_only.path=$corpus/text.txt"
     "model.encoder.path=$encoder" "model.llm.path=$llm" "$@")
 "${train[@]}" branch=pretrain
 # The language model reads text with the errors that this head makes.
