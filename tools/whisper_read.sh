@@ -18,7 +18,13 @@ source tools/install.sh
 name=$(basename "$speech")
 corpus=corpus/$name run=runs/whisper-$name units=characters
 for setting in "$@"; do
-    case $setting in data.phonemizer.kind=*) units=${setting#*=} ;; esac
+    case $setting in
+    data.phonemizer.kind=characters | data.phonemizer.kind=espeak) units=${setting#*=} ;;
+    data.phonemizer*)
+        echo "whisper_read.sh: of data.phonemizer give kind=characters or kind=espeak" >&2
+        exit 2
+        ;;
+    esac
 done
 started=$SECONDS
 mkdir -p "$corpus"
@@ -27,8 +33,8 @@ dsasr data phonemes "$corpus/shards/train" --out "$corpus/$units.json" --kind "$
 cp "$text" "$corpus/text.txt"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 train=(dsasr train --recipe whisper-read --ranks "$((gpus ? gpus : 1))" "run=$run"
-    "data.train=[{name: $name, shards: $corpus/shards/train}]"
-    "data.valid=[{name: $name-valid, shards: $corpus/shards/valid}]"
+    "data.train=[{name: read, shards: '$corpus/shards/train'}]"
+    "data.valid=[{name: read-valid, shards: '$corpus/shards/valid'}]"
     "data.phonemes=$corpus/$units.json" "data.text_only.path=$corpus/text.txt"
     "model.encoder.path=$encoder" "model.llm.path=$llm" "$@")
 "${train[@]}" branch=pretrain

@@ -23,7 +23,7 @@ from dsasr.evaluation.hypothesis_scorer import HypothesisScorer
 from dsasr.model.dynamic_chunks import Chunk, chunk_of
 from dsasr.model.encoders.protocol import Encoder
 from dsasr.model.llm_forward import Continuation, packed_hidden
-from dsasr.model.speech_llm import SpeechInput, SpeechLLM
+from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
@@ -69,6 +69,13 @@ class DecodeConfig:
         """These settings without the weight of a CTC head that ``model`` lacks."""
         return self if model.ctc is not None else replace(self, ctc_weight=0.0)
 
+    def check(self, model: SpeechLLM) -> None:
+        """Raise `UserError` where these settings want scores that ``model``'s CTC head cannot give,
+        or of which it has no head."""
+        if self.ctc_weight and (model.ctc is None or model.speller is None):
+            raise UserError("decoding: ctc_weight needs a model with its CTC head and its phonemes")
+        self.is_joint(model)
+
     def is_joint(self, model: SpeechLLM) -> bool:
         """Whether the CTC head scores each token. Raises `UserError` where it is to and cannot."""
         can = model.speller is not None and model.speller.writes_text
@@ -109,6 +116,17 @@ class Hypothesis:
     finished: bool = True
     score: float = 0.0
     ctc_score: CtcScore | None = None
+
+    @property
+    def confidence(self) -> float:
+        """The mean of exp(−H) over the tokens, H their entropies; 0 without tokens (**ours**)."""
+        values = [math.exp(-entropy) for entropy in self.token_entropies]
+        return sum(values) / max(len(values), 1)
+
+    @property
+    def heard(self) -> float | None:
+        """The CTC head's `CtcScore.margin_per_unit`, to a thousandth; None without a score."""
+        return None if self.ctc_score is None else round(self.ctc_score.margin_per_unit, 3)
 
 
 class _Stepper:
@@ -176,13 +194,17 @@ def decode_nbest(
     rank. ``chunk`` simulates streaming in the encoder (None: as ``cfg`` says).
     """
     cfg = cfg or DecodeConfig()
+    cfg.check(model)
     chunk = chunk or cfg.chunk(model.encoder)
     training = model.training
     model.eval()
     try:
         stepper = _Stepper(model)
         logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
-        scorer = _scorer(model, batch, stepper.speech)
+        speech = stepper.speech
+        scorer = HypothesisScorer.of(
+            model, speech.log_probs_BSP, speech.log_prob_lengths_B, batch.langs
+        )
         limits = [cfg.token_limit(s) for s in batch.durations]
         search = start_search(model, limits, tokenizer, cfg, scorer, nbest)
         rows = search.advance(logits) if len(batch) else []
@@ -206,12 +228,10 @@ def start_search(
     scorer: HypothesisScorer | None,
     nbest: int = 1,
 ) -> BeamSearch:
-    """A search with the scores that ``cfg`` wants of the CTC head; ``scorer``: None without one.
-
-    Raises `UserError` where they are wanted and there is none.
+    """A search that ranks as ``cfg`` says; ``scorer``: the CTC head's scores, None for a model
+    without a head or a speller. Raises `UserError` where ``cfg`` wants scores that it cannot have.
     """
-    if cfg.ctc_weight and scorer is None:
-        raise UserError("decoding: ctc_weight needs a model with its CTC head and its phonemes")
+    cfg.check(model)
 
     def log_prob(beam: Beam) -> float:
         ids = [step.token for step in beam.path() if step.token != tokenizer.end_id]
@@ -219,13 +239,6 @@ def start_search(
 
     joint = scorer.joint(tokenizer) if cfg.is_joint(model) else None
     return BeamSearch(limits, tokenizer.end_id, cfg, log_prob, nbest, joint)
-
-
-def _scorer(model: SpeechLLM, batch: Batch, speech: SpeechInput) -> HypothesisScorer | None:
-    if model.ctc is None or model.speller is None:
-        return None
-    log_probs_BSP, lengths_B = speech.log_probs_BSP, speech.log_prob_lengths_B
-    return HypothesisScorer(log_probs_BSP, lengths_B, batch.langs, model.speller)
 
 
 def hypotheses(

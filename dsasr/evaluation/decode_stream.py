@@ -34,7 +34,7 @@ def decode_pasts(
     An ending is the rest of the speech, the prompt's suffix and, where a transcript has to begin
     with given tokens, those tokens; a hypothesis is what follows, at most ``limits`` tokens of it.
     The pasts stay as they are. Keys of hypotheses are empty. With ``scorer`` they have its scores
-    (`Hypothesis.ctc_score`), and ``cfg.ctc_weight`` needs one.
+    (`Hypothesis.ctc_score`). Raises `UserError` where ``cfg.ctc_weight`` is set without one.
     """
     continuation = Continuation(model.llm, model.cached)
     search = start_search(model, limits, tokenizer, cfg, scorer)

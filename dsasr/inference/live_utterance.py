@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsasr.data.audio.activity import FRAME, active_frames, decibels
+from dsasr.data.audio.activity import frame_power, spoken_frames
 from dsasr.data.audio.resampling import RATE
 from dsasr.data.text.prompt import PromptIds
 from dsasr.inference.endpointing import SpeechPart
@@ -27,6 +27,7 @@ class LiveUtterance:
         self.past, self.text = past, text
         self.samples, self.spoken, self.ended = 0, 0.0, False
         self.powers: list[np.ndarray] = []  # mean squares of 10 ms of audio each
+        self.sounds: list[np.ndarray] = []  # the same without offset and hum (`frame_power`)
         self.shown = False  # whether a partial text of it was shown
         self.settled = 0  # speech tokens that ``past`` holds
         self.read: Tensor | None = None  # the frames that the language model has read
@@ -39,6 +40,7 @@ class LiveUtterance:
         if len(part.wave):
             frames = part.wave[: len(part.wave) // 160 * 160].reshape(-1, 160)
             self.powers.append(np.square(frames, dtype=np.float64).mean(axis=1))
+            self.sounds.append(frame_power(frames.reshape(-1), RATE))
             self.audio.add(torch.from_numpy(part.wave))
         if part.ends:
             self.audio.end()
@@ -56,11 +58,10 @@ class LiveUtterance:
 
     def stretch(self, frame_seconds: float) -> Stretch:
         """Where its sound is, for the times of its words."""
-        powers = np.concatenate(self.powers) if self.powers else np.zeros(0)
-        active = np.flatnonzero(active_frames(decibels(powers)))
-        start, end = (active[0], active[-1] + 1) if len(active) else (0, len(powers))
-        edges = (float(self.start + frame * FRAME) for frame in (start, end))
-        return Stretch(self.start, *edges, frame_seconds)
+        sounds = np.concatenate(self.sounds) if self.sounds else np.zeros(0)
+        first, last, _ = spoken_frames(sounds)
+        end = self.start + (last or self.seconds)
+        return Stretch(self.start, self.start + first, end, frame_seconds)
 
     @property
     def times(self) -> tuple[float, float]:

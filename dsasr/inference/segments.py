@@ -43,14 +43,13 @@ def make_segment(
 ) -> Segment:
     """The segment of ``audio``, whose best hypothesis comes first."""
     best, limits = hypotheses[0], rules.no_speech
-    confidences = [math.exp(-entropy) for entropy in best.token_entropies]
-    confidence = sum(confidences) / max(len(confidences), 1)
-    ctc = best.ctc_score
-    margin = None if ctc is None else round(ctc.margin_per_unit, 3)
+    confidence = best.confidence
     language = lang or rules.speech.language(best.text)
     first, last, _ = spoken_part(audio.wave.numpy(), RATE)
     begin, end = audio.start + first, audio.start + (last or audio.seconds)
-    words, phonemes = Stretch(audio.start, begin, end, rules.frame_seconds).words(best.text, ctc)
+    words, phonemes = Stretch(audio.start, begin, end, rules.frame_seconds).words(
+        best.text, best.ctc_score
+    )
     return Segment(
         start=round(audio.start, 3),
         end=round(audio.start + audio.seconds, 3),
@@ -63,12 +62,12 @@ def make_segment(
         finished=best.finished,
         tokens=tokens_of(best, rules.tokenizer),
         language=language,
-        heard=margin,
+        heard=best.heard,
         doubt=find_doubt(
             best.text,
             seconds=audio.speech,
             finished=best.finished,
-            ctc_margin=margin,
+            ctc_margin=best.heard,
             speech=rules.speech,
             config=rules.doubt,
             lang=language,

@@ -22,7 +22,6 @@ from the prompt, with fresh caches.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -137,11 +136,13 @@ class StreamingRecognizer:
 
         ``lang``: the language of streams that are opened without one. Raises `UserError` for a
         model that reads another rate than 16 kHz, for a chunk that is no whole number of encoder
-        frames, and for a language that the model was not trained with (`SpeechLLM.hint`).
+        frames, for a language that the model was not trained with (`SpeechLLM.hint`), and for
+        decoding settings that its CTC head cannot serve (`DecodeConfig.check`).
         """
         self.config = config or StreamingConfig()
         self.recognizer = recognizer
         self._model = model = recognizer.model.eval()
+        recognizer.decode.check(model)
         front_end = recognizer.front_end
         if front_end.rate != RATE:
             raise UserError(
@@ -303,12 +304,10 @@ class StreamingRecognizer:
         return decode_pasts(self._model, pasts, endings, limits, tokenizer, cfg, scorer)
 
     def _scorer(self, utterances: Sequence[LiveUtterance]) -> HypothesisScorer | None:
-        model = self._model
-        if model.ctc is None or model.speller is None:
+        if self._model.ctc is None:
             return None
-        log_probs_BSP, lengths_B = ctc_log_probs(model, [u.audio.frames_SE for u in utterances])
-        langs = [u.lang for u in utterances]
-        return HypothesisScorer(log_probs_BSP, lengths_B, langs, model.speller)
+        found = ctc_log_probs(self._model, [u.audio.frames_SE for u in utterances])
+        return HypothesisScorer.of(self._model, *found, [u.lang for u in utterances])
 
     def _partials(self, utterances: Sequence[LiveUtterance]) -> list[Partial]:
         cfg = replace(self.recognizer.decode, beam=1, ctc_weight=0.0)
@@ -335,9 +334,7 @@ class StreamingRecognizer:
         return [self._final(u, h) for u, h in zip(utterances, found, strict=True)]
 
     def _final(self, utterance: LiveUtterance, hypothesis: Hypothesis) -> Final | None:
-        rules = self.recognizer.no_speech
-        confidences = [math.exp(-entropy) for entropy in hypothesis.token_entropies]
-        confidence = sum(confidences) / max(len(confidences), 1)
+        rules, confidence = self.recognizer.no_speech, hypothesis.confidence
         no_speech = (
             utterance.loudness < rules.loudness_db
             or confidence < rules.confidence
@@ -349,7 +346,7 @@ class StreamingRecognizer:
         text, finished = "" if no_speech else hypothesis.text, hypothesis.finished
         speech, doubt = self.recognizer.speech, self.recognizer.tuned.doubt
         ctc = None if no_speech else hypothesis.ctc_score
-        heard = None if ctc is None else round(ctc.margin_per_unit, 3)
+        heard = None if no_speech else hypothesis.heard
         found = find_doubt(
             text, seconds=utterance.spoken, finished=finished, ctc_margin=heard, speech=speech,
             config=doubt, lang=utterance.lang or speech.language(text),

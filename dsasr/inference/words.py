@@ -11,9 +11,9 @@ from dsasr.evaluation.ctc_scoring import AlignedSpan, CtcScore
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its times in seconds of the file. ``confidence``: of its
-    phonemes by the CTC head (`dsasr.evaluation.ctc_scoring`); None without a score, and then the
-    times are its share of the segment's, by characters."""
+    """A word with its times in seconds of the file or stream. ``confidence``: of its phonemes by
+    the CTC head (`dsasr.evaluation.ctc_scoring`); None without a score, and then the times are its
+    share of the `Stretch`, by characters."""
 
     text: str
     start: float

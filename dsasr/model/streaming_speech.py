@@ -16,7 +16,7 @@ def embed_frames(model: SpeechLLM, frames: Sequence[Tensor]) -> list[Tensor]:
     """The adaptor's embeddings [A, D] of each utterance's encoder frames [S, E] so far."""
     frames_BSE, lengths_B = _padded(frames)
     if model.adaptor.cfg.reads_ctc:
-        log_probs_BSP = model.ctc(frames_BSE, lengths_B.to(frames_BSE.device))
+        log_probs_BSP, _ = ctc_log_probs(model, frames)
         frames_BSE, lengths_B = model.adaptor.read(log_probs_BSP, frames_BSE, lengths_B)
     embeds_BAD, counts_B = model.adaptor(frames_BSE, lengths_B)
     return [row[:count] for row, count in zip(embeds_BAD, counts_B.tolist(), strict=True)]

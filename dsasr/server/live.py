@@ -6,7 +6,9 @@ gets JSON texts:
 
     {"type": "ready", "rate": 16000, "chunk_ms": 640}
     {"type": "partial", "start": 0.0, "end": 1.28, "text": "the quick bro", "settled": 9}
-    {"type": "final", "start": 0.0, "end": 2.4, "text": "the quick brown fox", …}
+    {"type": "final", "start": 0.0, "end": 2.4, "text": "the quick brown fox",
+     "confidence": 0.93, "no_speech": false, "finished": true, "doubt": [], "heard": -0.02,
+     "words": [{"text": "the", "start": 0.12, "end": 0.31, "confidence": 0.98}, …]}
     {"type": "warning", "code": "rate", "message": …}
     {"type": "done", "seconds": 12.8}
     {"type": "error", "code": …, "message": …}      and the connection ends

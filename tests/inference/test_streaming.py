@@ -208,6 +208,13 @@ def test_final_texts_are_ranked_by_the_ctc_head_and_have_word_times(scores):
     assert changed
 
 
+def test_scores_that_the_model_cannot_give_are_refused_before_a_stream_begins():
+    whole = recognizer_of(model_of(ADAPTORS["mlp"])).recognizer
+    scored = dataclasses.replace(whole, decode=DecodeConfig(beam=4, ctc_weight=0.5))
+    with pytest.raises(UserError, match="needs a model with its CTC head"):
+        StreamingRecognizer(scored)
+
+
 def test_an_encoder_without_chunks_hears_the_whole_utterance():
     model = model_of(ADAPTORS["mlp"])
     model.encoder.takes_chunks = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ class GatheredWeights:
             for name, part in branch.module.named_children()
         }
         self._bytes: Counter[tuple[str, str]] = Counter()
-        self._most = 0
+        self._most = self._held()
 
     @property
     def partitioned(self) -> bool:
@@ -61,17 +61,27 @@ class GatheredWeights:
 
             return run
 
+        def alone(p: nn.Parameter, gather):
+            # A linear layer's backward pass gathers the weight that it needs so.
+            def run(param_list: Sequence[nn.Parameter] | None = None, *args, **kwargs):
+                return counted(lambda params, *a, **k: gather(param_list, *a, **k))(
+                    [p] if param_list is None else param_list, *args, **kwargs
+                )
+
+            return run
+
         for part in self._parts.values():
             for p in part:
-                originals.append((p, p.all_gather_coalesced))
+                originals.append((p, p.all_gather_coalesced, p.all_gather))
                 p.all_gather_coalesced = counted(p.all_gather_coalesced)
+                p.all_gather = alone(p, p.all_gather)
         engine.backward = run_backward
         try:
             yield
         finally:
             engine.backward = backward
-            for p, original in originals:
-                p.all_gather_coalesced = original
+            for p, *gathers in originals:
+                p.all_gather_coalesced, p.all_gather = gathers
 
     def fields(self) -> dict[str, Any]:
         """Of each part its weights in MB and how many times they were gathered in each phase; the

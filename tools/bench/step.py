@@ -18,7 +18,8 @@ the making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is re
   recomputed and, in the last one, DeepSpeed's reduction.
 - of one more step, profiled: ``communication_ms`` of the device, overlapped or not, and ``waits``,
   the calls that kept the host waiting; under ZeRO-3 ``gathered``: how many times the weights of
-  each part were gathered, forward and backward, the most that was whole at once, and what stays so
+  each part were gathered, forward and backward, the most MB held whole at once, and the MB still
+  whole after the step
 - ``peak_mb`` of the device; on a CPU of the process
 """
 
@@ -321,7 +322,7 @@ def case(
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": dispatch.implementation("linear_cross_entropy", distributed.device(), dtype),
         "rounds": options.rounds,
-        **({} if options.reuse is None else {"reuse": options.reuse}),
+        **({"reuse": options.reuse} if options.reuse is not None and zero == 3 else {}),
         "step_ms": round(1000 * middle, 2),
         "spread": round((quarters[2] - quarters[0]) / middle, 3),
     }
@@ -329,7 +330,8 @@ def case(
 
 
 def deepspeed_config(zero: int, reuse: int | None, folder: Path) -> str:
-    """The recipe's name for a ZeRO stage; with ``reuse`` the path of a changed one."""
+    """The packaged config of a ZeRO stage; of ZeRO-3 with ``reuse``, the path of a copy with that
+    reuse distance."""
     name = f"zero{zero}"
     if reuse is None or zero != 3:
         return name
@@ -357,6 +359,8 @@ def parse() -> argparse.Namespace:
     options.rounds = options.rounds or (20 if distributed.device().type == "cuda" else 5)
     if options.rounds < 2 or options.warm_up < 1 or min(options.seconds, options.tokens) <= 0:
         raise UserError("--rounds: at least 2; --warm-up: at least 1; the rates above 0")
+    if options.reuse is not None and (3 not in options.zero or options.reuse < 0):
+        raise UserError("--reuse: elements, 0 or more, for --zero 3")
     return options
 
 

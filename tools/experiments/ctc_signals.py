@@ -8,18 +8,17 @@ Prints its rows, and appends them to ``--out`` as JSON lines.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from listening import Row, mixed, rate_row
+from listening import Row, mixed, rate_row, write_rows
 
 from dsasr.data.speech_statistics import characters
 from dsasr.evaluation.error_rate import count_edits
-from dsasr.evaluation.eval_sets import read_recordings
+from dsasr.evaluation.eval_sets import Recording, read_recordings
 from dsasr.evaluation.hallucination import wilson
 from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
 from dsasr.inference.evaluated_model import EvaluatedModel
@@ -61,7 +60,7 @@ def signal_rows(args: argparse.Namespace) -> Iterator[Row]:
             "caught_hallucinated": share(caught, invented), "caught_wrong": share(caught, wrong),
             "false_alarms": share(caught, np.array([r.hypothesis == r.reference for r in rows])),
         }  # fmt: skip
-    yield from rescoring_rows(args, evaluated, valid, [r for r in test if r.text])
+    yield from rescoring_rows(evaluated, valid, [r for r in test if r.text])
 
 
 # Higher is more suspicious.
@@ -86,7 +85,9 @@ def share(caught: np.ndarray, of: np.ndarray) -> str:
     return f"{100 * hits / count:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def rescoring_rows(args, evaluated, valid, test) -> Iterator[Row]:
+def rescoring_rows(
+    evaluated: EvaluatedModel, valid: list[Recording], test: list[Recording]
+) -> Iterator[Row]:
     """Errors on the test set with the weight that was tuned on the validation set."""
     for beam in (4, 8):
         tuning = tune(evaluated, valid, beam=beam)
@@ -120,12 +121,7 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    for row in signal_rows(args):
-        line = json.dumps({"measured": "signals"} | row, ensure_ascii=False)
-        print(line, flush=True)
-        if args.out:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    write_rows(({"measured": "signals"} | row for row in signal_rows(args)), args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,13 +135,16 @@ NEAR = 1.0  # seconds from a join
 
 
 def errors_at(joins: Sequence[float], reference: list[str], found: Transcription) -> Row:
-    """Errors for each unit of the text, near the joins of overlapping pieces and elsewhere."""
-    timed = [(unit, (w.start + w.end) / 2) for s in found.segments for w in s.words
+    """Errors of how many recognized units, within `NEAR` seconds of a join of overlapping pieces
+    and elsewhere, as "x of y"."""
+    timed = [(unit, (w.start + w.end) / 2) for s in found.spoken for w in s.words
              for unit in mixed(w.text)]  # fmt: skip
+    if not timed:
+        return {"errors_at_joins": "0 of 0", "errors_elsewhere": f"{len(reference)} of 0"}
     near = [any(abs(at - join) < NEAR for join in joins) for _, at in timed]
     errors = {True: 0, False: 0}
     for op in Levenshtein.opcodes(reference, [unit for unit, _ in timed]):
-        if op.tag != "equal" and timed:
+        if op.tag != "equal":
             place = min(op.dest_start, len(timed) - 1)
             errors[near[place]] += max(op.src_end - op.src_start, op.dest_end - op.dest_start)
     counts = {where: near.count(where) for where in (True, False)}
@@ -312,11 +315,16 @@ def main() -> None:
         "long": long_rows, "clicks": click_rows, "memory": memory_rows, "times": time_rows,
         "channels": channel_rows,
     }[args.what]  # fmt: skip
-    for row in rows(args):
-        line = json.dumps({"measured": args.what, "vad": args.vad} | row, ensure_ascii=False)
+    write_rows(({"measured": args.what, "vad": args.vad} | row for row in rows(args)), args.out)
+
+
+def write_rows(rows: Iterable[Row], out: Path | None) -> None:
+    """Print each row as it comes, and append it to ``out`` as a JSON line."""
+    for row in rows:
+        line = json.dumps(row, ensure_ascii=False)
         print(line, flush=True)
-        if args.out:
-            with args.out.open("a", encoding="utf-8") as file:
+        if out:
+            with out.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
 

@@ -77,8 +77,12 @@ def spoken_part(wave: np.ndarray, rate: int) -> tuple[float, float, float]:
 
     (0, 0, 0) where nothing is.
     """
-    active = active_frames(decibels(frame_power(wave, rate)))
-    where = np.flatnonzero(active)
+    return spoken_frames(frame_power(wave, rate))
+
+
+def spoken_frames(power: np.ndarray) -> tuple[float, float, float]:
+    """`spoken_part` of audio of which the frames' power is known (`frame_power`)."""
+    where = np.flatnonzero(active_frames(decibels(power)))
     if not len(where):
         return 0.0, 0.0, 0.0
     pause = int(np.diff(where).max(initial=1)) - 1

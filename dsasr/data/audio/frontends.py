@@ -150,8 +150,8 @@ def _whisper(wave: Tensor, cfg: PretrainedFrontEnd) -> Tensor:
 def _parakeet(wave: Tensor, cfg: PretrainedFrontEnd) -> Tensor:
     """NeMo's and transformers' ParakeetFeatureExtractor, in the wave's own precision.
 
-    In float32 the normalization enlarges the rounding of the quietest bins to some 1e-4 (theirs to
-    5e-4); float64 would take twice the time.
+    In float32 the normalization enlarges the rounding of the quietest bins to as much as 5e-4, here
+    and there; float64 would take twice the time.
     """
     emphasized = torch.cat((wave[:1], wave[1:] - 0.97 * wave[:-1]))
     # 512 points centered on the frame, of which the middle 400 are windowed.
