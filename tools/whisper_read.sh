@@ -44,5 +44,5 @@ dsasr data confusions "$run/pretrain" --data "$corpus/shards/train" --out "$conf
 "${train[@]}" branch=sft "data.text_only.confusions=$confusions"
 echo "The CTC head alone, greedy, on utterances that it did not train on:"
 dsasr data confusions "$run/pretrain" --data "$corpus/shards/valid"
-dsasr evaluate "$run" --data "$corpus/shards/valid" --report
+dsasr evaluate "$run/sft" --data "$corpus/shards/valid" --report
 echo "Time: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
