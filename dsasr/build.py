@@ -16,9 +16,10 @@ from dsasr.data.audio.features import Cmvn
 from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.collate import Collator, TextEncoder
+from dsasr.data.dataloader.collate import Collator
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
 from dsasr.data.dataloader.text_dataloader import TextDataLoader
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.shards.storage import ShardStorage
 from dsasr.data.text.build_phonemizer import build_phonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab

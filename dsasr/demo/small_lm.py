@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.text_dataloader import Line, TextDataLoader, TextOnlyConfig
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.text.normalization import normalize_text
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemizer import Phonemizer, UnknownWord

@@ -26,8 +26,8 @@ import torch
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.shards.writer import PackedSample, write_tar
 

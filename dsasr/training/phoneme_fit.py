@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from dsasr.build import Builder
-from dsasr.data.dataloader.collate import TextEncoder
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.dataloader.window_plan import DatasetPart
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.sample import BadSample, Sample, parse_sample

@@ -131,13 +131,20 @@ def read_mono(file: soundfile.SoundFile, limit: int) -> np.ndarray:
 
 def check_scale(wave: np.ndarray) -> None:
     """Raise `AudioError` for samples that are not finite, and for those far above full scale."""
-    peak = float(np.abs(wave).max(initial=0.0))
+    # NaN is the highest and the lowest of any samples that it is among.
+    peak = max(float(wave.max(initial=0.0)), -float(wave.min(initial=0.0)))
     if not np.isfinite(peak):
         raise AudioError("nan_audio", "samples that are not finite")
     if peak > MAX_PEAK:
         detail = f"samples up to {peak:,.4g}, where 1 is full scale"
         scaled = "; divide by 32,768" if peak <= 32_768 else ""
         raise AudioError("out_of_scale", detail + scaled)
+
+
+def is_silent(wave: np.ndarray) -> bool:
+    """Whether all samples [n] are zero; of other audio the first ones tell."""
+    size = 1024  # samples looked at together
+    return not any(wave[at : at + size].any() for at in range(0, len(wave), size))
 
 
 def check_whole(data: bytes) -> None:

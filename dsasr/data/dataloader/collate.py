@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,21 +19,17 @@ from torch import Tensor
 
 from dsasr.data.audio.augment import AugmentConfig, AugmentParams, augment_wave
 from dsasr.data.audio.decoding import decode
-from dsasr.data.audio.files import AudioError
+from dsasr.data.audio.files import AudioError, is_silent
 from dsasr.data.audio.frontends import FrontEnd
 from dsasr.data.audio.resampling import one_thread
 from dsasr.data.dataloader.augment_sampler import AugmentParamColumns
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND
-from dsasr.data.dataloader.window_plan import PlannedSample, Task, uniform
+from dsasr.data.dataloader.text_encoder import TextEncoder
+from dsasr.data.dataloader.window_plan import PlannedSample, Task
 from dsasr.data.dataloader.workers import Allocate
 from dsasr.data.shards.index_cache import load_or_build_index
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample, parse_sample
 from dsasr.data.shards.storage import ShardStorage, ShardTruncated
-from dsasr.data.text.normalization import TextConfig, normalize_text
-from dsasr.data.text.phoneme_vocab import PhonemeVocab, UnknownPhoneme
-from dsasr.data.text.phonemizer import MissingPhonemes, Phonemizer, UnknownWord
-from dsasr.data.text.prompt import find_language
-from dsasr.data.text.tokenizers import Tokenizer
 
 EncoderLengths = Callable[[Tensor], Tensor]
 """Feature frames [B] → encoder frames [B], as an encoder's ``output_lengths``."""
@@ -40,67 +37,6 @@ EncoderLengths = Callable[[Tensor], Tensor]
 # Frames by which a sample may exceed its plan, as durations and speeds are rounded.
 FRAME_SLACK = 10
 CHARS_SLACK = 64  # characters by which a text may exceed its index
-HINTED = 101  # salt of a sample's draw, beside those of its augmentation
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Transcripts to labels. SFT needs no phonemizer, CTC no tokenizer: those are None.
-
-    ``languages`` are those that a prompt can name, and ``language_share`` the share of their
-    samples whose prompt does (`hint`).
-    """
-
-    config: TextConfig | None = None
-    phonemizer: Phonemizer | None = None
-    vocab: PhonemeVocab | None = None
-    tokenizer: Tokenizer | None = None
-    languages: tuple[str, ...] = ()
-    language_share: float = 0.0
-
-    def hint(self, lang: str, seed: int) -> str:
-        """The language that the prompt of a sample in ``lang`` names, as in `Batch.hints`.
-
-        ``seed`` is the sample's own, from seed, epoch and key: no other sample changes the draw.
-        """
-        named = find_language(lang, self.languages) if lang and self.languages else ""
-        drawn = named and uniform(np.array([seed], np.uint64), HINTED)[0] < self.language_share
-        return named if drawn else ""
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_id if self.tokenizer is not None else 0
-
-    def encode(self, sample: Sample) -> tuple[str, list[int], list[int]]:
-        """(normalized text, phoneme ids, transcript tokens + end_id). Raises `BadSample`.
-
-        Phoneme ids are empty without a phonemizer, tokens without a tokenizer.
-        """
-
-        def bad(cause: str, detail: str) -> BadSample:
-            return BadSample(cause, sample.shard, sample.key, detail)
-
-        text = normalize_text(sample.text, self.config)
-        if not text and (self.config is None or self.config.empty == "drop"):
-            raise bad("empty_text", repr(sample.text[:40]))
-        phonemes: list[int] = []
-        if self.phonemizer is not None:
-            try:
-                symbols = self.phonemizer.for_sample(sample)
-                phonemes = self.vocab.encode(symbols) if self.vocab is not None else []
-            except UnknownPhoneme as error:
-                raise bad("unknown_phoneme", str(error)) from None
-            except UnknownWord as error:
-                raise bad("unknown_word", str(error)) from None
-            except MissingPhonemes as error:
-                raise bad("missing_phonemes", str(error)) from None
-            if text and not symbols:
-                raise bad("no_phonemes", repr(text[:40]))
-        tokens: list[int] = []
-        if self.tokenizer is not None:
-            space = " " if text and self.config is not None and self.config.leading_space else ""
-            tokens = [*self.tokenizer.encode(space + text), self.tokenizer.end_id]
-        return text, phonemes, tokens
 
 
 @dataclass
@@ -130,6 +66,15 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[np.ndarray, np.n
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded, lengths
+
+
+class _Labels(NamedTuple):
+    """A sample, its normalized text, and the ids of phonemes and tokens (`TextEncoder.encode`)."""
+
+    sample: Sample
+    text: str
+    phonemes: list[int]
+    tokens: list[int]
 
 
 @dataclass
@@ -195,15 +140,21 @@ class Collator:
         Bad samples are left out and named. Raises `ShardReadError` where a shard cannot be read.
         """
         stats = dict.fromkeys(("read_s", "decode_s", "augment_s", "feature_s", "text_s"), 0.0)
-        bytes_before, samples, bad = self.storage.bytes, [], []
+        bytes_before, samples = self.storage.bytes, []
+        bad: dict[int, DroppedSample] = {}  # by position in the task
+        # All labels first: between two recordings the same work takes several times as long, as
+        # the decoder fills the processor's caches.
+        labels = self._read_labels(task, stats, bad)
         # Features are computed in the batch's memory, whose planned shape is nearly always right.
         batch = None if self.features_on_device else allocate(self._planned_shape(task))
-        for planned, params in zip(task.samples, self._augment_params(task), strict=True):
+        augments = self._augment_params(task)
+        for position, found in labels.items():
             out = None if batch is None else torch.from_numpy(batch[len(samples)])
+            planned, params = task.samples[position], augments[position]
             try:
-                samples.append(self._collate_sample(planned, params, stats, out))
+                samples.append(self._collate_sample(planned, found, params, stats, out))
             except BadSample as error:
-                bad.append(error.record)
+                bad[position] = error.record
         longest = max((len(sample.features) for sample in samples), default=0)
         if batch is None:
             array = _pad_features(samples, allocate((len(samples), longest)))
@@ -215,7 +166,33 @@ class Collator:
             shape = (len(samples), longest, self.front_end.bins)
             array = _pad_features(samples, _reshape_memory(batch, shape))
         stats["bytes"] = float(self.storage.bytes - bytes_before)
-        return array, self._collate_labels(samples, bad, stats)
+        in_order = [bad[position] for position in sorted(bad)]
+        return array, self._collate_labels(samples, in_order, stats)
+
+    def _read_labels(
+        self, task: Task, stats: dict[str, float], bad: dict[int, DroppedSample]
+    ) -> dict[int, _Labels]:
+        """The labels of a task's samples by position, with their encoded audio; adds those that are
+        ``bad``."""
+        found = {}
+        for position, planned in enumerate(task.samples):
+            start = time.perf_counter()
+            try:
+                sample = self._read(planned)
+                read = time.perf_counter()
+                found[position] = self._encode(sample, planned)
+                stats["text_s"] += time.perf_counter() - read
+                stats["read_s"] += read - start
+            except BadSample as error:
+                bad[position] = error.record
+        return found
+
+    def _encode(self, sample: Sample, planned: PlannedSample) -> _Labels:
+        if len(sample.text) > planned.entry.chars + CHARS_SLACK:
+            # The batch was planned by the index; a longer text could exceed the memory.
+            detail = f"{len(sample.text):,} characters, {planned.entry.chars:,} by the index"
+            raise BadSample("too_much_text", sample.shard, sample.key, detail)
+        return _Labels(sample, *self.text.encode(sample))
 
     def _planned_shape(self, task: Task) -> tuple[int, int, int]:
         """[B, T, F] of the batch if its samples are as planned."""
@@ -264,20 +241,14 @@ class Collator:
     def _collate_sample(
         self,
         planned: PlannedSample,
+        labels: _Labels,
         params: AugmentParams | None,
         stats: dict[str, float],
         out: Tensor | None,
     ) -> _CollatedSample:
         """``out``: memory for the features, if they fit. Raises `BadSample`."""
+        sample, text, phonemes, tokens = labels
         times = [time.perf_counter()]
-        sample = self._read(planned)
-        times.append(time.perf_counter())
-        if len(sample.text) > planned.entry.chars + CHARS_SLACK:
-            # The batch was planned by the index; a longer text could exceed the memory.
-            detail = f"{len(sample.text):,} characters, {planned.entry.chars:,} by the index"
-            raise BadSample("too_much_text", sample.shard, sample.key, detail)
-        text, phonemes, tokens = self.text.encode(sample)
-        times.append(time.perf_counter())
         wave = self._decode(sample)
         times.append(time.perf_counter())
         if params is not None:
@@ -291,7 +262,7 @@ class Collator:
         self._check_ctc(wave, phonemes, sample)
         features = self._features(wave, sample, out)
         times.append(time.perf_counter())
-        names = ("read_s", "text_s", "decode_s", "augment_s", "feature_s")
+        names = ("decode_s", "augment_s", "feature_s")
         for name, start, end in zip(names, times, times[1:], strict=False):
             stats[name] += end - start
         hint = self.text.hint(sample.lang, planned.seed)
@@ -306,7 +277,7 @@ class Collator:
             wave = decode(sample.audio, rate=self.front_end.rate, max_seconds=seconds, cut=cut)
         except AudioError as error:
             raise BadSample(error.cause, sample.shard, sample.key, error.detail) from None
-        if sample.text.strip() and not wave.any():
+        if sample.text.strip() and is_silent(wave.numpy()):
             raise BadSample("silent_audio", sample.shard, sample.key, "all samples are zero")
         return wave
 

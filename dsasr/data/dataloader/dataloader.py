@@ -31,8 +31,9 @@ from dsasr.data.audio.frontends import FbankFrontEnd, FrontEnd
 from dsasr.data.batch import Batch
 from dsasr.data.dataloader.augment_sampler import planned_seconds
 from dsasr.data.dataloader.bucketing import FRAMES_PER_SECOND, BatchConfig
-from dsasr.data.dataloader.collate import Collator, EncoderLengths, TextEncoder
+from dsasr.data.dataloader.collate import Collator, EncoderLengths
 from dsasr.data.dataloader.sampler import BatchSampler
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.dataloader.window_plan import DatasetPart, PlanConfig, Task
 from dsasr.data.dataloader.workers import Payload, WorkerPool, run_inline
 from dsasr.data.shards.index_cache import load_or_build_index

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from dsasr.data.batch import Batch
-from dsasr.data.dataloader.collate import TextEncoder, pad
+from dsasr.data.dataloader.collate import pad
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.dataloader.window_plan import stable_hash
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample
 from dsasr.data.text.ctc_noise import Confusions, CtcNoise

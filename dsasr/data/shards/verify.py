@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsasr.data.audio.decoding import decode
 from dsasr.data.audio.features import CmvnSums, FbankConfig, fbank
-from dsasr.data.audio.files import AudioError
+from dsasr.data.audio.files import AudioError, is_silent
 from dsasr.data.audio.resampling import RATE
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.shards.build_index import local_index, readable_index
@@ -77,7 +77,7 @@ def verify_shard(
         actual = len(wave) / RATE
         if not sample.text.strip() and not allow_empty_text:
             bad.append(("empty_text", tar.name, sample.key, ""))
-        elif sample.text.strip() and not wave.any():
+        elif sample.text.strip() and is_silent(wave.numpy()):
             bad.append(("silent_audio", tar.name, sample.key, "all samples are zero"))
         elif abs(sample.duration - actual) > max(0.1, 0.02 * actual):
             detail = f"json says {sample.duration:.3f} s, the audio has {actual:.3f} s"

@@ -12,7 +12,13 @@ import soundfile
 
 from dsasr.data.audio import flac, mp3
 from dsasr.data.audio.decoding import decode
-from dsasr.data.audio.files import AudioError, audio_seconds, open_audio
+from dsasr.data.audio.files import (
+    AudioError,
+    audio_seconds,
+    check_scale,
+    is_silent,
+    open_audio,
+)
 
 CASES = Path(__file__).parents[4] / "shared" / "cases"
 RATE = 16_000
@@ -137,3 +143,17 @@ def test_files_that_were_decoded_in_part_or_not_at_all():
     assert len(decode(read("pipe.flac"))) == 53_760
     assert cause(read("trunc.wav")) == cause(read("trunc_opus.ogg")) == "truncated_audio"
     assert cause(read("zerosamples.wav")) == "empty_audio"
+
+
+@pytest.mark.parametrize("at", [0, 1023, 1024, 5000])
+def test_one_sample_is_no_silence_and_one_nan_is_refused(at):
+    wave = np.zeros(5001, np.float32)
+    assert is_silent(wave) and is_silent(wave[:0])
+    wave[at] = -1e-9
+    assert not is_silent(wave)
+    check_scale(wave)
+    for value, cause in ((np.nan, "nan_audio"), (-np.inf, "nan_audio"), (-99.0, "out_of_scale")):
+        wave[at] = value
+        with pytest.raises(AudioError) as caught:
+            check_scale(wave)
+        assert caught.value.cause == cause

@@ -17,8 +17,8 @@ import torch
 from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.dataloader.bad_samples import BadSampleLog
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig, StreamingDataLoader
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemizer import StoredPhonemes

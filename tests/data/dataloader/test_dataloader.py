@@ -23,13 +23,13 @@ from dsasr.data.audio.augment import AugmentConfig
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.dataloader.bucketing import BatchConfig
-from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.dataloader import (
     DataLoaderConfig,
     DatasetConfig,
     StreamingDataLoader,
     build_dataset_parts,
 )
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.shards.sample import Sample
 from dsasr.data.shards.storage import StorageConfig
 from dsasr.data.text.normalization import TextConfig

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsasr.data.dataloader.collate import TextEncoder
 from dsasr.data.dataloader.text_dataloader import (
     Line,
     TextDataLoader,
     TextOnlyConfig,
     load_text,
 )
+from dsasr.data.dataloader.text_encoder import TextEncoder
 from dsasr.data.text.characters import CharacterPhonemizer
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.utils.errors import UserError
