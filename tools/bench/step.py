@@ -32,7 +32,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -308,7 +308,7 @@ def case(
     )
     dtype = precision(cfg.engine)
     with tempfile.TemporaryDirectory() as folder:
-        config = deepspeed_config(zero, options.reuse, Path(folder))
+        config = deepspeed_config(zero, options.zero3, Path(folder))
         settings = replace(cfg.engine, deepspeed=config)
         branch = BranchEngine(stage.branch, module, settings, Path(folder))
         found = measure(branch, stage, timed, options.warm_up)
@@ -322,21 +322,21 @@ def case(
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": dispatch.implementation("linear_cross_entropy", distributed.device(), dtype),
         "rounds": options.rounds,
-        **({"reuse": options.reuse} if options.reuse is not None and zero == 3 else {}),
+        **({"zero3": options.zero3} if options.zero3 and zero == 3 else {}),
         "step_ms": round(1000 * middle, 2),
         "spread": round((quarters[2] - quarters[0]) / middle, 3),
     }
     return middle, head | fields
 
 
-def deepspeed_config(zero: int, reuse: int | None, folder: Path) -> str:
-    """The packaged config of a ZeRO stage; of ZeRO-3 with ``reuse``, the path of a copy with that
-    reuse distance."""
+def deepspeed_config(zero: int, keys: Mapping[str, int], folder: Path) -> str:
+    """The packaged config of a ZeRO stage; of ZeRO-3 with ``keys``, the path of a copy that has
+    them."""
     name = f"zero{zero}"
-    if reuse is None or zero != 3:
+    if not keys or zero != 3:
         return name
     config = read_ds_config(name)
-    config["zero_optimization"]["stage3_max_reuse_distance"] = reuse
+    config["zero_optimization"].update(keys)
     path = folder / "zero3.json"
     path.write_text(json.dumps(config))
     return str(path)
@@ -352,15 +352,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them")
     parser.add_argument("--seconds", type=float, default=8.0, help="of audio, an utterance's mean")
     parser.add_argument("--tokens", type=float, default=4.0, help="of the transcript, a second")
-    parser.add_argument("--reuse", type=int, help="ZeRO-3's stage3_max_reuse_distance")
+    parser.add_argument(
+        "--zero3", nargs="+", default=[], metavar="KEY=NUMBER",
+        help="keys of ZeRO-3's zero_optimization, such as stage3_max_reuse_distance=0",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     options = parser.parse_args()
     options.rounds = options.rounds or (20 if distributed.device().type == "cuda" else 5)
     if options.rounds < 2 or options.warm_up < 1 or min(options.seconds, options.tokens) <= 0:
         raise UserError("--rounds: at least 2; --warm-up: at least 1; the rates above 0")
-    if options.reuse is not None and (3 not in options.zero or options.reuse < 0):
-        raise UserError("--reuse: elements, 0 or more, for --zero 3")
+    pairs = [key.partition("=") for key in options.zero3]
+    if pairs and (3 not in options.zero or not all(value.isdigit() for *_, value in pairs)):
+        raise UserError("--zero3: give KEY=NUMBER, and 3 among --zero")
+    options.zero3 = {key: int(value) for key, _, value in pairs}
     return options
 
 
