@@ -19,11 +19,29 @@ from dsasr.inference.words import Stretch
 
 @dataclass(frozen=True)
 class NoSpeechConfig:
-    """A segment is probably no speech if one of its values is lower (**ours**)."""
+    """A segment is probably no speech if it has no text, or one of its values is lower (**ours**).
+
+    What the CTC head says of the text tells more than how sure the language model is of it: written
+    of noise, texts of the demo have −3.3 to −8 nats a unit, and confidences of 0.3 to 0.7; a
+    recognizer of unclear speech has confidences of 0.2 to 0.7, and −1.1 to 0 nats.
+    """
 
     loudness_db: float = -55.0  # `AudioSegment.loudness`
-    confidence: float = 0.4  # mean over the tokens
     seconds: float = 0.1  # the shortest words take longer, and less is padded with zeros
+    heard: float = -3.0  # nats a unit (`Hypothesis.heard`)
+    confidence: float = 0.4  # mean over the tokens, of a text that no CTC head has scored
+    scored_confidence: float = 0.15  # the same, of one that it has scored
+
+    def holds(self, hypothesis: Hypothesis, loudness: float, seconds: float) -> bool:
+        """Whether a segment of that ``loudness`` in dB, with ``seconds`` of speech, is none."""
+        scored = hypothesis.heard is not None
+        return (
+            not hypothesis.text.strip()
+            or loudness < self.loudness_db
+            or seconds < self.seconds
+            or (scored and hypothesis.heard < self.heard)
+            or hypothesis.confidence < (self.scored_confidence if scored else self.confidence)
+        )
 
 
 @dataclass(frozen=True)
@@ -42,8 +60,7 @@ def make_segment(
     rules: SegmentRules, audio: AudioSegment, hypotheses: Sequence[Hypothesis], lang: str
 ) -> Segment:
     """The segment of ``audio``, whose best hypothesis comes first."""
-    best, limits = hypotheses[0], rules.no_speech
-    confidence = best.confidence
+    best = hypotheses[0]
     language = lang or rules.speech.language(best.text)
     first, last, _ = spoken_part(audio.wave.numpy(), RATE)
     begin, end = audio.start + first, audio.start + (last or audio.seconds)
@@ -54,11 +71,8 @@ def make_segment(
         start=round(audio.start, 3),
         end=round(audio.start + audio.seconds, 3),
         text=best.text,
-        confidence=round(confidence, 4),
-        no_speech=audio.loudness < limits.loudness_db
-        or confidence < limits.confidence
-        or audio.seconds < limits.seconds
-        or not best.text,
+        confidence=round(best.confidence, 4),
+        no_speech=rules.no_speech.holds(best, audio.loudness, audio.seconds),
         finished=best.finished,
         tokens=tokens_of(best, rules.tokenizer),
         language=language,

@@ -334,16 +334,13 @@ class StreamingRecognizer:
         return [self._final(u, h) for u, h in zip(utterances, found, strict=True)]
 
     def _final(self, utterance: LiveUtterance, hypothesis: Hypothesis) -> Final | None:
-        rules, confidence = self.recognizer.no_speech, hypothesis.confidence
-        no_speech = (
-            utterance.loudness < rules.loudness_db
-            or confidence < rules.confidence
-            or utterance.spoken < max(rules.seconds, SHORTEST_SPEECH) - FRAME / 2
-            or not hypothesis.text.strip()
-        )
+        rules = self.recognizer.no_speech
+        spoken = utterance.spoken + FRAME / 2  # sums of frames are not exact
+        no_speech = spoken < SHORTEST_SPEECH or rules.holds(hypothesis, utterance.loudness, spoken)
         if no_speech and not utterance.shown:
             return None
         text, finished = "" if no_speech else hypothesis.text, hypothesis.finished
+        confidence = round(hypothesis.confidence, 4)
         speech, doubt = self.recognizer.speech, self.recognizer.tuned.doubt
         ctc = None if no_speech else hypothesis.ctc_score
         heard = None if no_speech else hypothesis.heard
@@ -352,9 +349,7 @@ class StreamingRecognizer:
             config=doubt, lang=utterance.lang or speech.language(text),
         )  # fmt: skip
         words, _ = utterance.stretch(self.recognizer.frame_seconds).words(text, ctc)
-        return Final(
-            *utterance.times, text, round(confidence, 4), no_speech, finished, found, heard, words
-        )
+        return Final(*utterance.times, text, confidence, no_speech, finished, found, heard, words)
 
 
 def _as_wave(samples: np.ndarray | Tensor) -> np.ndarray:

@@ -44,7 +44,7 @@ class Segment:
     end: float
     text: str
     confidence: float
-    no_speech: bool  # probably: too quiet, too uncertain, or too short
+    no_speech: bool  # probably: too quiet, not heard by the CTC head, too uncertain, or too short
     finished: bool  # False: the transcript was cut at the token limit
     tokens: tuple[Token, ...]
     language: str = ""

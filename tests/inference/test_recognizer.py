@@ -20,12 +20,13 @@ import torch
 from dsasr.data.audio.features import Cmvn, FbankConfig
 from dsasr.data.audio.frontends import FbankFrontEnd
 from dsasr.data.speech_statistics import SpeechStatistics
+from dsasr.evaluation.ctc_scoring import CtcScore
 from dsasr.evaluation.decode import DecodeConfig, Hypothesis
 from dsasr.inference import recognizer as recognizer_module
 from dsasr.inference.loading import limited
 from dsasr.inference.recognizer import Recognizer
 from dsasr.inference.segmentation import SegmentationConfig
-from dsasr.inference.segments import tokens_of
+from dsasr.inference.segments import NoSpeechConfig, tokens_of
 from dsasr.inference.subtitles import _time
 from dsasr.inference.transcript import Token
 from dsasr.utils.errors import UserError
@@ -157,6 +158,23 @@ def test_quiet_or_uncertain_is_probably_no_speech(recognizer, batches, monkeypat
     uncertain = Hypothesis("0", (65, 66), "AB", -9.0, (3.0, 3.0, 3.0))
     monkeypatch.setattr("dsasr.inference.recognizer.decode_nbest", lambda *_, **__: [[uncertain]])
     assert recognizer.transcribe(write(tmp_path / "a.wav", 1.0)).segments[0].no_speech
+
+
+@pytest.mark.parametrize(
+    ("margin", "entropy", "none"),
+    [
+        (None, 0.8, False), (None, 1.0, True),  # exp(−1) < 0.4
+        (-0.5, 1.0, False), (-0.5, 2.0, True),  # exp(−2) < 0.15
+        (-2.9, 0.1, False), (-3.1, 0.1, True),
+    ],
+)  # fmt: skip
+def test_what_the_ctc_head_did_not_hear_is_no_speech(margin, entropy, none):
+    score = None if margin is None else CtcScore(-9.0, 2 * margin, 2)
+    hypothesis = Hypothesis("0", (65,), "A", -1.0, (entropy,), ctc_score=score)
+    rule = NoSpeechConfig()
+    assert rule.holds(hypothesis, loudness=-20.0, seconds=1.0) is none
+    assert rule.holds(hypothesis, loudness=-60.0, seconds=1.0)
+    assert rule.holds(replace(hypothesis, text=" "), loudness=-20.0, seconds=1.0)
 
 
 def test_less_than_any_word_takes_is_probably_no_speech(recognizer, batches, tmp_path):

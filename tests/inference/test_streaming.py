@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ from dsasr.utils.errors import UserError
 
 CHUNK = Chunk(16, 4)
 FBANK = FbankFrontEnd(FbankConfig(mels=12), Cmvn(torch.full((12,), 12.0), torch.full((12,), 3.0)))
-EVERYTHING = NoSpeechConfig(loudness_db=-1000, confidence=0, seconds=0)
+EVERYTHING = NoSpeechConfig(
+    loudness_db=-1000, confidence=0, seconds=0, heard=-math.inf, scored_confidence=0
+)
 
 
 class Tokenizer:

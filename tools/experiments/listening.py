@@ -137,8 +137,13 @@ NEAR = 1.0  # seconds from a join
 def errors_at(joins: Sequence[float], reference: list[str], found: Transcription) -> Row:
     """Errors of how many recognized units, within `NEAR` seconds of a join of overlapping pieces
     and elsewhere, as "x of y"."""
-    timed = [(unit, (w.start + w.end) / 2) for s in found.spoken for w in s.words
-             for unit in mixed(w.text)]  # fmt: skip
+    timed = []
+    for segment in found.spoken:
+        # Normalized, a text may have other units than words: their order gives the times.
+        units_of, words = mixed(segment.text), segment.words
+        for number, unit in enumerate(units_of):
+            word = words[number * len(words) // len(units_of)] if words else segment
+            timed.append((unit, (word.start + word.end) / 2))
     if not timed:
         return {"errors_at_joins": "0 of 0", "errors_elsewhere": f"{len(reference)} of 0"}
     near = [any(abs(at - join) < NEAR for join in joins) for _, at in timed]
@@ -286,9 +291,12 @@ def loaded(args: argparse.Namespace) -> Recognizer:
     recognizer = Recognizer.from_pretrained(args.model)
     if args.beam:
         recognizer = recognizer.with_beam(args.beam)
+    pieces = {}
+    if args.max_seconds:
+        pieces = {"max_seconds": args.max_seconds, "whole_seconds": args.max_seconds}
     return replace(
         recognizer,
-        segmentation=replace(recognizer.segmentation, vad=args.vad),
+        segmentation=replace(recognizer.segmentation, vad=args.vad, **pieces),
         batch_seconds=args.batch_seconds,
     )
 
@@ -308,6 +316,8 @@ def main() -> None:
     parser.add_argument("--live", action="store_true", help="word times of live streams")
     parser.add_argument("--beam", type=int, default=0)
     parser.add_argument("--vad", default="auto")
+    parser.add_argument("--max-seconds", type=float, default=0.0,
+                        help="of a piece; 0: as the model says")  # fmt: skip
     parser.add_argument("--batch-seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
