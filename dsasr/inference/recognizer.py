@@ -60,16 +60,20 @@ class Recognizer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        batch_seconds: float = 240.0,
     ) -> Recognizer:
         """The recognizer of an exported folder (`dsasr export`) or of a run folder.
 
-        It is on ``device``, or on the GPU if there is one. Raises `UserError` if ``folder`` is
-        neither.
+        It is on ``device``, or on the GPU if there is one; ``batch_seconds`` of padded audio are
+        decoded together. Raises `UserError` if ``folder`` is neither.
         """
         from dsasr.inference.loading import load_parts
 
-        return cls(**load_parts(Path(folder), None if device is None else torch.device(device)))
+        parts = load_parts(Path(folder), None if device is None else torch.device(device))
+        return cls(**parts, batch_seconds=batch_seconds)
 
     def with_beam(self, beam: int) -> Recognizer:
         """This recognizer with another beam width; 1 is greedy.
