@@ -43,7 +43,7 @@ def test_a_line_a_stage_and_zero_whose_figures_hang_together(launch, tmp_path):
     for one in lines[2:]:
         gathered = one["gathered"]
         assert {"encoder"} < set(gathered["parts"]) and gathered["kept_mb"] == 0
-        # So small a model is used again within DeepSpeed's reuse distance: gathered once, and held.
+        # So small a model is used again within DeepSpeed's reuse distance: gathered once.
         assert all((p["forward"], p["backward"]) == (1, 0) for p in gathered["parts"].values())
         weights = sum(part["mb"] for part in gathered["parts"].values())
         assert gathered["most_mb"] == pytest.approx(weights, abs=0.05)

@@ -29,7 +29,7 @@ class GatheredWeights:
             for name, part in branch.module.named_children()
         }
         self._bytes: Counter[tuple[str, str]] = Counter()
-        self._most = self._held()
+        self._most = self._whole_bytes()
 
     @property
     def partitioned(self) -> bool:
@@ -56,7 +56,7 @@ class GatheredWeights:
                     if p.ds_id in part_of:
                         self._bytes[part_of[p.ds_id], self._phase] += _bytes(p)
                 out = gather(params, *args, **kwargs)
-                self._most = max(self._most, self._held())
+                self._most = max(self._most, self._whole_bytes())
                 return out
 
             return run
@@ -95,10 +95,10 @@ class GatheredWeights:
         return {
             "parts": parts,
             "most_mb": round(self._most / MB, 2),
-            "kept_mb": round(self._held() / MB, 2),
+            "kept_mb": round(self._whole_bytes() / MB, 2),
         }
 
-    def _held(self) -> int:
+    def _whole_bytes(self) -> int:
         whole = (p for part in self._parts.values() for p in part)
         return sum(_bytes(p) for p in whole if p.ds_status.name != "NOT_AVAILABLE")
 

@@ -18,7 +18,7 @@ the making of batches (`tools/bench/loader.py`). One line a stage and ZeRO is re
   recomputed and, in the last one, DeepSpeed's reduction.
 - of one more step, profiled: ``communication_ms`` of the device, overlapped or not, and ``waits``,
   the calls that kept the host waiting; under ZeRO-3 ``gathered``: how many times the weights of
-  each part were gathered, forward and backward, the most MB held whole at once, and the MB still
+  each part were gathered, forward and backward, the most MB whole at once, and the MB still
   whole after the step
 - ``peak_mb`` of the device; on a CPU of the process
 """
