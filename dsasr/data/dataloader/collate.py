@@ -148,7 +148,8 @@ class Collator:
         # Features are computed in the batch's memory, whose planned shape is nearly always right.
         batch = None if self.features_on_device else allocate(self._planned_shape(task))
         augments = self._augment_params(task)
-        for position, found in labels.items():
+        for position in list(labels):
+            found = labels.pop(position)  # and with it the encoded audio
             out = None if batch is None else torch.from_numpy(batch[len(samples)])
             planned, params = task.samples[position], augments[position]
             try:
