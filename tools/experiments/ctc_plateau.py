@@ -29,6 +29,7 @@ from dsasr.engine import process_setup
 from dsasr.kernels import dispatch
 from dsasr.model.ctc import BLANK, CtcHead, ctc_loss
 from dsasr.model.ctc_model import CtcModel
+from dsasr.model.weight_init import ResidualLinear
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig, learning_rate
 from dsasr.utils import distributed
@@ -50,7 +51,11 @@ CODED = (
     "shortest-first",  # the first quarter of the steps in order of length
     "muon",  # for the matrices of the encoder's blocks, at AdamW's size of an update
     "muon-doubled",  # the same at twice the lr
-    "small-branches",  # what each branch of a block adds starts at a third of its size
+    # what each branch of a block adds starts at torch's size, not at 1/√branches of it
+    "full-branches",
+    "third-branches",  # at a third of torch's size
+    "eighth-branches",
+    "zero-branches",
     "small-head",  # the head's projection starts at a tenth: all units equally likely
     "blank-penalty",  # the blank's logit less 3, over the first half less and less
 )
@@ -83,13 +88,22 @@ def change(model: CtcModel, variant: str) -> None:
         if variant == "small-head":
             model.ctc.project.weight.mul_(0.1)
             model.ctc.project.bias.mul_(0.1)
-        if variant == "small-branches":
-            for block in model.encoder.blocks:
-                for last in (
-                    block.ffn1.down, block.attention.out, block.conv.contract, block.ffn2.down
-                ):  # fmt: skip
-                    last.weight.div_(3)
-                    last.bias.div_(3)
+        for last in model.encoder.modules():
+            if isinstance(last, ResidualLinear):
+                last.weight.mul_(branch_scale(variant) / last.scale)
+                last.bias.mul_(branch_scale(variant) / last.scale)
+
+
+def branch_scale(variant: str) -> float:
+    """Of the first weights of the branches' last layers."""
+    default = recipe.load("demo").model.encoder.branch_scale
+    sizes = {
+        "full-branches": 1,
+        "third-branches": 1 / 3,
+        "eighth-branches": 1 / 8,
+        "zero-branches": 0,
+    }
+    return sizes.get(variant, default)
 
 
 def penalize_blank(model: CtcModel) -> Callable[[float], None]:
@@ -158,7 +172,8 @@ def run(variant: str, seed: int, steps: int, planned: int) -> dict:
     means = [sum(losses[i : i + WINDOW]) / WINDOW for i in range(0, len(losses), WINDOW)]
     left = next((WINDOW * (i + 1) for i, loss in enumerate(means) if loss < LEFT), None)
     return {
-        "variant": variant, "seed": seed, "steps": steps, "left_at": left,
+        "variant": variant, "seed": seed, "branch_scale": round(branch_scale(variant), 3),
+        "steps": steps, "left_at": left,
         "ctc": {WINDOW * (i + 1): round(loss, 3) for i, loss in enumerate(means)},
         "seconds": round(time.perf_counter() - started),
     }  # fmt: skip

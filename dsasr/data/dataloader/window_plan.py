@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -61,8 +61,7 @@ class DatasetPart:
         return hashlib.blake2b(self.sizes.tobytes(), digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True)
-class PlannedSample:
+class PlannedSample(NamedTuple):
     """One sample of a batch: its location, its seed, and its planned number of frames.
 
     ``plain``: it is not augmented, because augmented it would exceed a limit.

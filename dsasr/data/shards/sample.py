@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsasr.data.audio.files import MAX_SECONDS
 from dsasr.utils.errors import UserError
@@ -73,8 +73,7 @@ class SampleFields:
 OWN_FIELDS = SampleFields()
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One row of a shard's index. Offsets and sizes in bytes, duration in seconds.
 
     ``json_offset`` and ``json_size`` are those of the member that has the labels.

@@ -24,9 +24,12 @@ from dsasr.model.encoders.depthwise_conv import DepthwiseConv
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
 from dsasr.model.encoders.stream_state import EncoderStream, LayerPast, StreamPast
 from dsasr.model.encoders.subsampling import Subsampling
+from dsasr.model.weight_init import ResidualLinear
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Dropout, Range
+
+BRANCHES = 4  # of a block: two feed-forward modules, attention, convolution
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,15 @@ class EncoderConfig:
         if self.kernel % 2 == 0:
             raise UserError(f"encoder kernel {self.kernel}: choose an odd number of frames")
 
+    @property
+    def branch_scale(self) -> float:
+        """Of the first weights of a branch's last layer (`ResidualLinear`): 1/√branches.
+
+        At full size CTC stays on its plateau for longer (tools/experiments/LOG.md, "smaller
+        branches").
+        """
+        return (BRANCHES * self.layers) ** -0.5
+
 
 @dataclass(frozen=True)
 class _Context:
@@ -78,7 +90,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(cfg.width)
         self.up = nn.Linear(cfg.width, cfg.ffn)
-        self.down = nn.Linear(cfg.ffn, cfg.width)
+        self.down = ResidualLinear(cfg.ffn, cfg.width, cfg.branch_scale)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
@@ -98,7 +110,7 @@ class SelfAttention(nn.Module):
         self.heads = cfg.heads
         self.norm = nn.LayerNorm(cfg.width)
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
-        self.out = nn.Linear(cfg.width, cfg.width)
+        self.out = ResidualLinear(cfg.width, cfg.width, cfg.branch_scale)
         self.dropout = nn.Dropout(cfg.dropout)
         self.attention_dropout = cfg.attention_dropout
 
@@ -142,7 +154,7 @@ class ConvModule(nn.Module):
         self.expand = nn.Linear(cfg.width, 2 * inner)
         self.depthwise = DepthwiseConv(inner, cfg.kernel)
         self.inner_norm = nn.LayerNorm(inner)
-        self.contract = nn.Linear(inner, cfg.width)
+        self.contract = ResidualLinear(inner, cfg.width, cfg.branch_scale)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x_BSE: Tensor, context: _Context, past: LayerPast | None = None) -> Tensor:
