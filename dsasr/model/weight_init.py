@@ -11,21 +11,15 @@ from dsasr.model.encoders.depthwise_conv import DepthwiseConv
 
 
 class ResidualLinear(nn.Linear):
-    """The last layer of a residual branch; its first weights and bias are ``scale`` times torch's.
+    """The last layer of one of a stack's N residual branches: starts at 1/N of torch's size.
 
-    With ``scale`` 1/√N for the N branches of a stack, what all of them add at first is as large as
-    one of them: GPT-2's rule (Radford et al. 2019, section 2.3).
+    So all N add 1/√N of one branch at first, and the stack is nearly the identity at any depth.
     """
 
-    def __init__(self, inputs: int, outputs: int, scale: float):
-        self.scale = scale
+    def __init__(self, inputs: int, outputs: int, branches: int):
         super().__init__(inputs, outputs)
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        reset_linear(self, generator)
-        with torch.no_grad():
-            self.weight.mul_(self.scale)
-            self.bias.mul_(self.scale)
+        self.branches = branches
+        reset_layer(self)
 
 
 def reset_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
@@ -36,20 +30,15 @@ def reset_parameters(module: nn.Module, generator: torch.Generator | None = None
 
 def reset_layer(layer: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw the layer's own weights, not those of layers inside it."""
-    if isinstance(layer, ResidualLinear | DepthwiseConv):
-        layer.reset_parameters(generator)
-    elif isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-        reset_linear(layer, generator)
+    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        if isinstance(layer, ResidualLinear):
+            bound /= layer.branches
+        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+        if layer.bias is not None:
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     elif isinstance(layer, nn.LayerNorm):
         nn.init.ones_(layer.weight)
         nn.init.zeros_(layer.bias)
-
-
-def reset_linear(
-    layer: nn.Linear | nn.Conv1d | nn.Conv2d, generator: torch.Generator | None = None
-) -> None:
-    """Draw weights and bias evenly from ±1/√(inputs of an output), as torch does."""
-    bound = 1 / math.sqrt(layer.weight[0].numel())
-    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-    if layer.bias is not None:
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    elif isinstance(layer, DepthwiseConv):
+        layer.reset_parameters(generator)

@@ -45,17 +45,21 @@ OVERRIDES = {
     "beta2-0.999": ["engine.betas=[0.9,0.999]"],
     "lr-doubled": ["stages.pretrain.trains={encoder: 2.0e-3, ctc: 2.0e-3}"],
 }
+# What each branch of a block adds at first, in torch's size; by default one of their number.
+SCALES = {
+    "full-branches": 1.0,
+    "third-branches": 1 / 3,
+    "quarter-branches": 1 / 4,
+    "eighth-branches": 1 / 8,
+    "zero-branches": 0.0,
+}
 # Changes that no recipe has.
 CODED = (
     "auxiliary-ctc",  # CTC of the middle block's frames, through a head of its own, weight 0.3
     "shortest-first",  # the first quarter of the steps in order of length
     "muon",  # for the matrices of the encoder's blocks, at AdamW's size of an update
     "muon-doubled",  # the same at twice the lr
-    # what each branch of a block adds starts at torch's size, not at 1/√branches of it
-    "full-branches",
-    "third-branches",  # at a third of torch's size
-    "eighth-branches",
-    "zero-branches",
+    *SCALES,
     "small-head",  # the head's projection starts at a tenth: all units equally likely
     "blank-penalty",  # the blank's logit less 3, over the first half less and less
 )
@@ -90,20 +94,13 @@ def change(model: CtcModel, variant: str) -> None:
             model.ctc.project.bias.mul_(0.1)
         for last in model.encoder.modules():
             if isinstance(last, ResidualLinear):
-                last.weight.mul_(branch_scale(variant) / last.scale)
-                last.bias.mul_(branch_scale(variant) / last.scale)
+                last.weight.mul_(branch_scale(variant) * last.branches)
+                last.bias.mul_(branch_scale(variant) * last.branches)
 
 
 def branch_scale(variant: str) -> float:
     """Of the first weights of the branches' last layers."""
-    default = recipe.load("demo").model.encoder.branch_scale
-    sizes = {
-        "full-branches": 1,
-        "third-branches": 1 / 3,
-        "eighth-branches": 1 / 8,
-        "zero-branches": 0,
-    }
-    return sizes.get(variant, default)
+    return SCALES.get(variant, 1 / recipe.load("demo").model.encoder.branches)
 
 
 def penalize_blank(model: CtcModel) -> Callable[[float], None]:

@@ -65,13 +65,9 @@ class EncoderConfig:
             raise UserError(f"encoder kernel {self.kernel}: choose an odd number of frames")
 
     @property
-    def branch_scale(self) -> float:
-        """Of the first weights of a branch's last layer (`ResidualLinear`): 1/√branches.
-
-        At full size CTC stays on its plateau for longer (tools/experiments/LOG.md, "smaller
-        branches").
-        """
-        return (BRANCHES * self.layers) ** -0.5
+    def branches(self) -> int:
+        """Residual branches of all blocks."""
+        return BRANCHES * self.layers
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(cfg.width)
         self.up = nn.Linear(cfg.width, cfg.ffn)
-        self.down = ResidualLinear(cfg.ffn, cfg.width, cfg.branch_scale)
+        self.down = ResidualLinear(cfg.ffn, cfg.width, cfg.branches)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
@@ -110,7 +106,7 @@ class SelfAttention(nn.Module):
         self.heads = cfg.heads
         self.norm = nn.LayerNorm(cfg.width)
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
-        self.out = ResidualLinear(cfg.width, cfg.width, cfg.branch_scale)
+        self.out = ResidualLinear(cfg.width, cfg.width, cfg.branches)
         self.dropout = nn.Dropout(cfg.dropout)
         self.attention_dropout = cfg.attention_dropout
 
@@ -154,7 +150,7 @@ class ConvModule(nn.Module):
         self.expand = nn.Linear(cfg.width, 2 * inner)
         self.depthwise = DepthwiseConv(inner, cfg.kernel)
         self.inner_norm = nn.LayerNorm(inner)
-        self.contract = ResidualLinear(inner, cfg.width, cfg.branch_scale)
+        self.contract = ResidualLinear(inner, cfg.width, cfg.branches)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x_BSE: Tensor, context: _Context, past: LayerPast | None = None) -> Tensor:
