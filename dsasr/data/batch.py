@@ -62,8 +62,8 @@ class Batch:
             fields.setdefault(lengths, torch.full((count,), fields[rows].shape[1], device=device))
         return cls(**fields)
 
-    def or_silence(self, mels: int, token: int = 0) -> Batch:
-        """This batch, or one short utterance of silence with one ``token`` where it has none.
+    def or_silence(self, shape: tuple[int, int], token: int = 0) -> Batch:
+        """This batch, or without utterances one of silence, ``shape`` [T, F] and a ``token``.
 
         A rank without an utterance runs the silence through the model, for it must make the same
         collective calls as the others. Everything but the tensors is that of the empty batch.
@@ -71,11 +71,11 @@ class Batch:
         if len(self):
             return self
         silence = Batch.blank(
-            self.features_BTF.new_zeros(1, 16, mels),
+            self.features_BTF.new_zeros(1, *shape),
             phonemes_BP=self.phonemes_BP.new_ones(1, 1),
             tokens_BU=self.tokens_BU.new_full((1, 1), token),
         )
-        origin = self.origin.or_silence(mels, token) if self.origin is not None else None
+        origin = self.origin.or_silence(shape, token) if self.origin is not None else None
         return dataclasses.replace(self, **silence._tensors(), origin=origin)
 
     def _tensors(self) -> dict[str, Tensor]:

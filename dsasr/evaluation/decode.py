@@ -21,7 +21,7 @@ from dsasr.evaluation.ctc_scoring import CtcScore
 from dsasr.evaluation.detokenizer import Detokenizer
 from dsasr.evaluation.hypothesis_scorer import HypothesisScorer
 from dsasr.model.dynamic_chunks import Chunk, chunk_of
-from dsasr.model.encoders.protocol import Encoder
+from dsasr.model.encoders.protocol import Encoder, silence_shape
 from dsasr.model.llm_forward import Continuation, packed_hidden
 from dsasr.model.speech_llm import SpeechLLM
 from dsasr.utils import ranges
@@ -200,7 +200,8 @@ def decode_nbest(
     model.eval()
     try:
         stepper = _Stepper(model)
-        logits = stepper.prefill(batch.or_silence(model.encoder.bins, model.pad_id), chunk)
+        spoken = batch.or_silence(silence_shape(model.encoder), model.pad_id)
+        logits = stepper.prefill(spoken, chunk)
         speech = stepper.speech
         scorer = HypothesisScorer.of(
             model, speech.log_probs_BSP, speech.log_prob_lengths_B, batch.langs

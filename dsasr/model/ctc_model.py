@@ -27,7 +27,7 @@ from dsasr.model.ctc import (
     posterior_entropy,
 )
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
-from dsasr.model.encoders.protocol import Encoder, EncoderOutput
+from dsasr.model.encoders.protocol import Encoder, EncoderOutput, silence_shape
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils import ranges
@@ -95,7 +95,7 @@ class CtcModel(nn.Module):
         generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        batch = batch.or_silence(self.encoder.bins)
+        batch = batch.or_silence(silence_shape(self.encoder))
         views_XTF, chunk = [batch.features_BTF], None
         self._lora_dropouts.train(self.training)
         if self.training:

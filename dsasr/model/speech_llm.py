@@ -25,7 +25,7 @@ from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptors.protocol import Adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
-from dsasr.model.encoders.protocol import Encoder, EncoderOutput
+from dsasr.model.encoders.protocol import Encoder, EncoderOutput, silence_shape
 from dsasr.model.llm import FusedLmHead, LlmConfig
 from dsasr.model.llm_forward import packed_hidden
 from dsasr.model.outputs import Outputs
@@ -151,8 +151,8 @@ class SpeechLLM(nn.Module):
         In training, seeds torch's global generators from the batch (see `seed_dropout`).
         """
         weight = 1.0 if len(batch) else 0.0
-        bins = self.encoder.bins if self.encoder is not None else 0
-        batch = batch.or_silence(bins, self.pad_id)
+        silence = (16, 0) if self.encoder is None else silence_shape(self.encoder)
+        batch = batch.or_silence(silence, self.pad_id)
         # From the host: a copy from the GPU would wait for all that is queued there.
         token_lengths_B = batch.host.token_lengths_B.cpu()
         self._set_modes()
@@ -265,7 +265,7 @@ class SpeechLLM(nn.Module):
         inputs, tokens_B = self.adaptor.read_units(batch.phonemes_BP, lengths_B)
         if self.training and any(map(_trainable, filter(None, (self.encoder, self.ctc)))):
             # Every trainable part must have a gradient, or ZeRO's ranks wait for one another.
-            silence = batch.blank(inputs.new_zeros(1, 16, self.encoder.bins))
+            silence = batch.blank(inputs.new_zeros(1, *silence_shape(self.encoder)))
             unused = self._read(self.encode(silence), silence).frames_BSE
             inputs = inputs + 0.0 * unused.sum()
         return SpeechInput(inputs, tokens_B)

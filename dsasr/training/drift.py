@@ -18,6 +18,7 @@ from dsasr.checkpoint.tensor_fragments import Fragment, FragmentReader, PrefixRe
 from dsasr.data.batch import Batch
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.entropy_allocation.cka import LayerCka
+from dsasr.model.encoders.protocol import silence_shape
 from dsasr.stages import DriftConfig
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
@@ -102,7 +103,7 @@ class DriftMonitor:
         with branch.evaluating() as module:
             for batch in self.probe_batches:
                 # A rank without an utterance must still make the collective calls.
-                inputs = batch.or_silence(module.encoder.bins).to(distributed.device())
+                inputs = batch.or_silence(silence_shape(module.encoder)).to(distributed.device())
                 out = module.encoder(
                     inputs.features_BTF, inputs.feature_lengths_B, layers=self.config.layers
                 )

@@ -8,7 +8,7 @@ import torch
 
 from dsasr.data.batch import Batch
 from dsasr.engine.branch_engine import BranchEngine
-from dsasr.model.encoders.protocol import valid_frames
+from dsasr.model.encoders.protocol import silence_shape, valid_frames
 from dsasr.utils import distributed
 
 
@@ -28,7 +28,7 @@ def measure(engine: BranchEngine, batches: Sequence[Batch]) -> bool:
     )
     with engine.evaluating() as module:
         for batch in batches:
-            spoken = batch.or_silence(module.encoder.bins).to(distributed.device())
+            spoken = batch.or_silence(silence_shape(module.encoder)).to(distributed.device())
             output = module.encoder(spoken.features_BTF, spoken.feature_lengths_B)
             if not len(batch):
                 continue

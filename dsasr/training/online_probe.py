@@ -45,6 +45,7 @@ from dsasr.entropy_allocation.cka import cka
 from dsasr.entropy_allocation.frame_labels import AlignedUtterance, UtteranceLabels
 from dsasr.entropy_allocation.nse import nse
 from dsasr.entropy_allocation.pai_csai import VInformationConfig, csai, pai
+from dsasr.model.encoders.protocol import silence_shape
 from dsasr.model.outputs import add_sums
 from dsasr.recipe import OnlineProbeConfig
 from dsasr.stages import StageConfig
@@ -295,7 +296,7 @@ class OnlineProbe:
 
 def _encode(module, batch: Batch):
     """The encoder's output; collective, also for a rank whose batch has no utterance."""
-    nonempty = batch.or_silence(module.encoder.bins).to(distributed.device())
+    nonempty = batch.or_silence(silence_shape(module.encoder)).to(distributed.device())
     return module.encoder(nonempty.features_BTF, nonempty.feature_lengths_B)
 
 

@@ -51,6 +51,13 @@ class Encoder(Protocol):
     ) -> EncoderOutput: ...
 
 
+def silence_shape(encoder: Encoder) -> tuple[int, int]:
+    """[T, F] of a short silence that gives the encoder a frame: an input for no utterance at all."""
+    front_end = encoder.front_end
+    shortest = 1 if front_end is None else front_end.frames(front_end.window)
+    return max(shortest, 16), encoder.bins
+
+
 def valid_frames(lengths_B: Tensor, frames: int) -> Tensor:
     """Bool [B, frames], True where an utterance has a frame."""
     return torch.arange(frames, device=lengths_B.device) < lengths_B.unsqueeze(1)
