@@ -205,6 +205,12 @@ class Recipe:
                 "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of a pretrained "
                 "encoder"
             )
+        trains_head = self.schedule().pretrain or any("ctc" in s.trains for s in self.stages)
+        if self.model.adaptor.reads_ctc and not trains_head and "head" not in self.init_parts:
+            raise UserError(
+                "model.adaptor.kind=ctc reads a CTC head that nothing trains: give a stage of "
+                "branch pretrain, or model.init_from=MODEL with one in its model.init_parts"
+            )
 
     def _check_sizes(self) -> None:
         """Settings of several sections that must agree."""
@@ -235,10 +241,12 @@ class Recipe:
     def check_frames_per_token(self, stage: StageConfig, per_token: int) -> None:
         """Raise `UserError` unless the stage's token budget counts speech as the model does."""
         counted = self.dataloader(stage)[0].batch.frames_per_token
+        where = f"stages.{stage.name}" if stage.batch else "data.dataloader"
+        key = f"{where}.batch.frames_per_token"
         if counted != per_token:
             raise UserError(
                 f"stage '{stage.name}' counts speech at one token for {counted} frames, the model "
-                f"at {per_token}: give batch.frames_per_token={per_token}"
+                f"at {per_token}: give {key}={per_token}"
             )
 
     def _check_lora(self) -> None:

@@ -81,6 +81,19 @@ def test_scores_of_a_language_rank_checkpoints():
     assert recipe.load("demo", ["checkpoint.best=wer/en"]).checkpoint.best == "wer/en"
 
 
+def test_an_adaptor_that_reads_a_head_which_nothing_trains_is_refused():
+    sft = "stages=[{name: align, branch: sft, trains: {PARTS}, steps: 3}]"
+    reads = ["model.adaptor={kind: ctc}", "model.encoder={path: whisper}",
+             "evaluation.decode.ctc_weight=0", "data.phonemizer.kind=characters"]  # fmt: skip
+    alone = sft.replace("PARTS", "adaptor: 1.0e-3")
+    with pytest.raises(UserError, match=r"a CTC head that nothing trains.*init_from=MODEL"):
+        recipe.load("demo", [alone, *reads])
+    recipe.load("demo", [sft.replace("PARTS", "adaptor: 1.0e-3, ctc: 1.0e-3"), *reads])
+    recipe.load("demo", [alone, *reads, "model.init_from=x"])
+    with pytest.raises(UserError, match="a CTC head that nothing trains"):
+        recipe.load("demo", [alone, *reads, "model.init_from=x", "model.init_parts=[encoder]"])
+
+
 def test_a_branch_without_an_encoder_is_refused():
     sft_only = "stages=[{name: align, branch: sft, trains: {adaptor: 1.0e-3}, steps: 3}]"
     without_head = [sft_only, "evaluation.decode.ctc_weight=0"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.checkpoint.tensor_fragments import file_digest
+from dsasr.model.encoders.pretrained import PREPROCESSOR
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write
 
@@ -94,7 +95,8 @@ def original_or_copy(path: str, copies: Mapping[str, Path]) -> str:
 def copy_without_weights(folder: Path, target: Path) -> None:
     """Copy what a model is built from (settings, tokenizer, CMVN, phonemes) to the new folder
     ``target``."""
-    names = [CMVN, PHONEMES, f"{ENCODER}/config.json", f"{LLM}/config.json"]
+    names = [CMVN, PHONEMES, f"{LLM}/config.json"]
+    names += [f"{ENCODER}/{name}" for name in ("config.json", PREPROCESSOR)]
     names += [f"{LLM}/{name}" for name in LLM_FILES]
     with atomic_folder(target) as staging:
         for name in names:

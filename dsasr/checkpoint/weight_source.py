@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.tokenizers import load_tokenizer, vocabulary_fingerprint
 from dsasr.model import lora
+from dsasr.model.encoders.pretrained import PretrainedEncoderConfig
 from dsasr.model.hf_weights import TensorFiles
 from dsasr.utils.errors import UserError
 
@@ -243,9 +244,12 @@ def _export_settings(folder: Path) -> dict[str, Any]:
         data["cmvn"] = str(folder / export_folder.CMVN)
     if (folder / export_folder.PHONEMES).is_file():
         data["phonemes"] = str(folder / export_folder.PHONEMES)
+    data |= {name: values[name] for name in ("text", "phonemizer") if values.get(name)}
     model = {"encoder": encoder, "adaptor": values.get("adaptor") or {}}
     model["llm"] = {"path": str(folder / export_folder.LLM)}
-    return {"data": data, "model": model}
+    model |= {"prompt": values.get("template", ""), "languages": values.get("languages") or {}}
+    model["pretrain"] = {"head": values.get("head") or {}}
+    return {"data": data, "model": model, "evaluation": {"decode": values.get("decode") or {}}}
 
 
 def _manifest_settings(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,7 +290,8 @@ def complete_recipe(
     """A recipe's plain ``values``; what they leave out of ``parts`` is taken from ``settings``.
 
     encoder: its sizes, the features and their CMVN; adaptor: its sizes; llm: its folder and
-    tokenizer; head: the phonemes. An empty string counts as left out.
+    tokenizer, the prompt, the form of transcripts and decoding; head: its sizes, the phonemes and
+    where they come from. An empty string counts as left out.
     """
     model, data = (
         value if isinstance(value := settings.get(name), Mapping) else {}
@@ -302,17 +307,39 @@ def complete_recipe(
     own_llm = own_model.get("llm") or {}
     if "llm" in parts and not own_llm.get("path") and (model.get("llm") or {}).get("path"):
         from_source["model"]["llm"] = {"path": model["llm"]["path"]}
-        from_source["model"] |= {k: model[k] for k in ("tokenizer",) if model.get(k)}
+        kept = ("tokenizer", "prompt", "languages")
+        from_source["model"] |= {k: model[k] for k in kept if model.get(k)}
+        from_source["data"] |= {k: data[k] for k in ("text",) if data.get(k)}
+        if decode := _decoding(settings):
+            from_source["evaluation"] = {"decode": decode}
     if "head" in parts and data.get("phonemes"):
-        from_source["data"]["phonemes"] = data["phonemes"]
+        from_source["data"] |= {k: data[k] for k in ("phonemes", "phonemizer") if data.get(k)}
+        head = (model.get("pretrain") or {}).get("head")
+        from_source["model"] |= {"pretrain": {"head": head}} if head else {}
     return config.merge(from_source, _without_empty(values, from_source))
 
 
+def _decoding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A source's ``evaluation.decode``; the CTC head's weight in it only if its adaptor reads CTC,
+    for a run may have no other head."""
+    decode = dict((settings.get("evaluation") or {}).get("decode") or {})
+    if ((settings.get("model") or {}).get("adaptor") or {}).get("kind") != "ctc":
+        decode.pop("ctc_weight", None)
+    return decode
+
+
 def _same_kind(own: Any, theirs: Any) -> bool:
-    """Whether two encoder settings are both of a Conformer or both of a pretrained one."""
+    """Whether two encoder settings are both of a Conformer or both of a pretrained one.
+
+    Settings without ``path`` that a pretrained encoder has too may be of either kind.
+    """
     if not isinstance(theirs, Mapping) or not theirs:
         return False
-    return not own or (isinstance(own, Mapping) and ("path" in own) == ("path" in theirs))
+    if not own or not isinstance(own, Mapping):
+        return not own
+    if "path" in theirs and "path" not in own:
+        return set(own) <= {item.name for item in fields(PretrainedEncoderConfig)}
+    return ("path" in own) == ("path" in theirs)
 
 
 def _without_empty(values: Mapping[str, Any], from_source: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dsasr.model.encoders.conformer import Block
+from dsasr.model.encoders.pretrained import PretrainedEncoder
 
 
 def leaf_modules(module: nn.Module) -> list[nn.Module]:
@@ -18,6 +19,8 @@ def leaf_modules(module: nn.Module) -> list[nn.Module]:
     names = {Block.__name__}
     for child in module.modules():
         names |= set(getattr(child, "_no_split_modules", None) or ())
+        if isinstance(child, PretrainedEncoder):  # transformers has not named all families' blocks
+            names |= {type(block).__name__ for block in child.blocks}
     return [child for child in module.modules() if type(child).__name__ in names]
 
 

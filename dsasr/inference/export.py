@@ -132,6 +132,8 @@ def _write_model(
         adaptor=recipe.model.adaptor,
         prompt=PromptIds(tuple(prefix), tuple(suffix)),
         hinted=builder.hinted_prompts,
+        template=recipe.model.prompt,
+        languages=recipe.model.languages,
         fbank=recipe.data.fbank,
         decode=recipe.evaluation.decode,
         text=recipe.data.text,

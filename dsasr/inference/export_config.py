@@ -30,6 +30,8 @@ class ExportConfig:
     adaptor: AdaptorConfig
     prompt: PromptIds
     hinted: dict[str, PromptIds] = field(default_factory=dict)  # prompts that name a language
+    template: str = ""  # the recipe's model.prompt, for a training that starts here
+    languages: dict[str, str] = field(default_factory=dict)  # its model.languages
     fbank: FbankConfig = field(default_factory=FbankConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     text: TextConfig = field(default_factory=TextConfig)  # form of the transcripts

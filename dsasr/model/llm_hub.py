@@ -47,9 +47,10 @@ def find_model(path: str, key: str = "model.llm.path") -> Path:
     if (folder / "config.json").is_file():
         return folder
     if not is_hub_name(path):
+        example = "openai/whisper-large-v3" if "encoder" in key else "Qwen/Qwen3-1.7B"
         raise UserError(
             f"{key}: there is no {folder}/config.json; give a Hugging Face folder or a hub"
-            " name, such as Qwen/Qwen3-1.7B"
+            f" name, such as {example}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

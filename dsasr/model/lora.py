@@ -85,7 +85,11 @@ def targeted(model: PreTrainedModel | Encoder, cfg: LoraConfig) -> dict[str, nn.
     key, what = ("model.encoder_lora", "encoder") if encoder else ("model.lora", "language model")
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     if not kinds:
-        raise UserError(f"{key}: the {what} has no linear layer to adapt")
+        instead = "encoder" if encoder else "llm"
+        raise UserError(
+            f"{key}: the {what} has no linear layer to adapt; give {key}=null and stages that "
+            f"train '{instead}' whole"
+        )
     for target in cfg.targets:
         if target not in kinds:
             raise UserError(

@@ -97,13 +97,14 @@ def input_scale(llm: PreTrainedModel) -> float:
 
     The base model runs up to its first layer, once from token ids and once from the same tokens'
     embeddings. Only its structure counts: weights are replaced by random ones meanwhile, so it may
-    be partitioned, or on the meta device but for its buffers (with those there, too, it counts as
-    1). Raises `UserError` for a model that takes more from token ids than an embedding, such as
-    embeddings for each layer.
+    be partitioned, or on the meta device but for its buffers. Counts as 1 where those are there
+    too, or under ``torch.device("meta")``. Raises `UserError` for a model that takes more from
+    token ids than an embedding, such as embeddings for each layer.
     """
     embeddings, kind = llm.get_input_embeddings(), llm.config.model_type
     generator = torch.Generator().manual_seed(0)
-    if any(buffer.is_meta for buffer in llm.base_model.buffers()):
+    on_meta = torch.get_default_device().type == "meta"
+    if on_meta or any(buffer.is_meta for buffer in llm.base_model.buffers()):
         return 1.0
     rows, width = full_shape(embeddings.weight)
     pad = llm.config.get_text_config().pad_token_id  # some families count positions without it

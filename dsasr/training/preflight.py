@@ -13,7 +13,9 @@ import torch
 from dsasr.build import Builder
 from dsasr.data.dataloader.bucketing import BatchConfig
 from dsasr.data.dataloader.dataloader import build_dataset_parts
+from dsasr.data.dataloader.text_dataloader import load_text
 from dsasr.data.shards.storage import ShardReadError, ShardStorage
+from dsasr.data.text.ctc_noise import Confusions
 from dsasr.data.text.prompt import describe
 from dsasr.data.text.tokenizers import (
     Tokenizer,
@@ -35,6 +37,8 @@ from dsasr.training import resume
 from dsasr.utils.columns import WIDTH
 from dsasr.utils.errors import UserError
 from dsasr.utils.troubleshooting import see
+
+LONGEST_TOKEN = 0.4  # seconds of speech in one embedding; recipes of the field have 0.08 to 0.24
 
 
 def headline(builder: Builder) -> str:
@@ -197,6 +201,17 @@ def _check_encoder(builder: Builder) -> None:
                 f"model.{branch}.chunks: {model.encoder.path} sees whole utterances only; give "
                 f"model.{branch}.chunks=null"
             )
+    if builder.recipe.evaluation.decode.chunk_ms and not builder.encoder_shape.takes_chunks:
+        raise UserError(
+            f"evaluation.decode.chunk_ms: {model.encoder.path} sees whole utterances only; give "
+            "evaluation.decode.chunk_ms=0"
+        )
+    longest = builder.front_end.max_seconds
+    if model.encoder.pad_to > longest:
+        raise UserError(
+            f"model.encoder.pad_to={model.encoder.pad_to:g}: {model.encoder.path} reads "
+            f"{longest:g} s at most; give model.encoder.pad_to={longest:g}"
+        )
     if builder.front_end.bins == 1 and model.pretrain.spec is not None:
         raise UserError(
             f"model.pretrain.spec: {model.encoder.path} reads waves, which SpecAugment does "
@@ -214,6 +229,14 @@ def _check_encoder(builder: Builder) -> None:
 def _check_adaptor(builder: Builder) -> None:
     """The adaptor must fit the language model, and one that reads CTC has units."""
     cfg = builder.recipe.model.adaptor
+    seconds = builder.frame_seconds * (cfg.frames_per_token or 0)
+    if seconds > LONGEST_TOKEN:
+        stack = max(1, round(0.16 / builder.frame_seconds)) * (cfg.stack // cfg.frames_per_token)
+        raise UserError(
+            f"model.adaptor.stack={cfg.stack}: at this encoder's "
+            f"{1 / builder.frame_seconds:g} frames a second the language model gets one embedding "
+            f"for {seconds:.2f} s of speech, which is too coarse; give model.adaptor.stack={stack}"
+        )
     units = len(builder.phonemes) if cfg.reads_ctc else 0
     width = read_llm_config(builder.llm_folder).get_text_config().hidden_size
     with torch.device("meta"):
@@ -239,7 +262,6 @@ def _check_text_only(builder: Builder, stages: Sequence[StageConfig]) -> None:
         return
     if builder.recipe.data.text_only is None:
         raise UserError(f"stage '{mixed[0]}' has a text_share: give data.text_only.path")
-    _ = builder.recipe.data.text_only.files()
     if not (adaptor.reads_ctc and adaptor.merge):
         raise UserError(
             f"stage '{mixed[0]}' has a text_share: give model.adaptor.kind=ctc with merge=true"
@@ -249,6 +271,9 @@ def _check_text_only(builder: Builder, stages: Sequence[StageConfig]) -> None:
             f"stage '{mixed[0]}' has a text_share, but data.phonemizer reads phonemes from the "
             "shards: give a kind that makes them from text"
         )
+    load_text(builder.recipe.data.text_only)
+    if confusions := builder.recipe.data.text_only.confusions:
+        Confusions.load(confusions, builder.phonemes.symbols)
 
 
 def _check_tokenizer(builder: Builder) -> None:

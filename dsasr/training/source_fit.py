@@ -42,6 +42,13 @@ class SourceFit:
                 raise UserError(f"it has no part '{part}', only {has}{self._without(part)}")
         if not self.parts and not self.named:
             raise UserError("it has no part of this recipe's model")
+        trained = any("ctc" in s.trains or s.branch == "pretrain" for s in recipe.stages)
+        read = recipe.model.adaptor.reads_ctc and key == "init_from"
+        if read and not trained and "head" not in self.parts:
+            raise UserError(
+                "it has no CTC head, which model.adaptor.kind=ctc reads and no stage trains: give "
+                "a stage of branch pretrain"
+            )
 
     def weight_names(self) -> set[str]:
         """The names of the weights to load."""
@@ -75,6 +82,17 @@ class SourceFit:
         ours, theirs = (self._names(part, s) for s in (self.shapes, self.source.shapes))
         common = self._common(part)
         missing = [name for name in ours if name not in self.source.shapes]
+        unused = [name for name in theirs if name not in self.shapes]
+        # The lower blocks of an encoder are an encoder, but half of a head is none.
+        if unused and part in ("head", "adaptor"):
+            raise UserError(
+                f"its {part} has '{unused[0]}', which this model's has not: {self._fix(part)}"
+                f"{self._without(part)}"
+            )
+        if missing and part == "head" and common:
+            raise UserError(
+                f"its head has no '{missing[0]}': {self._fix(part)}{self._without(part)}"
+            )
         if not common:
             raise UserError(
                 f"its {part} has '{theirs[0]}', this model's '{ours[0]}', and no name in common: "
@@ -95,6 +113,10 @@ class SourceFit:
     def _fix(self, part: str, name: str = "") -> str:
         """What a part that does not fit is, and the setting that would make it fit."""
         if part == "head":
+            theirs = self.source.setting("model", "pretrain", "head")
+            differ = architecture.differing("pretrain.head", theirs, self.model["pretrain"]["head"])
+            if differ:
+                return f"another architecture; give {' '.join(differ)}"
             return "another vocabulary; give the data.phonemes that it was trained with"
         if part == "llm" and name and self.source.shapes[name][1:] == self.shapes[name][1:]:
             return "another vocabulary; give the tokenizer and language model of its training"

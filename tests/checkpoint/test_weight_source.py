@@ -101,10 +101,40 @@ def test_a_part_brings_the_settings_that_a_recipe_leaves_out():
     assert completed["data"] == {"fbank": {"mels": 40}, "cmvn": "my/cmvn.json"}
     # Another language model does not get their tokenizer, nor a part that is not taken its sizes.
     assert completed["model"] == {"encoder": {"width": 64, "heads": 4}, "llm": {"path": "my/lm"}}
+    # Settings that both kinds have belong to theirs.
+    theirs = {"model": {"encoder": {"path": "whisper", "layers": 4}}}
+    dropped = {"model": {"encoder": {"dropout": 0.1}}}
+    found = weight_source.complete_recipe(dropped, theirs, ("encoder",))["model"]["encoder"]
+    assert found == {"path": "whisper", "layers": 4, "dropout": 0.1}
+    sized = {"model": {"encoder": {"width": 8}}}
+    assert weight_source.complete_recipe(sized, theirs, ("encoder",))["model"] == sized["model"]
     # A pretrained encoder has no sizes of a Conformer.
     other = {"model": {"encoder": {"path": "whisper"}, "llm": {"path": "my/lm"}}}
     assert weight_source.complete_recipe(other, SETTINGS, ("encoder",)) == {**other, "data": {}}
     assert weight_source.complete_recipe(own, {}, weight_source.PARTS) == own
+
+
+def test_the_llm_brings_its_prompt_and_the_head_its_units():
+    data = {"phonemes": "p.json", "phonemizer": {"kind": "characters"}, "text": {"case": "lower"}}
+    model = {
+        "llm": {"path": "lm"}, "prompt": "<a><speech>", "languages": {"en": "English"},
+        "adaptor": {"kind": "ctc"}, "pretrain": {"head": {"layers": 3}, "spec": None},
+    }  # fmt: skip
+    decode = {"beam": 8, "ctc_weight": 0.5}
+    settings = {"data": data, "model": model, "evaluation": {"decode": decode}}
+    own = {"model": {"pretrain": {"chunks": None}}, "evaluation": {"decode": {"beam": 2}}}
+    whole = weight_source.complete_recipe(own, settings, weight_source.PARTS)
+    assert whole["data"] == data and whole["evaluation"]["decode"] == decode | {"beam": 2}
+    assert whole["model"]["pretrain"] == {"head": {"layers": 3}, "chunks": None}
+    assert whole["model"]["prompt"] == "<a><speech>"
+    assert whole["model"]["languages"] == {"en": "English"}
+    # Without their language model neither, and a head that the adaptor does not read stays behind.
+    own_llm = {"model": {"llm": {"path": "mine"}}}
+    other = weight_source.complete_recipe(own_llm, settings, weight_source.PARTS)
+    assert "prompt" not in other["model"] and "text" not in other["data"]
+    model["adaptor"] = {"kind": "mlp"}
+    whole = weight_source.complete_recipe({}, settings, weight_source.PARTS)
+    assert whole["evaluation"]["decode"] == {"beam": 8}
 
 
 def test_an_exports_paths_are_its_own_folders(tmp_path):

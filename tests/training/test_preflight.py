@@ -107,6 +107,39 @@ def test_chunks_of_an_encoder_that_sees_all(tiny, whisper):
         message = refusal(load(tiny, whisper, f"model.{branch}.chunks={{}}"))
         assert f"model.{branch}.chunks" in message and "whole utterances only" in message
 
+    message = refusal(load(tiny, whisper, "evaluation.decode.chunk_ms=640"))
+    assert "evaluation.decode.chunk_ms=0" in message and "whole utterances only" in message
+
+
+def test_padding_beyond_the_encoders_positions(tiny, whisper):
+    encoder = f"model.encoder={{path: {whisper}, pad_to: 2}}"
+    message = refusal(load(tiny, whisper, encoder))
+    assert "reads 0.8 s at most; give model.encoder.pad_to=0.8" in message
+
+
+def test_an_embedding_of_too_much_speech(tiny, whisper):
+    message = refusal(load(tiny, whisper, "model.adaptor.stack=24"))
+    assert "50 frames a second" in message and "one embedding for 0.48 s" in message
+    assert message.endswith("give model.adaptor.stack=8")
+
+
+def test_text_and_confusions_that_cannot_be_read(tiny, tmp_path):
+    text, confusions = tmp_path / "text.jsonl", tmp_path / "confusions.json"
+    confusions.write_text("{}")
+    stage = "{name: read, branch: sft, trains: {adaptor: 1.0e-3}, steps: 2, text_share: 1.0}"
+    head = "{name: head, branch: pretrain, trains: {ctc: 1.0e-3}, steps: 2}"
+    asked = [f"stages=[{head}, {stage}]", "model.adaptor={kind: ctc}",
+             "data.phonemizer.kind=characters"]  # fmt: skip
+
+    def told(content: str, extra: str = "") -> str:
+        text.write_text(content)
+        only = f"data.text_only={{path: {text}, lang: en{extra}}}"
+        return refusal(recipe.load(str(tiny), [*asked, only]))
+
+    assert "text.jsonl:2: not a JSON object" in told('{"text": "a"}\n{"text": 5}\n')
+    assert "no sentence of a usable length" in told("\n")
+    assert "is no such file" in told('{"text": "a"}\n', f", confusions: {confusions}")
+
 
 def test_a_hub_name_without_a_network(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -65,6 +65,8 @@ def other_epsilon(tiny: Path, folder: Path) -> str:
         ("model", "data.fbank={shift_ms: 12.5}", r"other settings.*data\.fbank\.shift_ms=10\.0"),
         ("run", "model.adaptor.activation=silu", r"model\.adaptor\.activation=gelu"),
         ("run", "model.adaptor={stack: 2, hidden: 16}", r"adaptor\.weight1.*adaptor\.stack=4"),
+        ("run", "model.pretrain.head.layers=1",
+         r"its head has no 'ctc\.\S+': .*give model\.pretrain\.head\.layers=0;"),
         ("run", more_phonemes, r"'ctc\.\S+' is \[\d+.*\] there.*; give the data\.phonemes"),
         ("run", other_phonemes, r"head was trained with another vocabulary.*as data\.phonemes"),
         ("run", other_tokens, r"llm was trained with another vocabulary.*as model\.tokenizer"),
@@ -90,6 +92,22 @@ def test_what_does_not_fit_is_one_line_before_training(
     if "init_parts=[head, adaptor" in words:
         parts = "model.init_parts=[head, adaptor, llm]"
         trainer_of(tmp_path / "run", f"model.init_from={folder}", override, parts).close()
+
+
+def test_a_head_of_more_layers_is_refused(tiny, source, tmp_path, trainer_of):
+    deep = "model.pretrain.head.layers=1"
+    trainer = trainer_of(tmp_path / "deep", deep)
+    for branch in trainer.recipe.branches:
+        trainer.branches.get(branch)
+    assert trainer.save()
+    given = f"model.init_from={tmp_path / 'deep'}"
+    words = (
+        r"its head has 'ctc\.\S+', which this model's has not: .*model\.pretrain\.head\.layers=1"
+    )
+    with pytest.raises(UserError, match=words):
+        trainer_of(tmp_path / "run", given, "model.pretrain.head.layers=0")
+    # Left out, the settings are the source's.
+    assert trainer_of(tmp_path / "run", given).builder.recipe.model.pretrain.head.layers == 1
 
 
 @pytest.mark.parametrize(

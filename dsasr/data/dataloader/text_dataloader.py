@@ -101,9 +101,12 @@ def _read(file: Path) -> Iterator[tuple[str, str]]:
             continue
         try:
             values = json.loads(line) if line.strip() else {"text": ""}
-            yield values["text"], values.get("lang", "")
+            text, lang = values["text"], values.get("lang", "")
+            if not isinstance(text, str) or not isinstance(lang, str):
+                raise TypeError
+            yield text, lang
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{file}:{number}: not a JSON object with 'text'") from None
+            raise UserError(f"{file}:{number}: not a JSON object with a string 'text'") from None
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, str]]:

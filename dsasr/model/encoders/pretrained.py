@@ -176,17 +176,28 @@ class PretrainedEncoder(nn.Module, ABC):
             features = nn.functional.pad(features, (0, 0, 0, missing), value=self._silence())
         valid_BT = valid_frames(lengths_B, features.shape[1]).unsqueeze(2)
         features = torch.where(valid_BT, features, self._silence(features, lengths_B))
-        seen_B = torch.full_like(lengths_B, features.shape[1]) if self.cfg.pad_to else lengths_B
+        seen_B = lengths_B
+        if self.cfg.pad_to:
+            # Beyond it, where a longer utterance of the batch has frames, there is no silence.
+            seen_B = lengths_B.clamp_min(steps)
+            seen_BT1 = valid_frames(seen_B, features.shape[1]).unsqueeze(2)
+            features = features.masked_fill(~seen_BT1, 0.0)
         out_lengths_B = self.output_lengths(lengths_B)
-        with self._recorded(layers or self.layer_weights is not None) as outputs:
+        with self._recorded(layers or self.layer_weights is not None) as recorded:
             frames = self._encode(features, seen_B, self.output_lengths(seen_B))
+        longest = int(self.output_lengths(torch.tensor(features_BTF.shape[1])))
+        outputs = [self._pool(x)[:, :longest] for x in recorded]
         if self.layer_weights is not None:
             shares = self.layer_weights.softmax(0).to(frames.dtype)
             frames = sum(share * x for share, x in zip(shares, outputs, strict=True))
-        frames = frames[:, : int(self.output_lengths(torch.tensor(features_BTF.shape[1])))]
+        frames = frames[:, :longest]
         valid_BS1 = valid_frames(out_lengths_B, frames.shape[1]).unsqueeze(2)
         frames = frames.masked_fill(~valid_BS1, 0.0)
         return EncoderOutput(frames, out_lengths_B, tuple(outputs) if layers else ())
+
+    def _pool(self, x_BSE: Tensor) -> Tensor:
+        """A block's output at the rate of the encoder's frames."""
+        return x_BSE
 
     def _silence(self, features: Tensor | None = None, lengths_B: Tensor | None = None):
         """What stands where no audio is: a number, or a tensor that broadcasts to [B, T, F]."""

@@ -52,7 +52,7 @@ class Encoder(Protocol):
 
 
 def silence_shape(encoder: Encoder) -> tuple[int, int]:
-    """[T, F] of a short silence that gives the encoder a frame: an input for no utterance at all."""
+    """[T, F] of a short silence that gives the encoder a frame: the input where no speech is."""
     front_end = encoder.front_end
     shortest = 1 if front_end is None else front_end.frames(front_end.window)
     return max(shortest, 16), encoder.bins

@@ -89,10 +89,7 @@ class WhisperEncoder(PretrainedEncoder):
         for block in self.blocks:
             x = block(x, mask)
             x = x[0] if isinstance(x, tuple) else x
-        return self._finish(x)
-
-    def _finish(self, x_BSE: Tensor) -> Tensor:
-        return self.model.layer_norm(x_BSE)
+        return self.model.layer_norm(self._pool(x))
 
 
 class PooledWhisperEncoder(WhisperEncoder):
@@ -104,7 +101,7 @@ class PooledWhisperEncoder(WhisperEncoder):
         # A last frame without a partner is left out, but for the only one.
         return ((lengths_B + 1) // 2 // 2).clamp_min(1)
 
-    def _finish(self, x_BSE: Tensor) -> Tensor:
-        if x_BSE.shape[1] > 1:
-            x_BSE = self.model.avg_pooler(x_BSE.transpose(1, 2)).transpose(1, 2)
-        return self.model.layer_norm(x_BSE)
+    def _pool(self, x_BSE: Tensor) -> Tensor:
+        if x_BSE.shape[1] == 1:
+            return x_BSE
+        return self.model.avg_pooler(x_BSE.transpose(1, 2)).transpose(1, 2)

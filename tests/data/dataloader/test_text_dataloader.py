@@ -144,7 +144,7 @@ def test_jsonl_and_mistakes(tmp_path):
         ("c", "de", 2),
     ]
     (tmp_path / "b.jsonl").write_text('{"sentence": "ab"}\n')
-    with pytest.raises(UserError, match=r"b\.jsonl:1: not a JSON object with 'text'"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: not a JSON object with a string 'text'"):
         load_text(TextOnlyConfig(path=str(tmp_path / "b.jsonl")))
     with pytest.raises(UserError, match="there is no"):
         load_text(TextOnlyConfig(path=str(tmp_path / "nothing*")))

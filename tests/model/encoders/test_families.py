@@ -18,7 +18,7 @@ from dsasr.model.encoders.pretrained import (
     family_of,
     read_settings,
 )
-from dsasr.model.encoders.protocol import Encoder
+from dsasr.model.encoders.protocol import Encoder, silence_shape
 from dsasr.utils.errors import UserError
 
 
@@ -125,6 +125,24 @@ def test_batch_mates_do_not_matter_in_value_or_gradient(family, make):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+def test_the_silence_in_place_of_no_speech_gives_a_frame(family, make):
+    encoder = make(family).eval()
+    frames, bins = silence_shape(encoder)
+    out = encoder(torch.zeros(1, frames, bins), torch.tensor([frames]))
+    assert int(out.lengths_B) >= 1 and out.frames_BSE.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["whisper", "qwen2_audio_encoder"])
+def test_padded_to_less_than_a_batch_mate_has(name, make):
+    encoder = make(name, pad_to=1.0).eval()
+    short, long = features(encoder, [60, 150])
+    alone = encoder(short[None], torch.tensor([60])).frames_BSE[0]
+    both = encoder(pad_sequence([short, long], True), torch.tensor([60, 150])).frames_BSE
+    torch.testing.assert_close(both[0, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+    own = encoder(long[None], torch.tensor([150])).frames_BSE[0]
+    torch.testing.assert_close(both[1, : len(own)], own, atol=1e-5, rtol=1e-5)
+
+
 def test_layers_are_dropped_shown_and_summed(family, make):
     whole = make(family).eval()
     rows = features(whole, lengths_for(whole)[:2])
@@ -136,6 +154,7 @@ def test_layers_are_dropped_shown_and_summed(family, make):
     summed = make(family, layer_sum=True).eval()
     out = summed(batch, lengths)
     mean = sum(summed(batch, lengths, layers=True).layers) / 3
+    assert out.frames_BSE.shape[1] == mean.shape[1]  # at one rate, of an encoder that pools too
     frames = int(out.lengths_B[0])
     torch.testing.assert_close(out.frames_BSE[0, :frames], mean[0, :frames], atol=1e-5, rtol=1e-4)
     out.frames_BSE.square().sum().backward()
