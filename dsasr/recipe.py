@@ -14,6 +14,7 @@ from dsasr.checkpoint.manager import CheckpointConfig
 from dsasr.checkpoint.snapshot_store import SnapshotStoreConfig
 from dsasr.checkpoint.weight_source import PARTS as PARTS_IN_FILES
 from dsasr.config import nearest
+from dsasr.data.audio.features import FbankConfig
 from dsasr.data.config import DataConfig
 from dsasr.data.dataloader.dataloader import DataLoaderConfig, DatasetConfig
 from dsasr.data.text.prompt import check_languages, check_template
@@ -220,6 +221,11 @@ class Recipe:
             raise UserError(
                 f"data.fbank.mels is {mels}, model.encoder.mels {model.encoder.mels}: they must be "
                 "equal"
+            )
+        if self.pretrained_encoder is not None and self.data.fbank != FbankConfig():
+            raise UserError(
+                "data.fbank has no effect on a pretrained encoder, which has features of its own: "
+                "leave it out"
             )
         if best.partition("/")[0] not in SCORES:
             raise UserError(

@@ -36,6 +36,12 @@ def is_run(path: Path) -> bool:
     return any((path / job / "recipe.yaml").is_file() for job in ("", "sft", "pretrain"))
 
 
+def recognizer_folder(run: Path) -> Path:
+    """``run``, or of a run of two jobs the folder of its sft job, which has the recognizer."""
+    own = (run / "recipe.yaml").is_file()
+    return run / "sft" if not own and (run / "sft" / "recipe.yaml").is_file() else run
+
+
 def run_folder(path: Path) -> Path:
     """The run folder that a checkpoint or a snapshot belongs to. Raises `UserError`."""
     for ancestor in (path, *path.resolve().parents[:3]):

@@ -113,14 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from dsasr.checkpoint.locate import recognizer_folder
     from dsasr.evaluation import results_text
     from dsasr.evaluation.eval_sets import longest_seconds, read_recordings
-    from dsasr.evaluation.results import compare
+    from dsasr.evaluation.results import compare, shared_clips
     from dsasr.evaluation.suite import RECORDINGS_ONLY, USUAL_CHANNELS, SuiteConfig
     from dsasr.inference.evaluated_model import EvaluatedModel
     from dsasr.tracking.run_log import is_finished
     from dsasr.utils.library_warnings import silence_library_warnings
 
+    args.run = recognizer_folder(args.run)
     if args.is_finished:
         return 0 if is_finished(args.run) else 1
     baseline = check(args)
@@ -161,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     if baseline is not None:
         tests = compare(baseline, results, rules)
-        print(f"against {args.against}: (this minus that)")
+        clips = len(shared_clips(baseline, results)[0].rows)
+        which = "" if clips == len(results.rows) else f", on the {clips:,} clips that both have"
+        print(f"against {args.against}{which}: (this minus that)")
         for line in results_text.format_comparison(tests):
             print(line)
         summary["against"] = {"run": str(args.against), "tests": tests}
@@ -245,6 +249,7 @@ def tune_run(
 def check(args: argparse.Namespace) -> Results | None:
     """Raise `UserError` for what would fail after decoding; the results of ``--against``."""
     from dsasr.checkpoint.export_folder import is_export
+    from dsasr.checkpoint.locate import recognizer_folder
     from dsasr.evaluation.normalize import check_rules, normalize
     from dsasr.evaluation.results import read_results
 
@@ -261,7 +266,8 @@ def check(args: argparse.Namespace) -> Results | None:
         raise UserError(f"--report is for runs: {args.run} is an exported model; give --out")
     if not args.against:
         return None
-    return read_results(args.against / TRANSCRIPTS if args.against.is_dir() else args.against)
+    against = recognizer_folder(args.against)
+    return read_results(against / TRANSCRIPTS if against.is_dir() else against)
 
 
 def write_report(args: argparse.Namespace, summary: dict) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsasr.cli.arguments import command_parser
-from dsasr.utils.errors import UserError
 
 DTYPES = ("as-trained", "float32", "bfloat16")
 
@@ -32,16 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     from dsasr.build import Builder
-    from dsasr.checkpoint.locate import open_run_checkpoint
+    from dsasr.checkpoint.locate import open_run_checkpoint, recognizer_folder
     from dsasr.inference.export import export_run
     from dsasr.inference.model_from_run import run_recipe
     from dsasr.utils.library_warnings import silence_library_warnings
 
     silence_library_warnings()
-    folders = [p for p in (args.run, args.run / "sft") if (p / "recipe.yaml").is_file()]
-    if not folders:
-        raise UserError(f"{args.run} is no run folder: it has no recipe.yaml")
-    recipe = run_recipe(folders[0], args.overrides)
+    recipe = run_recipe(recognizer_folder(args.run), args.overrides)
     reader = open_run_checkpoint(args.run, args.checkpoint)
     dtype = None if args.dtype == DTYPES[0] else getattr(torch, args.dtype)
     folder = export_run(Builder(recipe), reader, args.to, dtype, args.adapter)

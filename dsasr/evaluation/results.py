@@ -225,7 +225,7 @@ def read_results(path: Path) -> Results:
 
 
 def compare(a: Results, b: Results, rules: str = "standard") -> dict[str, dict[str, float]]:
-    """Paired tests of ``b`` against ``a`` by condition, on the same clips.
+    """Paired tests of ``b`` against ``a`` by condition, on the clips that both have.
 
     - Error rates: a bootstrap over utterances (`error_rate.paired_test`); ``difference`` is b's
       rate less a's.
@@ -235,9 +235,10 @@ def compare(a: Results, b: Results, rules: str = "standard") -> dict[str, dict[s
       other fields of `PairedTest`. Where neither wrote any text its interval is NaN, as in
       `Results.nonspeech_rates`.
 
-    The last row, `NONSPEECH`, is over all conditions of non-speech. Raises `UserError` where the
-    clips differ or keys repeat.
+    The last row, `NONSPEECH`, is over all conditions of non-speech. Raises `UserError` as
+    `shared_clips`.
     """
+    a, b = shared_clips(a, b)
     pairs_by_condition = _paired_rows(a, b)
     nonspeech = [
         pair for pairs in pairs_by_condition.values() for pair in pairs if pair[0].reference is None
@@ -270,20 +271,36 @@ def sign_test(losses: int, wins: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def _paired_rows(a: Results, b: Results) -> dict[str, list[tuple[Result, Result]]]:
-    """The rows of both for each clip, by condition in a's order."""
+def shared_clips(a: Results, b: Results) -> tuple[Results, Results]:
+    """Both with the clips alone that both have, in a's order.
+
+    Raises `UserError` where there are none, where keys repeat, and for a clip that is scored
+    against another reference in one of them.
+    """
     by_clip_a, by_clip_b = ({(r.key, r.condition): r for r in side.rows} for side in (a, b))
     if len(by_clip_a) < len(a.rows) or len(by_clip_b) < len(b.rows):
         raise UserError("two data sets hold the same keys: evaluate and compare them one by one")
-    if [(clip, r.reference) for clip, r in sorted(by_clip_a.items())] != [
-        (clip, r.reference) for clip, r in sorted(by_clip_b.items())
-    ]:
+    shared = [clip for clip in by_clip_a if clip in by_clip_b]
+    if not shared:
         raise UserError(
-            "the two systems were evaluated on other clips: evaluate both with the same options"
+            "the two systems were evaluated on other clips: evaluate both on the same data"
         )
+    for clip in shared:
+        if by_clip_a[clip].reference != by_clip_b[clip].reference:
+            raise UserError(
+                f"'{clip[0]}' has another reference in each of the two: evaluate both with the "
+                "same text form and rules"
+            )
+    sides = by_clip_a, by_clip_b
+    first, second = (Results([rows[clip] for clip in shared]) for rows in sides)
+    return first, second
+
+
+def _paired_rows(a: Results, b: Results) -> dict[str, list[tuple[Result, Result]]]:
+    """The rows of both for each clip, by condition in a's order."""
     pairs: dict[str, list[tuple[Result, Result]]] = {name: [] for name in a.conditions()}
-    for r in a.rows:
-        pairs[r.condition].append((r, by_clip_b[r.key, r.condition]))
+    for x, y in zip(a.rows, b.rows, strict=True):
+        pairs[x.condition].append((x, y))
     return pairs
 
 

@@ -79,8 +79,7 @@ def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     folder.
     """
     if not (folder / RECIPE).is_file():
-        hint = f"; give {folder / 'sft'}" if (folder / "sft" / RECIPE).is_file() else ""
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml{hint}")
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
     values = stored_recipe.read(folder)
     run = folder if values.get("branch", "both") == "both" else folder.resolve().parent
     return config.build(Recipe, config.override({**values, "run": str(run)}, overrides))

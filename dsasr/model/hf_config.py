@@ -41,6 +41,16 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         raise UserError(f"{path}: {reason_of(error)}") from None
 
 
+def model_type(folder: Path) -> str:
+    """The type that the config.json in ``folder`` names, or "none"; "" where it needs code of its
+    own or cannot be read, as `read_hf_config` then says."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "" if values.get("auto_map") else str(values.get("model_type") or "none")
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def reason_of(error: Exception) -> str:
     """What a library's error says, in one line; that a model needs code of its own in our words."""
     text = str(error)

@@ -109,8 +109,14 @@ def test_paired_comparison_is_by_condition():
     assert tests["snr0"]["flagged_a"] == 1 and tests["snr0"]["flagged_b"] == 0
     assert tests["recorded"]["flagged_p"] == 1.0 and "difference" not in tests["cut50"]
     assert "characters_difference" not in tests["clean"]
+    # Of more clips in one of them, those of both.
+    fewer = compare(Results(ROWS), Results([r for r in better if r.condition == "clean"]))
+    assert list(fewer) == ["clean"] and fewer["clean"] == tests["clean"]
     with pytest.raises(UserError, match="other clips"):
-        compare(Results(ROWS), Results(better[1:]))
+        compare(Results(ROWS[:1]), Results(better[1:]))
+    other = [replace(r, reference="else") for r in better[:1]]
+    with pytest.raises(UserError, match="another reference"):
+        compare(Results(ROWS), Results(other))
     with pytest.raises(UserError, match="the same keys"):
         compare(Results([*ROWS, ROWS[0]]), Results([*better, better[0]]))
 

@@ -88,7 +88,16 @@ def test_damaged_settings(tiny, whisper):
     (whisper / PREPROCESSOR).unlink()
     check(Builder(load(tiny, whisper)))
     (whisper / "config.json").write_text("{}")
-    assert "config.json" in refusal(load(tiny, whisper))
+    message = refusal(load(tiny, whisper))
+    assert "config.json is of type 'none', no known encoder: use one of" in message
+    (whisper / "config.json").write_text('{"model_type": "firered_asr"}')
+    message = refusal(load(tiny, whisper))
+    assert "is of type 'firered_asr'" in message and message.endswith("wavlm, whisper")
+
+
+def test_features_that_a_pretrained_encoder_does_not_read(tiny, whisper):
+    with pytest.raises(UserError, match=r"data\.fbank has no effect on a pretrained encoder"):
+        load(tiny, whisper, "data.fbank.mels=128")
 
 
 def test_a_tokenizer_of_another_model(tiny, whisper, tmp_path):

@@ -22,12 +22,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from dsasr.data.audio.frontends import PretrainedFrontEnd
 from dsasr.model import activation_checkpointing
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.protocol import EncoderOutput, valid_frames
-from dsasr.model.hf_config import read_hf_config
+from dsasr.model.hf_config import model_type, read_hf_config
 from dsasr.utils import ranges
 from dsasr.utils.errors import UserError
 from dsasr.utils.ranges import Dropout, NonNegativeInt, Range
@@ -219,12 +220,12 @@ class PretrainedEncoder(nn.Module, ABC):
                 handle.remove()
 
 
-def family_of(model_type: str, path: str) -> type[PretrainedEncoder]:
+def family_of(kind: str, path: str) -> type[PretrainedEncoder]:
     """The family's class. Raises `UserError` with the families known."""
-    if model_type not in FAMILIES:
+    if kind not in FAMILIES:
         known = ", ".join(sorted({name for name in FAMILIES if not name.endswith("_encoder")}))
-        raise UserError(f"{path} is of type '{model_type}', no known encoder: use one of {known}")
-    module, name = FAMILIES[model_type]
+        raise UserError(f"{path} is of type '{kind}', no known encoder: use one of {known}")
+    module, name = FAMILIES[kind]
     return getattr(importlib.import_module(f"dsasr.model.encoders.{module}"), name)
 
 
@@ -234,6 +235,9 @@ def read_settings(folder: Path) -> Any:
 
     Raises `UserError` as `read_hf_config` does, and for an unknown family.
     """
+    kind = model_type(folder)
+    if kind and kind not in CONFIG_MAPPING:  # transformers would not say which families there are
+        family_of(kind, str(folder / "config.json"))
     config = read_hf_config(folder)
     family_of(config.model_type, str(folder))
     settings = inner_settings(config)
