@@ -96,6 +96,12 @@ class StageConfig:
                 f"{where}: steps_after_final_swap counts steps after a swap, and the stage makes "
                 "none: give it swaps=true, or leave it out"
             )
+        if self.swaps and self.branch != "sft":
+            raise UserError(f"{where}: swaps needs a stage in branch sft, which loads encoders")
+        if self.min_lr_ratio and self.decay == "constant":
+            raise UserError(
+                f"{where}: min_lr_ratio has no effect with decay=constant: leave one of them out"
+            )
         if self.text_share and self.branch != "sft":
             raise UserError(f"{where}: text_share needs a stage in branch sft")
         if self.text_only and (speech := {"encoder", "encoder_lora", "ctc"} & set(self.trains)):

@@ -34,6 +34,8 @@ def test_learning_rate_warms_up_and_decays():
         ({"objective": "ctc"}, "unknown objective"),
         ({"steps_after_final_swap": 5, "swaps": True}, "steps_after_final_swap is above its 4"),
         ({"steps_after_final_swap": 2}, "give it swaps=true"),
+        ({"branch": "pretrain", "trains": {"encoder": 1e-3}, "swaps": True}, "in branch sft"),
+        ({"decay": "constant", "min_lr_ratio": 0.5}, "no effect with decay=constant"),
         ({"trains": {"adaptor": -1.0}}, r"trains\.adaptor must be at least 0, not -1"),
         (
             {"trains": {"adaptor": math.nan}},

@@ -104,11 +104,13 @@ def simulate_scaled(
 
 
 def paper_drift_steps(schedule: Schedule) -> list[int]:
-    """Pretrain steps at which drift triggered in the paper's run: 50.5% and 66% of pretraining."""
+    """Pretrain steps at which drift triggered in the paper's run, 50.5% and 66% of pretraining, as
+    far as they come after the schedule's first reference."""
     if schedule.drift.mode != "cka" or not schedule.pretrain:
         return []
     total = schedule.pretrain_steps()
-    return [round(0.505 * total), round(0.66 * total)]
+    reference, _ = schedule.drift_steps()
+    return [step for step in (round(0.505 * total), round(0.66 * total)) if step > reference]
 
 
 # -- sizes -------------------------------------------------------------------------------------

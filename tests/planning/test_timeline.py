@@ -126,6 +126,7 @@ def test_the_table_shows_sizes_rates_and_the_planners_memory(tiny):
 
 def test_drift_steps_of_the_paper():
     assert timeline.paper_drift_steps(Schedule(ALL)) == [1010, 1320]
+    assert timeline.paper_drift_steps(Schedule(ALL, DriftConfig(start=0.6))) == [1320]
     assert timeline.paper_drift_steps(Schedule(ALL, DriftConfig(mode="final"))) == []
 
 
