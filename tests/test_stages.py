@@ -18,7 +18,7 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[60] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
     assert rates[-1] == pytest.approx(2.0 * (0.1 + 0.45 * (1 + math.cos(math.pi * 0.99))))
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    flat = replace(stage, decay="constant")
+    flat = replace(stage, decay="constant", min_lr_ratio=0.0)
     assert learning_rate(flat, "llm", 109) == 2.0
     straight = replace(stage, decay="linear", min_lr_ratio=0.0)
     assert learning_rate(straight, "llm", 60) == pytest.approx(1.0)
