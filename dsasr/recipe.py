@@ -75,9 +75,9 @@ class ModelConfig:
     # tokenizer calls for
     prompt: str = ""
     # language → its text in the prompt: {en: English, zh: Chinese}, or {en: <|en|>} of a tokenizer
-    # with such tokens. Who knows what is spoken can then say so (`dsasr transcribe --lang zh`), and
-    # who does not need not. In a prompt without {lang} nothing stands there, in the empty one
-    # " Language: English." behind the speech. Empty: prompts name no language
+    # with such tokens. At inference the language may be given (`dsasr transcribe --lang zh`) or
+    # omitted: {lang} is then left out. With an empty `prompt` a given language stands behind the
+    # speech, as " Language: English.". Empty: prompts name no language
     languages: dict[str, str] = field(default_factory=dict)
     # share of the training utterances in one of `languages` whose prompt names it, above 0
     language_share: Share = 0.5

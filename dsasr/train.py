@@ -169,7 +169,7 @@ def main_once() -> int:
     """`main`, with a user's mistake printed by one rank instead of by all.
 
     The launcher, or Slurm, ends all ranks as soon as one has ended. So the other ranks wait until
-    rank 0 has printed the error; if rank 0 does not have it, they print it themselves.
+    rank 0 has printed the error; if rank 0 had no error, they print theirs.
 
     When a rank's process ends, the other ranks print in one line that they stop for that reason.
     Why it ended is printed by that rank, by the launcher (`dsasr.launch.killed_ranks`) or by Slurm.
@@ -180,7 +180,8 @@ def main_once() -> int:
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
                 f"rank {os.environ.get('RANK', '0')}: {first_line(error)}; give a smaller "
-                f"batch.frames, which dsasr plan batch finds{see('out-of-memory')}"
+                f"data.dataloader.batch.frames (or the stage's own batch.frames), which dsasr plan "
+                f"batch finds{see('out-of-memory')}"
             ) from error
         if not any(text in str(error) for text in LOST_RANK):
             raise

@@ -1,5 +1,6 @@
 # Sourced by the other scripts: a virtual environment (.venv, or the active one) with dsasr in it.
 # usage: source tools/install.sh EXTRAS; with DSASR_INSTALL=no what is on the PATH is used as it is
+# EXTRAS must be given: without an argument, $1 here would be the first one of the calling script.
 [ "${DSASR_INSTALL:-}" != no ] || return 0
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     if [ ! -x .venv/bin/python ]; then

@@ -157,6 +157,9 @@ def try_family(family: str, attn: str) -> Row:
         reason = str(error).removeprefix("model.lora: ")
         # Without the share, which is the tiny model's, and the layers.
         reason = re.sub(
+            r"^peft refuses this model: Target module (\w+)\(.*", r"peft cannot adapt \1", reason
+        )
+        reason = re.sub(
             r"^\d+% of the weights of the language model's blocks are", "some are", reason
         )
         adapts = "no: " + re.split(r", which|\. ", reason)[0]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them all, two files at a time (much of a launch is waiting).
+# Install what the tests need and run all but the slow ones (-m "": these too), two files at a time (much of a launch is waiting).
 # Arguments go to pytest: tools/test.sh -k stages; -n 0 runs one after the other.
 set -euo pipefail
 cd "$(dirname "$0")/.."

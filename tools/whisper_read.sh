@@ -14,7 +14,7 @@ set -euo pipefail
 speech=$(realpath "$1") encoder=$(realpath "$2") llm=$(realpath "$3") text=$(realpath "$4")
 shift 4
 cd "$(dirname "$0")/.."
-source tools/install.sh
+source tools/install.sh demo # espeak-ng, for data.phonemizer.kind=espeak
 name=$(basename "$speech")
 corpus=corpus/$name run=runs/whisper-$name units=characters
 for setting in "$@"; do

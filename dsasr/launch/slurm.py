@@ -46,9 +46,9 @@ class SizeConfig:
 class SlurmConfig:
     """A job's limits. ``size``: the job, or its pretrain component; ``sft``: the sft component."""
 
-    # of the job; in a job of two components, of the pretrain component
+    # size of the job; of an async job, of its pretrain component
     size: SizeConfig = field(default_factory=SizeConfig)
-    # of the sft component, in a job of two components
+    # size of an async job's sft component
     sft: SizeConfig = field(default_factory=SizeConfig)
     # time limit as Slurm reads it: 24:00:00 (hours:minutes:seconds), 30:00 (minutes:seconds) or
     # 2-00:00:00 (days-hours:minutes:seconds); longer than `signal`

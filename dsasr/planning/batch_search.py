@@ -326,7 +326,7 @@ def search_table(result: SearchResult) -> str:
     if result.batch.frames < longest:
         lines.append(
             f"samples above {result.batch.frames / FRAMES_PER_SECOND:g} s will be left out "
-            f"(over_budget): batch.max_seconds={result.batch.max_seconds:g} does not fit"
+            f"(over_budget): max_seconds={result.batch.max_seconds:g} does not fit"
         )
     if not result.complete:
         lines.append("more may fit: the search ended at its upper limit (--most)")

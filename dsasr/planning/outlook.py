@@ -137,7 +137,8 @@ def warnings(found: Outlook) -> list[str]:
         return []
     return [
         f"stage '{cost.stage}' takes about {cost.peak:.3g} GB, {found.machine.memory:.3g} GB are "
-        f"there: smaller batch.frames (dsasr plan batch finds them){see('out-of-memory')}"
+        f"there: smaller data.dataloader.batch.frames, or the stage's own batch.frames (dsasr plan "
+        f"batch finds them){see('out-of-memory')}"
     ]
 
 

@@ -22,12 +22,12 @@ CAPITALS = 0.9  # of its transcripts in capitals
 CHEAPER = 0.85  # the tokens of lower case to those of the case as it is
 QUIET = -45.0  # dB of full scale, of the median sample
 KEPT = 0.5  # of the samples that were read, at least, must be usable
-# Causes that limits make, and those.
+# Causes that limits make, and the keys of those limits in `BatchConfig`.
 _LIMITS = {
-    "too_long": "batch.max_seconds",
-    "too_short": "batch.min_seconds",
-    "too_much_text": "batch.max_chars_per_second",
-    "over_budget": "batch.frames, batch.tokens",
+    "too_long": "max_seconds",
+    "too_short": "min_seconds",
+    "too_much_text": "max_chars_per_second",
+    "over_budget": "frames and tokens",
 }
 
 
@@ -186,7 +186,10 @@ def _left_out(row: SetSurvey) -> Iterator[str]:
         )
         if cause in _LIMITS:
             limit = row.reading.batch.limit_of(cause).removeprefix("; ")
-            yield f"{dropped} ({limit}): cut them, or change {_LIMITS[cause]}{see('limits')}"
+            yield (
+                f"{dropped} ({limit}): cut them, or change {_LIMITS[cause]} of "
+                f"data.dataloader.batch, or of the stage's own batch{see('limits')}"
+            )
         else:
             yield f"{dropped}{see('dropped-samples')}"
 

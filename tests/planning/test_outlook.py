@@ -49,7 +49,7 @@ def test_what_falls_short(of_tiny):
     assert "are free: free some" in line and line.endswith("TROUBLESHOOTING.md#disk")
     little = replace(found, machine=replace(found.machine, memory=1e-6))
     (line,) = outlook.warnings(little)
-    assert "smaller batch.frames" in line and line.endswith("#out-of-memory")
+    assert "smaller data.dataloader.batch.frames" in line and line.endswith("#out-of-memory")
 
 
 def test_a_run_too_long_for_a_cpu_is_compared_with_gpus(of_tiny, monkeypatch):

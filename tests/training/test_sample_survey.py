@@ -77,8 +77,9 @@ def test_limits_that_leave_out_many(surveyed):
     builder, surveys = surveyed("data.dataloader.batch.max_seconds=0.5")
     train = surveys[0]
     assert train.left_out["too_long"] == (train.seconds > 0.5).sum() > 5
-    assert "0.5 s (batch.max_seconds)): cut them, or change batch.max_seconds" in told(
-        builder, surveys
+    assert (
+        "0.5 s (batch.max_seconds)): cut them, or change max_seconds of data.dataloader.batch"
+        in (told(builder, surveys))
     )
     assert all(sample.seconds <= 0.5 for sample in train.samples)
 

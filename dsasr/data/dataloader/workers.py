@@ -184,7 +184,8 @@ class WorkerPool:
             raise WorkerDied(
                 f"{worker.deaths} workers in a row died (exit code {worker.process.exitcode}) over "
                 f"{_shown(worker.outstanding[0][1])}; out of memory? Lower "
-                "data.dataloader.num_workers, data.dataloader.prefetch or batch.frames"
+                "data.dataloader.num_workers, data.dataloader.prefetch or "
+                "data.dataloader.batch.frames (or the stage's own batch.frames)"
                 f"{see('out-of-memory')}"
             )
         worker.tasks.close()
