@@ -2,8 +2,11 @@
 # From a pretrained encoder to a recognizer with little speech: train and score recipe whisper-read.
 #   bash tools/whisper_read.sh SPEECH ENCODER LLM TEXT [key=value …]
 # SPEECH: folder with train.jsonl and valid.jsonl; ENCODER, LLM: Hugging Face folders of Whisper base
-# and of its decoder as a language model; TEXT: sentences, one a line. WordNet's usage examples are
-# such a text (Debian's package wordnet-base):
+# and of its decoder as a language model, which is made of the first (whole) and recordings:
+#   dsasr data make-shards SPEECH/train.jsonl --out SHARDS
+#   python tools/whisper_decoder_lm.py ENCODER LLM --speech SHARDS
+# TEXT: sentences, one a line. WordNet's usage examples are such a text (Debian's package
+# wordnet-base):
 #   python tools/wordnet_sentences.py /usr/share/wordnet > sentences.txt
 # Another language: its name in the prompt and for the text, and units that spell it:
 #   … data.text_only.lang=zh data.text.leading_space=false data.phonemizer.kind=espeak \

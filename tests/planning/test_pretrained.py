@@ -83,7 +83,7 @@ def test_memory_of_a_frozen_and_of_a_trained_encoder(whisper, parts):
 def test_what_is_taken_for_granted_is_said(whisper, tiny, command):
     lines = list(assumptions(whisper))
     assert len(lines) == 2 and "openai/whisper-large-v3" in lines[0] and "Qwen3" in lines[1]
-    ctc = recipe.load("whisper-qwen3", ["model.adaptor={kind: ctc}"])
+    ctc = recipe.load("whisper-qwen3", ["model.adaptor={kind: ctc}", "model.init_from=x"])
     assert [x for x in assumptions(ctc) if "256 phonemes" in x or "12 a second" in x] != []
     at = MicroBatch.of(ctc, ctc.stage("sft"), Traffic(8.0, 4.0), count_parts(ctc))
     assert at.adaptor_inputs == 96 and at.positions == 40 + 96 + 32
