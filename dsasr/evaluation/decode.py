@@ -139,6 +139,7 @@ class _Stepper:
     def prefill(self, batch: Batch, chunk: Chunk | None) -> Tensor:
         """Run the prompts through the model; logits [B, V] of the first token."""
         embeds_BLD, lengths_B, self.speech = self.model.prompts(batch, chunk)
+        self.lengths_B = lengths_B
         self.device = embeds_BLD.device
         return self._logits(self.continuation.start(embeds_BLD, lengths_B))
 
@@ -206,7 +207,10 @@ def decode_nbest(
         scorer = HypothesisScorer.of(
             model, speech.log_probs_BSP, speech.log_prob_lengths_B, batch.langs
         )
-        limits = [cfg.token_limit(s) for s in batch.durations]
+        # Of a learned table of positions the end is the end.
+        rooms_B = (model.max_positions - stepper.lengths_B).clamp_min(1).tolist()
+        limits = [cfg.token_limit(seconds) for seconds in batch.durations]
+        limits = [min(x, room) for x, room in zip(limits, rooms_B, strict=False)]  # one if empty
         search = start_search(model, limits, tokenizer, cfg, scorer, nbest)
         rows = search.advance(logits) if len(batch) else []
         while any_rank(bool(search.active)):

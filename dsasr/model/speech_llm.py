@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -99,6 +100,9 @@ class SpeechLLM(nn.Module):
         self.cached = cached
         FusedLmHead.replace(llm)
         self._input_scale = input_scale(llm)
+        # Of a learned table of positions there are no more.
+        most = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions = most or sys.maxsize
         self._lora_dropouts = [lora.Dropouts(part) for part in filter(None, (encoder, llm))]
         if cfg.activation_checkpointing:
             activation_checkpointing.enable(llm, keep=cfg.recompute == "cheap")
@@ -159,6 +163,8 @@ class SpeechLLM(nn.Module):
         if self.training:
             seed_dropout(batch)
         speech, prompts = self._speech(batch) if audio else None, self._prompts_of(batch)
+        if speech is not None:
+            speech = self._fitted(speech, prompts, token_lengths_B)
         layout = lay_out(
             torch.zeros_like(token_lengths_B) if speech is None else self._speech_tokens(speech),
             token_lengths_B,
@@ -195,8 +201,9 @@ class SpeechLLM(nn.Module):
             lengths_B = speech.lengths_B
             log_probs_BSP = self.ctc(output.frames_BSE, output.lengths_B)
             speech = speech._replace(log_probs_BSP=log_probs_BSP, log_prob_lengths_B=lengths_B)
-        speech_B = self._speech_tokens(speech)
         prompts = self._prompts_of(batch)
+        speech = self._fitted(speech, prompts, self.max_positions // 4)
+        speech_B = self._speech_tokens(speech)
         layout = lay_out(speech_B, torch.zeros_like(speech_B), *_sizes(prompts), left_pad=True)
         no_ids = batch.tokens_BU.new_empty(0)
         lengths_B = layout.lengths_B.to(no_ids.device)
@@ -223,6 +230,20 @@ class SpeechLLM(nn.Module):
                         layer.training = True
         for dropouts in self._lora_dropouts:
             dropouts.train(self.training)
+
+    def _fitted(
+        self, speech: SpeechInput, prompts: Sequence[PromptIds], text_B: Tensor | int
+    ) -> SpeechInput:
+        """``speech`` without the units that the language model has no positions for.
+
+        A CTC head that knows little yet writes a unit for every frame. ``text_B``: tokens of the
+        transcripts to leave room for. Of other adaptors nothing is cut: the preflight compares.
+        """
+        if not self.adaptor.cfg.reads_ctc:
+            return speech
+        prefixes, suffixes = _sizes(prompts)
+        room_B = (self.max_positions - prefixes - suffixes - text_B).clamp_min(1)
+        return speech._replace(lengths_B=speech.lengths_B.minimum(room_B))
 
     def _speech_tokens(self, speech: SpeechInput) -> Tensor:
         return self.adaptor.output_lengths(speech.lengths_B)

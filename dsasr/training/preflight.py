@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from dsasr.utils.columns import WIDTH
 from dsasr.utils.errors import UserError
 from dsasr.utils.troubleshooting import see
 
+TEXT_TOKENS_PER_SECOND = 3.0  # of fast speech
 LONGEST_TOKEN = 0.4  # seconds of speech in one embedding; recipes of the field have 0.08 to 0.24
 
 
@@ -238,9 +240,32 @@ def _check_adaptor(builder: Builder) -> None:
             f"for {seconds:.2f} s of speech, which is too coarse; give model.adaptor.stack={stack}"
         )
     units = len(builder.phonemes) if cfg.reads_ctc else 0
-    width = read_llm_config(builder.llm_folder).get_text_config().hidden_size
+    llm = read_llm_config(builder.llm_folder).get_text_config()
+    if seconds:
+        _check_positions(builder, seconds, getattr(llm, "max_position_embeddings", None))
+    width = llm.hidden_size
     with torch.device("meta"):
         build_adaptor(cfg, builder.encoder_shape.width, width, units=units)
+
+
+def _check_positions(builder: Builder, token_seconds: float, positions: int | None) -> None:
+    """The longest utterance and its transcript must not be longer than the language model reads."""
+    prompt = sum(map(len, builder.prompt()))
+    per_second = 1 / token_seconds + TEXT_TOKENS_PER_SECOND
+    for stage in builder.recipe.stages:
+        batch = builder.recipe.dataloader(stage)[0].batch
+        needed = prompt + math.ceil(batch.max_seconds * per_second)
+        if positions is not None and stage.branch == "sft" and needed > positions:
+            key = f"{_batch_key(stage)}.max_seconds"
+            raise UserError(
+                f"{key}={batch.max_seconds:g} makes sequences of about {needed:,} tokens (prompt, "
+                f"speech, transcript), the language model has {positions:,} positions: give "
+                f"{key}={(positions - prompt) / per_second:.0f}, or a larger model.adaptor.stack"
+            )
+
+
+def _batch_key(stage: StageConfig) -> str:
+    return f"stages.{stage.name}.batch" if stage.batch else "data.dataloader.batch"
 
 
 def _check_seconds(builder: Builder, key: str, batch: BatchConfig) -> None:
