@@ -1,4 +1,4 @@
-"""Build the objects of a recipe: text encoders, dataloaders, models; check its files beforehand."""
+"""Build the objects of a recipe: text encoders, dataloaders, models."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _reset_adaptor(
 
 @dataclass(frozen=True)
 class Builder:
-    """Builds the parts of a run; properties are built on first use and cached."""
+    """Builds the parts of a run. What is a ``cached_property`` is built once, on first use."""
 
     recipe: Recipe
 
@@ -126,7 +126,7 @@ class Builder:
             model.encoder,
             model.encoder_lora,
             None if own else self.encoder_folder,
-            not self.encoder_comes_from_a_source,  # then its weights are loaded with the others
+            not self.encoder_comes_from_a_source,  # False: its weights are loaded later
             partial(sub_seed, self.recipe.seed),
         )
 

@@ -19,6 +19,8 @@ from typing import Literal
 from dsasr.stages import DriftConfig, StageConfig
 from dsasr.utils.errors import UserError
 
+GIVEN = "given"  # id and cause of an encoder from outside the run, which it starts with
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -26,7 +28,7 @@ class Snapshot:
 
     id: str
     pretrain: int  # pretrain steps done when it was published
-    cause: str  # drift, fixed, final, or given (an encoder from outside)
+    cause: str  # drift, fixed, final, or `GIVEN`
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ class Schedule:
         pretrain = self._pretrain_turn(progress) if self.branch != "sft" else Turn("end")
         if sft.kind == "step" and pretrain.kind == "step":
             p, s = self.interleave
-            due = (progress.pretrain - progress.sft_since) * s < progress.sft * p
-            return pretrain if due else sft
+            behind = (progress.pretrain - progress.sft_since) * s < progress.sft * p
+            return pretrain if behind else sft
         if sft.kind == "step" or pretrain.kind == "end":
             return sft
         return pretrain
@@ -165,33 +167,35 @@ class Schedule:
         return Turn("step", *self.pretrain_stage(progress.pretrain))
 
     def _sft_turn(self, progress: Progress) -> Turn:
-        stages = self.sft
-        if progress.stage >= len(stages):
+        if progress.stage >= len(self.sft):
             return Turn("end")
-        stage, step = stages[progress.stage], progress.step
+        stage, step = self.sft[progress.stage], progress.step
         if stage.text_only:
             return Turn("step", stage, step)
-        final = self.finished_pretraining(progress)
-        waits_for_final = stage.needs_final_encoder or (
-            stage.steps_after_final_swap and step >= stage.steps - stage.steps_after_final_swap
-        )
-        if waits_for_final and not final:
+        if self._waits_for_final(stage, step) and not self.finished_pretraining(progress):
             return Turn("wait", stage, step)
-        # An encoder that the sft branch itself has trained is never replaced.
-        trained_here = any(s.needs_final_encoder for s in stages[: progress.stage]) or (
-            stage.needs_final_encoder and step > 0
-        )
-        if trained_here:
+        if self._has_trained_encoder(progress):  # by the sft branch itself: never replaced
             return Turn("step", stage, step)
-        due = progress.published[-1] if stage.needs_final_encoder else self._due(progress)
-        if due is None:
+        newest = stage.trains_sft_encoder
+        snapshot = progress.published[-1] if newest else self._planned_or_newest(progress)
+        if snapshot is None:
             return Turn("wait", stage, step)
-        may_swap = stage.swaps or stage.needs_final_encoder or progress.in_use is None
-        if may_swap and due.id != progress.in_use:
-            return Turn("step", stage, step, load=due)
-        return Turn("step", stage, step)
+        may_swap = stage.swaps or stage.trains_sft_encoder or progress.in_use is None
+        swaps = may_swap and snapshot.id != progress.in_use
+        return Turn("step", stage, step, load=snapshot if swaps else None)
 
-    def _due(self, progress: Progress) -> Snapshot | None:
+    def _waits_for_final(self, stage: StageConfig, step: int) -> bool:
+        """Whether this step of an sft stage is taken on the final encoder alone."""
+        last = stage.steps_after_final_swap
+        return stage.trains_sft_encoder or (last > 0 and step >= stage.steps - last)
+
+    def _has_trained_encoder(self, progress: Progress) -> bool:
+        """Whether the sft branch has trained its encoder, in a stage before or in this one."""
+        stage = self.sft[progress.stage]
+        before = any(s.trains_sft_encoder for s in self.sft[: progress.stage])
+        return before or (stage.trains_sft_encoder and progress.step > 0)
+
+    def _planned_or_newest(self, progress: Progress) -> Snapshot | None:
         """The snapshot that the sft branch should use: the newest, or the one planned for its step.
 
         None where it is not published yet.

@@ -125,7 +125,7 @@ class StageConfig:
         return not {"encoder", "encoder_lora"}.isdisjoint(self.trains)
 
     @property
-    def needs_final_encoder(self) -> bool:
+    def trains_sft_encoder(self) -> bool:
         """Whether the stage trains the sft branch's encoder: later snapshots cannot replace it."""
         return self.branch == "sft" and self.trains_encoder
 

@@ -270,7 +270,7 @@ def test_recipe_of_a_joint_stage_with_a_frozen_encoder_and_stages_after_it(tmp_p
     turns, swaps, _, end = play(schedule, triggers=(8,))
     names = [name for name, _ in turns]
     assert end == "end" and names[-7:] == ["joint"] * 3 + ["context"] * 2 + ["last"] * 2
-    assert not schedule.stages[3].needs_final_encoder
+    assert not schedule.stages[3].trains_sft_encoder
     # All of them use pretraining's final encoder.
     assert swaps[-1][0] == "s20" and [s[0] for s in swaps] == ["s8", "s20"]
 

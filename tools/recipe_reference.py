@@ -36,9 +36,8 @@ takes the name of a packaged recipe or the path of a file.
 - Order of authority: the defaults below < the recipe file < `key=value` on the command line.
   Unknown keys, wrong types and numbers out of their range are errors. The run folder gets the
   resolved `recipe.yaml`; credentials in URLs are masked there.
-- `base: NAME|FILE` at the head of a recipe file starts from another recipe, and is no key of its own:
-  it is not in the tables below, and not for the command line. Mappings merge key by key; lists and
-  all other values are replaced.
+- `base: NAME|FILE` in a recipe file starts from another recipe. It works in files only and is not
+  in the tables below. Mappings merge key by key; lists and all other values are replaced.
 - On the command line a key is a dotted path and the value is YAML: `model.lora='{rank: 16}'`,
   `interleave=[1,2]`, `data.augment=null`. An entry of a list is reached by its name, or by its
   position from 0: `stages.align.steps=100`, `data.train.0.weight=2`.

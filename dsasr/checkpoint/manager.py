@@ -33,8 +33,8 @@ class CheckpointConfig:
     # optimizer steps of both branches between two checkpoints; also saved before an evaluation if a
     # tenth of the interval has passed; 0: not by steps
     every_steps: NonNegativeInt = 0
-    # minutes between two checkpoints; also saved before an evaluation if a tenth of the interval has
-    # passed; 0: not by time
+    # minutes between two checkpoints; also saved before an evaluation if a tenth of the interval
+    # has passed; 0: not by time
     every_minutes: NonNegativeFloat = 30.0
     keep: PositiveInt = 2  # newest checkpoints kept; at least 1
     keep_hours: NonNegativeFloat = 0.0  # also keep one checkpoint every keep_hours hours; 0: none

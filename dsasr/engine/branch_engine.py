@@ -4,19 +4,15 @@ With its neighbors in this package it is the only importer of deepspeed. How the
 parameter groups are swapped:
 
 - *Within* a branch, entering a stage destroys the branch's engine and initializes a new one over
-  the same (already partitioned) module, with exactly the stage's parts in the optimizer. A
-  parameter that is frozen by ``requires_grad`` under one optimizer over everything would still move
-  (its Adam moments are stale), and one that is unfrozen later would never get gradients; a new
-  engine has neither fault. fp32 masters are carried over by name, moments on request
-  (`master_weights`).
+  the same (already partitioned) module, with exactly the stage's parts in the optimizer. With one
+  optimizer over all parameters, a parameter frozen by ``requires_grad`` would still be updated by
+  its stale Adam moments, and one unfrozen later would never receive gradients. fp32 masters are
+  carried over by name, moments on request (`master_weights`).
 - *Between* branches two engines live side by side over disjoint modules, so that a change of branch
   costs no more than offloading fp32 masters and moments (`offload`), and neither branch can change
   a bit of the other's ("Frozen is frozen").
 
-Measured by ``tools/bench/swap.py`` on two CPU ranks (tools/experiments/LOG.md), encoders of 12 to
-605 M: entering the joint stage, which trains the encoder, takes 0.8 to 6.8 s, going back to align
-0.7 to 0.8 s; a hot-swap takes 1.03 to 1.8 times as long as a copy of its bytes. On the paper's
-schedule all of it is 0.001% of the training.
+How long this takes is measured by ``tools/bench/swap.py`` and recorded in tools/experiments/LOG.md.
 """
 
 from __future__ import annotations
@@ -68,8 +64,8 @@ class BranchEngine:
 
     def __init__(self, name: str, module: nn.Module, config: EngineConfig, folder: Path):
         self.name = name
-        # Parameters only: module.to(dtype) would round buffers such as rotary frequencies too.
         self.module = module.to(distributed.device())
+        # Parameters only: module.to(dtype) would round buffers such as rotary frequencies too.
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(precision(config))
         self.config = config
@@ -162,6 +158,7 @@ class BranchEngine:
         """
         assert self.stage is not None and len(batches) == self.stage.grad_accum_steps
         lrs = {part: learning_rate(self.stage, part, step) for part in self.stage.trains}
+        # The groups are in the order of `trains`: `_parameter_groups` made them so.
         for group, lr in zip(self._optimizer_groups(), lrs.values(), strict=True):
             group["lr"] = lr
         self.module.train()
@@ -183,8 +180,8 @@ class BranchEngine:
         return StepReport(*where, sums, lrs, norm, tuple(batches), gradients)
 
     def _loss_scale(self, batches: Sequence[Batch]) -> Tensor:
-        """What turns a micro-batch's loss, a sum over its targets, into its share of the mean over
-        the step's targets; a scalar that the host does not wait for. Collective.
+        """Factor that turns a micro-batch's summed loss into its share of the step's mean loss: a
+        scalar that the host does not wait for. Collective.
 
         DeepSpeed averages over micro-batches and ranks: that is undone here.
         """

@@ -37,7 +37,8 @@ from dsasr.utils.errors import UserError
 
 
 class SpeechInput(NamedTuple):
-    """What the adaptor reads [B, S, E], lengths_B on the CPU; the CTC head's log-probabilities."""
+    """Adaptor input [B, S, E] and its lengths (on the CPU); with a CTC head also its
+    log-probabilities."""
 
     frames_BSE: Tensor
     lengths_B: Tensor
@@ -279,7 +280,8 @@ class SpeechLLM(nn.Module):
         return SpeechInput(inputs_BKX, units_B, log_probs_BSP, lengths_B)
 
     def _read_units(self, batch: Batch) -> SpeechInput:
-        """What the adaptor reads of a text-only batch: its units, as a perfect head writes them."""
+        """Adaptor input of a text-only batch: its labels as one-hot CTC posteriors (the loader may
+        already have added errors)."""
         if not self.adaptor.cfg.reads_ctc:
             raise ValueError("text-only batches need an adaptor that reads CTC")
         lengths_B = batch.host.phoneme_lengths_B.cpu()

@@ -11,9 +11,10 @@ from dsasr.model.encoders.depthwise_conv import DepthwiseConv
 
 
 class ResidualLinear(nn.Linear):
-    """The last layer of one of a stack's N residual branches: starts at 1/N of torch's size.
+    """The last layer of one of a stack's N residual branches.
 
-    So all N add 1/√N of one branch at first, and the stack is nearly the identity at any depth.
+    Initialized with 1/N of PyTorch's default bound: the sum of N independent branches then has 1/√N
+    of the standard deviation of one default branch.
     """
 
     def __init__(self, inputs: int, outputs: int, branches: int):

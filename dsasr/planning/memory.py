@@ -128,8 +128,8 @@ def stages_beside(recipe: Recipe, stage: StageConfig) -> list[StageConfig]:
     if recipe.branch != "both" or not schedule.pretrain or not schedule.sft:
         return []
     if stage.branch == "pretrain":
-        return [s for s in schedule.sft if not s.needs_final_encoder]
-    return [] if stage.needs_final_encoder else list(schedule.pretrain)
+        return [s for s in schedule.sft if not s.trains_sft_encoder]
+    return [] if stage.trains_sft_encoder else list(schedule.pretrain)
 
 
 def resident_parts(recipe: Recipe, stage: StageConfig) -> list[str]:

@@ -25,7 +25,7 @@ from dsasr.planning.model_parts import (
     count_llm_parts,
     count_speech_parts,
 )
-from dsasr.schedule import Progress, Schedule, Snapshot, add_published
+from dsasr.schedule import GIVEN, Progress, Schedule, Snapshot, add_published
 from dsasr.stages import PlannedSwap, StageConfig, learning_rate
 from dsasr.utils.errors import UserError
 
@@ -37,8 +37,8 @@ def simulate(schedule: Schedule, drift_steps: Sequence[int] = ()) -> list[dict[s
     """
     progress, events = Progress(), []
     if not schedule.pretrain or schedule.branch == "sft":
-        cause = "final" if schedule.pretrain else "given"
-        progress = add_published(progress, [Snapshot("given", 0, cause)])
+        cause = "final" if schedule.pretrain else GIVEN
+        progress = add_published(progress, [Snapshot(GIVEN, 0, cause)])
     while (turn := schedule.next_turn(progress)).kind == "step":
         steps, stage = progress.pretrain + progress.sft, turn.stage
         where = {"steps": steps, "branch": stage.branch}
@@ -183,7 +183,7 @@ def _group(stage: StageConfig, name: str, parts: Mapping[str, ModelPart]) -> str
 def _encoder_note(schedule: Schedule, stage: StageConfig) -> str:
     if stage.branch == "pretrain":
         return ""
-    if stage.needs_final_encoder:
+    if stage.trains_sft_encoder:
         return "; starts from the final encoder"
     notes = ["takes newer encoders while it runs" if stage.swaps else "keeps its encoder"]
     if stage.steps_after_final_swap and schedule.pretrain:

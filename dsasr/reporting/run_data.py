@@ -94,7 +94,7 @@ class RunData:
     def joint_stage(self) -> str | None:
         """The name of the first sft stage that trains the encoder."""
         for stage in self.schedule.stages if self.schedule else ():
-            if stage.needs_final_encoder:
+            if stage.trains_sft_encoder:
                 return stage.name
         return None
 

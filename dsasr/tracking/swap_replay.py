@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsasr.schedule import GIVEN
 from dsasr.tracking.run_log import Row, read_events
 from dsasr.utils.errors import UserError
 
@@ -18,7 +19,7 @@ def planned_swaps(events: Sequence[Row]) -> list[dict[str, int]]:
     """The swaps of the sft branch as entries of ``drift.swaps``; of one step, the last counts."""
     pretrain_step: dict[int, int] = {}  # by sft step
     for event in events:
-        if event["event"] == "swap" and event["cause"] != "given":
+        if event["event"] == "swap" and event["cause"] != GIVEN:
             pretrain_step[event["sft"]] = event["pretrain"]
     return [{"pretrain": p, "sft": s} for s, p in sorted(pretrain_step.items())]
 

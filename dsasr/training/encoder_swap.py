@@ -21,13 +21,11 @@ from dsasr.checkpoint.tensor_fragments import Fragment, FragmentError, FragmentR
 from dsasr.checkpoint.zero_partition import MASTER
 from dsasr.engine.branch_engine import BranchEngine
 from dsasr.recipe import Recipe
-from dsasr.schedule import Progress, Snapshot, add_published
+from dsasr.schedule import GIVEN, Progress, Snapshot, add_published
 from dsasr.tracking.monitor import Monitor
 from dsasr.training.drift import DriftMonitor, DriftTrigger
 from dsasr.utils import distributed
 from dsasr.utils.errors import UserError
-
-EXTERNAL = "given"  # id and cause of an encoder from outside the run
 
 
 class EncoderSwap:
@@ -42,10 +40,11 @@ class EncoderSwap:
         self._architecture = recipe.encoder_architecture()
         self._drift: DriftMonitor | None = None
         self._reference: str | None = None  # name of the encoder that drift is measured from
-        # Ids of snapshots, of each of the last checkpoints and of one that is being written.
+        # Snapshot ids that each of the last `keep` checkpoints, and one being written, would load
+        # on resume.
         self._kept_for_resume: deque[set[str]] = deque(maxlen=recipe.checkpoint.keep + 1)
         self._refused: set[str] = set()
-        self._unreadable: set[str] = set()  # of them, those whose manifest cannot be read
+        self._unreadable: set[str] = set()  # subset of _refused: manifest unreadable
         self._polled_at = -math.inf
         self._waited_at = -1  # sft step of the last wait in the event log
         self._last_nll: float | None = None  # of the sft branch's last line of metrics
@@ -90,7 +89,7 @@ class EncoderSwap:
         manifest = reader.manifest
         self._refused = set(manifest.get("refused", ()))
         in_use = manifest["progress"]["in_use"]
-        if in_use not in (None, EXTERNAL):
+        if in_use not in (None, GIVEN):
             self._mark_in_use(in_use)
         self._reference = manifest["reference"]
         self._last_nll, self._swapped_at = manifest["last_nll"], manifest["swapped_at"]
@@ -175,7 +174,7 @@ class EncoderSwap:
             "config": self.recipe.encoder_fingerprint(),
             "encoder_lora": config.to_plain(self.recipe.model.encoder_lora),
         }
-        masters = live.masters("") if _low_precision(live) else {}
+        masters = _more_precise(live)
         started = time.monotonic()
         try:
             published = self.store.publish(live.module, masters, snapshot, info)
@@ -225,7 +224,7 @@ class EncoderSwap:
         self._unreadable = set(problems)
         return add_published(progress, [s for s in snapshots if s.id not in self._refused])
 
-    def check_publisher(self, progress: Progress) -> Progress:
+    def wait_or_give_up(self, progress: Progress) -> Progress:
         """While no step is possible: whether to wait for the publisher, by the recipe's store.late.
 
         Returns the same progress to wait, or another one that has the last encoder as the final
@@ -265,7 +264,7 @@ class EncoderSwap:
         unchanged, and an event says why. Raises `UserError` when that is the final encoder.
         """
         started = time.monotonic()
-        if snapshot.id == EXTERNAL:
+        if snapshot.id == GIVEN:
             pass  # it is there since the start (`initial_weights`)
         elif live is not None and snapshot.pretrain == progress.pretrain:
             self._mark_in_use(snapshot.id)
@@ -300,9 +299,9 @@ class EncoderSwap:
     def _verified_checksum(self, sft: BranchEngine, snapshot: Snapshot) -> str | None:
         """The checksum of the branch's encoder over all ranks; `UserError` if not the snapshot's.
 
-        None for an encoder from outside the run.
+        None for the given encoder, which is no snapshot.
         """
-        if snapshot.id == EXTERNAL:
+        if snapshot.id == GIVEN:
             return None
         manifest = distributed.broadcast(
             self.store.manifest(snapshot.id) if distributed.is_main_rank() else {}
@@ -357,12 +356,15 @@ class EncoderSwap:
         self._last_nll = nll
 
 
-def _low_precision(branch: BranchEngine) -> bool:
+def _more_precise(branch: BranchEngine) -> dict[str, Fragment]:
+    """The branch's fp32 masters; none where its weights are as precise."""
     weight = next(branch.module.parameters())
-    return any(
+    masters = branch.masters("")
+    low = any(
         key.startswith(f"{MASTER}/") and fragment.tensor.dtype != weight.dtype
-        for key, fragment in branch.masters("").items()
+        for key, fragment in masters.items()
     )
+    return masters if low else {}
 
 
 def _file_name(text: str) -> str:

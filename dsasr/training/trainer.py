@@ -19,7 +19,7 @@ from dsasr.launch.run_lock import SLURM_START
 from dsasr.launch.stop_request import StopRequest
 from dsasr.launch.watchdog import Watchdog, for_rank
 from dsasr.recipe import Recipe
-from dsasr.schedule import Progress, Snapshot, Turn, add_published
+from dsasr.schedule import GIVEN, Progress, Snapshot, Turn, add_published
 from dsasr.stages import StageConfig
 from dsasr.tracking import console, tensorboard
 from dsasr.tracking.monitor import Monitor
@@ -32,7 +32,7 @@ from dsasr.training import (
 )
 from dsasr.training.branch_switcher import BranchSwitcher
 from dsasr.training.dropped_samples import DroppedSamples
-from dsasr.training.encoder_swap import EXTERNAL, EncoderSwap
+from dsasr.training.encoder_swap import EncoderSwap
 from dsasr.training.initial_weights import InitialWeights
 from dsasr.training.stage_position import progress_in
 from dsasr.training.step_evaluation import StepEvaluation
@@ -52,7 +52,10 @@ def losses_of(line: Mapping[str, float]) -> list[float]:
 
 
 class Trainer:
-    """The steps of the loop in `dsasr.train.train`. Every public method is collective."""
+    """The steps of the loop in `dsasr.train.train`.
+
+    Every public method but `advance` is collective; properties are not.
+    """
 
     def __init__(
         self,
@@ -146,8 +149,8 @@ class Trainer:
         else:
             initial_weights.load(self.builder, sources, self.branches, self.monitor)
             if self.recipe.has_initial_encoder:
-                external = Snapshot(EXTERNAL, 0, EXTERNAL)
-                self.progress = add_published(self.progress, [external])
+                given = Snapshot(GIVEN, 0, GIVEN)
+                self.progress = add_published(self.progress, [given])
         for reason in passed_over:
             self.monitor.event("checkpoint_passed_over", reason=reason, steps=self.steps)
 
@@ -184,7 +187,8 @@ class Trainer:
     def next_batches(self, stage: StageConfig) -> list[Batch]:
         """This rank's micro-batches of the next step.
 
-        Before a stage's first step the online probe stores the encoder's frames for its CKA.
+        Before a stage's first step the online probe stores the encoder's frames for its CKA; on the
+        first batches of pretraining a pretrained encoder's frame statistics are measured.
         """
         step = self.progress.step
         if stage.branch == "pretrain":
@@ -242,7 +246,7 @@ class Trainer:
     def wait_for_encoder(self) -> None:
         """Sleep until the next poll of the store, where no step is possible before an encoder."""
         before = self.progress
-        self.progress = self.encoder_swap.check_publisher(before)
+        self.progress = self.encoder_swap.wait_or_give_up(before)
         if self.progress == before:
             self.stop_if_asked()
             time.sleep(self.recipe.store.poll_seconds)

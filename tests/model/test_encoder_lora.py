@@ -291,6 +291,6 @@ def test_a_stage_that_trains_the_matrices_keeps_its_encoder(tiny):
     """No later snapshot replaces what the sft branch has trained."""
     cfg: Recipe = recipe.load(str(tiny), MATRICES)
     joint = cfg.stage("joint")
-    assert joint.trains_encoder and joint.needs_final_encoder
-    assert cfg.stage("pretrain").trains_encoder and not cfg.stage("pretrain").needs_final_encoder
+    assert joint.trains_encoder and joint.trains_sft_encoder
+    assert cfg.stage("pretrain").trains_encoder and not cfg.stage("pretrain").trains_sft_encoder
     assert not cfg.stage("ia_sft").trains_encoder
