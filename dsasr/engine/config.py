@@ -28,8 +28,8 @@ class EngineConfig:
     deepspeed: str = "zero3"
     # of weights and activations; auto: bf16 on a GPU, fp32 on a CPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    # fp32 products: medium may pass through bf16; on an AMD EPYC it takes oneDNN in place of MKL,
-    # twice as fast and as exact
+    # fp32 matrix products: medium may pass through bf16; on an AMD EPYC it takes oneDNN in place of
+    # MKL, twice as fast and as exact
     matmul: Literal["highest", "high", "medium"] = "highest"
     # global gradient norm that gradients are clipped to; 0: no clipping
     max_grad_norm: NonNegativeFloat = 1.0

@@ -16,7 +16,7 @@ MEANING = {
     "too_short": "less text than anyone says in that time",
     "loop": "the same words again and again",
     "chat": "a phrase of an assistant, the prompt or subtitles",
-    "unheard": "the encoder did not hear these words",
+    "unheard": "the CTC head gives these words a low probability",
     "join": "two overlapping pieces have no word in common",
 }
 

@@ -1,4 +1,4 @@
-"""The CTC head of a recognizer's encoder: where a run keeps it, and the model that listens with it.
+"""The CTC head of a recognizer's encoder: where a run keeps it, and the model that scores with it.
 
 An adaptor that reads CTC has the head among its own weights. Of other kinds the head was trained by
 the pretrain branch, and scores transcripts and gives their times.

@@ -27,7 +27,7 @@ from dsasr.utils.errors import UserError
 class RunModel:
     """A `SpeechLLM` restored from a run's ``checkpoint``, with the builder of the run's recipe.
 
-    It listens with the encoder's CTC head, where the run has one. ``speech``: of its training;
+    It scores with the encoder's CTC head, where the run has one. ``speech``: of its training;
     ``tuned``: on its validation set.
     """
 

@@ -50,7 +50,7 @@ class CtcModelConfig:
     spec: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     # dynamic chunks; null: full context
     chunks: ChunkConfig | None = field(default_factory=ChunkConfig)
-    head: CtcHeadConfig = field(default_factory=CtcHeadConfig)  # between encoder and units
+    head: CtcHeadConfig = field(default_factory=CtcHeadConfig)  # between encoder and CTC labels
 
     def __post_init__(self) -> None:
         ranges.check(self)

@@ -1,9 +1,9 @@
 """The ways to train, of which data, machine and models choose one: base recipe, stages, lengths.
 
-- ``read``: a CTC head on a pretrained encoder writes units, and the language model learns, from
+- ``read``: a CTC head on a pretrained encoder writes labels, and the language model learns, from
   text without speech too, to read them. The only way with a result on less than an hour of speech.
 - ``adapt``: adaptor and LoRA on a frozen pretrained encoder, as most published systems.
-- ``scratch``: an encoder of our own is pretrained, and published to the language model as it goes.
+- ``scratch``: an encoder is pretrained from scratch, and its snapshots go to the language model.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _read(
 ) -> Way:
     lora, settings = uses_lora(llm), []
     settings += [
-        Setting("data.phonemes", facts.phonemes, "units of the CTC head, of the transcripts"),
+        Setting("data.phonemes", facts.phonemes, "labels of the CTC head, of the transcripts"),
         Setting("data.phonemizer.kind", facts.units, _why_units(facts)),
         Setting(
             "data.text_only.path", facts.sentences,
@@ -162,11 +162,11 @@ def _adapt(
     settings = [
         *_batch(most, frames),
         Setting(f"{_BATCH}.tokens", math.ceil(0.4 * frames), "of the language model, likewise"),
-        Setting("model.adaptor.stack", stack, "encoder frames of a speech token, about 0.16 s"),
+        Setting("model.adaptor.stack", stack, "encoder frames of an adaptor frame, about 0.16 s"),
     ]
     if per_token != 16:
         settings.append(
-            Setting(f"{_BATCH}.frames_per_token", per_token, "10 ms frames of a speech token")
+            Setting(f"{_BATCH}.frames_per_token", per_token, "10 ms frames of an adaptor frame")
         )
     settings += _prompt(llm, facts)
     if device.is_cpu:
@@ -214,7 +214,7 @@ def _scratch(
     units, part = _why_units(facts), "llm"
     settings = [
         Setting("data.cmvn", facts.cmvn, "mean and variance of the features, of training data"),
-        Setting("data.phonemes", facts.phonemes, "units of the CTC head, of the transcripts"),
+        Setting("data.phonemes", facts.phonemes, "labels of the CTC head, of the transcripts"),
         Setting("data.phonemizer", {"kind": facts.units, "lexicons": []}, units),
         *_batch(most, frames),
     ]  # fmt: skip
@@ -314,9 +314,9 @@ def _languages(llm: LanguageModel, facts: Facts) -> list[Setting]:
 
 def _why_units(facts: Facts) -> str:
     return {
-        "characters": "letters are the CTC head's units",
-        "espeak": "phonemes by espeak-ng are the CTC head's units",
-        "tokens": "the language model's tokens are the CTC head's units",
+        "characters": "letters are the CTC head's labels",
+        "espeak": "phonemes by espeak-ng are the CTC head's labels",
+        "tokens": "the language model's tokens are the CTC head's labels",
     }[facts.units]
 
 

@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace) -> None:
     encoder = build(options.encoder, options.shape, "cpu")
     found = errors(encoder)
     if max(found.values()) > TOLERANCE:
-        raise UserError(f"the encoders differ: {found}; mend that before timing")
+        raise UserError(f"the encoders differ: {found}; fix that before timing")
     encoder = encoder.to(options.device, options.dtype)
     lengths = batches(seconds_of(options.lengths), options.frames, options.batches)
     settings = encoder.bins, options.device, options.dtype

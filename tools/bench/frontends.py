@@ -186,7 +186,7 @@ def measure(name: str, clips: list[Tensor], rounds: int, data: str) -> None:
     if largest > case.most or beyond > case.beyond:
         raise UserError(
             f"{name}: ours and {case.extractor} differ by {largest:.2g} at most, and by more than "
-            f"{TOLERANCE:g} in {beyond:.2%} of the values: mend that before timing"
+            f"{TOLERANCE:g} in {beyond:.2%} of the values: fix that before timing"
         )
     times = alternate(sides(case, clips), rounds)
     seconds = sum(map(len, clips)) / RATE

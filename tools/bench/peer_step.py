@@ -92,7 +92,7 @@ def in_child(options: argparse.Namespace, kind: str, name: str, case: str) -> di
 def measure(options: argparse.Namespace, case: str) -> None:
     found = in_child(options, "check", "ours", case)
     if max(found.values()) > TOLERANCE:
-        raise UserError(f"ours and the peer are not the same model: {found}; mend that first")
+        raise UserError(f"ours and the peer are not the same model: {found}; fix that first")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.sides}
     for number in range(options.rounds):
         for name in options.sides:

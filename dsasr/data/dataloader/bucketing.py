@@ -54,7 +54,7 @@ class BatchConfig:
     max_seconds: Annotated[float, Range(0, 86_400, above=True)] = 40.0
     # tokens of the prompt that the token budget counts for each sample
     prompt_tokens: NonNegativeInt = 40
-    # frames of 10 ms of one speech token in the token budget: 4 · model.adaptor.stack, or with an
+    # frames of 10 ms of one adaptor frame in the token budget: 4 · model.adaptor.stack, or with an
     # encoder of 50 Hz, as Whisper's, 2 · model.adaptor.stack
     frames_per_token: PositiveInt = 16
     # tokens of a transcript's character in the token budget; 1 is an upper bound for most alphabets
