@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import json
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,6 +23,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "tests" / "programs" / "launcher_server.py"
 RECORDINGS = ROOT.parent / "shared" / "data"
+FETCHING = ROOT.parent / "shared" / "tools"  # scripts that make folders of published models
+FETCH_SECONDS = 240  # that one may take; a minute on a quiet machine
 RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # As in an activated environment: two versions of ninja in turn rebuild an extension each time.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -52,6 +56,63 @@ def recordings() -> Path:
     if not RECORDINGS.is_dir():
         pytest.skip("no real recordings beside this checkout")
     return RECORDINGS
+
+
+def published_model(name: str, script: str) -> Path:
+    """The folder ``name`` of a cache, which a script beside the checkout makes once, under its last
+    name only when it is whole; a test that needs it is skipped where that fails."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("DSASR_TEST_MODELS") or home / "dsasr-tests")
+    if (cache / name).is_dir():
+        return cache / name
+    if not (FETCHING / script).is_file():
+        pytest.skip(f"no {name}: there is no ../shared/tools/{script} beside this checkout")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # One process of several fetches; the others find what it made.
+        with (cache / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache) as made:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (cache / name).is_dir():
+                _fetch([sys.executable, FETCHING / script, Path(made) / name], Path(made) / "log")
+                # The folder itself last (after whisper-base-lm): it says that all is there.
+                for folder in sorted(Path(made).glob(f"{name}*"), reverse=True):
+                    folder.rename(cache / folder.name)
+    except OSError as error:
+        pytest.skip(f"no {name}: {error}")
+    return cache / name
+
+
+def _fetch(command: list, log: Path) -> None:
+    """Run a script that fetches; the test is skipped, with the reason, where it fails."""
+    # What a killed script leaves goes with the log's folder.
+    settings = {**os.environ, "PIP_RETRIES": "1", "TMPDIR": str(log.parent)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=settings, start_new_session=True
+        )
+        try:
+            code = process.wait(FETCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            pytest.skip(f"{command[1].name} took more than {FETCH_SECONDS} s")
+    if code:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"code {code}"]
+        pytest.skip(f"{command[1].name} failed: {errors[-1]}")
+
+
+@pytest.fixture(scope="session")
+def whisper_base() -> Path:
+    """The folder of OpenAI's Whisper base, whole; its decoder as a language model is beside it, in
+    whisper-base-lm."""
+    return published_model("whisper-base", "whisper_base.py")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct."""
+    return published_model("smollm2", "smollm2.py")
 
 
 @pytest.fixture(scope="session")

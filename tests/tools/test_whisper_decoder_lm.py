@@ -162,3 +162,24 @@ def test_nothing_is_written_over(tool, saved):
     folder, _ = saved()
     with pytest.raises(UserError, match="is there already"):
         tool.main([str(folder), str(folder)])
+
+
+@pytest.mark.slow
+def test_speech_makes_whisper_base_a_language_model(
+    tool, whisper_base, recordings, command, tmp_path
+):
+    manifest, shards = recordings / "en_read" / "valid.jsonl", tmp_path / "shards"
+    assert command("data", "make-shards", manifest, "--out", shards).returncode == 0
+    options = ["--speech", str(shards), "--limit", "4"]
+    assert tool.main([str(whisper_base), str(tmp_path / "lm"), *options]) == 0
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "lm").eval()
+    tokenizer = load_tokenizer(tmp_path / "lm")
+    prompt = tokenizer.parse("".join(SPECIAL[1:]))
+    losses = []
+    for text in ("i will see you in the morning", "the weather was very nice last week"):
+        ids = torch.tensor([[*prompt, *tokenizer.encode(f" {text}")]])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+        with torch.no_grad():
+            loss = lm(ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        losses.append(float(loss))
+    assert max(losses) < 6.5  # without speech: 31 on such text; ln(vocabulary): 10.9
