@@ -31,6 +31,8 @@ def first_mean(sums: dict) -> float:
 def whole(build: Builder, stage, batch) -> list[float]:
     """Loss and gradient norm without an engine."""
     model = build.module(stage.branch).train()
+    if stage.branch == "pretrain":
+        model.warm_up(0, stage.warmup_steps)  # as at the engine's first step
     model.requires_grad_(False)
     trained = [p for part in stage.trains for p in lora.part(model, part)]
     for parameter in trained:
