@@ -153,15 +153,18 @@ def test_an_exports_paths_are_its_own_folders(tmp_path):
 
 def test_files_of_a_source_that_is_gone_are_those_of_its_copy(tmp_path):
     model, copy = tmp_path / "model", tmp_path / "run" / "init_from"
-    (model / "llm").mkdir(parents=True)
-    for name in ("cmvn.json", "llm/config.json", "llm/tokenizer.model", "llm/model.safetensors"):
+    for folder in ("llm", "encoder"):
+        (model / folder).mkdir(parents=True)
+    names = ("cmvn.json", "encoder/config.json", "encoder/preprocessor_config.json",
+             "llm/config.json", "llm/tokenizer.model")  # fmt: skip
+    for name in (*names, "llm/model.safetensors"):
         (model / name).write_text(name)
     export_folder.copy_without_weights(model, copy)
     files = sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file())
-    assert files == ["cmvn.json", "llm/config.json", "llm/tokenizer.model"]
+    assert files == sorted(names)
     path, copies = str(model / "llm"), {str(model): copy}
     assert export_folder.original_or_copy(path, copies) == path
     model.rename(tmp_path / "elsewhere")
     assert export_folder.original_or_copy(path, copies) == str(copy / "llm")
-    for elsewhere in ("", "gone/llm", str(model / "encoder")):
+    for elsewhere in ("", "gone/llm", str(model / "other")):
         assert export_folder.original_or_copy(elsewhere, copies) == elsewhere

@@ -180,3 +180,11 @@ def test_tokens_are_embedded_as_they_enter(family):
     llm = load_llm(folder, attn="eager")
     expected = llm.get_input_embeddings().weight[[5, 7, 5]].float() * inside * left
     torch.testing.assert_close(embed_tokens(llm, [5, 7, 5]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_on_the_meta_device_the_scale_counts_as_one():
+    shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    # A model without buffers, of which the shapes alone are wanted.
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape))
+        assert input_scale(llm) == 1.0

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel
 from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASREncoder
 
+from dsasr.engine.zero_hooks import leaf_modules
 from dsasr.model.dynamic_chunks import Chunk
 from dsasr.model.encoders.pretrained import (
     PretrainedEncoderConfig,
@@ -123,6 +124,12 @@ def test_batch_mates_do_not_matter_in_value_or_gradient(family, make):
         if a is not None:
             assert a.isfinite().all()
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_zero_3_gathers_each_block_as_a_whole(family, make):
+    encoder = make(family)
+    leaves = {id(module) for module in leaf_modules(encoder)}
+    assert {id(block) for block in encoder.blocks} <= leaves
 
 
 def test_the_silence_in_place_of_no_speech_gives_a_frame(family, make):
