@@ -206,8 +206,8 @@ class Recipe:
                 "model.encoder_from=SNAPSHOT, or model.encoder.path=FOLDER of a pretrained "
                 "encoder"
             )
-        trains_head = self.schedule().pretrain or any("ctc" in s.trains for s in self.stages)
-        if self.model.adaptor.reads_ctc and not trains_head and "head" not in self.init_parts:
+        has_head = self.trains_ctc_head or "head" in self.init_parts
+        if self.model.adaptor.reads_ctc and not has_head:
             raise UserError(
                 "model.adaptor.kind=ctc reads a CTC head that nothing trains: give a stage of "
                 "branch pretrain, or model.init_from=MODEL with one in its model.init_parts"
@@ -237,8 +237,8 @@ class Recipe:
                 "model.pretrain.consistency_warmup is for CR-CTC: give a pretrain stage "
                 "objective=cr_ctc, or consistency_warmup=null"
             )
-        trains_head = model.adaptor.reads_ctc or self.schedule().pretrain
-        if self.evaluation.decode.ctc_weight and not trains_head:
+        has_head = model.adaptor.reads_ctc or self.schedule().pretrain
+        if self.evaluation.decode.ctc_weight and not has_head:
             raise UserError(
                 "evaluation.decode.ctc_weight needs a CTC head: give a stage of branch pretrain, "
                 "or ctc_weight=0"
@@ -247,12 +247,10 @@ class Recipe:
     def check_frames_per_token(self, stage: StageConfig, per_token: int) -> None:
         """Raise `UserError` unless the stage's token budget counts speech as the model does."""
         counted = self.dataloader(stage)[0].batch.frames_per_token
-        where = f"stages.{stage.name}" if stage.batch else "data.dataloader"
-        key = f"{where}.batch.frames_per_token"
         if counted != per_token:
             raise UserError(
                 f"stage '{stage.name}' counts speech at one token for {counted} frames, the model "
-                f"at {per_token}: give {key}={per_token}"
+                f"at {per_token}: give {self.batch_key(stage)}.frames_per_token={per_token}"
             )
 
     def _check_lora(self) -> None:
@@ -284,6 +282,11 @@ class Recipe:
         """The pretrained encoder, if the recipe names one."""
         encoder = self.model.encoder
         return encoder if isinstance(encoder, PretrainedEncoderConfig) else None
+
+    @property
+    def trains_ctc_head(self) -> bool:
+        """Whether some stage trains the CTC head."""
+        return any(s.branch == "pretrain" or "ctc" in s.trains for s in self.stages)
 
     @property
     def has_initial_encoder(self) -> bool:
@@ -348,6 +351,11 @@ class Recipe:
         if name not in names:
             raise UserError(f"no stage '{name}'{nearest(name, names)}")
         return self.stages[names.index(name)]
+
+    @staticmethod
+    def batch_key(stage: StageConfig) -> str:
+        """The key of a stage's batch budgets: its own, or those of all stages."""
+        return f"stages.{stage.name}.batch" if stage.batch else "data.dataloader.batch"
 
     def dataloader(self, stage: StageConfig) -> tuple[DataLoaderConfig, tuple[DatasetConfig, ...]]:
         """A stage's dataloader settings, and its datasets with their weights in the mixture."""

@@ -256,16 +256,12 @@ def _check_positions(builder: Builder, token_seconds: float, positions: int | No
         batch = builder.recipe.dataloader(stage)[0].batch
         needed = prompt + math.ceil(batch.max_seconds * per_second)
         if positions is not None and stage.branch == "sft" and needed > positions:
-            key = f"{_batch_key(stage)}.max_seconds"
+            key = f"{builder.recipe.batch_key(stage)}.max_seconds"
             raise UserError(
                 f"{key}={batch.max_seconds:g} makes sequences of about {needed:,} tokens (prompt, "
                 f"speech, transcript), the language model has {positions:,} positions: give "
                 f"{key}={(positions - prompt) / per_second:.0f}, or a larger model.adaptor.stack"
             )
-
-
-def _batch_key(stage: StageConfig) -> str:
-    return f"stages.{stage.name}.batch" if stage.batch else "data.dataloader.batch"
 
 
 def _check_seconds(builder: Builder, key: str, batch: BatchConfig) -> None:

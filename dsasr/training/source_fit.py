@@ -42,9 +42,8 @@ class SourceFit:
                 raise UserError(f"it has no part '{part}', only {has}{self._without(part)}")
         if not self.parts and not self.named:
             raise UserError("it has no part of this recipe's model")
-        trained = any("ctc" in s.trains or s.branch == "pretrain" for s in recipe.stages)
         read = recipe.model.adaptor.reads_ctc and key == "init_from"
-        if read and not trained and "head" not in self.parts:
+        if read and not recipe.trains_ctc_head and "head" not in self.parts:
             raise UserError(
                 "it has no CTC head, which model.adaptor.kind=ctc reads and no stage trains: give "
                 "a stage of branch pretrain"
