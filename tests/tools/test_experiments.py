@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,3 +307,34 @@ def test_the_table_of_encoders_says_where_csai_clears_its_controls(experiment):
     assert [line.split(" | ")[:2] for line in lines] == [["| a", "1"], ["| a", "2"], ["| b", "1"]]
     assert [line.split(" | ")[-1] for line in lines] == ["yes |", "no |", "yes |"]
     assert "3.000 (2.900 to 3.100) | 0.001 | 0.050 (0.040 to 0.060) | 0.002 | 0.039" in lines[0]
+
+
+def test_less_speech_and_less_text_are_parts_of_more(reproduce, tmp_path):
+    import speech_and_text
+
+    rows = [{"id": i, "duration": 3.0 + i % 5} for i in range(200)]
+    some = [speech_and_text.some_speech(rows, minutes) for minutes in (2, 5, 1000)]
+    seconds = [sum(row["duration"] for row in part) for part in some]
+    assert 120 <= seconds[0] < 127 and 300 <= seconds[1] < 307
+    assert some[1][: len(some[0])] == some[0] and some[2][: len(some[1])] == some[1]
+    assert sorted(row["id"] for row in some[2]) == list(range(200))
+
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i}\n\n" for i in range(50)))
+    few, many = (speech_and_text.some_lines(path, count) for count in (10, 1000))
+    assert len(few) == 10 and few == many[:10] and len(set(many)) == 50
+
+
+def test_without_text_a_point_of_the_curve_has_speech_alone(reproduce):
+    import speech_and_text
+
+    def stages(branch: str, lines: int) -> dict[str, dict]:
+        args = SimpleNamespace(sft_share=0.5, tune_steps=7)
+        return {s["name"]: s for s in speech_and_text.stages(branch, lines, args)}
+
+    alone, both = stages("sft", 0), stages("sft", 1000)
+    assert list(both) == ["read", *alone] and both["read"]["steps"] == 450
+    assert all(both[name]["steps"] == stage["steps"] for name, stage in alone.items())
+    assert all(stage["text_share"] for stage in both.values())
+    assert not any("text_share" in stage for stage in alone.values())
+    assert stages("pretrain", 0)["tune"]["steps"] == 7
