@@ -196,6 +196,7 @@ class Recipe:
             ):
                 self.check_frames_per_token(stage, SUBSAMPLING * frames)
         self._check_lora()
+        self._check_layer_sum()
         if (
             self.branch != "pretrain"
             and not self.schedule().pretrain
@@ -270,11 +271,32 @@ class Recipe:
                     f"trains, in place of '{whole}', or give model.{part}=null"
                 )
 
+    @property
+    def has_layer_sum(self) -> bool:
+        """Whether the encoder's output is a learned sum over its blocks."""
+        return self.pretrained_encoder is not None and self.pretrained_encoder.layer_sum
+
+    def _check_layer_sum(self) -> None:
+        named = [stage.name for stage in self.stages if "layer_sum" in stage.trains]
+        if named and not self.has_layer_sum:
+            raise UserError(
+                f"stage '{named[0]}' trains 'layer_sum': give model.encoder.layer_sum=true"
+            )
+        learned = named or any("encoder" in stage.trains for stage in self.stages)
+        # Without training, its weights come from another run.
+        if self.has_layer_sum and not learned and not self.takes_encoder:
+            raise UserError(
+                "model.encoder.layer_sum is given, but no stage learns its weights: name layer_sum "
+                "(or encoder) in a stage's trains, such as layer_sum: 1.0e-3"
+            )
+
     def parts(self, branch: str) -> tuple[str, ...]:
         """Names of the parts of a branch's model."""
         lacks = {part for part in lora.BASE if getattr(self.model, part) is None}
         if branch == "sft" and not self.model.adaptor.reads_ctc:
             lacks.add("ctc")
+        if not self.has_layer_sum:
+            lacks.add("layer_sum")
         return tuple(p for p in PARTS[branch] if p not in lacks)
 
     @property

@@ -25,11 +25,13 @@ from dsasr.utils.ranges import (
 
 BranchName = Literal["pretrain", "sft"]
 PARTS: dict[str, tuple[str, ...]] = {
-    # encoder_lora, lora: if the recipe has model.encoder_lora, model.lora
-    "pretrain": ("encoder", "encoder_lora", "ctc"),
+    # encoder_lora, lora: if the recipe has model.encoder_lora, model.lora; layer_sum: if it has
+    # model.encoder.layer_sum
+    "pretrain": ("encoder", "encoder_lora", "layer_sum", "ctc"),
     # ctc: of an adaptor that reads it
-    "sft": ("encoder", "encoder_lora", "ctc", "adaptor", "llm", "lora"),
+    "sft": ("encoder", "encoder_lora", "layer_sum", "ctc", "adaptor", "llm", "lora"),
 }
+ENCODER_PARTS = frozenset({"encoder", "encoder_lora", "layer_sum"})  # what its output depends on
 OBJECTIVES = {"pretrain": ("cr_ctc", "ctc"), "sft": ("ce",)}
 
 
@@ -40,13 +42,16 @@ class StageConfig:
     ``trains`` maps the parts that this stage trains to their maximum learning rates: one optimizer
     parameter group each. All other parts are frozen. ``lora`` is the LoRA matrices in the language
     model (`model.lora`), ``llm`` the model's own weights; so with ``encoder_lora`` and ``encoder``.
+    ``layer_sum`` is the weights of the sum over a pretrained encoder's blocks, which ``encoder``
+    has too: for a stage that keeps the blocks frozen, or trains LoRA in them.
     """
 
     name: str  # unique name; key=value reaches the stage by it (stages.NAME.steps=100)
     # pretrain: encoder and CTC head; sft: encoder, adaptor, language model and LoRA
     branch: BranchName
-    # part → maximum learning rate, all others are frozen; pretrain: encoder or encoder_lora, ctc;
-    # sft: encoder or encoder_lora, ctc (of an adaptor that reads it), adaptor, llm or lora
+    # part → maximum learning rate, all others are frozen; pretrain: encoder or encoder_lora,
+    # layer_sum (with model.encoder.layer_sum; in encoder already), ctc; sft: these (ctc: of an
+    # adaptor that reads it), adaptor, llm or lora
     trains: dict[str, NonNegativeFloat]
     steps: PositiveInt  # optimizer steps of the stage
     objective: str = ""  # pretrain: cr_ctc (default) or ctc; sft: ce
@@ -85,6 +90,8 @@ class StageConfig:
                     f"{where} trains both '{whole}' and '{matrices}': all that LoRA can reach, the "
                     "whole model reaches too; name one of them"
                 )
+        if {"encoder", "layer_sum"} <= set(self.trains):
+            raise UserError(f"{where}: 'encoder' trains 'layer_sum' too; name one of them")
         if self.warmup_steps >= self.steps:
             raise UserError(
                 f"{where}: warmup_steps {self.warmup_steps} must be below its {self.steps} steps"
@@ -104,7 +111,7 @@ class StageConfig:
             )
         if self.text_share and self.branch != "sft":
             raise UserError(f"{where}: text_share needs a stage in branch sft")
-        if self.text_only and (speech := {"encoder", "encoder_lora", "ctc"} & set(self.trains)):
+        if self.text_only and (speech := {*ENCODER_PARTS, "ctc"} & set(self.trains)):
             raise UserError(f"{where}: text alone cannot train '{min(speech)}'; lower text_share")
         if not self.objective:
             object.__setattr__(self, "objective", OBJECTIVES[self.branch][0])
@@ -121,8 +128,8 @@ class StageConfig:
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether the stage changes the encoder's output, by its own weights or LoRA's."""
-        return not {"encoder", "encoder_lora"}.isdisjoint(self.trains)
+        """Whether the stage changes the encoder's output."""
+        return not ENCODER_PARTS.isdisjoint(self.trains)
 
     @property
     def trains_sft_encoder(self) -> bool:

@@ -68,6 +68,7 @@ VALID = "data.valid=[{name: a, shards: x}, {name: a, shards: y}]"
         ("data.augment.kinds=[recorded]", "data.dataloader.noise=FOLDER"),
         ("drift.swaps=[{pretrain: 5}]", "no effect with drift.mode=cka"),
         ("stages.align.steps_after_final_swap=2", "give it swaps=true"),
+        ("stages.align.trains={layer_sum: 1e-3}", "give model.encoder.layer_sum=true"),
         ("stages.align.name='<script>'", "is called '<script>'"),
     ],
 )
@@ -75,6 +76,16 @@ def test_settings_that_make_no_run_are_refused(override, says):
     with pytest.raises(UserError, match=says) as error:
         recipe.load("demo", [override])
     assert "\n" not in str(error.value)
+
+
+def test_a_sum_over_blocks_that_no_stage_learns_is_refused(tmp_path):
+    summed = "model.encoder={path: x, layer_sum: true}"
+    stages = "stages=[{{name: a, branch: sft, trains: {{{}: 1e-3, adaptor: 1e-3}}, steps: 3}}]"
+    base = [summed, "model.llm.path=y", "evaluation.decode.ctc_weight=0", "data.augment=null"]
+    for part in ("encoder", "layer_sum"):
+        recipe.load("whisper-qwen3", [*base, stages.format(part), "model.lora=null"])
+    with pytest.raises(UserError, match="no stage learns its weights: name layer_sum"):
+        recipe.load("whisper-qwen3", [*base, stages.format("lora")])
 
 
 def test_scores_of_a_language_rank_checkpoints():

@@ -41,6 +41,8 @@ def test_learning_rate_warms_up_and_decays():
             {"trains": {"adaptor": math.nan}},
             r"trains\.adaptor must be at least 0 and finite, not nan",
         ),
+        ({"trains": {"encoder": 1e-3, "layer_sum": 1e-3}}, "'encoder' trains 'layer_sum' too"),
+        ({"trains": {"layer_sum": 1e-3}, "text_share": 1.0}, "text alone cannot train 'layer_sum'"),
         ({"grad_accum_steps": 0}, "grad_accum_steps must be at least 1"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
     ],

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from torch import Size, Tensor
-
 from dsasr import config
-from dsasr.checkpoint import export_folder, stored_recipe
+from dsasr.checkpoint import export_folder, kept_head, stored_recipe
 from dsasr.checkpoint.locate import open_checkpoint, open_run_checkpoint, run_folder
 from dsasr.checkpoint.manifest import MANIFEST, FragmentError, read_manifest
 from dsasr.checkpoint.merge import weight_keys
+from dsasr.checkpoint.named_tensors import NamedTensors, in_files
 from dsasr.checkpoint.stored_recipe import RECIPE
 from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.checkpoint.zero_partition import MASTER
@@ -43,34 +41,6 @@ def part_of(name: str) -> str:
     if child == "llm" and lora.is_adapter(name):
         return "lora"
     return "head" if child == "ctc" else child
-
-
-class NamedTensors:
-    """A `tensor_fragments.Reader` of tensors that lie anywhere: name → (shape, function that reads
-    elements ``start`` to ``stop`` of the flattened tensor)."""
-
-    def __init__(
-        self,
-        folder: Path,
-        tensors: Mapping[str, tuple[tuple[int, ...], Callable[[int, int], Tensor]]],
-    ):
-        self.folder, self._tensors = folder, tensors
-        self.shapes = {name: shape for name, (shape, _) in tensors.items()}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
-
-    def read(self, key: str, start: int, stop: int) -> Tensor:
-        if key not in self._tensors:
-            raise FragmentError(f"{self.folder} holds no '{key}'")
-        try:
-            return self._tensors[key][1](start, stop)
-        except SafetensorError as error:
-            raise FragmentError(f"{self.folder}: '{key}' cannot be read: {error}") from None
-
-    def whole(self, key: str) -> Tensor:
-        shape = self.shapes.get(key, ())
-        return self.read(key, 0, Size(shape).numel()).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -174,11 +144,8 @@ def _open_export(folder: Path) -> WeightSource:
         files = TensorFiles(directory)
         if not files.shapes:
             raise UserError(f"{directory} has no weights: copy or export it again")
-        for name, shape in files.shapes.items():
-            tensors[prefix + name] = (
-                shape,
-                lambda start, stop, f=files, n=name: f.read_range(n, start, stop),
-            )
+        for name in files.shapes:
+            tensors[prefix + name] = in_files(files, name)
             if files.dtypes[name] == "F32":
                 tensors[f"{MASTER}/{prefix}{name}"] = tensors[prefix + name]
     reader = NamedTensors(folder, tensors)
@@ -199,6 +166,8 @@ def _open_fragments(folder: Path) -> WeightSource:
             known = {part_of(name) for name in keys}
             keys |= {name: key for name, key in own.items() if part_of(name) not in known}
         readers[branch] = _fragments_by_name(reader, keys)
+    if not snapshot and "head" not in map(part_of, readers["pretrain"].shapes):
+        readers["pretrain"] = _with_kept_head(readers["pretrain"])
     shapes = {
         name: shape
         for reader_of_branch in readers.values()
@@ -213,6 +182,14 @@ def _open_fragments(folder: Path) -> WeightSource:
         reader.manifest.get("vocabularies") or {},
         reader.manifest.get("architecture") if snapshot else None,
     )
+
+
+def _with_kept_head(reader: NamedTensors) -> NamedTensors:
+    """``reader`` of a checkpoint, with the head that its run keeps, if it does (`kept_head`)."""
+    kept = None
+    with contextlib.suppress(UserError):  # it was moved
+        kept = kept_head.open_kept(run_folder(reader.folder))
+    return reader if kept is None else reader.with_all_of(kept)
 
 
 def _fragments_by_name(reader: FragmentReader, keys: Mapping[str, str]) -> NamedTensors:
@@ -310,7 +287,7 @@ def complete_recipe(
         kept = ("tokenizer", "prompt", "languages")
         from_source["model"] |= {k: model[k] for k in kept if model.get(k)}
         from_source["data"] |= {k: data[k] for k in ("text",) if data.get(k)}
-        if decode := _decoding(settings):
+        if decode := _decoding(values, settings, parts):
             from_source["evaluation"] = {"decode": decode}
     if "head" in parts and data.get("phonemes"):
         from_source["data"] |= {k: data[k] for k in ("phonemes", "phonemizer") if data.get(k)}
@@ -319,11 +296,14 @@ def complete_recipe(
     return config.merge(from_source, _without_empty(values, from_source))
 
 
-def _decoding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A source's ``evaluation.decode``; the CTC head's weight in it only if its adaptor reads CTC,
-    for a run may have no other head."""
+def _decoding(
+    values: Mapping[str, Any], settings: Mapping[str, Any], parts: Collection[str]
+) -> dict[str, Any]:
+    """A source's ``evaluation.decode``; the CTC head's weight in it only with that head, and not
+    for greedy decoding, which rescores nothing."""
     decode = dict((settings.get("evaluation") or {}).get("decode") or {})
-    if ((settings.get("model") or {}).get("adaptor") or {}).get("kind") != "ctc":
+    own = (values.get("evaluation") or {}).get("decode") or {}
+    if "head" not in parts or own.get("beam") == 1:
         decode.pop("ctc_weight", None)
     return decode
 

@@ -1,7 +1,8 @@
 """The CTC head of a recognizer's encoder: where a run keeps it, and the model that scores with it.
 
 An adaptor that reads CTC has the head among its own weights. Of other kinds the head was trained by
-the pretrain branch, and scores transcripts and gives their times.
+the pretrain branch, and scores transcripts and gives their times; a run that took its encoder from
+elsewhere keeps the head of that encoder.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import contextlib
 from torch import nn
 
 from dsasr.build import Builder
-from dsasr.checkpoint import zero_partition
+from dsasr.checkpoint import kept_head, zero_partition
 from dsasr.checkpoint.locate import open_verified
-from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader
+from dsasr.checkpoint.tensor_fragments import FragmentError, FragmentReader, PrefixReader, Reader
 from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.data.text.phonemizer import Phonemizer
 from dsasr.data.text.speller import Speller
@@ -25,7 +26,7 @@ from dsasr.utils.errors import UserError
 _WEIGHT = "ctc.project.weight"
 
 
-def find_head(builder: Builder, reader: FragmentReader) -> PrefixReader | None:
+def find_head(builder: Builder, reader: FragmentReader) -> Reader | None:
     """The weights ``ctc.…`` that belong to the checkpoint's recognizer; None where there are none.
 
     Of a concurrent run they lie in the newest snapshot of its encoder.
@@ -35,7 +36,7 @@ def find_head(builder: Builder, reader: FragmentReader) -> PrefixReader | None:
     return None
 
 
-def _head_weights(builder: Builder, reader: FragmentReader) -> PrefixReader | None:
+def _head_weights(builder: Builder, reader: FragmentReader) -> Reader | None:
     for prefix in ("sft/", "pretrain/"):
         if prefix + _WEIGHT in reader.shapes:
             return PrefixReader(reader, prefix)
@@ -45,7 +46,7 @@ def _head_weights(builder: Builder, reader: FragmentReader) -> PrefixReader | No
         except FragmentError:
             continue
         return snapshot if _WEIGHT in snapshot else None
-    return None
+    return kept_head.open_kept(builder.recipe.folder)
 
 
 def attach_own_head(model: SpeechLLM, builder: Builder, reader: FragmentReader) -> None:

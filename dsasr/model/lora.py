@@ -256,7 +256,11 @@ def draw(named: Iterable[tuple[str, nn.Parameter]], draw_adapter: DrawAdapter) -
 
 def part(module: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters of a model's part. ``lora``: the matrices in its ``llm``; ``llm``: the rest
-    of it; so with ``encoder_lora``. Empty where the model has no such part."""
+    of it; so with ``encoder_lora``; ``layer_sum``: the weights of the sum over the encoder's
+    blocks, which are among those of ``encoder`` too. Empty where the model has no such part."""
+    if name == "layer_sum":
+        weights = getattr(getattr(module, "encoder", None), "layer_weights", None)
+        return [] if weights is None else [weights]
     child = getattr(module, BASE.get(name, name), None)
     if child is None:
         return []

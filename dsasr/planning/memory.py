@@ -38,7 +38,9 @@ BUCKET, REUSE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 # within a step.
 BUFFERS, BUFFERS_SHARE, HOLES = 0.04, 0.02, 0.1
 # Distance from the input.
-DEPTH = {"encoder": 0, "encoder_lora": 0, "ctc": 1, "adaptor": 2, "llm": 3, "lora": 3}
+DEPTH = {
+    "encoder": 0, "encoder_lora": 0, "layer_sum": 1, "ctc": 1, "adaptor": 2, "llm": 3, "lora": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,8 @@ def activation_bytes(
     if name in ("ctc", "adaptor"):
         rows = at.frames if name == "ctc" else round(at.adaptor_inputs)
         return utterances * sum(part.cost.saved(rows, float32, machine.cpu))
+    if name == "layer_sum":
+        return utterances * value * at.frames * part.saved if has_backward(stage, name) else 0.0
     positions = at.frames if BASE.get(name, name) == "encoder" else at.positions
     if name in BASE:
         return utterances * value * positions * _lora_values(recipe, stage, part, name)

@@ -37,13 +37,13 @@ ASSUMED_UNITS_PER_SECOND = 12.0
 
 @dataclass(frozen=True)
 class ModelPart:
-    """One of encoder, encoder_lora, ctc, adaptor, llm, lora."""
+    """One of encoder, encoder_lora, layer_sum, ctc, adaptor, llm, lora."""
 
     parameters: int
     layers: int
     largest: int  # parameters of the largest module that ZeRO-3 gathers at once
     shape: LlmShape | None = None  # llm only
-    # llm, lora, encoder_lora: values that all layers save for one position's backward pass
+    # llm, lora, encoder_lora, layer_sum: values saved by all layers for a position's backward pass
     saved: float = 0.0
     upcast: float = 0.0  # llm: values saved beside them in bf16, where norms save a float32 input
     # encoder, ctc, adaptor: FLOPs and saved activations of one utterance
@@ -185,6 +185,8 @@ def count_speech_parts(recipe: Recipe) -> dict[str, ModelPart]:
     }
     if model.encoder_lora is not None:
         parts["encoder_lora"] = _lora_part(encoder, model.encoder_lora, model.encoder, layers)
+    if recipe.has_layer_sum:
+        parts["layer_sum"] = ModelPart(layers, 1, layers, saved=layers * encoder.width)
     return parts | {"ctc": ModelPart(size, 1, size, cost=head_cost(head, encoder.width))}
 
 

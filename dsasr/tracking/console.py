@@ -141,6 +141,8 @@ def _initialized(e: Mapping[str, Any]) -> str:
             for part, (tensors, parameters) in e[kind].items()
         ]
         cells.append(f"{kind}: {', '.join(parts) or 'nothing'}")
+    if e.get("head_kept"):
+        cells.append("the encoder's CTC head is kept for scores and times of transcripts")
     return f"initial weights from {e['source']} (model.{e['key']}): {'; '.join(cells)}"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsasr.build import Builder
-from dsasr.checkpoint import export_folder, zero_partition
+from dsasr.checkpoint import export_folder, kept_head, zero_partition
 from dsasr.checkpoint.tensor_fragments import FragmentError, on_all_ranks
 from dsasr.checkpoint.weight_source import (
     PARTS,
@@ -44,6 +44,7 @@ class InitialWeights:
     names: frozenset[str]  # of the weights that are taken
     taken: Counts
     left: Counts  # in the source, unused
+    head: frozenset[str]  # of the CTC head that the run keeps beside its model
     fresh: Counts  # in the model, from no source
 
 
@@ -77,27 +78,29 @@ def _plan(builder: Builder) -> list[InitialWeights]:
     for branch in recipe.branches:
         tensors = zero_partition.named_tensors(builder.empty_module(branch))
         shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    found: dict[str, tuple[WeightSource, set[str]]] = {}
+    found: dict[str, tuple[WeightSource, set[str], set[str]]] = {}
     for key in SOURCES:
         path = getattr(recipe.model, key)
         if not path:
             continue
         try:
             source = open_source(locate_source(Path(path)))
-            found[key] = source, SourceFit(builder, shapes, source, key).weight_names()
+            fit = SourceFit(builder, shapes, source, key)
+            found[key] = source, fit.weight_names(), fit.kept_head
         except (UserError, FragmentError, OSError) as error:
             raise UserError(f"model.{key}={path}: {error}") from None
-    fresh = _count(shapes.keys() - set().union(*(names for _, names in found.values())), shapes)
+    fresh = _count(shapes.keys() - set().union(*(names for _, names, _ in found.values())), shapes)
     return [
         InitialWeights(
             key,
             str(source.folder),
             frozenset(names),
             _count(names, shapes),
-            _count(source.shapes.keys() - names, source.shapes),
+            _count(source.shapes.keys() - names - head, source.shapes),
+            frozenset(head),
             fresh,
         )
-        for key, (source, names) in found.items()
+        for key, (source, names, head) in found.items()
     ]
 
 
@@ -118,14 +121,18 @@ def check(builder: Builder) -> None:
 # -- load --------------------------------------------------------------------------------------
 
 
-def keep_settings(builder: Builder, plans: Iterable[InitialWeights]) -> None:
-    """Copy the settings, tokenizer and CMVN of exported models into the run folder; collective.
+def keep_files(builder: Builder, plans: Iterable[InitialWeights]) -> None:
+    """Copy into the run folder what a source has beside the weights of the run's model: settings,
+    tokenizer and CMVN of an exported model, and the CTC head of an encoder; collective.
 
     Raises `UserError` where it cannot be written.
     """
 
     def copy() -> None:
         for source in plans:
+            if source.head:
+                reader = open_source(Path(source.folder)).readers["pretrain"]
+                kept_head.save(reader, source.head, builder.recipe.folder)
             if export_folder.is_export(Path(source.folder)):
                 target = builder.recipe.folder / source.key
                 export_folder.copy_without_weights(Path(source.folder), target)
@@ -154,6 +161,7 @@ def load(
         except FragmentError as error:
             raise UserError(f"model.{source.key}: {error}") from None
         counts = {"taken": source.taken, "left": source.left, "fresh": source.fresh}
+        counts |= {"head_kept": bool(source.head)}
         monitor.event("initialized", key=source.key, source=source.folder, **counts, steps=0)
         # New LoRA matrices beside old ones add nothing at first.
         for part in [p for p in PARTS if p in source.taken and p in source.fresh and p != "lora"]:
@@ -179,5 +187,6 @@ def _trained(builder: Builder, engine: BranchEngine) -> set[str]:
     """The parameters of a branch that some stage trains."""
     parts = {p for s in builder.recipe.stages if s.branch == engine.name for p in s.trains}
     parts |= {"head"} if "ctc" in parts else set()
+    parts |= {"encoder"} if "layer_sum" in parts else set()
     names = dict(zero_partition.named_parameters(engine.module))
     return {name for name in names if part_of(name) in parts}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
 
 from dsasr import config
 from dsasr.build import Builder
-from dsasr.checkpoint import architecture
+from dsasr.checkpoint import architecture, zero_partition
 from dsasr.checkpoint.weight_source import PARTS, WeightSource, part_of, read_json
+from dsasr.model.ctc import CtcHead
 from dsasr.utils.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,9 +34,10 @@ class SourceFit:
         model_parts, source_parts = ({part_of(n) for n in s} for s in (shapes, source.shapes))
         self.named = ("encoder",) if key == "encoder_from" else recipe.model.init_parts
         self.parts = [p for p in self.named or recipe.init_parts if p in model_parts & source_parts]
+        self.kept_head = self._head_to_keep(model_parts)
         # Of a concurrent run the recipe names parts of both jobs.
         known = {p for s in recipe.stages for p in recipe.parts(s.branch)}
-        known |= {"head"} if "ctc" in known else set()
+        known |= {"head"} if "ctc" in known or self.kept_head else set()
         for part in self.named:
             if part not in known:
                 raise UserError(f"this recipe's model has no part '{part}'{self._without(part)}")
@@ -48,6 +52,29 @@ class SourceFit:
                 "it has no CTC head, which model.adaptor.kind=ctc reads and no stage trains: give "
                 "a stage of branch pretrain"
             )
+
+    def _head_to_keep(self, model_parts: Collection[str]) -> set[str]:
+        """The names of the source's CTC head where the run takes its encoder and has no head of its
+        own: the run keeps it beside its checkpoints. Empty where it does not fit the recipe."""
+        recipe = self.builder.recipe
+        wanted = self.key == "encoder_from" or "head" in recipe.init_parts
+        if not wanted or "encoder" not in self.parts or "head" in model_parts:
+            return set()
+        names = set(self._names("head", self.source.shapes))
+        if recipe.schedule().pretrain or not names:
+            return set()
+        try:
+            vocab = self.builder.phonemes
+        except UserError:  # no phonemes are named
+            return set()
+        if self.source.fingerprint("phonemes") not in (None, vocab.fingerprint):
+            return set()
+        with torch.device("meta"):
+            head = CtcHead(self.builder.encoder_shape.width, len(vocab), recipe.model.pretrain.head)
+        own = {
+            f"ctc.{name}": tuple(t.shape) for name, t in zero_partition.named_tensors(head).items()
+        }
+        return names if own == {name: tuple(self.source.shapes[name]) for name in names} else set()
 
     def weight_names(self) -> set[str]:
         """The names of the weights to load."""

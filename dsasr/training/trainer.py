@@ -100,7 +100,7 @@ class Trainer:
         resume.save_recipe(recipe)
         resume.save_environment(recipe)
         measure_speech.save(self.builder)
-        initial_weights.keep_settings(self.builder, sources)
+        initial_weights.keep_files(self.builder, sources)
         self.monitor = Monitor(
             recipe.folder,
             recipe.monitor,

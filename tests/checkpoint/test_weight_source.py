@@ -126,14 +126,16 @@ def test_the_llm_brings_its_prompt_and_the_head_its_units():
     whole = weight_source.complete_recipe(own, settings, weight_source.PARTS)
     assert whole["data"] == data and whole["evaluation"]["decode"] == decode | {"beam": 2}
     assert whole["model"]["pretrain"] == {"head": {"layers": 3}, "chunks": None}
+    own["evaluation"]["decode"] = {"beam": 1}
+    whole = weight_source.complete_recipe(own, settings, weight_source.PARTS)
+    assert whole["evaluation"]["decode"] == {"beam": 1}
     assert whole["model"]["prompt"] == "<a><speech>"
     assert whole["model"]["languages"] == {"en": "English"}
-    # Without their language model neither, and a head that the adaptor does not read stays behind.
+    # Without their language model neither, and without their head not its weight.
     own_llm = {"model": {"llm": {"path": "mine"}}}
     other = weight_source.complete_recipe(own_llm, settings, weight_source.PARTS)
     assert "prompt" not in other["model"] and "text" not in other["data"]
-    model["adaptor"] = {"kind": "mlp"}
-    whole = weight_source.complete_recipe({}, settings, weight_source.PARTS)
+    whole = weight_source.complete_recipe({}, settings, ("encoder", "llm"))
     assert whole["evaluation"]["decode"] == {"beam": 8}
 
 

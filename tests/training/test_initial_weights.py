@@ -15,6 +15,7 @@ from dsasr.build import Builder
 from dsasr.checkpoint import zero_partition
 from dsasr.checkpoint.locate import open_run_checkpoint
 from dsasr.checkpoint.tensor_fragments import FragmentReader
+from dsasr.data.text.phoneme_vocab import PhonemeVocab
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.schedule import Snapshot
@@ -85,7 +86,7 @@ def test_before_the_first_step_a_fine_tuned_export_says_what_it_said(tiny, sourc
             assert torch.equal(*prompts)
     trainer.close()
     event = initialized(cfg.folder)[0]
-    assert event["key"] == "init_from" and list(event["left"]) == ["head"]
+    assert event["key"] == "init_from" and event["left"] == {} and event["head_kept"]
     assert list(event["taken"]) == ["encoder", "adaptor", "llm"] and list(event["fresh"]) == [
         "lora"
     ]
@@ -94,6 +95,32 @@ def test_before_the_first_step_a_fine_tuned_export_says_what_it_said(tiny, sourc
     # The sft branch starts with it at once.
     turn = trainer.next_turn()
     assert (turn.kind, turn.stage.name, turn.load.id) == ("step", "adapt", "given")
+
+
+def test_fine_tuning_keeps_the_head_of_its_encoder(tiny, source, tmp_path):
+    """Its transcripts are scored and timed by it; so are those of a fine-tuning of that."""
+    model = source / "model"
+    theirs = export.load_export(model).model.ctc.state_dict()
+    for folder, start in (("a", model), ("b", tmp_path / "a")):
+        trainer = Trainer(finetune(tiny, tmp_path / folder, start))
+        assert trainer.branches.get("sft").module.ctc is None
+        assert trainer.save()
+        trainer.close()
+        of_run = RunModel.from_run(tmp_path / folder).model
+        assert same(of_run.ctc.state_dict(), theirs) and of_run.speller is not None
+
+    def head_kept(*overrides: str) -> bool:
+        cfg = finetune(tiny, tmp_path / "c", model, *overrides)
+        (plan,) = initial_weights.plan(Builder(cfg))
+        assert ("head" in plan.left) == (not plan.head)
+        return bool(plan.head)
+
+    assert head_kept("model.init_parts=[encoder, llm, head]")
+    assert not head_kept("model.init_parts=[encoder, llm]")
+    # One of other units stays behind.
+    other = PhonemeVocab([*PhonemeVocab.load(model / "phonemes.json").symbols[1:], "new"])
+    other.save(tmp_path / "phonemes.json")
+    assert not head_kept(f"data.phonemes={tmp_path / 'phonemes.json'}")
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint"])
@@ -287,17 +314,13 @@ def test_a_resumed_run_needs_the_source_no_more(tiny, source, tmp_path):
     assert len(initialized(tmp_path / "run")) == 1
     # Nor does what comes after training.
     restored = RunModel.from_run(tmp_path / "run")
-    assert all(torch.equal(t, before[n]) for n, t in
-               zero_partition.named_tensors(restored.model).items())  # fmt: skip
+    kept = zero_partition.named_tensors(restored.model)
+    assert all(torch.equal(kept[name], weight) for name, weight in before.items())
     folder = export.export_run(
         restored.builder, open_run_checkpoint(tmp_path / "run"), tmp_path / "again"
     )
     state, expected = (export.load_export(f).model.state_dict() for f in (folder, source / "model"))
-    # Without pretraining the run has no CTC head.
-    assert {name for name in expected if name not in state} <= {
-        "ctc.project.weight",
-        "ctc.project.bias",
-    }
+    assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
 
 

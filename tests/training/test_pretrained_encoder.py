@@ -20,6 +20,9 @@ from dsasr.checkpoint.tensor_fragments import FragmentReader
 from dsasr.inference import export
 from dsasr.inference.model_from_run import RunModel
 from dsasr.model import lora
+from dsasr.planning.cluster_sizing import estimate_step
+from dsasr.planning.memory import Machine
+from dsasr.planning.model_parts import count_parts
 from dsasr.tracking.run_log import read_events
 from dsasr.training import preflight
 from dsasr.utils.errors import UserError
@@ -128,6 +131,33 @@ def test_without_pretraining_it_trains_resumes_and_is_exported(launch, tiny, whi
     assert changed
     soundfile.write(tmp_path / "a.wav", torch.zeros(16000).numpy(), 16000)
     assert Recognizer.from_pretrained(model).transcribe(tmp_path / "a.wav") is not None
+
+
+@pytest.mark.launcher
+def test_a_frozen_encoders_sum_over_blocks_is_learned(launch, tiny, whisper, tmp_path):
+    align = (
+        "stages=[{name: align, branch: sft, trains: {layer_sum: 1e-2, adaptor: 1e-3}, steps: 3}]"
+    )
+    options = [*overrides(whisper), "data.phonemes=''", "model.encoder.layer_sum=true", align]
+    done = launch(TRAIN, "--recipe", tiny, f"run={tmp_path / 'run'}", *options)
+    assert done.returncode == 0, done.stdout[-3000:]
+    build = Builder(recipe.load(str(tiny), [*options, f"run={tmp_path / 'run'}"]))
+    start = dict(build.speech_llm().encoder.named_parameters())
+    reader = open_run_checkpoint(tmp_path / "run")
+    changed = {n for n, p in start.items() if not torch.equal(reader.whole(f"sft/encoder.{n}"), p)}
+    assert changed == {"layer_weights"}
+    # Three steps of AdamW move each weight by at most the rate a step.
+    assert 0 < reader.whole("sft/encoder.layer_weights").abs().max() <= 3.1e-2
+    # The plan: no backward pass through the blocks, whose outputs are kept for the sum's weights.
+    plans = {}
+    for part in ("layer_sum", "encoder"):
+        cfg = recipe.load(str(tiny), [*options, align.replace("layer_sum", part)])
+        plans[part] = estimate_step(cfg, cfg.stages[0], Machine(nodes=1, gpus=2))
+    assert plans["layer_sum"].flops < plans["encoder"].flops
+    blocks, adaptor = len(start["layer_weights"]), count_parts(cfg)["adaptor"].parameters
+    assert plans["layer_sum"].memory["optimizer"] == pytest.approx(
+        12 * (blocks + adaptor) / 2 / 1e9
+    )
 
 
 MATRICES = [
