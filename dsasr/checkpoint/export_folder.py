@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsasr.checkpoint.tensor_fragments import file_digest
-from dsasr.model.encoders.pretrained import PREPROCESSOR
+from dsasr.model.encoders.pretrained import PREPROCESSOR, PROCESSOR
 from dsasr.utils.errors import UserError
 from dsasr.utils.io import atomic_folder, atomic_write
 
@@ -96,7 +96,7 @@ def copy_without_weights(folder: Path, target: Path) -> None:
     """Copy what a model is built from (settings, tokenizer, CMVN, phonemes) to the new folder
     ``target``."""
     names = [CMVN, PHONEMES, f"{LLM}/config.json"]
-    names += [f"{ENCODER}/{name}" for name in ("config.json", PREPROCESSOR)]
+    names += [f"{ENCODER}/{name}" for name in ("config.json", PREPROCESSOR, PROCESSOR)]
     names += [f"{LLM}/{name}" for name in LLM_FILES]
     with atomic_folder(target) as staging:
         for name in names:

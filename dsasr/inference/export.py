@@ -67,6 +67,7 @@ from dsasr.model.encoders.conformer import Encoder as Conformer
 from dsasr.model.encoders.conformer import EncoderConfig
 from dsasr.model.encoders.pretrained import (
     PREPROCESSOR,
+    PROCESSOR,
     PretrainedEncoderConfig,
     build_encoder,
 )
@@ -176,7 +177,7 @@ def _exported_encoder(builder: Builder, folder: Path) -> EncoderConfig | Pretrai
     if cfg is None:
         return builder.recipe.model.encoder
     (folder / ENCODER).mkdir()
-    for name in ("config.json", PREPROCESSOR):
+    for name in ("config.json", PREPROCESSOR, PROCESSOR):
         if (builder.encoder_folder / name).is_file():
             shutil.copyfile(builder.encoder_folder / name, folder / ENCODER / name)
     return replace(cfg, path=ENCODER)

@@ -27,7 +27,7 @@ from dsasr.model.ctc import (
     posterior_entropy,
 )
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
-from dsasr.model.encoders.protocol import Encoder, EncoderOutput, silence_shape
+from dsasr.model.encoders.protocol import Encoder, EncoderOutput, silence_shape, stacked_frames
 from dsasr.model.outputs import Outputs
 from dsasr.model.step_rng import seed_dropout, step_generator
 from dsasr.utils import ranges
@@ -169,8 +169,8 @@ class CtcModel(nn.Module):
             return [batch.features_BTF] * views
         if views > 1:
             spec = replace(spec, time_masks=int(self.cfg.time_mask_ratio * spec.time_masks))
-        generator = step_generator(batch, "spec")
+        generator, stack = step_generator(batch, "spec"), stacked_frames(self.encoder)
         return [
-            spec_augment(batch.features_BTF, batch.feature_lengths_B, spec, generator)
+            spec_augment(batch.features_BTF, batch.feature_lengths_B, spec, generator, stack)
             for _ in range(views)
         ]

@@ -194,6 +194,11 @@ def read_llm_config(folder: Path, dropout: float = 0.0) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"no language model in {folder}: there is no config.json")
     config = read_hf_config(folder)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{folder} holds an encoder-decoder ({config.model_type}), whose decoder by itself is no "
+            "language model: give a causal one; tools/whisper_decoder_lm.py makes one of Whisper's"
+        )
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)

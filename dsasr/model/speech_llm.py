@@ -26,7 +26,7 @@ from dsasr.model import activation_checkpointing, lora
 from dsasr.model.adaptors.protocol import Adaptor
 from dsasr.model.ctc import CtcHead
 from dsasr.model.dynamic_chunks import Chunk, ChunkConfig, draw_chunk
-from dsasr.model.encoders.protocol import Encoder, EncoderOutput, silence_shape
+from dsasr.model.encoders.protocol import Encoder, EncoderOutput, silence_shape, stacked_frames
 from dsasr.model.llm import FusedLmHead, LlmConfig
 from dsasr.model.llm_forward import packed_hidden
 from dsasr.model.outputs import Outputs
@@ -261,6 +261,7 @@ class SpeechLLM(nn.Module):
                     batch.feature_lengths_B,
                     self.spec,
                     step_generator(batch, "spec"),
+                    stacked_frames(self.encoder),
                 )
                 augmented = dataclasses.replace(batch, features_BTF=features_BTF)
             if self.chunks is not None:

@@ -158,7 +158,7 @@ def test_files_of_a_source_that_is_gone_are_those_of_its_copy(tmp_path):
     for folder in ("llm", "encoder"):
         (model / folder).mkdir(parents=True)
     names = ("cmvn.json", "encoder/config.json", "encoder/preprocessor_config.json",
-             "llm/config.json", "llm/tokenizer.model")  # fmt: skip
+             "encoder/processor_config.json", "llm/config.json", "llm/tokenizer.model")  # fmt: skip
     for name in (*names, "llm/model.safetensors"):
         (model / name).write_text(name)
     export_folder.copy_without_weights(model, copy)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsasr.model import llm_properties
-from dsasr.model.llm import LlmConfig
+from dsasr.model.llm import LlmConfig, read_llm_config
 from dsasr.model.llm_forward import Continuation, packed_hidden
 from dsasr.model.llm_properties import LlmProperties, check_special_tokens, small_config, try_llm
 from dsasr.utils.errors import UserError
@@ -65,6 +65,15 @@ def test_models_that_speech_cannot_go_into_are_refused_by_name(family, settings,
     with pytest.raises(UserError, match=message) as caught:
         try_llm(config(family, **settings), "sdpa")
     assert family in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_encoder_decoder_is_no_language_model(tmp_path):
+    config("whisper").save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"encoder-decoder \(whisper\).*whisper_decoder_lm"
+    ) as caught:
+        read_llm_config(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_soft_cap_of_the_config_is_the_models(monkeypatch):

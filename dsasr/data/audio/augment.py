@@ -262,13 +262,22 @@ def _chord(semitones: int, rate: int) -> Tensor:
 
 
 def spec_augment(
-    features_BTF: Tensor, lengths_B: Tensor, cfg: SpecAugmentConfig, generator: torch.Generator
+    features_BTF: Tensor,
+    lengths_B: Tensor,
+    cfg: SpecAugmentConfig,
+    generator: torch.Generator,
+    stack: int = 1,
 ) -> Tensor:
     """A copy of ``features_BTF`` with frequency and time masks, zero (the mean, after CMVN) inside.
 
-    The masks depend on ``generator`` and ``lengths_B`` only. With a generator on the CPU they are
-    the same on every device; nothing waits for the device.
+    ``stack``: spectral frames that lie side by side in a row of features; each is masked as if it
+    stood by itself. The masks depend on ``generator`` and ``lengths_B`` only. With a generator on
+    the CPU they are the same on every device; nothing waits for the device.
     """
+    if stack > 1:
+        rows_BTF = features_BTF.reshape(len(features_BTF), -1, features_BTF.shape[2] // stack)
+        masked_BTF = spec_augment(rows_BTF, lengths_B * stack, cfg, generator)
+        return masked_BTF.reshape(features_BTF.shape)
     count, frames, mels = features_BTF.shape
     device = features_BTF.device
     lengths = lengths_B.to(device, non_blocking=True)

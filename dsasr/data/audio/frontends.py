@@ -94,6 +94,11 @@ class PretrainedFrontEnd:
         """Rows of [T, F] a second of audio makes."""
         return {"wave": self.rate, "w2v-bert": 50.0}.get(self.kind, 100.0)
 
+    @property
+    def stack(self) -> int:
+        """Spectral frames side by side in a row."""
+        return 2 if self.kind == "w2v-bert" else 1
+
     def frames(self, samples: int) -> int:
         """Rows T of ``samples`` of audio."""
         if self.kind == "wave":

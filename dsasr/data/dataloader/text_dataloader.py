@@ -25,10 +25,11 @@ from dsasr.data.dataloader.window_plan import stable_hash
 from dsasr.data.shards.sample import BadSample, DroppedSample, Sample
 from dsasr.data.text.ctc_noise import Confusions, CtcNoise
 from dsasr.utils import ranges
-from dsasr.utils.errors import UserError
+from dsasr.utils.errors import UserError, first_line
 from dsasr.utils.io import read_lines
 from dsasr.utils.ranges import Dropout, PositiveInt, Share
 
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 REPEATS = 8  # of an utterance's noise, until something is written
 
 
@@ -36,7 +37,8 @@ REPEATS = 8  # of an utterance's noise, until something is written
 class TextOnlyConfig:
     """Text to train on without speech, and the errors in its units."""
 
-    # text files (one sentence a line), JSONL or parquet with a column "text"; paths or globs
+    # text files (one sentence a line), JSON lines (.jsonl, .ndjson, .json) or parquet with "text";
+    # paths or globs
     path: str | tuple[str, ...] = ()
     lang: str = ""  # language of the text, for the phonemizer; JSONL and parquet may have "lang"
     samples: PositiveInt = 32  # sentences of a micro-batch of a rank
@@ -92,11 +94,16 @@ def load_text(cfg: TextOnlyConfig) -> list[Line]:
 
 def _read(file: Path) -> Iterator[tuple[str, str]]:
     """(text, lang) of each line; lang is empty where the file has none."""
-    if file.suffix == ".parquet":
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
         yield from _read_parquet(file)
         return
-    for number, line in enumerate(read_lines(file), 1):
-        if file.suffix != ".jsonl":
+    try:
+        lines = read_lines(file)
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no UTF-8 text: unpack or convert it first") from None
+    for number, line in enumerate(lines, 1):
+        if suffix not in JSON_LINES:
             yield line, ""
             continue
         try:
@@ -111,16 +118,23 @@ def _read(file: Path) -> Iterator[tuple[str, str]]:
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, str]]:
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from None
-    table = parquet.ParquetFile(file)
-    columns = [name for name in ("text", "lang") if name in table.schema_arrow.names]
-    if "text" not in columns:
-        raise UserError(f"{file} has no column 'text', but {', '.join(table.schema_arrow.names)}")
-    for batch in table.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            yield row["text"] or "", row.get("lang") or ""
+    try:
+        table = parquet.ParquetFile(file)
+        schema = table.schema_arrow
+        columns = [name for name in ("text", "lang") if name in schema.names]
+        if "text" not in columns:
+            raise UserError(f"{file} has no column 'text', but {', '.join(schema.names)}")
+        for name in columns:
+            if "string" not in (kind := str(schema.field(name).type)):
+                raise UserError(f"{file}: column '{name}' holds {kind}, not strings")
+        for batch in table.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                yield row["text"] or "", row.get("lang") or ""
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from None
 
 
 class TextDataLoader(Iterator[Batch]):

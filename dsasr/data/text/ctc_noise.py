@@ -95,12 +95,19 @@ class Confusions:
             raise UserError(f"data.text_only.confusions: {path}: {error}; {hint}") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise UserError(f"data.text_only.confusions: {path} is no such file; {hint}")
-        if tuple(values["units"]) != tuple(units):
+        try:
+            counted, gaps = tuple(values["units"]), int(values["gaps"])
+            written_PP = np.asarray(values["written"], float)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"data.text_only.confusions: {path} is damaged; {hint}") from None
+        if written_PP.shape != (len(counted), len(counted)):
+            raise UserError(f"data.text_only.confusions: {path} is damaged; {hint}")
+        if counted != tuple(units):
             raise UserError(
                 f"data.text_only.confusions: {path} counts other units than data.phonemes has; "
                 f"{hint} from a run with that vocabulary"
             )
-        return cls(tuple(units), np.asarray(values["written"], float), int(values["gaps"]))
+        return cls(counted, written_PP, gaps)
 
 
 @dataclass

@@ -55,7 +55,9 @@ FAMILIES = {
     "parakeet_encoder": ("parakeet", "ParakeetEncoder"),
 }
 RATE = 16000  # every family reads 16 kHz
-PREPROCESSOR = "preprocessor_config.json"  # of the features that the encoder was trained on
+# Of the features that the encoder was trained on: the extractor's own file, or a whole processor's,
+# which is what `ProcessorMixin.save_pretrained` of transformers 5 writes.
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def family_of(kind: str, path: str) -> type[PretrainedEncoder]:
 
 def read_settings(folder: Path) -> Any:
     """transformers' configuration of the encoder in a Hugging Face folder, with ``do_normalize``
-    of its preprocessor_config.json if there is one.
+    of its preprocessor_config.json or processor_config.json if there is one.
 
     Raises `UserError` as `read_hf_config` does, and for an unknown family.
     """
@@ -241,31 +243,34 @@ def read_settings(folder: Path) -> Any:
     config = read_hf_config(folder)
     family_of(config.model_type, str(folder))
     settings = inner_settings(config)
-    settings.do_normalize = bool(_preprocessor(folder).get("do_normalize", True))
+    settings.do_normalize = bool(_preprocessor(folder)[0].get("do_normalize", True))
     return settings
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    """The settings of the folder's own feature extractor; empty if it has none.
+def _preprocessor(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The settings of the folder's own feature extractor, and their file; empty if it has none.
 
     Raises `UserError` for a file that is damaged.
     """
-    path = folder / PREPROCESSOR
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings")
-    return values
+    for path in (folder / PREPROCESSOR, folder / PROCESSOR):
+        if not path.is_file():
+            continue
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        if path.name == PROCESSOR and isinstance(values, dict):
+            values = values.get("feature_extractor", {})
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds no settings")
+        return values, path
+    return {}, folder / PREPROCESSOR
 
 
 def check_preprocessor(folder: Path, front_end: PretrainedFrontEnd) -> None:
-    """Raise `UserError` if the folder's preprocessor_config.json has other audio or other features
-    than the encoder of its config.json reads here."""
-    values, path = _preprocessor(folder), folder / PREPROCESSOR
+    """Raise `UserError` if the settings of the folder's feature extractor are of other audio or
+    other features than the encoder of its config.json reads here."""
+    values, path = _preprocessor(folder)
     rate = values.get("sampling_rate", front_end.rate)
     if rate != front_end.rate:
         raise UserError(

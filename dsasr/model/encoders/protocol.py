@@ -58,6 +58,11 @@ def silence_shape(encoder: Encoder) -> tuple[int, int]:
     return max(shortest, 16), encoder.bins
 
 
+def stacked_frames(encoder: Encoder) -> int:
+    """Spectral frames side by side in a row of the features that ``encoder`` reads."""
+    return 1 if encoder.front_end is None else encoder.front_end.stack
+
+
 def valid_frames(lengths_B: Tensor, frames: int) -> Tensor:
     """Bool [B, frames], True where an utterance has a frame."""
     return torch.arange(frames, device=lengths_B.device) < lengths_B.unsqueeze(1)

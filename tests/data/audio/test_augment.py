@@ -258,6 +258,22 @@ def test_masks_are_uniform_and_different_for_each_utterance():
     assert len({tuple(row.tolist()) for row in columns[:50]}) > 40
 
 
+def test_frames_side_by_side_are_masked_as_frames():
+    """Two of 80 bins a row, as w2v-BERT's: a band is masked in both, and a time mask has frames of
+    10 ms."""
+    cfg = SpecAugmentConfig(freq_masks=1, freq_width=27, time_masks=0)
+    rows = torch.ones(500, 100, 160)
+    hit = spec_augment(rows, torch.full((500,), 100), cfg, generator(), stack=2) == 0
+    assert hit.any() and torch.equal(hit[..., :80], hit[..., 80:])
+    cfg = SpecAugmentConfig(freq_masks=0, time_masks=1, time_width=100, time_share=1.0)
+    hit = spec_augment(rows, torch.full((500,), 100), cfg, generator(), stack=2) == 0
+    masked = hit.reshape(500, 200, 80).all(2).sum(1)
+    assert (int(masked.min()), int(masked.max())) == (0, 100)
+    # The same as the frames by themselves.
+    frames = spec_augment(torch.ones(500, 200, 80), torch.full((500,), 200), cfg, generator())
+    assert torch.equal(hit, frames.reshape(rows.shape) == 0)
+
+
 def test_masks_are_the_generators_alone():
     features = torch.randn(3, 100, 80, generator=generator())
     lengths = torch.tensor([100, 50, 7])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -151,6 +152,32 @@ def test_jsonl_and_mistakes(tmp_path):
     (tmp_path / "e.txt").write_text("\n\n")
     with pytest.raises(UserError, match="no sentence"):
         load_text(TextOnlyConfig(path=str(tmp_path / "e.txt")))
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json"])
+def test_json_lines_by_any_of_their_endings(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "ab"}\n{"text": "c"}\n')
+    found = load_text(TextOnlyConfig(path=str(tmp_path / name)))
+    assert [line.text for line in found] == ["ab", "c"]
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"ab\n"))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "c.parquet")
+    parquet.write_table(pyarrow.table({"words": ["a"]}), tmp_path / "d.parquet")
+    for name, says in (
+        ("a.txt.gz", "is no UTF-8 text: unpack"),
+        ("b.parquet", "cannot be read"),
+        ("c.parquet", "column 'text' holds int64, not strings"),
+        ("d.parquet", "has no column 'text', but words"),
+    ):
+        with pytest.raises(UserError, match=says) as caught:
+            load_text(TextOnlyConfig(path=str(tmp_path / name)))
+        assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_line_keeps_its_hint_on_any_world_and_gets_another_in_another_epoch(file):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,16 @@ def test_a_file_comes_back_and_other_units_are_refused(tmp_path):
     (tmp_path / "d.json").write_text("[]")
     with pytest.raises(UserError, match="dsasr data confusions"):
         Confusions.load(tmp_path / "d.json", UNITS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"written": [[1]]}, {"written": "x"}, {"gaps": None}, {"units": 3}, {"written": None}],
+)
+def test_a_damaged_file_is_one_line(tmp_path, change):
+    path = tmp_path / "confusions.json"
+    Confusions.empty(UNITS).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"confusions\.json is damaged; make it with") as caught:
+        Confusions.load(path, UNITS)
+    assert "\n" not in str(caught.value)

@@ -28,6 +28,7 @@ TINY = {
     "wav2vec2": WAVES,
     "hubert": WAVES | STABLE,
     "wavlm": WAVES | {"num_buckets": 20, "max_bucket_distance": 40},
+    "unispeech": WAVES,
     "unispeech-sat": WAVES,
     "data2vec-audio": WAVES | {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5},
     "wav2vec2-bert": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -12,6 +12,7 @@ from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 from dsasr.model.encoders.load import check_weights, load_encoder
 from dsasr.model.encoders.pretrained import (
     PREPROCESSOR,
+    PROCESSOR,
     PretrainedEncoderConfig,
     build_encoder,
     check_preprocessor,
@@ -170,3 +171,20 @@ def test_waves_are_normalized_where_the_folder_says_so(make, tmp_path):
     for value in (False, True):
         (tmp_path / PREPROCESSOR).write_text(json.dumps({"do_normalize": value}))
         assert make("wavlm").front_end.normalize is value
+
+
+def test_a_processors_file_has_the_extractors_settings(make, tmp_path):
+    """transformers 5 writes no other: `Wav2Vec2Processor.save_pretrained`."""
+    processor = tmp_path / PROCESSOR
+    for value in (False, True):
+        processor.write_text(json.dumps({"feature_extractor": {"do_normalize": value}}))
+        assert make("wavlm").front_end.normalize is value
+    processor.write_text(json.dumps({"feature_extractor": {"sampling_rate": 8000}}))
+    with pytest.raises(UserError, match=r"processor_config\.json has a sampling_rate of 8000 Hz"):
+        check_preprocessor(tmp_path, make("wavlm").front_end)
+    processor.write_text(json.dumps({"feature_extractor": 3}))
+    with pytest.raises(UserError, match="holds no settings"):
+        check_preprocessor(tmp_path, make("wavlm").front_end)
+    # The extractor's own file comes first.
+    (tmp_path / PREPROCESSOR).write_text(json.dumps({"do_normalize": False}))
+    assert make("wavlm").front_end.normalize is False
