@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from dsasr.launch.hostfile import check_reachable, is_local, read_hosts
 from dsasr.launch.killed_ranks import KilledRanks
 from dsasr.launch.orphan_ranks import parent_of
 from dsasr.utils.errors import UserError
@@ -47,15 +48,25 @@ def run(
     """Run ``program`` on ``ranks`` ranks and return the launcher's exit code.
 
     ``ranks``: of a node; 0: one a GPU, or one where there is none. ``hostfile``: DeepSpeed's, for
-    several nodes. ``explained``: exit codes of the program after which the ranks' own output says
-    enough.
+    several nodes; where it names this one alone, its slots are ``ranks``. ``explained``: exit codes
+    of the program after which the ranks' own output says enough.
 
     If the ranks fail, the last lines of the hidden output are shown after all. They are not where
     the cause is known: a user's mistake, a signal that this process passed on, or a killed rank,
     which is named in a line.
 
-    Raises `UserError` for more ranks than GPUs and for a hostfile that is missing.
+    Raises `UserError` for more ranks than GPUs, and for a hostfile that is missing, has a line that
+    is not HOST slots=N, or names a host that ssh does not reach.
     """
+    if hostfile is not None:
+        hosts = read_hosts(hostfile)
+        if is_local(hosts):  # DeepSpeed would need ssh to this machine
+            slots, count = sum(hosts.values()), gpus()
+            if not ranks and 0 < count < slots:
+                raise UserError(f"{hostfile}: this machine has {count} GPUs: give slots={count}")
+            hostfile, ranks = None, ranks or slots
+        else:
+            check_reachable(hosts)
     # Ranks on a CPU build DeepSpeed's extension, with this environment's ninja, activated or not:
     # two versions of ninja in turn build it anew each time.
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
@@ -101,8 +112,6 @@ def placement(
     if ranks < 0:
         raise UserError(f"--ranks {ranks}: a number of ranks, or 0 for one a GPU")
     if hostfile is not None:
-        if not hostfile.is_file():  # DeepSpeed would take this machine alone
-            raise UserError(f"there is no hostfile {hostfile}")
         return ["--hostfile", str(hostfile), *(["--num_gpus", str(ranks)] if ranks else [])]
     count = gpus()
     if count == 0:

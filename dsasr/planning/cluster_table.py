@@ -9,6 +9,7 @@ from dsasr.planning import cluster_sizing
 from dsasr.planning.cluster_sizing import StepCost
 from dsasr.planning.memory import Machine, Traffic
 from dsasr.planning.model_parts import ModelPart, assumptions, count_parts, used_parts
+from dsasr.planning.outlook import hours_text, size_text
 from dsasr.recipe import Recipe
 from dsasr.stages import StageConfig
 
@@ -42,9 +43,9 @@ def cluster_plan(
     yield from _time(steps, machine)
     hours = sum(step.steps * step.seconds for step in steps) / 3600
     end = start + datetime.timedelta(hours=hours)
-    saved = cluster_sizing.checkpoint_bytes(recipe, parts) / 1e9
-    total = f"{hours / 24:,.2f} days, {hours * machine.world:,.0f} GPU-hours"
-    yield f"\nfrom {start} to {end}: {total}; a checkpoint is {saved:.1f} GB"
+    saved = size_text(cluster_sizing.checkpoint_bytes(recipe, parts))
+    total = f"{hours_text(hours)}, {_number(hours * machine.world)} GPU-hours"
+    yield f"\nfrom {start} to {end}: {total}; a checkpoint is {saved}"
     longest = max(steps, key=lambda step: step.steps * step.seconds).stage
     stage = recipe.stage(longest)
     yield from _by_size(recipe, stage, machine, traffic, parts)
@@ -61,15 +62,21 @@ def _memory(steps: Sequence[StepCost]) -> Iterator[str]:
 def _time(steps: Sequence[StepCost], machine: Machine) -> Iterator[str]:
     yield (
         f"\n{'stage':<12} {'steps':>10} {'s/step':>8} {'products':>9} {'network':>8} "
-        f"{'GB sent':>8} {'h audio':>8} {'days':>7} {'GPU-hours':>10}  limited by"
+        f"{'GB sent':>8} {'h audio':>8} {'time':>10} {'GPU-hours':>10}  limited by"
     )
     for step in steps:
         hours = step.steps * step.seconds / 3600
         yield (
-            f"{step.stage:<12} {step.steps:>10,} {step.seconds:>8.3f} {step.compute:>9.3f} "
-            f"{step.network:>8.3f} {step.traffic / 1e9:>8.1f} {step.audio_hours:>8.2f} "
-            f"{hours / 24:>7.2f} {hours * machine.world:>10,.0f}  {step.bottleneck}"
+            f"{step.stage:<12} {step.steps:>10,} {_number(step.seconds):>8} "
+            f"{_number(step.compute):>9} {_number(step.network):>8} "
+            f"{_number(step.traffic / 1e9):>8} {_number(step.audio_hours):>8} "
+            f"{hours_text(hours):>10} {_number(hours * machine.world):>10}  {step.bottleneck}"
         )
+
+
+def _number(value: float) -> str:
+    """In three digits, whole above a thousand: of a small run as of a large one."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def _by_size(
@@ -86,8 +93,9 @@ def _by_size(
     for size in cluster_sizing.machine_sizes(machine):
         step = cluster_sizing.estimate_step(recipe, stage, size, traffic, parts)
         speed = step.audio_hours / (step.seconds * size.world / 3600)
-        yield (
-            f"{size.world:>5} {step.peak:>6.1f} {step.seconds:>8.3f} {step.audio_hours:>13.1f} "
-            f"{speed:>14,.0f}  {step.bottleneck:<10}  "
+        line = (
+            f"{size.world:>5} {step.peak:>6.1f} {_number(step.seconds):>8} "
+            f"{_number(step.audio_hours):>13} {_number(speed):>14}  {step.bottleneck:<10}  "
             f"{cluster_sizing.advice(step, size, recipe)}"
         )
+        yield line.rstrip()

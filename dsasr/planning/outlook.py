@@ -126,8 +126,8 @@ def lines(found: Outlook) -> list[str]:
         "arithmetic",
         *([f"  on {found.elsewhere}"] if found.elsewhere else []),
         f"  parameters: {sizes}",
-        f"  checkpoints and snapshots: up to {_size(found.disk)}; {_size(found.free)} are free "
-        f"at {found.folder}",
+        f"  checkpoints and snapshots: up to {size_text(found.disk)}; "
+        f"{size_text(found.free)} are free at {found.folder}",
     ]
 
 
@@ -146,20 +146,22 @@ def faults(found: Outlook) -> list[str]:
     if found.free >= found.disk:
         return []
     return [
-        f"{found.folder}: checkpoints and snapshots take up to {_size(found.disk)}, "
-        f"{_size(found.free)} are free: free some, give run=FOLDER elsewhere, or lower "
+        f"{found.folder}: checkpoints and snapshots take up to {size_text(found.disk)}, "
+        f"{size_text(found.free)} are free: free some, give run=FOLDER elsewhere, or lower "
         f"checkpoint.keep{see('disk')}"
     ]
 
 
 def hours_text(hours: float) -> str:
-    """``40 s``, ``12 min``, ``5.3 h`` or ``3.1 days``."""
+    """``0.12 s``, ``40 s``, ``12 min``, ``5.3 h`` or ``3.1 days``."""
     if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
+        seconds = hours * 3600
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     if hours < 1:
         return f"{hours * 60:.0f} min"
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
+    """``size`` bytes as ``41.2 GB`` or ``3.5 MB``."""
     return f"{size / 1e9:,.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

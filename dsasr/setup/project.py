@@ -82,15 +82,16 @@ def init(options: Options, say=print) -> None:
         if options.dry_run:
             _dry_run(options, corpus, encoder, llm, device, say)
             return
+        run, title = str(options.run_folder), _title(options)
+        # Packing takes minutes: a missing library or too little memory shows before it.
+        main_recipe(_facts_ahead(options, corpus), encoder, llm, device, run, title)
         keep_shards(options, corpus.identity, place)
         _pack(options, corpus, place)
         lines = list(_found(corpus))
         for line in lines:
             say(line)
         facts = _derive(options, corpus, encoder, place)
-        main, way = main_recipe(
-            facts, encoder, llm, device, str(options.run_folder), _title(options)
-        )
+        main, way = main_recipe(facts, encoder, llm, device, run, title)
         path = options.out.absolute() / f"{options.name}.yaml"
         short = try_recipe(main, path, facts, device, f"{options.run_folder}-try")
         (place / path.name).write_text(main.text, encoding="utf-8")
@@ -240,24 +241,30 @@ def _dry_run(
     device: Device,
     say,
 ) -> None:
-    about = corpus.scan is not None
-    if corpus.scan is not None:
-        corpus.sets = [_unpacked(options, corpus.scan, one) for one in corpus.data]
-    for line in _found(corpus, about):
+    facts = _facts_ahead(options, corpus)
+    corpus.sets = [*facts.sets]
+    for line in _found(corpus, about=corpus.scan is not None):
         say(line)
     say("nothing was written (--dry-run)")
     if llm is None:
         return
     final = options.out.absolute()
-    facts = Facts(
-        tuple(corpus.sets), corpus.text, prepare.choose_units(corpus.text),
-        str(final / "units.json"), str(final / "cmvn.json"),
-        str(options.text or final / "text.txt"),
-    )  # fmt: skip
     main, way = main_recipe(facts, encoder, llm, device, str(options.run_folder), _title(options))
     for line in [*_expected(way, main, device), "", f"{final / options.name}.yaml would be:", "",
                  *main.text.splitlines()]:  # fmt: skip
         say(line)
+
+
+def _facts_ahead(options: Options, corpus: Corpus) -> Facts:
+    """What is known before anything is packed, with the files that will be computed named."""
+    final, sets = options.out.absolute(), corpus.sets
+    if corpus.scan is not None:
+        sets = [_unpacked(options, corpus.scan, one) for one in corpus.data]
+    return Facts(
+        tuple(sets), corpus.text, prepare.choose_units(corpus.text),
+        str(final / "units.json"), str(final / "cmvn.json"),
+        str(options.text or final / "text.txt"),
+    )  # fmt: skip
 
 
 def _unpacked(options: Options, read: Scan, one: DataSet) -> ReadySet:

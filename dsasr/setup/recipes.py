@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,10 +82,13 @@ def main_recipe(
         if needed <= MEMORY_SHARE * device.memory:
             seconds = planned_seconds(recipe, device, traffic, parts)
             return Written(text, recipe, seconds), way
+    # Rounded away from each other, so that the first is the larger one in print too.
+    most = MEMORY_SHARE * device.memory
     raise UserError(
-        f"the models need {needed:.0f} GB of a rank for batches of {budgets[0] / 100:g} s, and "
-        f"there are {device.memory:.0f} ({device}): give a smaller --llm or --encoder, or a "
-        "machine with more"
+        f"the models need {math.ceil(10 * needed) / 10:.1f} GB of a rank for batches of "
+        f"{budgets[0] / 100:g} s, and {math.floor(10 * most) / 10:.1f} GB may be taken "
+        f"({MEMORY_SHARE:.0%} of {device.memory:.1f} GB free): give a smaller --llm or --encoder, "
+        "or a machine with more"
     )
 
 

@@ -143,9 +143,10 @@ def _read(
         f"{_hours(facts)} of training speech: too few for an adaptor alone, so a CTC head on the "
         f"pretrained encoder writes {facts.units} and the language model learns to read them, "
         "from text too.",
-        "45 minutes of read English and 41,264 sentences of text gave 34.1 and 34.7% WER (two "
-        "seeds) with Whisper base and its decoder (34.5% by Whisper itself), in an hour on two "
-        "cores. From scratch nothing would be learned.",
+        "45 minutes of read English and 41,264 sentences of text gave 34.1 to 35.8% WER (three "
+        "seeds), in an hour on two cores, with Whisper base and its decoder of 45 M parameters as "
+        "the language model, which tools/whisper_decoder_lm.py makes (34.5% by Whisper itself); a "
+        "larger one takes longer. From scratch nothing would be learned.",
     ]
     return Way("read", "whisper-read", settings, expect, [stage for stage, _ in stages])
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -54,12 +55,38 @@ def test_one_rank_a_gpu_or_one_on_the_cpu(local):
 
 def test_a_hostfile_places_the_ranks(tmp_path):
     hosts = tmp_path / "hosts"
-    with pytest.raises(UserError, match="no hostfile"):
-        deepspeed_launcher.placement({}, 0, hosts)
-    hosts.write_text("a slots=8\nb slots=8\n")
     options = deepspeed_launcher.placement({}, 0, hosts)
     assert options == ["--hostfile", str(hosts)]
     assert deepspeed_launcher.placement({}, 4, hosts) == [*options, "--num_gpus", "4"]
+
+
+def test_hosts_are_read_and_tried_before_the_launcher_starts(monkeypatch, tmp_path):
+    tried = []
+    monkeypatch.setattr(deepspeed_launcher, "check_reachable", tried.append)
+    monkeypatch.setattr(deepspeed_launcher, "LAUNCHER", ("bash", "-c", 'echo "$*"', "x"))
+    monkeypatch.setattr(deepspeed_launcher, "gpus", lambda: 0)
+
+    def start(text: str, ranks: int = 0) -> str:
+        hosts.write_text(text)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            program = tmp_path / "train.py"
+            assert deepspeed_launcher.run(program, [], ranks=ranks, hostfile=hosts) == 0
+        return out.getvalue()
+
+    hosts = tmp_path / "hosts"
+    for host in ("localhost", socket.gethostname()):  # no ssh to this machine
+        said = start(f"{host} slots=3\n")
+        assert "--num_gpus 3" in said and "--hostfile" not in said and not tried
+    assert "--num_gpus 2" in start("localhost slots=3\n", ranks=2)
+    assert f"--hostfile {hosts} --num_gpus 2" in start("localhost slots=3\nb.x slots=3\n", ranks=2)
+    assert tried == [{"localhost": 3, "b.x": 3}]
+    hosts.write_text("b.x\n")
+    with pytest.raises(UserError, match="line 1"):
+        deepspeed_launcher.run(tmp_path / "train.py", [], hostfile=hosts)
+    monkeypatch.setattr(deepspeed_launcher, "gpus", lambda: 2)
+    hosts.write_text("localhost slots=3\n")
+    with pytest.raises(UserError, match="has 2 GPUs: give slots=2"):
+        deepspeed_launcher.run(tmp_path / "train.py", [], hostfile=hosts)
 
 
 LAUNCHER = """

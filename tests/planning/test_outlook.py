@@ -60,7 +60,14 @@ def test_a_run_too_long_for_a_cpu_is_compared_with_gpus(of_tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     ("hours", "text"),
-    [(0.005, "18 s"), (0.5, "30 min"), (3.25, "3.2 h"), (49.0, "2.0 days"), (24e3, "1,000.0 days")],
+    [
+        (0.12 / 3600, "0.12 s"),
+        (0.005, "18 s"),
+        (0.5, "30 min"),
+        (3.25, "3.2 h"),
+        (49.0, "2.0 days"),
+        (24e3, "1,000.0 days"),
+    ],
 )
 def test_times_in_words(hours, text):
     assert outlook.hours_text(hours) == text

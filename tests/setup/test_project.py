@@ -11,7 +11,7 @@ import pytest
 from dsasr import recipe
 from dsasr.build import Builder
 from dsasr.data.shards.writer import read_dataset
-from dsasr.setup import project
+from dsasr.setup import project, ways
 from dsasr.setup.project import init
 from dsasr.setup.workspace import Options
 from dsasr.training import preflight
@@ -115,7 +115,7 @@ def test_an_interrupted_run_goes_on_with_its_shards(tmp_path, make, run, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(project, "main_recipe", interrupt)
+        patch.setattr(project, "try_recipe", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(folder)
     assert not (tmp_path / "mine").exists()
@@ -184,6 +184,27 @@ def test_what_is_refused_before_any_work(tmp_path, make, run, models):
     assert "config.json" in refusal(run, folder, llm="no/such/folder")
     assert "no known encoder" in refusal(run, folder, encoder=models["llm"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "taken"]
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        ((project.Device, "here", lambda: project.Device(0, 0.01, 1.0, 2)),
+         "and 0.0 GB may be taken (85% of 0.0 GB free)"),
+        ((ways, "SMALL_LLM", 0), "pip install 'dsasr[lora]'"),
+    ],
+    ids=["memory", "lora"],
+)  # fmt: skip
+def test_what_is_refused_before_anything_is_packed(tmp_path, make, run, monkeypatch, patch, words):
+    def pack(*arguments):
+        raise AssertionError("it was packed")
+
+    folder = corpus(make, tmp_path / "in")
+    monkeypatch.setattr(*patch)
+    monkeypatch.setattr(ways, "is_installed", lambda module: False)
+    monkeypatch.setattr(project.prepare, "pack_sets", pack)
+    assert words in refusal(run, folder)
+    assert not list(tmp_path.glob("*mine*"))
 
 
 def test_a_hub_name_without_a_network(tmp_path, make, run, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsasr import config
-from dsasr.setup import parts, ways
+from dsasr.setup import parts, recipes, ways
 from dsasr.setup.facts import Facts, ReadySet
 from dsasr.setup.lengths import Lengths
 from dsasr.setup.parts import Device, LanguageModel, SpeechEncoder
@@ -107,6 +107,21 @@ def test_batches_go_by_the_memory():
     assert frames(80.0) > frames(9.5)
     with pytest.raises(UserError, match="give a smaller --llm"):
         frames(4.0)
+
+
+def test_the_memory_that_is_missing_is_told_without_contradiction(monkeypatch):
+    monkeypatch.setattr(recipes, "step_memory", lambda *arguments: {"weights": 3.41, "head": 0.02})
+    # 85% of 4.03 GB are 3.4255 GB; 3.43 GB are needed.
+    words = r"need 3\.5 GB of a rank .* and 3\.4 GB may be taken \(85% of 4\.0 GB free\)"
+    with pytest.raises(UserError, match=words):
+        main_recipe(facts(0.75), WHISPER, TINY, Device(0, 4.03, 0.05, 2), "r", "t")
+
+
+def test_the_result_is_told_with_its_language_model():
+    _, way = main_recipe(facts(0.75), WHISPER, QWEN, CPU, "r", "t")
+    said = " ".join(way.expect)
+    assert "34.1 to 35.8% WER (three seeds)" in said and "decoder of 45 M parameters" in said
+    assert "tools/whisper_decoder_lm.py" in said
 
 
 def test_waves_have_no_spectrogram_to_mask():
