@@ -32,6 +32,9 @@ MAX_VALUES = 100_000  # of a recipe
 MAX_FILE = 10 << 20  # bytes of a recipe
 
 
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
 def nearest(name: str, valid: Sequence[str]) -> str:
     """The end of an error message: the name of ``valid`` closest to ``name``, else all of them."""
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
@@ -145,10 +148,9 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         return float(max(-sys.maxsize, min(value, sys.maxsize)))  # a float64 has fewer numbers
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, bool) and hint is not bool:
-        raise UserError(f"{where} must be a {hint.__name__}, not {_abbreviated(value)}")
-    if not isinstance(value, hint):
-        raise UserError(f"{where} must be a {hint.__name__}, not {_abbreviated(value)}")
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        kind = KINDS.get(hint, hint.__name__)
+        raise UserError(f"{where} must be {kind}, not {_abbreviated(value)}")
     return value
 
 
@@ -187,6 +189,8 @@ def read_recipe(name_or_path: str, above: Sequence[Path] = ()) -> dict[str, Any]
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
+        if path == Path(name_or_path):
+            raise UserError(f"there is no recipe file {path}")
         packaged = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"no recipe '{name_or_path}'{nearest(name_or_path, packaged)}")
     if path.resolve() in above:

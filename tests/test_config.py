@@ -56,8 +56,8 @@ def test_builds_nested_values_and_converts_numbers():
     [
         ({"iner": {}}, ["'iner'", "did you mean 'inner'"]),
         ({"inner": {"widht": 1}}, ["'inner.widht'", "'width'"]),
-        ({"inner": {"width": "x"}}, ["inner.width", "int"]),
-        ({"inner": {"width": True}}, ["inner.width", "int"]),
+        ({"inner": {"width": "x"}}, ["inner.width", "must be a whole number"]),
+        ({"inner": {"width": True}}, ["inner.width", "must be a whole number"]),
         ({"inner": {"width": 1.5}}, ["inner.width"]),
         ({"inner": {"kind": "c"}}, ["inner.kind", "a, b"]),
         ({"inner": 3}, ["inner", "mapping"]),

@@ -54,6 +54,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     altered or has a value of another type."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FragmentError(f"{folder} has no readable manifest: there is no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise FragmentError(f"{folder} has no readable manifest: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -23,6 +23,7 @@ def command_parser(module: str, doc: str) -> argparse.ArgumentParser:
         description=description,
         epilog=examples.strip() or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a wrong option is an error, not the one that begins like it
     )
 
 

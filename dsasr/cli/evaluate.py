@@ -176,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = "  ".join(
         f"{k.upper()} {100 * summary[k]:.2f}%" for k in ("wer", "cer", "mer") if k in summary
     )
-    print(f"{len(results.rows)} clips: {rates}   ({evaluated.path})")
+    print(
+        f"{len(results.rows)} clips: {rates or 'no reference, no error rate'}   ({evaluated.path})"
+    )
     return 0
 
 

@@ -30,7 +30,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the run, checkpoint or snapshot whose CTC head aligns the phonemes (default: the "
         "last one measured)",
     )
-    parser.add_argument("--utterances", type=count, default=300, help="of the data, 0: all")
+    parser.add_argument(
+        "--utterances", "--limit", type=count, default=300, help="of the data, 0: all"
+    )
     parser.add_argument("--semantic", choices=("word", "token"), default="word", help="CSAI's S")
     parser.add_argument("--width", type=positive, default=1024, help="wider features are projected")
     parser.add_argument(

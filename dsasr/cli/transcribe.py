@@ -27,6 +27,9 @@ from dsasr.utils.io import atomic_write, to_json
 from dsasr.utils.progress import Bar
 from dsasr.utils.troubleshooting import see
 
+ALIASES = {"txt": "text", "json": "jsonl"}
+FORMATS = ("text", "jsonl", "srt", "vtt", *ALIASES)
+
 if TYPE_CHECKING:
     from dsasr.inference.recognizer import Recognizer, Transcription
 
@@ -35,7 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__name__, __doc__)
     parser.add_argument("model", type=Path, help="an exported folder, or a run folder")
     parser.add_argument("audio", nargs="+", help="files, folders, or - for standard input")
-    parser.add_argument("--format", choices=("text", "jsonl", "srt", "vtt"), default="text")
+    parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument(
         "--out", type=Path, help="a folder: one file for each audio file, placed as the audio is"
     )
@@ -59,7 +62,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_chunk(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.format = ALIASES.get(args.format, args.format)
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         sys.stdout.flush()
     for line in doubts.lines():
         print(line, file=sys.stderr)
+    if args.out and not args.quiet:
+        print(f"{len(written) - len(bad):,} transcripts in {args.out}", file=sys.stderr)
     return 1 if bad else 0
 
 

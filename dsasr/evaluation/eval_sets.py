@@ -96,7 +96,10 @@ def read_recordings(
         labels = sample.phonemes, sample.alignment
         recordings.append(Recording(sample.key, wave, words, sample.lang, sample.speaker, *labels))
     if not recordings:
-        raise UserError(f"{shards}: no recording could be read ({dict(causes) or 'it is empty'})")
+        names = shards if isinstance(shards, str) else ", ".join(shards)
+        why = ", ".join(f"{cause} {count:,}" for cause, count in causes.items())
+        why = why or "no shards, which `dsasr data make-shards` makes of a manifest"
+        raise UserError(f"{names}: no recording could be read ({why})")
     return recordings, causes
 
 

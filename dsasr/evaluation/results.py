@@ -220,6 +220,8 @@ def read_results(path: Path) -> Results:
     try:
         rows = [Result(**json.loads(line)) for line in read_lines(path)]
         return Results([replace(row, doubt=tuple(row.doubt)) for row in rows])
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: `dsasr evaluate MODEL --report` writes it") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} holds no transcripts of `dsasr evaluate`: {error}") from None
 

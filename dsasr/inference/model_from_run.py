@@ -79,7 +79,8 @@ def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     folder.
     """
     if not (folder / RECIPE).is_file():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+        what = "is no run folder: it has no recipe.yaml" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder} {what}")
     values = stored_recipe.read(folder)
     run = folder if values.get("branch", "both") == "both" else folder.resolve().parent
     return config.build(Recipe, config.override({**values, "run": str(run)}, overrides))

@@ -196,7 +196,7 @@ def read_llm_config(folder: Path, dropout: float = 0.0) -> PretrainedConfig:
     config = read_hf_config(folder)
     if config.is_encoder_decoder:
         raise UserError(
-            f"{folder} holds an encoder-decoder ({config.model_type}), whose decoder by itself is no "
+            f"{folder} holds an encoder-decoder ({config.model_type}), whose decoder alone is no "
             "language model: give a causal one; tools/whisper_decoder_lm.py makes one of Whisper's"
         )
     for name in _DROPOUTS:

@@ -74,12 +74,12 @@ def _runs(top: Path, problems: list[str]) -> Iterator[Path]:
 
 
 def table(jobs: Sequence[Job], top: Path) -> Table:
-    """Name, state, stage and step, error rate, hours, last change; a line a job."""
+    """Name, state, stage and step, error rate in validation, hours, last change; a line a job."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     shown.add_column("run", no_wrap=True, overflow="fold")
     shown.add_column("state", no_wrap=True)
     shown.add_column("stage", no_wrap=True)
-    for name in ("step", "error rate", "trained", "hours of audio", "changed"):
+    for name in ("step", "validation", "trained", "hours of audio", "changed"):
         shown.add_column(name, justify="right", no_wrap=True)
     for job in jobs:
         done, total = job.steps

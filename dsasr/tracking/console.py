@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dsasr.schedule import GIVEN
 from dsasr.utils.troubleshooting import see
 
 LOSSES = {"ctc": "CTC", "consistency": "consistency", "nll": "NLL", "entropy": "entropy"}  # nats
@@ -151,6 +152,13 @@ def _partly_initialized(e: Mapping[str, Any]) -> str:
     return f"only a part of the {e['part']} is from {e['source']}: {fresh}"
 
 
+def _was_finished(_e: Mapping[str, Any]) -> str:
+    return (
+        "this run was finished already: give another run=FOLDER, or go on with more steps of its "
+        "last stage, stages.NAME.steps=N allow_changed=true"
+    )
+
+
 def _resumed(e: Mapping[str, Any]) -> str:
     return f"resumed from checkpoint {e['checkpoint']}"
 
@@ -187,14 +195,18 @@ def _published(e: Mapping[str, Any]) -> str:
 
 
 def _swap(e: Mapping[str, Any]) -> str:
+    if e["snapshot"] == GIVEN:
+        return "the sft branch starts with the encoder that the run was given"
     return (
         f"swapped to {e['snapshot']} ({e['cause']}) at sft step {e['sft']:,} in {_time(e, 'swap')}"
     )
 
 
 def _after_swap(e: Mapping[str, Any]) -> str:
-    before = "" if e["nll_before"] is None else f"{loss(e['nll_before'])} → "
-    return f"NLL {before}{loss(e['nll'])} by the swap (sft steps since: {e['sft_steps']:,})"
+    if e["nll_before"] is None:
+        return f"NLL {loss(e['nll'])} with its first encoder (sft steps since: {e['sft_steps']:,})"
+    change = f"{loss(e['nll_before'])} → {loss(e['nll'])}"
+    return f"NLL {change} by the swap (sft steps since: {e['sft_steps']:,})"
 
 
 def _refused(e: Mapping[str, Any]) -> str:
@@ -285,6 +297,7 @@ _EVENTS = {
     "initialized": _initialized,
     "partly_initialized": _partly_initialized,
     "resumed": _resumed,
+    "was_finished": _was_finished,
     "checkpoint": _checkpoint,
     "checkpoint_failed": _checkpoint_failed,
     "checkpoint_passed_over": _checkpoint_passed_over,

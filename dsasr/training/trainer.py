@@ -419,7 +419,9 @@ class Trainer:
         evaluation alone.
         """
         self.stop_if_asked()
-        if not self._finished:
+        if self._finished:
+            self.monitor.event("was_finished", steps=self.steps)
+        else:
             self._save_the_end()
             utterances = self.recipe.evaluation.final_utterances
             for engine in self.branches:

@@ -184,7 +184,8 @@ class Transfer:
                     options["config_kwargs"] = wait | {"retries": {"max_attempts": 1}}
                 self.systems[protocol] = fsspec.filesystem(protocol, **options)
             except (ImportError, ValueError) as error:
-                raise UserError(f"{protocol}:// needs another package: {error}") from None
+                fix = "pip install 'dsasr[s3]'" if protocol in ("s3", "s3a") else error
+                raise UserError(f"{protocol}:// needs another package: {fix}") from None
         return self.systems[protocol]
 
 
