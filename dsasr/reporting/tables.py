@@ -51,7 +51,8 @@ class Table:
 
 SYSTEMS = (
     "Small print: 95% intervals over utterances or clips (bootstrap; of shares of utterances "
-    f"Wilson's), none for fewer than {FEWEST_FOR_INTERVAL}; one run each, so that they do not "
+    "Wilson's; without any error, the upper bound by the exact rule of three over utterances), "
+    f"none for fewer than {FEWEST_FOR_INTERVAL}; one run each, so that they do not "
     "cover other seeds. WER counts words, CER characters, MER words and characters of "
     "code-switched speech; all: every language in its own unit; dB: signal-to-noise ratio. "
     "Hallucinated: utterances with text that was not spoken; noisy: at any ratio. Non-speech: "
