@@ -91,3 +91,18 @@ def test_without_any_error_the_interval_is_the_rule_of_three(made):
     run = made.run(transcripts=Results(clean + noisy))
     [by_noise] = tables.errors_by_group(run, "standard")
     assert shown(by_noise.cells[0][1]) == ("0.0", "0.0…22.1")
+
+
+def test_equal_examples_stand_once(made):
+    report = made.suite()
+    example = {**report["hallucination"]["examples"][0], "kind": "nonspeech", "reference": ""}
+    report["hallucination"]["examples"] = [
+        {**example, "condition": condition, "key": str(key), "hypothesis": text}
+        for condition in ("silence", "white")
+        for key, text in enumerate(("same", "same", "other"))
+    ]
+    table = tables.examples([made.run(suite=report)])
+    assert [(row[1], row[-1]) for row in table.rows] == [
+        ("silence", "same"), ("white", "same"), ("silence", "other"), ("white", "other"),
+    ]  # fmt: skip
+    assert len(tables.examples([made.run(suite=report)], limit=3).rows) == 3
