@@ -9,7 +9,7 @@ reference is infinite if there are insertions and NaN if there are none.
 Intervals resample utterances (Bisani & Ney 2004, "Bootstrap estimates for confidence intervals in
 ASR performance evaluation"; their ends: `utils.bootstrap`). So does the paired test, which draws
 the same utterances for both systems. `ratio_interval` and `paired_ratio_test` do so for any ratio
-of sums.
+of sums. A rate without any error has an upper bound instead (`bound_without_errors`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class LangScores:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its two-sided bootstrap interval at ``level``."""
+    """An estimate with its two-sided bootstrap interval at ``level``; without any error its upper
+    bound at that level (`bound_without_errors`)."""
 
     value: float
     low: float
@@ -246,13 +247,32 @@ def ratio_interval(
     seed: int = 0,
 ) -> Interval:
     """Σ ``numerators_N`` / Σ ``denominators_N`` over N utterances or clips, with a bootstrap
-    interval; both ends are NaN where the denominators are all zero."""
+    interval; both ends are NaN where the denominators are all zero.
+
+    Where the numerators are all zero, so is every draw: the interval then reaches up to
+    `bound_without_errors`, which holds of error rates, but not of a ratio with another unit.
+    """
     value = _ratio(float(numerators_N.sum()), float(denominators_N.sum()))
     if not denominators_N.any():
         return Interval(value, math.nan, math.nan, level)
+    if not numerators_N.any():
+        high = bound_without_errors(np.count_nonzero(denominators_N), level)
+        return Interval(value, 0.0, high, level)
     (ratios,) = bootstrap.resampled_ratios([numerators_N], denominators_N, draws, seed)
     low, high = bootstrap.interval(ratios, numerators_N, denominators_N, level)
     return Interval(value, low, high, level)
+
+
+def bound_without_errors(count: int, level: float = 0.95) -> float:
+    """The upper bound at ``level`` of an error rate, a fraction, when none of ``count`` utterances
+    has an error.
+
+    1 − (1 − level)^(1/count), the exact form of the rule of three, 3 / count (Hanley &
+    Lippman-Hand 1983, "If nothing goes wrong, is everything all right?"). It bounds the share of
+    utterances that have an error, and so the rate if an error spoils a whole utterance at most.
+    Over units it would be tighter, and wrong: errors come together in an utterance.
+    """
+    return 1 - (1 - level) ** (1 / count)
 
 
 def paired_test(

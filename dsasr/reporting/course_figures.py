@@ -8,7 +8,16 @@ from pathlib import Path
 
 from dsasr.evaluation.error_rate import FEWEST_FOR_INTERVAL
 from dsasr.evaluation.hallucination import wilson
-from dsasr.reporting.figures import METRICS, colors, estimate_of, key_above, new, save, time_unit
+from dsasr.reporting.figures import (
+    METRICS,
+    band,
+    colors,
+    estimate_of,
+    key_above,
+    new,
+    save,
+    time_unit,
+)
 from dsasr.reporting.run_data import Row, RunData
 from dsasr.tracking.timeline_plot import COLORS, log_axis, plot_logs
 
@@ -82,9 +91,12 @@ def over_training(runs: Sequence[RunData], path: Path) -> Path | None:
                 values = [row.value(key) for row in rows]
                 axis.plot(times, values, style, marker=".", color=color, lw=1.3)
                 estimates = [estimate_of(row, key) for row in rows]
-                if any(math.isfinite(e.low) for e in estimates):
-                    low, high = [e.low for e in estimates], [e.high for e in estimates]
-                    axis.fill_between(times, low, high, color=color, alpha=0.12, lw=0)
+                known = [
+                    (time, e.low, e.high)
+                    for time, e in zip(times, estimates, strict=True)
+                    if math.isfinite(e.low)
+                ]
+                band(axis, known, color)
             if any(math.isfinite(row.value(key)) for row in online[run.name]):
                 mark_joint(axis, run, unit, color)
         axis.set_title(title, fontsize=10, loc="left")
@@ -142,19 +154,17 @@ def against_time(runs: Sequence[RunData], path: Path) -> Path | None:
             for name, points in curves.items():
                 style = {"color": color, "marker": "o", "ls": "-"} | styles.get(name, {})
                 axis.plot(*zip(*points, strict=True), ms=4, lw=1.3, clip_on=False, **style)
-                band = [
+                known = [
                     (line["seconds"] / unit, *ends)
                     for line in run.validation
                     if (ends := _ends(line, name))
                 ]
-                if band:
-                    axis.fill_between(
-                        *zip(*band, strict=True), color=style["color"], alpha=0.12, lw=0
-                    )
+                band(axis, known, style["color"])
             if curves:
                 mark_joint(axis, run, unit, color)
         axis.set_ylabel(label, fontsize=9)
-        axis.set_ylim(0, max(1, axis.get_ylim()[1]))
+        top = max(1, axis.get_ylim()[1])
+        axis.set_ylim(-0.03 * top, top)  # below 0, so that the axis does not hide a curve at 0
     drawn = {name for run in scored for line in run.validation for name in panels[0][1](line)}
     key_above(
         figure, scored, [(n, {**style, "ms": 4}) for n, style in styles.items() if n in drawn]

@@ -14,7 +14,7 @@ from typing import Any
 from dsasr.entropy_allocation.allocation_row import AllocationRow, Estimate
 from dsasr.evaluation.error_rate import FEWEST_FOR_INTERVAL
 from dsasr.reporting.run_data import RunData, allocation_rows, before_and_after
-from dsasr.tracking.timeline_plot import COLORS, DPI, literal
+from dsasr.tracking.timeline_plot import COLORS, DPI, literal, split_after
 from dsasr.utils.io import atomic_path
 
 INK, SOFT, WARN, MUTE = "#2b2b2b", "#e9e9e9", "#b03a2e", "#777777"
@@ -92,6 +92,16 @@ def key_above(
     )
 
 
+def band(axis, points: Sequence[tuple[float, float, float]], color: str) -> None:
+    """Shade intervals (x, low, high); a single one has no area, and becomes an error bar."""
+    if len(points) == 1:
+        [(x, low, high)] = points
+        middle, half = (low + high) / 2, (high - low) / 2
+        axis.errorbar(x, middle, half, fmt="none", ecolor=color, elinewidth=1, capsize=3)
+    elif points:
+        axis.fill_between(*zip(*points, strict=True), color=color, alpha=0.12, lw=0)
+
+
 def colors(runs: Sequence[RunData]) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(runs))]
 
@@ -115,23 +125,12 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
     if panels[0]:
         axis = next(panel)
         for run, color in zip(runs, colors(runs), strict=True):
-            drifted = [e for e in run.events if e["event"] == "drift" and "cka" in e]
-            points = [(e["pretrain"], e["cka"]) for e in drifted]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), ".-", color=color, lw=1.3, label=literal(run.name)
-                )
-            below = [
-                (e["pretrain"], e["cka"])
-                for e in run.events
-                if e["event"] == "published" and e.get("cka") is not None
-            ]
-            if below:
-                axis.plot(*zip(*below, strict=True), "o", ms=7, mfc="none", mec=color)
+            _drift_and_published(axis, run, color)
         threshold = next((m["cka_threshold"] for run in runs for m in run.drift), None)
         if threshold is not None:
             axis.axhline(threshold, color=WARN, ls="--", lw=1, label=f"threshold {threshold:g}")
-        axis.set_title("while pretraining (circles: published)", fontsize=10, loc="left")
+        title = "while pretraining (circles: published, on the axis unmeasured)"
+        axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlabel("pretraining steps")
         axis.set_ylabel("CKA to the reference")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -156,8 +155,26 @@ def cka(runs: Sequence[RunData], path: Path) -> Path | None:
     return save(figure, path)
 
 
+def _drift_and_published(axis, run: RunData, color: str) -> None:
+    """CKA by pretraining step, a line for each reference, and the published encoders."""
+    drifted = [e for e in run.events if e["event"] == "drift" and "cka" in e]
+    published = [e for e in run.events if e["event"] == "published"]
+    points = [(e["pretrain"], e["cka"]) for e in drifted]
+    for piece in split_after(points, [e["pretrain"] for e in published]):
+        axis.plot(*zip(*piece, strict=True), ".-", color=color, lw=1.3, label=literal(run.name))
+    circle = {"ls": "", "marker": "o", "ms": 7, "mfc": "none", "mec": color}
+    measured = [(e["pretrain"], e["cka"]) for e in published if e.get("cka") is not None]
+    if measured:
+        axis.plot(*zip(*measured, strict=True), **circle)
+    # The encoder at pretraining's end is published without a measurement.
+    rest = [e["pretrain"] for e in published if e.get("cka") is None]
+    if rest:
+        at_foot = axis.get_xaxis_transform()
+        axis.plot(rest, [0] * len(rest), transform=at_foot, clip_on=False, **circle)
+
+
 METRICS = (
-    ("nse", "NSE, 0 to 1", "spread: normalized spectral entropy"),
+    ("nse", "NSE, at most 1", "spread: normalized spectral entropy"),
     ("pai", "PAI, nats a frame", "phonemes: accessible information"),
     ("csai", "CSAI, nats a frame", "words beyond phonemes"),
 )

@@ -137,13 +137,12 @@ def _loss(run: RunData) -> str:
         if not losses:
             continue
         best, at = min(losses)
-        last, _ = losses[-1]
-        parts.append(
-            f"{name} loss {last:.3g} at its end, the lowest measured"
-            if last <= best
-            else f"{name} loss {last:.3g} at its end, {best:.3g} at step {at:,}"
-        )
-    return f"On the validation set: {_joined(parts)}." if parts else ""
+        last, step = losses[-1]
+        found = f"{name} loss {last:.3g} at step {step:,}, the last measured"
+        if len(losses) > 1:
+            found += " and the lowest" if last <= best else f" (lowest {best:.3g} at step {at:,})"
+        parts.append(found)
+    return f"On the validation set: {'; '.join(parts)}." if parts else ""
 
 
 # Events that a reader has to know of, in words.

@@ -69,12 +69,14 @@ CAPTIONS = {
     "is the largest of any rank: on a GPU its peak, on a CPU what the process holds.",
     "Drift": "CKA of encoder frames on a fixed set of utterances: 1 where the representation has "
     "not moved. While pretraining, an encoder is published at each measurement below the "
-    "threshold.",
+    "threshold, and at the end. It is then the reference, so that CKA begins anew at 1: a line for "
+    "each reference.",
     "Entropy over": "Encoder frames of held-out utterances. Low NSE: few directions carry the "
     "variance. PAI: what a linear probe learns about phonemes, a lower bound; CSAI: about words, "
     "beyond the phonemes around: no bound, for it counts phonemes that the probe without the "
-    "encoder missed. Below zero: the probe is worse than none. Bands: 95% bootstrap intervals "
-    "over utterances. Labels come from the run's own CTC head and change with it.",
+    "encoder missed. Below zero: the probe is worse than none. Bands, and the bar of a single "
+    "point: 95% bootstrap intervals over utterances. Labels come from the run's own CTC head and "
+    "change with it.",
     "Before": "The encoder before joint training and after it. Whiskers: 95% "
     "bootstrap intervals over utterances. None found: the interval reaches zero, or what features "
     "of shuffled frames, or of phonemes alone, give; where a limit is given, a gain of that size "
@@ -84,8 +86,8 @@ CAPTIONS = {
     "leaves open (H₀, the whole bar), what the audio resolves of it, and what stays open (H₁); no "
     "bar where no language model was measured. random: an encoder of that shape, untrained.",
     "Errors": "During training: error rates on the validation set; hallucinations on the suite "
-    "made from a part of it, all noises together. Bands: 95% intervals over utterances, none for "
-    "fewer than 8.",
+    "made from a part of it, all noises together. Bands, and the bar of a single point: 95% "
+    "intervals over utterances, none for fewer than 8.",
 }
 
 

@@ -51,7 +51,8 @@ class Table:
 
 SYSTEMS = (
     "Small print: 95% intervals over utterances or clips (bootstrap; of shares of utterances "
-    f"Wilson's), none for fewer than {FEWEST_FOR_INTERVAL}; one run each, so that they do not "
+    "Wilson's; without any error, the upper bound by the exact rule of three over utterances), "
+    f"none for fewer than {FEWEST_FOR_INTERVAL}; one run each, so that they do not "
     "cover other seeds. WER counts words, CER characters, MER words and characters of "
     "code-switched speech; all: every language in its own unit; dB: signal-to-noise ratio. "
     "Hallucinated: utterances with text that was not spoken; noisy: at any ratio. Non-speech: "
@@ -170,17 +171,19 @@ def stages(runs: Sequence[RunData]) -> Table:
 
 
 def examples(runs: Sequence[RunData], limit: int = 12) -> Table | None:
-    """Hallucinations of each run: one of each kind and condition before a second."""
+    """Hallucinations of each run: one of each kind and condition before a second, equal ones
+    once."""
     rows = []
     for run in runs:
         counts: Counter[tuple[str, str]] = Counter()
-        ranked = []
+        ranked: dict[tuple[str, ...], int] = {}
         for e in run.suite.get("hallucination", {}).get("examples", []):
-            ranked.append((counts[e["kind"], e["condition"]], e))
-            counts[e["kind"], e["condition"]] += 1
-        for _, e in sorted(ranked, key=lambda pair: pair[0])[:limit]:
-            cells = e["kind"], e["detail"], e["reference"] or NONE, e["hypothesis"]
-            rows.append([run.name, shown_condition(e["condition"]), *cells])
+            cells = (e["kind"], e["detail"], e["reference"] or NONE, e["hypothesis"])
+            row = (run.name, shown_condition(e["condition"]), *cells)
+            if row not in ranked:
+                ranked[row] = counts[e["kind"], e["condition"]]
+                counts[e["kind"], e["condition"]] += 1
+        rows += sorted(ranked, key=ranked.__getitem__)[:limit]
     if not rows:
         return None
     head = ["run", "condition", "kind", "why", "reference", "transcript"]

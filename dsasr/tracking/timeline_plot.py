@@ -83,7 +83,8 @@ def plot(
     if lrs:
         _draw_lrs(axis_of["lrs"], lrs)
     if cka:
-        _draw_cka(axis_of["cka"], cka, threshold)
+        published = [e["steps"] for e in events if e["event"] == "published"]
+        _draw_cka(axis_of["cka"], split_after(cka, published), threshold)
     if losses:
         _draw_losses(axis_of["losses"], losses, held_out or {})
     for name, axis in axis_of.items():
@@ -165,11 +166,26 @@ def _draw_lrs(axis, lrs) -> None:
     axis.legend(fontsize=8, loc="lower left", framealpha=0.9, edgecolor="none")
 
 
-def _draw_cka(axis, cka, threshold: float | None) -> None:
-    axis.plot(*zip(*cka, strict=True), marker=".", color=COLORS[0], lw=1.2)
+def split_after(
+    points: Sequence[tuple[int, float]], published: Sequence[int]
+) -> list[list[tuple[int, float]]]:
+    """Points (step, CKA) in pieces of one reference each.
+
+    A published encoder becomes the reference, so that CKA begins anew at 1: a line across would
+    show an encoder that moves back. A point at the step of a publication was measured before it.
+    """
+    pieces: dict[int, list[tuple[int, float]]] = {}
+    for point in points:
+        pieces.setdefault(sum(step < point[0] for step in published), []).append(point)
+    return list(pieces.values())
+
+
+def _draw_cka(axis, pieces: Sequence[Sequence[tuple[int, float]]], threshold) -> None:
+    for piece in pieces:
+        axis.plot(*zip(*piece, strict=True), marker=".", color=COLORS[0], lw=1.2)
     if threshold is not None:
         axis.axhline(threshold, color="#b03a2e", ls="--", lw=1)
-        below = [point for point in cka if point[1] < threshold]
+        below = [point for piece in pieces for point in piece if point[1] < threshold]
         if below:
             axis.plot(*zip(*below, strict=True), "o", color="#b03a2e", ms=5)
         axis.annotate(f"threshold {threshold:g}", (0, threshold), (4, 2), fontsize=8,

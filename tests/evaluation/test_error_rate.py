@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsasr.evaluation.error_rate import (
     EditCounts,
+    bound_without_errors,
     count_edits,
     paired_ratio_test,
     paired_test,
@@ -128,6 +129,18 @@ def test_interval_covers():
     # No wider than that takes: the normal interval of a share of 80.
     assert np.mean(widths) == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / 80), rel=0.05)
     assert scores.interval(draws=50, seed=1) == scores.interval(draws=50, seed=1)
+
+
+def test_without_errors_the_interval_reaches_up_to_the_rule_of_three():
+    """However long the utterances are: the errors of one come together."""
+    for count, high in ((1, 0.95), (16, 0.1707), (300, 0.00994)):
+        interval = score([("a b c", "a b c", "en")] * count).interval()
+        assert (interval.value, interval.low) == (0, 0)
+        assert interval.high == pytest.approx(high, abs=5e-5)
+    # At that rate, errors are missed in 5% of the sets; an empty reference says nothing.
+    assert (1 - bound_without_errors(40)) ** 40 == pytest.approx(0.05)
+    assert bound_without_errors(300) == pytest.approx(3 / 300, rel=0.01)
+    assert score([("a", "a", "en"), ("", "", "en")]).interval().high == pytest.approx(0.95)
 
 
 def test_ratios_of_seconds_are_resampled_like_those_of_units():

@@ -17,6 +17,7 @@ from dsasr.tracking.timeline_plot import (
     logged_lr_curves,
     planned_lr_curves,
     plot_run,
+    split_after,
     stage_spans,
 )
 
@@ -172,3 +173,11 @@ def test_a_run_is_drawn_from_its_own_events(tmp_path, monkeypatch):
     for name in ("events", "metrics"):  # a run that was stopped at once
         (tmp_path / f"{name}.jsonl").write_text("")
     assert plot_run(tmp_path).is_file()
+
+
+def test_cka_is_split_where_the_reference_changes():
+    """A point at a publication's step was measured before it; one without points is no piece."""
+    points = [(10, 0.98), (20, 0.94), (30, 0.99), (50, 0.97)]
+    assert split_after(points, [20, 35, 40, 60]) == [points[:2], points[2:3], points[3:]]
+    assert split_after(points, []) == [points]
+    assert split_after([], [20]) == []

@@ -81,6 +81,42 @@ def test_intervals_are_drawn_for_enough_utterances_only(made, tmp_path, monkeypa
     assert few_errors == [0, 0, 0] and enough_errors == [0, 1, 0]
 
 
+def test_an_interval_of_a_single_point_is_an_error_bar(made, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(course_figures, "save", lambda figure, path: drawn.append(figure) or path)
+    run = made.run()
+    run.metrics = [m for m in run.metrics if m["stage"] != "valid_joint"]
+    [line] = run.validation
+    line |= {"wer_low": 0.7, "wer_high": 0.9, "hallucination/flagged": 0.0}
+    course_figures.against_time([run], tmp_path / "x.png")
+    errors, hallucinated, _ = drawn[0].axes
+    [bar] = errors.collections
+    [((_, low), (_, high))] = bar.get_segments()
+    assert (round(low, 6), round(high, 6)) == (70, 90)
+    # A curve at 0 lies above the axis.
+    assert list(hallucinated.get_lines()[0].get_ydata()) == [0]
+    assert hallucinated.get_ylim()[0] < 0
+
+
+def test_cka_is_a_line_for_each_reference(made, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
+    run = made.run()
+    run.events[2:2] = [{"event": "drift", "pretrain": 30, "cka": 0.97, "steps": 30, "seconds": 60}]
+    run.events.sort(key=lambda e: e["steps"])
+    run.events += [
+        {"event": "drift", "pretrain": s, "cka": 0.99, "steps": s + 50, "seconds": 300}
+        for s in (60, 80)
+    ]
+    # The last encoder is published without a measurement.
+    run.events.append({"event": "published", "snapshot": "encoder-100", "cause": "final",
+                       "pretrain": 100, "steps": 150, "seconds": 300})  # fmt: skip
+    figures.cka([run], tmp_path / "x.png")
+    before, after, measured, final = drawn[0].axes[0].get_lines()[:4]
+    assert list(before.get_xdata()) == [30, 40] and list(after.get_xdata()) == [60, 80]
+    assert list(measured.get_xdata()) == [40] and list(final.get_xdata()) == [100]
+
+
 def test_health_shows_each_branch_in_its_unit(made, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(course_figures, "save", lambda figure, path: drawn.append(figure) or path)

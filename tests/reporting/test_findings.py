@@ -43,9 +43,17 @@ def test_the_validation_loss_is_told_with_its_lowest(made):
     run = made.run()
     for line, loss in zip(run.validation, (0.5, 0.75), strict=True):
         line["loss"] = loss
-    assert "On the validation set: transcript loss 0.75 at its end, 0.5 at step 100." in said(run)
+    assert (
+        "On the validation set: transcript loss 0.75 at step 210, the last measured (lowest 0.5 at "
+        "step 100)." in said(run)
+    )
     run.validation[-1]["loss"] = 0.25
-    assert "transcript loss 0.25 at its end, the lowest measured." in said(run)
+    assert "transcript loss 0.25 at step 210, the last measured and the lowest." in said(run)
+    run.metrics.append({**run.validation[0], "branch": "pretrain", "loss": 0.4, "steps": 90})
+    assert "validation set: CTC loss 0.4 at step 90, the last measured; transcript" in said(run)
+    # A single measurement, long before the end, is no lowest one.
+    del run.validation[1]["loss"]
+    assert "transcript loss 0.5 at step 100, the last measured." in said(run)
 
 
 def test_what_was_cut_left_out_or_dropped_is_counted(made):

@@ -82,3 +82,27 @@ def test_confusions_are_ordered_by_how_often(made):
     table = tables.confusion_table(made.run(transcripts=Results(rows)), "standard")
     assert table.rows == [["green", "grin", 3], ["–", "white", 1]]
     assert tables.confusion_table(made.run(), "standard") is None
+
+
+def test_without_any_error_the_interval_is_the_rule_of_three(made):
+    """Of 12 utterances 1 − 0.05^(1/12) = 22.1%: a bootstrap would say 0.0 to 0.0."""
+    clean = [result(str(i), "red green", "red green") for i in range(12)]
+    noisy = [result(str(i), "red green", "red", condition="snr5") for i in range(12)]
+    run = made.run(transcripts=Results(clean + noisy))
+    [by_noise] = tables.errors_by_group(run, "standard")
+    assert shown(by_noise.cells[0][1]) == ("0.0", "0.0…22.1")
+
+
+def test_equal_examples_stand_once(made):
+    report = made.suite()
+    example = {**report["hallucination"]["examples"][0], "kind": "nonspeech", "reference": ""}
+    report["hallucination"]["examples"] = [
+        {**example, "condition": condition, "key": str(key), "hypothesis": text}
+        for condition in ("silence", "white")
+        for key, text in enumerate(("same", "same", "other"))
+    ]
+    table = tables.examples([made.run(suite=report)])
+    assert [(row[1], row[-1]) for row in table.rows] == [
+        ("silence", "same"), ("white", "same"), ("silence", "other"), ("white", "other"),
+    ]  # fmt: skip
+    assert len(tables.examples([made.run(suite=report)], limit=3).rows) == 3

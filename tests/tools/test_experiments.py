@@ -248,6 +248,33 @@ def test_table_and_figure(results, experiment):
     assert subprocess.run(empty, capture_output=True).returncode == 2
 
 
+def test_the_figure_shows_whole_intervals_and_what_was_not_found(results, experiment, monkeypatch):
+    import drawing
+    import measured
+
+    # Of an axis to an interval's end, in percent, and whether it is cut there.
+    assert drawing.highest_shown(6.0, 1.7, True) == (pytest.approx(6.3), False)
+    assert drawing.highest_shown(150.0, 105.0, False) == (pytest.approx(157.5), False)
+    assert drawing.highest_shown(900.0, 105.0, False) == (pytest.approx(330.75), True)
+    assert drawing.highest_shown(0.0, 0.0, True) == (1.0, False)
+
+    drawn = []
+    monkeypatch.setattr(drawing.figures, "save", lambda figure, path: drawn.append(figure))
+    drawing.draw(measured.load(results / "synth"), results / "synth.png")
+    errors, hallucinated, *_, csai, _ = drawn[0].axes
+    for axis in (errors, hallucinated):
+        ends = [y for bars in axis.collections for seg in bars.get_segments() for y in seg[:, 1]]
+        assert axis.get_ylim()[0] < min(ends) and max(ends) < axis.get_ylim()[1]
+    # No CSAI of the second system is detected: crosses for its three seeds, before and after.
+    assert [line.get_marker() for line in csai.get_lines()].count("x") == 6
+    assert [line.get_marker() for line in csai.get_lines()].count("o") == 6
+    assert csai.get_title(loc="left").splitlines()[1:] == [
+        "(a pair per seed; open: before joint SFT;",
+        "×: not above 0 and its controls;",
+        "not against phonemes alone: no sign of words)",
+    ]
+
+
 def test_results_of_other_test_sets_or_sizes_are_not_mixed(results, experiment):
     _, summary = experiment
     path = results / "synth" / "paper-seed3.json"
