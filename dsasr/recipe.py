@@ -238,11 +238,13 @@ class Recipe:
                 "model.pretrain.consistency_warmup is for CR-CTC: give a pretrain stage "
                 "objective=cr_ctc, or consistency_warmup=null"
             )
-        has_head = model.adaptor.reads_ctc or self.schedule().pretrain
+        # A run without one keeps that of the encoder which it takes (`checkpoint.kept_head`).
+        keeps_head = {"encoder", "head"} <= set(self.init_parts)
+        has_head = model.adaptor.reads_ctc or self.schedule().pretrain or keeps_head
         if self.evaluation.decode.ctc_weight and not has_head:
             raise UserError(
                 "evaluation.decode.ctc_weight needs a CTC head: give a stage of branch pretrain, "
-                "or ctc_weight=0"
+                "model.init_from=MODEL with one, or ctc_weight=0"
             )
 
     def check_frames_per_token(self, stage: StageConfig, per_token: int) -> None:

@@ -177,7 +177,8 @@ def sft(args: argparse.Namespace, shards: Path, encoder: Path, minutes: int, lin
 
 
 def measure(args: argparse.Namespace, shards: Path, run: Path, minutes: int) -> dict[str, Any]:
-    """Errors on the validation utterances: the recognizer's, and its CTC head's characters."""
+    """Errors on the validation utterances: the recognizer's words and characters, and its CTC
+    head's characters."""
     out = run / "valid.jsonl"
     if not out.is_file():
         run_dsasr("evaluate", run, "--data", shards / "valid", "--out", out)
@@ -186,8 +187,9 @@ def measure(args: argparse.Namespace, shards: Path, run: Path, minutes: int) -> 
     units = PhonemeVocab.load(args.work / "characters.json").symbols
     confusions = Confusions.load(args.work / f"minutes{minutes}" / "confusions-valid.json", units)
     return {
-        "utterances": len(rows), "wer": round(scores.wer, 4), "cer": round(scores.cer, 4),
-        "head_cer": round(sum(confusions.rates.values()), 4),
+        "utterances": len(rows), "wer": round(scores.wer, 4),
+        "characters": round(scores.character_rate, 4),
+        "head_characters": round(sum(confusions.rates.values()), 4),
     }  # fmt: skip
 
 
