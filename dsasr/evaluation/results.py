@@ -221,7 +221,8 @@ def read_results(path: Path) -> Results:
         rows = [Result(**json.loads(line)) for line in read_lines(path)]
         return Results([replace(row, doubt=tuple(row.doubt)) for row in rows])
     except FileNotFoundError:
-        raise UserError(f"there is no {path}: `dsasr evaluate MODEL --report` writes it") from None
+        fix = "`dsasr evaluate RUN --report` or `--out FILE` writes one"
+        raise UserError(f"there is no {path}: {fix}") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} holds no transcripts of `dsasr evaluate`: {error}") from None
 

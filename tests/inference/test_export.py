@@ -126,7 +126,7 @@ def test_an_export_is_evaluated_like_its_run(run, exported, tiny, tmp_path, monk
         "--checkpoint is for runs": ["--checkpoint", "step-1"],
         "--report is for runs": ["--report"],
         "is there already": ["--out", str(outs[0])],
-        "holds no transcripts": ["--against", str(tmp_path / "none")],
+        "--report` or `--out FILE` writes one": ["--against", str(tmp_path / "none")],
         "--rules must be": ["--rules", "mine"],
         "none.json": ["--rules", "none.json"],
     }

@@ -203,7 +203,7 @@ def test_the_consistency_rises_over_the_warm_up(ctc_model):
 def test_the_two_views_have_more_time_masks(monkeypatch, ctc_model):
     masks = []
 
-    def spec_augment(features, _lengths, cfg, _generator):
+    def spec_augment(features, _lengths, cfg, _generator, _stack):
         masks.append((cfg.time_masks, cfg.freq_masks))
         return features
 
