@@ -30,8 +30,6 @@ T = TypeVar("T")
 MAX_DEPTH = 32  # levels of a recipe's values
 MAX_VALUES = 100_000  # of a recipe
 MAX_FILE = 10 << 20  # bytes of a recipe
-
-
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 

@@ -6,6 +6,7 @@ belongs to its encoder. The run keeps that head beside its checkpoints, in ``RUN
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from dsasr.model.hf_weights import TensorFiles
 from dsasr.utils.io import atomic_path
 
 FOLDER = "ctc_head"
+
+
+def remove(run: Path) -> None:
+    """Forget the head of an earlier start of ``run``, whose encoder is not this one's."""
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
 def save(reader: NamedTensors, names: Iterable[str], run: Path) -> None:

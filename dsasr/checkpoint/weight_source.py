@@ -186,9 +186,11 @@ def _open_fragments(folder: Path) -> WeightSource:
 
 def _with_kept_head(reader: NamedTensors) -> NamedTensors:
     """``reader`` of a checkpoint, with the head that its run keeps, if it does (`kept_head`)."""
-    kept = None
-    with contextlib.suppress(UserError):  # it was moved
-        kept = kept_head.open_kept(run_folder(reader.folder))
+    try:
+        run = run_folder(reader.folder)
+    except UserError:  # it was moved
+        return reader
+    kept = kept_head.open_kept(run)
     return reader if kept is None else reader.with_all_of(kept)
 
 

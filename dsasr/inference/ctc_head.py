@@ -7,8 +7,6 @@ elsewhere keeps the head of that encoder.
 
 from __future__ import annotations
 
-import contextlib
-
 from torch import nn
 
 from dsasr.build import Builder
@@ -29,11 +27,14 @@ _WEIGHT = "ctc.project.weight"
 def find_head(builder: Builder, reader: FragmentReader) -> Reader | None:
     """The weights ``ctc.…`` that belong to the checkpoint's recognizer; None where there are none.
 
-    Of a concurrent run they lie in the newest snapshot of its encoder.
+    Of a concurrent run they lie in the newest snapshot of its encoder. Raises `UserError` for a
+    kept head that is unreadable.
     """
-    with contextlib.suppress(UserError):  # no phonemes are named, or their file is gone
-        return _head_weights(builder, reader) if builder.phonemes else None
-    return None
+    try:
+        _ = builder.phonemes
+    except UserError:  # none are named, or their file is gone
+        return None
+    return _head_weights(builder, reader)
 
 
 def _head_weights(builder: Builder, reader: FragmentReader) -> Reader | None:

@@ -123,12 +123,14 @@ def check(builder: Builder) -> None:
 
 def keep_files(builder: Builder, plans: Iterable[InitialWeights]) -> None:
     """Copy into the run folder what a source has beside the weights of the run's model: settings,
-    tokenizer and CMVN of an exported model, and the CTC head of an encoder; collective.
+    tokenizer and CMVN of an exported model, and the CTC head of an encoder; collective, at a fresh
+    start. What an earlier start kept of another encoder goes.
 
     Raises `UserError` where it cannot be written.
     """
 
     def copy() -> None:
+        kept_head.remove(builder.recipe.folder)
         for source in plans:
             if source.head:
                 reader = open_source(Path(source.folder)).readers["pretrain"]

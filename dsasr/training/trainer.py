@@ -100,7 +100,8 @@ class Trainer:
         resume.save_recipe(recipe)
         resume.save_environment(recipe)
         measure_speech.save(self.builder)
-        initial_weights.keep_files(self.builder, sources)
+        if reader is None:
+            initial_weights.keep_files(self.builder, sources)
         self.monitor = Monitor(
             recipe.folder,
             recipe.monitor,

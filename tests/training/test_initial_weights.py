@@ -109,6 +109,11 @@ def test_fine_tuning_keeps_the_head_of_its_encoder(tiny, source, tmp_path):
         of_run = RunModel.from_run(tmp_path / folder).model
         assert same(of_run.ctc.state_dict(), theirs) and of_run.speller is not None
 
+    damaged = tmp_path / "b" / "ctc_head" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"ctc_head/model\.safetensors cannot be read"):
+        RunModel.from_run(tmp_path / "b")
+
     def head_kept(*overrides: str) -> bool:
         cfg = finetune(tiny, tmp_path / "c", model, *overrides)
         (plan,) = initial_weights.plan(Builder(cfg))
@@ -117,6 +122,11 @@ def test_fine_tuning_keeps_the_head_of_its_encoder(tiny, source, tmp_path):
 
     assert head_kept("model.init_parts=[encoder, llm, head]")
     assert not head_kept("model.init_parts=[encoder, llm]")
+    # A new start without it leaves none of an earlier one.
+    shutil.copytree(tmp_path / "a" / "ctc_head", tmp_path / "d" / "ctc_head")
+    without = "model.init_parts=[encoder, adaptor, llm]"
+    Trainer(finetune(tiny, tmp_path / "d", model, without)).close()
+    assert not (tmp_path / "d" / "ctc_head").exists()
     # One of other units stays behind.
     other = PhonemeVocab([*PhonemeVocab.load(model / "phonemes.json").symbols[1:], "new"])
     other.save(tmp_path / "phonemes.json")
